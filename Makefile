@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-header --no-annotate --upgrade --extra demo
+
+.PHONY: help demo test check bench format lock clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin against KV-aware routing
+	$(BIN)/matrixinfer demo
+
+test: .venv/dev.stamp ## All tests
+	$(BIN)/pytest
+
+check: .venv/dev.stamp ## Format, lint, types, import contracts, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/unit tests/conformance
+
+bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
+	$(BIN)/python -m bench
+
+format: .venv/dev.stamp ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: .venv/dev.stamp ## Pin the newest requirements anew
+	$(LOCK) --group dev pyproject.toml -o requirements/dev.txt
+	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
+
+clean: ## Remove what the targets made
+	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/run.stamp .venv/dev.stamp: .venv/%.stamp: requirements/%.txt pyproject.toml
+	@echo "Installing requirements/$*.txt into .venv (once) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --require-hashes -r requirements/$*.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,139 @@
+"""Token ids to block hashes: the names under which the index knows a prompt's blocks.
+
+A prompt is cut into blocks of `block_size` tokens; only full blocks count. Two schemes:
+
+`prefix` (default): a block's hash covers everything before it, as a KV block does::
+
+    h[i] = u64(SHA-256(h[i-1] as 8 bytes big endian ‖ tokens as u32 big endian)[:8]) with the top bit cleared
+
+Block 0 has no parent bytes. A cache salt takes the parent's place at block 0 (`salt_parent`).
+
+`block`: each block is hashed alone, as block 0 is above. This is what existing MatrixInfer and kthena writers put into
+Redis. Equal blocks after different prefixes collide, so matches are hints; salted prompts never match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds: TypeAlias = npt.NDArray[np.uint32]
+"""Token ids, shape (n,), one unsigned 32-bit id per token."""
+
+Scheme: TypeAlias = Literal["prefix", "block"]
+
+_TOP_BIT_CLEARED = (1 << 63) - 1
+
+
+def salt_parent(salt: str) -> int:
+    """The parent hash that a cache salt gives to block 0: no prompt without that salt shares a block with it."""
+    return int.from_bytes(sha256(b"salt\0" + salt.encode()).digest()[:8], "big") & _TOP_BIT_CLEARED
+
+
+def token_bytes(tokens: TokenIds | Sequence[int]) -> bytes:
+    """Token ids as the bytes that are hashed: four each, big endian.
+
+    Raises `OverflowError` or `ValueError` for ids that do not fit 32 unsigned bits or are no integers.
+    """
+    if isinstance(tokens, np.ndarray):
+        return tokens.astype(">u4", copy=False).tobytes()
+    return np.asarray(tokens, dtype=np.uint32).astype(">u4").tobytes()
+
+
+class TokenBlockProcessor:
+    """Cuts token ids into full blocks of `block_size` tokens and names each by its hash."""
+
+    __slots__ = ("block_size", "scheme")
+
+    def __init__(self, block_size: int = 128, scheme: Scheme = "prefix") -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if scheme not in ("prefix", "block"):
+            raise ValueError(f"scheme must be 'prefix' or 'block', got {scheme!r}")
+        self.block_size = block_size
+        self.scheme: Scheme = scheme
+
+    def chain(
+        self, tokens: TokenIds | Sequence[int], *, salt: str | None = None, max_blocks: int | None = None
+    ) -> BlockChain:
+        """The prompt's block hashes, computed only as far as they are read.
+
+        `max_blocks` bounds the chain. Under scheme `block` a salted prompt has no blocks, as it can match none.
+        """
+        blocks = len(tokens) // self.block_size
+        if max_blocks is not None:
+            blocks = min(blocks, max_blocks)
+        if salt is not None and self.scheme == "block":
+            blocks = 0
+        used = tokens[: blocks * self.block_size]
+        return BlockChain(self, token_bytes(used), None if salt is None else salt_parent(salt))
+
+    def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
+        """Hashes of the full blocks in `data` (see `token_bytes`), the first of which follows the block `parent`."""
+        out: list[int] = []
+        size = self.block_size * 4
+        view = memoryview(data)
+        if self.scheme == "block":
+            for start in range(0, len(view) - size + 1, size):
+                digest = sha256(view[start : start + size]).digest()
+                out.append(int.from_bytes(digest[:8], "big") & _TOP_BIT_CLEARED)
+            return out
+        for start in range(0, len(view) - size + 1, size):
+            # Most of the cost is SHA-256 itself; one update per block with the parent in front copies no tokens.
+            state = sha256(b"" if parent is None else parent.to_bytes(8, "big"))
+            state.update(view[start : start + size])
+            parent = int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
+            out.append(parent)
+        return out
+
+
+class BlockChain(Sequence[int]):
+    """A prompt's block hashes as a sequence that hashes a block when it is first read.
+
+    Look-ups stop at the first block that nobody holds, and so does the hashing.
+    """
+
+    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_size")
+
+    def __init__(self, processor: TokenBlockProcessor, data: bytes, salt_parent: int | None) -> None:
+        self._processor = processor
+        self._data = data
+        self._salt_parent = salt_parent
+        self._hashes: list[int] = []
+        self._size = len(data) // (processor.block_size * 4)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def hashed(self) -> int:
+        """How many blocks have been hashed so far."""
+        return len(self._hashes)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # one body for both overloads of Sequence
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._size)
+            self._extend(max(start, stop + 1 if step < 0 else stop))
+            return self._hashes[start:stop:step] if step > 0 else [self._hashes[i] for i in range(start, stop, step)]
+        if index < 0:
+            index += self._size
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        if index >= len(self._hashes):
+            self._extend(index + 1)
+        return self._hashes[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[i] for i in range(self._size))
+
+    def _extend(self, count: int) -> None:
+        known = len(self._hashes)
+        if count <= known:
+            return
+        size = self._processor.block_size * 4
+        parent = self._hashes[-1] if known else self._salt_parent
+        self._hashes += self._processor.hashes(memoryview(self._data)[known * size : count * size], parent)

@@ -1,0 +1,313 @@
+"""The configuration: one YAML file, read once, checked whole before anything starts.
+
+Every section is a frozen struct; the field descriptions below are the reference that `docs/configuration.md` is made
+from. An unknown key or a bad value raises `ConfigError` with the key's path, what was expected, and the nearest valid
+name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from matrixinfer.errors import ConfigError
+
+T = TypeVar("T")
+
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+def described(description: str) -> Meta:
+    """Attach the sentence that the reference shows for a field."""
+    return Meta(description=description)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """Base of every section: frozen, keyword-only, camelCase in YAML, unknown keys refused."""
+
+
+class ModelConfig(Section):
+    """A model that clients may ask for."""
+
+    name: Annotated[str, described("The engine's own name for the model: the first id of its `/v1/models`.")]
+    aliases: Annotated[tuple[str, ...], described("Other names under which clients may ask for it.")] = ()
+    tokenizer: Annotated[
+        str | None,
+        described(
+            "Directory or `tokenizer.json` file, relative to the config file. "
+            "Without it, prompts are tokenized by an engine's `/tokenize`."
+        ),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        described(
+            "Jinja file that overrides the tokenizer's own chat template, or `chatml` for the built-in one. "
+            "Never guessed: a tokenizer without a template needs one named here to serve chats locally."
+        ),
+    ] = None
+
+
+class KvEventsConfig(Section):
+    """Where one engine publishes its KV events (ZMQ)."""
+
+    endpoint: Annotated[str, described("PUB endpoint as seen from here, such as `tcp://10.0.0.1:5557`.")]
+    replay_endpoint: Annotated[
+        str | None, described("ROUTER endpoint that replays past batches. Without it a late start stays partly blind.")
+    ] = None
+    topic: Annotated[str | None, described("Take only this exact topic. By default every topic is taken.")] = None
+
+
+class PodConfig(Section):
+    """One engine replica."""
+
+    name: Annotated[str, described("Unique name, shown in headers, metrics and decisions.")]
+    url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`.")]
+    kv_events: Annotated[
+        KvEventsConfig | Literal["discover", "none"],
+        described("Endpoints of its KV events; `discover` asks its `/kv_event_sources`; `none` does not listen."),
+    ] = "discover"
+
+
+class IndexConfig(Section):
+    """The index of which pod holds which block."""
+
+    kind: Annotated[Literal["memory"], described("`memory` keeps the index in the gateway's own process.")] = "memory"
+    max_blocks: Annotated[
+        Count, described("Most distinct blocks kept; beyond it the least recently stored are evicted, children first.")
+    ] = 4_000_000
+
+
+class PluginRef(Section):
+    """An enabled plugin and its weight (weights count for scorers only)."""
+
+    name: Annotated[str, described("The plugin's name.")]
+    weight: Annotated[float, Meta(ge=0), described("Factor of this plugin's score in the total.")] = 1.0
+
+
+class PluginStage(Section):
+    """The plugins of one stage, in order."""
+
+    enabled: Annotated[
+        tuple[str | PluginRef, ...], described("Names, or `{name, weight}`; run in the order given.")
+    ] = ()
+
+
+class PluginsConfig(Section, rename="pascal"):
+    """Which plugins run at which stage."""
+
+    filter: Annotated[PluginStage, described("Remove pods that must not take the request.")] = PluginStage(
+        enabled=("least-request", "bounded-load")
+    )
+    score: Annotated[PluginStage, described("Rate each remaining pod 0 to 100; the weighted sum ranks them.")] = (
+        PluginStage(enabled=(PluginRef(name="kvcache-aware", weight=2.0), PluginRef(name="least-request", weight=1.0)))
+    )
+    picker: Annotated[PluginStage, described("Exactly one: turns totals into a ranking.")] = PluginStage(
+        enabled=("max-score",)
+    )
+    post_schedule: Annotated[PluginStage, described("Told of each decision after it is taken.")] = PluginStage()
+
+
+class PluginArgs(Section):
+    """Arguments of one plugin."""
+
+    name: Annotated[str, described("The plugin's name.")]
+    args: Annotated[dict[str, Any], described("Its arguments; see the plugin's own table.")] = {}
+
+
+class SchedulerConfig(Section):
+    """How a pod is chosen."""
+
+    plugin_config: Annotated[tuple[PluginArgs, ...], described("Arguments of plugins, by name.")] = ()
+    plugins: Annotated[PluginsConfig, described("The profile: which plugins run, and their weights.")] = PluginsConfig()
+    max_prefix_tokens: Annotated[Count, described("Tokens of a prompt that are hashed and looked up at most.")] = (
+        1_000_000
+    )
+    assumed_seconds: Annotated[
+        Annotated[float, Meta(ge=0)],
+        described("How long after a request ends its prefix still counts as held by its pod without an event."),
+    ] = 2.0
+    seed: Annotated[int, described("Seed of the generator that breaks ties.")] = 0
+
+
+class TokenizationConfig(Section):
+    """Limits of turning prompts into token ids."""
+
+    timeout_seconds: Annotated[
+        Seconds, described("Deadline of one prompt; past it the request is routed by load.")
+    ] = 2.0
+    max_prompt_bytes: Annotated[
+        Count, described("Longer prompts are not tokenized but routed by load.")
+    ] = 8 * 1024 * 1024
+
+
+class LimitsConfig(Section):
+    """Bounds on requests."""
+
+    max_body_bytes: Annotated[Count, described("Larger request bodies are answered with 413.")] = 64 * 1024 * 1024
+    request_timeout_seconds: Annotated[
+        Seconds, described("A pod that sends nothing for this long ends the request (504 before the first byte).")
+    ] = 600.0
+    connect_timeout_seconds: Annotated[Seconds, described("Deadline of one connection attempt to a pod.")] = 5.0
+    max_attempts: Annotated[Count, described("Pods tried at most before the first byte.")] = 3
+    drain_seconds: Annotated[
+        Annotated[float, Meta(ge=0)], described("How long requests in flight may finish after SIGTERM.")
+    ] = 30.0
+
+
+class PodWatchConfig(Section):
+    """How pods are observed."""
+
+    scrape_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/metrics`.")] = 1.0
+    scrape_timeout_seconds: Annotated[Seconds, described("Deadline of one read.")] = 2.0
+    stale_after_seconds: Annotated[Seconds, described("Engine metrics older than this count as unknown.")] = 5.0
+    unhealthy_after_failures: Annotated[
+        Count, described("Failures in a row (reads or requests) after which a pod is taken only as a last resort.")
+    ] = 2
+    discovery_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/v1/models`.")] = 30.0
+
+
+class LogConfig(Section):
+    """Log output (standard error)."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], described("Lowest level that is written.")] = "info"
+    format: Annotated[Literal["json", "console"], described("One JSON object a line, or text for people.")] = "json"
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    listen: Annotated[str, described("Address of the API: `host:port`; port 0 takes a free one.")] = "127.0.0.1:8080"
+    admin: Annotated[
+        str | None, described("Address of `/debug/…`; keep it private. `null` turns it off.")
+    ] = "127.0.0.1:8081"
+    models: Annotated[
+        tuple[ModelConfig, ...], described("Models with settings of their own; others are found from the engines.")
+    ] = ()
+    pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
+    scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
+    tokenization: Annotated[TokenizationConfig, described("Limits of tokenizing prompts.")] = TokenizationConfig()
+    limits: Annotated[LimitsConfig, described("Bounds on requests.")] = LimitsConfig()
+    pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
+    log: Annotated[LogConfig, described("Log output.")] = LogConfig()
+
+
+def load(path: Path) -> Config:
+    """Read and check a YAML file. Relative tokenizer and template paths are taken from the file's folder.
+
+    Raises `ConfigError` when the file cannot be read, is not YAML, or does not fit the schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("$", f"cannot read {path}: {error}") from error
+    return parse(text, base=path.parent)
+
+
+def parse(text: str, *, base: Path) -> Config:
+    """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("$", f"not valid YAML: {error}") from error
+    config = convert(data if data is not None else {}, Config, path="$")
+    _check(config)
+    models = tuple(_absolute(model, base) for model in config.models)
+    return msgspec.structs.replace(config, models=models)
+
+
+def convert(data: object, kind: type[T], *, path: str) -> T:
+    """Turn plain YAML data into `kind`. Raises `ConfigError` whose path starts at `path`."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        where = where.removesuffix("`")
+        unknown = re.search(r"unknown field `([^`]*)`", message)
+        if unknown:
+            key = unknown.group(1)
+            valid = _keys_at(kind, where)
+            near = difflib.get_close_matches(key, valid, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(valid)}"
+            raise ConfigError(f"{path}{where}.{key}", f"unknown key; {hint}") from error
+        raise ConfigError(path + where, message[:1].lower() + message[1:]) from error
+
+
+def split_address(address: str, *, path: str) -> tuple[str, int]:
+    """`host:port` (or `[v6]:port`) as a pair. Raises `ConfigError` at `path`."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(path, f"expected `host:port`, got `{address}`")
+    return host.strip("[]"), int(port)
+
+
+def _check(config: Config) -> None:
+    split_address(config.listen, path="$.listen")
+    if config.admin is not None:
+        split_address(config.admin, path="$.admin")
+    seen: dict[str, str] = {}
+    for i, model in enumerate(config.models):
+        for name in (model.name, *model.aliases):
+            if name in seen:
+                raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
+            seen[name] = f"$.models[{i}]"
+    pods: dict[str, str] = {}
+    for i, pod in enumerate(config.pods):
+        if pod.name in pods:
+            raise ConfigError(f"$.pods[{i}].name", f"the name `{pod.name}` is already taken by {pods[pod.name]}")
+        pods[pod.name] = f"$.pods[{i}]"
+        if not re.match(r"https?://[^/]+", pod.url):
+            raise ConfigError(f"$.pods[{i}].url", f"expected `http://host:port`, got `{pod.url}`")
+        if isinstance(pod.kv_events, KvEventsConfig):
+            for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
+                if value is not None and not re.match(r"(tcp://.+:\d+|ipc://.+|inproc://.+)$", value):
+                    raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
+
+
+def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
+    def resolve(value: str | None) -> str | None:
+        return value if value is None else str((base / value).resolve())
+
+    template = model.chat_template
+    return msgspec.structs.replace(
+        model,
+        tokenizer=resolve(model.tokenizer),
+        chat_template=template if template == "chatml" else resolve(template),
+    )
+
+
+def _keys_at(kind: Any, where: str) -> list[str]:
+    """The keys that a section accepts; `where` is the path below `kind` as msgspec prints it, `.pods[...].url`."""
+    for step in re.findall(r"\.([A-Za-z0-9_]+)|(\[[^\]]*\])", where):
+        if step[0]:
+            struct = _struct_in(kind)
+            if struct is None:
+                return []
+            hints = get_type_hints(struct, include_extras=False)
+            names = {field.encode_name: field.name for field in msgspec.structs.fields(struct)}
+            kind = hints.get(names.get(step[0], ""), object)
+        else:
+            arguments = [a for a in get_args(_container_in(kind)) if a is not Ellipsis]
+            kind = arguments[-1] if arguments else object
+    struct = _struct_in(kind)
+    return [field.encode_name for field in msgspec.structs.fields(struct)] if struct else []
+
+
+def _options(kind: Any) -> list[Any]:
+    return list(get_args(kind)) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else [kind]
+
+
+def _struct_in(kind: Any) -> type[msgspec.Struct] | None:
+    return next((k for k in _options(kind) if isinstance(k, type) and issubclass(k, msgspec.Struct)), None)
+
+
+def _container_in(kind: Any) -> Any:
+    return next((k for k in _options(kind) if get_origin(k) in (tuple, list, dict, Mapping)), None)

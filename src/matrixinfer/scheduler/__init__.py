@@ -1,0 +1,1 @@
+"""Chooses a pod: filters, scorers and a picker over an immutable snapshot of candidates."""

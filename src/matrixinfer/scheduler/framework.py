@@ -1,0 +1,154 @@
+"""The plugin contract, whole.
+
+A plugin is a class with a `name`, an `Args` struct for its arguments in YAML, a constructor `(args, services)`, and the
+methods of one or more of the four stages below. Plugins are synchronous and do no I/O: whatever must be awaited is
+already in the request and the candidates. Lists returned are aligned with `candidates`. Packages add plugins through
+the entry-point group `matrixinfer.plugins`, whose entries name plugin classes.
+
+    candidates ─> Filter … ─> Scorer … ─> Picker ─> Decision ─> PostSchedule …
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from matrixinfer.config import Section
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingRequest:
+    """One request as plugins see it."""
+
+    id: str
+    model: str
+    """The index's name of the model (adapters are models of their own)."""
+    prompt_tokens: int | None
+    """Tokens in the prompt; None when it was not tokenized."""
+    block_size: int
+    """Tokens per block of `chain`."""
+    chain: Sequence[int]
+    """Hashes of the prompt's full blocks, computed as they are read. Empty when not tokenized."""
+    prefix: bytes
+    """The prompt as the client sent it (text, or messages as JSON), for approximate matching without tokens."""
+    session: str | None = None
+    """The client's session id, where it sends one."""
+    now: float = 0.0
+    """Seconds on the monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One pod at the moment of the decision. None means unknown, which is not zero."""
+
+    name: str
+    url: str
+    in_flight: int = 0
+    """Requests that this gateway has in flight there."""
+    queued_tokens: int = 0
+    """Prompt tokens of those requests that the pod has yet to compute, as far as this gateway knows."""
+    running: int | None = None
+    waiting: int | None = None
+    cache_usage: float | None = None
+    """Engine metrics: requests running and waiting, share of KV blocks in use (0 to 1)."""
+    metrics_age: float | None = None
+    """Seconds since those metrics were read."""
+    match_blocks: int | None = None
+    """Consecutive blocks from the start that the index says the pod holds; None when the index could not say."""
+    assumed_blocks: int = 0
+    """Further consecutive blocks that requests in flight, or just finished, are bringing there."""
+
+    @property
+    def load(self) -> int:
+        """Requests at the pod: this gateway's own, or the engine's count where others send to it as well."""
+        return max(self.in_flight, (self.running or 0) + (self.waiting or 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """A scorer's answer: one value from 0 to 100 per candidate, and a note where the values need a reason."""
+
+    values: Sequence[float]
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What the scheduler lends to plugins. Draws from `rng` are undone after a dry run."""
+
+    clock: Callable[[], float]
+    rng: random.Random
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was decided, and all that is needed to say why."""
+
+    request: SchedulingRequest
+    candidates: Sequence[Candidate]
+    ranked: Sequence[Candidate]
+    """Best first; the rest are fallbacks. Filtered candidates are absent. Never empty."""
+    filtered: Mapping[str, str]
+    """Pod name to the filter that removed it and its reason."""
+    scores: Mapping[str, Mapping[str, float]]
+    """Scorer name to pod name to score, before weights."""
+    totals: Mapping[str, float]
+    """Pod name to weighted sum."""
+    timings_ms: Mapping[str, float]
+    """Milliseconds spent in each plugin."""
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What the decision had to do without, in plain words."""
+
+    @property
+    def chosen(self) -> Candidate:
+        """The best candidate."""
+        return self.ranked[0]
+
+
+class Plugin(Protocol):
+    """What every plugin has."""
+
+    name: ClassVar[str]
+    Args: ClassVar[type[Section]]
+
+    def __init__(self, args: Any, services: Services) -> None: ...
+
+
+@runtime_checkable
+class Filter(Protocol):
+    """Removes candidates. A filter that would remove all of them is set aside for that request, and noted."""
+
+    def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[str | None]:
+        """None to keep a candidate, or the reason to remove it."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Rates candidates."""
+
+    def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
+        """0 (worst) to 100 (best) per candidate."""
+        ...
+
+
+@runtime_checkable
+class Picker(Protocol):
+    """Turns totals into a ranking."""
+
+    def pick(
+        self, request: SchedulingRequest, candidates: Sequence[Candidate], totals: Sequence[float]
+    ) -> Sequence[int]:
+        """Positions of all candidates, best first."""
+        ...
+
+
+@runtime_checkable
+class PostSchedule(Protocol):
+    """Learns of decisions. Not called for dry runs, so it is the only stage that may change a plugin's state."""
+
+    def post_schedule(self, request: SchedulingRequest, decision: Decision) -> None:
+        """The request goes to `decision.chosen`."""
+        ...
