@@ -1,0 +1,32 @@
+"""The `matrixinfer` command: one thin module per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from matrixinfer import __version__
+from matrixinfer.errors import MatrixInferError
+
+_COMMANDS = ("serve", "engine", "demo", "events", "config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference."
+    )
+    parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        importlib.import_module(f"matrixinfer.cli.{command}").add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MatrixInferError as error:
+        print(f"matrixinfer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
