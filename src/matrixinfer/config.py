@@ -34,7 +34,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every section: frozen, keyword-only, camelCase in YAML, unknown keys refused."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """A model that clients may ask for."""
 
     name: Annotated[str, described("The engine's own name for the model: the first id of its `/v1/models`.")]
@@ -55,7 +55,7 @@ class ModelConfig(Section):
     ] = None
 
 
-class KvEventsConfig(Section):
+class KvEventsConfig(Section, frozen=True):
     """Where one engine publishes its KV events (ZMQ)."""
 
     endpoint: Annotated[str, described("PUB endpoint as seen from here, such as `tcp://10.0.0.1:5557`.")]
@@ -65,7 +65,7 @@ class KvEventsConfig(Section):
     topic: Annotated[str | None, described("Take only this exact topic. By default every topic is taken.")] = None
 
 
-class PodConfig(Section):
+class PodConfig(Section, frozen=True):
     """One engine replica."""
 
     name: Annotated[str, described("Unique name, shown in headers, metrics and decisions.")]
@@ -76,7 +76,7 @@ class PodConfig(Section):
     ] = "discover"
 
 
-class IndexConfig(Section):
+class IndexConfig(Section, frozen=True):
     """The index of which pod holds which block."""
 
     kind: Annotated[Literal["memory"], described("`memory` keeps the index in the gateway's own process.")] = "memory"
@@ -85,14 +85,14 @@ class IndexConfig(Section):
     ] = 4_000_000
 
 
-class PluginRef(Section):
+class PluginRef(Section, frozen=True):
     """An enabled plugin and its weight (weights count for scorers only)."""
 
     name: Annotated[str, described("The plugin's name.")]
     weight: Annotated[float, Meta(ge=0), described("Factor of this plugin's score in the total.")] = 1.0
 
 
-class PluginStage(Section):
+class PluginStage(Section, frozen=True):
     """The plugins of one stage, in order."""
 
     enabled: Annotated[
@@ -100,7 +100,7 @@ class PluginStage(Section):
     ] = ()
 
 
-class PluginsConfig(Section, rename="pascal"):
+class PluginsConfig(Section, frozen=True, rename="pascal"):
     """Which plugins run at which stage."""
 
     filter: Annotated[PluginStage, described("Remove pods that must not take the request.")] = PluginStage(
@@ -115,14 +115,14 @@ class PluginsConfig(Section, rename="pascal"):
     post_schedule: Annotated[PluginStage, described("Told of each decision after it is taken.")] = PluginStage()
 
 
-class PluginArgs(Section):
+class PluginArgs(Section, frozen=True):
     """Arguments of one plugin."""
 
     name: Annotated[str, described("The plugin's name.")]
     args: Annotated[dict[str, Any], described("Its arguments; see the plugin's own table.")] = {}
 
 
-class SchedulerConfig(Section):
+class SchedulerConfig(Section, frozen=True):
     """How a pod is chosen."""
 
     plugin_config: Annotated[tuple[PluginArgs, ...], described("Arguments of plugins, by name.")] = ()
@@ -137,18 +137,18 @@ class SchedulerConfig(Section):
     seed: Annotated[int, described("Seed of the generator that breaks ties.")] = 0
 
 
-class TokenizationConfig(Section):
+class TokenizationConfig(Section, frozen=True):
     """Limits of turning prompts into token ids."""
 
-    timeout_seconds: Annotated[
-        Seconds, described("Deadline of one prompt; past it the request is routed by load.")
-    ] = 2.0
-    max_prompt_bytes: Annotated[
-        Count, described("Longer prompts are not tokenized but routed by load.")
-    ] = 8 * 1024 * 1024
+    timeout_seconds: Annotated[Seconds, described("Deadline of one prompt; past it the request is routed by load.")] = (
+        2.0
+    )
+    max_prompt_bytes: Annotated[Count, described("Longer prompts are not tokenized but routed by load.")] = (
+        8 * 1024 * 1024
+    )
 
 
-class LimitsConfig(Section):
+class LimitsConfig(Section, frozen=True):
     """Bounds on requests."""
 
     max_body_bytes: Annotated[Count, described("Larger request bodies are answered with 413.")] = 64 * 1024 * 1024
@@ -162,7 +162,7 @@ class LimitsConfig(Section):
     ] = 30.0
 
 
-class PodWatchConfig(Section):
+class PodWatchConfig(Section, frozen=True):
     """How pods are observed."""
 
     scrape_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/metrics`.")] = 1.0
@@ -174,20 +174,20 @@ class PodWatchConfig(Section):
     discovery_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/v1/models`.")] = 30.0
 
 
-class LogConfig(Section):
+class LogConfig(Section, frozen=True):
     """Log output (standard error)."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], described("Lowest level that is written.")] = "info"
     format: Annotated[Literal["json", "console"], described("One JSON object a line, or text for people.")] = "json"
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """The whole configuration."""
 
     listen: Annotated[str, described("Address of the API: `host:port`; port 0 takes a free one.")] = "127.0.0.1:8080"
-    admin: Annotated[
-        str | None, described("Address of `/debug/…`; keep it private. `null` turns it off.")
-    ] = "127.0.0.1:8081"
+    admin: Annotated[str | None, described("Address of `/debug/…`; keep it private. `null` turns it off.")] = (
+        "127.0.0.1:8081"
+    )
     models: Annotated[
         tuple[ModelConfig, ...], described("Models with settings of their own; others are found from the engines.")
     ] = ()

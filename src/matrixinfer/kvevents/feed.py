@@ -58,6 +58,8 @@ class PodFeed:
         self.state = FeedState.SYNCING if can_replay else FeedState.PARTIAL
         self.replay_from: int | None = 0 if can_replay else None
         """The number from which frames must be replayed, while they must be."""
+        self.epoch = 0
+        """Counts the times that the feed started over; a replay asked for in an earlier epoch is void."""
         self._can_replay = can_replay
         self._cursor: Cursor | None = None  # None: whatever comes next is taken
         self._held: deque[tuple[int, bytes]] = deque()
@@ -169,6 +171,7 @@ class PodFeed:
 
     def _start_over(self) -> None:
         """Forget everything and fetch the engine's history from its beginning, where that can be had."""
+        self.epoch += 1
         self._held.clear()
         self._held_bytes = 0
         self._lose()

@@ -1,0 +1,256 @@
+"""The decision path: a request body in, a pod out.
+
+    body ─> prompt ─> token ids ─> blocks ─> index ─> scheduler ─> Route
+
+Everything that awaits comes before the scheduler; from the candidates' snapshot to the charge for the chosen pod nothing
+does, so that the next request sees this one. Whatever is missing on the way (token ids, the index, engine metrics)
+degrades the decision and is noted in it; it never fails the request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.openai import Prompt, parse
+from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.load import Charge, LoadLedger
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Everything that had to be awaited for one request."""
+
+    prompt: Prompt
+    request: SchedulingRequest
+    pods: Sequence[Pod]
+    matches: Mapping[str, int] | None
+    """Consecutive blocks per pod; None when the index was not asked or could not say."""
+    notes: tuple[str, ...]
+    timings_ms: dict[str, float]
+
+
+class Router:
+    """Decides where requests go, and keeps account of those that are under way.
+
+    `feeds` maps pods to their KV event feeds: of a pod without one the index knows nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: PodRegistry,
+        tokenizers: TokenizerManager,
+        blocks: TokenBlockProcessor,
+        index: BlockIndex,
+        feeds: Mapping[str, PodFeed],
+        scheduler: Scheduler,
+        load: LoadLedger,
+        metrics: Metrics,
+        max_prefix_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.registry = registry
+        self._tokenizers = tokenizers
+        self._blocks = blocks
+        self._index = index
+        self._feeds = feeds
+        self._scheduler = scheduler
+        self._load = load
+        self._metrics = metrics
+        self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
+        self._clock = clock
+
+    async def route(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Route:
+        """Choose a pod and charge it. Raises `RequestError` or `RoutingError`."""
+        started = self._clock()
+        prepared = await self._prepare(path, body, request_id, session)
+        candidates = self._candidates(prepared)
+        decision = self._scheduler.schedule(prepared.request, candidates)
+        route = Route(self._load, self.registry, prepared, decision, body, self._predicted)
+        self._observe(prepared, decision, self._clock() - started)
+        return route
+
+    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+        """What `route` would decide now, as JSON-able data; changes nothing. Raises as `route` does."""
+        prepared = await self._prepare(path, body, "dry-run", None)
+        started = self._clock()
+        candidates = self._candidates(prepared)
+        decision = self._scheduler.schedule(prepared.request, candidates, dry_run=True)
+        prepared.timings_ms["schedule"] = (self._clock() - started) * 1000
+        return {
+            "model": prepared.request.model,
+            "tokens": prepared.request.prompt_tokens,
+            "blocks": len(prepared.request.chain),
+            "chosen": decision.chosen.name,
+            "ranked": [candidate.name for candidate in decision.ranked],
+            "pods": {
+                candidate.name: {
+                    "match_blocks": candidate.match_blocks,
+                    "assumed_blocks": candidate.assumed_blocks,
+                    "filtered": decision.filtered.get(candidate.name),
+                    "scores": {name: scores.get(candidate.name) for name, scores in decision.scores.items()},
+                    "total": decision.totals.get(candidate.name),
+                    "predicted_hit_tokens": self._predicted(candidate, prepared.request),
+                    "in_flight": candidate.in_flight,
+                    "waiting": candidate.waiting,
+                    "metrics_age_s": candidate.metrics_age,
+                }
+                for candidate in candidates
+            },
+            "notes": [*prepared.notes, *decision.notes],
+            "timings_ms": {**prepared.timings_ms, **decision.timings_ms},
+        }
+
+    async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:
+        timings: dict[str, float] = {}
+        notes: list[str] = []
+        began = self._clock()
+        prompt = parse(path, body)
+        model, pods = self.registry.resolve(prompt.model)
+        timings["parse"] = (self._clock() - began) * 1000
+
+        tokens: int | None = None
+        chain: Sequence[int] = ()
+        matches: Mapping[str, int] | None = None
+        try:
+            tokenized = await self._tokenizers.tokenize(prompt, model=model, urls=[pod.url for pod in pods])
+        except TokenizeError as error:
+            notes.append(f"not tokenized: {error}")
+            self._metrics.degraded("tokenize")
+        else:
+            timings.update(tokenized.timings_ms)
+            tokens = len(tokenized.ids)
+            began = self._clock()
+            chain = self._blocks.chain(tokenized.ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
+            try:
+                matches = await self._index.match(model, chain)
+            except IndexUnavailable as error:
+                notes.append(f"index unavailable: {error}")
+                self._metrics.degraded("index")
+            timings["match"] = (self._clock() - began) * 1000
+        request = SchedulingRequest(
+            id=request_id,
+            model=model,
+            prompt_tokens=tokens,
+            block_size=self._blocks.block_size,
+            chain=chain,
+            prefix=prompt.prefix,
+            session=session,
+            now=self._clock(),
+        )
+        return _Prepared(
+            prompt=prompt, request=request, pods=pods, matches=matches, notes=tuple(notes), timings_ms=timings
+        )
+
+    def _candidates(self, prepared: _Prepared) -> list[Candidate]:
+        request, matches = prepared.request, prepared.matches
+        candidates = []
+        for pod in prepared.pods:
+            metrics = self.registry.metrics_of(pod, request.now)
+            match = None if matches is None or pod.name not in self._feeds else matches.get(pod.name, 0)
+            candidates.append(
+                Candidate(
+                    name=pod.name,
+                    url=pod.url,
+                    in_flight=self._load.in_flight(pod.name),
+                    queued_tokens=self._load.queued_tokens(pod.name),
+                    running=metrics.running if metrics else None,
+                    waiting=metrics.waiting if metrics else None,
+                    cache_usage=metrics.cache_usage if metrics else None,
+                    metrics_age=request.now - metrics.read_at if metrics else None,
+                    match_blocks=match,
+                    assumed_blocks=self._load.assumed(pod.name, request.model, request.chain, match or 0),
+                )
+            )
+        return candidates
+
+    def _predicted(self, candidate: Candidate, request: SchedulingRequest) -> int:
+        """Prompt tokens that the pod will find in its cache: whole engine blocks, and never the last token."""
+        if not request.prompt_tokens:
+            return 0
+        held = ((candidate.match_blocks or 0) + candidate.assumed_blocks) * request.block_size
+        feed = self._feeds.get(candidate.name)
+        size = (feed.ledger.block_size if feed else None) or request.block_size
+        return min(held, request.prompt_tokens - 1) // size * size
+
+    def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
+        request = prepared.request
+        self._metrics.decided(decision.chosen.name, seconds, prepared.timings_ms)
+        if request.prompt_tokens is not None:
+            self._metrics.predicted(request.prompt_tokens, self._predicted(decision.chosen, request))
+
+
+class Route:
+    """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
+
+    __slots__ = ("_body", "_charge", "_load", "_predicted", "_prepared", "_registry", "decision", "prompt")
+
+    def __init__(
+        self,
+        load: LoadLedger,
+        registry: PodRegistry,
+        prepared: _Prepared,
+        decision: Decision,
+        body: bytes,
+        predicted: Callable[[Candidate, SchedulingRequest], int],
+    ) -> None:
+        self.prompt = prepared.prompt
+        self.decision = decision
+        self._load = load
+        self._registry = registry
+        self._prepared = prepared
+        self._body = body
+        self._predicted = predicted
+        self._charge: Charge = self._charge_to(decision.chosen)
+
+    def move(self, pod: Candidate) -> None:
+        """The request is tried at another pod."""
+        self._charge.release()
+        self._charge = self._charge_to(pod)
+
+    def failed(self, pod: Candidate) -> None:
+        """The pod could not be reached."""
+        self._registry.failed(pod.name)
+
+    def answered(self, pod: Candidate) -> None:
+        """The pod sent response headers."""
+        self._registry.answered(pod.name)
+
+    def first_byte(self) -> None:
+        """The prompt has been computed."""
+        self._charge.first_byte()
+
+    def finish(self) -> None:
+        """The request is over, however it ended."""
+        self._charge.release()
+
+    def body_for(self, pod: Candidate) -> bytes:
+        """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
+        name = self._registry.name_at(pod.name, self.prompt.model)
+        if name == self.prompt.model:
+            return self._body
+        fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
+        fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+        return msgspec.json.encode(fields)
+
+    def _charge_to(self, pod: Candidate) -> Charge:
+        request = self._prepared.request
+        return self._load.charge(
+            pod.name,
+            request.model,
+            hashes=request.chain,
+            start=pod.match_blocks or 0,
+            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
+        )
