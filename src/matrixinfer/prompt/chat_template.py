@@ -1,0 +1,163 @@
+"""Chat templates, rendered as Hugging Face transformers renders them.
+
+The dialect (sandbox, whitespace control, `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`, how a final
+message is continued) is that of `apply_chat_template` in transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt.content_format import walks_content
+
+CHATML = """\
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content %}
+        {%- for part in content if part.type == 'text' %}
+            {{- part.text }}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- if tools %}
+    {{- '<|im_start|>system\\nTools:\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson ~ '\\n' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ text(message.content) }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n<tool_call>\\n' ~ call.function | tojson ~ '\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""The built-in template `chatml`: `<|im_start|>{role}\\n{content}<|im_end|>\\n` per message, tools as JSON lines first."""
+
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+"""What `ChatTemplate.render` passes itself; no request variable may stand for it."""
+
+_FINAL_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """A template, compiled once. Special tokens are variables of it; one that is None is undefined.
+
+    `now` is the clock behind `strftime_now`. Raises `TokenizeError` when `source` is not a template.
+    """
+
+    def __init__(
+        self, source: str, *, now: Callable[[], datetime] = datetime.now, **special_tokens: str | None
+    ) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        try:
+            tree = environment.parse(source)
+            self.content_parts = walks_content(tree)
+            """True when the template walks a message's content as a list of parts."""
+            self._template = environment.from_string(tree)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TokenizeError(f"the chat template does not compile: {error}") from error
+        self._reads_content = "content" in source
+        self._special_tokens = {name: token for name, token in special_tokens.items() if token is not None}
+
+    def render(
+        self,
+        /,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text. `messages` are not changed; `variables` are what the request adds for the template.
+
+        Raises `TokenizeError` for whatever goes wrong. It quotes what the template says of itself, not the prompt.
+        """
+        if continue_final_message:
+            if add_generation_prompt:
+                raise TokenizeError("a final message cannot be continued and followed by a generation prompt")
+            messages, final = self._marked(messages)
+        context = {
+            **self._special_tokens,
+            **variables,
+            "messages": messages,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render(context)
+        except jinja2.TemplateError as error:
+            raise TokenizeError(f"the chat template failed: {error.message}") from error
+        except Exception as error:  # boundary: a template is a foreign program and may raise anything
+            raise TokenizeError(f"the chat template failed: {type(error).__name__}") from error
+        return _cut(text, final) if continue_final_message else text
+
+    def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+        """The messages with a mark after the text that is to be continued, and that text."""
+        *before, last = messages
+        content = last.get("content")
+        if self._reads_content and isinstance(content, str):
+            return [*before, {**last, "content": content + _FINAL_MARK}], content
+        if self._reads_content and isinstance(content, list):
+            for i in range(len(content) - 1, -1, -1):
+                if isinstance(content[i], dict) and isinstance(content[i].get("text"), str):
+                    part = {**content[i], "text": content[i]["text"] + _FINAL_MARK}
+                    return [*before, {**last, "content": [*content[:i], part, *content[i + 1 :]]}], content[i]["text"]
+        raise TokenizeError("the final message has no text to continue")
+
+
+def _cut(text: str, final: str) -> str:
+    at = text.rfind(_FINAL_MARK.rstrip())
+    if at < 0 or final.strip() not in text:
+        raise TokenizeError("the chat template drops the final message, so it cannot be continued")
+    # A template that trims the message takes the blank off the mark, and would have taken blanks before it too.
+    return text[:at] if text.startswith(_FINAL_MARK, at) else text[:at].rstrip()
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}` marks assistant text for training; here it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,135 @@
+"""Text to token ids: gigatoken where it is exact, Hugging Face `tokenizers` where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import gigatoken
+import numpy as np
+import structlog
+import tokenizers
+
+from matrixinfer.blocks import TokenIds
+
+_HARD = (
+    "",
+    " ",
+    "Hello, world!",
+    "  leading, trailing and  double  ",
+    "line\nbreaks\r\n\n\n\ttabs \t \n end",
+    "it's we'll I'VE don\u2019t",
+    "1234567890 3.14159 0x7f 1_000 \u0661\u0662\u0663",
+    "def f(x: int) -> str:\n    return f'{x!r}'\n\n\nclass A:\n\tpass",
+    '{"name": "get_weather", "arguments": {"city": "Zürich", "n": [1, -2.5e3]}}',
+    "naïve café \u0065\u0301 Ⅳ ﬁ ½ ẞ İ",
+    "今天天气怎么样？ 日本語のテキスト 한국어 ไทย हिन्दी עברית العربية",
+    "👩‍👩‍👧‍👦 🇨🇭 ☕\ufe0f 🏳️‍🌈",
+    "zero\u200bwidth \ufeffbom \u00a0nbsp \u3000wide \x00\x01\x7f control",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!????---===~~~",
+)
+"""Text on which tokenizers tend to differ: blanks, contractions, digits, scripts, joiners, control characters."""
+
+_MAX_SPECIALS = 64
+
+
+class Encoder(Protocol):
+    """One implementation of a tokenizer. Adds no special tokens of its own; finds those in the text."""
+
+    name: str
+    inline_chars: int
+    """Text up to this long is encoded in well under a millisecond."""
+
+    def encode(self, text: str) -> TokenIds:
+        """Token ids of `text`, shape (n,). May raise any `Exception`."""
+        ...
+
+    def decode(self, ids: TokenIds) -> bytes:
+        """The bytes that the ids stand for, special tokens included. May raise any `Exception`."""
+        ...
+
+
+class Gigatoken:
+    """64 KB in half a millisecond; byte-level and SentencePiece BPE only."""
+
+    name = "gigatoken"
+    inline_chars = 64 * 1024
+
+    def __init__(self, tokenizer: gigatoken.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> TokenIds:
+        """See `Encoder`."""
+        # `encode` holds the GIL for the whole text; a batch of one does not, and costs 10 µs more.
+        rows, lengths = self._tokenizer.encode_batch_padded([text], 0, parallel=False)
+        return rows[0, : int(lengths[0])]
+
+    def decode(self, ids: TokenIds) -> bytes:
+        """See `Encoder`."""
+        # gigatoken itself aborts on ids that it does not know.
+        if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
+            raise ValueError("an id is outside the vocabulary")
+        return self._tokenizer.decode(ids)
+
+
+class Reference:
+    """Hugging Face `tokenizers`: knows every model, a hundred times slower."""
+
+    name = "tokenizers"
+    inline_chars = 2 * 1024
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> TokenIds:
+        """See `Encoder`."""
+        # Unlike `encode`, the batch call releases the GIL.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32)
+
+    def decode(self, ids: TokenIds) -> bytes:
+        """See `Encoder`."""
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
+
+
+def choose(data: bytes, reference: tokenizers.Tokenizer, *, source: str) -> Encoder:
+    """The fastest encoder whose ids equal the reference's. `data` is the `tokenizer.json` that `reference` came from.
+
+    Encodes the samples, which also pays for gigatoken's slow first call. `source` names the tokenizer in logs.
+    """
+    log = structlog.get_logger(__name__).bind(tokenizer=source)
+    slow = Reference(reference)
+    try:
+        fast = Gigatoken(gigatoken.Tokenizer.from_json(data))
+    except (RuntimeError, ValueError) as error:
+        log.info("tokenizer.slow", reason=str(error).partition("\n")[0])
+        return slow
+    specials = [token.content for _, token in sorted(reference.get_added_tokens_decoder().items())][:_MAX_SPECIALS]
+    samples = (*_HARD, "a ".join(specials), " ".join(specials))
+    differing = sum(not agree(fast.encode, slow.encode, sample) for sample in samples)
+    if differing:
+        log.warning("tokenizer.mismatch", samples=len(samples), differing=differing, used=slow.name)
+        return slow
+    return fast
+
+
+def agree(one: Callable[[str], TokenIds], other: Callable[[str], TokenIds], text: str) -> bool:
+    """True when both encode `text` to the same ids. A text that one of them cannot encode is a disagreement."""
+    try:
+        return np.array_equal(one(text), other(text))
+    except Exception:  # noqa: BLE001 - boundary: both are foreign code, and `tokenizers` raises bare Exception
+        return False
+
+
+def added_around(reference: tokenizers.Tokenizer) -> tuple[TokenIds, TokenIds]:
+    """The ids that the post-processor puts before and after a text. Raises `ValueError` when it changes more."""
+    for probe in ("a", "0", " "):
+        plain = reference.encode(probe, add_special_tokens=False).ids
+        whole = reference.encode(probe).ids
+        if plain:
+            break
+    for start in range(len(whole) - len(plain) + 1):
+        stop = start + len(plain)
+        if whole[start:stop] == plain:
+            return np.array(whole[:start], dtype=np.uint32), np.array(whole[stop:], dtype=np.uint32)
+    raise ValueError("its post-processor changes more than the ends of a text")

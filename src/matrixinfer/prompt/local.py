@@ -1,0 +1,122 @@
+"""A model's tokenizer and chat template, run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.errors import ConfigError, TokenizeError
+from matrixinfer.prompt import encoders, tokenizer_files
+from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
+from matrixinfer.prompt.conversation import engine_messages, engine_tools
+from matrixinfer.prompt.openai import Chat
+
+
+class LocalTokenizer:
+    """Renders chats and encodes text exactly as the engine does. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        encoder: encoders.Encoder,
+        *,
+        before: TokenIds,
+        after: TokenIds,
+        templates: Mapping[str, ChatTemplate],
+    ) -> None:
+        self._encoder = encoder
+        self._before = before
+        self._after = after
+        self._templates = templates
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        chat_template: str | None,
+        *,
+        where: str = "$.models[]",
+        now: Callable[[], datetime] = datetime.now,
+    ) -> LocalTokenizer:
+        """Load `tokenizer.json`, given as the file or as its folder; takes seconds for large vocabularies.
+
+        `chat_template` is `chatml`, a Jinja file, or None for the tokenizer's own. Raises `ConfigError` at the key
+        `where` of the model's configuration.
+        """
+        files = tokenizer_files.read(path, where=f"{where}.tokenizer")
+        sources = files.templates
+        if chat_template is not None:
+            sources = {"default": _configured(chat_template, where=f"{where}.chatTemplate")}
+        try:
+            reference = tokenizers.Tokenizer.from_buffer(files.data)
+            # What a file says about batches of training text does not hold for prompts.
+            reference.no_padding()
+            reference.no_truncation()
+            before, after = encoders.added_around(reference)
+            encoder = encoders.choose(files.data, reference, source=str(files.path))
+        except Exception as error:  # boundary: `tokenizers` raises bare Exception
+            raise ConfigError(f"{where}.tokenizer", f"{files.path} is not a usable tokenizer: {error}") from error
+        try:
+            templates = {
+                name: ChatTemplate(source, now=now, **files.special_tokens) for name, source in sources.items()
+            }
+        except TokenizeError as error:
+            raise ConfigError(f"{where}.chatTemplate", str(error)) from error
+        return cls(encoder, before=before, after=after, templates=templates)
+
+    @property
+    def name(self) -> str:
+        """The library that encodes: `gigatoken` or `tokenizers`."""
+        return self._encoder.name
+
+    @property
+    def inline_chars(self) -> int:
+        """Prompts longer than this are better tokenized in a thread."""
+        return self._encoder.inline_chars
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
+        """Token ids of `text`, shape (n,), between those that the tokenizer adds. Raises `TokenizeError`."""
+        try:
+            ids = self._encoder.encode(text)
+        except Exception as error:  # boundary: `tokenizers` raises bare Exception
+            raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
+        if add_special_tokens and (len(self._before) or len(self._after)):
+            return np.concatenate((self._before, ids, self._after))
+        return ids
+
+    def render(self, chat: Chat) -> str:
+        """The chat as the engine's template writes it. Raises `TokenizeError`."""
+        template = self._template(chat)
+        variables = {key: value for key, value in (chat.chat_template_kwargs or {}).items() if key not in RESERVED}
+        return template.render(
+            engine_messages(chat.messages, parts=template.content_parts),
+            engine_tools(chat.tools),
+            chat.documents,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            **variables,
+        )
+
+    def decode(self, ids: TokenIds) -> bytes:
+        """The bytes behind token ids, special tokens included. Raises `TokenizeError` for unknown ids."""
+        try:
+            return self._encoder.decode(ids)
+        except Exception as error:  # boundary: `tokenizers` raises bare Exception
+            raise TokenizeError(f"{self.name} could not decode the ids: {type(error).__name__}") from error
+
+    def _template(self, chat: Chat) -> ChatTemplate:
+        if chat.own_template:
+            raise TokenizeError("the request brings its own chat template")
+        names = ("tool_use", "default") if chat.tools is not None else ("default",)
+        for name in names:
+            if name in self._templates:
+                return self._templates[name]
+        raise TokenizeError("the tokenizer has no chat template; name one as `chatTemplate` of the model")
+
+
+def _configured(chat_template: str, *, where: str) -> str:
+    return CHATML if chat_template == "chatml" else tokenizer_files.read_text(Path(chat_template), where=where)

@@ -1,0 +1,125 @@
+"""Which tokenizer serves which model, and the limits that hold for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.config import ModelConfig, TokenizationConfig
+from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt.conversation import has_media
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.openai import Prompt
+from matrixinfer.prompt.remote import RemoteTokenizer
+
+_THREADS = 2
+_ENGINES_ASKED = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenized:
+    """A prompt's token ids, shape (n,), who made them, and the milliseconds that each step took."""
+
+    ids: TokenIds
+    source: Literal["request", "local", "remote"]
+    timings_ms: Mapping[str, float]
+    """`render` (the chat template) and `tokenize`, as far as they ran here; a remote call is all `tokenize`."""
+
+
+class TokenizerManager:
+    """Tokenizes prompts: by the model's own tokenizer where one is configured, else by asking an engine.
+
+    Use as an async context manager, which loads the tokenizers and owns the threads.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ModelConfig],
+        settings: TokenizationConfig,
+        remote: RemoteTokenizer | None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._models = models
+        self._settings = settings
+        self._remote = remote
+        self._clock = clock
+        self._local: Mapping[str, LocalTokenizer] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def __aenter__(self) -> Self:
+        """Load the configured tokenizers. Raises `ConfigError` when one cannot be loaded."""
+        self._local = await asyncio.to_thread(self._load)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._threads is not None:
+            await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+            self._threads = None
+        self._local = {}
+
+    async def tokenize(self, prompt: Prompt, *, model: str, urls: Sequence[str]) -> Tokenized:
+        """Token ids of `prompt` for `model`, the index's name of it.
+
+        `urls` are base URLs of healthy pods that serve the model; at most two are asked, in order. Raises only
+        `TokenizeError`: also when the prompt is too large or the deadline passes.
+        """
+        if prompt.token_ids is not None:
+            return Tokenized(ids=prompt.token_ids, source="request", timings_ms={})
+        if len(prompt.prefix) > self._settings.max_prompt_bytes:
+            raise TokenizeError(f"the prompt is larger than {self._settings.max_prompt_bytes} bytes")
+        if prompt.chat is not None and has_media(prompt.chat.messages):
+            raise TokenizeError("the prompt carries images, audio or video")
+        try:
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                tokenizer = self._local.get(model)
+                if tokenizer is None or (prompt.chat is not None and prompt.chat.own_template):
+                    return await self._ask(prompt, model, urls)
+                if len(prompt.prefix) <= tokenizer.inline_chars:
+                    return self._run(tokenizer, prompt)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._threads, self._run, tokenizer, prompt)
+        except TimeoutError as error:
+            raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
+
+    def _load(self) -> dict[str, LocalTokenizer]:
+        return {
+            model.name: LocalTokenizer.load(Path(model.tokenizer), model.chat_template, where=f"$.models[{i}]")
+            for i, model in enumerate(self._models)
+            if model.tokenizer is not None
+        }
+
+    def _run(self, tokenizer: LocalTokenizer, prompt: Prompt) -> Tokenized:
+        timings: dict[str, float] = {}
+        text = prompt.text
+        if prompt.chat is not None:
+            start = self._clock()
+            text = tokenizer.render(prompt.chat)
+            timings["render"] = (self._clock() - start) * 1e3
+        if text is None:
+            raise TokenizeError("the prompt is neither chat, text nor token ids")
+        start = self._clock()
+        ids = tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        timings["tokenize"] = (self._clock() - start) * 1e3
+        return Tokenized(ids=ids, source="local", timings_ms=timings)
+
+    async def _ask(self, prompt: Prompt, model: str, urls: Sequence[str]) -> Tokenized:
+        if self._remote is None or not urls:
+            raise TokenizeError(f"no tokenizer is configured for {model}, and no engine can be asked")
+        start = self._clock()
+        failures: list[TokenizeError] = []
+        for url in urls[:_ENGINES_ASKED]:
+            try:
+                ids = await self._remote.tokenize(prompt, url, model)
+            except TokenizeError as error:
+                failures.append(error)
+            else:
+                return Tokenized(ids=ids, source="remote", timings_ms={"tokenize": (self._clock() - start) * 1e3})
+        raise TokenizeError("; ".join(map(str, failures)))

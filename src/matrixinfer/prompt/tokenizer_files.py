@@ -1,0 +1,102 @@
+"""What a model's folder says about its tokenizer, in Hugging Face's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from matrixinfer.errors import ConfigError
+
+MAX_FILE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFiles:
+    """The contents of `tokenizer.json` and of what lies beside it."""
+
+    path: Path
+    data: bytes
+    special_tokens: Mapping[str, str]
+    """Name to token, such as `bos_token` to `<s>`."""
+    templates: Mapping[str, str]
+    """Name to chat template; a lone template is named `default`."""
+
+
+def read(path: Path, *, where: str) -> TokenizerFiles:
+    """Read a tokenizer's folder, given as the folder or as the `tokenizer.json` in it.
+
+    Raises `ConfigError` at the key `where`.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        what = "has no tokenizer.json" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            where, f"{path} {what}; expected a folder with tokenizer.json, or that file (models are not downloaded)"
+        )
+    folder = file.parent
+    config = _json(folder / "tokenizer_config.json", where)
+    template = folder / "chat_template.jinja"
+    templates = _named_templates(config.get("chat_template"))
+    if template.is_file():
+        templates = {"default": read_text(template, where=where)}
+    return TokenizerFiles(
+        path=file,
+        data=_bytes(file, where),
+        special_tokens=_special_tokens(_json(folder / "special_tokens_map.json", where)) | _special_tokens(config),
+        templates=templates,
+    )
+
+
+def read_text(path: Path, *, where: str) -> str:
+    """A UTF-8 text file. Raises `ConfigError` at the key `where`."""
+    try:
+        return _bytes(path, where).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(where, f"{path} is not UTF-8") from error
+
+
+def _bytes(path: Path, where: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(where, f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(where, f"cannot read {path}: {error.strerror}") from error
+
+
+def _json(path: Path, where: str) -> dict[str, Any]:
+    """A file that may be absent, which is the same as empty."""
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(_bytes(path, where), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(where, f"{path} is not a JSON object: {error}") from error
+
+
+def _named_templates(value: object) -> dict[str, str]:
+    """One template, or a list of `{name, template}`."""
+    if isinstance(value, str):
+        return {"default": value}
+    named = value if isinstance(value, list) else []
+    return {
+        str(entry["name"]): str(entry["template"])
+        for entry in named
+        if isinstance(entry, dict) and "name" in entry and "template" in entry
+    }
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Entries `…_token`, each a string or an object with `content`; models name further ones under a key of its own."""
+    extra = config.get("extra_special_tokens")
+    entries = {**(extra if isinstance(extra, dict) else {}), **config}
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in entries.items()
+        if name.endswith("_token")
+    }
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}

@@ -1,0 +1,41 @@
+"""Small tokenizers, made where they are needed."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+TEXTS = tuple(pydoc_data.topics.topics.values())
+
+
+def tokenizer(*, normalizer: normalizers.Normalizer | None = None, bos: bool = False, eos: bool = False) -> Tokenizer:
+    """A byte-level BPE of 600 tokens with `<s>` 0, `</s>` 1 and the ChatML marks."""
+    made = Tokenizer(models.BPE())
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[AddedToken(each, special=True) for each in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS[:3], trainer)
+    if bos or eos:
+        made.post_processor = processors.TemplateProcessing(
+            single=("<s> " if bos else "") + "$A" + (" </s>" if eos else ""),
+            special_tokens=[("<s>", 0), ("</s>", 1)],
+        )
+    return made
+
+
+def folder(path: Path, made: Tokenizer, **config: object) -> Path:
+    """A model's folder with this tokenizer and this `tokenizer_config.json`."""
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media
+
+TEXT_PARTS = [{"type": "text", "text": "a"}, "b", {"type": "refusal", "refusal": "c"}, {"type": "text", "text": None}]
+
+
+def one(message: dict[str, Any], *, parts: bool = False) -> dict[str, Any]:
+    (shaped,) = engine_messages([message], parts=parts)
+    return shaped
+
+
+@pytest.mark.parametrize(
+    ("content", "string", "listed"),
+    [
+        (None, "", []),
+        ("x", "x", ["x"]),
+        ("", "", [""]),
+        (TEXT_PARTS, "a\nb\nc", ["a", "b", "c"]),
+        ([], "", []),
+    ],
+)
+def test_content_becomes_one_string_or_text_parts(content: Any, string: str, listed: list[str]) -> None:
+    message = {"role": "user", "content": content}
+    assert one(message) == {"role": "user", "content": string}
+    assert one(message, parts=True) == {"role": "user", "content": [{"type": "text", "text": t} for t in listed]}
+
+
+def test_the_result_of_a_tool_is_always_a_string() -> None:
+    message = {"role": "tool", "tool_call_id": "7", "content": TEXT_PARTS}
+    for parts in (False, True):
+        assert one(message, parts=parts) == {"role": "tool", "content": "a\nb\nc", "tool_call_id": "7"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"b": 1, "a": "ü"}', {"b": 1, "a": "ü"}),
+        ({"x": 1}, {"x": 1}),
+        ("", {}),
+        (None, {}),
+        ("[1]", {}),
+        ("{oops", {}),
+    ],
+)
+def test_arguments_of_a_tool_call_become_an_object(arguments: Any, expected: dict[str, Any]) -> None:
+    call = {"type": "function", "index": 0, "id": "7", "function": {"name": "f", "arguments": arguments}}
+    shaped = one({"role": "assistant", "tool_calls": [call]})["tool_calls"]
+    assert shaped == [{"id": "7", "function": {"arguments": expected, "name": "f"}, "type": "function"}]
+    assert json.dumps(shaped[0]["function"]).startswith('{"arguments": ')
+    assert call["function"] == {"name": "f", "arguments": arguments}
+
+
+def test_an_empty_list_of_tool_calls_is_dropped() -> None:
+    assert "tool_calls" not in one({"role": "assistant", "content": "x", "tool_calls": []})
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_reasoning_has_both_of_its_names(key: str) -> None:
+    shaped = one({"role": "assistant", "content": "x", key: "because"})
+    assert (shaped["reasoning"], shaped["reasoning_content"]) == ("because", "because")
+
+
+def test_fields_that_the_engine_drops_do_not_reach_the_template() -> None:
+    message: dict[str, Any] = {
+        "role": "user",
+        "content": "x",
+        "name": "n",
+        "refusal": None,
+        "annotations": [],
+        "name2": 1,
+    }
+    assert one(message) == {"role": "user", "content": "x", "name": "n"}
+
+
+def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
+    tool = {
+        "function": {"strict": True, "parameters": {"b": 1, "a": 2}, "name": "f", "x": 1},
+        "type": "function",
+        "y": 2,
+    }
+    assert json.dumps(engine_tools([tool])) == json.dumps(
+        [
+            {
+                "type": "function",
+                "function": {"name": "f", "description": None, "parameters": {"b": 1, "a": 2}, "strict": True},
+            }
+        ]
+    )
+    assert engine_tools(None) is None
+    assert engine_tools([]) == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": [{"type": ["text"], "text": "x"}]},
+        {"role": "user", "content": [3]},
+        {"role": "user", "content": 3},
+        {"role": "assistant", "tool_calls": [3]},
+        {"role": "assistant", "tool_calls": [{"function": 3}]},
+    ],
+)
+def test_what_is_not_text_is_an_error(message: dict[str, Any]) -> None:
+    with pytest.raises(TokenizeError):
+        one(message)
+
+
+def test_a_tool_without_a_function_is_an_error() -> None:
+    with pytest.raises(TokenizeError):
+        engine_tools([{"type": "custom", "custom": {}}])
+
+
+@pytest.mark.parametrize(
+    ("content", "media"),
+    [
+        ("x", False),
+        (None, False),
+        (TEXT_PARTS, False),
+        ([{"text": "x"}], False),
+        ([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}], True),
+        ([{"image_url": "x"}], True),
+    ],
+)
+def test_media_is_seen(content: Any, media: bool) -> None:
+    assert has_media([{"role": "user", "content": "x"}, {"role": "user", "content": content}]) is media

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.config import ModelConfig, TokenizationConfig
+from matrixinfer.errors import ConfigError, TokenizeError
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, Chat, Prompt, parse
+from matrixinfer.prompt.remote import RemoteTokenizer
+
+from .support import folder, tokenizer
+
+Answer = list[int] | TokenizeError | None
+
+
+class FakeRemote(RemoteTokenizer):
+    """Answers per URL; None never answers."""
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, str]] = []
+
+    async def tokenize(self, prompt: Prompt, url: str, model: str) -> TokenIds:
+        self.asked.append((url, model))
+        answer = self.answers[url]
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, TokenizeError):
+            raise answer
+        return np.array(answer, dtype=np.uint32)
+
+
+def text(value: Any, **fields: Any) -> Prompt:
+    return parse(COMPLETIONS_PATH, json.dumps({"model": "m", "prompt": value} | fields).encode())
+
+
+def chat(content: Any, **fields: Any) -> Prompt:
+    messages = [{"role": "user", "content": content}]
+    return parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages} | fields).encode())
+
+
+def manager(path: Path | None = None, remote: RemoteTokenizer | None = None, **settings: Any) -> TokenizerManager:
+    models = [ModelConfig(name="m", tokenizer=None if path is None else str(path), chat_template="chatml")]
+    return TokenizerManager(models, TokenizationConfig(**settings), remote)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return folder(tmp_path / "model", tokenizer(bos=True))
+
+
+async def test_a_configured_model_is_tokenized_here(model: Path) -> None:
+    reference = tokenizer(bos=True)
+    async with manager(model) as tokenizers:
+        plain = await tokenizers.tokenize(text("hello"), model="m", urls=[])
+        talk = await tokenizers.tokenize(chat("hello"), model="m", urls=[])
+    assert plain.ids.tolist() == reference.encode("hello").ids
+    assert (plain.source, set(plain.timings_ms)) == ("local", {"tokenize"})
+    rendered = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert talk.ids.tolist() == reference.encode(rendered, add_special_tokens=False).ids
+    assert set(talk.timings_ms) == {"render", "tokenize"}
+    assert all(each >= 0 for each in talk.timings_ms.values())
+
+
+async def test_token_ids_pass_through_without_a_tokenizer() -> None:
+    async with manager() as tokenizers:
+        result = await tokenizers.tokenize(text([5, 6]), model="unknown", urls=[])
+    assert (result.ids.tolist(), result.source) == ([5, 6], "request")
+
+
+async def test_a_model_without_a_tokenizer_asks_an_engine() -> None:
+    remote = FakeRemote({"http://a": [1, 2]})
+    async with manager(None, remote) as tokenizers:
+        result = await tokenizers.tokenize(chat("hello"), model="index-name", urls=["http://a"])
+    assert (result.ids.tolist(), result.source, set(result.timings_ms)) == ([1, 2], "remote", {"tokenize"})
+    assert remote.asked == [("http://a", "index-name")]
+
+
+async def test_a_request_with_its_own_template_asks_an_engine(model: Path) -> None:
+    remote = FakeRemote({"http://a": [1]})
+    async with manager(model, remote) as tokenizers:
+        result = await tokenizers.tokenize(chat("hello", chat_template="x"), model="m", urls=["http://a"])
+    assert result.source == "remote"
+
+
+async def test_two_engines_are_asked_at_most_and_in_order() -> None:
+    down = TokenizeError("down")
+    remote = FakeRemote({"http://a": down, "http://b": [2], "http://c": [3]})
+    async with manager(None, remote) as tokenizers:
+        result = await tokenizers.tokenize(text("x"), model="m", urls=["http://a", "http://b"])
+        assert result.ids.tolist() == [2]
+        remote.answers = dict.fromkeys(("http://a", "http://b"), down) | {"http://c": [3]}
+        with pytest.raises(TokenizeError, match="down; down"):
+            await tokenizers.tokenize(text("x"), model="m", urls=["http://a", "http://b", "http://c"])
+
+
+async def test_one_deadline_covers_all_engines() -> None:
+    async with manager(None, FakeRemote({"http://a": None}), timeout_seconds=0.02) as tokenizers:
+        with pytest.raises(TokenizeError, match=r"within 0\.02 s"):
+            await tokenizers.tokenize(text("x"), model="m", urls=["http://a"])
+
+
+async def test_nobody_to_ask_is_an_error() -> None:
+    for remote in (None, FakeRemote({})):
+        async with manager(None, remote) as tokenizers:
+            with pytest.raises(TokenizeError, match="no engine"):
+                await tokenizers.tokenize(text("x"), model="m", urls=[])
+
+
+async def test_a_prompt_above_the_limit_is_not_tokenized(model: Path) -> None:
+    async with manager(model, max_prompt_bytes=100) as tokenizers:
+        await tokenizers.tokenize(text("x" * 100), model="m", urls=[])
+        await tokenizers.tokenize(text([1] * 200), model="m", urls=[])
+        with pytest.raises(TokenizeError, match="larger than 100 bytes"):
+            await tokenizers.tokenize(text("x" * 101), model="m", urls=[])
+
+
+async def test_images_are_not_tokenized_anywhere(model: Path) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    for path in (model, None):
+        async with manager(path, FakeRemote({"http://a": [1]})) as tokenizers:
+            with pytest.raises(TokenizeError, match="images"):
+                await tokenizers.tokenize(chat(image), model="m", urls=["http://a"])
+
+
+async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+    honest = LocalTokenizer.render
+
+    def render(self: LocalTokenizer, chat: Chat) -> str:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return honest(self, chat)
+
+    monkeypatch.setattr(LocalTokenizer, "render", render)
+    async with manager(model) as tokenizers:
+        for size in (10, 100_000):
+            result = await tokenizers.tokenize(chat("word " * (size // 5)), model="m", urls=[])
+            assert len(result.ids) > size // 10
+    assert threads == [True, False]
+
+
+async def test_a_slow_tokenizer_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def render(self: LocalTokenizer, chat: Chat) -> str:
+        release.wait(5)
+        return ""
+
+    monkeypatch.setattr(LocalTokenizer, "render", render)
+    async with manager(model, timeout_seconds=0.02) as tokenizers:
+        with pytest.raises(TokenizeError, match="within"):
+            await tokenizers.tokenize(chat("x" * 100_000), model="m", urls=[])
+        release.set()
+
+
+async def test_a_template_that_fails_is_a_tokenize_error(tmp_path: Path) -> None:
+    template = tmp_path / "bad.jinja"
+    template.write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    models = [ModelConfig(name="m", tokenizer=str(folder(tmp_path / "t", tokenizer())), chat_template=str(template))]
+    async with TokenizerManager(models, TokenizationConfig(), None) as tokenizers:
+        with pytest.raises(TokenizeError, match="no"):
+            await tokenizers.tokenize(chat("x"), model="m", urls=[])
+
+
+async def test_a_bad_path_fails_the_start_and_names_the_key(tmp_path: Path) -> None:
+    models = [ModelConfig(name="a"), ModelConfig(name="b", tokenizer=str(tmp_path / "nowhere"))]
+    tokenizers = TokenizerManager(models, TokenizationConfig(), None)
+    with pytest.raises(ConfigError) as caught:
+        await tokenizers.__aenter__()
+    assert caught.value.path == "$.models[1].tokenizer"
+
+
+async def test_threads_end_with_the_manager(model: Path) -> None:
+    async with manager(model) as tokenizers:
+        await tokenizers.tokenize(text("x" * 100_000), model="m", urls=[])
+        assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())
