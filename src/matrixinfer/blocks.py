@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +114,13 @@ class BlockChain(Sequence[int]):
         """How many blocks have been hashed so far."""
         return len(self._hashes)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # one body for both overloads of Sequence
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
             start, stop, step = index.indices(self._size)
             self._extend(max(start, stop + 1 if step < 0 else stop))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -125,7 +125,10 @@ class PluginArgs(Section, frozen=True):
 class SchedulerConfig(Section, frozen=True):
     """How a pod is chosen."""
 
-    plugin_config: Annotated[tuple[PluginArgs, ...], described("Arguments of plugins, by name.")] = ()
+    plugin_config: Annotated[
+        tuple[PluginArgs, ...],
+        described("Arguments of plugins, by name. The default makes `kvcache-aware` match the whole prompt."),
+    ] = (PluginArgs(name="kvcache-aware", args={"maxBlocksToMatch": 0}),)
     plugins: Annotated[PluginsConfig, described("The profile: which plugins run, and their weights.")] = PluginsConfig()
     max_prefix_tokens: Annotated[Count, described("Tokens of a prompt that are hashed and looked up at most.")] = (
         1_000_000
@@ -216,12 +219,11 @@ def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError("$", f"not valid YAML: {error}") from error
     config = convert(data if data is not None else {}, Config, path="$")
-    _check(config)
     models = tuple(_absolute(model, base) for model in config.models)
-    return msgspec.structs.replace(config, models=models)
+    return checked(msgspec.structs.replace(config, models=models))
 
 
 def convert(data: object, kind: type[T], *, path: str) -> T:
@@ -229,27 +231,20 @@ def convert(data: object, kind: type[T], *, path: str) -> T:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
-        where = where.removesuffix("`")
-        unknown = re.search(r"unknown field `([^`]*)`", message)
-        if unknown:
-            key = unknown.group(1)
-            valid = _keys_at(kind, where)
-            near = difflib.get_close_matches(key, valid, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(valid)}"
-            raise ConfigError(f"{path}{where}.{key}", f"unknown key; {hint}") from error
-        raise ConfigError(path + where, message[:1].lower() + message[1:]) from error
+        where, message = _explain(str(error), kind)
+        raise ConfigError(path + where, message) from error
 
 
 def split_address(address: str, *, path: str) -> tuple[str, int]:
     """`host:port` (or `[v6]:port`) as a pair. Raises `ConfigError` at `path`."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(path, f"expected `host:port`, got `{address}`")
     return host.strip("[]"), int(port)
 
 
-def _check(config: Config) -> None:
+def checked(config: Config) -> Config:
+    """The configuration itself, once what types cannot say holds too. Raises `ConfigError`."""
     split_address(config.listen, path="$.listen")
     if config.admin is not None:
         split_address(config.admin, path="$.admin")
@@ -270,6 +265,7 @@ def _check(config: Config) -> None:
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://.+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
+    return config
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
@@ -284,21 +280,49 @@ def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
     )
 
 
-def _keys_at(kind: Any, where: str) -> list[str]:
-    """The keys that a section accepts; `where` is the path below `kind` as msgspec prints it, `.pods[...].url`."""
-    for step in re.findall(r"\.([A-Za-z0-9_]+)|(\[[^\]]*\])", where):
-        if step[0]:
+def _explain(error: str, kind: Any) -> tuple[str, str]:
+    """Where below `kind` msgspec found an error, and what was expected there."""
+    parts = re.fullmatch(r"(.*?)(?: - at (`key` in )?`\$(.*)`)?", error, re.DOTALL)
+    message, is_key, where = parts.groups() if parts else (error, None, None)
+    where = where or ""
+    unknown = re.search(r"unknown field `([^`]*)`", message)
+    if unknown:
+        key = unknown.group(1)
+        return f"{where}.{key}", f"unknown key; {_hint(key, _keys_of(_kind_at(kind, where)))}"
+    if message.startswith("Invalid enum value"):
+        value = message.partition("'")[2].removesuffix("'")
+        return where, f"unknown value `{value}`; {_hint(value, _literals_of(_kind_at(kind, where)))}"
+    message = message[:1].lower() + message[1:]
+    return where, f"{message} as a key" if is_key else message
+
+
+def _hint(name: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(valid)}"
+
+
+def _kind_at(kind: Any, where: str) -> Any:
+    """The type that belongs at `where`, the path below `kind` as msgspec prints it: `.pods[0].url`."""
+    for key in re.findall(r"\.([A-Za-z0-9_]+)|\[[^\]]*\]", where):
+        if key:
             struct = _struct_in(kind)
             if struct is None:
-                return []
-            hints = get_type_hints(struct, include_extras=False)
+                return object
             names = {field.encode_name: field.name for field in msgspec.structs.fields(struct)}
-            kind = hints.get(names.get(step[0], ""), object)
+            kind = get_type_hints(struct).get(names.get(key, ""), object)
         else:
             arguments = [a for a in get_args(_container_in(kind)) if a is not Ellipsis]
             kind = arguments[-1] if arguments else object
+    return kind
+
+
+def _keys_of(kind: Any) -> list[str]:
     struct = _struct_in(kind)
     return [field.encode_name for field in msgspec.structs.fields(struct)] if struct else []
+
+
+def _literals_of(kind: Any) -> list[str]:
+    return [value for option in _options(kind) if get_origin(option) is Literal for value in get_args(option)]
 
 
 def _options(kind: Any) -> list[Any]:

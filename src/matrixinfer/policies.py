@@ -1,0 +1,31 @@
+"""Ready-made scheduler profiles under the names that the field uses for routing policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import msgspec
+
+from matrixinfer.config import PluginRef, PluginsConfig, PluginStage, SchedulerConfig
+
+
+def _profile(*scorers: PluginRef) -> PluginsConfig:
+    return PluginsConfig(score=PluginStage(enabled=scorers))
+
+
+POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
+    {
+        "kv_aware": PluginsConfig(),
+        "cache_aware": _profile(PluginRef(name="prefix-cache", weight=2.0), PluginRef(name="least-request")),
+        "least_load": _profile(PluginRef(name="least-request")),
+        "round_robin": _profile(PluginRef(name="round-robin")),
+        "random": _profile(PluginRef(name="random")),
+    }
+)
+"""`kv_aware` is the default; `cache_aware` routes by the gateway's own history, without events or tokens."""
+
+
+def with_policy(scheduler: SchedulerConfig, policy: str) -> SchedulerConfig:
+    """The configuration with the profile of `policy`; plugin arguments stay. Raises `KeyError`."""
+    return msgspec.structs.replace(scheduler, plugins=POLICIES[policy])

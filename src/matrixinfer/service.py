@@ -1,0 +1,113 @@
+"""Puts the gateway together: the only place that knows every part."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self, cast
+
+import structlog
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.session import client_session
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.plugin_loader import discover
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.router import Router
+from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+from matrixinfer.scheduler.profile import arguments_of
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.collectors import FeedCollector, IndexCollector
+from matrixinfer.telemetry.metrics import Metrics
+
+FIRST_LOOK_SECONDS = 5.0
+"""How long the start waits for every pod's first answer."""
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """A running gateway, from its configuration. Use as an async context manager; leaving it drains."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Start every part. Raises `ConfigError`, and `OSError` when an address is taken."""
+        config, clock = self.config, time.monotonic
+        scheduler = build_scheduler(config.scheduler)
+        hashing = cast("KvCacheAware.Args", arguments_of(config.scheduler, KvCacheAware))
+        blocks = TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
+        index = MemoryIndex(max_blocks=config.index.max_blocks, prefix_closed=blocks.scheme == "prefix")
+        registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
+        metrics = Metrics()
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(client_session(config.limits))
+            tokenizers = TokenizerManager(config.models, config.tokenization, RemoteTokenizer(session))
+            await stack.enter_async_context(tokenizers)
+            subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks))
+            self.router = Router(
+                registry=registry,
+                tokenizers=tokenizers,
+                blocks=blocks,
+                index=index,
+                feeds=subscriber.feeds,
+                scheduler=scheduler,
+                load=LoadLedger(clock, config.scheduler.assumed_seconds),
+                metrics=metrics,
+                max_prefix_tokens=config.scheduler.max_prefix_tokens,
+                clock=clock,
+            )
+            metrics.register(IndexCollector(index))
+            metrics.register(FeedCollector(subscriber.feeds))
+
+            def follow(pod: Pod) -> None:
+                source = _feed_source(pod)
+                if source is not None and pod.name not in subscriber.feeds:
+                    subscriber.follow(source)
+
+            watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)
+            await stack.enter_async_context(watcher)
+            await watcher.first_round(FIRST_LOOK_SECONDS)
+            self.gateway = await stack.enter_async_context(Gateway(config, self.router, metrics, session))
+            self._stack = stack.pop_all()
+        log.info("serving", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+
+def build_scheduler(config: SchedulerConfig) -> Scheduler:
+    """The scheduler with built-in and installed plugins. Raises `ConfigError` or `PluginError`."""
+    generator = random.Random(config.seed)  # noqa: S311 - breaks ties, protects nothing
+    return Scheduler(config, Services(clock=time.perf_counter, rng=generator), discover())
+
+
+def _feed_source(pod: Pod) -> FeedSource | None:
+    """Where a discovered pod publishes its KV events; None when nowhere or not known."""
+    if not pod.kv_sources or pod.served is None:
+        return None
+    if len(pod.kv_sources) > 1:
+        log.warning("kv_events_ranks_ignored", pod=pod.name, ranks=len(pod.kv_sources))
+    source = pod.kv_sources[0]
+    return FeedSource(
+        pod=pod.name,
+        model=pod.served.base_model,
+        endpoint=source.endpoint,
+        replay_endpoint=source.replay_endpoint,
+        topic=source.topic,
+    )

@@ -1,0 +1,151 @@
+"""vLLM's JSON: requests as far as the engine reads them, and every answer it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+
+from matrixinfer.errors import InvalidRequest, RequestError, UnknownModel
+from matrixinfer.prompt.openai import Chat
+from matrixinfer.sim.reply import Reply
+
+Json: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`stream_options`."""
+
+    include_usage: bool = False
+
+
+class GenerateOptions(msgspec.Struct, frozen=True):
+    """What decides the reply. The prompt and its kin are parsed by `prompt.openai`; the rest is ignored."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True):
+    """`/tokenize`: a text or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Json] | None = None
+    tools: list[Json] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: Json | None = None
+
+    @property
+    def chat(self) -> Chat | None:
+        """The chat, if it is one."""
+        if self.messages is None:
+            return None
+        return Chat(
+            messages=self.messages,
+            tools=self.tools,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One generation request and its reply, as answers show them."""
+
+    chat: bool
+    request_id: str
+    created: int
+    model: str
+    prompt_tokens: int
+    reply: Reply
+    finish_reason: str
+    include_usage: bool
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        return {"x-request-id": self.request_id}
+
+    def answer(self, cached_tokens: int) -> Json:
+        """Give the whole reply at once."""
+        text = self.reply.text
+        content: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason, "stop_reason": None}
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._envelope(kind, [choice]) | {"usage": self._usage(cached_tokens)}
+
+    def chunks(self, start: int, end: int, cached_tokens: int) -> bytes:
+        """Server-sent events of the tokens from `start` to `end`, with what opens and closes the stream."""
+        last = len(self.reply.ids) - 1
+        parts = []
+        if start == 0 and self.chat:
+            parts.append(self._chunk({"delta": {"role": "assistant", "content": ""}}, None))
+        for position in range(start, end):
+            piece = self.reply.pieces[position]
+            content = {"delta": {"content": piece}} if self.chat else {"text": piece}
+            parts.append(self._chunk(content, self.finish_reason if position == last else None))
+        if end > last:
+            if self.include_usage:
+                parts.append(_event(self._envelope(self._chunk_kind, []) | {"usage": self._usage(cached_tokens)}))
+            parts.append(b"data: [DONE]\n\n")
+        return b"".join(parts)
+
+    def _chunk(self, content: Json, finish_reason: str | None) -> bytes:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return _event(self._envelope(self._chunk_kind, [choice]))
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        name = f"chatcmpl-{self.request_id}" if self.chat else f"cmpl-{self.request_id}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _usage(self, cached_tokens: int) -> Json:
+        generated = len(self.reply.ids)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + generated,
+            "completion_tokens": generated,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+
+def models(names: tuple[str, ...], root: str, max_model_len: int, created: int) -> Json:
+    """List the served names: `/v1/models`."""
+    shared = {"object": "model", "created": created, "owned_by": "matrixinfer", "root": root, "parent": None}
+    return {"object": "list", "data": [{"id": name, **shared, "max_model_len": max_model_len} for name in names]}
+
+
+def error(failure: RequestError) -> tuple[int, Json]:
+    """Give the status and body of a refusal."""
+    status, kind = (404, "NotFoundError") if isinstance(failure, UnknownModel) else (400, "BadRequestError")
+    return status, {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": status}}
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Read a request body. Raises `InvalidRequest`."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise InvalidRequest(str(failure)) from failure
+
+
+def _event(data: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

@@ -1,0 +1,180 @@
+"""A paged prefix cache that behaves as vLLM's (block pool and KV cache manager of 0.32, one full-attention group).
+
+What is copied is behaviour, down to the order of evictions: a block is named by a hash of all tokens up to its end; a
+request takes the cached blocks of its prefix and fresh ones for the rest; full blocks become reusable when they are
+scheduled, prompt and reply alike; a block that two requests compute at once is kept twice under one hash; blocks
+nobody uses wait in a queue from whose head they are reused, last use first, a request's tail before its head.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as Items
+from hashlib import sha256
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+
+
+class Sequence:
+    """One request's tokens, the hashes of its full blocks, and the blocks that it holds."""
+
+    __slots__ = ("_block_bytes", "block_size", "blocks", "hashes", "salt", "stored", "tokens")
+
+    def __init__(self, tokens: TokenIds, block_size: int, salt: str | None = None) -> None:
+        self.tokens = array("I", tokens.astype("u4", copy=False).tobytes())
+        self.block_size = block_size
+        self.salt = salt
+        self.hashes: list[int] = []
+        self.blocks: list[int] = []
+        """Ids of the blocks held, in the order of the tokens."""
+        self.stored = 0
+        """How many of them, from the start, are reusable by others."""
+        self._hash_full_blocks()
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        self.tokens.append(token)
+        if len(self.tokens) % self.block_size == 0:
+            self._hash_full_blocks()
+
+    def _hash_full_blocks(self) -> None:
+        size, first = self.block_size, len(self.hashes)
+        data = memoryview(self.tokens[first * size :].tobytes())
+        parent = self.hashes[-1].to_bytes(8, "little") if first else (self.salt or "").encode()
+        for start in range(0, len(data) - size * 4 + 1, size * 4):
+            state = sha256(parent)
+            state.update(data[start : start + size * 4])
+            parent = state.digest()[:8]
+            self.hashes.append(int.from_bytes(parent, "little"))
+
+
+class PagedPrefixCache:
+    """`num_blocks` blocks of `block_size` tokens, of which block 0 is never handed out (vLLM's null block)."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 2 or block_size < 1:
+            raise ValueError(f"need at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._users = [0] * num_blocks
+        self._hashes: list[int | None] = [None] * num_blocks
+        self._copies: dict[int, list[int]] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._events: list[Event] = []
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit at once."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks in use by requests, 0 to 1. Blocks that are only cached do not count."""
+        return 1 - len(self._free) / (self.num_blocks - 1)
+
+    def lookup(self, sequence: Sequence) -> list[int]:
+        """Find the cached blocks that hold the longest prefix of `sequence`.
+
+        At most `(n - 1) // block_size` for n tokens: the last token is always computed.
+        """
+        found: list[int] = []
+        for block_hash in sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size]:
+            copies = self._copies.get(block_hash)
+            if copies is None:
+                break
+            found.append(copies[0])
+        return found
+
+    def fits(self, sequence: Sequence, hit: Items[int]) -> bool:
+        """Whether all of `sequence` can get slots now, given the blocks `hit` of a look-up."""
+        return self._lacking(sequence, len(sequence.tokens), hit) <= len(self._free)
+
+    def allocate(self, sequence: Sequence, computed: int, hit: Items[int] = ()) -> bool:
+        """Give `sequence` slots for its first `computed` tokens and make the blocks that they fill reusable.
+
+        `hit` is what `lookup` gave, for a sequence that holds no blocks yet. Returns False, with nothing changed, when
+        there are too few free blocks.
+        """
+        lacking = self._lacking(sequence, computed, hit)
+        if lacking > len(self._free):
+            return False
+        if hit:
+            self._share(hit)
+            sequence.blocks.extend(hit)
+            sequence.stored = len(hit)
+        for _ in range(-(-computed // self.block_size) - len(sequence.blocks)):
+            sequence.blocks.append(self._take())
+        full = computed // self.block_size
+        if full > sequence.stored:
+            self._store(sequence, full)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Give up the sequence's blocks. Cached ones stay until they are reused, tail first."""
+        for block in reversed(sequence.blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+        # A block without a hash can serve nobody: reuse it before any that is cached.
+        for block in sequence.blocks[sequence.stored :]:
+            self._free.move_to_end(block, last=False)
+        sequence.blocks = []
+        sequence.stored = 0
+
+    def reset(self) -> bool:
+        """Forget everything cached. Returns False, with nothing changed, while any block is in use."""
+        if len(self._free) < self.num_blocks - 1:
+            return False
+        self._copies.clear()
+        self._hashes = [None] * self.num_blocks
+        self._events.append(AllBlocksCleared())
+        return True
+
+    def take_events(self) -> list[Event]:
+        """Hand over what changed since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def _lacking(self, sequence: Sequence, tokens: int, hit: Items[int]) -> int:
+        idle = sum(not self._users[block] for block in hit)
+        return -(-tokens // self.block_size) - len(sequence.blocks) - len(hit) + idle
+
+    def _share(self, blocks: Items[int]) -> None:
+        for block in blocks:
+            if not self._users[block]:
+                del self._free[block]
+            self._users[block] += 1
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._users[block] = 1
+        block_hash = self._hashes[block]
+        if block_hash is not None:
+            self._hashes[block] = None
+            copies = self._copies[block_hash]
+            copies.remove(block)
+            if not copies:
+                del self._copies[block_hash]
+            self._events.append(BlockRemoved(block_hashes=[block_hash]))
+        return block
+
+    def _store(self, sequence: Sequence, full: int) -> None:
+        first, size = sequence.stored, self.block_size
+        hashes = sequence.hashes[first:full]
+        for block, block_hash in zip(sequence.blocks[first:full], hashes, strict=True):
+            self._hashes[block] = block_hash
+            self._copies.setdefault(block_hash, []).append(block)
+        extra_keys: list[tuple[str, ...] | None] = [None] * len(hashes)
+        if sequence.salt is not None and not first:
+            extra_keys[0] = (sequence.salt,)
+        event = BlockStored(
+            block_hashes=hashes,
+            parent_block_hash=sequence.hashes[first - 1] if first else None,
+            token_ids=sequence.tokens[first * size : full * size].tolist(),
+            block_size=size,
+            extra_keys=extra_keys,
+        )
+        self._events.append(event)
+        sequence.stored = full

@@ -1,0 +1,57 @@
+"""Settings of one simulated engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from matrixinfer.sim.model import Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimEngineConfig:
+    """One replica. Raises `ValueError` for sizes below 1, or a `max_model_len` that the cache could never hold."""
+
+    model: str = "sim"
+    """The model's path or name: the `root` in `/v1/models`."""
+    served_model_names: tuple[str, ...] = ()
+    """Names that requests may use, the first being the engine's own. Empty: the model's."""
+    block_size: int = 16
+    num_blocks: int = 8192
+    max_model_len: int | None = None
+    """Tokens of prompt and reply together. None: as many as the cache holds."""
+    max_batched_tokens: int = 2048
+    max_sequences: int = 256
+    default_max_tokens: int = 64
+    """Length of a reply to a request that does not bound it."""
+    timing: Timing = field(default_factory=Timing)
+    host: str = "127.0.0.1"
+    port: int = 0
+    kv_port: int = 0
+    replay_port: int = 0
+    """Ports; 0 takes a free one."""
+    topic: str = ""
+    """Topic of the KV events."""
+    seed: int = 0
+    """Of the replies. Replicas with the same seed give the same reply to the same prompt."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.block_size, self.max_batched_tokens, self.max_sequences, self.default_max_tokens)
+        if min(sizes) < 1 or self.cache_tokens < 2:
+            raise ValueError("blocks, steps and replies need room for a token, the cache for two")
+        if self.context_length > self.cache_tokens:
+            raise ValueError(f"max_model_len {self.max_model_len} exceeds the cache of {self.cache_tokens} tokens")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that requests may use."""
+        return self.served_model_names or (self.model,)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and reply together."""
+        return self.cache_tokens if self.max_model_len is None else self.max_model_len

@@ -1,0 +1,54 @@
+"""KV cache events as vLLM 0.32 puts them on the wire: maps tagged `type`, in a batch that is an array.
+
+Field names and their order are the engine's own. `encode` gives the payload of one ZMQ message.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+
+class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockStored"):
+    """Consecutive blocks of one chain became reusable. `token_ids` holds the tokens of all of them."""
+
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str = "GPU"
+    lora_name: str | None = None
+    extra_keys: list[tuple[str, ...] | None]
+    """One entry per block: what its hash covers besides tokens. A cache salt marks the first block only."""
+    group_idx: int = 0
+    kv_cache_spec_kind: Literal["full_attention"] = "full_attention"
+
+
+class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
+    """One copy of each of these blocks was evicted. Other copies may still serve hits."""
+
+    block_hashes: list[int]
+    medium: str = "GPU"
+    group_idx: int = 0
+
+
+class AllBlocksCleared(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="AllBlocksCleared"):
+    """Nothing is cached any more."""
+
+
+Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class EventBatch(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step changed, in order. `ts` is unix time in seconds."""
+
+    ts: float
+    events: list[Event]
+    data_parallel_rank: int = 0
+
+
+def encode(batch: EventBatch) -> bytes:
+    """Write the batch as msgpack."""
+    return msgspec.msgpack.encode(batch)

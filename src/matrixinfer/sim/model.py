@@ -1,0 +1,253 @@
+"""One engine as a pure model: continuous batching over a paged prefix cache.
+
+No clock, no I/O, no randomness. The caller submits requests, runs a step, lets the step's duration pass (really or in
+virtual time), and then hands out the step's outputs and events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import msgspec
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.events import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long a step takes, all in seconds: a sum of terms, each linear in what the step computes."""
+
+    step: float = 0.004
+    """Every step."""
+    prefill_token: float = 0.0001
+    """Each prompt token computed (cached ones cost nothing)."""
+    decode_sequence: float = 0.0002
+    """Each sequence that gets one more token."""
+    attention_pair: float = 0.0
+    """Each pair of a computed token and a token before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """A prompt and the reply that the engine gives to it."""
+
+    id: int
+    prompt: TokenIds
+    reply: Items[int]
+    """Token ids, at least one."""
+    salt: str | None = None
+    """Only requests of the same salt share blocks."""
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A request has one more token."""
+
+    request_id: int
+    generated: int
+    """Tokens of the reply so far."""
+    cached_tokens: int
+    """Prompt tokens that the cache held when the request was first scheduled."""
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step does. Outputs and events are due when its duration (seconds) is over."""
+
+    duration: float
+    outputs: list[Output]
+    events: list[Event]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges and totals, named as vLLM's metrics."""
+
+    running: int
+    waiting: int
+    cache_usage: float
+    """Share of blocks that requests hold, 0 to 1; 0 when idle."""
+    prefix_queries: int
+    prefix_hits: int
+    """Prompt tokens looked up and found, over all requests."""
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+class _Run:
+    """A request's progress."""
+
+    __slots__ = ("cached", "computed", "generated", "request", "sequence")
+
+    def __init__(self, request: EngineRequest, block_size: int) -> None:
+        self.request = request
+        self.sequence = Sequence(request.prompt, block_size, request.salt)
+        self.computed = 0
+        self.generated = 0
+        self.cached: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.generated == len(self.request.reply)
+
+
+class EngineModel:
+    """First come, first served, at most `max_tokens` computed per step (long prompts in chunks), as vLLM schedules.
+
+    Running requests go first. One that finds no free block pushes out the latest arrival, which later starts again
+    from what the cache still holds.
+    """
+
+    def __init__(
+        self, cache: PagedPrefixCache, timing: Timing, *, max_tokens: int = 2048, max_sequences: int = 256
+    ) -> None:
+        self._cache = cache
+        self._timing = timing
+        self._max_tokens = max_tokens
+        self._max_sequences = max_sequences
+        self._running: list[_Run] = []
+        self._waiting: deque[_Run] = deque()
+        self._full = False
+        self._prefix_queries = self._prefix_hits = 0
+        self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to step for."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Current gauges and totals."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cache_usage=self._cache.usage,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._preemptions,
+        )
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `ValueError` when it is empty or can never fit in the cache."""
+        total = len(request.prompt) + len(request.reply)
+        if not len(request.prompt) or not len(request.reply):
+            raise ValueError("a request needs at least one prompt token and one reply token")
+        if total > self._cache.capacity:
+            raise ValueError(f"{total} tokens never fit in a cache of {self._cache.capacity}")
+        self._waiting.append(_Run(request, self._cache.block_size))
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request, if it is still there. The blocks that it filled stay cached."""
+        for run in self._running:
+            if run.request.id == request_id:
+                self._running.remove(run)
+                self._release(run)
+                return
+        for run in self._waiting:
+            if run.request.id == request_id:
+                self._waiting.remove(run)
+                return
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False while any is in use. The event comes with the next step, as vLLM's does."""
+        return self._cache.reset()
+
+    def step(self) -> StepResult:
+        """Compute one batch."""
+        batch: list[tuple[_Run, int]] = []
+        budget = self._schedule_running(batch)
+        self._schedule_waiting(batch, budget)
+        duration = self._duration(batch)
+        outputs = [output for run, count in batch if (output := self._advance(run, count)) is not None]
+        if any(output.finished for output in outputs):
+            self._running = [run for run in self._running if not run.finished]
+        return StepResult(duration=duration, outputs=outputs, events=self._cache.take_events())
+
+    def _schedule_running(self, batch: list[tuple[_Run, int]]) -> int:
+        """Return the tokens left of the step's budget; none when a request had to be preempted."""
+        budget = self._max_tokens
+        preempted = False
+        position = 0
+        while position < len(self._running) and budget:
+            run = self._running[position]
+            count = min(len(run.sequence.tokens) - run.computed, budget)
+            if self._cache.allocate(run.sequence, run.computed + count):
+                batch.append((run, count))
+                budget -= count
+                position += 1
+            else:
+                self._preempt(self._running.pop())
+                preempted = True
+        return 0 if preempted else budget
+
+    def _schedule_waiting(self, batch: list[tuple[_Run, int]], budget: int) -> None:
+        while budget and self._waiting and not self._full and len(self._running) < self._max_sequences:
+            run = self._waiting[0]
+            hit = self._cache.lookup(run.sequence)
+            if not self._cache.fits(run.sequence, hit):
+                # Only a release frees blocks: until one does, looking again is work for nothing.
+                self._full = True
+                return
+            run.computed = len(hit) * self._cache.block_size
+            count = min(len(run.sequence.tokens) - run.computed, budget)
+            self._cache.allocate(run.sequence, run.computed + count, hit)
+            if run.cached is None:
+                run.cached = run.computed
+                self._prefix_queries += len(run.sequence.tokens)
+                self._prefix_hits += run.computed
+            self._running.append(self._waiting.popleft())
+            batch.append((run, count))
+            budget -= count
+
+    def _advance(self, run: _Run, count: int) -> Output | None:
+        run.computed += count
+        if run.computed < len(run.sequence.tokens):
+            return None
+        if not run.generated:
+            self._prompt_tokens += len(run.request.prompt)
+        run.sequence.append(run.request.reply[run.generated])
+        run.generated += 1
+        self._generated_tokens += 1
+        if run.finished:
+            self._release(run)
+        return Output(
+            request_id=run.request.id,
+            generated=run.generated,
+            cached_tokens=run.cached or 0,
+            finished=run.finished,
+        )
+
+    def _preempt(self, run: _Run) -> None:
+        self._release(run)
+        run.computed = 0
+        self._preemptions += 1
+        self._waiting.appendleft(run)
+
+    def _release(self, run: _Run) -> None:
+        self._cache.release(run.sequence)
+        self._full = False
+
+    def _duration(self, batch: list[tuple[_Run, int]]) -> float:
+        prefill = decode = 0
+        pairs = 0.0
+        for run, count in batch:
+            if run.generated and count == 1:
+                decode += 1
+            else:
+                prefill += count
+            pairs += count * (run.computed + count / 2)
+        timing = self._timing
+        return (
+            timing.step
+            + prefill * timing.prefill_token
+            + decode * timing.decode_sequence
+            + pairs * timing.attention_pair
+        )

@@ -1,0 +1,86 @@
+"""KV events over ZMQ as vLLM publishes them: PUB for what happens, ROUTER for what happened.
+
+PUB frames are `[topic, seq, payload]`, with `seq` as 8 bytes big endian, 0 for the first batch after a start. A DEALER
+that sends `["", seq]` to the ROUTER gets `["", topic, seq, payload]` for every batch still buffered from `seq` on, then
+the end marker `["", "", ff×8, ""]`. A request of any other form gets no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import zmq
+import zmq.asyncio
+
+BUFFER_BATCHES = 10_000
+HIGH_WATER_MARK = 100_000
+_END = b"\xff" * 8
+
+
+class EventPublisher:
+    """Publishes batches while its context is open. `serve` answers replays until it is cancelled.
+
+    The ROUTER keeps ZMQ's default high-water mark, so a slow reader loses frames of a long replay, as with vLLM.
+    """
+
+    def __init__(self, host: str, *, port: int = 0, replay_port: int = 0, topic: str = "") -> None:
+        self._host = host
+        self._ports = (port, replay_port)
+        self._topic = topic.encode()
+        self._next = 0
+        self._buffer: deque[tuple[int, bytes]] = deque(maxlen=BUFFER_BATCHES)
+        self._stack = ExitStack()
+
+    async def __aenter__(self) -> Self:
+        with ExitStack() as stack:
+            context = zmq.Context()
+            stack.callback(context.term)
+            self._pub = context.socket(zmq.PUB)
+            stack.callback(self._pub.close, linger=0)
+            self._pub.set_hwm(HIGH_WATER_MARK)
+            self._pub.bind(f"tcp://{self._host}:{self._ports[0]}")
+            self._router = zmq.asyncio.Context(context).socket(zmq.ROUTER)
+            stack.callback(self._router.close, linger=0)
+            self._router.bind(f"tcp://{self._host}:{self._ports[1]}")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Where to subscribe."""
+        return self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def replay_endpoint(self) -> str:
+        """Where to ask for past batches."""
+        return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def publish(self, payload: bytes) -> None:
+        """Send one batch. Never waits: a subscriber that is too slow loses messages."""
+        self._pub.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload], zmq.NOBLOCK)
+        self._buffer.append((self._next, payload))
+        self._next += 1
+
+    async def serve(self) -> None:
+        """Answer replay requests, one after the other."""
+        while True:
+            match await self._router.recv_multipart():
+                case [peer, b"", start] if len(start) == 8:
+                    await self._replay(peer, int.from_bytes(start, "big"))
+
+    async def _replay(self, peer: bytes, start: int) -> None:
+        for sequence, payload in list(self._buffer):
+            if sequence >= start:
+                await self._router.send_multipart([peer, b"", self._topic, sequence.to_bytes(8, "big"), payload])
+                # A send to a ROUTER never waits; without this a long replay would stop the engine.
+                await asyncio.sleep(0)
+        await self._router.send_multipart([peer, b"", b"", _END, b""])

@@ -1,0 +1,73 @@
+"""Replies: plain words, chosen by a hash of the prompt.
+
+A chat's next turn contains the reply as text. Its tokens must come out as the ones that the engine generated, or the
+prefix would end there; so replies are made of words that are one token each.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.prompt.local import LocalTokenizer
+
+_WORDS = """
+about above after again against almost along also always among another answer around because become before
+behind below between both build call change city clear close come could country course day different down during
+early earth end enough even every example face family far field find first follow form found four from full game
+give good great group hand hard have head help here high home house idea important into just keep kind know land
+large last late learn leave left letter life light line list little live long look made make many mean might mind
+more most mother move much must name near need never next night north number often old once only open order other
+own page paper part people place plan plant point power problem question read right river room same school second
+see sentence set should show side simple small some sound south start state still stop story study such sun
+system table take tell than that their them then there these they thing think this those thought three through
+time together took tree turn under until use very walk want watch water way well went were what when where which
+while white who why will with without wood word work world would write year young""".split()  # noqa: SIM905 - two hundred words read better so
+_ENOUGH_WORDS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Token ids and, one for one, the text that each adds."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The whole reply."""
+        return "".join(self.pieces)
+
+
+class ReplyWriter:
+    """Writes replies in a tokenizer's own tokens."""
+
+    def __init__(self, tokenizer: LocalTokenizer, seed: int) -> None:
+        self._seed = seed
+        self._first = _vocabulary(tokenizer, [word.capitalize() for word in _WORDS])
+        self._rest = _vocabulary(tokenizer, [f" {word}" for word in _WORDS])
+
+    def write(self, prompt: TokenIds, length: int) -> Reply:
+        """Write the reply of `length` tokens to a prompt: always the same for the same prompt and seed."""
+        digest = sha256(prompt.astype("<u4", copy=False).tobytes()).digest()
+        rng = random.Random(digest + self._seed.to_bytes(8, "little", signed=True))
+        tokens = list(rng.choice(self._first))
+        for word in rng.choices(self._rest, k=length):
+            tokens += word
+            if len(tokens) >= length:
+                break
+        ids, pieces = zip(*tokens[:length], strict=True)
+        return Reply(ids=ids, pieces=pieces)
+
+
+def _vocabulary(tokenizer: LocalTokenizer, words: list[str]) -> list[list[tuple[int, str]]]:
+    """Each word as its tokens: `(id, text)`. Words of one token only, where there are enough of them."""
+    spelled = []
+    for word in words:
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        pieces = [tokenizer.decode(ids[i : i + 1]).decode(errors="replace") for i in range(len(ids))]
+        spelled.append(list(zip(ids.tolist(), pieces, strict=True)))
+    short = [tokens for tokens in spelled if len(tokens) == 1 and tokens[0][1]]
+    return short if len(short) >= _ENOUGH_WORDS else spelled
