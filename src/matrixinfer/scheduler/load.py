@@ -1,0 +1,200 @@
+"""What this gateway has sent to each pod and has not seen finished: the load and the prefixes that are on their way."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+_DRAINED_PER_CHARGE = 64
+"""Faded blocks forgotten per charge, beyond twice those it brings: what fades is forgotten faster than it comes."""
+
+
+class LoadLedger:
+    """Requests in flight per pod, prompt tokens that they have yet to compute, and the blocks they are bringing.
+
+    A block counts as assumed at a pod while a request that brings it is in flight there, and for `assumed_seconds`
+    after; by then the engine's events say whether it is there. `clock` gives seconds and never goes back. At most
+    `max_assumed_blocks` blocks are remembered, counted per request; further requests are charged without theirs.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], assumed_seconds: float, *, max_assumed_blocks: int = 1_000_000
+    ) -> None:
+        self._clock = clock
+        self._assumed_seconds = assumed_seconds
+        self._max_assumed_blocks = max_assumed_blocks
+        self._pods: dict[str, _PodLoad] = {}
+        self._assumed: dict[tuple[str, str], _Assumed] = {}
+        self._fading: deque[tuple[float, _Assumed, list[int]]] = deque()
+        self._remembered = 0
+
+    def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
+        """Count a request that goes to `pod` now.
+
+        `hashes` is the prompt's chain, of which the pod's index match covers `start` blocks; the rest is assumed at the
+        pod. `queued_tokens` are the prompt tokens that the pod must compute.
+        """
+        wanted = max(0, len(hashes) - start)
+        self._drain(2 * wanted + _DRAINED_PER_CHARGE)
+        count = min(wanted, self._max_assumed_blocks - self._remembered)
+        blocks = list(hashes[start : start + count]) if count else []
+        load = self._pods.setdefault(pod, _PodLoad())
+        load.in_flight += 1
+        load.queued_tokens += queued_tokens
+        assumed = None
+        if blocks:
+            self._remembered += len(blocks)
+            assumed = self._assumed.setdefault((pod, model), _Assumed((pod, model)))
+            assumed.hold(blocks)
+        return Charge(self, pod, load, assumed, blocks, queued_tokens)
+
+    def in_flight(self, pod: str) -> int:
+        """Count the requests in flight at `pod`."""
+        load = self._pods.get(pod)
+        return 0 if load is None else load.in_flight
+
+    def queued_tokens(self, pod: str) -> int:
+        """Sum the prompt tokens of requests at `pod` whose first byte has not come."""
+        load = self._pods.get(pod)
+        return 0 if load is None else load.queued_tokens
+
+    def total(self) -> int:
+        """Count the requests in flight at all pods."""
+        return sum(load.in_flight for load in self._pods.values())
+
+    def assumed(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
+        """Count the further consecutive blocks, from position `start` on, that are assumed at `pod`.
+
+        Reads `hashes` only where something is assumed, and no further than the first block that is not.
+        """
+        assumed = self._assumed.get((pod, model))
+        return 0 if assumed is None else assumed.count(hashes, start, self._clock())
+
+    def forget(self, pod: str) -> None:
+        """Drop all about `pod`, which is gone. Charges still open there count nowhere any more."""
+        self._pods.pop(pod, None)
+        for key in [key for key in self._assumed if key[0] == pod]:
+            del self._assumed[key]
+
+    def _release(self, pod: str, load: _PodLoad, assumed: _Assumed | None, blocks: list[int]) -> None:
+        load.in_flight -= 1
+        if load.in_flight == 0 and self._pods.get(pod) is load:
+            del self._pods[pod]
+        if assumed is not None:
+            until = self._clock() + self._assumed_seconds
+            assumed.fade(blocks, until)
+            self._fading.append((until, assumed, blocks))
+
+    def _drain(self, budget: int) -> None:
+        """Forget up to `budget` blocks whose time is over. Look-ups do not depend on it, memory does."""
+        now = self._clock()
+        while self._fading and budget > 0:
+            until, assumed, blocks = self._fading[0]
+            if until > now:
+                return
+            gone = blocks[-budget:]
+            del blocks[-budget:]
+            budget -= len(gone)
+            self._remembered -= len(gone)
+            assumed.drop(gone, until)
+            if blocks:
+                return
+            self._fading.popleft()
+            if assumed.empty and self._assumed.get(assumed.key) is assumed:
+                del self._assumed[assumed.key]
+
+
+class Charge:
+    """One request's hold on a pod. Both methods may be called at any time, any number of times."""
+
+    __slots__ = ("_assumed", "_blocks", "_ledger", "_load", "_pod", "_queued_tokens", "_released")
+
+    def __init__(
+        self,
+        ledger: LoadLedger,
+        pod: str,
+        load: _PodLoad,
+        assumed: _Assumed | None,
+        blocks: list[int],
+        queued_tokens: int,
+    ) -> None:
+        self._ledger = ledger
+        self._pod = pod
+        self._load = load
+        self._assumed = assumed
+        self._blocks = blocks
+        self._queued_tokens = queued_tokens
+        self._released = False
+
+    def first_byte(self) -> None:
+        """Note that the answer began, so the prompt is computed."""
+        self._load.queued_tokens -= self._queued_tokens
+        self._queued_tokens = 0
+
+    def release(self) -> None:
+        """End the hold: the request is over."""
+        if self._released:
+            return
+        self._released = True
+        self.first_byte()
+        self._ledger._release(self._pod, self._load, self._assumed, self._blocks)  # noqa: SLF001
+
+
+class _PodLoad:
+    """Sums over one pod's open charges."""
+
+    __slots__ = ("in_flight", "queued_tokens")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.queued_tokens = 0
+
+
+class _Assumed:
+    """The blocks of one model that are assumed at one pod: held by requests in flight, or fading after them."""
+
+    __slots__ = ("_fading", "_held", "_until", "key")
+
+    def __init__(self, key: tuple[str, str]) -> None:
+        self.key = key
+        self._held: dict[int, int] = {}
+        self._fading: dict[int, float] = {}
+        self._until = float("-inf")
+
+    @property
+    def empty(self) -> bool:
+        return not self._held and not self._fading
+
+    def hold(self, blocks: list[int]) -> None:
+        held = self._held
+        for block in blocks:
+            held[block] = held.get(block, 0) + 1
+
+    def fade(self, blocks: list[int], until: float) -> None:
+        """One request less holds `blocks`. `until` never falls from call to call."""
+        held = self._held
+        for block in blocks:
+            if held[block] > 1:
+                held[block] -= 1
+            else:
+                del held[block]
+                self._fading[block] = until
+        self._until = until
+
+    def drop(self, blocks: list[int], until: float) -> None:
+        """Forget those of `blocks` that did not fade again after `until`."""
+        for block in blocks:
+            if self._fading.get(block) == until:
+                del self._fading[block]
+
+    def count(self, hashes: Sequence[int], start: int, now: float) -> int:
+        fading = self._fading if self._until > now else {}
+        if not self._held and not fading:
+            return 0
+        position = start
+        while position < len(hashes):
+            block = hashes[position]
+            if block not in self._held and fading.get(block, now) <= now:
+                break
+            position += 1
+        return position - start

@@ -1,0 +1,61 @@
+"""`kvcache-aware`: prefers the pod that already holds the prompt's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from matrixinfer.blocks import Scheme
+from matrixinfer.config import Count, Section, described
+from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
+
+
+class KvCacheAware(Plugin):
+    """Scores consecutive blocks that a pod holds from the prompt's start, as a share of the blocks considered.
+
+    Blocks that requests in flight are bringing to a pod count as held. Considered are the prompt's full blocks, at most
+    `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere.
+    """
+
+    name: ClassVar[str] = "kvcache-aware"
+
+    class Args(Section, frozen=True):
+        """How prompts are cut into blocks, and how many of those count."""
+
+        block_size_to_hash: Annotated[Count, described("Tokens per block.")] = 128
+        max_blocks_to_match: Annotated[
+            int, Meta(ge=0), described("Blocks considered at most, from the prompt's start; 0 considers all.")
+        ] = 128
+        hash_scheme: Annotated[
+            Scheme,
+            described(
+                "`prefix` names a block by everything up to its end; `block` by its own tokens, as existing MatrixInfer "
+                "writers do."
+            ),
+        ] = "prefix"
+
+    def __init__(self, args: Args, services: Services) -> None:
+        self._max_blocks = args.max_blocks_to_match
+
+    def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
+        """See the class."""
+        blocks = len(request.chain)
+        considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
+        if considered == 0:
+            return Scores(values=[0.0] * len(candidates), note=_why_no_blocks(request))
+        values = [
+            100.0 * min((pod.match_blocks or 0) + pod.assumed_blocks, considered) / considered for pod in candidates
+        ]
+        unknown = [pod.match_blocks for pod in candidates].count(None)
+        note = f"the index could not say what {unknown} of {len(values)} pods hold" if unknown else None
+        return Scores(values=values, note=note)
+
+
+def _why_no_blocks(request: SchedulingRequest) -> str:
+    if request.prompt_tokens is None:
+        return "the prompt was not tokenized"
+    if request.prompt_tokens < request.block_size:
+        return f"the prompt's {request.prompt_tokens} tokens are fewer than one block of {request.block_size}"
+    return "the prompt has no block that an index could know"

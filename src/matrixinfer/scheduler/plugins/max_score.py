@@ -1,0 +1,45 @@
+"""`max-score`: the highest total first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from matrixinfer.config import Section
+from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Services
+
+_NOISE = 1e-9
+"""Totals that differ by no more are equal: the order of additions alone can do that."""
+
+
+class MaxScore(Plugin):
+    """Ranks by total; equal ones by load, then by prompt tokens queued, then by lot."""
+
+    name: ClassVar[str] = "max-score"
+
+    class Args(Section, frozen=True):
+        """No arguments."""
+
+    def __init__(self, args: Args, services: Services) -> None:
+        self._rng = services.rng
+
+    def pick(
+        self, request: SchedulingRequest, candidates: Sequence[Candidate], totals: Sequence[float]
+    ) -> Sequence[int]:
+        """See the class."""
+        order = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)
+        start = 0
+        while start < len(order):
+            floor = totals[order[start]] - _NOISE
+            end = start + 1
+            while end < len(order) and totals[order[end]] >= floor:
+                end += 1
+            if end - start > 1:
+                order[start:end] = self._settled(order[start:end], candidates)
+            start = end
+        return order
+
+    def _settled(self, tied: list[int], candidates: Sequence[Candidate]) -> list[int]:
+        lots = {i: self._rng.random() for i in tied}
+        by_lot = sorted(tied, key=lots.__getitem__)
+        return sorted(by_lot, key=lambda i: (candidates[i].load, candidates[i].queued_tokens))

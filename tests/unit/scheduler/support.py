@@ -1,0 +1,63 @@
+"""Small builders, and a clock that moves when told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matrixinfer.config import PluginArgs, PluginRef, PluginsConfig, PluginStage, SchedulerConfig
+from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Services
+from matrixinfer.scheduler.plugins import BUILT_IN
+from matrixinfer.scheduler.scheduler import Scheduler
+
+Enabled = Sequence[str | PluginRef]
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def services(seed: int = 0) -> Services:
+    return Services(clock=FakeClock(), rng=random.Random(seed))
+
+
+def profile(
+    *,
+    filters: Enabled = (),
+    scorers: Enabled = (),
+    pickers: Enabled = ("max-score",),
+    listeners: Enabled = (),
+    args: Sequence[PluginArgs] = (),
+) -> SchedulerConfig:
+    return SchedulerConfig(
+        plugin_config=tuple(args),
+        plugins=PluginsConfig(
+            filter=PluginStage(enabled=tuple(filters)),
+            score=PluginStage(enabled=tuple(scorers)),
+            picker=PluginStage(enabled=tuple(pickers)),
+            post_schedule=PluginStage(enabled=tuple(listeners)),
+        ),
+    )
+
+
+def scheduler(config: SchedulerConfig, *own: type[Plugin], seed: int = 0) -> Scheduler:
+    registry: Mapping[str, type[Plugin]] = {**BUILT_IN, **{plugin.name: plugin for plugin in own}}
+    return Scheduler(config, services(seed), registry)
+
+
+def request(**fields: Any) -> SchedulingRequest:
+    given = {"id": "r", "model": "m", "prompt_tokens": 40, "block_size": 10, "chain": (1, 2, 3, 4), "prefix": b""}
+    return SchedulingRequest(**{**given, **fields})
+
+
+def pod(name: str, **fields: Any) -> Candidate:
+    return Candidate(name=name, url=f"http://{name}", **fields)
+
+
+def pods(count: int, **fields: Any) -> list[Candidate]:
+    return [pod(f"pod-{i}", **fields) for i in range(count)]

@@ -1,0 +1,267 @@
+"""What each built-in plugin answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.config import convert
+from matrixinfer.scheduler.framework import Candidate, Decision, Filter, PostSchedule, SchedulingRequest, Scorer, Scores
+from matrixinfer.scheduler.plugins import BUILT_IN
+from matrixinfer.scheduler.plugins.bounded_load import bound
+from matrixinfer.scheduler.plugins.least_request import spread
+from matrixinfer.scheduler.plugins.prefix_cache import PrefixCache
+from matrixinfer.scheduler.plugins.round_robin import RoundRobin
+
+from .support import pod, pods, request, services
+
+Loads = st.lists(st.integers(0, 500), min_size=1, max_size=20)
+
+
+def make(name: str, **args: Any) -> Any:
+    plugin = BUILT_IN[name]
+    return plugin(convert(args, plugin.Args, path="$"), services())
+
+
+def score(name: str, candidates: Sequence[Candidate], asked: SchedulingRequest | None = None, **args: Any) -> Scores:
+    plugin = make(name, **args)
+    assert isinstance(plugin, Scorer)
+    return plugin.score(asked or request(), candidates)
+
+
+def removed(name: str, candidates: Sequence[Candidate], **args: Any) -> list[str]:
+    plugin = make(name, **args)
+    assert isinstance(plugin, Filter)
+    reasons = plugin.filter(request(), candidates)
+    return [c.name for c, reason in zip(candidates, reasons, strict=True) if reason is not None]
+
+
+def tell(plugin: PostSchedule, asked: SchedulingRequest, candidates: Sequence[Candidate], chosen: Candidate) -> None:
+    plugin.post_schedule(
+        asked,
+        Decision(
+            request=asked, candidates=candidates, ranked=[chosen], filtered={}, scores={}, totals={}, timings_ms={}
+        ),
+    )
+
+
+class TestKvCacheAware:
+    def test_scores_the_share_of_blocks_held_or_on_their_way(self) -> None:
+        candidates = [
+            pod("none", match_blocks=0),
+            pod("half", match_blocks=2),
+            pod("coming", match_blocks=1, assumed_blocks=2),
+            pod("all", match_blocks=4, assumed_blocks=3),
+        ]
+        assert score("kvcache-aware", candidates) == Scores(values=[0.0, 50.0, 75.0, 100.0])
+
+    @pytest.mark.parametrize(("limit", "values"), [(0, [25.0, 75.0]), (1, [100.0, 100.0]), (2, [50.0, 100.0])])
+    def test_considers_at_most_the_blocks_asked_for(self, limit: int, values: list[float]) -> None:
+        candidates = [pod("a", match_blocks=1), pod("b", match_blocks=3)]
+        assert score("kvcache-aware", candidates, maxBlocksToMatch=limit).values == values
+
+    def test_reads_no_hash(self) -> None:
+        class Lazy(Sequence[int]):
+            def __len__(self) -> int:
+                return 4
+
+            def __getitem__(self, index: Any) -> Any:
+                raise AssertionError("read")
+
+        assert score("kvcache-aware", [pod("a", match_blocks=4)], request(chain=Lazy())).values == [100.0]
+
+    def test_counts_only_assumed_blocks_where_the_index_could_not_say(self) -> None:
+        answer = score("kvcache-aware", [pod("a", assumed_blocks=1), pod("b", match_blocks=4)])
+        assert answer == Scores(values=[25.0, 100.0], note="the index could not say what 1 of 2 pods hold")
+
+    @pytest.mark.parametrize(
+        ("tokens", "words"),
+        [(None, "not tokenized"), (9, "9 tokens are fewer than one block of 10"), (50, "no block that an index")],
+    )
+    def test_says_why_a_prompt_has_no_block(self, tokens: int | None, words: str) -> None:
+        answer = score("kvcache-aware", [pod("a", match_blocks=None)], request(prompt_tokens=tokens, chain=()))
+        assert answer.values == [0.0]
+        assert words in (answer.note or "")
+
+
+class TestLeastRequest:
+    def test_removes_pods_whose_fresh_queue_reaches_the_limit(self) -> None:
+        candidates = [
+            pod("short", waiting=9, metrics_age=1.0),
+            pod("long", waiting=10, metrics_age=1.0),
+            pod("unknown", in_flight=50),
+            pod("old", waiting=10),
+        ]
+        assert removed("least-request", candidates) == ["long"]
+        assert removed("least-request", candidates, maxWaitingRequests=9) == ["short", "long"]
+
+    def test_scores_by_the_load_that_is_known(self) -> None:
+        candidates = [pod("a"), pod("b", in_flight=4), pod("c", running=3, waiting=1)]
+        assert score("least-request", candidates).values == [100.0, 50.0, 50.0]
+
+    @given(Loads)
+    def test_spread_is_100_for_the_least_and_falls_with_load(self, loads: list[int]) -> None:
+        scores = spread(loads)
+        assert all(0.0 < value <= 100.0 for value in scores)
+        for load, value in zip(loads, scores, strict=True):
+            assert (value == 100.0) == (load == min(loads))
+            assert all(value > below for above, below in zip(loads, scores, strict=True) if above > load)
+
+    def test_one_request_more_does_not_outweigh_a_warm_cache_on_an_idle_fleet(self) -> None:
+        assert spread([1, 0, 0, 0]) == [80.0, 100.0, 100.0, 100.0]
+
+    def test_one_overloaded_pod_does_not_make_the_others_alike(self) -> None:
+        scores = spread([100, 8, 0, 0])
+        assert scores[2] - scores[1] > 20.0
+
+
+class TestGpuCacheUsage:
+    def test_scores_the_free_share(self) -> None:
+        candidates = [pod("a", cache_usage=0.0), pod("b", cache_usage=0.75), pod("c", cache_usage=1.0)]
+        assert score("gpu-cache-usage", candidates) == Scores(values=[100.0, 25.0, 0.0])
+
+    def test_gives_the_unknown_the_mean_of_the_known(self) -> None:
+        candidates = [pod("a", cache_usage=0.2), pod("b"), pod("c", cache_usage=0.6)]
+        answer = score("gpu-cache-usage", candidates)
+        assert answer.values == pytest.approx([80.0, 60.0, 40.0])
+        assert answer.note == "cache use is unknown for 1 of 3 pods"
+
+    def test_gives_50_where_nothing_is_known(self) -> None:
+        assert score("gpu-cache-usage", pods(2)).values == [50.0, 50.0]
+
+    def test_keeps_values_outside_of_the_scale_inside(self) -> None:
+        candidates = [pod("a", cache_usage=1.0000001), pod("b", cache_usage=-0.1)]
+        assert score("gpu-cache-usage", candidates).values == [0.0, 100.0]
+
+
+class TestBoundedLoad:
+    def test_lets_an_idle_fleet_keep_up_to_the_floor_together(self) -> None:
+        assert removed("bounded-load", [pod("a", in_flight=3), *pods(7)]) == []
+        assert removed("bounded-load", [pod("a", in_flight=4), *pods(7)]) == ["a"]
+
+    def test_bounds_a_busy_pod_by_its_fair_share(self) -> None:
+        # 79 in flight and this one on 8 pods: 1.25 × 80 / 8 = 12.5, so 13.
+        candidates = [pod("a", in_flight=13), pod("b", in_flight=12), *pods(6, in_flight=9)]
+        assert removed("bounded-load", candidates) == ["a"]
+
+    def test_takes_the_factor_as_written(self) -> None:
+        # 1.1 × 10 / 11 is 1; as a float it is a little more, which would round up to 2.
+        candidates = [*pods(9, in_flight=1), pod("x"), pod("y")]
+        assert removed("bounded-load", candidates, factor=1.1, minInFlight=1) == [c.name for c in candidates[:9]]
+
+    @given(Loads, st.fractions(1, 3, max_denominator=100), st.integers(1, 5))
+    def test_the_bound_is_the_formula_and_spares_the_least_loaded(
+        self, loads: list[int], factor: Fraction, floor: int
+    ) -> None:
+        limit = bound(sum(loads), len(loads), factor=factor, min_in_flight=floor)
+        assert limit == max(floor, ceil(factor * (sum(loads) + 1) / len(loads)))
+        assert min(loads) + 1 <= limit
+
+
+class TestRoundRobin:
+    def test_takes_pods_in_turn_by_name_and_per_model(self) -> None:
+        plugin = make("round-robin")
+        candidates = [pod("c"), pod("a"), pod("b")]
+        taken = []
+        for _ in range(4):
+            values = plugin.score(request(), candidates).values
+            chosen = candidates[values.index(100.0)]
+            tell(plugin, request(), candidates, chosen)
+            taken.append(chosen.name)
+        assert taken == ["a", "b", "c", "a"]
+        assert plugin.score(request(model="other"), candidates).values == pytest.approx([100 / 3, 100.0, 200 / 3])
+
+    def test_goes_on_by_name_when_pods_come_and_go(self) -> None:
+        plugin = make("round-robin")
+        tell(plugin, request(), [pod("b")], pod("b"))
+        assert plugin.score(request(), [pod("a"), pod("bb"), pod("c")]).values[1] == 100.0
+        assert plugin.score(request(), [pod("a"), pod("aa")]).values[0] == 100.0
+
+    def test_remembers_a_bounded_number_of_models(self) -> None:
+        plugin = make("round-robin")
+        assert isinstance(plugin, RoundRobin)
+        for model in (*map(str, range(1024)), "0", "one more"):
+            tell(plugin, request(model=model), [pod("a")], pod("a"))
+        assert len(plugin._last) == 1024
+        assert {"0", "one more"} <= set(plugin._last)
+        assert "1" not in plugin._last
+
+
+def test_random_draws_are_uniform_and_seeded() -> None:
+    values = score("random", pods(4000)).values
+    assert values == score("random", pods(4000)).values
+    assert 48.0 < sum(values) / len(values) < 52.0
+    assert min(values) < 1.0
+    assert max(values) > 99.0
+
+
+class TestPrefixCache:
+    def test_scores_what_was_sent_to_a_pod_before(self) -> None:
+        plugin = make("prefix-cache", blockBytes=4)
+        candidates = pods(3)
+        tell(plugin, request(prefix=b"aaaabbbbcccc"), candidates, candidates[0])
+        tell(plugin, request(prefix=b"aaaaxxxx"), candidates, candidates[1])
+        values = plugin.score(request(prefix=b"aaaabbbbccccdddd!"), candidates).values
+        assert values == [75.0, 25.0, 0.0]
+        assert plugin.score(request(prefix=b"xxxxbbbb"), candidates).values == [0.0, 0.0, 0.0]
+        assert plugin.score(request(prefix=b"aaaa", model="other"), candidates).values == [0.0, 0.0, 0.0]
+
+    def test_says_that_a_prompt_is_too_short(self) -> None:
+        answer = score("prefix-cache", pods(1), request(prefix=b"abc"), blockBytes=4)
+        assert answer == Scores(values=[0.0], note="the prompt's 3 bytes are fewer than one block of 4")
+
+    def test_considers_a_bounded_part_of_the_prompt(self) -> None:
+        plugin = make("prefix-cache", blockBytes=1, maxBlocksToMatch=2)
+        tell(plugin, request(prefix=b"abc"), [pod("a")], pod("a"))
+        assert len(plugin._sent) == 2
+        assert plugin.score(request(prefix=b"abx"), [pod("a")]).values == [100.0]
+
+    def test_forgets_the_ends_of_the_oldest_prompts_first(self) -> None:
+        plugin = make("prefix-cache", blockBytes=1, maxBlocks=5)
+        tell(plugin, request(prefix=b"abcd"), [pod("a")], pod("a"))
+        tell(plugin, request(prefix=b"xyz"), [pod("a")], pod("a"))
+        assert len(plugin._sent) == 5
+        assert plugin.score(request(prefix=b"abcd"), [pod("a")]).values == [50.0]
+        assert plugin.score(request(prefix=b"xyz"), [pod("a")]).values == [100.0]
+
+    def test_drops_pods_that_are_gone_from_what_it_touches(self) -> None:
+        plugin = make("prefix-cache", blockBytes=1)
+        tell(plugin, request(prefix=b"ab"), [pod("gone"), pod("a")], pod("gone"))
+        tell(plugin, request(prefix=b"ab"), [pod("a")], pod("a"))
+        assert set(plugin._sent.values()) == {frozenset({"a"})}
+
+    def test_blocks_that_went_to_the_same_pods_share_one_set(self) -> None:
+        plugin = make("prefix-cache", blockBytes=1)
+        candidates = pods(2)
+        for chosen in candidates:
+            tell(plugin, request(prefix=b"abcdefgh"), candidates, chosen)
+        assert len({id(sent) for sent in plugin._sent.values()}) == 1
+
+    def test_agrees_with_a_set_of_prefixes_per_pod(self) -> None:
+        draw = random.Random(5)
+        plugin = make("prefix-cache", blockBytes=1)
+        assert isinstance(plugin, PrefixCache)
+        candidates = pods(4)
+        known: dict[str, set[bytes]] = {c.name: set() for c in candidates}
+        for _ in range(300):
+            text = bytes(draw.choices(b"ab", k=draw.randint(1, 6)))
+            expected = []
+            for c in candidates:
+                held = 0
+                while held < len(text) and text[: held + 1] in known[c.name]:
+                    held += 1
+                expected.append(100.0 * held / len(text))
+            assert plugin.score(request(prefix=text), candidates).values == expected
+            chosen = draw.choice(candidates)
+            tell(plugin, request(prefix=text), candidates, chosen)
+            known[chosen.name] |= {text[: i + 1] for i in range(len(text))}
+            if draw.random() < 0.1:
+                plugin._sent.clear()
+                known = {c.name: set() for c in candidates}

@@ -1,0 +1,115 @@
+"""Mistakes in the profile are fatal, and named at their key."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import pytest
+
+from matrixinfer.config import PluginArgs, PluginRef, SchedulerConfig, Section, described
+from matrixinfer.errors import ConfigError
+from matrixinfer.scheduler.framework import Plugin, Services
+
+from .support import pods, profile, request, scheduler
+
+
+class Strict(Plugin):
+    name: ClassVar[str] = "strict"
+
+    class Args(Section, frozen=True):
+        needed: Annotated[int, described("Has no default.")]
+
+    def __init__(self, args: Args, services: Services) -> None:
+        self.needed = args.needed
+
+    def post_schedule(self, request: object, decision: object) -> None: ...
+
+
+def both(name: str) -> PluginArgs:
+    return PluginArgs(name=name, args={})
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "words"),
+    [
+        (
+            profile(scorers=("random", "kvcache-awar")),
+            "$.scheduler.plugins.Score.enabled[1]",
+            ("did you mean `kvcache-aware`?", "bounded-load, gpu-cache-usage, kvcache-aware, least-request"),
+        ),
+        (profile(filters=("zzz",)), "$.scheduler.plugins.Filter.enabled[0]", ("unknown plugin `zzz`; there are",)),
+        (
+            profile(filters=("random",)),
+            "$.scheduler.plugins.Filter.enabled[0]",
+            ("cannot run at stage Filter; these can: bounded-load, least-request",),
+        ),
+        (profile(listeners=("random",)), "$.scheduler.plugins.PostSchedule.enabled[0]", ("prefix-cache, round-robin",)),
+        (
+            profile(scorers=("random", PluginRef(name="random", weight=2))),
+            "$.scheduler.plugins.Score.enabled[1]",
+            ("already enabled",),
+        ),
+        (
+            profile(scorers=(PluginRef(name="random", weight=float("inf")),)),
+            "$.scheduler.plugins.Score.enabled[0].weight",
+            ("finite",),
+        ),
+        (profile(pickers=()), "$.scheduler.plugins.Picker.enabled", ("exactly one picker, got 0",)),
+        (profile(args=[both("rando")]), "$.scheduler.pluginConfig[0].name", ("did you mean `random`?",)),
+        (
+            profile(args=[both("random"), both("random")]),
+            "$.scheduler.pluginConfig[1].name",
+            ("already has its arguments",),
+        ),
+        (
+            profile(args=[PluginArgs(name="kvcache-aware", args={"blockSizeToHash": 0})]),
+            "$.scheduler.pluginConfig[0].args.blockSizeToHash",
+            (">= 1",),
+        ),
+        (
+            profile(args=[PluginArgs(name="kvcache-aware", args={"maxBlocks": 1})]),
+            "$.scheduler.pluginConfig[0].args.maxBlocks",
+            ("did you mean `maxBlocksToMatch`?",),
+        ),
+        (profile(listeners=("strict",)), "$.scheduler.pluginConfig.strict.args", ("missing required field `needed`",)),
+    ],
+)
+def test_a_mistake_is_named_at_its_key(config: SchedulerConfig, path: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        scheduler(config, Strict)
+    assert caught.value.path == path
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_two_pickers_are_one_too_many() -> None:
+    class Other(Plugin):
+        name: ClassVar[str] = "other"
+        Args: ClassVar[type[Section]] = Section
+
+        def __init__(self, args: Section, services: Services) -> None: ...
+
+        def pick(self, request: object, candidates: object, totals: object) -> list[int]:
+            return []
+
+    with pytest.raises(ConfigError, match="exactly one picker, got 2"):
+        scheduler(profile(pickers=("max-score", "other")), Other)
+
+
+def test_the_default_profile_is_valid_and_routes() -> None:
+    decision = scheduler(SchedulerConfig()).schedule(request(), pods(3))
+    assert len(decision.ranked) == 3
+    assert list(decision.scores) == ["kvcache-aware", "least-request"]
+    assert decision.notes == ("kvcache-aware: the index could not say what 3 of 3 pods hold",)
+
+
+def test_a_plugin_enabled_at_two_stages_is_one_instance() -> None:
+    made = scheduler(profile(filters=("least-request",), scorers=("least-request",)))
+    assert list(made.plugins) == ["least-request", "max-score"]
+
+
+def test_arguments_reach_the_plugin() -> None:
+    args = [PluginArgs(name="strict", args={"needed": 7})]
+    strict = scheduler(profile(listeners=("strict",), args=args), Strict).plugins["strict"]
+    assert isinstance(strict, Strict)
+    assert strict.needed == 7
