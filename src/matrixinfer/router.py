@@ -207,14 +207,13 @@ class Router:
 class Route:
     """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
 
-    __slots__ = ("_body", "_charge", "_pods", "_prepared", "_router", "decision", "prompt")
+    __slots__ = ("_body", "_charge", "_prepared", "_router", "decision", "prompt")
 
     def __init__(self, router: Router, prepared: _Prepared, decision: Decision, body: bytes) -> None:
         self.prompt = prepared.prompt
         self.decision = decision
         self._router = router
         self._prepared = prepared
-        self._pods = {pod.name: pod for pod in prepared.pods}
         self._body = body
         self._charge = router.charge(decision.chosen, prepared.request)
 
@@ -225,11 +224,11 @@ class Route:
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
-        self._router.registry.failed(self._pods[pod.name])
+        self._router.registry.failed(pod.name)
 
     def answered(self, pod: Candidate) -> None:
         """The pod sent response headers."""
-        self._router.registry.answered(self._pods[pod.name])
+        self._router.registry.answered(pod.name)
 
     def first_byte(self) -> None:
         """The prompt has been computed."""
@@ -241,11 +240,12 @@ class Route:
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
-        name = self._pods[pod.name].name_for(self.prompt.model)
-        if name == self.prompt.model:
+        served = next((each.served for each in self._prepared.pods if each.name == pod.name), None)
+        name = self.prompt.model
+        if served is None or name in served.aliases or name in served.adapters:
             return self._body
         fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
-        fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+        fields["model"] = msgspec.Raw(msgspec.json.encode(served.base_model))
         return msgspec.json.encode(fields)
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.memory import MemoryIndex
@@ -27,7 +28,6 @@ from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.profile import arguments_of
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.collectors import FeedCollector, IndexCollector
 from matrixinfer.telemetry.metrics import Metrics
 
 FIRST_LOOK_SECONDS = 5.0
@@ -71,6 +71,7 @@ class Service:
             )
             metrics.register(IndexCollector(index))
             metrics.register(FeedCollector(subscriber.feeds))
+            metrics.register(PluginCollector(scheduler))
 
             def follow(pod: Pod) -> None:
                 source = _feed_source(pod)

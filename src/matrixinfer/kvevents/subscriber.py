@@ -140,6 +140,7 @@ class _Subscription:
             for reader in readers:
                 reader.stop()
             live.disable_monitor()
+            monitor.close(linger=0)
             live.close(linger=0)
 
     def _on_frame(self, parts: list[bytes]) -> None:

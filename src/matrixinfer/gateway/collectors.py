@@ -1,0 +1,77 @@
+"""Metrics that are read off the parts themselves whenever someone scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.scheduler.scheduler import Scheduler
+
+
+class IndexCollector(Collector):
+    """Size of the block index."""
+
+    def __init__(self, index: BlockIndex) -> None:
+        self._index = index
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        stats = self._index.stats()
+        yield GaugeMetricFamily("matrixinfer_index_blocks", "Distinct blocks in the index.", value=stats.blocks)
+        yield GaugeMetricFamily("matrixinfer_index_bytes", "Memory of the index, estimated.", value=stats.memory_bytes)
+        yield CounterMetricFamily(
+            "matrixinfer_index_evicted_blocks", "Blocks dropped to stay within maxBlocks.", value=stats.evicted
+        )
+
+
+class FeedCollector(Collector):
+    """What each pod's KV events brought."""
+
+    def __init__(self, feeds: Mapping[str, PodFeed]) -> None:
+        self._feeds = feeds
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        state = GaugeMetricFamily(
+            "matrixinfer_kv_feed_state", "1 for the state that the pod's feed is in.", labels=["pod", "state"]
+        )
+        blocks = GaugeMetricFamily("matrixinfer_kv_engine_blocks", "Engine blocks known at the pod.", labels=["pod"])
+        events = CounterMetricFamily(
+            "matrixinfer_kv_blocks", "Engine blocks in events, by what became of them.", labels=["pod", "outcome"]
+        )
+        frames = CounterMetricFamily(
+            "matrixinfer_kv_frames", "Frames of the feed, and what was wrong with them.", labels=["pod", "kind"]
+        )
+        for pod, feed in list(self._feeds.items()):
+            for each in FeedState:
+                state.add_metric([pod, each.value], float(feed.state is each))
+            blocks.add_metric([pod], len(feed.ledger))
+            ledger, stats = feed.ledger.stats, feed.stats
+            for outcome in ("stored", "removed", "copies", "orphans", "unknown_removed", "ended"):
+                events.add_metric([pod, outcome], getattr(ledger, outcome))
+            frames.add_metric([pod, "received"], stats.frames)
+            for kind in ("malformed", "unreadable_events", "duplicates", "gaps", "restarts", "replays", "overflows"):
+                frames.add_metric([pod, kind], getattr(stats, kind))
+            for kind in ("clears", "other_attention", "misfits"):
+                frames.add_metric([pod, kind], getattr(ledger, kind))
+        yield from (state, blocks, events, frames)
+
+
+class PluginCollector(Collector):
+    """Plugins that raised or broke the contract."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        rejected = CounterMetricFamily(
+            "matrixinfer_plugin_rejected", "Times that a plugin was left out of a decision.", labels=["plugin"]
+        )
+        for plugin, count in self._scheduler.rejected.items():
+            rejected.add_metric([plugin], count)
+        yield rejected
