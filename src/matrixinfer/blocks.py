@@ -14,6 +14,7 @@ Redis. Equal blocks after different prefixes collide, so matches are hints; salt
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Literal, TypeAlias, overload
@@ -37,11 +38,14 @@ def salt_parent(salt: str) -> int:
 def token_bytes(tokens: TokenIds | Sequence[int]) -> bytes:
     """Token ids as the bytes that are hashed: four each, big endian.
 
-    Raises `OverflowError` or `ValueError` for ids that do not fit 32 unsigned bits or are no integers.
+    Raises `OverflowError` for ids that do not fit 32 unsigned bits, `TypeError` for what is no integer or an array of
+    another type.
     """
-    if isinstance(tokens, np.ndarray):
-        return tokens.astype(">u4", copy=False).tobytes()
-    return np.asarray(tokens, dtype=np.uint32).astype(">u4").tobytes()
+    if not isinstance(tokens, np.ndarray):
+        tokens = np.array(array("I", tokens))  # checks each id, and three times as fast as numpy does it
+    elif tokens.dtype != np.uint32:
+        raise TypeError(f"expected an array of uint32, got {tokens.dtype}")
+    return tokens.astype(">u4").tobytes()
 
 
 class TokenBlockProcessor:
@@ -122,9 +126,10 @@ class BlockChain(Sequence[int]):
 
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            start, stop, step = index.indices(self._size)
-            self._extend(max(start, stop + 1 if step < 0 else stop))
-            return self._hashes[start:stop:step] if step > 0 else [self._hashes[i] for i in range(start, stop, step)]
+            positions = range(self._size)[index]
+            if positions:
+                self._extend(max(positions[0], positions[-1]) + 1)
+            return [self._hashes[position] for position in positions]
         if index < 0:
             index += self._size
         if not 0 <= index < self._size:

@@ -155,6 +155,9 @@ class LimitsConfig(Section, frozen=True):
     """Bounds on requests."""
 
     max_body_bytes: Annotated[Count, described("Larger request bodies are answered with 413.")] = 64 * 1024 * 1024
+    body_timeout_seconds: Annotated[
+        Seconds, described("A request body that has not come whole after this long is answered with 408.")
+    ] = 60.0
     request_timeout_seconds: Annotated[
         Seconds, described("A pod that sends nothing for this long ends the request (504 before the first byte).")
     ] = 600.0

@@ -1,0 +1,1 @@
+"""The HTTP front: accepts requests, asks the router, forwards and streams."""

@@ -50,14 +50,14 @@ class MemoryIndex:
         """Record consecutive blocks. Blocks whose parent the pod does not hold are unreachable and not taken."""
         if not hashes:
             return
-        tree = self._trees.get(model)
-        if tree is None:
-            tree = self._trees[model] = _Tree()
-        bit = self._bit_of.get(pod) or self._new_bit(pod)
+        tree = self._trees.get(model) or _Tree()
+        bit = self._bit_of.get(pod, 0)
         if not self._prefix_closed:
             parent = None
         elif parent is not None and not tree.pods.get(parent, 0) & bit:
             return
+        self._trees[model] = tree
+        bit = bit or self._new_bit(pod)
         pods = tree.pods
         for block in hashes:
             held = pods.get(block)
@@ -111,7 +111,7 @@ class MemoryIndex:
     def count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
         """How many blocks each pod holds consecutively from the start; pods that hold none are absent."""
         tree = self._trees.get(model)
-        if tree is None or not hashes:
+        if tree is None or not self._live or not hashes:
             return {}
         return self._gallop(tree.pods, hashes) if self._prefix_closed else self._walk(tree.pods, hashes)
 
@@ -220,8 +220,9 @@ class MemoryIndex:
 
     def _evict(self) -> None:
         while self._blocks > self._max_blocks:
-            tree = max(self._trees.values(), key=lambda t: len(t.pods))
+            model, tree = max(self._trees.items(), key=lambda item: len(item[1].pods))
             removed = tree.evict_leaf()
+            self._drop_if_empty(model, tree)
             self._blocks -= removed
             self._evicted += removed
 

@@ -1,4 +1,4 @@
-"""Checks a capture of raw frames: do the events alone predict the hits that the engine reported?
+"""Checks whether the events of a capture alone predict the hits that the engine reported.
 
 A capture is JSON lines in the order in which things happened. `meta` describes the engine, `event` holds a frame
 (`seq`, `payload_hex`, and `port` where several publishers were recorded), `request` a prompt (`label`, `body`,

@@ -1,0 +1,181 @@
+"""What the gateway answers on each path."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from matrixinfer.config import LimitsConfig
+from matrixinfer.errors import MatrixInferError
+from matrixinfer.gateway import headers
+from matrixinfer.gateway.body import read_body
+from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from matrixinfer.router import Router
+
+CLIENT_GONE = 499
+"""Status under which requests are counted whose client went away before the answer's end (nginx's convention)."""
+
+COMPLETION_PATHS = ("/v1/chat/completions", "/v1/completions")
+
+log = structlog.get_logger(__name__)
+
+
+class Api:
+    """The OpenAI-compatible API."""
+
+    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, limits: LimitsConfig) -> None:
+        self._router = router
+        self._proxy = proxy
+        self._metrics = metrics
+        self._limits = limits
+
+    def routes(self) -> Routes:
+        """Paths of the API."""
+        return {
+            **{path: {"POST": self.complete} for path in COMPLETION_PATHS},
+            "/v1/models": {"GET": self.models},
+        }
+
+    async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Route a completion request and pass its answer on."""
+        started = time.monotonic()
+        identity = headers.request_id(request.headers)
+        model: str | None = None
+        pod: str | None = None
+        code = CLIENT_GONE
+        try:
+            body = await self._body(request)
+            route = await self._router.route(
+                request.rel_url.raw_path, body, request_id=identity, session=headers.session_id(request.headers)
+            )
+            model, pod = route.decision.request.model, route.decision.chosen.name
+            try:
+                response = await self._proxy.forward(
+                    Exchange(request=request, id=identity, started=started, route=route)
+                )
+            finally:
+                route.finish()
+            code = response.status
+        except MatrixInferError as error:
+            response = response_to(error)
+            response.headers[headers.REQUEST_ID] = identity
+            code = response.status
+        except TimeoutError:
+            response = error_response(408, "The request body did not come in time.")
+            response.force_close()
+            code = response.status
+        finally:
+            seconds = time.monotonic() - started
+            self._metrics.request(model, code, seconds)
+            log.debug("request", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
+        return response
+
+    async def models(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Every model that some pod serves."""
+        cards = [
+            {"id": model.name, "object": "model", "created": 0, "owned_by": "matrixinfer", "parent": model.parent}
+            for model in self._router.registry.models()
+        ]
+        return json_response({"object": "list", "data": cards})
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        limits = self._limits
+        return await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
+
+
+class Status:
+    """Liveness, readiness and metrics, on both listeners."""
+
+    def __init__(self, registry: PodRegistry, metrics: Metrics, draining: asyncio.Event) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._draining = draining
+
+    def routes(self) -> Routes:
+        """Paths of probes and scrapers."""
+        return {
+            "/health": {"GET": self.health},
+            "/ready": {"GET": self.ready},
+            "/metrics": {"GET": self.expose},
+        }
+
+    async def health(self, _: web.BaseRequest) -> web.StreamResponse:
+        """The process is alive."""
+        return json_response({"status": "ok"})
+
+    async def ready(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Requests can be served: some pod is healthy, and the gateway is not about to stop."""
+        if self._draining.is_set():
+            return json_response({"status": "draining"}, status=503)
+        if not any(pod.healthy for pod in self._registry.pods):
+            return json_response({"status": "no healthy pod"}, status=503)
+        return json_response({"status": "ready"})
+
+    async def expose(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Prometheus metrics."""
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+class Admin:
+    """What operators ask; on the admin listener only."""
+
+    def __init__(self, router: Router, limits: LimitsConfig) -> None:
+        self._router = router
+        self._limits = limits
+
+    def routes(self) -> Routes:
+        """Paths of the admin listener."""
+        return {"/debug/route": {"POST": self.explain}, "/debug/pods": {"GET": self.pods}}
+
+    async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Where the body would go if it came on `?path=…`, and why. Changes nothing."""
+        path = request.rel_url.query.get("path", COMPLETION_PATHS[0])
+        limits = self._limits
+        body = await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
+        return json_response(await self._router.explain(path, body))
+
+    async def pods(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Every pod as last seen."""
+        registry = self._router.registry
+        now = registry.clock()
+        return json_response({"pods": [_pod(pod, now) for pod in registry.pods]})
+
+
+def json_response(data: object, *, status: int = 200) -> web.Response:
+    """`data` as JSON."""
+    return web.Response(status=status, body=msgspec.json.encode(data), headers={"Content-Type": "application/json"})
+
+
+def _pod(pod: Pod, now: float) -> Mapping[str, object]:
+    served, metrics = pod.served, pod.metrics
+    return {
+        "name": pod.name,
+        "url": pod.url,
+        "healthy": pod.healthy,
+        "failures": pod.failures,
+        "model": pod.base_model,
+        "aliases": None if served is None else sorted(served.aliases),
+        "adapters": None if served is None else dict(served.adapters),
+        "kv_sources": pod.kv_sources,
+        "metrics": None
+        if metrics is None
+        else {
+            "running": metrics.running,
+            "waiting": metrics.waiting,
+            "cache_usage": metrics.cache_usage,
+            "age_s": round(now - metrics.read_at, 3),
+        },
+    }

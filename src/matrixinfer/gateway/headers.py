@@ -1,0 +1,64 @@
+"""Which headers pass through, and the request's id."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+REQUEST_ID = "x-request-id"
+POD = "x-matrixinfer-pod"
+SESSION = "x-session-id"
+
+_HOP_BY_HOP = (
+    "connection",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+)
+"""Headers that concern one connection only (RFC 9110, 7.6.1)."""
+
+_REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID))
+_DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_MAX_SESSION_CHARS = 256
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's request id where it is short and printable, else a new one."""
+    given = headers.get(REQUEST_ID)
+    return given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def session_id(headers: Mapping[str, str]) -> str | None:
+    """The client's session id, where it sends one of sane length."""
+    given = headers.get(SESSION)
+    return given if given and len(given) <= _MAX_SESSION_CHARS else None
+
+
+def to_pod(headers: CIMultiDictProxy[str], identity: str) -> CIMultiDict[str]:
+    """A client's headers as a pod gets them; host and length are set when they are sent."""
+    kept = _without(headers, _REPLACED)
+    kept[REQUEST_ID] = identity
+    return kept
+
+
+def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMultiDict[str]:
+    """A pod's response headers as the client gets them."""
+    kept = _without(headers, _DROPPED)
+    kept[REQUEST_ID] = identity
+    kept[POD] = pod
+    return kept
+
+
+def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
+    connection = headers.get("connection")
+    if connection is not None:
+        names = names.union(name.strip().lower() for name in connection.split(","))
+    return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])

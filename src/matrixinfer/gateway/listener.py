@@ -1,0 +1,126 @@
+"""One listening address: requests dispatched by path and method, and a stop that lets them finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import structlog
+from aiohttp import web
+
+from matrixinfer.errors import MatrixInferError
+from matrixinfer.gateway.errors import error_response, response_to
+
+Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
+"""Path to method to handler."""
+
+IDLE_SECONDS = 75.0
+"""A connection without a whole request head for this long is closed."""
+LINGER_SECONDS = 2.0
+"""How long an unwanted body is read away, so that its client gets to read the answer."""
+CANCEL_SECONDS = 5.0
+"""How long a cancelled request may take to clean up."""
+_BACKLOG = 1024
+
+log = structlog.get_logger(__name__)
+
+
+class Listener:
+    """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: `stop` comes first.
+
+    Once `draining` is set, every answer ends its connection.
+
+    Built on aiohttp's low-level server: an `Application` would resolve, wrap and copy where one dictionary look-up does.
+    """
+
+    def __init__(self, host: str, port: int, routes: Routes, draining: asyncio.Event) -> None:
+        self._host = host
+        self._port = port
+        self._routes = routes
+        self._draining = draining
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._server: web.Server | None = None
+        self._listening: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listen. Raises `OSError` when the address is taken."""
+        self._server = web.Server(
+            self._serve,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=IDLE_SECONDS,
+            lingering_time=LINGER_SECONDS,
+        )
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(self._server, self._host, self._port, backlog=_BACKLOG)
+        self._port = self._listening.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop(0.0)
+
+    @property
+    def url(self) -> str:
+        """Base URL, with the port in use."""
+        return f"http://[{self._host}]:{self._port}" if ":" in self._host else f"http://{self._host}:{self._port}"
+
+    async def stop(self, grace: float) -> None:
+        """Stop accepting, close idle connections now and busy ones after their answer, at most `grace` seconds later."""
+        server, listening = self._server, self._listening
+        if server is None or listening is None:
+            return
+        self._server = self._listening = None
+        listening.close()
+        await asyncio.sleep(0)  # connections accepted just before get to start their requests
+        server.pre_shutdown()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.shutdown(grace + CANCEL_SECONDS))
+            group.create_task(self._finish(grace))
+
+    async def _finish(self, grace: float) -> None:
+        if self._tasks and grace > 0:
+            await asyncio.wait(self._tasks, timeout=grace)
+        if self._tasks:
+            log.warning("requests_cut_off", requests=len(self._tasks))
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            response = await self._dispatch(request)
+        except MatrixInferError as error:
+            response = response_to(error)
+        except ConnectionError:
+            return web.Response()  # the client is gone; writing this ends the connection
+        except Exception:
+            # Supervision boundary: a fault in one request must not end the connection without an answer, nor pass
+            # unseen. Where an answer had begun, aiohttp finds the connection cut.
+            log.exception("request_failed", path=request.rel_url.raw_path)
+            if request.writer.output_size and request.transport is not None:
+                request.transport.abort()
+            response = error_response(500, "Internal error.")
+        if self._draining.is_set() and not response.prepared:
+            response.force_close()
+        return response
+
+    async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        path, method = request.rel_url.raw_path, request.method
+        methods = self._routes.get(path)
+        if methods is None:
+            return error_response(404, f"Invalid URL ({method} {path}).")
+        handler = methods.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            return error_response(405, f"Use {allowed} with {path}.", headers={"Allow": allowed})
+        return await handler(request)

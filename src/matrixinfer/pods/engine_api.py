@@ -1,0 +1,171 @@
+"""What a gateway asks an engine over HTTP: its names, its KV event endpoints, its load. vLLM and SGLang alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from matrixinfer.config import KvEventsConfig
+from matrixinfer.pods.registry import EngineMetrics, ServedNames
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+"""Longer answers are refused. vLLM's `/metrics`, the longest, has some 200 KB."""
+
+_RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
+_WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
+_CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
+_ANY_HOST = ("*", "0.0.0.0", "[::]")  # noqa: S104 - read from engines, never bound
+
+
+class EngineDown(Exception):
+    """The engine cannot be reached, does not answer in time, or answers with a server error."""
+
+
+class EngineApi:
+    """Reads engines' HTTP APIs, each read within `timeout_seconds`. Every method raises `EngineDown`."""
+
+    def __init__(self, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+
+    async def models(self, url: str) -> ServedNames | None:
+        """The names that the engine serves; None when it does not tell (it may want an API key)."""
+        body = await self._get(f"{url}/v1/models")
+        return None if body is None else parse_models(body)
+
+    async def kv_sources(self, url: str) -> tuple[KvEventsConfig, ...]:
+        """Where it publishes KV events, one per data-parallel rank; empty when it publishes none or does not tell."""
+        body = await self._get(f"{url}/kv_event_sources")
+        return () if body is None else parse_kv_sources(body, host=urlsplit(url).hostname or "")
+
+    async def metrics(self, url: str, *, now: float) -> EngineMetrics:
+        """Its load; every figure is None when it exports no metrics. `now` stamps the reading."""
+        return parse_metrics(await self._get(f"{url}/metrics") or b"", read_at=now)
+
+    async def _get(self, url: str) -> bytes | None:
+        """The body of a 200; None for any answer that says: not here, not for you."""
+        try:
+            async with self._session.get(url, timeout=self._timeout, allow_redirects=False) as response:
+                if response.status >= 500:
+                    raise EngineDown(f"{url} answered {response.status}")
+                if response.status != 200:
+                    return None
+                chunks, size = [], 0
+                async for chunk in response.content.iter_any():
+                    size += len(chunk)
+                    if size > MAX_BODY_BYTES:
+                        raise EngineDown(f"{url} answered with more than {MAX_BODY_BYTES} bytes")
+                    chunks.append(chunk)
+                return b"".join(chunks)
+        except TimeoutError as error:
+            raise EngineDown(f"{url} did not answer in time") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineDown(f"{url}: {str(error) or type(error).__name__}") from error
+
+
+class _Card(msgspec.Struct):
+    id: str
+    parent: str | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card]
+
+
+def parse_models(body: bytes) -> ServedNames | None:
+    """The names in an engine's `/v1/models`; None when it cannot be read or names no base model.
+
+    Entries with a parent are adapters. Of the others, all names of one model, the first is the engine's own.
+    """
+    try:
+        cards = msgspec.json.decode(body, type=_Cards).data
+    except msgspec.DecodeError:
+        return None
+    own = [card.id for card in cards if card.parent is None]
+    if not own:
+        return None
+    adapters = {card.id: card.parent for card in cards if card.parent is not None}
+    return ServedNames(base_model=own[0], aliases=frozenset(own), adapters=adapters)
+
+
+def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:
+    """The endpoints in an engine's `/kv_event_sources`, by rank; `host` replaces wildcard addresses.
+
+    vLLM 0.32 answers with a map from rank to source, its later releases with a list. Sources that are off, use another
+    transport or cannot be read are left out.
+    """
+    try:
+        answer: Any = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return ()
+    if isinstance(answer, dict):
+        answer = [answer[rank] for rank in sorted(answer, key=lambda rank: (len(rank), rank))]
+    if not isinstance(answer, list):
+        return ()
+    return tuple(source for source in (_kv_source(entry, host) for entry in answer) if source is not None)
+
+
+def _kv_source(entry: object, host: str) -> KvEventsConfig | None:
+    if not isinstance(entry, dict) or entry.get("enable_kv_cache_events") is False:
+        return None
+    endpoint, replay = entry.get("endpoint"), entry.get("replay_endpoint")
+    if not isinstance(endpoint, str) or not endpoint or entry.get("publisher") not in (None, "zmq"):
+        return None
+    return KvEventsConfig(
+        endpoint=_reachable(endpoint, host),
+        replay_endpoint=_reachable(replay, host) if isinstance(replay, str) and replay else None,
+    )
+
+
+def _reachable(endpoint: str, host: str) -> str:
+    scheme, _, address = endpoint.partition("://")
+    name, _, port = address.rpartition(":")
+    if scheme != "tcp" or name not in _ANY_HOST:
+        return endpoint
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
+    """The load in an exposition text: requests summed over all its series (ranks, models), cache usage their highest.
+
+    Looks for the few names it needs instead of parsing the text: 30 µs for 200 KB.
+    """
+    running, waiting, usage = (_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE))
+    return EngineMetrics(
+        running=round(sum(running)) if running else None,
+        waiting=round(sum(waiting)) if waiting else None,
+        cache_usage=max(usage) if usage else None,
+        read_at=read_at,
+    )
+
+
+def _values(text: bytes, names: tuple[bytes, ...]) -> list[float]:
+    """Every series' value of the first of `names` that the text has."""
+    for name in names:
+        values = []
+        start = -1
+        while (start := text.find(name, start + 1)) >= 0:
+            end = text.find(b"\n", start)
+            value = _value(text, start, start + len(name), len(text) if end < 0 else end)
+            if value is not None:
+                values.append(value)
+        if values:
+            return values
+    return []
+
+
+def _value(text: bytes, start: int, after_name: int, end: int) -> float | None:
+    """The value of the sample line that may start at `start`; None where no sample of exactly that name does."""
+    if (start and text[start - 1 : start] != b"\n") or text[after_name : after_name + 1] not in (b"{", b" "):
+        return None
+    # Label values may hold spaces and braces, but nothing after the last brace does.
+    fields = text[max(after_name, text.rfind(b"}", after_name, end) + 1) : end].split()
+    try:
+        value = float(fields[0])
+    except (IndexError, ValueError):
+        return None
+    return value if math.isfinite(value) else None

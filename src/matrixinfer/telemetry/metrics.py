@@ -1,0 +1,117 @@
+"""The gateway's Prometheus metrics, all under `matrixinfer_`.
+
+Every label comes from a bounded set: pods and models that exist, stages, kinds and status codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
+
+M = TypeVar("M")
+
+UNKNOWN_MODEL = "unknown"
+"""Model label of requests whose model was not found, whatever name they gave."""
+
+_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_DECISION_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class _Children(dict[tuple[str, ...], M], Generic[M]):
+    """A metric's children by label values. Kept here because `labels()` costs more than the observation itself."""
+
+    def __init__(self, make: Callable[..., M]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, labels: tuple[str, ...]) -> M:
+        child = self[labels] = self._make(*labels)
+        return child
+
+
+class Metrics:
+    """Counters and histograms of one gateway, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("requests", "Requests answered; 499: the client went away.", "model", "code")
+        self._duration = self._histogram("request_duration_seconds", "From request to end of response.")
+        self._first_byte = self._histogram("time_to_first_byte_seconds", "From request to first byte of the response.")
+        self._in_flight = _Children(
+            Gauge("matrixinfer_in_flight", "Requests at a pod now.", ["pod"], registry=self.registry).labels
+        )
+        self._retries = self._counter("retries", "Requests sent again before their first byte.", "reason")
+        self._upstream_errors = self._counter("upstream_errors", "Requests that a pod did not answer.", "pod", "kind")
+        self._decision = self._histogram("decision_seconds", "Time to choose a pod.", buckets=_DECISION_BUCKETS)
+        self._stages = _Children(
+            self._histogram(
+                "decision_stage_seconds", "Time of one stage of the decision.", "stage", buckets=_DECISION_BUCKETS
+            ).labels
+        )
+        self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
+        self._degraded = self._counter("degraded", "Decisions that had to do without something.", "reason")
+        self._prompt_tokens = self._plain_counter("prompt_tokens", "Tokens of tokenized prompts.")
+        self._predicted = self._plain_counter("predicted_hit_tokens", "Of those, tokens expected in the pod's cache.")
+
+    def register(self, collector: Collector) -> None:
+        """Add a collector whose metrics are exposed with these."""
+        self.registry.register(collector)
+
+    def render(self) -> bytes:
+        """The exposition text, in the format that `prometheus_client.CONTENT_TYPE_LATEST` names."""
+        return generate_latest(self.registry)
+
+    def request(self, model: str | None, code: int, seconds: float) -> None:
+        """A request ended. `model` is None unless it was found."""
+        self._requests[model or UNKNOWN_MODEL, str(code)].inc()
+        self._duration.observe(seconds)
+
+    def first_byte(self, seconds: float) -> None:
+        """The first byte of a response came, `seconds` after its request."""
+        self._first_byte.observe(seconds)
+
+    def sent(self, pod: str) -> None:
+        """A request goes to a pod."""
+        self._in_flight[pod,].inc()
+
+    def returned(self, pod: str) -> None:
+        """It is no longer there."""
+        self._in_flight[pod,].dec()
+
+    def retry(self, reason: str) -> None:
+        """A request is sent again."""
+        self._retries[reason,].inc()
+
+    def upstream_error(self, pod: str, kind: str) -> None:
+        """A pod did not answer a request, or not to its end."""
+        self._upstream_errors[pod, kind].inc()
+
+    def decided(self, pod: str, seconds: float, stages_ms: Mapping[str, float]) -> None:
+        """A pod was chosen; `stages_ms` are the milliseconds of each stage."""
+        self._routed[pod,].inc()
+        self._decision.observe(seconds)
+        for stage, milliseconds in stages_ms.items():
+            self._stages[stage,].observe(milliseconds / 1000)
+
+    def degraded(self, reason: str) -> None:
+        """A decision had to do without something."""
+        self._degraded[reason,].inc()
+
+    def predicted(self, prompt_tokens: int, hit_tokens: int) -> None:
+        """A prompt was tokenized, and this much of it is expected in the chosen pod's cache."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._predicted.inc(hit_tokens)
+
+    def _counter(self, name: str, text: str, *labels: str) -> _Children[Counter]:
+        return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry).labels)
+
+    def _plain_counter(self, name: str, text: str) -> Counter:
+        return Counter(f"matrixinfer_{name}", text, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _REQUEST_BUCKETS
+    ) -> Histogram:
+        return Histogram(f"matrixinfer_{name}", text, labels, buckets=buckets, registry=self.registry)

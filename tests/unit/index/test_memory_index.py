@@ -1,0 +1,208 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.index import memory
+from matrixinfer.index.memory import MemoryIndex
+from tests.conformance.block_index import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
+
+A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
+
+
+def held(index: MemoryIndex, chain: list[int], pod: str = "pod-a", model: str = "llama") -> int:
+    return index.count(model, chain).get(pod, 0)
+
+
+def kept(index: MemoryIndex, chain: list[int], model: str = "llama") -> int:
+    """The longest prefix that any pod holds."""
+    return max(index.count(model, chain).values(), default=0)
+
+
+# The bound
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> tuple[Tree, list[tuple[str, str, int]]]:
+    tree = draw(trees())
+    store = st.tuples(st.sampled_from(MODELS), st.sampled_from(PODS), st.integers(0, len(tree.parents) - 1))
+    return tree, draw(st.lists(store, max_size=30))
+
+
+@given(stores(), st.integers(1, 12))
+def test_a_full_index_keeps_its_bound_and_nothing_but_prefixes(
+    stored: tuple[Tree, list[tuple[str, str, int]]], bound: int
+) -> None:
+    tree, adds = stored
+    index = MemoryIndex(max_blocks=bound)
+    for model, pod, node in adds:
+        chain = tree.path(node)
+        before, new = index.stats(), len(chain) - kept(index, chain, model)
+        index.add(model, pod, chain, None)
+        after = index.stats()
+        assert after.blocks == min(bound, before.blocks + new)
+        assert after.blocks + after.evicted == before.blocks + before.evicted + new
+        paths = [(name, tree.path(leaf)) for name in MODELS for leaf in range(len(tree.parents))]
+        reachable = {(name, block) for name, path in paths for block in path[: kept(index, path, name)]}
+        assert len(reachable) == after.blocks, "a block is kept that no prompt can reach"
+
+
+@given(histories(), st.integers(1, 12))
+def test_galloping_equals_walking_whatever_happened(history: tuple[Tree, list[Operation]], bound: int) -> None:
+    tree, operations = history
+    index = MemoryIndex(max_blocks=bound)
+    model = Model(tree, prefix_closed=True)
+    for operation in operations:
+        model.apply(operation, index)
+        for name, blocks in index._trees.items():
+            for node in range(len(tree.parents)):
+                chain = tree.path(node)
+                counts = index.count(name, chain)
+                assert counts == index._walk(blocks.pods, chain)
+                true = model.count(name, chain)
+                assert all(count <= true.get(pod, 0) for pod, count in counts.items())
+        assert index.stats().blocks <= bound
+
+
+def test_the_least_recently_stored_branch_goes_first_and_from_its_end() -> None:
+    index = MemoryIndex(max_blocks=20)
+    index.add("llama", "pod-a", A, None)
+    index.add("llama", "pod-a", B, None)
+    index.add("llama", "pod-b", A, None)  # A is fresher than B now
+    index.add("llama", "pod-a", C[:4], None)
+    assert (held(index, A), held(index, B), held(index, C)) == (10, 6, 4)
+    assert index.stats().evicted == 4
+
+
+def test_a_shared_prefix_outlives_its_older_branches() -> None:
+    index = MemoryIndex(max_blocks=10)
+    prefix, old, new = A[:5], B[:5], C[:5]
+    index.add("llama", "pod-a", prefix + old, None)
+    index.add("llama", "pod-b", prefix + new, None)
+    assert index.count("llama", prefix + old) == {"pod-a": 5, "pod-b": 5}
+    assert index.count("llama", prefix + new) == {"pod-a": 5, "pod-b": 10}
+
+
+def test_a_chain_longer_than_the_bound_keeps_its_beginning() -> None:
+    index = MemoryIndex(max_blocks=4)
+    index.add("llama", "pod-a", A, None)
+    assert held(index, A) == 4
+
+
+def test_what_follows_an_evicted_block_is_not_taken_and_leaves_no_trace() -> None:
+    index = MemoryIndex(max_blocks=4)
+    index.add("llama", "pod-a", A, None)
+    index.add("llama", "pod-a", B, A[-1])
+    index.add("qwen", "pod-b", B, A[-1])
+    assert (index.stats().blocks, index.stats().pods) == (4, 1)
+    assert set(index._trees) == {"llama"}
+
+
+def test_models_that_lost_their_last_block_are_dropped() -> None:
+    index = MemoryIndex(max_blocks=1)
+    for model in ("m0", "m1", "m2", "m3"):
+        index.add(model, "pod-a", A[:1], None)
+    assert len(index._trees) == 1
+    index.remove(next(iter(index._trees)), "pod-a", A[:1])
+    assert (index.stats().blocks, len(index._trees)) == (0, 0)
+
+
+def test_blocks_that_stand_alone_are_evicted_oldest_first() -> None:
+    index = MemoryIndex(max_blocks=4, prefix_closed=False)
+    index.add("llama", "pod-a", A[:3], None)
+    index.add("llama", "pod-a", A[:1], None)
+    index.add("llama", "pod-a", B[:3], None)
+    assert (held(index, A[:1]), held(index, A[1:2]), held(index, B)) == (1, 0, 3)
+
+
+def test_a_bound_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_blocks"):
+        MemoryIndex(max_blocks=0)
+
+
+# Cleared pods
+
+
+def test_later_writes_reclaim_what_a_cleared_pod_held() -> None:
+    index = MemoryIndex()
+    index.add("llama", "pod-a", A, None)
+    index.add("qwen", "pod-a", B, None)
+    index.add("llama", "pod-b", A[:5], None)
+    index.clear("pod-a")
+    for _ in range(4):
+        index.add("llama", "pod-b", C[:1], None)
+    assert index.stats().blocks == 6
+    assert set(index._trees) == {"llama"}
+
+
+def test_the_bits_of_cleared_pods_are_used_again() -> None:
+    index = MemoryIndex()
+    for turn in range(300):
+        index.add("llama", f"pod-{turn}", A, None)
+        index.forget(f"pod-{turn}")
+    assert index._next_bit.bit_length() < 100
+    assert index.count("llama", A) == {}
+
+
+def test_pods_cleared_without_writes_between_are_reclaimed_at_once() -> None:
+    index = MemoryIndex()
+    pods = [f"pod-{number}" for number in range(200)]
+    for pod in pods:
+        index.add("llama", pod, A, None)
+    for pod in pods:
+        index.clear(pod)
+    assert len(index._dead) <= memory._DEAD_SETS_KEPT
+    assert index.stats().pods == 0
+
+
+def test_a_new_pod_does_not_inherit_the_blocks_of_the_one_whose_bit_it_takes() -> None:
+    index = MemoryIndex()
+    index.add("llama", "pod-a", A, None)
+    index.add("llama", "pod-b", A, None)
+    bit = index._bit_of["pod-a"]
+    index.clear("pod-a")
+    index.add("llama", "pod-b", B, None)
+    index.add("llama", "pod-b", B, None)
+    index.add("llama", "pod-c", A[:3], None)
+    assert index._bit_of["pod-c"] == bit
+    assert index.count("llama", A) == {"pod-b": 10, "pod-c": 3}
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10), st.booleans()), max_size=200))
+def test_pods_that_come_and_go_hold_what_they_stored_last(turns: list[tuple[int, int, bool]]) -> None:
+    index = MemoryIndex()
+    expected: dict[str, int] = {}
+    for number, blocks, leaves in turns:
+        pod = f"pod-{number}"
+        if leaves:
+            index.forget(pod)
+            expected.pop(pod, None)
+        elif blocks:
+            index.add("llama", pod, A[:blocks], None)
+            expected[pod] = max(blocks, expected.get(pod, 0))
+        assert index.count("llama", A) == expected
+
+
+# Memory
+
+
+def test_equal_sets_of_pods_share_one_object() -> None:
+    index = MemoryIndex()
+    for number in range(100):  # beyond the integers that Python shares by itself
+        index.add("llama", f"pod-{number}", A, None)
+    sets = {id(pods) for pods in index._trees["llama"].pods.values()}
+    assert len(sets) == 1
+
+
+def test_the_table_of_shared_sets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_INTERNED_SETS_KEPT", 8)
+    index = MemoryIndex()
+    for number in range(40):
+        index.add("llama", f"pod-{number}", A[: 1 + number % 10], None)
+    assert len(index._interned) <= 8
+    assert len(index.count("llama", A)) == 40
+
+
+def test_statistics_estimate_memory() -> None:
+    small, large = MemoryIndex(), MemoryIndex()
+    large.add("llama", "pod-a", [name_of(node) for node in range(10_000)], None)
+    assert 50 < (large.stats().memory_bytes - small.stats().memory_bytes) / 10_000 < 500

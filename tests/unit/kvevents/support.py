@@ -1,0 +1,80 @@
+"""Events as an engine writes them, and what an index holds after them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.wire import EngineHash, decode
+
+POD, MODEL = "pod-a", "llama"
+
+
+def stored(
+    hashes: Sequence[EngineHash],
+    tokens: Sequence[int],
+    *,
+    parent: EngineHash | None = None,
+    block_size: int | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """A BlockStored event; the block size is what the tokens make it unless given."""
+    return {
+        "type": "BlockStored",
+        "block_hashes": list(hashes),
+        "parent_block_hash": parent,
+        "token_ids": list(tokens),
+        "block_size": len(tokens) // len(hashes) if block_size is None else block_size,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+        **fields,
+    }
+
+
+def removed(hashes: Sequence[EngineHash], **fields: Any) -> dict[str, Any]:
+    """A BlockRemoved event."""
+    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": "GPU", **fields}
+
+
+CLEARED = {"type": "AllBlocksCleared"}
+
+
+def frame(*events: Any, timestamp: float = 1.5, rank: int | None = 0) -> bytes:
+    """A batch as it comes over the wire."""
+    return msgspec.msgpack.encode([timestamp, events, rank])
+
+
+def contents(index: MemoryIndex, pod: str = POD) -> dict[str, set[int]]:
+    """The blocks that a pod holds, by model; models without any are absent."""
+    bit = index._bit_of.get(pod, 0)
+    held = {model: {block for block, pods in tree.pods.items() if pods & bit} for model, tree in index._trees.items()}
+    return {model: blocks for model, blocks in held.items() if blocks}
+
+
+class Follower:
+    """A ledger, the index that it feeds, and short ways to drive and read them."""
+
+    def __init__(self, blocks: TokenBlockProcessor) -> None:
+        self.blocks = blocks
+        self.index = MemoryIndex(prefix_closed=blocks.scheme == "prefix")
+        self.ledger = Ledger(pod=POD, model=MODEL, blocks=blocks, index=self.index)
+
+    def apply(self, *events: dict[str, Any]) -> None:
+        """Apply events through their wire format."""
+        batch = decode(frame(*events))
+        assert batch.unreadable == 0
+        for event in batch.events:
+            self.ledger.apply(event)
+
+    def held(self, tokens: Sequence[int], *, model: str = MODEL, salt: str | None = None) -> int:
+        """Tokens of a prompt that the index says the pod holds."""
+        return self.index.count(model, self.blocks.chain(tokens, salt=salt)).get(POD, 0) * self.blocks.block_size
+
+    @property
+    def total(self) -> int:
+        """Token blocks held, over all models."""
+        return sum(map(len, contents(self.index).values()))

@@ -1,0 +1,295 @@
+import pytest
+
+from matrixinfer.blocks import TokenBlockProcessor
+
+from .support import CLEARED, Follower, contents, removed, stored
+
+PROMPT = list(range(48))
+
+
+@pytest.fixture
+def same() -> Follower:
+    """Token blocks as large as the engine's: four tokens."""
+    return Follower(TokenBlockProcessor(4))
+
+
+@pytest.fixture
+def larger() -> Follower:
+    """Token blocks of eight tokens over engine blocks of four."""
+    return Follower(TokenBlockProcessor(8))
+
+
+def test_a_stored_chain_is_held_under_its_token_hashes(same: Follower) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12]))
+    assert same.held(PROMPT) == 12
+    assert same.ledger.block_size == 4
+    assert len(same.ledger) == same.ledger.stats.stored == 3
+
+
+def test_a_removed_copy_is_not_a_removed_block(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8]), stored([12], PROMPT[4:8], parent=11))
+    assert same.ledger.stats.copies == 1
+    same.apply(removed([12]))
+    assert same.held(PROMPT) == 8
+    same.apply(removed([12]))
+    assert same.held(PROMPT) == 4
+
+
+def test_copies_inside_a_longer_event_are_counted_and_the_rest_is_taken(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8]), stored([11, 12, 13, 14], PROMPT[:16]))
+    assert same.held(PROMPT) == 16
+    same.apply(removed([12, 11]))
+    assert same.held(PROMPT) == 16
+    assert same.ledger.stats.copies == 2
+
+
+def test_one_event_may_store_a_block_twice(same: Follower) -> None:
+    same.apply(stored([11, 12, 12], PROMPT[:8] + PROMPT[4:8]))
+    same.apply(removed([12]))
+    assert same.held(PROMPT) == 8
+
+
+def test_two_engine_blocks_that_share_a_token_block_both_support_it() -> None:
+    follower = Follower(TokenBlockProcessor(4))
+    first, second = [1, 2, 3, 4, 5, 5, 5, 5], [1, 2, 3, 4, 6, 6, 6, 6]
+    follower.apply(stored([11], first), stored([12], second))
+    assert (follower.held(first), follower.held(second), follower.total) == (8, 8, 3)
+    follower.apply(removed([11]))
+    assert (follower.held(first), follower.held(second)) == (4, 8)
+    follower.apply(removed([12]))
+    assert follower.total == 0
+
+
+def test_token_blocks_smaller_than_the_engines_come_several_at_a_time() -> None:
+    follower = Follower(TokenBlockProcessor(2))
+    follower.apply(stored([11, 12], PROMPT[:8]))
+    assert follower.held(PROMPT) == 8
+    follower.apply(removed([12]))
+    assert follower.held(PROMPT) == 4
+
+
+def test_token_blocks_larger_than_the_engines_wait_for_their_last_one(larger: Follower) -> None:
+    larger.apply(stored([11], PROMPT[:4]))
+    assert larger.held(PROMPT) == 0
+    larger.apply(stored([12, 13], PROMPT[4:12], parent=11))
+    assert larger.held(PROMPT) == 8
+
+
+def test_token_blocks_cut_across_engine_blocks() -> None:
+    follower = Follower(TokenBlockProcessor(3))
+    follower.apply(stored([11, 12], PROMPT[:8]))
+    assert follower.held(PROMPT) == 6
+    follower.apply(stored([13], PROMPT[8:12], parent=12))
+    assert follower.held(PROMPT) == 12
+    follower.apply(removed([13]))
+    assert follower.held(PROMPT) == 6
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 5, 8, 16])
+def test_a_chain_that_comes_in_several_events_is_one_chain(block_size: int) -> None:
+    follower = Follower(TokenBlockProcessor(block_size))
+    follower.apply(stored([11, 12], PROMPT[:8]))
+    follower.apply(stored([13, 14, 15], PROMPT[8:20], parent=12), stored([16], PROMPT[20:24], parent=15))
+    assert follower.held(PROMPT) == 24 // block_size * block_size
+
+
+def test_decoded_blocks_come_one_by_one(larger: Follower) -> None:
+    held = []
+    for block in range(12):
+        tokens = PROMPT[block * 4 : block * 4 + 4]
+        larger.apply(stored([100 + block], tokens, parent=99 + block if block else None))
+        held.append(larger.held(PROMPT))
+    assert held == [0, 8, 8, 16, 16, 24, 24, 32, 32, 40, 40, 48]
+
+
+def test_branches_share_what_they_have_in_common(larger: Follower) -> None:
+    other = PROMPT[:12] + [900] * 12
+    larger.apply(stored([11, 12, 13, 14], PROMPT[:16]), stored([23, 24, 25], other[12:24], parent=13))
+    assert (larger.held(PROMPT[:16]), larger.held(other)) == (16, 24)
+    larger.apply(removed([14]))
+    assert (larger.held(PROMPT[:16]), larger.held(other)) == (8, 24)
+
+
+def test_what_follows_an_unknown_parent_is_dropped(same: Follower) -> None:
+    same.apply(stored([12, 13], PROMPT[4:12], parent=11))
+    assert (same.total, len(same.ledger), same.ledger.stats.orphans) == (0, 0, 2)
+    same.apply(stored([14], PROMPT[12:16], parent=13))
+    assert same.ledger.stats.orphans == 3
+
+
+def test_removing_an_unknown_block_is_counted_and_changes_nothing(same: Follower) -> None:
+    same.apply(removed([99]), stored([11], PROMPT[:4]), removed([99, 98]))
+    assert (same.held(PROMPT), same.ledger.stats.unknown_removed, same.ledger.stats.removed) == (4, 3, 0)
+
+
+def test_nothing_is_reached_beyond_a_removed_parent_until_it_is_stored_again(same: Follower) -> None:
+    same.apply(stored([11, 12, 13, 14], PROMPT[:16]), removed([12]))
+    assert (same.held(PROMPT), same.total, len(same.ledger)) == (4, 1, 3)
+    same.apply(removed([14]), stored([12], PROMPT[4:8], parent=11))
+    assert (same.held(PROMPT), same.total) == (12, 3)
+
+
+def test_blocks_stored_below_a_hole_are_held_once_it_is_filled(same: Follower) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12]), removed([11]), stored([14], PROMPT[12:16], parent=13))
+    assert same.total == 0
+    same.apply(stored([11], PROMPT[:4]))
+    assert same.held(PROMPT) == 16
+
+
+def test_removals_in_any_order_within_one_event_leave_the_prefix(larger: Follower) -> None:
+    larger.apply(stored([11, 12, 13, 14, 15, 16], PROMPT[:24]), removed([14, 16, 13, 15]))
+    assert (larger.held(PROMPT), larger.total) == (8, 1)
+
+
+def test_cleared_blocks_are_gone_with_their_copies(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8]), stored([12], PROMPT[4:8], parent=11), CLEARED)
+    assert (same.total, len(same.ledger), same.ledger.stats.clears) == (0, 0, 1)
+    same.apply(stored([11, 12], PROMPT[:8]), removed([12]))
+    assert same.held(PROMPT) == 4
+
+
+def test_hashes_of_32_bytes_are_followed_like_integers(same: Follower) -> None:
+    first, second = b"\x01" * 32, b"\x02" * 32
+    same.apply(stored([first], PROMPT[:4]), stored([second], PROMPT[4:8], parent=first))
+    assert same.held(PROMPT) == 8
+    same.apply(removed([second]))
+    assert same.held(PROMPT) == 4
+
+
+# What blocks depend on besides their tokens
+
+
+def test_a_salt_keeps_a_prompt_to_itself(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8], extra_keys=[["tenant"], None]))
+    assert (same.held(PROMPT, salt="tenant"), same.held(PROMPT, salt="other"), same.held(PROMPT)) == (8, 0, 0)
+
+
+def test_an_adapter_is_a_model_of_its_own(same: Follower) -> None:
+    keys = [["poet"], ["poet"]]
+    same.apply(stored([11, 12], PROMPT[:8], lora_id=1, lora_name="poet", extra_keys=keys))
+    same.apply(stored([13], PROMPT[8:12], parent=12, lora_id=1, lora_name="poet", extra_keys=keys[:1]))
+    assert (same.held(PROMPT, model="poet"), same.held(PROMPT)) == (12, 0)
+    same.apply(removed([13, 12]))
+    assert same.held(PROMPT, model="poet") == 4
+
+
+def test_an_adapter_and_a_salt_go_together(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8], lora_id=1, lora_name="poet", extra_keys=[["poet", "tenant"], ["poet"]]))
+    assert same.held(PROMPT, model="poet", salt="tenant") == 8
+    assert same.held(PROMPT, model="poet") == 0
+
+
+def test_an_adapter_without_extra_keys_is_told_by_its_name(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], lora_id=1, lora_name="poet", extra_keys=None))
+    assert (same.held(PROMPT, model="poet"), same.held(PROMPT)) == (4, 0)
+
+
+def test_an_adapter_without_a_name_is_not_indexed(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], lora_id=1), stored([12], PROMPT[4:8], parent=11, lora_id=1))
+    assert (same.total, same.ledger.stats.ended) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "keys", [[["image", 3]], ["salt", "digest"], [["image", 3], "salt"], [b"embedding"], [7], "text", 7]
+)
+def test_any_other_extra_key_ends_the_chain_at_the_root(same: Follower, keys: object) -> None:
+    same.apply(stored([11, 12], PROMPT[:8], extra_keys=[keys, None]))
+    assert (same.total, same.ledger.stats.ended) == (0, 2)
+
+
+@pytest.mark.parametrize("keys", [[["image", 3]], ["a string beyond the root is no salt"]])
+def test_an_extra_key_further_on_ends_the_chain_there(same: Follower, keys: object) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12], extra_keys=[None, keys, None]))
+    same.apply(stored([14], PROMPT[12:16], parent=13), stored([15], PROMPT[4:8], parent=11, extra_keys=[keys]))
+    assert (same.held(PROMPT), same.total) == (4, 1)
+    assert (same.ledger.stats.ended, same.ledger.stats.orphans, len(same.ledger)) == (4, 0, 5)
+
+
+def test_blocks_that_are_not_indexed_are_counted_and_removed_like_others(same: Follower) -> None:
+    image = stored([11], PROMPT[:4], extra_keys=[[["image", 3]]])
+    same.apply(image, image, removed([11]))
+    assert len(same.ledger) == 1
+    same.apply(removed([11]), stored([12], PROMPT[4:8], parent=11))
+    assert (len(same.ledger), same.ledger.stats.orphans, same.ledger.stats.unknown_removed) == (0, 1, 0)
+
+
+# Media and groups
+
+
+def test_groups_of_other_attention_are_skipped(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="sliding_window", group_idx=1), removed([11], group_idx=1))
+    assert (same.total, same.ledger.stats.other_attention) == (0, 1)
+    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="full_attention", group_idx=0), removed([11], group_idx=1))
+    assert same.held(PROMPT) == 4
+
+
+def test_a_block_is_held_while_any_medium_or_group_holds_it(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4]), stored([11], PROMPT[:4], medium="CPU"), stored([11], PROMPT[:4], group_idx=2))
+    assert same.ledger.stats.copies == 0
+    for place in ({}, {"medium": "CPU"}):
+        same.apply(removed([11], **place))
+        assert same.held(PROMPT) == 4
+    same.apply(removed([11], group_idx=2))
+    assert same.total == 0
+
+
+def test_an_event_without_medium_or_group_means_the_gpu_and_the_first(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], medium=None, group_idx=None), removed([11], medium="GPU", group_idx=0))
+    assert (same.total, same.ledger.stats.removed) == (0, 1)
+
+
+def test_a_chain_does_not_go_on_in_another_medium(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4]), stored([12], PROMPT[4:8], parent=11, medium="CPU"))
+    assert (same.held(PROMPT), same.ledger.stats.orphans) == (4, 1)
+
+
+def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
+    same.apply(*(stored([11], PROMPT[:4], group_idx=group) for group in range(100)))
+    assert len(same.ledger._trees) == 16
+    assert same.ledger.stats.misfits == 84
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        stored([11], [], block_size=0),
+        stored([11], [], block_size=4),
+        stored([11], PROMPT[:3], block_size=4),
+        stored([11], PROMPT[:8], block_size=4),
+        stored([], [], block_size=4),
+        stored([11], PROMPT[:4], block_size=-4),
+        stored([11], [1, 2, 3, -4]),
+        stored([11], [1, 2, 3, 2**32]),
+    ],
+)
+def test_events_whose_tokens_do_not_fit_are_counted_and_skipped(same: Follower, event: dict[str, object]) -> None:
+    same.apply(event, stored([12], PROMPT[:4]))
+    assert (same.held(PROMPT), same.total, same.ledger.stats.misfits) == (4, 1, 1)
+
+
+# Schemes
+
+
+def test_blocks_hashed_alone_are_held_wherever_they_stand() -> None:
+    follower = Follower(TokenBlockProcessor(4, "block"))
+    repeated = [7, 7, 7, 7]
+    follower.apply(stored([11, 12, 13], repeated * 2 + PROMPT[:4]))
+    assert follower.total == 2
+    follower.apply(removed([13, 12]))
+    assert (follower.held(repeated), follower.total) == (4, 1)
+    follower.apply(removed([11]))
+    assert follower.total == 0
+
+
+def test_salted_blocks_are_not_indexed_when_hashed_alone() -> None:
+    follower = Follower(TokenBlockProcessor(4, "block"))
+    follower.apply(stored([11, 12], PROMPT[:8], extra_keys=[["tenant"], None]))
+    assert (follower.total, follower.ledger.stats.ended) == (0, 2)
+
+
+def test_clearing_the_ledger_touches_no_other_pod(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4]))
+    same.index.add("llama", "pod-b", list(same.blocks.chain(PROMPT)), None)
+    same.ledger.clear()
+    assert contents(same.index) == {}
+    assert same.index.count("llama", same.blocks.chain(PROMPT)) == {"pod-b": 12}

@@ -1,0 +1,209 @@
+"""The ledger against a reference that recomputes, after every event, what a prompt could reach."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.blocks import Scheme, TokenBlockProcessor
+
+from .support import CLEARED, MODEL, Follower, contents, removed, stored
+
+
+@dataclass(frozen=True)
+class Block:
+    """An engine block; its position in the forest is its hash."""
+
+    parent: int | None
+    tokens: tuple[int, ...]
+    adapter: str | None
+    salt: str | None
+    image: bool
+
+    @property
+    def extra_keys(self) -> list[Any] | None:
+        keys = [self.adapter, ("image", 0) if self.image else None, self.salt if self.parent is None else None]
+        return [key for key in keys if key is not None] or None
+
+
+Forest: TypeAlias = list[Block]
+Place: TypeAlias = tuple[str | None, int | None]  # medium and group
+
+
+@dataclass(frozen=True)
+class Store:
+    """The blocks up to `block` are stored at `place`, but for the first `skip`, in events of up to `batch` blocks."""
+
+    place: Place
+    block: int
+    skip: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Remove:
+    """One copy of each of `blocks` is evicted from `place`, in this order."""
+
+    place: Place
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Everything is dropped everywhere."""
+
+
+Step: TypeAlias = Store | Remove | Clear
+
+
+def path_to(forest: Forest, block: int) -> list[int]:
+    path, at = [], block
+    while True:
+        path.append(at)
+        parent = forest[at].parent
+        if parent is None:
+            return path[::-1]
+        at = parent
+
+
+def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
+    """What the engine publishes: consecutive blocks of one size share an event."""
+    if isinstance(step, Clear):
+        return [CLEARED]
+    medium, group = step.place
+    if isinstance(step, Remove):
+        return [removed(step.blocks, medium=medium, group_idx=group)]
+    groups: list[list[int]] = []
+    for block in path_to(forest, step.block)[step.skip :]:
+        last = groups[-1] if groups else []
+        if last and len(last) < step.batch and len(forest[last[-1]].tokens) == len(forest[block].tokens):
+            last.append(block)
+        else:
+            groups.append([block])
+    return [
+        stored(
+            blocks,
+            [token for block in blocks for token in forest[block].tokens],
+            parent=forest[blocks[0]].parent,
+            lora_name=forest[blocks[0]].adapter,
+            lora_id=None if forest[blocks[0]].adapter is None else 1,
+            extra_keys=[forest[block].extra_keys for block in blocks],
+            medium=medium,
+            group_idx=group,
+            kv_cache_spec_kind="full_attention",
+        )
+        for blocks in groups
+    ]
+
+
+class Reference:
+    """Copies of each block at each place, and nothing else; the rest is worked out from scratch."""
+
+    def __init__(self, forest: Forest, blocks: TokenBlockProcessor) -> None:
+        self.forest = forest
+        self.blocks = blocks
+        self.present: dict[tuple[str, int], Counter[int]] = {}
+
+    def apply(self, step: Step) -> None:
+        if isinstance(step, Clear):
+            self.present.clear()
+            return
+        copies = self.present.setdefault((step.place[0] or "GPU", step.place[1] or 0), Counter())
+        if isinstance(step, Remove):
+            for block in step.blocks:
+                copies[block] -= copies[block] > 0
+            return
+        for block in path_to(self.forest, step.block)[step.skip :]:
+            parent = self.forest[block].parent
+            if parent is None or copies[parent] or copies[block]:
+                copies[block] += 1
+
+    def contents(self) -> dict[str, set[int]]:
+        """The token blocks that an unbroken path of present, indexable engine blocks covers."""
+        held: dict[str, set[int]] = {}
+        for copies in self.present.values():
+            for block in +copies:
+                path = path_to(self.forest, block)
+                if all(copies[above] and not self.forest[above].image for above in path):
+                    root = self.forest[path[0]]
+                    tokens = [token for above in path for token in self.forest[above].tokens]
+                    chain = self.blocks.chain(tokens, salt=root.salt)
+                    held.setdefault(root.adapter or MODEL, set()).update(chain)
+        return {model: blocks for model, blocks in held.items() if blocks}
+
+
+PLACES: list[Place] = [(None, None), ("GPU", 0), ("GPU", 1), ("CPU", 0)]
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Forest:
+    sizes = st.sampled_from(draw(st.sampled_from([(1,), (2,), (3,), (4,), (6,), (8,), (2, 3)])))
+    forest: Forest = []
+    for _ in range(draw(st.integers(1, 10))):
+        parent = None
+        if forest:
+            last = len(forest) - 1
+            parent = draw(st.one_of(st.just(last), st.integers(0, last), st.none()))
+        # Two tokens only, so that prompts share token blocks that their engine blocks do not.
+        tokens = tuple(draw(st.lists(st.integers(0, 1), min_size=(size := draw(sizes)), max_size=size)))
+        if parent is None:
+            adapter, salt = draw(st.sampled_from([(None, None)] * 3 + [("poet", None), (None, "s"), ("poet", "s")]))
+        else:
+            adapter, salt = forest[parent].adapter, forest[parent].salt
+        image = draw(st.sampled_from([False] * 7 + [True]))
+        forest.append(Block(parent=parent, tokens=tokens, adapter=adapter, salt=salt, image=image))
+    return forest
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> tuple[Forest, list[Step]]:
+    forest = draw(forests())
+    block = st.integers(0, len(forest) - 1)
+    place = st.sampled_from(PLACES[: draw(st.sampled_from([1, 1, 4]))])
+    stores = st.builds(Store, place, block, st.sampled_from([0, 0, 0, 1, 2, 5]), st.sampled_from([1, 2, 100]))
+    removals = st.builds(Remove, place, st.lists(block, min_size=1, max_size=4).map(tuple))
+    steps = st.lists(st.one_of(stores, stores, removals, removals), max_size=25)
+    life: list[Step] = [*draw(steps)]
+    if draw(st.booleans()):
+        life += [Clear(), *draw(steps)]
+    return forest, life
+
+
+@given(
+    life=lives(),
+    block_size=st.sampled_from([1, 2, 3, 4, 5, 8]),
+    scheme=st.sampled_from(["prefix", "prefix", "prefix", "block"]),
+)
+def test_the_index_holds_what_a_prompt_can_reach_after_any_events(
+    life: tuple[Forest, list[Step]], block_size: int, scheme: Scheme
+) -> None:
+    forest, steps = life
+    follower = Follower(TokenBlockProcessor(block_size, scheme))
+    reference = Reference(forest, follower.blocks)
+    for step in steps:
+        follower.apply(*events_of(forest, step))
+        reference.apply(step)
+        assert contents(follower.index) == reference.contents()
+        assert len(follower.ledger) == sum(len(+copies) for copies in reference.present.values())
+
+
+@given(life=lives(), block_size=st.sampled_from([1, 2, 3, 4, 5, 8]), data=st.data())
+def test_nothing_is_kept_once_every_block_is_removed_in_any_order(
+    life: tuple[Forest, list[Step]], block_size: int, data: st.DataObject
+) -> None:
+    forest, steps = life
+    follower = Follower(TokenBlockProcessor(block_size))
+    reference = Reference(forest, follower.blocks)
+    for step in steps:
+        follower.apply(*events_of(forest, step))
+        reference.apply(step)
+    for place, copies in reference.present.items():
+        for block in data.draw(st.permutations(sorted(copies.elements()))):
+            follower.apply(removed([block], medium=place[0], group_idx=place[1]))
+    ledger = follower.ledger
+    assert follower.total == len(ledger) == 0
+    assert not any(ledger._supports.values())
+    for tree in ledger._trees.values():
+        assert not any((tree.runs, tree.copies, tree.branches, tree.cut, tree.ended))
