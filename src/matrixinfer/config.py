@@ -107,7 +107,7 @@ class PluginsConfig(Section, frozen=True, rename="pascal"):
         enabled=("least-request", "bounded-load")
     )
     score: Annotated[PluginStage, described("Rate each remaining pod 0 to 100; the weighted sum ranks them.")] = (
-        PluginStage(enabled=(PluginRef(name="kvcache-aware", weight=2.0), PluginRef(name="least-request", weight=1.0)))
+        PluginStage(enabled=("kvcache-aware", "least-prefill"))
     )
     picker: Annotated[PluginStage, described("Exactly one: turns totals into a ranking.")] = PluginStage(
         enabled=("max-score",)
@@ -127,8 +127,14 @@ class SchedulerConfig(Section, frozen=True):
 
     plugin_config: Annotated[
         tuple[PluginArgs, ...],
-        described("Arguments of plugins, by name. The default makes `kvcache-aware` match the whole prompt."),
-    ] = (PluginArgs(name="kvcache-aware", args={"maxBlocksToMatch": 0}),)
+        described(
+            "Arguments of plugins, by name. The default makes `kvcache-aware` match the whole prompt, and lets "
+            "`bounded-load` keep a conversation on its pod through short bursts."
+        ),
+    ] = (
+        PluginArgs(name="kvcache-aware", args={"maxBlocksToMatch": 0}),
+        PluginArgs(name="bounded-load", args={"minInFlight": 6}),
+    )
     plugins: Annotated[PluginsConfig, described("The profile: which plugins run, and their weights.")] = PluginsConfig()
     max_prefix_tokens: Annotated[Count, described("Tokens of a prompt that are hashed and looked up at most.")] = (
         1_000_000

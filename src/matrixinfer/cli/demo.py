@@ -34,7 +34,7 @@ from matrixinfer.telemetry.log import configure
 _MODEL = "demo"
 _POLICIES = ("round_robin", "kv_aware")
 _REPLY_TOKENS = 24
-_THINK_SECONDS = 0.5
+_THINK_SECONDS = 1.0
 _ENGINE = SimEngineConfig(
     model=_MODEL,
     block_size=16,

@@ -61,14 +61,14 @@ class Api:
             route = await self._router.route(
                 request.rel_url.raw_path, body, request_id=identity, session=headers.session_id(request.headers)
             )
-            model, pod = route.decision.request.model, route.decision.chosen.name
+            model = route.decision.request.model
             try:
                 response = await self._proxy.forward(
                     Exchange(request=request, id=identity, started=started, route=route)
                 )
             finally:
                 route.finish()
-            code = response.status
+            code, pod = response.status, response.headers[headers.POD]
         except MatrixInferError as error:
             response = response_to(error)
             response.headers[headers.REQUEST_ID] = identity

@@ -38,7 +38,7 @@ class _Unreached(Exception):
     """The pod gave no byte of an answer. The message is the kind of failure, as the metrics name it."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
     """One request on its way."""
 

@@ -222,9 +222,7 @@ class Ledger:
         size = self._blocks.block_size
         start = above.end_of(position)
         base = start // size * size
-        run = _Run(
-            model=above.model, block_size=block_size, parent=above.ids[position], start=start, base=base
-        )
+        run = _Run(model=above.model, block_size=block_size, parent=above.ids[position], start=start, base=base)
         completed = (base - above.base) // size
         run.seed = above.names[completed - 1] if completed else above.seed
         run.tokens += above.tokens[(base - above.base) * 4 : (start - above.base) * 4]

@@ -40,6 +40,7 @@ class PodWatcher:
         self._api = EngineApi(session, config.scrape_timeout_seconds)
         self._config = config
         self._on_discovered = on_discovered
+        self._announced: dict[str, object] = {}
         self._silent = {pod.name for pod in registry.pods}
         self._all_answered = asyncio.Event()
         self._group = asyncio.TaskGroup()
@@ -100,12 +101,13 @@ class PodWatcher:
     async def _discover(self, pod: Pod) -> None:
         served = await self._api.models(pod.url)
         sources = await self._api.kv_sources(pod.url) if pod.config.kv_events == "discover" else None
-        before = (pod.served, pod.kv_sources)
         self._registry.told(pod.name, served=served, kv_sources=sources)
-        if served is not None and (pod.served, pod.kv_sources) != before:
-            log.info("pod_discovered", pod=pod.name, model=served.base_model, adapters=sorted(served.adapters))
+        told = (pod.served, pod.kv_sources)
+        if served is not None and told != self._announced.get(pod.name):
             if self._on_discovered is not None:
                 self._on_discovered(pod)
+            self._announced[pod.name] = told
+            log.info("pod_discovered", pod=pod.name, model=served.base_model, adapters=sorted(served.adapters))
 
     def _answered(self, pod: Pod) -> None:
         self._registry.answered(pod.name)

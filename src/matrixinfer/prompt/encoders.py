@@ -53,7 +53,7 @@ class Gigatoken:
     """64 KB in half a millisecond; byte-level and SentencePiece BPE only."""
 
     name = "gigatoken"
-    inline_chars = 64 * 1024
+    inline_chars = 128 * 1024
 
     def __init__(self, tokenizer: gigatoken.Tokenizer) -> None:
         self._tokenizer = tokenizer

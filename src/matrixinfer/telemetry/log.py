@@ -15,9 +15,13 @@ def configure(config: LogConfig) -> None:
     renderer: structlog.typing.Processor
     if config.format == "json":
         renderer = structlog.processors.JSONRenderer()
-        exceptions: list[structlog.typing.Processor] = [structlog.processors.dict_tracebacks]
+        # The default of both formats shows local variables, which hold prompts.
+        frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        exceptions: list[structlog.typing.Processor] = [structlog.processors.ExceptionRenderer(frames)]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
         exceptions = []
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

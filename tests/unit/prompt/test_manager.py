@@ -143,7 +143,7 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
 
     monkeypatch.setattr(LocalTokenizer, "render", render)
     async with manager(model) as tokenizers:
-        for size in (10, 100_000):
+        for size in (10, 200_000):
             result = await tokenizers.tokenize(chat("word " * (size // 5)), model="m", urls=[])
             assert len(result.ids) > size // 10
     assert threads == [True, False]
@@ -159,7 +159,7 @@ async def test_a_slow_tokenizer_meets_the_deadline(model: Path, monkeypatch: pyt
     monkeypatch.setattr(LocalTokenizer, "render", render)
     async with manager(model, timeout_seconds=0.02) as tokenizers:
         with pytest.raises(TokenizeError, match="within"):
-            await tokenizers.tokenize(chat("x" * 100_000), model="m", urls=[])
+            await tokenizers.tokenize(chat("x" * 200_000), model="m", urls=[])
         release.set()
 
 
@@ -182,6 +182,6 @@ async def test_a_bad_path_fails_the_start_and_names_the_key(tmp_path: Path) -> N
 
 async def test_threads_end_with_the_manager(model: Path) -> None:
     async with manager(model) as tokenizers:
-        await tokenizers.tokenize(text("x" * 100_000), model="m", urls=[])
+        await tokenizers.tokenize(text("x" * 200_000), model="m", urls=[])
         assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
     assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())

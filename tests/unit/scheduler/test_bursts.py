@@ -40,7 +40,7 @@ class Fleet:
 
 
 def test_equal_prompts_fill_one_pod_to_the_bound_and_then_the_next() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig()))
+    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
     sent = [fleet.send((1, 2, 3, 4))[0] for _ in range(32)]
     runs = [name for i, name in enumerate(sent) if i == 0 or sent[i - 1] != name]
     assert len(set(sent[:4])) == 1  # the floor: they stay together
@@ -49,14 +49,14 @@ def test_equal_prompts_fill_one_pod_to_the_bound_and_then_the_next() -> None:
 
 
 def test_different_prompts_spread_evenly() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig()))
+    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
     sent = [fleet.send(tuple(range(i * 10, i * 10 + 4)))[0] for i in range(32)]
     assert sorted(sent[:8]) == fleet.names
     assert Counter(sent) == dict.fromkeys(fleet.names, 4)
 
 
 def test_one_conversation_at_a_time_stays_on_its_pod() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig()))
+    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
     seen = set()
     for turn in range(1, 20):
         name, charge = fleet.send(tuple(range(turn * 4)))
@@ -67,7 +67,7 @@ def test_one_conversation_at_a_time_stays_on_its_pod() -> None:
 
 def test_a_universal_prefix_does_not_collapse_onto_one_pod() -> None:
     """Every prompt shares 60 % of its blocks, requests finish in order, 24 in flight on 8 pods."""
-    fleet = Fleet(8, scheduler(SchedulerConfig()))
+    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
     shared = tuple(range(6))
     open_charges: list[Charge] = []
     sent = Counter[str]()

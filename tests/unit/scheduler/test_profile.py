@@ -35,7 +35,7 @@ def both(name: str) -> PluginArgs:
         (
             profile(scorers=("random", "kvcache-awar")),
             "$.scheduler.plugins.Score.enabled[1]",
-            ("did you mean `kvcache-aware`?", "bounded-load, gpu-cache-usage, kvcache-aware, least-request"),
+            ("did you mean `kvcache-aware`?", "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request"),
         ),
         (profile(filters=("zzz",)), "$.scheduler.plugins.Filter.enabled[0]", ("unknown plugin `zzz`; there are",)),
         (
@@ -99,7 +99,7 @@ def test_two_pickers_are_one_too_many() -> None:
 def test_the_default_profile_is_valid_and_routes() -> None:
     decision = scheduler(SchedulerConfig()).schedule(request(), pods(3))
     assert len(decision.ranked) == 3
-    assert list(decision.scores) == ["kvcache-aware", "least-request"]
+    assert list(decision.scores) == ["kvcache-aware", "least-prefill"]
     assert decision.notes == ("kvcache-aware: the index could not say what 3 of 3 pods hold",)
 
 

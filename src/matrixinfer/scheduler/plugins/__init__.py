@@ -9,6 +9,7 @@ from matrixinfer.scheduler.framework import Plugin
 from matrixinfer.scheduler.plugins.bounded_load import BoundedLoad
 from matrixinfer.scheduler.plugins.gpu_cache_usage import GpuCacheUsage
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+from matrixinfer.scheduler.plugins.least_prefill import LeastPrefill
 from matrixinfer.scheduler.plugins.least_request import LeastRequest
 from matrixinfer.scheduler.plugins.max_score import MaxScore
 from matrixinfer.scheduler.plugins.prefix_cache import PrefixCache
@@ -19,6 +20,7 @@ _CLASSES: tuple[type[Plugin], ...] = (
     BoundedLoad,
     GpuCacheUsage,
     KvCacheAware,
+    LeastPrefill,
     LeastRequest,
     MaxScore,
     PrefixCache,

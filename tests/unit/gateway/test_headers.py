@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from matrixinfer.gateway import headers
+
+HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade"]
+
+
+def multi(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
+    return CIMultiDictProxy(CIMultiDict(pairs))
+
+
+@pytest.mark.parametrize("name", [*HOP_BY_HOP, "Proxy-Authorization", "Host", "Content-Length", "Expect"])
+def test_a_header_of_one_connection_or_of_its_body_does_not_reach_the_pod(name: str) -> None:
+    assert headers.to_pod(multi((name.upper(), "x"), ("A", "1")), "id") == CIMultiDict({"A": "1", "x-request-id": "id"})
+
+
+@pytest.mark.parametrize("name", [*HOP_BY_HOP, "Proxy-Authenticate"])
+def test_a_header_of_one_connection_does_not_reach_the_client(name: str) -> None:
+    passed = headers.to_client(multi((name, "x"), ("Content-Length", "5")), "id", "pod-a")
+    assert passed == CIMultiDict({"Content-Length": "5", "x-request-id": "id", "x-matrixinfer-pod": "pod-a"})
+
+
+def test_what_the_connection_header_names_stays_too() -> None:
+    passed = headers.to_pod(multi(("Connection", "close, X-One ,x-two"), ("X-One", "1"), ("X-TWO", "2")), "id")
+    assert list(passed) == ["x-request-id"]
+
+
+def test_repeated_headers_and_their_order_are_kept() -> None:
+    passed = headers.to_client(multi(("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")), "id", "p")
+    assert passed.getall("Set-Cookie") == ["a=1", "b=2"]
+
+
+def test_what_a_pod_says_of_itself_is_replaced_by_what_the_gateway_knows() -> None:
+    passed = headers.to_client(multi(("X-Request-ID", "theirs"), ("X-MatrixInfer-Pod", "b")), "id", "a")
+    assert passed.getall("x-request-id") == ["id"]
+    assert passed.getall("x-matrixinfer-pod") == ["a"]
+
+
+@given(st.text(max_size=200))
+def test_a_request_id_is_always_short_and_printable(given_id: str) -> None:
+    identity = headers.request_id({"x-request-id": given_id})
+    assert 1 <= len(identity) <= 128
+    assert identity.isascii()
+    assert identity.isprintable()
+    assert " " not in identity
+    if identity != given_id:
+        assert len(identity) == 32
+
+
+def test_a_session_id_of_insane_length_is_none() -> None:
+    assert headers.session_id({}) is None
+    assert headers.session_id({"x-session-id": ""}) is None
+    assert headers.session_id({"x-session-id": "s" * 256}) == "s" * 256
+    assert headers.session_id({"x-session-id": "s" * 257}) is None

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from matrixinfer.config import KvEventsConfig
+from matrixinfer.pods.engine_api import parse_kv_sources, parse_metrics, parse_models
+
+VLLM = b"""\
+# HELP python_gc_objects_collected_total Objects collected during gc
+# TYPE python_gc_objects_collected_total counter
+python_gc_objects_collected_total{generation="0"} 11021.0
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="tiny"} 3.0
+vllm:num_requests_running{engine="1",model_name="tiny"} 4.0
+# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="tiny"} 2.0
+# HELP vllm:num_requests_waiting_by_reason Number of requests waiting by reason.
+# TYPE vllm:num_requests_waiting_by_reason gauge
+vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="capacity"} 40.0
+# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.5
+"""
+OLD_VLLM = b"""\
+vllm:num_requests_running{model_name="a {b} c"} 1
+vllm:num_requests_waiting{model_name="a {b} c"} 0
+vllm:gpu_cache_usage_perc{model_name="a {b} c"} 0.125
+"""
+SGLANG = b"""\
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{model_name="m",tp_rank="0"} 7.0
+sglang:num_queue_reqs{model_name="m",tp_rank="0"} 1.0
+sglang:token_usage{model_name="m",tp_rank="0"} 0.28
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(VLLM, (7, 2, 0.5)), (OLD_VLLM, (1, 0, 0.125)), (SGLANG, (7, 1, 0.28)), (b"", (None, None, None))],
+    ids=["vllm", "old vllm", "sglang", "nothing"],
+)
+def test_load_is_read_under_every_engine_s_names(text: bytes, expected: tuple[object, ...]) -> None:
+    metrics = parse_metrics(text, read_at=5.0)
+    assert (metrics.running, metrics.waiting, metrics.cache_usage) == expected
+    assert metrics.read_at == 5.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"vllm:num_requests_running",
+        b"vllm:num_requests_running{",
+        b"vllm:num_requests_running ",
+        b'vllm:num_requests_running{a="b"} NaN',
+        b'vllm:num_requests_running{a="b"} +Inf',
+        b'vllm:num_requests_running{a="b"} many',
+        b"# HELP vllm:num_requests_running 5",
+        b"vllm:num_requests_running_max 5",
+        b"\x00\xff\n" * 3,
+    ],
+)
+def test_what_is_no_sample_of_the_name_is_unknown_not_zero(text: bytes) -> None:
+    assert parse_metrics(text, read_at=0.0).running is None
+
+
+def test_a_timestamp_after_the_value_is_ignored() -> None:
+    assert parse_metrics(b"vllm:num_requests_running 5 1395066363000", read_at=0.0).running == 5
+
+
+@given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 1000)), max_size=5, unique_by=lambda pair: pair[0]))
+def test_sums_agree_with_the_library_that_engines_expose_metrics_with(series: list[tuple[str, int]]) -> None:
+    registry = CollectorRegistry()
+    for name in ("vllm:num_requests_running_before", "vllm:num_requests_running", "vllm:num_requests_running_z"):
+        gauge = Gauge(name, "Text with vllm:num_requests_running 9 inside.", ["model_name"], registry=registry)
+        for label, value in series:
+            gauge.labels(label).set(value)
+    metrics = parse_metrics(generate_latest(registry), read_at=0.0)
+    assert metrics.running == (sum(value for _, value in series) if series else None)
+
+
+def test_the_first_name_without_a_parent_is_the_engine_s_own() -> None:
+    cards = [
+        {"id": "lora0", "object": "model", "parent": "tiny"},
+        {"id": "tiny", "object": "model", "root": "model/tiny", "parent": None, "permission": [{"x": 1}]},
+        {"id": "tiny-latest", "parent": None},
+        {"id": "lora1", "parent": "tiny"},
+    ]
+    served = parse_models(msgspec.json.encode({"object": "list", "data": cards}))
+    assert served is not None
+    assert served.base_model == "tiny"
+    assert served.aliases == {"tiny", "tiny-latest"}
+    assert served.adapters == {"lora0": "tiny", "lora1": "tiny"}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"data":[]}', b'{"data":[{"id":1}]}', b'{"data":[{"id":"a","parent":"b"}]}', b"\xff"]
+)
+def test_a_model_list_without_a_base_model_tells_nothing(body: bytes) -> None:
+    assert parse_models(body) is None
+
+
+def test_event_sources_are_read_as_vllm_0_32_gives_them() -> None:
+    one = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": "tcp://*:5557",
+        "replay_endpoint": "tcp://*:5558",
+        "buffer_steps": 10000,
+        "topic": "kv-events",
+    }
+    others = {"10": one | {"endpoint": "tcp://*:5567"}, "2": one | {"endpoint": "tcp://*:5559"}}
+    sources = parse_kv_sources(msgspec.json.encode({"0": one, **others}), host="10.0.0.7")
+    assert [source.endpoint for source in sources] == [f"tcp://10.0.0.7:{port}" for port in (5557, 5559, 5567)]
+    assert sources[0] == KvEventsConfig(endpoint="tcp://10.0.0.7:5557", replay_endpoint="tcp://10.0.0.7:5558")
+
+
+def test_event_sources_are_read_as_a_list_too() -> None:
+    body = msgspec.json.encode(
+        [{"data_parallel_rank": 0, "endpoint": "tcp://10.0.0.1:5557", "replay_endpoint": None, "topic": ""}]
+    )
+    assert parse_kv_sources(body, host="h") == (KvEventsConfig(endpoint="tcp://10.0.0.1:5557"),)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("tcp://*:1", "tcp://[::1]:1"),
+        ("tcp://0.0.0.0:1", "tcp://[::1]:1"),
+        ("tcp://[::]:1", "tcp://[::1]:1"),
+        ("tcp://h:1", "tcp://h:1"),
+        ("ipc:///tmp/x", "ipc:///tmp/x"),
+    ],
+)
+def test_only_wildcard_addresses_are_replaced_by_the_pod_s_host(endpoint: str, expected: str) -> None:
+    (source,) = parse_kv_sources(msgspec.json.encode([{"endpoint": endpoint}]), host="::1")
+    assert source.endpoint == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        5,
+        {"detail": "Not Found"},
+        [{"endpoint": None}],
+        [{"endpoint": "tcp://*:1", "publisher": "null"}],
+        [{"endpoint": "tcp://*:1", "enable_kv_cache_events": False}],
+    ],
+)
+def test_sources_that_publish_nothing_are_left_out(answer: object) -> None:
+    assert parse_kv_sources(msgspec.json.encode(answer), host="h") == ()
+    assert parse_kv_sources(b"\xff", host="h") == ()

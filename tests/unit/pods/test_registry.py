@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+
+from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
+
+TINY = ServedNames(base_model="tiny", aliases=frozenset({"tiny", "tiny-x"}), adapters={"lora": "tiny"})
+BIG = ServedNames(base_model="big", aliases=frozenset({"big"}), adapters={})
+
+
+def registry(*pods: str, models: tuple[ModelConfig, ...] = (), failures: int = 2) -> PodRegistry:
+    configs = [PodConfig(name=name, url=f"http://{name}") for name in pods]
+    return PodRegistry(configs, models, PodWatchConfig(unhealthy_after_failures=failures), clock=lambda: 0.0)
+
+
+def resolve(fleet: PodRegistry, requested: str) -> tuple[str, list[str]]:
+    model, pods = fleet.resolve(requested)
+    return model, [pod.name for pod in pods]
+
+
+def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> None:
+    fleet = registry("a", "b", "c")
+    fleet.told("a", served=TINY)
+    fleet.told("b", served=BIG)
+    fleet.told("c", served=TINY)
+    assert resolve(fleet, "tiny") == ("tiny", ["a", "c"])
+    assert resolve(fleet, "tiny-x") == ("tiny", ["a", "c"])
+    assert resolve(fleet, "lora") == ("lora", ["a", "c"])
+    assert resolve(fleet, "big") == ("big", ["b"])
+
+
+def test_configured_aliases_map_to_the_model_and_are_rewritten_only_where_the_pod_does_not_know_them() -> None:
+    fleet = registry("a", models=(ModelConfig(name="tiny", aliases=("small", "tiny-x")),))
+    fleet.told("a", served=TINY)
+    assert resolve(fleet, "small") == ("tiny", ["a"])
+    assert fleet.name_at("a", "small") == "tiny"
+    assert fleet.name_at("a", "tiny-x") == "tiny-x"
+    assert fleet.name_at("a", "lora") == "lora"
+
+
+def test_a_pod_that_has_not_told_is_taken_only_for_a_configured_model_that_no_other_serves() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)),))
+    assert resolve(fleet, "small") == ("tiny", ["a", "b"])
+    assert fleet.name_at("a", "small") == "tiny"
+    fleet.told("a", served=TINY)
+    assert resolve(fleet, "small") == ("tiny", ["a"])
+
+
+def test_a_name_is_unknown_only_once_every_pod_has_told() -> None:
+    fleet = registry("a", "b")
+    fleet.told("a", served=TINY)
+    with pytest.raises(NoPodAvailable):
+        fleet.resolve("big")
+    fleet.told("b", served=TINY)
+    with pytest.raises(UnknownModel) as caught:
+        fleet.resolve("big")
+    assert caught.value.param == "model"
+
+
+def test_a_configured_model_that_no_pod_serves_is_unavailable_not_unknown() -> None:
+    fleet = registry("a", models=(ModelConfig(name="big"),))
+    fleet.told("a", served=TINY)
+    with pytest.raises(NoPodAvailable):
+        fleet.resolve("big")
+
+
+def test_unhealthy_pods_are_left_out_until_none_is_healthy() -> None:
+    fleet = registry("a", "b")
+    for name in ("a", "b"):
+        fleet.told(name, served=TINY)
+        fleet.answered(name)
+    fleet.failed("a")
+    assert resolve(fleet, "tiny") == ("tiny", ["a", "b"])
+    fleet.failed("a")
+    assert resolve(fleet, "tiny") == ("tiny", ["b"])
+    fleet.failed("b")
+    fleet.failed("b")
+    assert resolve(fleet, "tiny") == ("tiny", ["a", "b"])
+    fleet.answered("a")
+    assert resolve(fleet, "tiny") == ("tiny", ["a"])
+
+
+def test_only_failures_in_a_row_count() -> None:
+    fleet = registry("a", failures=2)
+    fleet.answered("a")
+    for _ in range(5):
+        fleet.failed("a")
+        assert fleet.pods[0].healthy
+        fleet.answered("a")
+
+
+def test_a_pod_is_not_healthy_before_it_has_answered() -> None:
+    assert not registry("a").pods[0].healthy
+
+
+def test_old_metrics_are_unknown() -> None:
+    fleet = registry("a")
+    pod = fleet.pods[0]
+    assert fleet.metrics_of(pod, 0.0) is None
+    metrics = EngineMetrics(running=1, waiting=0, cache_usage=None, read_at=10.0)
+    fleet.measured("a", metrics)
+    assert fleet.metrics_of(pod, 15.0) is metrics
+    assert fleet.metrics_of(pod, 15.1) is None
+
+
+def test_the_list_of_models_is_what_resolves() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)), ModelConfig(name="gone")))
+    assert [model.name for model in fleet.models()] == ["gone", "small", "tiny"]
+    fleet.told("a", served=TINY)
+    fleet.told("b", served=BIG)
+    models = fleet.models()
+    assert [model.name for model in models] == ["big", "lora", "small", "tiny", "tiny-x"]
+    assert {model.name: model.parent for model in models}["lora"] == "tiny"
+    for model in models:
+        fleet.resolve(model.name)
+
+
+def test_event_sources_are_unknown_only_where_the_engine_must_be_asked() -> None:
+    endpoint = KvEventsConfig(endpoint="tcp://h:1")
+    pods = [
+        PodConfig(name="asked", url="http://a"),
+        PodConfig(name="none", url="http://b", kv_events="none"),
+        PodConfig(name="given", url="http://c", kv_events=endpoint),
+    ]
+    fleet = PodRegistry(pods, (), PodWatchConfig(), clock=lambda: 0.0)
+    assert [pod.kv_sources for pod in fleet.pods] == [None, (), (endpoint,)]
+    fleet.told("asked", kv_sources=(endpoint,))
+    assert fleet.pods[0].kv_sources == (endpoint,)
+    fleet.told("asked", served=TINY)
+    assert fleet.pods[0].kv_sources == (endpoint,)

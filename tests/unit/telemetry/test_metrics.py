@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from prometheus_client import Gauge
+from prometheus_client.parser import text_string_to_metric_families
+
+from matrixinfer.telemetry.metrics import Metrics
+
+
+def test_everything_observed_is_exposed_under_its_documented_name() -> None:
+    metrics = Metrics()
+    metrics.request("tiny", 200, 0.5)
+    metrics.request(None, 404, 0.1)
+    metrics.first_byte(0.2)
+    metrics.sent("a")
+    metrics.sent("a")
+    metrics.returned("a")
+    metrics.retry("connect")
+    metrics.upstream_error("a", "connect")
+    metrics.decided("a", 0.001, {"match": 0.5, "tokenize": 2.0})
+    metrics.degraded("tokenize")
+    metrics.predicted(100, 64)
+    samples = {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if not sample.name.endswith(("_bucket", "_created"))
+    }
+    assert samples == {
+        ("matrixinfer_requests_total", ("200", "tiny")): 1,
+        ("matrixinfer_requests_total", ("404", "unknown")): 1,
+        ("matrixinfer_request_duration_seconds_count", ()): 2,
+        ("matrixinfer_request_duration_seconds_sum", ()): 0.6,
+        ("matrixinfer_time_to_first_byte_seconds_count", ()): 1,
+        ("matrixinfer_time_to_first_byte_seconds_sum", ()): 0.2,
+        ("matrixinfer_in_flight", ("a",)): 1,
+        ("matrixinfer_retries_total", ("connect",)): 1,
+        ("matrixinfer_upstream_errors_total", ("connect", "a")): 1,
+        ("matrixinfer_decision_seconds_count", ()): 1,
+        ("matrixinfer_decision_seconds_sum", ()): 0.001,
+        ("matrixinfer_decision_stage_seconds_count", ("match",)): 1,
+        ("matrixinfer_decision_stage_seconds_sum", ("match",)): 0.0005,
+        ("matrixinfer_decision_stage_seconds_count", ("tokenize",)): 1,
+        ("matrixinfer_decision_stage_seconds_sum", ("tokenize",)): 0.002,
+        ("matrixinfer_routed_total", ("a",)): 1,
+        ("matrixinfer_degraded_total", ("tokenize",)): 1,
+        ("matrixinfer_prompt_tokens_total", ()): 100,
+        ("matrixinfer_predicted_hit_tokens_total", ()): 64,
+    }
+
+
+def test_two_gateways_in_one_process_share_nothing() -> None:
+    one, other = Metrics(), Metrics()
+    one.degraded("index")
+    assert other.registry.get_sample_value("matrixinfer_degraded_total", {"reason": "index"}) is None
+
+
+def test_a_registered_collector_is_exposed_with_the_rest() -> None:
+    metrics = Metrics()
+    metrics.register(Gauge("extra", "One more.", registry=None))
+    assert b"\nextra 0.0\n" in metrics.render()
