@@ -1,0 +1,61 @@
+"""What the documentation shows is what the code does."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from matrixinfer.config import SchedulerConfig, parse
+from matrixinfer.plugin_loader import discover
+from matrixinfer.policies import POLICIES, with_policy
+from matrixinfer.reference import configuration_page
+from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
+from matrixinfer.service import build_scheduler
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def test_the_reference_page_is_what_the_schema_says() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == configuration_page(discover()), "run: matrixinfer config reference > docs/configuration.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_yaml_example_is_a_valid_configuration(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        config = parse(text, base=ROOT)
+        if "rack" not in text:
+            build_scheduler(config.scheduler)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_shipped_profile_is_built_and_bounds_load(policy: str) -> None:
+    assert "bounded-load" in POLICIES[policy].filter.enabled
+    build_scheduler(with_policy(SchedulerConfig(), policy))
+
+
+def test_the_plugin_of_the_guide_works() -> None:
+    (source,) = blocks(ROOT / "docs" / "plugins.md", "python")
+    names: dict[str, type] = {}
+    exec(source, names)  # noqa: S102 - our own documentation
+    services = Services(clock=time.monotonic, rng=random.Random(0))
+    plugin = names["Rack"](names["Rack"].Args(prefix="a-"), services)  # type: ignore[attr-defined]
+    request = SchedulingRequest(id="r", model="m", prompt_tokens=1, block_size=128, chain=(), prefix=b"")
+    scores = plugin.score(request, [Candidate(name="a-1", url=""), Candidate(name="b-1", url="")])
+    assert scores.values == [100.0, 0.0]
