@@ -75,22 +75,23 @@ class FeedMachine(RuleBasedStateMachine):
         self.feed = PodFeed(self.follower.ledger, can_replay=True)
         self.engine = Engine(0, buffered=6)
         self.unannounced = False  # the connection was broken and the feed has not been told
+        self.calm = 0  # batches since it was
         self.answer: tuple[int, int, list[tuple[int, bytes]]] | None = None  # a replay under way
 
     @rule(wishes=st.lists(st.integers(0, 99), max_size=4), lost=st.sampled_from([False, False, False, True]))
     def publish(self, wishes: list[int], lost: bool) -> None:
+        self.calm += 1
         number, payload = self.engine.publish(wishes)
         if not lost:
             self.feed.live(number, payload)
 
-    @rule(buffered=st.sampled_from([0, 2, 6, 100]))
-    def restart(self, buffered: int) -> None:
-        self.engine = Engine(self.engine.run + 1, buffered)
+    @precondition(lambda self: self.calm >= 4)
+    @rule(restarts=st.booleans(), buffered=st.sampled_from([0, 2, 6, 100]))
+    def break_connection(self, restarts: bool, buffered: int) -> None:
+        if restarts:
+            self.engine = Engine(self.engine.run + 1, buffered)
         self.unannounced = True
-
-    @rule()
-    def break_connection(self) -> None:
-        self.unannounced = True
+        self.calm = 0
 
     @precondition(lambda self: self.unannounced)
     @rule()
@@ -119,6 +120,12 @@ class FeedMachine(RuleBasedStateMachine):
             if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
                 return
         (self.feed.replay_failed if fails else self.feed.replay_ended)()
+
+    @precondition(lambda self: self.feed.replay_from is not None and self.answer is None)
+    @rule()
+    def replay_at_once(self) -> None:
+        self.ask(lost=None)
+        self.hand_over(fails=False)
 
     @property
     def caught_up(self) -> bool:

@@ -1,0 +1,5 @@
+"""`python -m matrixinfer`."""
+
+from matrixinfer.cli import main
+
+raise SystemExit(main())

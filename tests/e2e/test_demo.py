@@ -1,0 +1,22 @@
+"""The demo, as a command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def test_the_demo_shows_kv_aware_routing_ahead_of_round_robin() -> None:
+    arguments = ["demo", "--json", "--conversations", "8", "--turns", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "matrixinfer", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    policies = json.loads(done.stdout)["policies"]
+    assert list(policies) == ["round_robin", "kv_aware"]
+    for figures in policies.values():
+        assert set(figures) == {"hit_rate", "ttft_p50_ms", "ttft_p90_ms", "requests", "errors", "pods"}
+        assert figures["requests"] == sum(figures["pods"].values()) == 32
+        assert figures["errors"] == 0
+    assert policies["kv_aware"]["hit_rate"] > policies["round_robin"]["hit_rate"] + 0.1

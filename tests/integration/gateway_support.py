@@ -1,0 +1,214 @@
+"""A gateway in front of scripted pods, with a router that does no more than parse and take pods in order."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.session import client_session
+from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.router import Router
+from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.telemetry.metrics import Metrics
+
+CHAT = "/v1/chat/completions"
+BODY = b'{"model": "tiny",  "messages": [{"role":"user","content":"h\\u00e9llo"}] , "unknown": 1.50}'
+LOOPBACK = "127.0.0.1"
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class FakeRoute:
+    """Records what the proxy reports."""
+
+    decision: Decision
+    body: bytes
+    registry: PodRegistry
+    reports: list[str] = field(default_factory=list)
+
+    def body_for(self, pod: Candidate) -> bytes:
+        return self.body
+
+    def move(self, pod: Candidate) -> None:
+        self.reports.append(f"move {pod.name}")
+
+    def failed(self, pod: Candidate) -> None:
+        self.reports.append(f"failed {pod.name}")
+        self.registry.failed(pod.name)
+
+    def answered(self, pod: Candidate) -> None:
+        self.reports.append(f"answered {pod.name}")
+        self.registry.answered(pod.name)
+
+    def first_byte(self) -> None:
+        self.reports.append("first_byte")
+
+    def finish(self) -> None:
+        self.reports.append("finish")
+
+
+class FakeRouter:
+    """Ranks the pods of the model in the order configured."""
+
+    def __init__(self, registry: PodRegistry) -> None:
+        self.registry = registry
+        self.routes: list[FakeRoute] = []
+        self.sessions: list[str | None] = []
+
+    async def route(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> FakeRoute:
+        try:
+            requested = msgspec.json.decode(body)["model"]
+        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            raise InvalidRequest("The body is no JSON object with a model.", param="model") from error
+        if requested == "fault":
+            raise RuntimeError("secret detail")
+        model, pods = self.registry.resolve(requested)
+        ranked = [Candidate(name=pod.name, url=pod.url) for pod in pods]
+        self.sessions.append(session)
+        self.routes.append(FakeRoute(decision(request_id, model, ranked), body, self.registry))
+        return self.routes[-1]
+
+    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+        return {"path": path, "length": len(body)}
+
+    @property
+    def reports(self) -> list[str]:
+        """What was reported of the last request."""
+        return self.routes[-1].reports
+
+
+def decision(request_id: str, model: str, ranked: list[Candidate]) -> Decision:
+    request = SchedulingRequest(id=request_id, model=model, prompt_tokens=None, block_size=16, chain=(), prefix=b"")
+    return Decision(request=request, candidates=ranked, ranked=ranked, filtered={}, scores={}, totals={}, timings_ms={})
+
+
+@dataclass
+class Rig:
+    """A gateway, its router, and a client."""
+
+    gateway: Gateway
+    router: FakeRouter
+    metrics: Metrics
+    client: aiohttp.ClientSession
+
+    @property
+    def url(self) -> str:
+        return self.gateway.url
+
+    @property
+    def admin_url(self) -> str:
+        assert self.gateway.admin_url is not None
+        return self.gateway.admin_url
+
+    def post(self, body: bytes | io.BytesIO | AsyncIterator[bytes] = BODY, path: str = CHAT, **more: Any) -> Any:
+        headers = {"Content-Type": "application/json"} | more.pop("headers", {})
+        return self.client.post(self.url + path, data=body, headers=headers, **more)
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"matrixinfer_{name}", labels)
+
+
+@asynccontextmanager
+async def rig(
+    *urls: str, limits: LimitsConfig | None = None, watch: PodWatchConfig | None = None
+) -> AsyncIterator[Rig]:
+    """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
+    pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
+    limits = limits or LimitsConfig(request_timeout_seconds=5.0, drain_seconds=5.0)
+    config = Config(
+        listen=f"{LOOPBACK}:0", admin=f"{LOOPBACK}:0", models=(ModelConfig(name="tiny"),), pods=pods, limits=limits
+    )
+    registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
+    for pod in registry.pods:
+        registry.answered(pod.name)
+    router, metrics = FakeRouter(registry), Metrics()
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session(limits))
+        gateway = await stack.enter_async_context(Gateway(config, cast("Router", router), metrics, session))
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=10)
+        client = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        await stack.enter_async_context(client)
+        yield Rig(gateway, router, metrics, client)
+
+
+@asynccontextmanager
+async def pod(handler: Handler, port: int = 0) -> AsyncIterator[str]:
+    """An aiohttp upstream; its base URL."""
+    server = web.Server(handler, handler_cancellation=True, access_log=None, auto_decompress=False)
+    listening = await asyncio.get_running_loop().create_server(server, LOOPBACK, port)
+    try:
+        yield f"http://{LOOPBACK}:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        listening.close()
+        server.pre_shutdown()
+        await server.shutdown(0.1)
+
+
+@asynccontextmanager
+async def raw_pod(talk: Talk) -> AsyncIterator[str]:
+    """An upstream that speaks bytes; its base URL. The connection ends when `talk` returns."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await talk(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    try:
+        yield f"http://{LOOPBACK}:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def closed_port() -> str:
+    """A base URL at which nobody listens."""
+    server = await asyncio.start_server(lambda reader, writer: None, LOOPBACK, 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    return f"http://{LOOPBACK}:{port}"
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    """A request with a Content-Length, head and body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(
+        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
+    )
+    return head + await reader.readexactly(length)
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def ok(request: web.BaseRequest) -> web.StreamResponse:
+    """A pod that answers at once."""
+    await request.read()
+    return web.Response(body=b'{"ok":true}', headers={"Content-Type": "application/json"})

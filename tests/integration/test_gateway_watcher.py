@@ -1,0 +1,199 @@
+"""Watching real endpoints: discovery, health, load, and engines that go and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import structlog
+from aiohttp import web
+
+from matrixinfer.config import KvEventsConfig, LimitsConfig, PodConfig, PodWatchConfig
+from matrixinfer.gateway.session import client_session
+from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.watcher import PodWatcher
+from tests.integration.gateway_support import closed_port, eventually, pod
+
+FAST = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.3, discovery_interval_seconds=60)
+
+
+class Engine:
+    """The parts of an engine that are watched; `down` makes it answer 500, `slow` not in time."""
+
+    def __init__(self, model: str = "tiny") -> None:
+        self.model = model
+        self.running = 3
+        self.down = self.slow = self.locked = False
+        self.asked: list[str] = []
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.asked.append(request.path)
+        if self.slow:
+            await asyncio.sleep(5)
+        if self.down:
+            return web.Response(status=500)
+        if self.locked and request.path.startswith("/v1"):
+            return web.Response(status=401)
+        answers = {
+            "/v1/models": f'{{"data":[{{"id":"{self.model}"}}]}}',
+            "/kv_event_sources": '[{"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}]',
+            "/metrics": f'vllm:num_requests_running{{engine="0"}} {self.running}\n',
+        }
+        return web.Response(text=answers[request.path])
+
+
+@asynccontextmanager
+async def watching(
+    *urls: str, config: PodWatchConfig = FAST, found: list[Pod] | None = None
+) -> AsyncIterator[tuple[PodRegistry, PodWatcher]]:
+    pods = [PodConfig(name=f"pod-{i}", url=url) for i, url in enumerate(urls)]
+    registry = PodRegistry(pods, (), config, clock=time.monotonic)
+    hook = None if found is None else found.append
+    async with (
+        client_session(LimitsConfig()) as session,
+        PodWatcher(registry, session, config, on_discovered=hook) as watcher,
+    ):
+        yield registry, watcher
+
+
+async def test_a_pod_is_discovered_measured_and_found_healthy() -> None:
+    engine = Engine()
+    found: list[Pod] = []
+    async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
+        assert await watcher.first_round(2)
+        (state,) = registry.pods
+        assert state.healthy
+        assert state.base_model == "tiny"
+        assert state.kv_sources == (
+            KvEventsConfig(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558"),
+        )
+        metrics = registry.metrics_of(state, time.monotonic())
+        assert metrics is not None
+        assert metrics.running == 3
+        engine.running = 8
+        await eventually(lambda: state.metrics is not None and state.metrics.running == 8)
+        assert found == [state]
+        assert engine.asked.count("/v1/models") == 1
+
+
+async def test_a_pod_without_event_sources_or_metrics_is_healthy_and_publishes_nowhere() -> None:
+    async def bare(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return web.Response(text='{"data":[{"id":"tiny"}]}')
+        return web.Response(status=404)
+
+    async with pod(bare) as url, watching(url) as (registry, watcher):
+        assert await watcher.first_round(2)
+        (state,) = registry.pods
+        assert (state.healthy, state.kv_sources) == (True, ())
+        assert state.metrics is not None
+        assert state.metrics.running is None
+
+
+async def test_a_pod_that_does_not_tell_its_models_is_still_healthy() -> None:
+    engine = Engine()
+    engine.locked = True
+    found: list[Pod] = []
+    async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
+        assert await watcher.first_round(2)
+        assert registry.pods[0].healthy
+        assert registry.pods[0].served is None
+        assert found == []
+
+
+async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> None:
+    async with pod(Engine()) as url, watching(url, await closed_port()) as (registry, watcher):
+        assert not await watcher.first_round(0.2)
+        assert [state.healthy for state in registry.pods] == [True, False]
+
+
+async def test_without_pods_there_is_nothing_to_wait_for() -> None:
+    async with watching() as (_, watcher):
+        assert await watcher.first_round(0.1)
+
+
+@pytest.mark.parametrize("fault", ["down", "slow"])
+async def test_a_pod_that_fails_is_unhealthy_after_failures_in_a_row_and_returns(fault: str) -> None:
+    engine = Engine()
+    config = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.1)
+    async with pod(engine) as url, watching(url, config=config) as (registry, watcher):
+        await watcher.first_round(2)
+        (state,) = registry.pods
+        setattr(engine, fault, True)
+        await eventually(lambda: not state.healthy)
+        assert state.failures >= config.unhealthy_after_failures
+        setattr(engine, fault, False)
+        await eventually(lambda: state.healthy)
+        assert state.failures == 0
+
+
+async def test_an_engine_that_comes_back_as_another_is_discovered_anew() -> None:
+    found: list[Pod] = []
+    async with pod(Engine()) as url:
+        port = int(url.rsplit(":", 1)[1])
+        stack = watching(url, found=found)
+        registry, watcher = await stack.__aenter__()
+        await watcher.first_round(2)
+    try:
+        await eventually(lambda: not registry.pods[0].healthy)
+        async with pod(Engine("other"), port):
+            await eventually(lambda: registry.pods[0].base_model == "other")
+            assert len(found) == 2
+    finally:
+        await stack.__aexit__(None, None, None)
+
+
+async def test_a_change_of_health_is_logged_once_not_at_every_look() -> None:
+    engine = Engine()
+    with structlog.testing.capture_logs() as logs:
+        async with pod(engine) as url, watching(url) as (registry, watcher):
+            await watcher.first_round(2)
+            engine.down = True
+            await eventually(lambda: registry.pods[0].failures > 4)
+            engine.down = False
+            await eventually(lambda: registry.pods[0].healthy)
+            await asyncio.sleep(0.1)
+    events = [entry["event"] for entry in logs]
+    assert events == ["pod_discovered", "pod_up", "pod_down", "pod_up"]
+    assert logs[2]["reason"].endswith("answered 500")
+
+
+async def test_a_fault_while_reading_one_pod_ends_neither_its_watch_nor_the_others() -> None:
+    calls = 0
+
+    def hook(state: Pod) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("a fault of ours")
+
+    async with pod(Engine()) as url, client_session(LimitsConfig()) as session:
+        registry = PodRegistry([PodConfig(name="a", url=url)], (), FAST, clock=time.monotonic)
+        with structlog.testing.capture_logs() as logs:
+            async with PodWatcher(registry, session, FAST, on_discovered=hook) as watcher:
+                assert await watcher.first_round(2)
+        assert calls == 2
+        assert "pod_watch_failed" in [entry["event"] for entry in logs]
+
+
+async def test_leaving_the_context_passes_the_caller_s_error_as_it_is() -> None:
+    async with pod(Engine()) as url:
+        with pytest.raises(ZeroDivisionError):
+            async with watching(url):
+                raise ZeroDivisionError
+
+
+async def test_an_endless_answer_is_refused() -> None:
+    async def endless(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x" * 262144)
+
+    async with pod(endless) as url, client_session(LimitsConfig()) as session:
+        with pytest.raises(EngineDown, match="more than"):
+            await EngineApi(session, 5.0).metrics(url, now=0.0)
