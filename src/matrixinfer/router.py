@@ -157,23 +157,25 @@ class Router:
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
-        request, matches = prepared.request, prepared.matches
+        request, matches, load = prepared.request, prepared.matches, self._load
+        model, chain, now = request.model, request.chain, request.now
         candidates = []
         for pod in prepared.pods:
-            metrics = self.registry.metrics_of(pod, request.now)
-            match = None if matches is None or pod.name not in self._feeds else matches.get(pod.name, 0)
+            name = pod.name
+            metrics = self.registry.metrics_of(pod, now)
+            match = None if matches is None or name not in self._feeds else matches.get(name, 0)
             candidates.append(
                 Candidate(
-                    name=pod.name,
+                    name=name,
                     url=pod.url,
-                    in_flight=self._load.in_flight(pod.name),
-                    queued_tokens=self._load.queued_tokens(pod.name),
+                    in_flight=load.in_flight(name),
+                    queued_tokens=load.queued_tokens(name),
                     running=metrics.running if metrics else None,
                     waiting=metrics.waiting if metrics else None,
                     cache_usage=metrics.cache_usage if metrics else None,
-                    metrics_age=request.now - metrics.read_at if metrics else None,
+                    metrics_age=now - metrics.read_at if metrics else None,
                     match_blocks=match,
-                    assumed_blocks=self._load.assumed(pod.name, request.model, request.chain, match or 0),
+                    assumed_blocks=load.assumed(name, model, chain, match or 0),
                 )
             )
         return candidates

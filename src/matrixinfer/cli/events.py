@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -55,12 +56,13 @@ def _print(name: str, report: CaptureReport) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    gzipped = path.suffix == ".gz"
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise CaptureError(f"{path}:{number}: expected a JSON object")
                 yield row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CaptureError(f"{path}: {error}") from error

@@ -67,8 +67,11 @@ def check_capture(
     if engine_block is None:
         raise CaptureError("the capture holds no readable BlockStored event")
     check = _Check(rows, engine_block, block_size or engine_block, make_ledger)
-    for row in rows:
-        check.take(row)
+    for number, row in enumerate(rows, 1):
+        try:
+            check.take(row)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # rows are taken on trust
+            raise CaptureError(f"row {number} is not as it should be: {error!r}") from error
     return check.report
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import msgspec
+
 from matrixinfer.config import Section
 
 
@@ -39,9 +41,11 @@ class SchedulingRequest:
     """Seconds on the monotonic clock."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One pod at the moment of the decision. None means unknown, which is not zero."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One pod at the moment of the decision. None means unknown, which is not zero.
+
+    A struct because hundreds are made per decision, and it is made in a third of a dataclass's time.
+    """
 
     name: str
     url: str
