@@ -37,13 +37,20 @@ def run_check(args: argparse.Namespace) -> int:
     """Check captures; 0 when every prediction holds."""
     if args.block_size is not None and args.block_size < 1:
         raise CaptureError("--block-size must be at least 1")
-    reports = [(str(path), check_capture(_rows(path), block_size=args.block_size)) for path in args.captures]
+    reports = [(str(path), _check(path, args.block_size)) for path in args.captures]
     if args.json:
         print(json.dumps({"files": [{"file": name, **asdict(report)} for name, report in reports]}, indent=2))
     else:
         for name, report in reports:
             _print(name, report)
     return 1 if any(report.mismatches for _, report in reports) else 0
+
+
+def _check(path: Path, block_size: int | None) -> CaptureReport:
+    try:
+        return check_capture(_rows(path), block_size=block_size)
+    except (CaptureError, OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CaptureError(f"{path}: {error}") from error
 
 
 def _print(name: str, report: CaptureReport) -> None:
@@ -57,12 +64,9 @@ def _print(name: str, report: CaptureReport) -> None:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     gzipped = path.suffix == ".gz"
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise CaptureError(f"{path}:{number}: expected a JSON object")
-                yield row
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CaptureError(f"{path}: {error}") from error
+    with gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise CaptureError(f"line {number}: expected a JSON object")
+            yield row

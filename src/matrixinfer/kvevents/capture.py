@@ -30,7 +30,9 @@ class CaptureError(MatrixInferError):
 class LedgerFactory(Protocol):
     """Makes the ledger under test."""
 
-    def __call__(self, *, pod: str, model: str, blocks: TokenBlockProcessor, index: BlockIndex) -> Ledger: ...
+    def __call__(self, *, pod: str, model: str, blocks: TokenBlockProcessor, index: BlockIndex) -> Ledger:
+        """As the constructor of `Ledger`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

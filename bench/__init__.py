@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench`. What the figures mean is told in `docs/benchmarks.md`."""

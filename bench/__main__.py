@@ -1,0 +1,54 @@
+"""`python -m bench`: measures, prints tables, and writes `bench/results/latest.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import decision, ingest, lookup, proxy, references, report
+from bench.measure import QUICK, Figure, Scale
+
+PARTS: Mapping[str, Callable[[Scale], Iterator[Figure]]] = {
+    "decision": decision.run,
+    "look-up": lookup.run,
+    "references": references.run,
+    "ingest": ingest.run,
+    "proxy": proxy.run,
+}
+RESULTS = Path(__file__).parent / "results" / "latest.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the decision path and the proxy.")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run this part; may be given several times")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--quick", action="store_true", help="run everything once, with figures that mean nothing")
+    args = parser.parse_args()
+    scale = QUICK if args.quick else Scale()
+    results = {part: _measure(part, scale) for part in args.only or PARTS}
+    data = json.dumps(report.as_data(results), indent=2, ensure_ascii=False)
+    if not (args.only or args.quick):
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(data + "\n", encoding="utf-8")
+    if args.json:
+        print(data)
+    else:
+        report.show(results)
+
+
+def _measure(part: str, scale: Scale) -> list[Figure]:
+    figures = []
+    with Console(file=sys.stderr).status(part) as status:
+        for figure in PARTS[part](scale):
+            figures.append(figure)
+            status.update(f"{part}: {figure.case}, {figure.name}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

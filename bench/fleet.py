@@ -1,0 +1,121 @@
+"""The parts of a gateway without its sockets: pods that have told what they serve, and an index full of blocks."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bench.prompts import MODEL
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.plugin_loader import discover
+from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.router import Router
+from matrixinfer.scheduler.framework import Candidate, Services
+from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """What a decision needs."""
+
+    router: Router
+    blocks: TokenBlockProcessor
+    index: MemoryIndex
+    scheduler: Scheduler
+    pods: Sequence[str]
+
+
+def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | None = None) -> Fleet:
+    """`pods` healthy pods under different loads, with an empty index."""
+    config = scheduler or SchedulerConfig()
+    names = [f"pod-{i}" for i in range(pods)]
+    registry = _registry(names)
+    blocks, index = TokenBlockProcessor(), MemoryIndex()
+    schedules = Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover())
+    feeds = {
+        name: PodFeed(Ledger(pod=name, model=MODEL, blocks=blocks, index=index), can_replay=False) for name in names
+    }
+    router = Router(
+        registry=registry,
+        tokenizers=tokenizers,
+        blocks=blocks,
+        index=index,
+        feeds=feeds,
+        scheduler=schedules,
+        load=LoadLedger(time.monotonic, config.assumed_seconds),
+        metrics=Metrics(),
+        max_prefix_tokens=config.max_prefix_tokens,
+    )
+    return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)
+
+
+def _registry(names: Sequence[str]) -> PodRegistry:
+    draw = random.Random(0)
+    configs = [PodConfig(name=name, url=f"http://{name}:8000", kv_events="none") for name in names]
+    registry = PodRegistry(configs, (), PodWatchConfig(stale_after_seconds=3600), time.monotonic)
+    served = ServedNames(base_model=MODEL, aliases=frozenset({MODEL}), adapters={})
+    for name in names:
+        registry.answered(name)
+        registry.told(name, served=served)
+        registry.measured(
+            name,
+            EngineMetrics(
+                running=draw.randrange(8),
+                waiting=draw.randrange(2),
+                cache_usage=draw.random(),
+                read_at=time.monotonic(),
+            ),
+        )
+    return registry
+
+
+class Writable(Protocol):
+    """What can be filled."""
+
+    def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None: ...
+
+
+def fill(index: Writable, pods: Sequence[str], blocks: int) -> None:
+    """Store `blocks` distinct blocks: sessions of 32 to 512 blocks, each held by one to three pods."""
+    draw = random.Random(1)
+    while blocks > 0:
+        session = [draw.getrandbits(63) for _ in range(min(blocks, draw.randint(32, 512)))]
+        for pod in draw.sample(pods, draw.randint(1, 3)):
+            index.add(MODEL, pod, session, None)
+        blocks -= len(session)
+
+
+def hold_partly(index: MemoryIndex, pods: Sequence[str], chain: Sequence[int], seed: int) -> None:
+    """A session that has moved: every pod holds its system prompt, a quarter of them a third, three most of it."""
+    draw = random.Random(seed)
+    shares = [0.25] * len(pods) + [0.33] * (len(pods) // 4) + [0.7, 0.85, 0.97]
+    for share, pod in zip(shares, [*pods, *draw.sample(pods, len(pods) // 4 + 3)], strict=True):
+        index.add(MODEL, pod, chain[: int(len(chain) * share)], None)
+
+
+def candidates(names: Sequence[str], matches: dict[str, int]) -> list[Candidate]:
+    """Pods as the scheduler sees them, under different loads."""
+    draw = random.Random(2)
+    return [
+        Candidate(
+            name=name,
+            url=f"http://{name}:8000",
+            in_flight=draw.randrange(3),
+            running=draw.randrange(8),
+            waiting=draw.randrange(2),
+            cache_usage=draw.random(),
+            metrics_age=0.5,
+            match_blocks=matches.get(name, 0),
+        )
+        for name in names
+    ]

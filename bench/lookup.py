@@ -1,0 +1,129 @@
+"""The memory index alone: look-ups of 128 blocks, writes, memory; next to a dict of sets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Protocol
+
+from bench.fleet import Writable, fill
+from bench.measure import Figure, Scale, each, in_fresh_process, ratio, resident_bytes, rounds_of
+from bench.prompts import MODEL
+from matrixinfer.index.memory import MemoryIndex
+
+_PODS = [f"pod-{i}" for i in range(64)]
+_BLOCKS, _QUERIES, _EVENT_BLOCKS = 128, 128, 32
+_WALK_US, _GALLOP_US = 40.0, 15.0
+
+
+class _Index(Writable, Protocol):
+    def count(self, model: str, hashes: Sequence[int]) -> dict[str, int]: ...
+
+
+class SetIndex:
+    """What one writes first: a dict from block to the set of its pods' names."""
+
+    def __init__(self) -> None:
+        self._holders: dict[tuple[str, int], set[str]] = {}
+
+    def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
+        for block in hashes:
+            self._holders.setdefault((model, block), set()).add(pod)
+
+    def count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        alive: set[str] | None = None
+        for position, block in enumerate(hashes):
+            held = self._holders.get((model, block), set())
+            still = held if alive is None else alive & held
+            for pod in (alive or held) - still:
+                counts[pod] = position
+            if not still:
+                return counts
+            alive = still
+        counts.update(dict.fromkeys(alive or (), len(hashes)))
+        return counts
+
+
+def run(scale: Scale) -> Iterator[Figure]:
+    """Look-ups, writes and memory per kind of index."""
+    walk, gallop, sets = MemoryIndex(prefix_closed=False), MemoryIndex(), SetIndex()
+    for index in (walk, gallop, sets):
+        fill(index, _PODS, scale.index_blocks)
+        _hold_queries(index)
+    yield from _look_ups(
+        {"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale
+    )
+    yield from _writes(gallop, scale)
+    for case, measure in (("index", index_memory), ("dict of sets", sets_memory)):
+        resident, estimate = in_fresh_process(measure, scale.index_blocks)
+        yield Figure(case=case, name="memory per block", value=resident, unit="B")
+        if estimate is not None:
+            yield Figure(case=case, name="by own count", value=estimate, unit="B")
+
+
+def _look_ups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) -> Iterator[Figure]:
+    """Cold: other prompts between two look-ups of the same. Warm: the same prompt again, so that the CPU caches it."""
+    queries = _queries()
+    for state, prompts in (("warm", queries[:1] * _QUERIES), ("cold", queries)):
+        calls = [each(partial(index.count, MODEL), prompts) for index, _ in indexes.values()]
+        times = rounds_of(*calls, scale=scale)
+        for (index, (_, aim)), seconds in zip(indexes.items(), times, strict=True):
+            case = f"{index}, {state}"
+            yield Figure(case=case, name="look-up", value=min(seconds) / _QUERIES * 1e6, unit="µs", aim=aim)
+            yield Figure(case=case, name="of dict of sets", value=ratio(seconds, times[-1]), unit="×")
+
+
+def _queries() -> list[list[int]]:
+    draw = random.Random(3)
+    return [[draw.getrandbits(63) for _ in range(_BLOCKS)] for _ in range(_QUERIES)]
+
+
+def _hold_queries(index: _Index) -> None:
+    """Of each chain all pods hold 15 blocks, eight 40, two 100, and one all."""
+    draw = random.Random(4)
+    for chain in _queries():
+        for pod in _PODS:
+            index.add(MODEL, pod, chain[:15], None)
+        for pod, count in zip(draw.sample(_PODS, 11), (40,) * 8 + (100, 100, 128), strict=True):
+            index.add(MODEL, pod, chain[:count], None)
+
+
+def _writes(index: MemoryIndex, scale: Scale) -> Iterator[Figure]:
+    """Events of 32 blocks: new ones, known ones at another pod, and removals; the index is as large before as after."""
+    draw = random.Random(5)
+    events = [[draw.getrandbits(63) for _ in range(_EVENT_BLOCKS)] for _ in range(scale.index_blocks // 200)]
+    first, second = _PODS[:2]
+    steps: dict[str, Callable[[list[int]], None]] = {
+        "add": lambda event: index.add(MODEL, first, event, None),
+        "add a holder": lambda event: index.add(MODEL, second, event, None),
+        "remove a holder": lambda event: index.remove(MODEL, second, event[::-1]),
+        "remove": lambda event: index.remove(MODEL, first, event[::-1]),
+    }
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(scale.rounds):
+        for name, step in steps.items():
+            start = perf_counter()
+            each(step, events)()
+            best[name] = min(best[name], perf_counter() - start)
+    for name, seconds in best.items():
+        yield Figure(case=name, name="rate", value=len(events) * _EVENT_BLOCKS / seconds / 1e6, unit="M blocks/s")
+
+
+def index_memory(blocks: int) -> tuple[float, float | None]:
+    """Bytes per block of this process's memory, and as the index itself estimates them."""
+    index = MemoryIndex()
+    return _growth(index, blocks), index.stats().memory_bytes / blocks
+
+
+def sets_memory(blocks: int) -> tuple[float, float | None]:
+    """Bytes per block of this process's memory."""
+    return _growth(SetIndex(), blocks), None
+
+
+def _growth(index: Writable, blocks: int) -> float:
+    before = resident_bytes()
+    fill(index, _PODS, blocks)
+    return (resident_bytes() - before) / blocks

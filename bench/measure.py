@@ -1,0 +1,130 @@
+"""How things are timed. The machine is shared, so every time is the best of short rounds and every ratio is paired."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured value."""
+
+    case: str
+    """What it was measured on: a row of the table."""
+    name: str
+    value: float
+    unit: str
+    aim: float | None = None
+    """The value must not exceed it; None where nothing is aimed at."""
+
+    @property
+    def holds(self) -> bool | None:
+        return None if self.aim is None else self.value <= self.aim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is measured."""
+
+    rounds: int = 7
+    round_seconds: float = 0.02
+    """Calls are repeated until a round lasts this long."""
+    index_blocks: int = 1_000_000
+    prompt_kib: tuple[int, ...] = (1, 8, 64, 256)
+    pods: tuple[int, ...] = (8, 64, 256)
+    sessions: int = 8
+    """Different prompts of each size."""
+    engine_blocks: int = 100_000
+    """Engine blocks in the cache whose events are ingested."""
+    policies: tuple[str, ...] = ("round_robin", "kv_aware")
+    """Scheduler profiles under which the gateway is measured."""
+    proxy_rounds: int = 12
+    requests: int = 450
+    """Requests per round through each proxy; of large ones a third."""
+    streams: int = 20
+    """Streams per round through each proxy."""
+    chunks: int = 100
+    """Chunks per stream."""
+
+
+QUICK = Scale(
+    rounds=1,
+    round_seconds=0.001,
+    index_blocks=20_000,
+    prompt_kib=(1, 64),
+    pods=(8,),
+    sessions=2,
+    engine_blocks=3_000,
+    policies=("kv_aware",),
+    proxy_rounds=1,
+    requests=20,
+    streams=2,
+    chunks=10,
+)
+"""Runs everything once, to see that it runs. Its figures mean nothing."""
+
+
+def rounds_of(*calls: Callable[[], object], scale: Scale) -> list[list[float]]:
+    """Seconds per call, for each of `calls` one mean per round. Their rounds alternate, so that noise meets all alike."""
+    repeats = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        repeats.append(max(1, int(scale.round_seconds / (time.perf_counter() - start))))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(scale.rounds):
+        for call, repeat, out in zip(calls, repeats, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            out.append((time.perf_counter() - start) / repeat)
+    return times
+
+
+def ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of what ours takes per reference."""
+    return median(a / b for a, b in zip(ours, reference, strict=True))
+
+
+def each(function: Callable[[T], object], items: Iterable[T]) -> Callable[[], None]:
+    """A call of `function` on every one of `items`."""
+    kept = list(items)
+
+    def call() -> None:
+        for item in kept:
+            function(item)
+
+    return call
+
+
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a module's function in a process of its own, whose memory nothing else has touched."""
+    context: Any = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not tell VmRSS")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that all threads of a process have used so far (Linux), to the nanosecond where /proc has ticks of 10 ms.
+
+    The number of the clock is what `clock_getcpuclockid(3)` gives for the process.
+    """
+    return time.clock_gettime((~pid << 3) | 2)

@@ -1,0 +1,54 @@
+"""Stages next to what others use for them, in paired rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+
+import tokenizers
+
+from bench.measure import Figure, Scale, each, ratio, rounds_of
+from bench.prompts import prose, tokenizer_path
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.prompt.local import LocalTokenizer
+
+_BLOCK_BYTES = 128 * 4
+
+
+def run(scale: Scale) -> Iterator[Figure]:
+    """Tokenizing against Hugging Face `tokenizers`, hashing against SHA-256 alone."""
+    ours = LocalTokenizer.load(tokenizer_path(), "chatml")
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_path() / "tokenizer.json"))
+    blocks = TokenBlockProcessor()
+    for kib in scale.prompt_kib:
+        texts = [prose(session, kib * 1024) for session in range(scale.sessions)]
+        tokens = [ours.encode(text, add_special_tokens=False) for text in texts]
+        data = [ids.astype(">u4").tobytes() for ids in tokens]
+        yield from _pair(
+            f"tokenize {kib} KiB ({ours.name} against tokenizers)",
+            each(lambda text: ours.encode(text, add_special_tokens=False), texts),
+            each(lambda text: theirs.encode_batch_fast([text], add_special_tokens=False), texts),
+            scale,
+        )
+        yield from _pair(
+            f"hash {kib} KiB (chained against SHA-256 alone)",
+            each(lambda ids: blocks.chain(ids)[:], tokens),
+            each(_sha256_per_block, data),
+            scale,
+        )
+
+
+def _pair(case: str, ours: Callable[[], None], theirs: Callable[[], None], scale: Scale) -> Iterator[Figure]:
+    seconds, reference = rounds_of(ours, theirs, scale=scale)
+    yield Figure(case=case, name="ours", value=min(seconds) / scale.sessions * 1e6, unit="µs")
+    yield Figure(case=case, name="reference", value=min(reference) / scale.sessions * 1e6, unit="µs")
+    yield Figure(case=case, name="ratio", value=ratio(seconds, reference), unit="×")
+
+
+def _sha256_per_block(data: bytes) -> list[bytes]:
+    """The least that any hashing of blocks costs: no parents, no integers."""
+    view = memoryview(data)
+    return [
+        sha256(view[start : start + _BLOCK_BYTES]).digest()
+        for start in range(0, len(view) - _BLOCK_BYTES + 1, _BLOCK_BYTES)
+    ]
