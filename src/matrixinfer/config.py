@@ -212,6 +212,19 @@ class Config(Section, frozen=True):
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; here the second is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a mapping that has a key twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path) -> Config:
     """Read and check a YAML file. Relative tokenizer and template paths are taken from the file's folder.
 
@@ -227,7 +240,7 @@ def load(path: Path) -> Config:
 def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError("$", f"not valid YAML: {error}") from error
     config = convert(data if data is not None else {}, Config, path="$")
@@ -272,7 +285,7 @@ def checked(config: Config) -> Config:
             raise ConfigError(f"$.pods[{i}].url", f"expected `http://host:port`, got `{pod.url}`")
         if isinstance(pod.kv_events, KvEventsConfig):
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
-                if value is not None and not re.match(r"(tcp://.+:\d+|ipc://.+|inproc://.+)$", value):
+                if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
     return config
 

@@ -127,7 +127,7 @@ async def subscribed(engine: SimEngine) -> AsyncIterator[Feed]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for is only to be seen from outside
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 import zmq
@@ -223,3 +224,15 @@ async def test_the_loop_stays_responsive_while_a_long_history_is_replayed(
                 turns += 1
         assert held(index) == 4
         assert turns > 10
+
+
+async def test_a_replay_that_never_has_what_is_missing_is_given_up(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with Engine() as engine, Engine() as other:
+        engine.publish(stored(0, 1))
+        source = replace(engine.source(), replay_endpoint=other.publisher.replay_endpoint)
+        feed = subscriber.follow(source)
+        await until(lambda: complete(feed))
+        engine.publish(stored(0, 2))
+        await until(lambda: feed.state is FeedState.PARTIAL)
+        assert feed.stats.replays < 6
+        assert held(index) == 2

@@ -126,6 +126,8 @@ class PodFeed:
                 self._take(source, seq, payload)
         elif source is Source.LIVE and self._can_replay:
             self.stats.gaps += 1
+            if self.state is FeedState.COMPLETE:
+                self.state = FeedState.SYNCING
             self.replay_from = self._cursor.next
             self._hold(seq, payload)
         else:

@@ -277,9 +277,8 @@ class Ledger:
             tree.cut.discard(block)
         else:
             for below, position in tree.below(block):
-                if below.ids[position] not in tree.cut:
-                    tree.cut.add(below.ids[position])
-                    self._unsupport(below, position, gone)
+                tree.cut.add(below.ids[position])
+                self._unsupport(below, position, gone)
             self._unsupport(run, len(run.ids) - 1, gone)
         run.ids.pop()
         self._truncate(run)

@@ -188,7 +188,7 @@ class _Subscription:
         self.feed.replay_failed()
 
     async def _apply(self, frames: list[tuple[int, bytes]], start: int, epoch: int) -> bool:
-        """Hand a replay to the feed in slices. False when the feed came to want another one meanwhile."""
+        """Hand a replay to the feed in slices. False when the feed wants another one."""
         deadline = time.monotonic() + SLICE_SECONDS
         for seq, payload in frames:
             if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
@@ -200,7 +200,7 @@ class _Subscription:
         if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
             return False
         self.feed.replay_ended()
-        return True
+        return self.feed.replay_from is None
 
     async def _fetch(self, start: int) -> list[tuple[int, bytes]] | None:
         """All frames from number `start` on; None when the engine does not answer to the end."""

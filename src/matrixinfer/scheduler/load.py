@@ -191,10 +191,23 @@ class _Assumed:
         fading = self._fading if self._until > now else {}
         if not self._held and not fading:
             return 0
-        position = start
-        while position < len(hashes):
+
+        def there(position: int) -> bool:
             block = hashes[position]
-            if block not in self._held and fading.get(block, now) <= now:
-                break
-            position += 1
-        return position - start
+            return block in self._held or fading.get(block, now) > now
+
+        if start >= len(hashes) or not there(start):
+            return 0
+        # Requests bring whole chains, so what is there ends once: exponential search for the end, then bisection.
+        last, step, end = start, 1, len(hashes)
+        while last + step < end and there(last + step):
+            last += step
+            step *= 2
+        end = min(end, last + step)
+        while end - last > 1:
+            middle = (last + end) // 2
+            if there(middle):
+                last = middle
+            else:
+                end = middle
+        return end - start

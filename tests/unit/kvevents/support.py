@@ -1,6 +1,6 @@
 """Events as an engine writes them, and what an index holds after them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -55,12 +55,26 @@ def contents(index: MemoryIndex, pod: str = POD) -> dict[str, set[int]]:
     return {model: blocks for model, blocks in held.items() if blocks}
 
 
+class StrictIndex(MemoryIndex):
+    """An index that trusts its writer less: no block without its parent, nothing removed that is not there."""
+
+    def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
+        held = contents(self, pod).get(model, set())
+        assert parent is None or parent in held or not self.prefix_closed
+        super().add(model, pod, hashes, parent)
+
+    def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
+        gone = list(hashes)
+        assert set(gone) <= contents(self, pod).get(model, set())
+        super().remove(model, pod, gone)
+
+
 class Follower:
     """A ledger, the index that it feeds, and short ways to drive and read them."""
 
     def __init__(self, blocks: TokenBlockProcessor) -> None:
         self.blocks = blocks
-        self.index = MemoryIndex(prefix_closed=blocks.scheme == "prefix")
+        self.index = StrictIndex(prefix_closed=blocks.scheme == "prefix")
         self.ledger = Ledger(pod=POD, model=MODEL, blocks=blocks, index=self.index)
 
     def apply(self, *events: dict[str, Any]) -> None:

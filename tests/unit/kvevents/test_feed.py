@@ -65,6 +65,15 @@ def test_an_engine_that_has_published_nothing_is_known_completely() -> None:
     assert (feed.state, feed.held) == (COMPLETE, 2)
 
 
+def test_an_engine_whose_first_batch_was_lost_is_asked_for_it() -> None:
+    feed = Feed()
+    feed.replay([])
+    feed.hear([1])
+    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 0, 0)
+    feed.replay([0, 1])
+    assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 2)
+
+
 def test_a_gap_asks_for_a_replay_and_holds_what_follows() -> None:
     feed = complete_feed(3)
     feed.hear([5, 6, 7])

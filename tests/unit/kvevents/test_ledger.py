@@ -134,6 +134,15 @@ def test_blocks_stored_below_a_hole_are_held_once_it_is_filled(same: Follower) -
     assert same.total == 0
     same.apply(stored([11], PROMPT[:4]))
     assert same.held(PROMPT) == 16
+    same.apply(removed([14]))
+    assert same.held(PROMPT) == 12
+
+
+def test_a_chain_may_go_on_in_engine_blocks_of_another_size(same: Follower) -> None:
+    same.apply(stored([11, 12], PROMPT[:8]), stored([13, 14], PROMPT[8:20], parent=12))
+    assert (same.held(PROMPT), same.ledger.block_size) == (20, 6)
+    same.apply(removed([14]))
+    assert same.held(PROMPT) == 12
 
 
 def test_removals_in_any_order_within_one_event_leave_the_prefix(larger: Follower) -> None:

@@ -139,7 +139,7 @@ PLACES: list[Place] = [(None, None), ("GPU", 0), ("GPU", 1), ("CPU", 0)]
 
 @st.composite
 def forests(draw: st.DrawFn) -> Forest:
-    sizes = st.sampled_from(draw(st.sampled_from([(1,), (2,), (3,), (4,), (6,), (8,), (2, 3)])))
+    sizes = st.sampled_from(draw(st.sampled_from([(1,), (2,), (3,), (4,), (6,), (8,), (2, 3), (1, 4)])))
     forest: Forest = []
     for _ in range(draw(st.integers(1, 10))):
         parent = None

@@ -35,7 +35,10 @@ def both(name: str) -> PluginArgs:
         (
             profile(scorers=("random", "kvcache-awar")),
             "$.scheduler.plugins.Score.enabled[1]",
-            ("did you mean `kvcache-aware`?", "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request"),
+            (
+                "did you mean `kvcache-aware`?",
+                "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
+            ),
         ),
         (profile(filters=("zzz",)), "$.scheduler.plugins.Filter.enabled[0]", ("unknown plugin `zzz`; there are",)),
         (
