@@ -37,7 +37,8 @@ class _Prepared:
     pods: Sequence[Pod]
     matches: Mapping[str, int] | None
     """Consecutive blocks per pod; None when the index was not asked or could not say."""
-    notes: tuple[str, ...]
+    degraded: Mapping[str, str]
+    """What the decision has to do without, and why."""
     timings_ms: dict[str, float]
 
 
@@ -97,6 +98,7 @@ class Router:
             "ranked": [candidate.name for candidate in decision.ranked],
             "pods": {
                 candidate.name: {
+                    "feed": candidate.feed,
                     "match_blocks": candidate.match_blocks,
                     "assumed_blocks": candidate.assumed_blocks,
                     "filtered": decision.filtered.get(candidate.name),
@@ -109,13 +111,13 @@ class Router:
                 }
                 for candidate in candidates
             },
-            "notes": [*prepared.notes, *decision.notes],
+            "notes": [*prepared.degraded.values(), *decision.notes],
             "timings_ms": {**prepared.timings_ms, **decision.timings_ms},
         }
 
     async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:
         timings: dict[str, float] = {}
-        notes: list[str] = []
+        degraded: dict[str, str] = {}
         began = self._clock()
         prompt = parse(path, body)
         model, pods = self.registry.resolve(prompt.model)
@@ -129,18 +131,16 @@ class Router:
                 prompt, model=_base_of(model, pods), urls=[pod.url for pod in pods]
             )
         except TokenizeError as error:
-            notes.append(f"not tokenized: {error}")
-            self._metrics.degraded("tokenize")
+            degraded["tokenize"] = f"not tokenized: {error}"
         else:
             timings.update(tokenized.timings_ms)
             tokens = len(tokenized.ids)
             began = self._clock()
             chain = self._blocks.chain(tokenized.ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
             try:
-                matches = await self._index.match(model, chain)
+                matches = await self._match(prompt.model, model, pods, chain)
             except IndexUnavailable as error:
-                notes.append(f"index unavailable: {error}")
-                self._metrics.degraded("index")
+                degraded["index"] = f"index unavailable: {error}"
             timings["match"] = (self._clock() - began) * 1000
         request = SchedulingRequest(
             id=request_id,
@@ -153,8 +153,19 @@ class Router:
             now=self._clock(),
         )
         return _Prepared(
-            prompt=prompt, request=request, pods=pods, matches=matches, notes=tuple(notes), timings_ms=timings
+            prompt=prompt, request=request, pods=pods, matches=matches, degraded=degraded, timings_ms=timings
         )
+
+    async def _match(self, requested: str, model: str, pods: Sequence[Pod], chain: Sequence[int]) -> Mapping[str, int]:
+        """Blocks per pod. Engines that name the same model differently are each asked for under their own name."""
+        if len({pod.base_model for pod in pods}) == 1:
+            return await self._index.match(model, chain)
+        found: dict[str, int] = {}
+        names = {pod.name: pod.index_name(self.registry.name_at(pod.name, requested)) or model for pod in pods}
+        for name in set(names.values()):
+            counts = await self._index.match(name, chain)
+            found.update((pod, count) for pod, count in counts.items() if names.get(pod) == name)
+        return found
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
         request, matches, load = prepared.request, prepared.matches, self._load
@@ -163,7 +174,8 @@ class Router:
         for pod in prepared.pods:
             name = pod.name
             metrics = self.registry.metrics_of(pod, now)
-            match = None if matches is None or name not in self._feeds else matches.get(name, 0)
+            feed = self._feeds.get(name)
+            match = None if matches is None or feed is None else matches.get(name, 0)
             candidates.append(
                 Candidate(
                     name=name,
@@ -174,6 +186,7 @@ class Router:
                     waiting=metrics.waiting if metrics else None,
                     cache_usage=metrics.cache_usage if metrics else None,
                     metrics_age=now - metrics.read_at if metrics else None,
+                    feed=None if feed is None else feed.state.value,
                     match_blocks=match,
                     assumed_blocks=load.assumed(name, model, chain, match or 0),
                 )
@@ -202,6 +215,8 @@ class Router:
     def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
         request = prepared.request
         self._metrics.decided(decision.chosen.name, seconds, prepared.timings_ms)
+        for reason in prepared.degraded:
+            self._metrics.degraded(reason)
         if request.prompt_tokens is not None:
             self._metrics.predicted(request.prompt_tokens, self._predicted(decision.chosen, request))
 
@@ -209,7 +224,7 @@ class Router:
 class Route:
     """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
 
-    __slots__ = ("_body", "_charge", "_prepared", "_router", "decision", "prompt")
+    __slots__ = ("_body", "_charge", "_computed", "_prepared", "_router", "decision", "prompt")
 
     def __init__(self, router: Router, prepared: _Prepared, decision: Decision, body: bytes) -> None:
         self.prompt = prepared.prompt
@@ -218,10 +233,11 @@ class Route:
         self._prepared = prepared
         self._body = body
         self._charge = router.charge(decision.chosen, prepared.request)
+        self._computed = False
 
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
-        self._charge.release()
+        self._charge.cancel()
         self._charge = self._router.charge(pod, self._prepared.request)
 
     def failed(self, pod: Candidate) -> None:
@@ -233,21 +249,24 @@ class Route:
         self._router.registry.answered(pod.name)
 
     def first_byte(self) -> None:
-        """The prompt has been computed."""
+        """The prompt has been computed: the pod holds its blocks."""
+        self._computed = True
         self._charge.first_byte()
 
     def finish(self) -> None:
         """The request is over, however it ended."""
-        self._charge.release()
+        if self._computed:
+            self._charge.release()
+        else:
+            self._charge.cancel()
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
-        served = next((each.served for each in self._prepared.pods if each.name == pod.name), None)
-        name = self.prompt.model
-        if served is None or name in served.aliases or name in served.adapters:
+        name = self._router.registry.name_at(pod.name, self.prompt.model)
+        if name == self.prompt.model:
             return self._body
         fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
-        fields["model"] = msgspec.Raw(msgspec.json.encode(served.base_model))
+        fields["model"] = msgspec.Raw(msgspec.json.encode(name))
         return msgspec.json.encode(fields)
 
 

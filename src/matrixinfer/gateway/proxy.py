@@ -92,10 +92,10 @@ class Proxy:
             length = upstream.content_length
             if length is not None and length <= MAX_WHOLE_BYTES:
                 body = await self._read(upstream, pod, whole=True)
-                self._first_byte(exchange)
+                self._first_byte(exchange, upstream)
                 return self._response(exchange, upstream, pod, body)
             chunk = await self._read(upstream, pod, whole=False)
-            self._first_byte(exchange)
+            self._first_byte(exchange, upstream)
             return await self._stream(exchange, upstream, pod, chunk)
         finally:
             # Nothing happens where the answer was read to its end: its connection is back in the pool.
@@ -186,8 +186,9 @@ class Proxy:
             response.force_close()
         return response
 
-    def _first_byte(self, exchange: Exchange) -> None:
-        exchange.route.first_byte()
+    def _first_byte(self, exchange: Exchange, upstream: aiohttp.ClientResponse) -> None:
+        if upstream.status < 400:  # else the pod refused, and did not compute the prompt
+            exchange.route.first_byte()
         self._metrics.first_byte(time.monotonic() - exchange.started)
 
     def _silent(self, pod: Candidate) -> PodTimeout:

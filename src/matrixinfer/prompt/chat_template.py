@@ -78,6 +78,8 @@ class ChatTemplate:
             self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
+        self.knows_developers = '"developer"' in source or "'developer'" in source
+        """True when the template names the role `developer`; vLLM looks for the quoted word in the same way."""
         self._reads_content = "content" in source
         self._special_tokens = {name: token for name, token in special_tokens.items() if token is not None}
 

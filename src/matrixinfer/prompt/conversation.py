@@ -22,6 +22,9 @@ _TEXT_KEYS = {
 }
 """Types of content parts that are text, and the key that holds it."""
 
+_BILLING_HEADER = "x-anthropic-billing-header"
+"""How a line begins that Claude Code puts first, different in every request; vLLM drops it from system messages."""
+
 
 def has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
     """True when some message carries anything but text: the engine alone knows its token ids."""
@@ -38,6 +41,21 @@ def engine_messages(messages: Sequence[Mapping[str, Any]], *, parts: bool) -> li
     return [_message(message, parts=parts) for message in messages]
 
 
+def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Engine messages for a template that does not know the role `developer`.
+
+    Developers become system messages, and those are put together in one, which comes first.
+    """
+    if all(message["role"] != "developer" for message in messages):
+        return messages
+    messages = [_as_system(message) if message["role"] == "developer" else message for message in messages]
+    if all(message["role"] != "system" for message in messages[1:]):
+        return messages
+    texts = [_joined(message["content"]) for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
+
+
 def engine_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Tool definitions with their keys in vLLM's order; a missing description or schema is null."""
     return None if tools is None else [_tool(tool) for tool in tools]
@@ -46,6 +64,8 @@ def engine_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
 def _message(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
     role = message.get("role")
     texts = _texts(message.get("content"))
+    if role == "system":
+        texts = _without_billing(texts)
     # Tool results are one string whatever the template: few templates expect parts there.
     listed = parts and role != "tool"
     content: object = [{"type": "text", "text": text} for text in texts] if listed else "\n".join(texts)
@@ -65,6 +85,20 @@ def _message(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
         shaped["tools"] = message.get("tools")
     shaped |= {key: message[key] for key in ("name", "task") if isinstance(message.get(key), str)}
     return shaped
+
+
+def _as_system(developer: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in developer.items() if key != "tools"}, "role": "system"}
+
+
+def _joined(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _without_billing(texts: Sequence[str]) -> list[str]:
+    """The texts without header lines; a text that is nothing else goes as a whole."""
+    rests = [text.partition("\n")[2] or None if text.startswith(_BILLING_HEADER) else text for text in texts]
+    return [text for text in rests if text is not None]
 
 
 def _texts(content: object) -> list[str]:
@@ -94,7 +128,7 @@ def _is_text(part: Mapping[str, Any]) -> bool:
 
 
 def _tool_call(call: object) -> dict[str, Any]:
-    """Keys as in the schema that vLLM checks against. Arguments that are no JSON object become an empty one."""
+    """Keys in the order of vLLM's schema, unknown ones last. Arguments that are no JSON object become an empty one."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise TokenizeError("a tool call has no function")
     function = call["function"]
@@ -104,9 +138,10 @@ def _tool_call(call: object) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             arguments = None
-    shaped = {"arguments": arguments if isinstance(arguments, dict) else {}, "name": function.get("name")}
-    outer = {"id": call.get("id"), "function": shaped, "type": call.get("type")}
-    return {key: value for key, value in outer.items() if key in call}
+    shaped = {"arguments": None, "name": None} | function
+    shaped["arguments"] = arguments if isinstance(arguments, dict) else {}
+    ordered = {key: call[key] for key in ("id", "function", "type") if key in call}
+    return ordered | call | {"function": shaped}
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +149,5 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise TokenizeError("a tool has no function")
     shaped = {key: function.get(key) for key in ("name", "description", "parameters")}
-    if function.get("strict") is not None:
-        shaped["strict"] = function["strict"]
+    shaped |= {key: function[key] for key in ("strict", "defer_loading") if function.get(key) is not None}
     return {"type": tool.get("type", "function"), "function": shaped}

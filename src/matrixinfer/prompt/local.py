@@ -13,7 +13,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
-from matrixinfer.prompt.conversation import engine_messages, engine_tools
+from matrixinfer.prompt.conversation import engine_messages, engine_tools, without_developers
 from matrixinfer.prompt.openai import Chat
 
 
@@ -91,11 +91,13 @@ class LocalTokenizer:
     def render(self, chat: Chat) -> str:
         """The chat as the engine's template writes it. Raises `TokenizeError`."""
         template = self._template(chat)
-        variables = {key: value for key, value in (chat.chat_template_kwargs or {}).items() if key not in RESERVED}
+        sent = chat.chat_template_kwargs or {}
+        variables = {key: value for key, value in sent.items() if key not in RESERVED}
+        messages = engine_messages(chat.messages, parts=template.content_parts)
         return template.render(
-            engine_messages(chat.messages, parts=template.content_parts),
+            messages if template.knows_developers else without_developers(messages),
             engine_tools(chat.tools),
-            chat.documents,
+            sent.get("documents") if chat.documents is None else chat.documents,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
             **variables,

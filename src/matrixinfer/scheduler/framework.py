@@ -59,6 +59,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Engine metrics: requests running and waiting, share of KV blocks in use (0 to 1)."""
     metrics_age: float | None = None
     """Seconds since those metrics were read."""
+    feed: str | None = None
+    """State of the pod's KV events: `complete`, or why more or less may be cached than indexed; None without a feed."""
     match_blocks: int | None = None
     """Consecutive blocks from the start that the index says the pod holds; None when the index could not say."""
     assumed_blocks: int = 0
@@ -110,6 +112,11 @@ class Decision:
     def chosen(self) -> Candidate:
         """The best candidate."""
         return self.ranked[0]
+
+    @property
+    def attempts(self) -> Sequence[Candidate]:
+        """Every pod worth trying, in order: the ranked ones and, as a last resort, those that filters removed."""
+        return [*self.ranked, *(pod for pod in self.candidates if pod.name in self.filtered)]
 
 
 class Plugin(Protocol):

@@ -76,14 +76,26 @@ class LoadLedger:
         for key in [key for key in self._assumed if key[0] == pod]:
             del self._assumed[key]
 
-    def _release(self, pod: str, load: _PodLoad, assumed: _Assumed | None, blocks: list[int]) -> None:
+    def _release(
+        self, pod: str, load: _PodLoad, assumed: _Assumed | None, blocks: list[int], *, computed: bool
+    ) -> None:
         load.in_flight -= 1
         if load.in_flight == 0 and self._pods.get(pod) is load:
             del self._pods[pod]
-        if assumed is not None:
+        if assumed is None:
+            return
+        if computed:
             until = self._clock() + self._assumed_seconds
             assumed.fade(blocks, until)
             self._fading.append((until, assumed, blocks))
+        else:
+            assumed.let_go(blocks)
+            self._remembered -= len(blocks)
+            self._drop_if_empty(assumed)
+
+    def _drop_if_empty(self, assumed: _Assumed) -> None:
+        if assumed.empty and self._assumed.get(assumed.key) is assumed:
+            del self._assumed[assumed.key]
 
     def _drain(self, budget: int) -> None:
         """Forget up to `budget` blocks whose time is over. Look-ups do not depend on it, memory does."""
@@ -100,12 +112,11 @@ class LoadLedger:
             if blocks:
                 return
             self._fading.popleft()
-            if assumed.empty and self._assumed.get(assumed.key) is assumed:
-                del self._assumed[assumed.key]
+            self._drop_if_empty(assumed)
 
 
 class Charge:
-    """One request's hold on a pod. Both methods may be called at any time, any number of times."""
+    """One request's hold on a pod. Its methods may be called at any time, any number of times."""
 
     __slots__ = ("_assumed", "_blocks", "_ledger", "_load", "_pod", "_queued_tokens", "_released")
 
@@ -132,12 +143,19 @@ class Charge:
         self._queued_tokens = 0
 
     def release(self) -> None:
-        """End the hold: the request is over."""
+        """End the hold: the request is over, and its prompt was computed."""
+        self._end(computed=True)
+
+    def cancel(self) -> None:
+        """End the hold of a request that the pod did not compute: it leaves nothing there."""
+        self._end(computed=False)
+
+    def _end(self, *, computed: bool) -> None:
         if self._released:
             return
         self._released = True
         self.first_byte()
-        self._ledger._release(self._pod, self._load, self._assumed, self._blocks)  # noqa: SLF001
+        self._ledger._release(self._pod, self._load, self._assumed, self._blocks, computed=computed)  # noqa: SLF001
 
 
 class _PodLoad:
@@ -170,14 +188,20 @@ class _Assumed:
         for block in blocks:
             held[block] = held.get(block, 0) + 1
 
-    def fade(self, blocks: list[int], until: float) -> None:
-        """One request less holds `blocks`. `until` never falls from call to call."""
+    def let_go(self, blocks: list[int]) -> None:
+        """One request less holds `blocks`, and leaves nothing behind."""
         held = self._held
         for block in blocks:
             if held[block] > 1:
                 held[block] -= 1
             else:
                 del held[block]
+
+    def fade(self, blocks: list[int], until: float) -> None:
+        """One request less holds `blocks`. `until` never falls from call to call."""
+        self.let_go(blocks)
+        for block in blocks:
+            if block not in self._held:
                 self._fading[block] = until
         self._until = until
 
@@ -198,7 +222,8 @@ class _Assumed:
 
         if start >= len(hashes) or not there(start):
             return 0
-        # Requests bring whole chains, so what is there ends once: exponential search for the end, then bisection.
+        # Requests bring whole chains, so what is there ends once (it may not where the index has since lost blocks that
+        # an earlier request built on; then this is an estimate). Exponential search for the end, then bisection.
         last, step, end = start, 1, len(hashes)
         while last + step < end and there(last + step):
             last += step

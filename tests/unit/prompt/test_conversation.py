@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media
+from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 
 TEXT_PARTS = [{"type": "text", "text": "a"}, "b", {"type": "refusal", "refusal": "c"}, {"type": "text", "text": None}]
 
@@ -52,8 +52,11 @@ def test_the_result_of_a_tool_is_always_a_string() -> None:
 def test_arguments_of_a_tool_call_become_an_object(arguments: Any, expected: dict[str, Any]) -> None:
     call = {"type": "function", "index": 0, "id": "7", "function": {"name": "f", "arguments": arguments}}
     shaped = one({"role": "assistant", "tool_calls": [call]})["tool_calls"]
-    assert shaped == [{"id": "7", "function": {"arguments": expected, "name": "f"}, "type": "function"}]
-    assert json.dumps(shaped[0]["function"]).startswith('{"arguments": ')
+    assert shaped == [{"id": "7", "function": {"arguments": expected, "name": "f"}, "type": "function", "index": 0}]
+    assert (list(shaped[0]), list(shaped[0]["function"])) == (
+        ["id", "function", "type", "index"],
+        ["arguments", "name"],
+    )
     assert call["function"] == {"name": "f", "arguments": arguments}
 
 
@@ -79,9 +82,56 @@ def test_fields_that_the_engine_drops_do_not_reach_the_template() -> None:
     assert one(message) == {"role": "user", "content": "x", "name": "n"}
 
 
+HEADER = "x-anthropic-billing-header: cch=1"
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (f"{HEADER}\nYou are\nhelpful", ["You are\nhelpful"]),
+        (HEADER, []),
+        ([HEADER, {"type": "text", "text": f"{HEADER}\nb"}, "c"], ["b", "c"]),
+        (f"You are\n{HEADER}", [f"You are\n{HEADER}"]),
+    ],
+)
+def test_a_system_message_loses_its_billing_header(content: Any, texts: list[str]) -> None:
+    message = {"role": "system", "content": content}
+    assert one(message)["content"] == "\n".join(texts)
+    assert one(message, parts=True)["content"] == [{"type": "text", "text": text} for text in texts]
+
+
+def test_other_messages_keep_what_looks_like_a_billing_header() -> None:
+    for role in ("user", "developer"):
+        assert one({"role": role, "content": HEADER})["content"] == HEADER
+
+
+SYSTEM = {"role": "system", "content": "s"}
+DEVELOPER = {"role": "developer", "content": "d", "name": "n", "tools": None}
+USER = {"role": "user", "content": "u"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([SYSTEM, USER, SYSTEM], [SYSTEM, USER, SYSTEM]),
+        ([DEVELOPER, USER], [{"role": "system", "content": "d", "name": "n"}, USER]),
+        ([USER, DEVELOPER], [{"role": "system", "content": "d"}, USER]),
+        ([SYSTEM, DEVELOPER, USER], [{"role": "system", "content": "s\n\nd"}, USER]),
+        ([SYSTEM, {**DEVELOPER, "content": ""}, USER], [SYSTEM, USER]),
+        (
+            [{"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, DEVELOPER],
+            [{"role": "system", "content": "a\nb\n\nd"}],
+        ),
+    ],
+)
+def test_developers_become_one_system_message(messages: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert without_developers(messages) == expected
+    assert DEVELOPER["role"] == "developer"
+
+
 def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
     tool = {
-        "function": {"strict": True, "parameters": {"b": 1, "a": 2}, "name": "f", "x": 1},
+        "function": {"defer_loading": False, "strict": True, "parameters": {"b": 1, "a": 2}, "name": "f", "x": 1},
         "type": "function",
         "y": 2,
     }
@@ -89,7 +139,13 @@ def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
         [
             {
                 "type": "function",
-                "function": {"name": "f", "description": None, "parameters": {"b": 1, "a": 2}, "strict": True},
+                "function": {
+                    "name": "f",
+                    "description": None,
+                    "parameters": {"b": 1, "a": 2},
+                    "strict": True,
+                    "defer_loading": False,
+                },
             }
         ]
     )

@@ -156,6 +156,14 @@ def test_variables_of_the_request_reach_the_template_but_replace_nothing(tmp_pat
     assert local.render(chat) == "hello!TrueTrueNone"
 
 
+def test_documents_may_come_as_a_variable(tmp_path: Path) -> None:
+    local = LocalTokenizer.load(folder(tmp_path, tokenizer(), chat_template="{{ documents[0].text }}"), None)
+    variables = {"documents": [{"text": "variable"}]}
+    assert local.render(Chat(messages=HELLO.messages, chat_template_kwargs=variables)) == "variable"
+    field = Chat(messages=HELLO.messages, chat_template_kwargs=variables, documents=[{"text": "field"}])
+    assert local.render(field) == "field"
+
+
 def test_content_has_the_form_that_the_template_walks(tmp_path: Path) -> None:
     walking = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -163,6 +171,17 @@ def test_content_has_the_form_that_the_template_walks(tmp_path: Path) -> None:
     for source, expected in ((walking, ("[a][b]", "[hello]")), (plain, ("a\nb", "hello"))):
         local = LocalTokenizer.load(folder(tmp_path, tokenizer(), chat_template=source), None)
         assert (local.render(parts), local.render(HELLO)) == expected
+
+
+def test_developers_are_system_messages_to_a_template_that_does_not_name_them(tmp_path: Path) -> None:
+    ignorant = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    chat = Chat(messages=[*HELLO.messages, {"role": "developer", "content": "be brief"}])
+    for source, expected in (
+        (ignorant, "system:be brief;user:hello;"),
+        (ignorant + "{# 'developer' #}", "user:hello;developer:be brief;"),
+    ):
+        local = LocalTokenizer.load(folder(tmp_path, tokenizer(), chat_template=source), None)
+        assert local.render(chat) == expected
 
 
 def test_a_template_of_the_request_is_not_rendered_here(deepseek: LocalTokenizer) -> None:

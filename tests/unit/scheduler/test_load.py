@@ -169,13 +169,18 @@ class Naive:
     charge: Charge = field(kw_only=True)
 
 
+def chained(tokens: list[int]) -> list[int]:
+    """Numbers that, like block hashes, stand for everything up to their position."""
+    return [int("1" + "".join(map(str, tokens[: i + 1]))) for i in range(len(tokens))]
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Every charge is kept for ever; every answer is worked out from all of them."""
 
     charges = Bundle("charges")
     pods = st.sampled_from("ab")
     models = st.sampled_from("mn")
-    chains = st.lists(st.integers(0, 5), max_size=6)
+    chains = st.lists(st.integers(0, 2), max_size=6).map(chained)
     starts = st.integers(0, 6)
 
     def __init__(self) -> None:
@@ -184,10 +189,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = LoadLedger(self.clock, 2.0)
         self.all: list[Naive] = []
 
-    @rule(target=charges, pod=pods, model=models, chain=chains, start=starts, queued=st.integers(0, 9))
-    def charge(self, pod: str, model: str, chain: list[int], start: int, queued: int) -> Naive:
-        charge = self.ledger.charge(pod, model, hashes=chain, start=start, queued_tokens=queued)
-        self.all.append(Naive(pod, model, set(chain[start:]), queued, charge=charge))
+    @rule(target=charges, pod=pods, model=models, chain=chains, queued=st.integers(0, 9))
+    def charge(self, pod: str, model: str, chain: list[int], queued: int) -> Naive:
+        charge = self.ledger.charge(pod, model, hashes=chain, start=0, queued_tokens=queued)
+        self.all.append(Naive(pod, model, set(chain), queued, charge=charge))
         return self.all[-1]
 
     @rule(one=charges)
@@ -200,6 +205,13 @@ class LedgerMachine(RuleBasedStateMachine):
         one.charge.release()
         if one.released is None:
             one.released = self.clock.now
+
+    @rule(one=charges)
+    def cancel(self, one: Naive) -> None:
+        one.charge.cancel()
+        if one.released is None:
+            one.released = self.clock.now
+            one.blocks = set()
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 5.0]))
     def wait(self, seconds: float) -> None:
@@ -245,3 +257,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_cancelled_charge_leaves_nothing_behind() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+    kept = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=3)
+    ledger.charge("a", "m", hashes=[1, 2, 3], start=0, queued_tokens=4).cancel()
+    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 2
+    assert (ledger.in_flight("a"), ledger.queued_tokens("a")) == (1, 3)
+    kept.cancel()
+    kept.release()
+    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
+    assert ledger.total() == 0

@@ -48,9 +48,18 @@ class KvCacheAware(Plugin):
         values = [
             100.0 * min((pod.match_blocks or 0) + pod.assumed_blocks, considered) / considered for pod in candidates
         ]
-        unknown = [pod.match_blocks for pod in candidates].count(None)
-        note = f"the index could not say what {unknown} of {len(values)} pods hold" if unknown else None
-        return Scores(values=values, note=note)
+        return Scores(values=values, note=_what_is_unknown(candidates))
+
+
+def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
+    notes = []
+    unknown = [pod.match_blocks for pod in candidates].count(None)
+    if unknown:
+        notes.append(f"the index could not say what {unknown} of {len(candidates)} pods hold")
+    doubtful = sum(pod.match_blocks is not None and pod.feed not in (None, "complete") for pod in candidates)
+    if doubtful:
+        notes.append(f"the KV events of {doubtful} of {len(candidates)} pods are not complete")
+    return "; ".join(notes) or None
 
 
 def _why_no_blocks(request: SchedulingRequest) -> str:

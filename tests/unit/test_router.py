@@ -1,0 +1,261 @@
+"""The decision path with everything real but the sockets. Prompts are token ids, so no tokenizer is needed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig
+from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.plugin_loader import discover
+from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.router import Router
+from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.metrics import Metrics
+
+PATH = "/v1/completions"
+BLOCK, ENGINE_BLOCK = 4, 8
+TOKENS = list(range(40))
+
+
+class BrokenIndex(MemoryIndex):
+    async def match(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        raise IndexUnavailable("no answer within 20 ms")
+
+
+@dataclass
+class World:
+    index: MemoryIndex = field(default_factory=MemoryIndex)
+    feeds: dict[str, PodFeed] = field(default_factory=dict)
+    load: LoadLedger = field(default_factory=lambda: LoadLedger(time.monotonic, 60.0))
+    metrics: Metrics = field(default_factory=Metrics)
+    blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
+    models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+
+    def __post_init__(self) -> None:
+        configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
+        self.registry = PodRegistry(configs, self.models, PodWatchConfig(), time.monotonic)
+        for pod in self.registry.pods:
+            served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
+            self.registry.told(pod.name, served=served)
+            self.registry.answered(pod.name)
+            ledger = Ledger(pod=pod.name, model="m", blocks=self.blocks, index=self.index)
+            ledger.block_size = ENGINE_BLOCK
+            self.feeds[pod.name] = PodFeed(ledger, can_replay=False)
+        config = SchedulerConfig()
+        self.router = Router(
+            registry=self.registry,
+            tokenizers=TokenizerManager(self.models, TokenizationConfig(), None),
+            blocks=self.blocks,
+            index=self.index,
+            feeds=self.feeds,
+            scheduler=Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover()),
+            load=self.load,
+            metrics=self.metrics,
+            max_prefix_tokens=1_000,
+        )
+
+    def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
+        chain = self.blocks.chain(TOKENS[:tokens], salt=salt)
+        self.index.add(model, pod, list(chain), None)
+
+    async def explain(self, **body: object) -> dict[str, Any]:
+        return await self.router.explain(PATH, request(**body))
+
+
+def request(**body: object) -> bytes:
+    return json.dumps({"model": "m", "prompt": TOKENS, **body}).encode()
+
+
+def field_of(decision: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {pod: each[name] for pod, each in decision["pods"].items()}
+
+
+async def test_the_pod_that_holds_the_prompt_is_chosen_and_charged() -> None:
+    world = World()
+    world.holds("b", 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    assert world.load.in_flight("b") == 1
+    assert world.load.queued_tokens("b") == 8
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_dry_run_says_why_and_changes_nothing() -> None:
+    world = World()
+    world.holds("b", 32)
+    decision = await world.explain()
+    assert decision == {**decision, "model": "m", "tokens": 40, "blocks": 10, "chosen": "b"}
+    assert decision["ranked"][0] == "b"
+    assert sorted(decision["ranked"]) == ["a", "b", "c"]
+    assert field_of(decision, "match_blocks") == {"a": 0, "b": 8, "c": 0}
+    assert field_of(decision, "filtered") == {"a": None, "b": None, "c": None}
+    assert decision["pods"]["b"]["scores"]["kvcache-aware"] == 80.0
+    assert set(decision["timings_ms"]) >= {"parse", "match", "schedule", "kvcache-aware"}
+    assert world.load.total() == 0
+    assert json.loads(json.dumps(decision)) == decision
+
+
+@pytest.mark.parametrize(("held", "predicted"), [(40, 32), (36, 32), (32, 32), (28, 24), (4, 0)], ids=str)
+async def test_the_prediction_is_whole_engine_blocks_and_never_the_last_token(held: int, predicted: int) -> None:
+    world = World()
+    world.holds("a", held)
+    assert field_of(await world.explain(), "predicted_hit_tokens")["a"] == predicted
+
+
+async def test_the_next_request_sees_what_this_one_brings() -> None:
+    world = World()
+    route = await world.router.route(PATH, request(), request_id="r")
+    pod = route.decision.chosen.name
+    decision = await world.explain()
+    assert decision["chosen"] == pod
+    assert field_of(decision, "assumed_blocks")[pod] == 10
+    assert field_of(decision, "in_flight")[pod] == 1
+
+
+async def test_a_computed_prompt_is_assumed_for_a_while_and_a_refused_one_is_not() -> None:
+    for computed in (True, False):
+        world = World()
+        route = await world.router.route(PATH, request(), request_id="r")
+        if computed:
+            route.first_byte()
+        route.finish()
+        route.finish()
+        assert sum(field_of(await world.explain(), "assumed_blocks").values()) == (10 if computed else 0)
+
+
+async def test_a_move_takes_the_charge_along() -> None:
+    world = World()
+    world.holds("a", 40)
+    route = await world.router.route(PATH, request(), request_id="r")
+    other = route.decision.ranked[1]
+    route.move(other)
+    assert (world.load.in_flight("a"), world.load.in_flight(other.name)) == (0, 1)
+    assert world.load.queued_tokens(other.name) == 40
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_pod_without_a_feed_is_unknown_and_not_empty() -> None:
+    world = World()
+    del world.feeds["c"]
+    assert field_of(await world.explain(), "match_blocks") == {"a": 0, "b": 0, "c": None}
+
+
+async def test_a_prompt_that_cannot_be_tokenized_is_routed_by_load() -> None:
+    world = World()
+    await world.router.route(PATH, request(prompt="text"), request_id="r")
+    decision = await world.explain(prompt="text")
+    assert decision["tokens"] is None
+    assert decision["blocks"] == 0
+    assert any("not tokenized" in note for note in decision["notes"])
+    busy = next(pod for pod, count in field_of(decision, "in_flight").items() if count)
+    assert decision["chosen"] != busy
+    assert b'matrixinfer_degraded_total{reason="tokenize"} 1.0' in world.metrics.render()
+
+
+async def test_an_index_that_does_not_answer_degrades_the_decision() -> None:
+    world = World(index=BrokenIndex())
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": None, "b": None, "c": None}
+    assert "index unavailable: no answer within 20 ms" in decision["notes"]
+    (await world.router.route(PATH, request(), request_id="r")).finish()
+
+
+async def test_salts_and_adapters_are_namespaces_of_their_own() -> None:
+    world = World()
+    world.holds("a", 40)
+    world.holds("b", 40, salt="s")
+    world.holds("c", 40, model="lora")
+    assert (await world.explain())["chosen"] == "a"
+    assert (await world.explain(cache_salt="s"))["chosen"] == "b"
+    assert (await world.explain(model="lora"))["chosen"] == "c"
+
+
+async def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name() -> None:
+    world = World()
+    for name, expected in (("m", "m"), ("also", "also"), ("lora", "lora"), ("nice", "m")):
+        body = request(model=name, temperature=0.1, odd={"b": 1, "a": [1.0, 2]})
+        route = await world.router.route(PATH, body, request_id="r")
+        sent = route.body_for(route.decision.chosen)
+        assert json.loads(sent) == {**json.loads(body), "model": expected}
+        assert (sent is body) == (name == expected)
+
+
+async def test_stale_metrics_are_unknown() -> None:
+    world = World()
+    old = time.monotonic() - 60
+    world.registry.measured("a", EngineMetrics(running=9, waiting=9, cache_usage=0.5, read_at=old))
+    world.registry.measured("b", EngineMetrics(running=1, waiting=0, cache_usage=0.5, read_at=time.monotonic()))
+    decision = await world.explain()
+    assert field_of(decision, "waiting") == {"a": None, "b": 0, "c": None}
+    assert decision["pods"]["a"]["metrics_age_s"] is None
+
+
+async def test_client_errors_come_before_any_decision() -> None:
+    world = World()
+    with pytest.raises(InvalidRequest):
+        await world.router.route(PATH, b"{", request_id="r")
+    with pytest.raises(UnknownModel):
+        await world.router.route(PATH, request(model="none"), request_id="r")
+    for pod in world.registry.pods:
+        pod.served = None
+    with pytest.raises(NoPodAvailable):
+        await world.router.route(PATH, request(model="none"), request_id="r")
+    assert world.load.total() == 0
+
+
+async def test_an_alias_of_an_adapter_is_asked_for_as_the_adapter() -> None:
+    world = World(models=(ModelConfig(name="lora", aliases=("fine",)),))
+    route = await world.router.route(PATH, request(model="fine"), request_id="r")
+    assert route.decision.request.model == "lora"
+    assert json.loads(route.body_for(route.decision.chosen))["model"] == "lora"
+
+
+async def test_engines_that_name_one_model_differently_are_matched_under_their_own_names() -> None:
+    world = World()
+    world.registry.told("b", served=ServedNames(base_model="n", aliases=frozenset({"n", "also"}), adapters={}))
+    world.holds("b", 40, model="n")
+    decision = await world.explain(model="also")
+    assert field_of(decision, "match_blocks") == {"a": 0, "b": 10, "c": 0}
+    assert decision["chosen"] == "b"
+
+
+async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
+    world = World()
+    world.feeds["a"].state = FeedState.COMPLETE
+    decision = await world.explain()
+    assert field_of(decision, "feed") == {"a": "complete", "b": "partial", "c": "partial"}
+    assert "kvcache-aware: the KV events of 2 of 3 pods are not complete" in decision["notes"]
+
+
+async def test_a_dry_run_is_not_counted() -> None:
+    world = World(index=BrokenIndex())
+    before = world.metrics.render()
+    await world.explain(prompt="text")
+    await world.explain()
+    assert world.metrics.render() == before
+
+
+async def test_pods_that_filters_removed_are_the_last_resort() -> None:
+    world = World()
+    metrics = EngineMetrics(running=9, waiting=99, cache_usage=0.5, read_at=time.monotonic())
+    world.registry.measured("a", metrics)
+    decision = (await world.router.route(PATH, request(), request_id="r")).decision
+    assert [pod.name for pod in decision.attempts][-1] == "a"
+    assert "a" in decision.filtered
+    assert sorted(pod.name for pod in decision.attempts) == ["a", "b", "c"]
