@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from matrixinfer.index.base import IndexStats
 
-_DEAD_SETS_KEPT = 64  # retired pod bits that may await reclamation before it is forced
 _INTERNED_SETS_KEPT = 65_536  # distinct pod sets that share one object each; beyond it sharing starts anew
 
 
@@ -89,16 +88,15 @@ class MemoryIndex:
         self._reclaim_some(16)
 
     def clear(self, pod: str) -> None:
-        """Forget all that `pod` holds, at once: its bit is retired and reclaimed bit by bit by later writes."""
+        """Forget all that `pod` holds, at once: its bit is retired, and struck from the blocks by later writes."""
         bit = self._bit_of.pop(pod, None)
         if bit is None:
             return
         del self._pod_of[bit]
         self._live &= ~bit
         self._dead.append(bit)
-        if len(self._dead) > _DEAD_SETS_KEPT:
-            while self._dead:
-                self._reclaim_some(self._blocks + 1)
+        if not self._live:
+            self._start_over()
 
     def forget(self, pod: str) -> None:
         """As `clear`: nothing else is kept per pod."""
@@ -225,6 +223,16 @@ class MemoryIndex:
             self._drop_if_empty(model, tree)
             self._blocks -= removed
             self._evicted += removed
+
+    def _start_over(self) -> None:
+        """No pod is left: drop everything instead of striking it out piece by piece."""
+        self._trees.clear()
+        self._interned.clear()
+        self._free_bits.clear()
+        self._dead.clear()
+        self._reclaim = None
+        self._blocks = 0
+        self._next_bit = 1
 
     def _reclaim_some(self, steps: int) -> None:
         if self._reclaim is None:

@@ -2,7 +2,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.index import memory
 from matrixinfer.index.memory import MemoryIndex
 from tests.conformance.block_index import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
@@ -143,15 +142,28 @@ def test_the_bits_of_cleared_pods_are_used_again() -> None:
     assert index.count("llama", A) == {}
 
 
-def test_pods_cleared_without_writes_between_are_reclaimed_at_once() -> None:
+def test_the_bits_of_cleared_pods_are_used_again_while_others_stay() -> None:
+    index = MemoryIndex()
+    index.add("llama", "stays", B, None)
+    for turn in range(300):
+        index.add("llama", f"pod-{turn}", A, None)
+        index.forget(f"pod-{turn}")
+    assert index._next_bit.bit_length() < 100
+    assert index.count("llama", B) == {"stays": len(B)}
+
+
+def test_when_the_last_pod_is_cleared_nothing_is_left_at_all() -> None:
     index = MemoryIndex()
     pods = [f"pod-{number}" for number in range(200)]
     for pod in pods:
         index.add("llama", pod, A, None)
-    for pod in pods:
+    for pod in pods[:-1]:
         index.clear(pod)
-    assert len(index._dead) <= memory._DEAD_SETS_KEPT
-    assert index.stats().pods == 0
+    assert index.count("llama", A) == {pods[-1]: len(A)}
+    index.clear(pods[-1])
+    assert (index.stats().blocks, index.stats().pods, index._trees, index._dead) == (0, 0, {}, [])
+    index.add("llama", "new", A[:2], None)
+    assert index.count("llama", A) == {"new": 2}
 
 
 def test_a_new_pod_does_not_inherit_the_blocks_of_the_one_whose_bit_it_takes() -> None:
