@@ -206,7 +206,7 @@ def test_equal_sets_of_pods_share_one_object() -> None:
 
 
 def test_the_table_of_shared_sets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_INTERNED_SETS_KEPT", 8)
+    monkeypatch.setattr("matrixinfer.index.memory._INTERNED_SETS_KEPT", 8)
     index = MemoryIndex()
     for number in range(40):
         index.add("llama", f"pod-{number}", A[: 1 + number % 10], None)
