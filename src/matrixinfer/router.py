@@ -112,7 +112,10 @@ class Router:
                 for candidate in candidates
             },
             "notes": [*prepared.degraded.values(), *decision.notes],
-            "timings_ms": {**prepared.timings_ms, **decision.timings_ms},
+            "timings_ms": {
+                stage: round(milliseconds, 4)
+                for stage, milliseconds in {**prepared.timings_ms, **decision.timings_ms}.items()
+            },
         }
 
     async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:

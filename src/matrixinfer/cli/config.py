@@ -8,6 +8,7 @@ from pathlib import Path
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import load
 from matrixinfer.plugin_loader import discover
+from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.reference import configuration_page
 from matrixinfer.service import build_scheduler
 
@@ -27,7 +28,10 @@ def run_check(args: argparse.Namespace) -> int:
     """Raise `ConfigError` when the file does not hold."""
     config = load(args.file)
     build_scheduler(config.scheduler)
-    print(f"{args.file}: {len(config.pods)} pods, {len(config.models)} models: good")
+    for i, model in enumerate(config.models):
+        if model.tokenizer is not None:
+            LocalTokenizer.load(Path(model.tokenizer), model.chat_template, where=f"$.models[{i}]")
+    print(f"{args.file}: good (pods: {len(config.pods)}, models: {len(config.models)})")
     return 0
 
 
