@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -69,7 +70,7 @@ class PodConfig(Section, frozen=True):
     """One engine replica."""
 
     name: Annotated[str, described("Unique name, shown in headers, metrics and decisions.")]
-    url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`.")]
+    url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`; a slash at its end is dropped.")]
     kv_events: Annotated[
         KvEventsConfig | Literal["discover", "none"],
         described("Endpoints of its KV events; `discover` asks its `/kv_event_sources`; `none` does not listen."),
@@ -129,7 +130,8 @@ class SchedulerConfig(Section, frozen=True):
         tuple[PluginArgs, ...],
         described(
             "Arguments of plugins, by name. The default makes `kvcache-aware` match the whole prompt, and lets "
-            "`bounded-load` keep a conversation on its pod through short bursts."
+            "`bounded-load` keep a conversation on its pod through short bursts. A list given here replaces the whole "
+            "default: plugins it does not name fall back to the defaults of their own tables."
         ),
     ] = (
         PluginArgs(name="kvcache-aware", args={"maxBlocksToMatch": 0}),
@@ -152,9 +154,9 @@ class TokenizationConfig(Section, frozen=True):
     timeout_seconds: Annotated[Seconds, described("Deadline of one prompt; past it the request is routed by load.")] = (
         2.0
     )
-    max_prompt_bytes: Annotated[Count, described("Longer prompts are not tokenized but routed by load.")] = (
-        8 * 1024 * 1024
-    )
+    max_prompt_bytes: Annotated[
+        Count, described("Requests with a larger body are not tokenized but routed by load.")
+    ] = 8 * 1024 * 1024
 
 
 class LimitsConfig(Section, frozen=True):
@@ -177,7 +179,9 @@ class LimitsConfig(Section, frozen=True):
 class PodWatchConfig(Section, frozen=True):
     """How pods are observed."""
 
-    scrape_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/metrics`.")] = 1.0
+    scrape_interval_seconds: Annotated[
+        Seconds, described("Time between two reads of a pod's `/health` and `/metrics`.")
+    ] = 1.0
     scrape_timeout_seconds: Annotated[Seconds, described("Deadline of one read.")] = 2.0
     stale_after_seconds: Annotated[Seconds, described("Engine metrics older than this count as unknown.")] = 5.0
     unhealthy_after_failures: Annotated[
@@ -266,7 +270,10 @@ def split_address(address: str, *, path: str) -> tuple[str, int]:
 
 
 def checked(config: Config) -> Config:
-    """The configuration itself, once what types cannot say holds too. Raises `ConfigError`."""
+    """The configuration, once what types cannot say holds too; pods' URLs lose a slash at their end.
+
+    Raises `ConfigError`.
+    """
     split_address(config.listen, path="$.listen")
     if config.admin is not None:
         split_address(config.admin, path="$.admin")
@@ -281,13 +288,26 @@ def checked(config: Config) -> Config:
         if pod.name in pods:
             raise ConfigError(f"$.pods[{i}].name", f"the name `{pod.name}` is already taken by {pods[pod.name]}")
         pods[pod.name] = f"$.pods[{i}]"
-        if not re.match(r"https?://[^/]+", pod.url):
-            raise ConfigError(f"$.pods[{i}].url", f"expected `http://host:port`, got `{pod.url}`")
+        _check_url(pod.url, path=f"$.pods[{i}].url")
         if isinstance(pod.kv_events, KvEventsConfig):
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
-    return config
+    bare = tuple(msgspec.structs.replace(pod, url=pod.url.rstrip("/")) for pod in config.pods)
+    return msgspec.structs.replace(config, pods=bare)
+
+
+def _check_url(url: str, *, path: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no number for a port, or half an IPv6 address
+        usable = False
+    if not usable or re.search(r"[?#\s]", url):
+        raise ConfigError(path, f"expected `http://host:port`, got `{url}`")
+    bare = url.rstrip("/")
+    if bare.endswith("/v1"):
+        raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:

@@ -5,7 +5,8 @@ MatrixInferError
 ├── RequestError             the client's fault
 │   ├── InvalidRequest         malformed or missing fields
 │   ├── UnknownModel           no such model here
-│   └── PayloadTooLarge        the body exceeds the limit
+│   ├── PayloadTooLarge        the body exceeds the limit
+│   └── BodyTimeout            the body did not come in time
 ├── RoutingError             the request is fine, but no pod can take it
 │   ├── NoPodAvailable         no pod serves the model now
 │   ├── PodUnreachable         every pod tried refused or broke the connection
@@ -53,6 +54,10 @@ class UnknownModel(RequestError):
 
 class PayloadTooLarge(RequestError):
     """The request body exceeds the configured limit."""
+
+
+class BodyTimeout(RequestError):
+    """The request body did not come whole within the configured time."""
 
 
 class RoutingError(MatrixInferError):

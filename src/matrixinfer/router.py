@@ -118,6 +118,13 @@ class Router:
             },
         }
 
+    def feed_of(self, pod: str) -> dict[str, object] | None:
+        """State of the pod's KV events, as JSON-able data; None where none are followed."""
+        feed = self._feeds.get(pod)
+        if feed is None:
+            return None
+        return {"state": feed.state.value, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+
     async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:
         timings: dict[str, float] = {}
         degraded: dict[str, str] = {}

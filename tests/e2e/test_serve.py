@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import signal
 import sys
@@ -182,6 +183,18 @@ async def test_a_wrong_configuration_is_refused_at_start_by_name(tmp_path: Path,
         assert process.returncode == 2
         assert told in error.decode()
         assert "Traceback" not in error.decode()
+
+
+async def test_a_taken_port_is_told_in_one_line() -> None:
+    async with engine() as (_, endpoints):
+        port = endpoints["url"].rpartition(":")[2]
+        arguments = ("serve", "--worker-urls", endpoints["url"], "--port", port, "--admin", "none")
+        async with command(*arguments) as process, asyncio.timeout(20):
+            _, error = await process.communicate()
+            assert process.returncode == 2
+            assert f"cannot listen: [Errno {errno.EADDRINUSE}]" in error.decode()
+            assert port in error.decode()
+            assert "Traceback" not in error.decode()
 
 
 async def test_a_dry_run_changes_nothing(tokenizer: LocalTokenizer) -> None:

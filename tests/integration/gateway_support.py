@@ -85,6 +85,9 @@ class FakeRouter:
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
         return {"path": path, "length": len(body)}
 
+    def feed_of(self, pod: str) -> dict[str, object] | None:
+        return None
+
     @property
     def reports(self) -> list[str]:
         """What was reported of the last request."""

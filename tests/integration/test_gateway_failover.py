@@ -75,6 +75,23 @@ async def test_a_refused_connection_goes_to_the_next_ranked_pod() -> None:
         assert gateway.sample("in_flight", pod="a") == 0
 
 
+async def test_a_server_error_is_passed_on_but_does_not_count_as_a_sign_of_health() -> None:
+    async def fail(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.Response(status=500)
+
+    async with pod(fail) as url, rig(url) as gateway:
+        assert await body_and_pod(gateway) == (500, b"", "a")
+        assert gateway.router.reports == ["finish"]
+
+
+async def test_an_address_that_is_no_url_is_not_held_against_the_pod() -> None:
+    async with rig("http://") as gateway:
+        assert (await body_and_pod(gateway))[0] == 500
+        assert gateway.router.reports == ["finish"]
+        assert gateway.sample("requests_total", model="tiny", code="500") == 1
+
+
 @pytest.mark.parametrize(
     "talk", [refuse_to_answer, close_without_answer, answer_with_noise, stop_after_headers, stop_in_a_whole_answer]
 )

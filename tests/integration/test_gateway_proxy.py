@@ -36,6 +36,23 @@ async def test_bodies_pass_byte_for_byte_in_both_directions() -> None:
         assert gateway.sample("in_flight", pod="a") == 0
 
 
+async def test_an_absolute_request_target_reaches_the_pod_as_a_path_and_costs_it_nothing() -> None:
+    seen: list[str] = []
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        seen.append(request.raw_path)
+        return await ok(request)
+
+    async with pod(handle) as url, rig(url) as gateway:
+        reader, writer = await asyncio.open_connection(LOOPBACK, int(gateway.url.rpartition(":")[2]))
+        head = f"POST http://elsewhere{CHAT}?a=%20b HTTP/1.1\r\nHost: elsewhere\r\nContent-Length: {len(BODY)}\r\n\r\n"
+        writer.write(head.encode() + BODY)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 2)
+        writer.close()
+        assert seen == [f"{CHAT}?a=%20b"]
+        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+
+
 async def test_a_long_answer_with_a_declared_length_streams_and_keeps_its_length() -> None:
     answer = b"x" * (MAX_WHOLE_BYTES + 5)
 

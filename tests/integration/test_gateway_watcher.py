@@ -22,12 +22,12 @@ FAST = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.3, 
 
 
 class Engine:
-    """The parts of an engine that are watched; `down` makes it answer 500, `slow` not in time."""
+    """The parts of an engine that are watched; `down` makes it answer 500, `slow` not in time, `dead` only without what is behind its API."""
 
     def __init__(self, model: str = "tiny") -> None:
         self.model = model
         self.running = 3
-        self.down = self.slow = self.locked = False
+        self.down = self.slow = self.locked = self.dead = False
         self.asked: list[str] = []
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -38,7 +38,10 @@ class Engine:
             return web.Response(status=500)
         if self.locked and request.path.startswith("/v1"):
             return web.Response(status=401)
+        if self.dead and request.path == "/health":
+            return web.Response(status=503)
         answers = {
+            "/health": "",
             "/v1/models": f'{{"data":[{{"id":"{self.model}"}}]}}',
             "/kv_event_sources": '[{"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}]',
             "/metrics": f'vllm:num_requests_running{{engine="0"}} {self.running}\n',
@@ -116,7 +119,7 @@ async def test_without_pods_there_is_nothing_to_wait_for() -> None:
         assert await watcher.first_round(0.1)
 
 
-@pytest.mark.parametrize("fault", ["down", "slow"])
+@pytest.mark.parametrize("fault", ["down", "slow", "dead"])
 async def test_a_pod_that_fails_is_unhealthy_after_failures_in_a_row_and_returns(fault: str) -> None:
     engine = Engine()
     config = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.1)

@@ -64,14 +64,14 @@ def chat(**fields: Any) -> Prompt:
 
 
 async def test_a_text_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    ids = await RemoteTokenizer(session).tokenize(text("hello world"), engine.url, "tiny")
+    ids = await RemoteTokenizer(session).tokenize(text("hello world"), engine.url, "tiny", timeout_seconds=0.5)
     assert ids.tolist() == [9707, 1879]
     assert ids.dtype.name == "uint32"
     assert engine.bodies == [{"model": "tiny", "prompt": "hello world", "add_special_tokens": True}]
 
 
 async def test_a_chat_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    await RemoteTokenizer(session).tokenize(chat(), engine.url.rstrip("/"), "tiny")
+    await RemoteTokenizer(session).tokenize(chat(), engine.url.rstrip("/"), "tiny", timeout_seconds=0.5)
     assert engine.bodies == [
         {
             "model": "tiny",
@@ -93,7 +93,7 @@ async def test_everything_that_changes_the_ids_is_passed_on(engine: Engine, sess
         "add_special_tokens": True,
     }
     more = {"chat_template_kwargs": {"mood": 1}, "documents": [{"text": "d"}], "temperature": 1}
-    await RemoteTokenizer(session).tokenize(chat(**fields, **more), engine.url, "tiny")
+    await RemoteTokenizer(session).tokenize(chat(**fields, **more), engine.url, "tiny", timeout_seconds=0.5)
     (body,) = engine.bodies
     assert body.pop("chat_template_kwargs") == {"mood": 1, "documents": [{"text": "d"}]}
     assert body == {"model": "tiny", "messages": HELLO} | fields
@@ -168,12 +168,12 @@ async def test_every_failure_is_a_tokenize_error(
     engine: Engine, session: aiohttp.ClientSession, handler: Handler
 ) -> None:
     engine.handler = handler
-    remote = RemoteTokenizer(session, timeout_seconds=0.2, max_response_bytes=10_000)
+    remote = RemoteTokenizer(session, max_response_bytes=10_000)
     with pytest.raises(TokenizeError):
-        await remote.tokenize(text("x"), engine.url, "tiny")
+        await remote.tokenize(text("x"), engine.url, "tiny", timeout_seconds=0.5)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "not a url", "http://[bad"])
 async def test_an_engine_out_of_reach_is_a_tokenize_error(session: aiohttp.ClientSession, url: str) -> None:
     with pytest.raises(TokenizeError):
-        await RemoteTokenizer(session, timeout_seconds=0.5).tokenize(text("x"), url, "tiny")
+        await RemoteTokenizer(session).tokenize(text("x"), url, "tiny", timeout_seconds=0.5)

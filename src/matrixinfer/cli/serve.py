@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import signal
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,7 +71,11 @@ async def _serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with Service(config):
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(Service(config))
+        except OSError as error:
+            raise ConfigError("serve", f"cannot listen: {error}") from error
         await stop.wait()
 
 
@@ -117,12 +122,13 @@ def _with_flags(config: Config, args: argparse.Namespace) -> Config:
 
 
 def _pods(urls: Sequence[str], sources: Sequence[str], replays: Sequence[str]) -> tuple[PodConfig, ...]:
+    urls = [url.rstrip("/") for url in urls]
     endpoints = _by_url(sources, "--kv-event-source", urls)
     replay_endpoints = _by_url(replays, "--kv-event-replay-source", endpoints)
     return tuple(
         PodConfig(
             name=urlsplit(url).netloc,
-            url=url.rstrip("/"),
+            url=url,
             kv_events=KvEventsConfig(endpoint=endpoints[url], replay_endpoint=replay_endpoints.get(url))
             if url in endpoints
             else "discover",
@@ -138,6 +144,7 @@ def _by_url(pairs: Sequence[str], flag: str, known: Sequence[str] | dict[str, st
         url, separator, endpoint = pair.partition("=tcp://")
         if not separator:
             raise ConfigError(flag, f"expected URL=tcp://HOST:PORT, got `{pair}`")
+        url = url.rstrip("/")
         if url not in known:
             raise ConfigError(flag, f"`{url}` is not among {', '.join(known) or 'the engines given'}")
         mapping[url] = f"tcp://{endpoint}"

@@ -7,14 +7,14 @@ import asyncio
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from matrixinfer.errors import InvalidRequest, PayloadTooLarge
+from matrixinfer.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
 
 
 async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float) -> bytes:
     """The whole body.
 
     Raises `PayloadTooLarge` before reading where the client declares too much, `InvalidRequest` when the body is
-    malformed, and `TimeoutError` when it has not come within `seconds`.
+    malformed, and `BodyTimeout` when it has not come within `seconds`.
     """
     declared = request.content_length
     if declared is not None and declared > max_bytes:
@@ -38,6 +38,8 @@ async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float)
                 chunks.append(chunk)
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise InvalidRequest("The request body is malformed.") from error
+    except TimeoutError as error:
+        raise BodyTimeout(f"The request body did not come within {seconds:g} s.") from error
     return b"".join(chunks)
 
 

@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from matrixinfer.errors import (
+    BodyTimeout,
     InvalidRequest,
     MatrixInferError,
     NoPodAvailable,
@@ -23,6 +24,7 @@ RETRY_AFTER_SECONDS = 1
 _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
     UnknownModel: (404, "model_not_found"),
+    BodyTimeout: (408, "request_timeout"),
     PayloadTooLarge: (413, "request_too_large"),
     PodUnreachable: (502, "pod_unreachable"),
     NoPodAvailable: (503, "no_pod_available"),
@@ -57,7 +59,7 @@ def response_to(error: MatrixInferError) -> web.Response:
         response = error_response(status, str(error), code=code)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    if status == 413:
+    if status in (408, 413):
         # The rest of the body will not be read, so nothing can follow on this connection.
         response.force_close()
     return response

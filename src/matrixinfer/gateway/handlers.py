@@ -16,7 +16,7 @@ from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import read_body
-from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
 from matrixinfer.pods.registry import Pod, PodRegistry
@@ -55,7 +55,7 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code = CLIENT_GONE
+        code = 500
         try:
             body = await self._body(request)
             route = await self._router.route(
@@ -73,10 +73,9 @@ class Api:
             response = response_to(error)
             response.headers[headers.REQUEST_ID] = identity
             code = response.status
-        except TimeoutError:
-            response = error_response(408, "The request body did not come in time.")
-            response.force_close()
-            code = response.status
+        except (asyncio.CancelledError, ConnectionError):
+            code = CLIENT_GONE
+            raise
         finally:
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
@@ -120,7 +119,7 @@ class Status:
         """Requests can be served: some pod is healthy, and the gateway is not about to stop."""
         if self._draining.is_set():
             return json_response({"status": "draining"}, status=503)
-        if not any(pod.healthy for pod in self._registry.pods):
+        if not self._registry.any_healthy():
             return json_response({"status": "no healthy pod"}, status=503)
         return json_response({"status": "ready"})
 
@@ -151,7 +150,9 @@ class Admin:
         """Every pod as last seen."""
         registry = self._router.registry
         now = registry.clock()
-        return json_response({"pods": [_pod(pod, now) for pod in registry.pods]})
+        return json_response(
+            {"pods": [{**_pod(pod, now), "feed": self._router.feed_of(pod.name)} for pod in registry.pods]}
+        )
 
 
 def json_response(data: object, *, status: int = 200) -> web.Response:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpVersion11, StreamWriter
+from yarl import URL
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
@@ -68,7 +69,7 @@ class Proxy:
         """
         route = exchange.route
         kind = ""
-        pods = route.decision.ranked[: self._limits.max_attempts]
+        pods = route.decision.attempts[: self._limits.max_attempts]
         for attempt, pod in enumerate(pods):
             if attempt:
                 self._metrics.retry(kind)
@@ -88,7 +89,8 @@ class Proxy:
     async def _attempt(self, exchange: Exchange, pod: Candidate) -> web.StreamResponse:
         upstream = await self._open(exchange, pod)
         try:
-            exchange.route.answered(pod)
+            if upstream.status < 500:  # else it is alive, but not well
+                exchange.route.answered(pod)
             length = upstream.content_length
             if length is not None and length <= MAX_WHOLE_BYTES:
                 body = await self._read(upstream, pod, whole=True)
@@ -104,7 +106,8 @@ class Proxy:
     async def _open(self, exchange: Exchange, pod: Candidate) -> aiohttp.ClientResponse:
         """Send the request and wait for the answer's headers."""
         request = exchange.request
-        url = pod.url + request.raw_path
+        # Of an absolute-form target (RFC 9112, 3.2.2) only path and query are the pod's.
+        url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
         body = exchange.route.body_for(pod)
         sent_headers = headers.to_pod(request.headers, exchange.id)
         for fresh in (False, True):
@@ -114,6 +117,8 @@ class Proxy:
                 raise _Unreached("connect_timeout") from error
             except aiohttp.ServerTimeoutError as error:
                 raise self._silent(pod) from error
+            except aiohttp.InvalidURL:
+                raise  # a fault of ours, which says nothing about the pod
             except aiohttp.ClientConnectorError as error:
                 raise _Unreached("connect") from error
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:

@@ -42,6 +42,10 @@ class EngineApi:
         body = await self._get(f"{url}/kv_event_sources")
         return () if body is None else parse_kv_sources(body, host=urlsplit(url).hostname or "")
 
+    async def check(self, url: str) -> None:
+        """Ask its `/health`. Any answer but a server error is a good one: not every engine has that path."""
+        await self._get(f"{url}/health")
+
     async def metrics(self, url: str, *, now: float) -> EngineMetrics:
         """Its load; every figure is None when it exports no metrics. `now` stamps the reading."""
         return parse_metrics(await self._get(f"{url}/metrics") or b"", read_at=now)

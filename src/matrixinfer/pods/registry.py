@@ -157,7 +157,7 @@ class PodRegistry:
             state.healthy = False
 
     def answered(self, pod: str) -> None:
-        """The pod answered something."""
+        """The pod answered something other than a server error."""
         state = self._by_name[pod]
         state.failures = 0
         state.healthy = True

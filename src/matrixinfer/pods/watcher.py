@@ -83,6 +83,8 @@ class PodWatcher:
                 if clock() >= discover_at or not pod.healthy:
                     await self._discover(pod)
                     discover_at = clock() + self._config.discovery_interval_seconds
+                # Its metrics answer even where the engine behind the API has died.
+                await self._api.check(pod.url)
                 self._registry.measured(pod.name, await self._api.metrics(pod.url, now=clock()))
                 self._answered(pod)
             except EngineDown as error:

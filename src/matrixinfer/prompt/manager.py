@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from matrixinfer.prompt.remote import RemoteTokenizer
 
 _THREADS = 2
 _ENGINES_ASKED = 2
+_INLINE_PIECES = 256
+"""Chats of more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +53,7 @@ class TokenizerManager:
         self._settings = settings
         self._remote = remote
         self._clock = clock
+        self._turns = itertools.count()
         self._local: Mapping[str, LocalTokenizer] = {}
         self._threads: ThreadPoolExecutor | None = None
 
@@ -68,13 +72,13 @@ class TokenizerManager:
     async def tokenize(self, prompt: Prompt, *, model: str, urls: Sequence[str]) -> Tokenized:
         """Token ids of `prompt` for `model`, the index's name of it.
 
-        `urls` are base URLs of healthy pods that serve the model; at most two are asked, in order. Raises only
-        `TokenizeError`: also when the prompt is too large or the deadline passes.
+        `urls` are base URLs of healthy pods that serve the model; at most two are asked, another one first each time.
+        Raises only `TokenizeError`: also when the request is too large or the deadline passes.
         """
         if prompt.token_ids is not None:
             return Tokenized(ids=prompt.token_ids, source="request", timings_ms={})
-        if len(prompt.prefix) > self._settings.max_prompt_bytes:
-            raise TokenizeError(f"the prompt is larger than {self._settings.max_prompt_bytes} bytes")
+        if prompt.size > self._settings.max_prompt_bytes:
+            raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
         if prompt.chat is not None and has_media(prompt.chat.messages):
             raise TokenizeError("the prompt carries images, audio or video")
         try:
@@ -82,7 +86,7 @@ class TokenizerManager:
                 tokenizer = self._local.get(model)
                 if tokenizer is None or (prompt.chat is not None and prompt.chat.own_template):
                     return await self._ask(prompt, model, urls)
-                if len(prompt.prefix) <= tokenizer.inline_chars:
+                if prompt.size <= tokenizer.inline_chars and _pieces(prompt) <= _INLINE_PIECES:
                     return self._run(tokenizer, prompt)
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._threads, self._run, tokenizer, prompt)
@@ -115,11 +119,22 @@ class TokenizerManager:
             raise TokenizeError(f"no tokenizer is configured for {model}, and no engine can be asked")
         start = self._clock()
         failures: list[TokenizeError] = []
-        for url in urls[:_ENGINES_ASKED]:
+        first, count = next(self._turns) % len(urls), min(len(urls), _ENGINES_ASKED)
+        share = self._settings.timeout_seconds / count
+        for i in range(first, first + count):
             try:
-                ids = await self._remote.tokenize(prompt, url, model)
+                ids = await self._remote.tokenize(prompt, urls[i % len(urls)], model, timeout_seconds=share)
             except TokenizeError as error:
                 failures.append(error)
             else:
                 return Tokenized(ids=ids, source="remote", timings_ms={"tokenize": (self._clock() - start) * 1e3})
         raise TokenizeError("; ".join(map(str, failures)))
+
+
+def _pieces(prompt: Prompt) -> int:
+    """How many things are shaped one by one for the chat template."""
+    chat = prompt.chat
+    if chat is None:
+        return 0
+    calls = sum(len(calls) for each in chat.messages if isinstance(calls := each.get("tool_calls"), list))
+    return len(chat.messages) + calls + len(chat.tools or ()) + len(chat.documents or ())

@@ -58,6 +58,8 @@ class Prompt:
     add_special_tokens: bool
     """Whether the tokenizer adds its own special tokens such as BOS. Chat templates write theirs."""
     cache_salt: str | None
+    size: int
+    """Bytes of the whole request body."""
     prefix: bytes
     """The prompt as the client sent it, to match approximately without tokens: the JSON of tools and messages, the
     text in UTF-8, or the JSON of the token ids."""
@@ -97,13 +99,13 @@ def parse(path: str, body: bytes) -> Prompt:
     Of a list of prompts the first decides. Raises `InvalidRequest`, whose `param` names the field at fault.
     """
     if path == CHAT_PATH:
-        return _chat(_decode(_CHAT, body))
+        return _chat(_decode(_CHAT, body), len(body))
     if path == COMPLETIONS_PATH:
-        return _completion(_decode(_COMPLETION, body))
+        return _completion(_decode(_COMPLETION, body), len(body))
     raise InvalidRequest(f"{path} is not an API that takes a prompt")
 
 
-def _chat(request: _ChatRequest) -> Prompt:
+def _chat(request: _ChatRequest, size: int) -> Prompt:
     messages = _decode(_MESSAGES, request.messages, "messages")
     tools = _decode(_TOOLS, request.tools, "tools")
     chat = Chat(
@@ -124,6 +126,7 @@ def _chat(request: _ChatRequest) -> Prompt:
         token_ids=None,
         add_special_tokens=request.add_special_tokens is True,
         cache_salt=request.cache_salt or None,
+        size=size,
         prefix=bytes(request.messages) if not tools else bytes(request.tools) + bytes(request.messages),
     )
 
@@ -137,7 +140,7 @@ def _template_kwargs(request: _ChatRequest) -> dict[str, Any] | None:
     return thinking | (request.chat_template_kwargs or {}) | {"reasoning_effort": effort}
 
 
-def _completion(request: _CompletionRequest) -> Prompt:
+def _completion(request: _CompletionRequest, size: int) -> Prompt:
     text, ids = _first(request.prompt)
     return Prompt(
         path=COMPLETIONS_PATH,
@@ -148,6 +151,7 @@ def _completion(request: _CompletionRequest) -> Prompt:
         token_ids=None if ids is None else np.array(ids, dtype=np.uint32),
         add_special_tokens=request.add_special_tokens is not False,
         cache_salt=request.cache_salt or None,
+        size=size,
         prefix=msgspec.json.encode(ids) if text is None else text.encode(),
     )
 

@@ -27,17 +27,15 @@ class RemoteTokenizer:
         self,
         session: aiohttp.ClientSession,
         *,
-        timeout_seconds: float = 1.0,
         max_response_bytes: int = 32 * 1024 * 1024,
     ) -> None:
         self._session = session
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._max_response_bytes = max_response_bytes
 
-    async def tokenize(self, prompt: Prompt, url: str, model: str) -> TokenIds:
+    async def tokenize(self, prompt: Prompt, url: str, model: str, *, timeout_seconds: float) -> TokenIds:
         """Ask the engine at the base URL `url` for the ids of `prompt`, shape (n,), as its model `model` sees it.
 
-        Raises `TokenizeError` when it refuses, fails, answers nonsense or takes too long.
+        Raises `TokenizeError` when it refuses, fails, answers nonsense or takes longer than `timeout_seconds`.
         """
         body = msgspec.json.encode(_question(prompt, model))
         try:
@@ -45,7 +43,7 @@ class RemoteTokenizer:
                 f"{url.rstrip('/')}/tokenize",
                 data=body,
                 headers={"Content-Type": "application/json"},
-                timeout=self._timeout,
+                timeout=aiohttp.ClientTimeout(total=timeout_seconds),
                 allow_redirects=False,
             ) as response:
                 if response.status != 200:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from matrixinfer.errors import (
+    BodyTimeout,
     InvalidRequest,
     MatrixInferError,
     NoPodAvailable,
@@ -22,6 +23,7 @@ from matrixinfer.gateway.errors import response_to
     [
         (InvalidRequest("no", param="model"), 400, "invalid_request_error", None, "model"),
         (UnknownModel("no", param="model"), 404, "invalid_request_error", "model_not_found", "model"),
+        (BodyTimeout("no"), 408, "invalid_request_error", "request_timeout", None),
         (PayloadTooLarge("no"), 413, "invalid_request_error", "request_too_large", None),
         (PodUnreachable("no"), 502, "server_error", "pod_unreachable", None),
         (NoPodAvailable("no"), 503, "server_error", "no_pod_available", None),

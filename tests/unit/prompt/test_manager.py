@@ -29,9 +29,11 @@ class FakeRemote(RemoteTokenizer):
     def __init__(self, answers: Mapping[str, Answer]) -> None:
         self.answers = answers
         self.asked: list[tuple[str, str]] = []
+        self.timeouts: list[float] = []
 
-    async def tokenize(self, prompt: Prompt, url: str, model: str) -> TokenIds:
+    async def tokenize(self, prompt: Prompt, url: str, model: str, *, timeout_seconds: float) -> TokenIds:
         self.asked.append((url, model))
+        self.timeouts.append(timeout_seconds)
         answer = self.answers[url]
         if answer is None:
             await asyncio.Event().wait()
@@ -45,7 +47,10 @@ def text(value: Any, **fields: Any) -> Prompt:
 
 
 def chat(content: Any, **fields: Any) -> Prompt:
-    messages = [{"role": "user", "content": content}]
+    return conversation([{"role": "user", "content": content}], **fields)
+
+
+def conversation(messages: list[Any], **fields: Any) -> Prompt:
     return parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages} | fields).encode())
 
 
@@ -93,15 +98,24 @@ async def test_a_request_with_its_own_template_asks_an_engine(model: Path) -> No
     assert result.source == "remote"
 
 
-async def test_two_engines_are_asked_at_most_and_in_order() -> None:
-    down = TokenizeError("down")
-    remote = FakeRemote({"http://a": down, "http://b": [2], "http://c": [3]})
-    async with manager(None, remote) as tokenizers:
-        result = await tokenizers.tokenize(text("x"), model="m", urls=["http://a", "http://b"])
-        assert result.ids.tolist() == [2]
-        remote.answers = dict.fromkeys(("http://a", "http://b"), down) | {"http://c": [3]}
+async def test_two_engines_are_asked_at_most_and_share_the_deadline() -> None:
+    urls = ["http://a", "http://b", "http://c"]
+    remote = FakeRemote(dict.fromkeys(urls, TokenizeError("down")))
+    async with manager(None, remote, timeout_seconds=8) as tokenizers:
         with pytest.raises(TokenizeError, match="down; down"):
-            await tokenizers.tokenize(text("x"), model="m", urls=["http://a", "http://b", "http://c"])
+            await tokenizers.tokenize(text("x"), model="m", urls=urls)
+        remote.answers = {"http://b": [2]}
+        assert (await tokenizers.tokenize(text("x"), model="m", urls=["http://b"])).ids.tolist() == [2]
+    assert remote.timeouts == [4, 4, 8]
+
+
+async def test_engines_are_asked_in_turn() -> None:
+    urls = ["http://a", "http://b", "http://c"]
+    remote = FakeRemote({"http://a": [1], "http://b": [1], "http://c": TokenizeError("down")})
+    async with manager(None, remote) as tokenizers:
+        for _ in range(4):
+            await tokenizers.tokenize(text("x"), model="m", urls=urls)
+    assert [url[-1] for url, _ in remote.asked] == ["a", "b", "c", "a", "a"]
 
 
 async def test_one_deadline_covers_all_engines() -> None:
@@ -118,11 +132,12 @@ async def test_nobody_to_ask_is_an_error() -> None:
 
 
 async def test_a_prompt_above_the_limit_is_not_tokenized(model: Path) -> None:
-    async with manager(model, max_prompt_bytes=100) as tokenizers:
+    async with manager(model, max_prompt_bytes=text("x" * 100).size) as tokenizers:
         await tokenizers.tokenize(text("x" * 100), model="m", urls=[])
         await tokenizers.tokenize(text([1] * 200), model="m", urls=[])
-        with pytest.raises(TokenizeError, match="larger than 100 bytes"):
-            await tokenizers.tokenize(text("x" * 101), model="m", urls=[])
+        for larger in (text("x" * 101), chat("x", documents=[{"text": "x" * 100}])):
+            with pytest.raises(TokenizeError, match="larger than"):
+                await tokenizers.tokenize(larger, model="m", urls=[])
 
 
 async def test_images_are_not_tokenized_anywhere(model: Path) -> None:
@@ -143,10 +158,15 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
 
     monkeypatch.setattr(LocalTokenizer, "render", render)
     async with manager(model) as tokenizers:
-        for size in (10, 200_000):
-            result = await tokenizers.tokenize(chat("word " * (size // 5)), model="m", urls=[])
-            assert len(result.ids) > size // 10
-    assert threads == [True, False]
+        for prompt in (
+            chat("word"),
+            chat("word " * 40_000),
+            chat("word", documents=[{"text": "word " * 40_000}]),
+            conversation([{"role": "user"}] * 300),
+            conversation([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 300}]),
+        ):
+            await tokenizers.tokenize(prompt, model="m", urls=[])
+    assert threads == [True, False, False, False, False]
 
 
 async def test_a_slow_tokenizer_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
