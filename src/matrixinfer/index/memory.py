@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from matrixinfer.index.base import IndexStats
 
+_NAMED_SETS_KEPT = 4_096  # pod sets whose names are kept at hand, as most look-ups meet the same few
 _INTERNED_SETS_KEPT = 65_536  # distinct pod sets that share one object each; beyond it sharing starts anew
 
 
@@ -34,6 +35,7 @@ class MemoryIndex:
         self._bit_of: dict[str, int] = {}
         self._pod_of: dict[int, str] = {}
         self._live = 0  # bits of pods that count
+        self._names_of: dict[int, list[str]] = {}  # a set's pods by name, until pods come or go
         self._dead: list[int] = []  # bits of cleared pods, still set in blocks
         self._next_bit = 1
         self._free_bits: list[int] = []
@@ -93,6 +95,7 @@ class MemoryIndex:
         if bit is None:
             return
         del self._pod_of[bit]
+        self._names_of.clear()
         self._live &= ~bit
         self._dead.append(bit)
         if not self._live:
@@ -186,11 +189,12 @@ class MemoryIndex:
         self._name(at_low & ~at_high, high, counts)
 
     def _name(self, bits: int, count: int, counts: dict[str, int]) -> None:
-        pod_of = self._pod_of
-        while bits:
-            bit = bits & -bits
-            counts[pod_of[bit]] = count
-            bits ^= bit
+        names = self._names_of.get(bits)
+        if names is None:
+            if len(self._names_of) >= _NAMED_SETS_KEPT:
+                self._names_of.clear()
+            names = self._names_of[bits] = [pod for bit, pod in self._pod_of.items() if bits & bit]
+        counts.update(dict.fromkeys(names, count))
 
     # Memory
 
@@ -202,6 +206,7 @@ class MemoryIndex:
             self._next_bit <<= 1
         self._bit_of[pod] = bit
         self._pod_of[bit] = pod
+        self._names_of.clear()
         self._live |= bit
         return bit
 
