@@ -73,14 +73,13 @@ class Service:
             metrics.register(FeedCollector(subscriber.feeds))
             metrics.register(PluginCollector(scheduler))
 
-            def follow(pod: Pod) -> None:
-                source = _feed_source(pod)
-                if source is not None and pod.name not in subscriber.feeds:
-                    subscriber.follow(source)
-
+            follow = EventFollower(subscriber, config)
             watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)
+            for pod in registry.pods:
+                if pod.served is None:  # it may never tell, and then it is never discovered
+                    follow(pod)
             self.gateway = await stack.enter_async_context(Gateway(config, self.router, metrics, session))
             self._stack = stack.pop_all()
         log.info("serving", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
@@ -98,17 +97,43 @@ def build_scheduler(config: SchedulerConfig) -> Scheduler:
     return Scheduler(config, Services(clock=time.perf_counter, rng=generator), discover())
 
 
-def _feed_source(pod: Pod) -> FeedSource | None:
-    """Where a discovered pod publishes its KV events; None when nowhere or not known."""
-    if not pod.kv_sources or pod.served is None:
-        return None
-    if len(pod.kv_sources) > 1:
-        log.warning("kv_events_ranks_ignored", pod=pod.name, ranks=len(pod.kv_sources))
-    source = pod.kv_sources[0]
-    return FeedSource(
-        pod=pod.name,
-        model=pod.served.base_model,
-        endpoint=source.endpoint,
-        replay_endpoint=source.replay_endpoint,
-        topic=source.topic,
-    )
+class EventFollower:
+    """Follows the KV events of pods by what they tell; call it with a pod whenever that may have changed."""
+
+    def __init__(self, subscriber: Subscriber, config: Config) -> None:
+        self._subscriber = subscriber
+        self._models = [model.name for model in config.models]
+        scorers = config.scheduler.plugins.score.enabled
+        self._wanted = any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers)
+        self._warned: set[str] = set()
+
+    def __call__(self, pod: Pod) -> None:
+        """Follow the pod where it publishes now, under the model that it serves now."""
+        source = self._source(pod)
+        if source is not None:
+            self._subscriber.follow(source)
+            return
+        self._subscriber.unfollow(pod.name)
+        if self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
+            self._warned.add(pod.name)
+            reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
+            log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
+
+    def _source(self, pod: Pod) -> FeedSource | None:
+        """Where a pod publishes; None when nowhere or not known.
+
+        A pod that does not tell its model (it may want an API key) has the only configured one.
+        """
+        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
+        if not pod.kv_sources or model is None:
+            return None
+        if len(pod.kv_sources) > 1:
+            log.warning("kv_events_ranks_ignored", pod=pod.name, ranks=len(pod.kv_sources))
+        source = pod.kv_sources[0]
+        return FeedSource(
+            pod=pod.name,
+            model=model,
+            endpoint=source.endpoint,
+            replay_endpoint=source.replay_endpoint,
+            topic=source.topic,
+        )

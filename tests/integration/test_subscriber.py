@@ -7,17 +7,22 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
+import structlog
 import zmq
+import zmq.asyncio
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents import wire
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.sim.events import AllBlocksCleared, BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
 
 TOKENS = list(range(64))
 BLOCKS = TokenBlockProcessor(16)
+END = 2**64 - 1
 
 
 def stored(first: int, last: int) -> BlockStored:
@@ -63,6 +68,80 @@ class Engine:
             replay_endpoint=self.publisher.replay_endpoint if replay else None,
             topic=topic,
         )
+
+    def lose_in_replays(self, losses: list[set[int]]) -> list[int]:
+        """Leave these numbers out of the next answers, one set each; returns the growing list of numbers asked for."""
+        asked: list[int] = []
+        router = self.publisher._router
+        send = router.send_multipart
+
+        async def lossy_send(parts: list[bytes]) -> None:
+            if int.from_bytes(parts[-2], "big") not in (losses[len(asked) - 1] if len(asked) <= len(losses) else ()):
+                await send(parts)
+
+        async def replay(peer: bytes, start: int) -> None:
+            asked.append(start)
+            await EventPublisher._replay(self.publisher, peer, start)
+
+        setattr(router, "send_multipart", lossy_send)  # noqa: B010 - mypy minds assigned methods
+        setattr(self.publisher, "_replay", replay)  # noqa: B010
+        return asked
+
+
+class Garbage:
+    """Answers every request with messages that are no batches, and without an end."""
+
+    async def __aenter__(self) -> Garbage:
+        self._context = zmq.asyncio.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.bind("tcp://127.0.0.1:0")
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._task = asyncio.create_task(self._answer())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._context.destroy(linger=0)
+
+    async def _answer(self) -> None:
+        while True:
+            peer, *_ = await self._router.recv_multipart()
+            for _ in range(100):
+                await self._router.send_multipart([peer, b"", b"short", b"x"])
+
+
+class Relay:
+    """A TCP relay whose present connections can go silent without being closed."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Relay:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        self.endpoint = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.go_silent()
+        for writer in self._writers:
+            writer.close()
+
+    def go_silent(self) -> None:
+        while self._tasks:
+            self._tasks.pop().cancel()
+
+    async def _join(self, near: asyncio.StreamReader, to_near: asyncio.StreamWriter) -> None:
+        far, to_far = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [to_near, to_far]
+        self._tasks += [asyncio.create_task(self._pass(*pair)) for pair in ((near, to_far), (far, to_near))]
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
 
 
 def ports_of(source: FeedSource) -> tuple[int, int]:
@@ -150,6 +229,20 @@ async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, in
         await until(lambda: complete(feed))
 
 
+async def test_a_connection_that_is_silently_dead_is_replaced(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_MS", 50)
+    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_TIMEOUT_MS", 200)
+    async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
+        feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
+        await until(lambda: complete(feed))
+        relay.go_silent()
+        engine.publish(stored(0, 2))
+        await until(lambda: held(index) == 2)
+        assert complete(feed)
+
+
 async def test_every_topic_is_taken(subscriber: Subscriber, index: MemoryIndex) -> None:
     async with Engine(topic="kv-events") as engine:
         feed = subscriber.follow(engine.source())
@@ -163,7 +256,7 @@ async def test_a_configured_topic_that_does_not_match_is_counted(subscriber: Sub
         feed = subscriber.follow(engine.source(topic="kv-events"))
         await until(lambda: complete(feed))
         engine.publish(stored(0, 4))
-        await until(lambda: subscriber.wrong_topics("a") == 1)
+        await until(lambda: feed.stats.wrong_topic == 1)
         assert held(index) == 0
 
 
@@ -196,7 +289,7 @@ async def test_unfollowing_forgets_the_pod(subscriber: Subscriber, index: Memory
         engine.publish(stored(0, 4))
         feed = subscriber.follow(engine.source())
         await until(lambda: complete(feed))
-        await subscriber.unfollow("a")
+        subscriber.unfollow("a")
         assert held(index) == 0
         assert not subscriber.feeds
 
@@ -236,3 +329,123 @@ async def test_a_replay_that_never_has_what_is_missing_is_given_up(subscriber: S
         await until(lambda: feed.state is FeedState.PARTIAL)
         assert feed.stats.replays < 6
         assert held(index) == 2
+
+
+async def test_a_bad_endpoint_is_tried_again_and_hurts_no_other_feed(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.subscriber.RESTART_MIN_SECONDS", 0.01)
+    with structlog.testing.capture_logs() as logs:
+        bad = subscriber.follow(FeedSource(pod="bad", model="m", endpoint="no such thing"))
+        async with Engine() as engine:
+            engine.publish(stored(0, 2))
+            feed = subscriber.follow(engine.source())
+            await until(lambda: complete(feed))
+            await until(lambda: sum(line["event"] == "kv_events_failed" for line in logs) > 1)
+    assert held(index) == 2
+    assert bad.state is FeedState.PARTIAL
+    subscriber.unfollow("bad")
+
+
+async def test_a_bad_replay_endpoint_leaves_the_live_feed(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with Engine() as engine:
+        feed = subscriber.follow(replace(engine.source(), replay_endpoint="no such thing"))
+        await until(lambda: feed.state is FeedState.PARTIAL)
+        engine.publish(stored(0, 2))
+        await until(lambda: held(index) == 2)
+
+
+async def test_a_frame_that_cannot_be_applied_is_counted_and_the_next_ones_are_taken(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, calls = Ledger.apply, 0
+
+    def fail_once(ledger: Ledger, event: wire.Event) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ZeroDivisionError
+        apply(ledger, event)
+
+    monkeypatch.setattr(Ledger, "apply", fail_once)
+    async with Engine() as engine:
+        feed = subscriber.follow(engine.source())
+        await until(lambda: complete(feed))
+        for _ in range(3):
+            engine.publish(stored(0, 2))
+        await until(lambda: feed.stats.frames == 3)
+        assert (feed.stats.malformed, feed.state) == (1, FeedState.PARTIAL)
+        assert held(index) == 2
+
+
+async def test_holes_and_a_missing_end_in_replays_are_fetched_again(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.1)
+    async with Engine() as engine:
+        asked = engine.lose_in_replays([{1}, {2}, {3, END}])
+        for n in range(4):
+            engine.publish(stored(n, n + 1))
+        feed = subscriber.follow(engine.source())
+        await until(lambda: complete(feed))
+        assert held(index) == 4
+        assert asked == [0, 1, 2, 3]
+
+
+async def test_a_replay_that_was_given_up_is_tried_again_later(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.05)
+    monkeypatch.setattr("matrixinfer.kvevents.subscriber.RETRY_SECONDS", 0.1)
+    async with Engine() as engine:
+        asked = engine.lose_in_replays([{0, 1, END}] * 4)
+        engine.publish(stored(0, 1))
+        feed = subscriber.follow(engine.source())
+        await until(lambda: feed.state is FeedState.PARTIAL)
+        engine.publish(stored(1, 2))
+        await until(lambda: complete(feed))
+        assert held(index) == 2
+        assert asked == [0] * 5
+
+
+async def test_malformed_replies_are_counted_and_bounded(
+    subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.replay.MAX_MALFORMED", 5)
+    async with Engine() as engine, Garbage() as garbage:
+        feed = subscriber.follow(replace(engine.source(), replay_endpoint=garbage.endpoint))
+        await until(lambda: feed.state is FeedState.PARTIAL)
+        assert feed.stats.malformed == 3 * 6
+
+
+async def test_a_feed_is_stale_while_its_connection_is_down(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with Engine() as engine:
+        source = engine.source()
+        engine.publish(stored(0, 2))
+        feed = subscriber.follow(source)
+        await until(lambda: complete(feed))
+    await until(lambda: feed.state is FeedState.STALE)
+    assert held(index) == 2
+    async with Engine(ports_of(source)) as engine:
+        await until(lambda: complete(feed))
+        assert held(index) == 0
+
+
+async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with Engine() as one, Engine() as other:
+        one.publish(stored(0, 4))
+        other.publish(stored(0, 1))
+        feed = subscriber.follow(one.source())
+        await until(lambda: complete(feed))
+        assert subscriber.follow(one.source()) is feed
+        later = subscriber.follow(other.source())
+        assert held(index) == 0
+        await until(lambda: complete(later))
+        one.publish(stored(0, 4))
+        await asyncio.sleep(0.1)
+        assert held(index) == 1
+        assert subscriber.feeds == {"a": later}
+
+
+async def test_unfollowing_what_is_not_followed_does_nothing(subscriber: Subscriber) -> None:
+    subscriber.unfollow("a")

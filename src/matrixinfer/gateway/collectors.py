@@ -11,6 +11,8 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.scheduler.scheduler import Scheduler
 
+_STATS = ("malformed", "wrong_topic", "unreadable_events", "duplicates", "gaps", "restarts", "replays", "overflows")
+
 
 class IndexCollector(Collector):
     """Size of the block index."""
@@ -54,7 +56,7 @@ class FeedCollector(Collector):
             for outcome in ("stored", "removed", "copies", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
             frames.add_metric([pod, "received"], stats.frames)
-            for kind in ("malformed", "unreadable_events", "duplicates", "gaps", "restarts", "replays", "overflows"):
+            for kind in _STATS:
                 frames.add_metric([pod, kind], getattr(stats, kind))
             for kind in ("clears", "other_attention", "misfits"):
                 frames.add_metric([pod, kind], getattr(ledger, kind))

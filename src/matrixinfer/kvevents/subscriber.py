@@ -1,8 +1,8 @@
 """Follows the KV events of many engines over ZMQ.
 
-Each engine has a SUB socket, drained on the event loop in slices of at most `SLICE_SECONDS`, and a task that fetches
-replays when the feed asks for them. ZMQ reconnects by itself with back-off; a monitor tells when it has, because what
-was published in between is lost and the engine may be another one.
+Each engine has a SUB socket, drained on the event loop, and a task that fetches replays when the feed asks for them.
+ZMQ reconnects by itself with back-off; a monitor tells when it has, because what was published in between is lost and
+the engine may be another one.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
 import structlog
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.replay import Reply, fetch
 
-SLICE_SECONDS = 0.002
 LIVE_FRAMES_QUEUED = 100_000
-REPLAY_MAX_BYTES = 512 * 1024 * 1024
-REPLAY_FRAME_TIMEOUT = 5.0
 REPLAY_ATTEMPTS = 3
+"""Rounds in a row without progress after which a replay is given up."""
+RETRY_SECONDS = 30.0
+"""Time after which a replay that was given up is tried again."""
+RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
-_END = b"\xff" * 8
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 
 log = structlog.get_logger(__name__)
 
@@ -56,59 +59,74 @@ class Subscriber:
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each followed pod; for reading."""
-        self._subscriptions: dict[str, _Subscription] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._followed: dict[str, tuple[_Subscription, asyncio.Task[None]]] = {}
+        self._drain = Drain()
+        self._applying = asyncio.Lock()
+        self._group = asyncio.TaskGroup()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     async def __aenter__(self) -> Subscriber:
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 16_384)  # three per engine
+        await self._group.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pod in list(self._subscriptions):
-            await self.unfollow(pod)
+        for pod in list(self._followed):
+            self.unfollow(pod)
+        # The group must not see the caller's error: it would wrap it in an exception group.
+        await self._group.__aexit__(None, None, None)
         if self._context is not None:
             self._context.destroy(linger=0)
             self._context = None
 
-    def wrong_topics(self, pod: str) -> int:
-        """Frames of `pod` that came under another topic than the configured one."""
-        return self._subscriptions[pod].wrong_topic
-
     def follow(self, source: FeedSource) -> PodFeed:
-        """Start to follow an engine; it need not be there yet. Raises `ValueError` when its pod is followed already."""
+        """Follow an engine, which need not be there yet. A pod that is followed from another source is followed anew."""
         if self._context is None:
             raise RuntimeError("the subscriber is not running")
-        if source.pod in self._subscriptions:
-            raise ValueError(f"{source.pod} is followed already")
+        if source.pod in self._followed:
+            if self._followed[source.pod][0].source == source:
+                return self.feeds[source.pod]
+            self.unfollow(source.pod)
         ledger = Ledger(pod=source.pod, model=source.model, blocks=self._blocks, index=self._index)
         feed = PodFeed(ledger, can_replay=source.replay_endpoint is not None)
-        subscription = _Subscription(self._context, source, feed)
-        self._subscriptions[source.pod] = subscription
+        subscription = _Subscription(self._context, self._drain, self._applying, source, feed)
+        task = self._group.create_task(subscription.run(), name=f"kv-events {source.pod}")
+        self._followed[source.pod] = subscription, task
         self.feeds[source.pod] = feed
-        self._tasks[source.pod] = asyncio.create_task(subscription.run(), name=f"kv-events {source.pod}")
         return feed
 
-    async def unfollow(self, pod: str) -> None:
-        """Stop to follow an engine and forget what it held."""
-        self._subscriptions.pop(pod)
+    def unfollow(self, pod: str) -> None:
+        """Stop to follow an engine and forget what it held. Nothing happens when it is not followed."""
+        if pod not in self._followed:
+            return
+        subscription, task = self._followed.pop(pod)
         del self.feeds[pod]
-        task = self._tasks.pop(pod)
+        subscription.closed = True
         task.cancel()
-        await asyncio.wait([task])
         self._index.forget(pod)
 
 
 class _Subscription:
     """The sockets of one engine."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], source: FeedSource, feed: PodFeed) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        drain: Drain,
+        applying: asyncio.Lock,
+        source: FeedSource,
+        feed: PodFeed,
+    ) -> None:
+        self.source = source
         self.feed = feed
-        self.wrong_topic = 0
+        self.closed = False
+        """From here on the feed is left alone; the task may take a moment to end."""
         self._context = context
-        self._source = source
+        self._drain = drain
+        self._applying = applying  # one replay at a time, so that their slices do not add up
         self._topic = None if source.topic is None else source.topic.encode()
         self._connections = 0
         self._replay_wanted = asyncio.Event()
@@ -117,161 +135,149 @@ class _Subscription:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        loop = asyncio.get_running_loop()
-        live = self._context.socket(zmq.SUB)
-        live.setsockopt(zmq.RCVHWM, LIVE_FRAMES_QUEUED)
-        live.setsockopt(zmq.IPV6, 1)
-        live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
-        live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        live.setsockopt(zmq.SUBSCRIBE, b"")
-        monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        readers = [_Reader(loop, live, self._on_frame, self._after_slice), _Reader(loop, monitor, self._on_connection)]
-        try:
-            live.connect(self._source.endpoint)
-            for reader in readers:
-                reader.start()
+        pause = RESTART_MIN_SECONDS
+        while True:
+            try:
+                await self._follow()
+            except Exception:
+                # Supervision boundary: a fault in one feed, such as a bad endpoint, must not end the others.
+                log.exception("kv_events_failed", pod=self.source.pod, endpoint=self.source.endpoint)
+            self._connections = 0
+            self.feed.start_over()
+            self._note_state()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RESTART_MAX_SECONDS)
+
+    async def _follow(self) -> None:
+        """Follow until cancelled or something breaks."""
+        with ExitStack() as stack:
+            live = self._context.socket(zmq.SUB)
+            stack.callback(live.close, linger=0)
+            live.setsockopt(zmq.RCVHWM, LIVE_FRAMES_QUEUED)
+            live.setsockopt(zmq.IPV6, 1)
+            live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
+            live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+            # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
+            live.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            live.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+            live.setsockopt(zmq.SUBSCRIBE, b"")
+            monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+            stack.callback(monitor.close, linger=0)
+            stack.callback(live.disable_monitor)
+            live.connect(self.source.endpoint)
+            stack.enter_context(self._drain.reading(monitor, self._on_connection))
+            stack.enter_context(self._drain.reading(live, self._on_frame))
             while True:
-                await self._replay_wanted.wait()
-                self._replay_wanted.clear()
-                if self.feed.replay_from is not None:
-                    await self._replay()
-                    self._after_slice()
-        finally:
-            for reader in readers:
-                reader.stop()
-            live.disable_monitor()
-            monitor.close(linger=0)
-            live.close(linger=0)
+                await self._until_replay_wanted()
+                await self._replay()
+                self._note_state()
 
     def _on_frame(self, parts: list[bytes]) -> None:
+        stats = self.feed.stats
+        if self.closed:
+            return
         if len(parts) != 3 or len(parts[1]) != 8:
-            self.feed.stats.malformed += 1
+            stats.malformed += 1
             return
         if self._topic is not None and parts[0] != self._topic:
-            self.wrong_topic += 1
-            if self.wrong_topic == 1:
+            stats.wrong_topic += 1
+            if stats.wrong_topic == 1:
                 got = parts[0][:64].decode("utf-8", "replace")
-                self._log.warning("kv_events_wrong_topic", expected=self._source.topic, got=got)
+                self._log.warning("kv_events_wrong_topic", expected=self.source.topic, got=got)
             return
-        self.feed.live(int.from_bytes(parts[1], "big"), parts[2])
+        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
+        self._note_state()
 
     def _on_connection(self, parts: list[bytes]) -> None:
-        event = parse_monitor_message(parts)["event"]
-        if event == zmq.EVENT_DISCONNECTED:
-            self._log.warning("kv_events_disconnected", endpoint=self._source.endpoint)
+        if self.closed:
             return
-        self._connections += 1
-        if self._connections > 1:
-            self.feed.reconnected()
-        self._log.info("kv_events_connected", endpoint=self._source.endpoint)
-        self._after_slice()
+        if parse_monitor_message(parts)["event"] == zmq.EVENT_DISCONNECTED:
+            self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
+            if self._connections:  # else a handshake failed
+                self.feed.disconnected()
+        else:
+            self._log.info("kv_events_connected", endpoint=self.source.endpoint)
+            self._connections += 1
+            if self._connections > 1:
+                self.feed.start_over()
+        self._note_state()
 
-    def _after_slice(self) -> None:
+    def _note_state(self) -> None:
         if self.feed.replay_from is not None and self._connections:
             self._replay_wanted.set()
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
             self._log.info("kv_events_state", state=self.feed.state.value)
 
-    async def _replay(self) -> None:
-        """Fetch what the feed asks for, with back-off between attempts; give up for now after a few."""
-        for attempt in range(REPLAY_ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(0.2 * 2**attempt)
-            start, epoch = self.feed.replay_from, self.feed.epoch
-            if start is None:
-                return
-            frames = await self._fetch(start)
-            if frames is not None and await self._apply(frames, start, epoch):
-                return
-        self._log.warning("kv_events_replay_failed", endpoint=self._source.replay_endpoint)
-        self.feed.replay_failed()
-
-    async def _apply(self, frames: list[tuple[int, bytes]], start: int, epoch: int) -> bool:
-        """Hand a replay to the feed in slices. False when the feed wants another one."""
-        deadline = time.monotonic() + SLICE_SECONDS
-        for seq, payload in frames:
-            if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
-                return False
-            self.feed.replayed(seq, payload)
-            if time.monotonic() > deadline:
-                await asyncio.sleep(0)
-                deadline = time.monotonic() + SLICE_SECONDS
-        if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
-            return False
-        self.feed.replay_ended()
-        return self.feed.replay_from is None
-
-    async def _fetch(self, start: int) -> list[tuple[int, bytes]] | None:
-        """All frames from number `start` on; None when the engine does not answer to the end."""
-        if self._source.replay_endpoint is None:
-            return None
-        # The engine's socket drops frames past its own mark, so this side takes all it can as fast as it can.
-        socket = zmq.asyncio.Context.shadow(self._context.underlying).socket(zmq.DEALER)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.IPV6, 1)
-        frames: list[tuple[int, bytes]] = []
-        size = 0
-        try:
-            socket.connect(self._source.replay_endpoint)
-            await asyncio.wait_for(socket.send_multipart([b"", start.to_bytes(8, "big")]), REPLAY_FRAME_TIMEOUT)
-            while size <= REPLAY_MAX_BYTES:
-                parts = await asyncio.wait_for(socket.recv_multipart(), REPLAY_FRAME_TIMEOUT)
-                if len(parts) < 2 or len(parts[-2]) != 8:
-                    self.feed.stats.malformed += 1
-                    continue
-                if parts[-2] == _END:
-                    return frames
-                size += len(parts[-1])
-                frames.append((int.from_bytes(parts[-2], "big"), parts[-1]))
-        except (TimeoutError, zmq.ZMQError) as error:
-            self._log.info("kv_events_replay_interrupted", frames=len(frames), error=type(error).__name__)
-        finally:
-            socket.close(linger=0)
-        return None
-
-
-class _Reader:
-    """Drains a socket on the event loop whenever it is readable, at most one slice at a time.
-
-    ZMQ's descriptor signals edges: a drain must go on until the socket is empty, now or in a later slice.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        socket: zmq.Socket[bytes],
-        on_message: Callable[[list[bytes]], None],
-        after_slice: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._loop = loop
-        self._socket = socket
-        self._on_message = on_message
-        self._after_slice = after_slice
-        self._next: asyncio.Handle | None = None
-        self._descriptor = int(socket.getsockopt(zmq.FD))
-
-    def start(self) -> None:
-        self._loop.add_reader(self._descriptor, self._drain)
-        self._drain()
-
-    def stop(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        if self._next is not None:
-            self._next.cancel()
-
-    def _drain(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
-        deadline = time.monotonic() + SLICE_SECONDS
+    async def _until_replay_wanted(self) -> None:
         while True:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._on_message(parts)
-            if time.monotonic() > deadline:
-                self._next = self._loop.call_soon(self._drain)
-                break
-        self._after_slice()
+                async with asyncio.timeout(RETRY_SECONDS if self.feed.given_up else None):
+                    await self._replay_wanted.wait()
+            except TimeoutError:
+                await self._try_again()
+            else:
+                self._replay_wanted.clear()
+                return
+
+    async def _try_again(self) -> None:
+        """Start a feed over whose replay was given up, but only once the engine answers."""
+        reply = await self._fetch(0)
+        if reply.frames and self.feed.given_up:
+            self.feed.start_over()
+            await self._hand_over(reply)
+            self._note_state()
+
+    async def _replay(self) -> None:
+        """Fetch what the feed asks for in rounds, with back-off; give up for now after some without progress."""
+        idle = 0
+        while (start := self.feed.replay_from) is not None:
+            epoch = self.feed.epoch
+            reply = await self._fetch(start)
+            if (self.feed.replay_from, self.feed.epoch) == (start, epoch):
+                await self._hand_over(reply)
+            idle = 0 if self.feed.epoch == epoch and self.feed.replay_from != start else idle + 1
+            if idle == REPLAY_ATTEMPTS:
+                self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
+                self._safely(self.feed.replay_failed)
+            elif idle:
+                await asyncio.sleep(0.2 * 2**idle)
+
+    async def _hand_over(self, reply: Reply) -> None:
+        """Hand a replay to the feed in slices, until the feed wants another one."""
+        asked = (self.feed.replay_from, self.feed.epoch)
+        async with self._applying:
+            deadline = time.monotonic() + SLICE_SECONDS
+            for seq, payload in reply.frames:
+                if (self.feed.replay_from, self.feed.epoch) != asked:
+                    return
+                self._safely(self.feed.replayed, seq, payload)
+                if time.monotonic() > deadline:
+                    await asyncio.sleep(0)
+                    deadline = time.monotonic() + SLICE_SECONDS
+            if (self.feed.replay_from, self.feed.epoch) != asked:
+                return
+            self._safely(self.feed.replay_ended if reply.whole else self.feed.replay_broke_off)
+
+    async def _fetch(self, start: int) -> Reply:
+        """What the engine has from number `start` on; an empty reply when it cannot be asked."""
+        if self.source.replay_endpoint is None:
+            return Reply()
+        try:
+            reply = await fetch(self._context, self._drain, self.source.replay_endpoint, start)
+        except zmq.ZMQError as error:
+            self._log.warning("kv_events_replay_refused", endpoint=self.source.replay_endpoint, error=str(error))
+            return Reply()
+        self.feed.stats.malformed += reply.malformed
+        if not reply.whole:
+            self._log.info("kv_events_replay_interrupted", frames=len(reply.frames), malformed=reply.malformed)
+        return reply
+
+    def _safely(self, step: Callable[..., None], *args: object) -> None:
+        """Let the feed take a step."""
+        try:
+            step(*args)
+        except Exception:
+            # Supervision boundary: a fault over one frame must not stop the feed.
+            log.exception("kv_events_frame_failed", pod=self.source.pod)
+            self.feed.spoiled()

@@ -30,8 +30,12 @@ class Feed(PodFeed):
             self.live(number, frames[number])
 
     def replay(self, numbers: Iterable[int], frames: list[bytes] = FRAMES) -> None:
+        """Hand over a replay, until the feed wants another one."""
+        asked = (self.replay_from, self.epoch)
         for number in numbers:
             self.replayed(number, frames[number])
+            if (self.replay_from, self.epoch) != asked:
+                return
         self.replay_ended()
 
     @property
@@ -118,10 +122,73 @@ def test_a_gap_whose_beginning_is_no_longer_to_be_had_clears_and_goes_on_partial
     assert (feed.state, feed.held, feed.replay_from) == (PARTIAL, 0, None)
 
 
-def test_a_hole_in_a_replay_clears_and_goes_on_partially() -> None:
+def test_a_hole_in_a_replay_is_asked_for_again() -> None:
+    feed = Feed()
+    feed.hear([6, 7])
+    feed.replay([0, 1, 3, 4])
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.gaps) == (SYNCING, 2, 2, 1)
+    feed.replay([2, 3, 5])
+    assert (feed.state, feed.held, feed.replay_from) == (SYNCING, 4, 4)
+    feed.replay([4, 5, 6])
+    assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 8, None)
+
+
+def test_a_hole_that_the_engine_no_longer_has_clears_and_goes_on_partially() -> None:
     feed = Feed()
     feed.replay([0, 1, 3])
-    assert (feed.state, feed.held, feed.stats.gaps) == (PARTIAL, 0, 1)
+    feed.replayed(3, frame(stored([7], PROMPT[:1])))
+    feed.replay_ended()
+    assert (feed.state, feed.held, feed.replay_from) == (PARTIAL, 1, None)
+
+
+def test_a_replay_that_breaks_off_goes_on_from_where_it_stopped() -> None:
+    feed = Feed()
+    feed.replay_broke_off()
+    assert (feed.state, feed.replay_from) == (SYNCING, 0)
+    feed.replayed(0, FRAMES[0])
+    feed.replayed(1, FRAMES[1])
+    feed.replay_broke_off()
+    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 2, 2)
+    feed.replay([2])
+    assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 3)
+
+
+def test_a_replay_that_was_given_up_is_marked_until_the_feed_starts_over() -> None:
+    feed = Feed()
+    feed.replay_failed()
+    assert feed.given_up
+    feed.start_over()
+    assert not feed.given_up
+
+
+def test_a_lost_connection_makes_a_feed_stale_until_it_starts_over() -> None:
+    feed = complete_feed(3)
+    feed.hear([5])
+    epoch = feed.epoch
+    feed.disconnected()
+    assert (feed.state, feed.replay_from, feed.held) == (FeedState.STALE, None, 3)
+    assert feed.epoch > epoch
+    feed.hear([3, 4])
+    assert (feed.state, feed.held) == (FeedState.STALE, 3)
+    feed.start_over()
+    feed.replay(range(6))
+    assert (feed.state, feed.held) == (COMPLETE, 6)
+
+
+def test_a_stale_feed_without_replay_goes_on_as_partly_known() -> None:
+    feed = Feed(can_replay=False)
+    feed.hear([0])
+    feed.disconnected()
+    assert (feed.state, feed.held) == (FeedState.STALE, 1)
+    feed.start_over()
+    feed.live(4, frame(stored([7], PROMPT[:1])))
+    assert (feed.state, feed.held) == (PARTIAL, 1)
+
+
+def test_a_frame_that_could_not_be_applied_voids_what_was_known() -> None:
+    feed = complete_feed(3)
+    feed.spoiled()
+    assert (feed.state, feed.held, feed.stats.malformed) == (PARTIAL, 0, 1)
 
 
 def test_a_replay_without_what_is_missing_leaves_it_asked_for() -> None:
@@ -188,7 +255,7 @@ def test_a_new_connection_starts_over() -> None:
     feed = complete_feed(3)
     feed.hear([5])
     epoch = feed.epoch
-    feed.reconnected()
+    feed.start_over()
     assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 0, 0)
     assert feed.epoch > epoch
     feed.replay(range(6), RESTARTED)
@@ -242,7 +309,7 @@ def test_without_replay_a_new_engine_is_taken_from_its_first_frame_on() -> None:
 def test_without_replay_a_new_connection_clears() -> None:
     feed = Feed(can_replay=False)
     feed.hear([0, 1, 2])
-    feed.reconnected()
+    feed.start_over()
     assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
 
 
@@ -267,6 +334,6 @@ def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial_until_the_next_st
     feed.replayed(0, b"")
     feed.replay_ended()
     assert feed.state is PARTIAL
-    feed.reconnected()
+    feed.start_over()
     feed.replay(range(2))
     assert (feed.state, feed.held) == (COMPLETE, 2)

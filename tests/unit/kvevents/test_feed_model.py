@@ -95,8 +95,13 @@ class FeedMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.unannounced)
     @rule()
+    def notice(self) -> None:
+        self.feed.disconnected()
+
+    @precondition(lambda self: self.unannounced)
+    @rule()
     def announce(self) -> None:
-        self.feed.reconnected()
+        self.feed.start_over()
         self.unannounced = False
 
     @precondition(lambda self: self.feed.replay_from is not None and self.answer is None)
@@ -108,8 +113,8 @@ class FeedMachine(RuleBasedStateMachine):
         self.answer = (start, self.feed.epoch, frames)
 
     @precondition(lambda self: self.answer is not None)
-    @rule(fails=st.sampled_from([False, False, False, True]))
-    def hand_over(self, fails: bool) -> None:
+    @rule(end=st.sampled_from(["whole", "whole", "broken", "given up"]))
+    def hand_over(self, end: str) -> None:
         assert self.answer is not None
         start, epoch, frames = self.answer
         self.answer = None
@@ -119,13 +124,14 @@ class FeedMachine(RuleBasedStateMachine):
             self.feed.replayed(number, payload)
             if (self.feed.replay_from, self.feed.epoch) != (start, epoch):
                 return
-        (self.feed.replay_failed if fails else self.feed.replay_ended)()
+        feed = self.feed
+        {"whole": feed.replay_ended, "broken": feed.replay_broke_off, "given up": feed.replay_failed}[end]()
 
     @precondition(lambda self: self.feed.replay_from is not None and self.answer is None)
     @rule()
     def replay_at_once(self) -> None:
         self.ask(lost=None)
-        self.hand_over(fails=False)
+        self.hand_over(end="whole")
 
     @property
     def caught_up(self) -> bool:

@@ -1,0 +1,65 @@
+"""Receives from many ZMQ sockets on the event loop without holding it up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import zmq
+
+SLICE_SECONDS = 0.002
+
+_Socket = zmq.Socket[bytes]
+_OnMessage = Callable[[list[bytes]], None]
+
+
+class Drain:
+    """Takes one message of each readable socket after the other, at most `SLICE_SECONDS` per turn of the loop in all.
+
+    ZMQ's descriptors signal edges: once one has, its socket is read until it is empty, now or in later turns.
+    """
+
+    def __init__(self) -> None:
+        self._readable: OrderedDict[_Socket, _OnMessage] = OrderedDict()
+        self._next: asyncio.Handle | None = None
+
+    @contextmanager
+    def reading(self, socket: _Socket, on_message: _OnMessage) -> Iterator[None]:
+        """Call `on_message` with the parts of every message that comes, within the context."""
+        descriptor = int(socket.getsockopt(zmq.FD))
+        loop = asyncio.get_running_loop()
+        loop.add_reader(descriptor, self._queue, socket, on_message)
+        self._queue(socket, on_message)
+        try:
+            yield
+        finally:
+            loop.remove_reader(descriptor)
+            self._readable.pop(socket, None)
+
+    def _queue(self, socket: _Socket, on_message: _OnMessage) -> None:
+        self._readable.setdefault(socket, on_message)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._readable and self._next is None:
+            self._next = asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._next = None
+        deadline = time.monotonic() + SLICE_SECONDS
+        try:
+            while self._readable:
+                socket, on_message = self._readable.popitem(last=False)
+                try:
+                    parts = socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    continue
+                self._readable[socket] = on_message
+                on_message(parts)
+                if time.monotonic() >= deadline:
+                    break
+        finally:
+            self._go_on()  # even after a fault: no further edge may come for what is left

@@ -1,0 +1,75 @@
+"""Asks an engine for past batches.
+
+Engines drop what the asker does not take at once, without a word: whoever calls must expect holes, and a missing end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import zmq
+
+from matrixinfer.kvevents.drain import Drain
+
+MAX_BYTES = 64 * 1024 * 1024
+"""A longer history takes several requests."""
+MAX_MALFORMED = 100
+FRAME_TIMEOUT, TIMEOUT = 5.0, 60.0
+_END = b"\xff" * 8
+
+
+@dataclass(slots=True, kw_only=True)
+class Reply:
+    """What an engine answered to one request, within bounds."""
+
+    frames: list[tuple[int, bytes]] = field(default_factory=list)
+    """Number and payload of each batch, in order."""
+    size: int = 0
+    """Bytes of payload."""
+    malformed: int = 0
+    whole: bool = False
+    """The end marker came."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is taken."""
+        return self.whole or self.size > MAX_BYTES or self.malformed > MAX_MALFORMED
+
+    def take(self, parts: list[bytes]) -> None:
+        """One message: the number and the payload are its last two parts."""
+        if self.over:
+            return
+        if len(parts) < 2 or len(parts[-2]) != 8:
+            self.malformed += 1
+        elif parts[-2] == _END:
+            self.whole = True
+        else:
+            self.frames.append((int.from_bytes(parts[-2], "big"), parts[-1]))
+            self.size += len(parts[-1])
+
+
+async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint: str, start: int) -> Reply:
+    """The batches from number `start` on, as far as they came in time. Raises `zmq.ZMQError` for a bad endpoint."""
+    reply, news = Reply(), asyncio.Event()
+
+    def take(parts: list[bytes]) -> None:
+        reply.take(parts)
+        news.set()
+
+    with context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)  # the engine drops frames that this side does not take at once
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.connect(endpoint)
+        socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
+        with drain.reading(socket, take):
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    while not reply.over:
+                        async with asyncio.timeout(FRAME_TIMEOUT):
+                            await news.wait()
+                        news.clear()
+            except TimeoutError:
+                pass  # the reply is not whole
+    return reply

@@ -1,0 +1,90 @@
+"""Receiving from many sockets within one slice of each turn of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import zmq
+
+from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
+
+MESSAGES = 20
+
+
+Socket = zmq.Socket[bytes]
+FullSocket = Callable[[], Socket]
+
+
+@pytest.fixture
+def full_socket() -> Iterator[FullSocket]:
+    """Makes sockets with messages to read, each of which is the socket's name."""
+    context: zmq.Context[Socket] = zmq.Context()
+    sockets: list[Socket] = []
+
+    def make() -> Socket:
+        name = f"inproc://{len(sockets)}"
+        reader, writer = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        sockets.extend((reader, writer))
+        reader.bind(name)
+        writer.connect(name)
+        for _ in range(MESSAGES):
+            writer.send(name.encode())
+        return reader
+
+    yield make
+    for socket in sockets:
+        socket.close(linger=0)
+    context.term()
+
+
+async def test_busy_sockets_share_one_slice_of_a_turn_and_take_turns(full_socket: FullSocket) -> None:
+    drain, seen = Drain(), Counter[bytes]()
+    most = spread = 0
+
+    def work(parts: list[bytes]) -> None:
+        seen[parts[0]] += 1
+        time.sleep(SLICE_SECONDS / 4)
+
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(drain.reading(full_socket(), work))
+        async with asyncio.timeout(10):
+            while seen.total() < 8 * MESSAGES:
+                before = seen.total()
+                await asyncio.sleep(0)
+                most = max(most, seen.total() - before)
+                if len(seen) == 8:
+                    spread = max(spread, max(seen.values()) - min(seen.values()))
+    assert most <= 4
+    assert spread <= 1
+
+
+async def test_a_fault_over_one_message_leaves_no_socket_unread(full_socket: FullSocket) -> None:
+    drain, seen = Drain(), Counter[bytes]()
+    faults: list[dict[str, Any]] = []
+
+    def work(parts: list[bytes]) -> None:
+        seen[parts[0]] += 1
+        if seen.total() == 3:
+            raise ZeroDivisionError
+
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    with drain.reading(full_socket(), work), drain.reading(full_socket(), work):
+        async with asyncio.timeout(10):
+            while seen.total() < 2 * MESSAGES:
+                await asyncio.sleep(0)
+    assert len(faults) == 1
+
+
+async def test_nothing_is_read_after_the_context(full_socket: FullSocket) -> None:
+    drain, seen = Drain(), Counter[bytes]()
+    with drain.reading(full_socket(), seen.update):
+        pass
+    await asyncio.sleep(0.01)
+    assert not seen

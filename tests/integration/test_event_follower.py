@@ -1,0 +1,92 @@
+"""Pods that tell what they are, and the feeds that follow."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import structlog
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import (
+    Config,
+    KvEventsConfig,
+    ModelConfig,
+    PluginsConfig,
+    PluginStage,
+    PodConfig,
+    SchedulerConfig,
+)
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.registry import Pod, ServedNames
+from matrixinfer.service import EventFollower
+
+SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1", replay_endpoint="tcp://127.0.0.1:2")
+OTHER_SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:3")
+ONE_MODEL = Config(models=(ModelConfig(name="configured"),))
+
+
+def pod(*, model: str | None = "m", sources: tuple[KvEventsConfig, ...] | None = (SOURCE,)) -> Pod:
+    served = None if model is None else ServedNames(base_model=model, aliases=frozenset([model]), adapters={})
+    return Pod(config=PodConfig(name="a", url="http://a"), served=served, kv_sources=sources)
+
+
+@pytest.fixture
+async def subscriber() -> AsyncIterator[Subscriber]:
+    async with Subscriber(index=MemoryIndex(), blocks=TokenBlockProcessor(16)) as subscriber:
+        yield subscriber
+
+
+async def test_a_pod_is_followed_under_the_model_that_it_serves(subscriber: Subscriber) -> None:
+    EventFollower(subscriber, ONE_MODEL)(pod(model="m"))
+    assert subscriber.feeds["a"].ledger.model == "m"
+
+
+async def test_a_pod_that_tells_the_same_again_keeps_its_feed(subscriber: Subscriber) -> None:
+    follow = EventFollower(subscriber, Config())
+    follow(pod())
+    feed = subscriber.feeds["a"]
+    follow(pod())
+    assert subscriber.feeds["a"] is feed
+
+
+async def test_a_pod_that_comes_back_as_another_engine_is_followed_anew(subscriber: Subscriber) -> None:
+    follow = EventFollower(subscriber, Config())
+    follow(pod())
+    first = subscriber.feeds["a"]
+    follow(pod(model="other"))
+    second = subscriber.feeds["a"]
+    assert second is not first
+    assert second.ledger.model == "other"
+    follow(pod(model="other", sources=(OTHER_SOURCE,)))
+    assert subscriber.feeds["a"] is not second
+    follow(pod(model="other", sources=()))
+    assert not subscriber.feeds
+
+
+async def test_a_pod_that_does_not_tell_its_model_has_the_only_configured_one(subscriber: Subscriber) -> None:
+    EventFollower(subscriber, ONE_MODEL)(pod(model=None))
+    assert subscriber.feeds["a"].ledger.model == "configured"
+
+
+@pytest.mark.parametrize("models", [(), ("x", "y")])
+async def test_without_exactly_one_configured_model_it_is_not_followed(
+    subscriber: Subscriber, models: tuple[str, ...]
+) -> None:
+    EventFollower(subscriber, Config(models=tuple(ModelConfig(name=name) for name in models)))(pod(model=None))
+    assert not subscriber.feeds
+
+
+@pytest.mark.parametrize(("aware", "warnings"), [(True, 1), (False, 0)])
+async def test_a_pod_without_events_is_warned_of_once_where_the_profile_wants_them(
+    subscriber: Subscriber, aware: bool, warnings: int
+) -> None:
+    plugins = PluginsConfig() if aware else PluginsConfig(score=PluginStage(enabled=("least-request",)))
+    follow = EventFollower(subscriber, Config(scheduler=SchedulerConfig(plugins=plugins)))
+    with structlog.testing.capture_logs() as logs:
+        follow(pod(sources=None))
+        assert not logs
+        follow(pod(sources=()))
+        follow(pod(sources=()))
+    assert [line["event"] for line in logs] == ["kv_events_not_followed"] * warnings

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import Metric
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.gateway.collectors import FeedCollector
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+
+
+def samples(metrics: Iterator[Metric]) -> dict[tuple[str, ...], float]:
+    return {(s.name, *s.labels.values()): s.value for metric in metrics for s in metric.samples}
+
+
+def test_a_feed_shows_its_state_and_what_was_wrong_with_its_frames() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=True)
+    feed.stats.wrong_topic = 3
+    feed.disconnected()
+    shown = samples(FeedCollector({"a": feed}).collect())
+    states = {state: shown["matrixinfer_kv_feed_state", "a", state.value] for state in FeedState}
+    assert states == {state: float(state is FeedState.STALE) for state in FeedState}
+    assert shown["matrixinfer_kv_frames_total", "a", "wrong_topic"] == 3
