@@ -104,7 +104,9 @@ async def deciding(engine: str, policy: str) -> AsyncIterator[str]:
     async with _service(engine, policy) as service:
 
         async def decide(body: bytes) -> None:
-            (await service.router.route(CHAT_PATH, body, request_id="bench")).finish()
+            route = await service.router.route(CHAT_PATH, body, request_id="bench")
+            route.first_byte()
+            route.finish()
 
         async with bare(engine, decide) as url:
             yield url
