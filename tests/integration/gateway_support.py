@@ -68,6 +68,8 @@ class FakeRouter:
         self.registry = registry
         self.routes: list[FakeRoute] = []
         self.sessions: list[str | None] = []
+        self.removed: set[str] = set()
+        """Pods that a filter removes."""
 
     async def route(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> FakeRoute:
         try:
@@ -77,9 +79,9 @@ class FakeRouter:
         if requested == "fault":
             raise RuntimeError("secret detail")
         model, pods = self.registry.resolve(requested)
-        ranked = [Candidate(name=pod.name, url=pod.url) for pod in pods]
+        candidates = [Candidate(name=pod.name, url=pod.url) for pod in pods]
         self.sessions.append(session)
-        self.routes.append(FakeRoute(decision(request_id, model, ranked), body, self.registry))
+        self.routes.append(FakeRoute(decision(request_id, model, candidates, self.removed), body, self.registry))
         return self.routes[-1]
 
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
@@ -94,9 +96,17 @@ class FakeRouter:
         return self.routes[-1].reports
 
 
-def decision(request_id: str, model: str, ranked: list[Candidate]) -> Decision:
+def decision(request_id: str, model: str, candidates: list[Candidate], removed: set[str]) -> Decision:
     request = SchedulingRequest(id=request_id, model=model, prompt_tokens=None, block_size=16, chain=(), prefix=b"")
-    return Decision(request=request, candidates=ranked, ranked=ranked, filtered={}, scores={}, totals={}, timings_ms={})
+    return Decision(
+        request=request,
+        candidates=candidates,
+        ranked=[pod for pod in candidates if pod.name not in removed],
+        filtered=dict.fromkeys(removed, "too much to do"),
+        scores={},
+        totals={},
+        timings_ms={},
+    )
 
 
 @dataclass

@@ -75,6 +75,13 @@ async def test_a_refused_connection_goes_to_the_next_ranked_pod() -> None:
         assert gateway.sample("in_flight", pod="a") == 0
 
 
+async def test_a_pod_that_a_filter_removed_is_tried_last() -> None:
+    async with pod(ok) as url, rig(url, await closed_port()) as gateway:
+        gateway.router.removed = {"a"}
+        assert await body_and_pod(gateway) == (200, b'{"ok":true}', "a")
+        assert gateway.router.reports[:2] == ["failed b", "move a"]
+
+
 async def test_a_server_error_is_passed_on_but_does_not_count_as_a_sign_of_health() -> None:
     async def fail(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()

@@ -18,6 +18,7 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import BlockStored, MalformedFrame, decode
+from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
 Row = Mapping[str, Any]
@@ -120,7 +121,7 @@ class _Check:
         held = max(self._index.count(model, chain).values(), default=0) * self._blocks.block_size
         cap = (len(tokens) - 1) // self._engine_block * self._engine_block
         self._predicted[row["label"]] = min(held, cap)
-        if "prompt_embeds" in body or _has_media(body):
+        if "prompt_embeds" in body or has_media(body.get("messages", ())):
             self.report.unsupported.append(row["label"])
 
     def _response(self, row: Row) -> None:
@@ -157,9 +158,3 @@ def _engine_block_size(rows: Iterable[Row]) -> int | None:
 def _adapters(rows: Iterable[Row]) -> set[str]:
     models = [model for row in rows if row.get("kind") == "meta" for model in row.get("models", {}).get("data", ())]
     return {model["id"] for model in models if model.get("parent")}
-
-
-def _has_media(body: Row) -> bool:
-    contents = [message.get("content") for message in body.get("messages", ())]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
