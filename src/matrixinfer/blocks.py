@@ -73,8 +73,23 @@ class TokenBlockProcessor:
             blocks = min(blocks, max_blocks)
         if salt is not None and self.scheme == "block":
             blocks = 0
-        used = tokens[: blocks * self.block_size]
-        return BlockChain(self, token_bytes(used), None if salt is None else salt_parent(salt))
+        used = tokens[: (blocks + 1) * self.block_size]
+        return BlockChain(self, token_bytes(used), blocks, None if salt is None else salt_parent(salt))
+
+    def overhang(self, blocks: int, engine_block: int) -> int | None:
+        """Tokens by which an engine block of `engine_block` tokens reaches beyond the first `blocks` token blocks.
+
+        None unless it begins before their end and ends within the next one: then the token blocks alone tell whether
+        an engine holds it. Else its tail (see `tail`) does.
+        """
+        over = -(blocks * self.block_size) % engine_block
+        return over if 0 < over < self.block_size and self.scheme == "prefix" else None
+
+    def tail(self, data: bytes | bytearray | memoryview, parent: int) -> int:
+        """The hash of less than a block of tokens that follow the block `parent`."""
+        state = sha256(parent.to_bytes(8, "big"))
+        state.update(data)
+        return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
 
     def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
         """Hashes of the full blocks in `data` (see `token_bytes`), the first of which follows the block `parent`."""
@@ -103,12 +118,12 @@ class BlockChain(Sequence[int]):
 
     __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_size")
 
-    def __init__(self, processor: TokenBlockProcessor, data: bytes, salt_parent: int | None) -> None:
+    def __init__(self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None) -> None:
         self._processor = processor
         self._data = data
         self._salt_parent = salt_parent
         self._hashes: list[int] = []
-        self._size = len(data) // (processor.block_size * 4)
+        self._size = size
 
     def __len__(self) -> int:
         return self._size
@@ -117,6 +132,15 @@ class BlockChain(Sequence[int]):
     def hashed(self) -> int:
         """How many blocks have been hashed so far."""
         return len(self._hashes)
+
+    def tail(self, blocks: int, tokens: int) -> int | None:
+        """The hash of the first `tokens` tokens behind the first `blocks` blocks, of which there must be one.
+
+        None where the prompt has not so many.
+        """
+        start = blocks * self._processor.block_size * 4
+        data = memoryview(self._data)[start : start + tokens * 4]
+        return self._processor.tail(data, self[blocks - 1]) if len(data) == tokens * 4 else None
 
     @overload
     def __getitem__(self, index: int) -> int: ...

@@ -19,6 +19,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.errors import IndexUnavailable, TokenizeError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import Prompt, parse
@@ -35,8 +36,8 @@ class _Prepared:
     prompt: Prompt
     request: SchedulingRequest
     pods: Sequence[Pod]
-    matches: Mapping[str, int] | None
-    """Consecutive blocks per pod; None when the index was not asked or could not say."""
+    matches: Matches | None
+    """What the pods hold of it; None when the index was not asked or could not say."""
     degraded: Mapping[str, str]
     """What the decision has to do without, and why."""
     timings_ms: dict[str, float]
@@ -45,7 +46,8 @@ class _Prepared:
 class Router:
     """Decides where requests go, and keeps account of those that are under way.
 
-    `feeds` maps pods to their KV event feeds: of a pod without one the index knows nothing.
+    `feeds` maps publishers to their KV event feeds (a pod is one, or each of its data-parallel ranks): of a pod without
+    one the index knows nothing.
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class Router:
         self.registry = registry
         self._tokenizers = tokenizers
         self._blocks = blocks
-        self._index = index
         self._feeds = feeds
+        self._look_up = LookUp(registry, index, blocks, feeds)
         self._scheduler = scheduler
         self._load = load
         self._metrics = metrics
@@ -118,12 +120,20 @@ class Router:
             },
         }
 
-    def feed_of(self, pod: str) -> dict[str, object] | None:
-        """State of the pod's KV events, as JSON-able data; None where none are followed."""
-        feed = self._feeds.get(pod)
-        if feed is None:
-            return None
-        return {"state": feed.state.value, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+    def feeds_of(self, pod: Pod) -> dict[str, dict[str, object]]:
+        """State of the KV events of each publisher of a pod, as JSON-able data; empty where none are followed."""
+        return {
+            name: {
+                "state": feed.state.value,
+                "untrusted": feed.untrusted,
+                "hides_salts": feed.ledger.hides_salts,
+                "frames": feed.stats.frames,
+                "engine_blocks": len(feed.ledger),
+                "engine_block_size": feed.ledger.block_size,
+            }
+            for name in pod.publishers
+            if (feed := self._feeds.get(name)) is not None
+        }
 
     async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:
         timings: dict[str, float] = {}
@@ -135,7 +145,7 @@ class Router:
 
         tokens: int | None = None
         chain: Sequence[int] = ()
-        matches: Mapping[str, int] | None = None
+        matches: Matches | None = None
         try:
             tokenized = await self._tokenizers.tokenize(
                 prompt, model=_base_of(model, pods), urls=[pod.url for pod in pods]
@@ -148,7 +158,7 @@ class Router:
             began = self._clock()
             chain = self._blocks.chain(tokenized.ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
             try:
-                matches = await self._match(prompt.model, model, pods, chain)
+                matches = await self._look_up.match(model, prompt.model, pods, chain)
             except IndexUnavailable as error:
                 degraded["index"] = f"index unavailable: {error}"
             timings["match"] = (self._clock() - began) * 1000
@@ -163,19 +173,13 @@ class Router:
             now=self._clock(),
         )
         return _Prepared(
-            prompt=prompt, request=request, pods=pods, matches=matches, degraded=degraded, timings_ms=timings
+            prompt=prompt,
+            request=request,
+            pods=pods,
+            matches=matches,
+            degraded=degraded,
+            timings_ms=timings,
         )
-
-    async def _match(self, requested: str, model: str, pods: Sequence[Pod], chain: Sequence[int]) -> Mapping[str, int]:
-        """Blocks per pod. Engines that name the same model differently are each asked for under their own name."""
-        if len({pod.base_model for pod in pods}) == 1:
-            return await self._index.match(model, chain)
-        found: dict[str, int] = {}
-        names = {pod.name: pod.index_name(self.registry.name_at(pod.name, requested)) or model for pod in pods}
-        for name in set(names.values()):
-            counts = await self._index.match(name, chain)
-            found.update((pod, count) for pod, count in counts.items() if names.get(pod) == name)
-        return found
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
         request, matches, load = prepared.request, prepared.matches, self._load
@@ -184,8 +188,9 @@ class Router:
         for pod in prepared.pods:
             name = pod.name
             metrics = self.registry.metrics_of(pod, now)
-            feed = self._feeds.get(name)
-            match = None if matches is None or feed is None else matches.get(name, 0)
+            publisher = self._look_up.publisher(pod, matches)
+            feed = self._feeds.get(publisher)
+            match = None if matches is None or feed is None else matches.blocks.get(publisher, 0)
             candidates.append(
                 Candidate(
                     name=name,
@@ -197,7 +202,9 @@ class Router:
                     cache_usage=metrics.cache_usage if metrics else None,
                     metrics_age=now - metrics.read_at if metrics else None,
                     feed=None if feed is None else feed.state.value,
+                    engine_block=None if feed is None else feed.ledger.block_size,
                     match_blocks=match,
+                    match_tail=0 if match is None or matches is None else matches.tails.get(publisher, 0),
                     assumed_blocks=load.assumed(name, model, chain, match or 0),
                 )
             )
@@ -207,9 +214,10 @@ class Router:
         """Prompt tokens that the pod will find in its cache: whole engine blocks, and never the last token."""
         if not request.prompt_tokens:
             return 0
-        held = ((candidate.match_blocks or 0) + candidate.assumed_blocks) * request.block_size
-        feed = self._feeds.get(candidate.name)
-        size = (feed.ledger.block_size if feed else None) or request.block_size
+        held = (candidate.match_blocks or 0) * request.block_size + candidate.match_tail
+        if candidate.assumed_blocks:
+            held = ((candidate.match_blocks or 0) + candidate.assumed_blocks) * request.block_size
+        size = candidate.engine_block or request.block_size
         return min(held, request.prompt_tokens - 1) // size * size
 
     def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self, cast
@@ -106,34 +107,35 @@ class EventFollower:
         scorers = config.scheduler.plugins.score.enabled
         self._wanted = any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers)
         self._warned: set[str] = set()
+        self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
 
     def __call__(self, pod: Pod) -> None:
         """Follow the pod where it publishes now, under the model that it serves now."""
-        source = self._source(pod)
-        if source is not None:
+        sources = {source.name: source for source in self._sources(pod)}
+        for name in self._following.get(pod.name, frozenset()) - sources.keys():
+            self._subscriber.unfollow(name)
+        for source in sources.values():
             self._subscriber.follow(source)
-            return
-        self._subscriber.unfollow(pod.name)
-        if self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
+        self._following[pod.name] = frozenset(sources)
+        if not sources and self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
             self._warned.add(pod.name)
             reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
             log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
 
-    def _source(self, pod: Pod) -> FeedSource | None:
-        """Where a pod publishes; None when nowhere or not known.
+    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
+        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
 
         A pod that does not tell its model (it may want an API key) has the only configured one.
         """
         model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
         if not pod.kv_sources or model is None:
-            return None
-        if len(pod.kv_sources) > 1:
-            log.warning("kv_events_ranks_ignored", pod=pod.name, ranks=len(pod.kv_sources))
-        source = pod.kv_sources[0]
-        return FeedSource(
-            pod=pod.name,
-            model=model,
-            endpoint=source.endpoint,
-            replay_endpoint=source.replay_endpoint,
-            topic=source.topic,
-        )
+            return
+        for rank, source in enumerate(pod.kv_sources):
+            yield FeedSource(
+                pod=pod.name,
+                rank=rank if len(pod.kv_sources) > 1 else None,
+                model=model,
+                endpoint=source.endpoint,
+                replay_endpoint=source.replay_endpoint,
+                topic=source.topic,
+            )

@@ -18,7 +18,7 @@ from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, Pod
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
-from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.telemetry.metrics import Metrics
@@ -87,8 +87,8 @@ class FakeRouter:
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
         return {"path": path, "length": len(body)}
 
-    def feed_of(self, pod: str) -> dict[str, object] | None:
-        return None
+    def feeds_of(self, pod: Pod) -> dict[str, dict[str, object]]:
+        return {}
 
     @property
     def reports(self) -> list[str]:

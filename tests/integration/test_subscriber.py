@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -44,8 +45,9 @@ def stored(first: int, last: int) -> BlockStored:
 class Engine:
     """A publisher with its replay task."""
 
-    def __init__(self, ports: tuple[int, int] = (0, 0), topic: str = "") -> None:
+    def __init__(self, ports: tuple[int, int] = (0, 0), topic: str = "", pod: str = "a") -> None:
         self.publisher = EventPublisher("127.0.0.1", port=ports[0], replay_port=ports[1], topic=topic)
+        self.pod = pod
 
     async def __aenter__(self) -> Engine:
         await self.publisher.__aenter__()
@@ -62,7 +64,7 @@ class Engine:
 
     def source(self, *, replay: bool = True, topic: str | None = None) -> FeedSource:
         return FeedSource(
-            pod="a",
+            pod=self.pod,
             model="m",
             endpoint=self.publisher.endpoint,
             replay_endpoint=self.publisher.replay_endpoint if replay else None,
@@ -88,10 +90,13 @@ class Engine:
         return asked
 
 
-class Garbage:
-    """Answers every request with messages that are no batches, and without an end."""
+class Answers:
+    """Answers every request for a replay with the same messages."""
 
-    async def __aenter__(self) -> Garbage:
+    def __init__(self, messages: list[list[bytes]]) -> None:
+        self._messages = messages
+
+    async def __aenter__(self) -> Answers:
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.bind("tcp://127.0.0.1:0")
@@ -107,8 +112,8 @@ class Garbage:
     async def _answer(self) -> None:
         while True:
             peer, *_ = await self._router.recv_multipart()
-            for _ in range(100):
-                await self._router.send_multipart([peer, b"", b"short", b"x"])
+            for message in self._messages:
+                await self._router.send_multipart([peer, *message])
 
 
 class Relay:
@@ -127,6 +132,11 @@ class Relay:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self.go_silent()
+        for writer in self._writers:
+            writer.close()
+
+    def cut(self) -> None:
+        """Close the present connections."""
         for writer in self._writers:
             writer.close()
 
@@ -166,8 +176,8 @@ async def subscriber(index: MemoryIndex) -> AsyncIterator[Subscriber]:
         yield subscriber
 
 
-def held(index: MemoryIndex) -> int:
-    return index.count("m", BLOCKS.chain(TOKENS)).get("a", 0)
+def held(index: MemoryIndex, name: str = "a") -> int:
+    return index.count("m", BLOCKS.chain(TOKENS)).get(name, 0)
 
 
 def complete(feed: PodFeed) -> bool:
@@ -343,7 +353,7 @@ async def test_a_bad_endpoint_is_tried_again_and_hurts_no_other_feed(
             await until(lambda: complete(feed))
             await until(lambda: sum(line["event"] == "kv_events_failed" for line in logs) > 1)
     assert held(index) == 2
-    assert bad.state is FeedState.PARTIAL
+    assert bad.state is FeedState.STALE
     subscriber.unfollow("bad")
 
 
@@ -389,7 +399,7 @@ async def test_holes_and_a_missing_end_in_replays_are_fetched_again(
         feed = subscriber.follow(engine.source())
         await until(lambda: complete(feed))
         assert held(index) == 4
-        assert asked == [0, 1, 2, 3]
+        assert asked == [0, 0, 1, 2]
 
 
 async def test_a_replay_that_was_given_up_is_tried_again_later(
@@ -412,7 +422,7 @@ async def test_malformed_replies_are_counted_and_bounded(
     subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.replay.MAX_MALFORMED", 5)
-    async with Engine() as engine, Garbage() as garbage:
+    async with Engine() as engine, Answers([[b"", b"short", b"x"]] * 100) as garbage:
         feed = subscriber.follow(replace(engine.source(), replay_endpoint=garbage.endpoint))
         await until(lambda: feed.state is FeedState.PARTIAL)
         assert feed.stats.malformed == 3 * 6
@@ -449,3 +459,123 @@ async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: S
 
 async def test_unfollowing_what_is_not_followed_does_nothing(subscriber: Subscriber) -> None:
     subscriber.unfollow("a")
+
+
+async def test_a_connection_that_breaks_costs_nothing_when_the_engine_is_the_same(
+    subscriber: Subscriber, index: MemoryIndex
+) -> None:
+    async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
+        engine.publish(stored(0, 1))
+        feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
+        await until(lambda: complete(feed))
+        relay.cut()
+        await until(lambda: feed.state is FeedState.STALE)
+        engine.publish(stored(1, 2))
+        assert held(index) == 1
+        await until(lambda: complete(feed))
+        assert held(index) == 2
+        assert (feed.ledger.stats.stored, feed.stats.restarts) == (2, 0)
+
+
+async def test_ranks_of_one_pod_are_feeds_of_their_own(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with Engine() as zero, Engine() as one:
+        zero.publish(stored(0, 1))
+        one.publish(stored(0, 3))
+        feeds = [subscriber.follow(replace(e.source(), rank=rank)) for rank, e in enumerate((zero, one))]
+        await until(lambda: all(map(complete, feeds)))
+        assert subscriber.feeds == {"a@dp0": feeds[0], "a@dp1": feeds[1]}
+        assert (held(index, "a@dp0"), held(index, "a@dp1"), held(index)) == (1, 3, 0)
+        subscriber.unfollow("a@dp1")
+        assert (held(index, "a@dp0"), held(index, "a@dp1")) == (1, 0)
+
+
+async def test_many_engines_are_followed_by_one_process(subscriber: Subscriber, index: MemoryIndex) -> None:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(Engine(pod=f"pod-{n}")) for n in range(24)]
+        for engine in engines:
+            engine.publish(stored(0, 2))
+        feeds = [subscriber.follow(engine.source()) for engine in engines]
+        await until(lambda: all(map(complete, feeds)))
+        for engine in engines:
+            engine.publish(stored(2, 4))
+        await until(lambda: all(held(index, engine.pod) == 4 for engine in engines))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+async def test_engines_are_reached_by_name_and_by_address_of_either_kind(
+    subscriber: Subscriber, index: MemoryIndex, host: str
+) -> None:
+    context = zmq.asyncio.Context()
+    try:
+        pub, router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
+        for socket in (pub, router):
+            socket.setsockopt(zmq.IPV6, int(host == "[::1]"))
+            try:
+                socket.bind("tcp://[::1]:0" if host == "[::1]" else "tcp://127.0.0.1:0")
+            except zmq.ZMQError as error:
+                pytest.skip(f"no IPv6 here: {error}")
+        ports = [socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2] for socket in (pub, router)]
+        live, replay = (f"tcp://{host}:{port}" for port in ports)
+        feed = subscriber.follow(FeedSource(pod="a", model="m", endpoint=live, replay_endpoint=replay))
+        peer, *_ = await asyncio.wait_for(router.recv_multipart(), 10)
+        await router.send_multipart([peer, b"", b"\xff" * 8, b""])
+        await until(lambda: complete(feed))
+        await pub.send_multipart([b"", bytes(8), encode(EventBatch(0.0, [stored(0, 2)]))])
+        await until(lambda: held(index) == 2)
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("before", [[b"", b"topic"], [b""], []], ids=["topic", "no topic", "bare"])
+async def test_every_shape_of_a_replay_is_read(subscriber: Subscriber, index: MemoryIndex, before: list[bytes]) -> None:
+    batches = [encode(EventBatch(0.0, [stored(n, n + 1)])) for n in range(3)]
+    messages = [[*before, seq.to_bytes(8, "big"), payload] for seq, payload in enumerate(batches)]
+    async with Engine() as engine, Answers([*messages, [*before, b"\xff" * 8, b""]]) as answers:
+        feed = subscriber.follow(replace(engine.source(), replay_endpoint=answers.endpoint))
+        await until(lambda: complete(feed))
+        assert (held(index), feed.stats.malformed) == (3, 0)
+
+
+async def test_a_history_of_more_bytes_than_a_reply_may_have_takes_several(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(encode(EventBatch(0.0, [stored(0, 1)])))
+    monkeypatch.setattr("matrixinfer.kvevents.replay.MAX_BYTES", 2 * size)
+    async with Engine() as engine:
+        asked = engine.lose_in_replays([])
+        for n in range(4):
+            engine.publish(stored(n, n + 1))
+        feed = subscriber.follow(engine.source())
+        await until(lambda: complete(feed))
+        assert held(index) == 4
+        assert asked == [0, 2]
+
+
+async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("drain", "subscriber"):
+        monkeypatch.setattr(f"matrixinfer.kvevents.{module}.SLICE_SECONDS", 0.0)
+    apply, applied = Ledger.apply, 0
+
+    def count(ledger: Ledger, *events: wire.Event) -> None:
+        nonlocal applied
+        applied += 1
+        apply(ledger, *events)
+
+    monkeypatch.setattr(Ledger, "apply", count)
+    most = waited = 0
+    async with Engine() as engine:
+        for _ in range(200):
+            engine.publish(AllBlocksCleared(), stored(0, 4))
+        feed = subscriber.follow(engine.source())
+        async with asyncio.timeout(20):
+            while not complete(feed):
+                before = applied
+                await asyncio.sleep(0)
+                most, waited = max(most, applied - before), max(waited, feed.backlog)
+                if 50 < applied < 150:
+                    engine.publish(AllBlocksCleared(), stored(0, 2))
+        assert most == 1
+        assert waited > 10
+        assert held(index) == 2

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig
+from matrixinfer.config import (
+    KvEventsConfig,
+    ModelConfig,
+    PodConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+    TokenizationConfig,
+)
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
@@ -24,6 +31,7 @@ from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Services
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.sim.events import BlockStored, EventBatch, encode
 from matrixinfer.telemetry.metrics import Metrics
 
 PATH = "/v1/completions"
@@ -237,7 +245,7 @@ async def test_engines_that_name_one_model_differently_are_matched_under_their_o
 
 async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
     world = World()
-    world.feeds["a"].state = FeedState.COMPLETE
+    world.feeds["a"].live(0, encode(EventBatch(ts=0.0, events=[])))
     decision = await world.explain()
     assert field_of(decision, "feed") == {"a": "complete", "b": "partial", "c": "partial"}
     assert "kvcache-aware: the KV events of 2 of 3 pods are not complete" in decision["notes"]
@@ -246,8 +254,43 @@ async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
 async def test_the_state_of_a_feed_can_be_asked_for() -> None:
     world = World()
     del world.feeds["c"]
-    assert world.router.feed_of("a") == {"state": "partial", "frames": 0, "engine_blocks": 0}
-    assert world.router.feed_of("c") is None
+    a, _, c = world.registry.pods
+    assert world.router.feeds_of(a) == {
+        "a": {
+            "state": "partial",
+            "untrusted": None,
+            "hides_salts": False,
+            "frames": 0,
+            "engine_blocks": 0,
+            "engine_block_size": ENGINE_BLOCK,
+        }
+    }
+    assert world.router.feeds_of(c) == {}
+
+
+SOURCE = KvEventsConfig(endpoint="tcp://b:1")
+
+
+async def test_of_several_ranks_the_one_that_holds_most_speaks_for_the_pod() -> None:
+    world = World()
+    world.registry.told("b", kv_sources=(SOURCE, SOURCE))
+    for rank, tokens in enumerate((8, 32)):
+        world.feeds[f"b@dp{rank}"] = world.feeds["b"]
+        world.holds(f"b@dp{rank}", tokens)
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": 0, "b": 8, "c": 0}
+    assert list(world.router.feeds_of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
+
+
+@pytest.mark.parametrize(("prompt", "hit"), [(TOKENS, 12), ([*TOKENS[:10], 99, 99, 99], 6), (TOKENS[:13], 12)])
+async def test_where_engine_blocks_straddle_token_blocks_the_tail_decides(prompt: list[int], hit: int) -> None:
+    world = World()
+    event = BlockStored(
+        block_hashes=[1, 2], parent_block_hash=None, token_ids=TOKENS[:12], block_size=6, extra_keys=[None, None]
+    )
+    world.feeds["b"].live(0, encode(EventBatch(ts=0.0, events=[event])))
+    decision = await world.explain(prompt=prompt)
+    assert field_of(decision, "predicted_hit_tokens")["b"] == hit
 
 
 async def test_a_dry_run_is_not_counted() -> None:

@@ -11,7 +11,17 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.scheduler.scheduler import Scheduler
 
-_STATS = ("malformed", "wrong_topic", "unreadable_events", "duplicates", "gaps", "restarts", "replays", "overflows")
+_STATS = (
+    "malformed",
+    "wrong_topic",
+    "unreadable_events",
+    "duplicates",
+    "gaps",
+    "restarts",
+    "truncated",
+    "replays",
+    "overflows",
+)
 
 
 class IndexCollector(Collector):
@@ -48,6 +58,13 @@ class FeedCollector(Collector):
         frames = CounterMetricFamily(
             "matrixinfer_kv_frames", "Frames of the feed, and what was wrong with them.", labels=["pod", "kind"]
         )
+        received = CounterMetricFamily("matrixinfer_kv_received_bytes", "Payload of the feed's frames.", labels=["pod"])
+        held = GaugeMetricFamily(
+            "matrixinfer_kv_held_frames", "Live frames that wait for a replay to be applied.", labels=["pod"]
+        )
+        last = GaugeMetricFamily(
+            "matrixinfer_kv_last_frame_timestamp_seconds", "When the last live frame came.", labels=["pod"]
+        )
         for pod, feed in list(self._feeds.items()):
             for each in FeedState:
                 state.add_metric([pod, each.value], float(feed.state is each))
@@ -55,12 +72,16 @@ class FeedCollector(Collector):
             ledger, stats = feed.ledger.stats, feed.stats
             for outcome in ("stored", "removed", "copies", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
+            received.add_metric([pod], stats.bytes)
+            held.add_metric([pod], feed.backlog)
+            if stats.last_frame_at is not None:
+                last.add_metric([pod], stats.last_frame_at)
             frames.add_metric([pod, "received"], stats.frames)
             for kind in _STATS:
                 frames.add_metric([pod, kind], getattr(stats, kind))
             for kind in ("clears", "other_attention", "misfits"):
                 frames.add_metric([pod, kind], getattr(ledger, kind))
-        yield from (state, blocks, events, frames)
+        yield from (state, blocks, events, frames, received, held, last)
 
 
 class PluginCollector(Collector):

@@ -151,7 +151,7 @@ class Admin:
         registry = self._router.registry
         now = registry.clock()
         return json_response(
-            {"pods": [{**_pod(pod, now), "feed": self._router.feed_of(pod.name)} for pod in registry.pods]}
+            {"pods": [{**_pod(pod, now), "feeds": self._router.feeds_of(pod)} for pod in registry.pods]}
         )
 
 

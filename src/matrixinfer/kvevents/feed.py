@@ -1,7 +1,12 @@
 """One engine's feed, without its sockets: frames in, index operations out.
 
-The feed decides what each frame means and what must be replayed; whoever owns the sockets asks `replay_from`, fetches,
-and hands the frames back. Live frames that arrive meanwhile are held, within bounds, and applied in order afterwards.
+The cursor says what each frame means; the feed acts on it and says what is known. Whoever owns the sockets fetches
+what `replay_from` asks for and hands it back. Live frames that come meanwhile are held, within bounds, and applied in
+order afterwards, one per `catch_up`, so that a long backlog need not hold up the loop.
+
+A frame that cannot be read may have told of a removal, and so may each event in it. So it counts as a loss: the pod is
+cleared and the feed is partial. Whatever was lost, the engine holds nothing after AllBlocksCleared: from there on the
+feed is complete again.
 """
 
 from __future__ import annotations
@@ -10,25 +15,27 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance
-from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.wire import MalformedFrame, decode
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance, lacks_last
+from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
 
 MAX_HELD_FRAMES = 20_000
 MAX_HELD_BYTES = 256 * 1024 * 1024
 
 
 class FeedState(Enum):
-    """How much of the engine's history the ledger has seen."""
+    """What is known of the engine's cache."""
 
     SYNCING = "syncing"
-    """History is being fetched; what is indexed so far is true, but not all."""
+    """Batches are being fetched: what is indexed lacks what they say."""
     COMPLETE = "complete"
-    """Every batch since the engine started."""
+    """Every batch since the engine started or was last empty."""
     PARTIAL = "partial"
-    """Joined late, lost frames that could not be replayed, or met frames that could not be read."""
+    """Joined late, lost batches for good, or met some that cannot be read: what is indexed is true, but not all."""
     STALE = "stale"
-    """The connection is down; what is indexed may have changed."""
+    """The connection is down, or back but not proven to lead to the same engine: what is indexed may be untrue."""
+    UNTRUSTED = "untrusted"
+    """The engine's events do not tell what it holds: nothing is indexed until it restarts."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,180 +52,267 @@ class FeedStats:
     duplicates: int = 0
     gaps: int = 0
     restarts: int = 0
+    truncated: int = 0
+    """Replays that began too late."""
     replays: int = 0
     overflows: int = 0
     """Times that held frames had to be given up."""
+    last_frame_at: float | None = None
+    """Unix time in seconds at which the last live frame came."""
 
 
 class PodFeed:
     """Applies the frames of one publisher to a ledger.
 
-    With `can_replay` false the feed starts from whatever comes first and clears the pod on every loss.
+    With `can_replay` false the feed begins with whatever comes first and clears the pod on every loss.
     """
 
     def __init__(self, ledger: Ledger, *, can_replay: bool) -> None:
         self.ledger = ledger
         self.stats = FeedStats()
-        self.state = FeedState.SYNCING if can_replay else FeedState.PARTIAL
-        self.replay_from: int | None = 0 if can_replay else None
-        """The number from which frames must be replayed, while they must be."""
         self.epoch = 0
-        """Counts the times that the feed started over; a replay asked for in an earlier epoch is void."""
-        self.given_up = False
-        """A replay could not be had: the engine's history may be worth another try later."""
+        """Counts what was asked for: the answer to a replay that was asked for in an earlier epoch is void."""
+        self.untrusted: str | None = None
+        """Why the engine's events do not tell what it holds."""
         self._can_replay = can_replay
-        self._cursor: Cursor | None = None  # None: whatever comes next is taken
+        self._cursor: Cursor | None = Cursor() if can_replay else None  # None: whatever comes next is a beginning
+        self._replaying = can_replay
+        self._whole = can_replay  # nothing is lost so far
+        self._stale = False
+        self._given_up = False
         self._held: deque[tuple[int, bytes]] = deque()
         self._held_bytes = 0
+
+    @property
+    def state(self) -> FeedState:
+        """What is known now."""
+        if self.untrusted is not None:
+            return FeedState.UNTRUSTED
+        if self._stale:
+            return FeedState.STALE
+        if not self._whole:
+            return FeedState.PARTIAL
+        return FeedState.SYNCING if self._replaying or self._held else FeedState.COMPLETE
+
+    @property
+    def replay_from(self) -> int | None:
+        """The number from which frames must be replayed, while they must be."""
+        return self._cursor.replay_from if self._replaying and self._cursor is not None else None
+
+    @property
+    def given_up(self) -> bool:
+        """A replay could not be had: the engine's history may be worth another try later."""
+        return self._given_up and not self._whole and not self._stale
+
+    @property
+    def backlog(self) -> int:
+        """Live frames held."""
+        return len(self._held)
+
+    # Frames
 
     def live(self, seq: int, payload: bytes) -> None:
         """A frame from the live socket."""
         self._count(payload)
-        if self.state is FeedState.STALE:
-            return  # left over from the lost connection, or covered by starting over
-        if self.replay_from is None:
-            self._take(Source.LIVE, seq, payload)
-        else:
+        if self._replaying or self._held:
             self._hold(seq, payload)
+        elif not self._stale:  # else it is left over from the lost connection, or the replay will bring it
+            self._take(Source.LIVE, seq, payload)
 
     def replayed(self, seq: int, payload: bytes) -> None:
-        """A frame of the replay that `replay_from` asked for. Once that or the epoch changes, the replay's rest is void."""
+        """A frame of the replay that was asked for in this epoch."""
         self._count(payload)
-        if self.replay_from is not None:
+        if self._replaying:
             self._take(Source.REPLAY, seq, payload)
 
     def replay_ended(self) -> None:
-        """The replay came to its end marker: apply what was held."""
-        if self.replay_from is None:
+        """The replay came to its end marker. `catch_up` is due.
+
+        The marker does not say how many frames came before it. One that was lost just before shows by the gap to a live
+        frame, held or yet to come.
+        """
+        if self._cursor is None or not self._replaying:
             return
         self.stats.replays += 1
-        if self._cursor is None:
-            self._cursor = Cursor()  # nothing published yet
-        self._release()
-        if self.replay_from is None and self.state is FeedState.SYNCING:
-            self.state = FeedState.COMPLETE
+        if lacks_last(self._cursor):
+            self._restarted()
+        else:
+            self._replaying = False
 
     def replay_broke_off(self) -> None:
-        """The replay stopped before its end marker: what is left must be fetched from there."""
-        if self.replay_from is not None and self._cursor is not None:
-            self.replay_from = self._cursor.next
+        """The replay stopped before its end marker: what is left must be asked for."""
+        if self._replaying:
+            self._ask()
 
     def replay_failed(self) -> None:
-        """The replay cannot be had: clear, and go on from live as partly known."""
-        if self.replay_from is None:
-            return
-        self.given_up = True
+        """The replay cannot be had: clear, and go on from live as partly known. `catch_up` is due."""
+        if self._replaying:
+            self._replaying = False
+            self._give_up()
+
+    def catch_up(self) -> bool:
+        """Apply the next held frame. False when there is none, or when a replay must come first."""
+        if self._replaying or not self._held:
+            return False
+        seq, payload = self._held.popleft()
+        self._held_bytes -= len(payload)
+        if self._cursor is not None and seq < self._cursor.replay_from:
+            self.stats.duplicates += 1  # the replay has brought it
+        else:
+            self._take(Source.LIVE, seq, payload)
+        return True
+
+    # Faults
+
+    def disconnected(self) -> None:
+        """The connection is lost: nothing is taken until it is back."""
+        self._void()
+        self._stale = True
+
+    def reconnected(self) -> None:
+        """The connection is back: have the engine prove that it is the same, and replay what was missed."""
+        self._void()
+        if self._cursor is None or not self._can_replay:
+            self.start_over()
+        else:
+            self._stale = self._cursor.next > 0
+            self._ask()
+
+    def start_over(self) -> None:
+        """Forget everything and fetch the engine's history from its beginning, where that can be had."""
+        self._void()
         self._lose()
-        self._release()
+        self._given_up = False
+        if self._can_replay:
+            self._cursor = Cursor()
+            self._whole = True
+            self._ask()
 
     def spoiled(self) -> None:
         """Applying a frame broke off in the middle: what the ledger says cannot be trusted."""
         self.stats.malformed += 1
-        self.state = FeedState.PARTIAL
-        self.ledger.clear()
+        self._forget()
 
-    def disconnected(self) -> None:
-        """The connection is lost: nothing is taken until the feed starts over."""
-        self._void()
-        self.state = FeedState.STALE
-
-    def start_over(self) -> None:
-        """Forget everything and fetch the engine's history from its beginning, where that can be had.
-
-        Also due after a new connection: what was missed, and whether this is the same engine, is not known.
-        """
-        self._void()
-        self._lose()
-        if self._can_replay:
-            self.state = FeedState.SYNCING
-            self.replay_from = 0
+    # What a frame means
 
     def _count(self, payload: bytes) -> None:
         self.stats.frames += 1
         self.stats.bytes += len(payload)
 
     def _take(self, source: Source, seq: int, payload: bytes) -> None:
-        digest = hash(payload)
-        if self._cursor is None:
-            if seq:
-                self.state = FeedState.PARTIAL  # what came before is not to be had
-            self._apply(payload, Cursor(next=seq + 1, digest=digest))
-            return
-        verdict, after = advance(self._cursor, source, seq, digest)
+        verdict, cursor = advance(self._cursor, source, seq, hash(payload))
         if verdict is Verdict.APPLY:
-            self._apply(payload, after)
+            self._cursor = cursor
+            self._apply(source, seq, payload)
         elif verdict is Verdict.DUPLICATE:
             self.stats.duplicates += 1
+            self._cursor = cursor
+            self._stale = self._stale and not cursor.proven
+        elif verdict is Verdict.TRUNCATED:
+            self.stats.truncated += 1
+            self._lose()
+            self._take(source, seq, payload)
         elif verdict is Verdict.RESTART:
-            self.stats.restarts += 1
-            self.start_over()
-            if self.replay_from is not None and source is Source.LIVE:
-                self._hold(seq, payload)
-            elif source is Source.LIVE:
-                self._take(source, seq, payload)
+            self._restarted()
+            self._postpone(source, seq, payload)
         else:
             self.stats.gaps += 1
-            self._gap(source, seq, payload, self._cursor.next)
+            self._missed()
+            self._postpone(source, seq, payload)
 
-    def _gap(self, source: Source, seq: int, payload: bytes, missing: int) -> None:
-        """Frames from number `missing` on did not come before this one."""
-        if source is Source.LIVE and self._can_replay:
-            if self.state is FeedState.COMPLETE:
-                self.state = FeedState.SYNCING
-            self.replay_from = missing
-            self._hold(seq, payload)
-        elif self.replay_from is not None and missing > self.replay_from:
-            self.replay_from = missing  # a hole: engines drop frames of a long replay, and have them still
+    def _missed(self) -> None:
+        """Frames are missing."""
+        if self._can_replay:
+            self._ask()
         else:
-            self._lose()  # the engine has them no more
+            self._lose()
+
+    def _postpone(self, source: Source, seq: int, payload: bytes) -> None:
+        """Take a live frame when what is missing before it has come; a replay will bring its frame once more."""
+        if source is Source.REPLAY:
+            return
+        if self._replaying:
+            self._held.appendleft((seq, payload))
+            self._held_bytes += len(payload)
+        else:
             self._take(source, seq, payload)
 
-    def _apply(self, payload: bytes, after: Cursor) -> None:
-        self._cursor = after
+    def _apply(self, source: Source, seq: int, payload: bytes) -> None:
+        if seq == 0:
+            self._whole = True
+            if source is Source.LIVE:
+                self.untrusted = None  # no engine publishes it twice
+        if self.untrusted is not None:
+            return
         try:
             batch = decode(payload)
         except MalformedFrame:
             self.stats.malformed += 1
-            self.state = FeedState.PARTIAL
+            self._forget()
             return
         if batch.unreadable:
             self.stats.unreadable_events += batch.unreadable
-            self.state = FeedState.PARTIAL
-        for event in batch.events:
-            self.ledger.apply(event)
+            self._forget()
+            return
+        try:
+            self.ledger.apply(*batch.events)
+        except UntrustedEvents as error:
+            self.untrusted = error.reason
+            self.ledger.clear()
+            return
+        if not self._whole and any(isinstance(event, AllBlocksCleared) for event in batch.events):
+            self._whole = True
+
+    # What is known
 
     def _hold(self, seq: int, payload: bytes) -> None:
-        if self._held and seq <= self._held[-1][0]:  # the engine restarted while its replay was waited for
-            self.stats.restarts += 1
-            self.start_over()
+        if self._held:
+            last, bytes_ = self._held[-1]
+            verdict, _ = advance(Cursor(next=last + 1, digest=hash(bytes_)), Source.LIVE, seq, hash(payload))
+            if verdict is Verdict.DUPLICATE:
+                self.stats.duplicates += 1
+                return
+            if verdict is Verdict.RESTART:
+                self._restarted()
         self._held.append((seq, payload))
         self._held_bytes += len(payload)
         if len(self._held) > MAX_HELD_FRAMES or self._held_bytes > MAX_HELD_BYTES:
             self.stats.overflows += 1
-            self.replay_failed()
+            self._void()
+            self._give_up()
 
-    def _release(self) -> None:
-        """Apply the held frames as live ones, but those that the replay has covered."""
-        held, self._held, self._held_bytes = self._held, deque(), 0
-        self.replay_from = None
-        for seq, payload in held:
-            if self.replay_from is not None:
-                self._hold(seq, payload)
-            elif self._cursor is not None and seq < self._cursor.next:
-                self.stats.duplicates += 1
-            else:
-                self._take(Source.LIVE, seq, payload)
+    def _ask(self) -> None:
+        """Ask for a replay from the last frame on, whose bytes prove that it is the same engine's."""
+        self.epoch += 1
+        self._replaying = True
+        if self._cursor is not None:
+            self._cursor = self._cursor.doubted()
 
     def _void(self) -> None:
         """Drop the replay under way and what waits for it."""
         self.epoch += 1
-        self.replay_from = None
-        self.given_up = False
+        self._replaying = False
         self._held.clear()
         self._held_bytes = 0
 
+    def _restarted(self) -> None:
+        """The engine is a new one."""
+        self.stats.restarts += 1
+        self.untrusted = None
+        self.start_over()
+
+    def _give_up(self) -> None:
+        """What is missing is not to be had for now."""
+        self._lose()
+        self._given_up = True
+
     def _lose(self) -> None:
-        """Something is missing for good: forget everything and take whatever comes next, as partly known."""
-        self.ledger.clear()
-        self.state = FeedState.PARTIAL
+        """The place in the feed is lost for good: go on with whatever comes next."""
+        self._forget()
+        self._stale = False
         self._cursor = None
+
+    def _forget(self) -> None:
+        """What is indexed may be untrue: clear it."""
+        self.ledger.clear()
+        self._whole = False

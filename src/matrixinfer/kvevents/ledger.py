@@ -1,25 +1,55 @@
 """Engine blocks to token blocks: what one engine holds, told from its events, kept as index operations.
 
 An engine names its blocks by opaque hashes and sizes them as it likes; the index names token blocks by their content.
-The ledger is the only owner of engine hashes. It follows each chain of engine blocks, cuts its tokens anew into token
-blocks by position, and keeps in the index exactly the token blocks that a prompt can reach: those covered by an
-unbroken path of present engine blocks from the root.
+The ledger is the only owner of engine hashes. It follows each chain of engine blocks (`forest`), cuts its tokens anew
+into token blocks by position, and keeps in the index exactly the token blocks that a prompt can reach: those covered by
+an unbroken path of present engine blocks from the root. Of an engine block that begins before the end of a token block
+and ends within the next one, the index also gets the tail, by which a look-up tells whether all of it matches
+(`TokenBlockProcessor.overhang`).
 
-Consecutive engine blocks live in a `_Run`, which grows at its end as chains do and shrinks there as engines evict. Two
-things are counted: engine copies per hash (a removed copy is not a removed block), and supports per token block (the
-engine blocks `[a b]` and `[a c]` both support the token block `a`).
+Two things are counted: engine copies per hash (a removed copy is not a removed block), and supports per token block
+(the engine blocks `[a b]` and `[a c]` both support the token block `a`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+from msgspec import UNSET
 
 from matrixinfer.blocks import TokenBlockProcessor, salt_parent
+from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
-from matrixinfer.kvevents.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, block_id, tokens_of
+from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.run import Run
+from matrixinfer.kvevents.supports import Supports
+from matrixinfer.kvevents.wire import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EngineHash,
+    Event,
+    block_ids,
+    has_bigrams,
+    is_hash_of_tokens_alone,
+    tokens_of,
+)
 
-_MAX_TREES = 16  # cache media and attention groups of one engine
+MAX_TOKENS = 64_000_000
+"""Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""
+_MAX_PLACES = 16
+_Place: TypeAlias = tuple[str | None, int | None]
+"""A cache medium and an attention group."""
+
+
+class UntrustedEvents(MatrixInferError):
+    """What the engine publishes does not tell what it holds. `reason` says why, in plain words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,53 +74,6 @@ class LedgerStats:
     """Events whose tokens do not fit their blocks."""
 
 
-class _Run:
-    """Consecutive engine blocks of one chain; a mutable record that only the ledger touches.
-
-    Offsets count tokens from the chain's root. `tokens` (four bytes each) and `names` (token blocks completed) begin
-    at `base`, the last token-block boundary at or before `start`.
-    """
-
-    __slots__ = ("base", "block_size", "ids", "model", "names", "parent", "seed", "start", "tokens")
-
-    def __init__(self, *, model: str, block_size: int, parent: int | None, start: int, base: int) -> None:
-        self.model = model
-        self.block_size = block_size
-        self.parent = parent
-        self.start = start
-        self.base = base
-        self.seed: int | None = None  # hash that the block at `base` chains to: token block, salt or nothing
-        self.ids: list[int] = []
-        self.tokens = bytearray()
-        self.names: list[int] = []
-
-    def end_of(self, position: int) -> int:
-        """The offset behind the engine block at `position`."""
-        return self.start + (position + 1) * self.block_size
-
-
-class _Tree:
-    """The engine blocks of one medium and attention group."""
-
-    __slots__ = ("branches", "copies", "cut", "ended", "runs")
-
-    def __init__(self) -> None:
-        self.runs: dict[int, _Run] = {}
-        self.copies: dict[int, int] = {}  # copies beyond the first
-        self.branches: dict[int, list[int]] = {}  # block -> first blocks of the runs that follow it
-        self.cut: set[int] = set()  # present, but an ancestor is gone
-        self.ended: set[int] = set()  # present, but not indexed
-
-    def below(self, block: int) -> Iterator[tuple[_Run, int]]:
-        """Every present block in the runs that branch off `block`, parents first, as (run, position)."""
-        pending = list(self.branches.get(block, ()))
-        while pending:
-            run = self.runs[pending.pop()]
-            for position, child in enumerate(run.ids):
-                yield run, position
-                pending += self.branches.get(child, ())
-
-
 class Ledger:
     """Applies one engine's events to the index under `pod`.
 
@@ -103,30 +86,57 @@ class Ledger:
         self.stats = LedgerStats()
         self.block_size: int | None = None
         """Tokens per engine block, as the last event said."""
+        self.has_tails = False
+        """Engine blocks and token blocks straddle each other, so that a look-up has to ask for tails."""
+        self.hides_salts = False
+        """The events do not tell a block's salt: a salted prompt looks like a plain one."""
+        self.hides_adapters = False
+        """The events do not tell a block's adapter."""
         self._blocks = blocks
-        self._index = index
-        self._trees: dict[tuple[str, int], _Tree] = {}
-        self._supports: dict[str, dict[int, int]] = {}
+        self._supports = Supports(pod, index)
+        self._forests: dict[_Place, Forest] = {}
 
     def __len__(self) -> int:
         """Distinct engine blocks present."""
-        return sum(len(tree.runs) + len(tree.ended) for tree in self._trees.values())
+        return sum(map(len, self._forests.values()))
 
-    def apply(self, event: Event) -> None:
-        """Apply one event."""
-        if isinstance(event, BlockStored):
-            self._store(event)
-        elif isinstance(event, BlockRemoved):
-            self._remove(event)
-        elif isinstance(event, AllBlocksCleared):
-            self.stats.clears += 1
-            self.clear()
+    def apply(self, *events: Event) -> None:
+        """Apply events in order. Raises `UntrustedEvents`, after which the ledger must be cleared."""
+        try:
+            self._apply(events)
+        except (IndexError, KeyError, ValueError) as error:
+            # No sequence of events that an engine can mean does this; checking each on its way would cost every feed.
+            raise UntrustedEvents("its events contradict each other") from error
 
     def clear(self) -> None:
         """The engine holds nothing, or nothing is known of it any more."""
-        self._trees.clear()
+        self._forests.clear()
         self._supports.clear()
-        self._index.clear(self.pod)
+
+    def _apply(self, events: Sequence[Event]) -> None:
+        if len(self) * (self.block_size or 0) > MAX_TOKENS:
+            raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
+        removed: list[EngineHash] = []
+        place: _Place = (None, None)
+        for event in events:
+            if isinstance(event, BlockRemoved):
+                # Engines evict block by block, one event each: neighbours are taken together.
+                if removed and place != (event.medium, event.group_idx):
+                    self._remove(place, removed)
+                    removed = []
+                place = (event.medium, event.group_idx)
+                removed += event.block_hashes
+                continue
+            if removed:
+                self._remove(place, removed)
+                removed = []
+            if isinstance(event, BlockStored):
+                self._store(event)
+            elif isinstance(event, AllBlocksCleared):
+                self.stats.clears += 1
+                self.clear()
+        if removed:
+            self._remove(place, removed)
 
     # Stored
 
@@ -134,207 +144,213 @@ class Ledger:
         if event.kv_cache_spec_kind not in (None, "full_attention"):
             self.stats.other_attention += 1
             return
+        if event.extra_keys is UNSET:
+            self._note_layout(event)
+        place = _place(event.medium, event.group_idx)
+        forest = self._forests.get(place)
         tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
-        key = (event.medium or "GPU", event.group_idx or 0)
-        tree = self._trees.get(key)
-        if tokens is None or (tree is None and len(self._trees) >= _MAX_TREES):
+        if tokens is None or (forest is None and len(self._forests) >= _MAX_PLACES):
             self.stats.misfits += 1
             return
-        if tree is None:
-            tree = self._trees[key] = _Tree()
+        if forest is None:
+            forest = self._forests[place] = Forest()
         self.block_size = event.block_size
-        ids = [block_id(h) for h in event.block_hashes]
+        ids = block_ids(event.block_hashes)
         self.stats.stored += len(ids)
-        parent = None if event.parent_block_hash is None else block_id(event.parent_block_hash)
-        for first, last in self._new_stretches(tree, ids):
-            stretch = memoryview(tokens)[first * event.block_size * 4 : last * event.block_size * 4]
-            before = ids[first - 1] if first else parent
-            self._append(tree, event, first, ids[first:last], stretch, before)
-
-    def _new_stretches(self, tree: _Tree, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Stretches [first, last) of blocks that are not present yet; copies of present ones are counted."""
-        distinct = set(ids)
-        if len(distinct) == len(ids) and tree.runs.keys().isdisjoint(distinct) and tree.ended.isdisjoint(distinct):
-            yield 0, len(ids)
+        parent = None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
+        above = None if parent is None else forest.run_of(parent)
+        doubtful = event.extra_keys is UNSET and ids[0] in forest
+        if not doubtful and _all_new(forest, parent, above, ids):
+            self._append(forest, event, 0, ids, tokens, parent, above)
             return
+        for first, last in self._new_stretches(forest, event, parent, ids):
+            stretch = tokens[first * event.block_size * 4 : last * event.block_size * 4]
+            before = ids[first - 1] if first else parent
+            above = None if before is None else forest.run_of(before)
+            self._append(forest, event, first, ids[first:last], stretch, before, above)
+
+    def _note_layout(self, event: BlockStored) -> None:
+        """Learn what a layout without extra keys hides. Raises `UntrustedEvents`."""
+        self.hides_salts = True
+        self.hides_adapters = event.lora_name is UNSET and event.lora_id is None
+        if is_hash_of_tokens_alone(event):
+            raise UntrustedEvents("its blocks are hashed without what precedes them")
+        if has_bigrams(event):
+            raise UntrustedEvents("its blocks are of pairs of tokens, for speculative decoding")
+
+    def _new_stretches(
+        self, forest: Forest, event: BlockStored, parent: int | None, ids: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Stretches [first, last) of blocks that are not present yet; copies of present ones are counted."""
         first = 0
         stretch: set[int] = set()
         for position, block in enumerate(ids):
-            if block not in tree.runs and block not in tree.ended and block not in stretch:
+            present = block in forest
+            if not present and block not in stretch:
                 stretch.add(block)
                 continue
             if first < position:
                 yield first, position  # from here on its blocks are present
             first = position + 1
             stretch.clear()
-            if block in tree.runs or block in tree.ended:
-                tree.copies[block] = tree.copies.get(block, 0) + 1
+            if present or block in forest:
+                if event.extra_keys is UNSET:
+                    self._check_parent(forest, ids[position - 1] if position else parent, block)
+                forest.copies[block] = forest.copies.get(block, 0) + 1
                 self.stats.copies += 1
         if first < len(ids):
             yield first, len(ids)
 
+    def _check_parent(self, forest: Forest, parent: int | None, block: int) -> None:
+        """A block that is stored again must follow what it followed before. Raises `UntrustedEvents`."""
+        run = forest.run_of(block)
+        if run is None:
+            return
+        position = run.position(block)
+        if parent != (run[position - 1] if position else run.parent):
+            raise UntrustedEvents("one hash names blocks that follow different prefixes")
+
     def _append(
-        self, tree: _Tree, event: BlockStored, first: int, ids: list[int], tokens: memoryview, parent: int | None
+        self,
+        forest: Forest,
+        event: BlockStored,
+        first: int,
+        ids: Sequence[int],
+        tokens: bytes,
+        parent: int | None,
+        above: Run | None,
     ) -> None:
-        """Take new blocks that follow `parent` (None: the root)."""
-        if parent is not None and parent not in tree.runs and parent not in tree.ended:
+        """Take new blocks, the event's from position `first`, that follow `parent` (None: the root) in the run `above`."""
+        if parent is not None and above is None and parent not in forest.ended:
             self.stats.orphans += len(ids)
             return
         usable, salt = _usable(event, first, len(ids), at_root=parent is None)
-        if parent in tree.ended:
-            usable = 0
-        if salt is not None and self._blocks.scheme == "block":
+        if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
         if usable < len(ids):
-            tree.ended.update(ids[usable:])
+            forest.ended.update(ids[usable:])
             self.stats.ended += len(ids) - usable
-        if not usable:
+            ids, tokens = ids[:usable], tokens[: usable * event.block_size * 4]
+        if not ids:
             return
-        run = self._run_after(tree, parent, event, salt)
-        position = len(run.ids)
-        if not run.ids and parent is not None:
-            tree.branches.setdefault(parent, []).append(ids[0])
-        del ids[usable:]
-        run.ids += ids
-        tree.runs.update(dict.fromkeys(ids, run))
-        self._extend(run, tokens[: usable * event.block_size * 4])
-        if parent in tree.cut:
-            tree.cut.update(ids)
+        if above is None or parent is None:
+            run = self._root(event, salt)
+        elif above.block_size == event.block_size and above.ends_with(parent):
+            run = above
+        else:
+            run = above.branch(above.position(parent), event.block_size)
+        position = len(run)
+        forest.extend(run, ids, tokens)
+        if parent in forest.cut:
+            forest.cut.update(ids)
             return
-        self._support(run, position, len(run.ids))
-        if tree.cut:
-            self._rejoin(tree, ids)
+        self._support(run, position, len(run))
+        if forest.cut:
+            self._rejoin(forest, ids)
 
-    def _run_after(self, tree: _Tree, parent: int | None, event: BlockStored, salt: str | None) -> _Run:
-        """The run that blocks after `parent` belong to: the parent's own where it ends there, or a new one."""
-        if parent is None:
-            model = event.lora_name or self.model
-            run = _Run(model=model, block_size=event.block_size, parent=None, start=0, base=0)
-            run.seed = None if salt is None else salt_parent(salt)
-            return run
-        above = tree.runs[parent]
-        if above.ids[-1] == parent and above.block_size == event.block_size:
-            return above
-        return self._branch(above, above.ids.index(parent), event.block_size)
+    def _root(self, event: BlockStored, salt: str | None) -> Run:
+        return Run(
+            self._blocks,
+            model=event.lora_name or self.model,
+            block_size=event.block_size,
+            seed=None if salt is None else salt_parent(salt),
+        )
 
-    def _branch(self, above: _Run, position: int, block_size: int) -> _Run:
-        """An empty run that follows the block at `position` of `above`."""
-        size = self._blocks.block_size
-        start = above.end_of(position)
-        base = start // size * size
-        run = _Run(model=above.model, block_size=block_size, parent=above.ids[position], start=start, base=base)
-        completed = (base - above.base) // size
-        run.seed = above.names[completed - 1] if completed else above.seed
-        run.tokens += above.tokens[(base - above.base) * 4 : (start - above.base) * 4]
-        return run
-
-    def _extend(self, run: _Run, tokens: memoryview | bytearray) -> None:
-        """Add tokens to a run and name the token blocks that they complete."""
-        run.tokens += tokens
-        done = len(run.names)
-        with memoryview(run.tokens) as view:
-            run.names += self._blocks.hashes(
-                view[done * self._blocks.block_size * 4 :], run.names[-1] if done else run.seed
-            )
-
-    def _rejoin(self, tree: _Tree, ids: Sequence[int]) -> None:
+    def _rejoin(self, forest: Forest, ids: Sequence[int]) -> None:
         """Blocks that were cut off by the absence of one of `ids` can be reached again."""
         for block in ids:
-            for run, position in tree.below(block):
-                tree.cut.discard(run.ids[position])
+            for run, position, child in forest.below(block):
+                forest.cut.discard(child)
                 self._support(run, position, position + 1)
+
+    def _support(self, run: Run, first: int, last: int) -> None:
+        """The blocks [first, last) of a run can be reached."""
+        parent, names = run.completed(first, last)
+        self._supports.add(run.model, names, parent)
+        if run.has_tails:
+            for before, tail in run.tails(first, last):
+                self.has_tails = True
+                self._supports.add(run.model, [tail], before)
 
     # Removed
 
-    def _remove(self, event: BlockRemoved) -> None:
-        tree = self._trees.get((event.medium or "GPU", event.group_idx or 0))
-        gone: dict[str, list[int]] = {}
-        for engine_hash in event.block_hashes:
-            block = block_id(engine_hash)
-            if tree is None or (block not in tree.runs and block not in tree.ended):
-                self.stats.unknown_removed += 1
-            elif tree.copies.get(block):
-                self.stats.removed += 1
-                self._drop_copy(tree, block)
-            else:
-                self.stats.removed += 1
-                tree.ended.discard(block)
-                if block in tree.runs:
-                    self._drop(tree, block, gone)
-        for model, names in gone.items():
-            self._index.remove(model, self.pod, names)
-
-    def _drop_copy(self, tree: _Tree, block: int) -> None:
-        tree.copies[block] -= 1
-        if not tree.copies[block]:
-            del tree.copies[block]
-
-    def _drop(self, tree: _Tree, block: int, gone: dict[str, list[int]]) -> None:
-        run = tree.runs.pop(block)
-        if run.ids[-1] != block:
-            self._split(tree, run, run.ids.index(block))
-        if block in tree.cut:
-            tree.cut.discard(block)
-        else:
-            for below, position in tree.below(block):
-                tree.cut.add(below.ids[position])
-                self._unsupport(below, position, gone)
-            self._unsupport(run, len(run.ids) - 1, gone)
-        run.ids.pop()
-        self._truncate(run)
-        if not run.ids and run.parent is not None:
-            siblings = tree.branches[run.parent]
-            siblings.remove(block)
-            if not siblings:
-                del tree.branches[run.parent]
-
-    def _split(self, tree: _Tree, run: _Run, position: int) -> None:
-        """Make the block at `position` the last of its run; what followed becomes a run that branches off it."""
-        rest = self._branch(run, position, run.block_size)
-        rest.ids = run.ids[position + 1 :]
-        self._extend(rest, run.tokens[(rest.start - run.base) * 4 :])
-        tree.runs.update(dict.fromkeys(rest.ids, rest))
-        tree.branches.setdefault(run.ids[position], []).append(rest.ids[0])
-        del run.ids[position + 1 :]
-        self._truncate(run)
-
-    def _truncate(self, run: _Run) -> None:
-        """Drop the tokens and names behind a run's last block."""
-        length = run.end_of(len(run.ids) - 1) - run.base
-        del run.tokens[length * 4 :]
-        del run.names[length // self._blocks.block_size :]
-
-    # Supports
-
-    def _completed(self, run: _Run, first: int, last: int) -> tuple[int, int]:
-        """Range in `run.names` of the token blocks that end in the engine blocks [first, last)."""
-        size = self._blocks.block_size
-        return (run.end_of(first - 1) - run.base) // size, (run.end_of(last - 1) - run.base) // size
-
-    def _support(self, run: _Run, first: int, last: int) -> None:
-        low, high = self._completed(run, first, last)
-        if low == high:
+    def _remove(self, place: _Place, hashes: Sequence[EngineHash]) -> None:
+        forest = self._forests.get(_place(*place))
+        if forest is None:
+            self.stats.unknown_removed += len(hashes)
             return
-        names = run.names[low:high]
-        supports = self._supports.setdefault(run.model, {})
-        if self._blocks.scheme == "prefix" and supports.keys().isdisjoint(names):
-            supports.update(dict.fromkeys(names, 1))
-        else:
-            for name in names:
-                supports[name] = supports.get(name, 0) + 1
-        parent = run.names[low - 1] if low else run.seed if run.base else None
-        self._index.add(run.model, self.pod, names, parent)
+        shrunk: dict[Run, None] = {}
+        left = block_ids(hashes)
+        if not (forest.copies.keys().isdisjoint(left) and forest.ended.isdisjoint(left)):
+            left = self._drop_copies(forest, left)
+        present = len(left)
+        if not forest.cut:
+            # What is named root first is the end of its run once the rest has gone.
+            left = forest.pop_last(forest.pop_last(left, shrunk)[::-1], shrunk)
+        self.stats.removed += present - len(left)
+        for run in shrunk:
+            self._unsupport(run, len(run), run.recorded)
+            run.truncate()
+        for block in left:
+            self._remove_inner(forest, block)
+        self._supports.flush()
 
-    def _unsupport(self, run: _Run, position: int, gone: dict[str, list[int]]) -> None:
-        low, high = self._completed(run, position, position + 1)
-        supports = self._supports.get(run.model, {})
-        for name in reversed(run.names[low:high]):
-            left = supports[name] - 1
-            if left:
-                supports[name] = left
+    def _drop_copies(self, forest: Forest, blocks: Sequence[int]) -> list[int]:
+        """Remove one copy of blocks with several, and blocks that are not indexed; returns the others."""
+        left, copies = [], forest.copies
+        for block in blocks:
+            if block in copies:
+                copies[block] -= 1
+                if not copies[block]:
+                    del copies[block]
+            elif block in forest.ended:
+                forest.ended.discard(block)
             else:
-                del supports[name]
-                gone.setdefault(run.model, []).append(name)
+                left.append(block)
+        self.stats.removed += len(blocks) - len(left)
+        return left
+
+    def _remove_inner(self, forest: Forest, block: int) -> None:
+        """Remove a block that others follow, or that is cut off: what is below it cannot be reached."""
+        run = forest.run_of(block)
+        if run is None:
+            self.stats.unknown_removed += 1
+            return
+        self.stats.removed += 1
+        if not run.ends_with(block):
+            forest.split(run, run.position(block))
+        last = len(run) - 1
+        if block in forest.cut:
+            forest.cut.discard(block)
+        else:
+            for below, position, child in forest.below(block):
+                forest.cut.add(child)
+                self._unsupport(below, position, position + 1)
+            self._unsupport(run, last, last + 1)
+        forest.drop_last(run, block)
+        run.truncate()
+
+    def _unsupport(self, run: Run, first: int, last: int) -> None:
+        """The blocks [first, last) of a run cannot be reached any more."""
+        if run.has_tails:
+            self._supports.remove(run.model, [tail for _, tail in run.tails(first, last)])
+        _, names = run.completed(first, last)
+        self._supports.remove(run.model, reversed(names))
+
+
+def _place(medium: str | None, group: int | None) -> _Place:
+    return medium or "GPU", group or 0
+
+
+def _all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequence[int]) -> bool:
+    """Whether it is plain at a glance that none of `ids`, which follow `parent` in the run `above`, is present.
+
+    A block is nobody's child but its parent's, and what follows a new block is new. This holds while no block is there
+    without its parent.
+    """
+    if forest.cut or forest.ended or (above is None and parent is not None):
+        return False
+    return not forest.has_child(parent, above, ids[0]) and len(set(ids)) == len(ids)
 
 
 def _usable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tuple[int, str | None]:
@@ -343,16 +359,16 @@ def _usable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tup
     Extra keys are untagged: `[adapter name, (item, offset) …, salt, digests …]`, each only where present. A salt is
     the one string left on a root block; anything else ends what can be indexed.
     """
-    if event.lora_id is not None and event.lora_name is None:
+    if event.lora_id is not None and not event.lora_name:
         return 0, None
-    if event.extra_keys is None:
+    if event.extra_keys is None or event.extra_keys is UNSET or not any(event.extra_keys):
         return count, None
     salt: str | None = None
     for offset, keys in enumerate(event.extra_keys[first : first + count]):
         if not keys:
             continue
         rest = list(keys) if isinstance(keys, (list, tuple)) else [None]
-        if event.lora_name is not None and rest[0] == event.lora_name:
+        if event.lora_name and rest[0] == event.lora_name:
             del rest[0]
         if at_root and offset == 0 and len(rest) == 1 and isinstance(rest[0], str):
             salt = rest[0]

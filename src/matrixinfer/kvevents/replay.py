@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from matrixinfer.kvevents.connect import connect
 from matrixinfer.kvevents.drain import Drain
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -60,8 +61,7 @@ async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint:
     with context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 0)  # the engine drops frames that this side does not take at once
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.connect(endpoint)
+        await connect(socket, endpoint)
         socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
         with drain.reading(socket, take):
             try:

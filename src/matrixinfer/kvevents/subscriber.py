@@ -1,8 +1,10 @@
 """Follows the KV events of many engines over ZMQ.
 
-Each engine has a SUB socket, drained on the event loop, and a task that fetches replays when the feed asks for them.
-ZMQ reconnects by itself with back-off; a monitor tells when it has, because what was published in between is lost and
-the engine may be another one.
+Each publisher (an engine, or one of its data-parallel ranks) has a SUB socket, drained on the event loop, and a task
+that fetches replays when the feed asks for them. ZMQ reconnects by itself with back-off; a monitor tells when it has,
+because what was published in between is lost and the engine may be another one.
+
+No step holds up the loop for longer than `SLICE_SECONDS` and one frame: neither live frames nor replayed ones.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ParamSpec
 
 import structlog
 import zmq
@@ -20,6 +23,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.connect import connect
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
@@ -34,6 +38,8 @@ RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 
+_Step = ParamSpec("_Step")
+
 log = structlog.get_logger(__name__)
 
 
@@ -46,6 +52,13 @@ class FeedSource:
     endpoint: str
     replay_endpoint: str | None = None
     topic: str | None = None
+    rank: int | None = None
+    """Data-parallel rank, where each has a cache and a feed of its own."""
+
+    @property
+    def name(self) -> str:
+        """What this publisher is called in the index: `pod`, or `pod@dp1`."""
+        return self.pod if self.rank is None else f"{self.pod}@dp{self.rank}"
 
 
 class Subscriber:
@@ -58,7 +71,7 @@ class Subscriber:
         self._index = index
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {}
-        """The feed of each followed pod; for reading."""
+        """The feed of each followed publisher by its name; for reading."""
         self._followed: dict[str, tuple[_Subscription, asyncio.Task[None]]] = {}
         self._drain = Drain()
         self._applying = asyncio.Lock()
@@ -74,8 +87,8 @@ class Subscriber:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pod in list(self._followed):
-            self.unfollow(pod)
+        for name in list(self._followed):
+            self.unfollow(name)
         # The group must not see the caller's error: it would wrap it in an exception group.
         await self._group.__aexit__(None, None, None)
         if self._context is not None:
@@ -83,34 +96,35 @@ class Subscriber:
             self._context = None
 
     def follow(self, source: FeedSource) -> PodFeed:
-        """Follow an engine, which need not be there yet. A pod that is followed from another source is followed anew."""
+        """Follow an engine, which need not be there yet. A name that is followed from another source is followed anew."""
         if self._context is None:
             raise RuntimeError("the subscriber is not running")
-        if source.pod in self._followed:
-            if self._followed[source.pod][0].source == source:
-                return self.feeds[source.pod]
-            self.unfollow(source.pod)
-        ledger = Ledger(pod=source.pod, model=source.model, blocks=self._blocks, index=self._index)
+        name = source.name
+        if name in self._followed:
+            if self._followed[name][0].source == source:
+                return self.feeds[name]
+            self.unfollow(name)
+        ledger = Ledger(pod=name, model=source.model, blocks=self._blocks, index=self._index)
         feed = PodFeed(ledger, can_replay=source.replay_endpoint is not None)
         subscription = _Subscription(self._context, self._drain, self._applying, source, feed)
-        task = self._group.create_task(subscription.run(), name=f"kv-events {source.pod}")
-        self._followed[source.pod] = subscription, task
-        self.feeds[source.pod] = feed
+        task = self._group.create_task(subscription.run(), name=f"kv-events {name}")
+        self._followed[name] = subscription, task
+        self.feeds[name] = feed
         return feed
 
-    def unfollow(self, pod: str) -> None:
-        """Stop to follow an engine and forget what it held. Nothing happens when it is not followed."""
-        if pod not in self._followed:
+    def unfollow(self, name: str) -> None:
+        """Stop to follow a publisher and forget what it held. Nothing happens when it is not followed."""
+        if name not in self._followed:
             return
-        subscription, task = self._followed.pop(pod)
-        del self.feeds[pod]
+        subscription, task = self._followed.pop(name)
+        del self.feeds[name]
         subscription.closed = True
         task.cancel()
-        self._index.forget(pod)
+        self._index.forget(name)
 
 
 class _Subscription:
-    """The sockets of one engine."""
+    """The sockets of one publisher."""
 
     def __init__(
         self,
@@ -128,9 +142,12 @@ class _Subscription:
         self._drain = drain
         self._applying = applying  # one replay at a time, so that their slices do not add up
         self._topic = None if source.topic is None else source.topic.encode()
-        self._connections = 0
+        self._connected = False
+        self._broken = False
+        """A connection was lost and the feed does not know of a new one."""
+        self._slice_ends = 0.0
         self._replay_wanted = asyncio.Event()
-        self._log = log.bind(pod=source.pod)
+        self._log = log.bind(pod=source.name)
         self._logged_state: FeedState | None = None
 
     async def run(self) -> None:
@@ -141,10 +158,8 @@ class _Subscription:
                 await self._follow()
             except Exception:
                 # Supervision boundary: a fault in one feed, such as a bad endpoint, must not end the others.
-                log.exception("kv_events_failed", pod=self.source.pod, endpoint=self.source.endpoint)
-            self._connections = 0
-            self.feed.start_over()
-            self._note_state()
+                log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
+            self._lost()
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_SECONDS)
 
@@ -154,7 +169,6 @@ class _Subscription:
             live = self._context.socket(zmq.SUB)
             stack.callback(live.close, linger=0)
             live.setsockopt(zmq.RCVHWM, LIVE_FRAMES_QUEUED)
-            live.setsockopt(zmq.IPV6, 1)
             live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
             live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
             # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
@@ -164,7 +178,7 @@ class _Subscription:
             monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
             stack.callback(monitor.close, linger=0)
             stack.callback(live.disable_monitor)
-            live.connect(self.source.endpoint)
+            await connect(live, self.source.endpoint)
             stack.enter_context(self._drain.reading(monitor, self._on_connection))
             stack.enter_context(self._drain.reading(live, self._on_frame))
             while True:
@@ -185,6 +199,7 @@ class _Subscription:
                 got = parts[0][:64].decode("utf-8", "replace")
                 self._log.warning("kv_events_wrong_topic", expected=self.source.topic, got=got)
             return
+        stats.last_frame_at = time.time()
         self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
         self._note_state()
 
@@ -193,17 +208,22 @@ class _Subscription:
             return
         if parse_monitor_message(parts)["event"] == zmq.EVENT_DISCONNECTED:
             self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
-            if self._connections:  # else a handshake failed
-                self.feed.disconnected()
-        else:
-            self._log.info("kv_events_connected", endpoint=self.source.endpoint)
-            self._connections += 1
-            if self._connections > 1:
-                self.feed.start_over()
+            if self._connected:  # else a handshake failed
+                self._lost()
+            return
+        self._log.info("kv_events_connected", endpoint=self.source.endpoint)
+        if self._connected or self._broken:
+            self.feed.reconnected()
+        self._connected, self._broken = True, False
+        self._note_state()
+
+    def _lost(self) -> None:
+        self._connected, self._broken = False, True
+        self.feed.disconnected()
         self._note_state()
 
     def _note_state(self) -> None:
-        if self.feed.replay_from is not None and self._connections:
+        if self.feed.replay_from is not None and self._connected:
             self._replay_wanted.set()
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
@@ -234,30 +254,43 @@ class _Subscription:
         while (start := self.feed.replay_from) is not None:
             epoch = self.feed.epoch
             reply = await self._fetch(start)
-            if (self.feed.replay_from, self.feed.epoch) == (start, epoch):
+            if self.feed.epoch == epoch:
                 await self._hand_over(reply)
-            idle = 0 if self.feed.epoch == epoch and self.feed.replay_from != start else idle + 1
+            after = self.feed.replay_from
+            if after is None or after > start:
+                idle = 0
+                continue
+            idle += 1
             if idle == REPLAY_ATTEMPTS:
                 self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
                 self._safely(self.feed.replay_failed)
-            elif idle:
+                await self._catch_up()
+            else:
                 await asyncio.sleep(0.2 * 2**idle)
 
     async def _hand_over(self, reply: Reply) -> None:
-        """Hand a replay to the feed in slices, until the feed wants another one."""
-        asked = (self.feed.replay_from, self.feed.epoch)
+        """Hand a replay to the feed, until the feed wants another one; then have it catch up."""
+        feed, epoch = self.feed, self.feed.epoch
         async with self._applying:
-            deadline = time.monotonic() + SLICE_SECONDS
             for seq, payload in reply.frames:
-                if (self.feed.replay_from, self.feed.epoch) != asked:
-                    return
-                self._safely(self.feed.replayed, seq, payload)
-                if time.monotonic() > deadline:
-                    await asyncio.sleep(0)
-                    deadline = time.monotonic() + SLICE_SECONDS
-            if (self.feed.replay_from, self.feed.epoch) != asked:
-                return
-            self._safely(self.feed.replay_ended if reply.whole else self.feed.replay_broke_off)
+                self._safely(feed.replayed, seq, payload)
+                await self._breathe()
+                if feed.epoch != epoch:
+                    break
+            else:
+                self._safely(feed.replay_ended if reply.whole else feed.replay_broke_off)
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        async with self._applying:
+            while self._safely(self.feed.catch_up):
+                await self._breathe()
+
+    async def _breathe(self) -> None:
+        """Let the loop turn when the slice is over."""
+        if time.monotonic() > self._slice_ends:
+            await asyncio.sleep(0)
+            self._slice_ends = time.monotonic() + SLICE_SECONDS
 
     async def _fetch(self, start: int) -> Reply:
         """What the engine has from number `start` on; an empty reply when it cannot be asked."""
@@ -273,11 +306,12 @@ class _Subscription:
             self._log.info("kv_events_replay_interrupted", frames=len(reply.frames), malformed=reply.malformed)
         return reply
 
-    def _safely(self, step: Callable[..., None], *args: object) -> None:
-        """Let the feed take a step."""
+    def _safely(self, step: Callable[_Step, bool | None], *args: _Step.args, **kwargs: _Step.kwargs) -> bool:
+        """Let the feed take a step; False when the step says so."""
         try:
-            step(*args)
+            return step(*args, **kwargs) is not False
         except Exception:
             # Supervision boundary: a fault over one frame must not stop the feed.
-            log.exception("kv_events_frame_failed", pod=self.source.pod)
+            log.exception("kv_events_frame_failed", pod=self.source.name)
             self.feed.spoiled()
+            return True

@@ -1,8 +1,16 @@
-"""Bytes of a KV event batch to typed events.
+"""Bytes of a KV event batch to typed events, in every layout that engines use.
 
-The layout is that of vLLM 0.24 and later: a msgpack array `[timestamp, events, data_parallel_rank?]` whose events are
-maps tagged by `type`. Unknown fields pass; an event that cannot be read is counted and skipped, so that the rest of
-its batch still counts; a payload that is no batch at all is a `MalformedFrame`.
+A batch is a msgpack array `[timestamp, events, rank?]` or a map of the same; an event is a map tagged by `type` (vLLM
+from 0.24 on) or an array that begins with its type (vLLM before, SGLang). Arrays grew at their end from release to
+release, so one type reads them all::
+
+    ["BlockStored", hashes, parent, tokens, block_size, lora_id    SGLang
+     , medium                                                      vLLM 0.12, SGLang
+     , lora_name                                                   vLLM 0.16
+     , extra_keys, group_idx, …]                                   vLLM 0.20
+
+A layout that differs is one more pair of batch and event types below. Unknown fields pass; an event that cannot be read
+is counted and skipped, so that the rest of its batch still counts; a payload that is no batch is a `MalformedFrame`.
 """
 
 from __future__ import annotations
@@ -12,35 +20,40 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from matrixinfer.errors import MatrixInferError
 
 EngineHash: TypeAlias = int | bytes
-"""An engine's name for one of its blocks: opaque, a u64 or a byte string."""
+"""An engine's name for one of its blocks: opaque, an integer of 64 bits (SGLang's are signed) or a byte string."""
 
 
 class MalformedFrame(MatrixInferError):
     """The payload is not a batch of KV events."""
 
 
-class BlockStored(msgspec.Struct, frozen=True, tag_field="type", tag="BlockStored"):
+class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockStored"):
     """The engine cached `block_hashes`, consecutive blocks after `parent_block_hash`."""
 
     block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None = None
     token_ids: msgspec.Raw
     """The blocks' tokens one after another; decoded by `tokens_of` when needed."""
     block_size: int
-    parent_block_hash: EngineHash | None = None
     lora_id: int | None = None
-    lora_name: str | None = None
     medium: str | None = None
-    extra_keys: list[Any] | None = None
-    """Per block None or what else its content depends on: adapter, multimodal items, salt, embeddings (untagged)."""
+    lora_name: str | UnsetType | None = None
+    """UNSET when the layout cannot tell."""
+    extra_keys: list[Any] | UnsetType | None = None
+    """Per block None or what else its content depends on: adapter, multimodal items, salt, embeddings (untagged).
+
+    None when no block has any; UNSET when the layout cannot tell.
+    """
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
 
 
-class BlockRemoved(msgspec.Struct, frozen=True, tag_field="type", tag="BlockRemoved"):
+class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
     """The engine dropped one copy of each of `block_hashes`."""
 
     block_hashes: list[EngineHash]
@@ -59,35 +72,79 @@ class Batch(msgspec.Struct, frozen=True):
     """The events of one frame, in order, and how many could not be read."""
 
     events: Sequence[Event]
+    timestamp: float
+    """Seconds since the epoch, on the engine's clock."""
     rank: int | None
     unreadable: int = 0
 
 
-class _Typed(msgspec.Struct, array_like=True):
-    timestamp: float
-    events: list[Event]
-    rank: int | None = None
+class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
+    lora_name: str | UnsetType | None = UNSET
+    extra_keys: list[Any] | UnsetType | None = UNSET
 
 
-class _Untyped(msgspec.Struct, array_like=True):
-    timestamp: float
+class _RemovedArray(BlockRemoved, frozen=True, kw_only=True, array_like=True):
+    pass
+
+
+class _ClearedArray(AllBlocksCleared, frozen=True, array_like=True):
+    pass
+
+
+_Map: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+_Array: TypeAlias = _StoredArray | _RemovedArray | _ClearedArray
+
+
+class _MapsInArray(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_Map]
+    data_parallel_rank: int | None = None
+
+
+class _ArraysInArray(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_Array]
+    data_parallel_rank: int | None = None
+
+
+class _MapsInMap(msgspec.Struct):
+    ts: float
+    events: list[_Map]
+    data_parallel_rank: int | None = None
+
+
+class _UnreadInArray(msgspec.Struct, array_like=True):
+    ts: float
     events: list[msgspec.Raw]
-    rank: int | None = None
+    data_parallel_rank: int | None = None
 
 
-_TYPED = msgspec.msgpack.Decoder(_Typed)
-_UNTYPED = msgspec.msgpack.Decoder(_Untyped)
-_EVENT: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+class _UnreadInMap(msgspec.Struct):
+    ts: float
+    events: list[msgspec.Raw]
+    data_parallel_rank: int | None = None
+
+
+_Decoders: TypeAlias = tuple[msgspec.msgpack.Decoder[Any], ...]
+_BATCHES: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_MapsInArray, _ArraysInArray, _MapsInMap)))
+_UNREAD: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_UnreadInArray, _UnreadInMap)))
+_EVENTS: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_Map, _Array)))
 _TOKENS = msgspec.msgpack.Decoder(list[int])
+_BIGRAMS = msgspec.msgpack.Decoder(list[tuple[int, int]])
+_TWO_TO_64 = 1 << 64
+# What msgspec raises for bytes that are not what they should be.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def decode(payload: bytes) -> Batch:
     """Decode one batch. Raises `MalformedFrame`."""
-    try:
-        batch = _TYPED.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _decode_leniently(payload)
-    return Batch(batch.events, batch.rank)
+    for layout in _BATCHES:
+        try:
+            batch = layout.decode(payload)
+        except _UNREADABLE:
+            continue
+        return Batch(batch.events, batch.ts, batch.data_parallel_rank)
+    return _decode_one_by_one(payload)
 
 
 def tokens_of(event: BlockStored) -> bytes | None:
@@ -97,27 +154,59 @@ def tokens_of(event: BlockStored) -> bytes | None:
         if len(tokens) != len(event.block_hashes) * event.block_size:
             return None
         packed = array("I", tokens)
-    except (msgspec.MsgspecError, OverflowError, RecursionError):
+    except (*_UNREADABLE, OverflowError):
         return None
     packed.byteswap()
     return packed.tobytes()
 
 
-def block_id(engine_hash: EngineHash) -> int:
-    """One integer per engine block: the hash itself, or the last eight bytes of a byte string, as vLLM shortens it."""
-    return engine_hash if isinstance(engine_hash, int) else int.from_bytes(engine_hash[-8:], "big")
-
-
-def _decode_leniently(payload: bytes) -> Batch:
-    """Event by event, so that one which cannot be read costs only itself."""
+def has_bigrams(event: BlockStored) -> bool:
+    """Whether the event gives pairs of tokens, as SGLang does where it drafts with EAGLE."""
     try:
-        batch = _UNTYPED.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFrame(str(error)) from error
-    events: list[Event] = []
-    for raw in batch.events:
+        return len(_BIGRAMS.decode(event.token_ids)) > 0
+    except _UNREADABLE:
+        return False
+
+
+def is_hash_of_tokens_alone(event: BlockStored) -> bool:
+    """Whether an event's one block is named by the hash that Python gives its tokens, as in older SGLang.
+
+    CPython hashes a tuple of integers alike in every process. A name that depends on what precedes the block differs.
+    """
+    try:
+        return [hash(tuple(_TOKENS.decode(event.token_ids)))] == event.block_hashes
+    except _UNREADABLE:
+        return False
+
+
+def block_ids(engine_hashes: Sequence[EngineHash]) -> Sequence[int]:
+    """One integer of 64 bits without sign per engine block; of a byte string its last eight bytes, as vLLM shortens it."""
+    try:
+        if min(engine_hashes) >= 0:  # type: ignore[operator]
+            return engine_hashes  # type: ignore[return-value]
+    except (TypeError, ValueError):
+        pass  # byte strings among them, or none at all
+    return [name % _TWO_TO_64 if isinstance(name, int) else int.from_bytes(name[-8:], "big") for name in engine_hashes]
+
+
+def _decode_one_by_one(payload: bytes) -> Batch:
+    """Event by event, so that one which cannot be read costs only itself."""
+    for layout in _UNREAD:
         try:
-            events.append(_EVENT.decode(raw))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            batch = layout.decode(payload)
+        except _UNREADABLE as error:
+            reason = error
             continue
-    return Batch(events, batch.rank, unreadable=len(batch.events) - len(events))
+        events = [event for event in map(_decode_event, batch.events) if event is not None]
+        return Batch(events, batch.ts, batch.data_parallel_rank, unreadable=len(batch.events) - len(events))
+    raise MalformedFrame(str(reason)) from reason
+
+
+def _decode_event(raw: msgspec.Raw) -> Event | None:
+    for layout in _EVENTS:
+        try:
+            event: Event = layout.decode(raw)
+        except _UNREADABLE:
+            continue
+        return event
+    return None

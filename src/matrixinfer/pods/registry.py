@@ -72,6 +72,12 @@ class Pod:
         """The engine's own name of its model; None until it told."""
         return None if self.served is None else self.served.base_model
 
+    @property
+    def publishers(self) -> Sequence[str]:
+        """What the index calls its caches: by the pod's name, or `name@dp0`, `name@dp1` where each rank has its own."""
+        ranks = len(self.kv_sources or ())
+        return (self.name,) if ranks < 2 else [f"{self.name}@dp{rank}" for rank in range(ranks)]
+
     def index_name(self, name: str) -> str | None:
         """The index's name of a model that this engine is known to serve, else None."""
         if self.served is None:

@@ -61,8 +61,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Seconds since those metrics were read."""
     feed: str | None = None
     """State of the pod's KV events: `complete`, or why more or less may be cached than indexed; None without a feed."""
+    engine_block: int | None = None
+    """Tokens per block of the engine's cache; None until its events told."""
     match_blocks: int | None = None
     """Consecutive blocks from the start that the index says the pod holds; None when the index could not say."""
+    match_tail: int = 0
+    """Tokens held beyond those blocks, to the end of an engine block that reaches over the last one's end."""
     assumed_blocks: int = 0
     """Further consecutive blocks that requests in flight, or just finished, are bringing there."""
 

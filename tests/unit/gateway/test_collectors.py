@@ -24,3 +24,16 @@ def test_a_feed_shows_its_state_and_what_was_wrong_with_its_frames() -> None:
     states = {state: shown["matrixinfer_kv_feed_state", "a", state.value] for state in FeedState}
     assert states == {state: float(state is FeedState.STALE) for state in FeedState}
     assert shown["matrixinfer_kv_frames_total", "a", "wrong_topic"] == 3
+
+
+def test_a_feed_shows_how_much_it_has_received_and_still_holds() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=True)
+    feed.live(3, b"held")
+    shown = samples(FeedCollector({"a": feed}).collect())
+    assert shown["matrixinfer_kv_held_frames", "a"] == 1
+    assert shown["matrixinfer_kv_received_bytes_total", "a"] == 4
+    assert ("matrixinfer_kv_last_frame_timestamp_seconds", "a") not in shown
+    feed.stats.last_frame_at = 1.5
+    shown = samples(FeedCollector({"a": feed}).collect())
+    assert shown["matrixinfer_kv_last_frame_timestamp_seconds", "a"] == 1.5

@@ -72,21 +72,30 @@ class StrictIndex(MemoryIndex):
 class Follower:
     """A ledger, the index that it feeds, and short ways to drive and read them."""
 
-    def __init__(self, blocks: TokenBlockProcessor) -> None:
+    def __init__(self, blocks: TokenBlockProcessor, index: MemoryIndex | None = None) -> None:
         self.blocks = blocks
-        self.index = StrictIndex(prefix_closed=blocks.scheme == "prefix")
+        self.index = index or StrictIndex(prefix_closed=blocks.scheme == "prefix")
         self.ledger = Ledger(pod=POD, model=MODEL, blocks=blocks, index=self.index)
 
-    def apply(self, *events: dict[str, Any]) -> None:
-        """Apply events through their wire format."""
+    def apply(self, *events: Any) -> None:
+        """Apply events through their wire format: maps, arrays, or both."""
         batch = decode(frame(*events))
         assert batch.unreadable == 0
-        for event in batch.events:
-            self.ledger.apply(event)
+        self.ledger.apply(*batch.events)
 
     def held(self, tokens: Sequence[int], *, model: str = MODEL, salt: str | None = None) -> int:
         """Tokens of a prompt that the index says the pod holds."""
         return self.index.count(model, self.blocks.chain(tokens, salt=salt)).get(POD, 0) * self.blocks.block_size
+
+    def hit(self, tokens: Sequence[int], engine_block: int) -> int:
+        """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, as the index tells."""
+        chain = self.blocks.chain(tokens)
+        blocks = self.index.count(MODEL, chain).get(POD, 0)
+        over = self.blocks.overhang(blocks, engine_block)
+        tail = None if over is None else chain.tail(blocks, over)
+        if tail is None or not self.index.count(MODEL, [tail]):
+            over = 0
+        return (blocks * self.blocks.block_size + (over or 0)) // engine_block * engine_block
 
     @property
     def total(self) -> int:

@@ -1,32 +1,60 @@
 import pytest
 
-from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance, lacks_last
 
 LIVE, REPLAY = Source.LIVE, Source.REPLAY
-AT_5 = Cursor(next=5, digest=44)
+APPLY, DUPLICATE, GAP = Verdict.APPLY, Verdict.DUPLICATE, Verdict.GAP
+RESTART, TRUNCATED = Verdict.RESTART, Verdict.TRUNCATED
+START = Cursor()
+PROVEN = Cursor(next=5, digest=44, proven=True)
+DOUBTED = Cursor(next=5, digest=44, proven=False)
 
 
 @pytest.mark.parametrize(
-    ("cursor", "source", "seq", "digest", "verdict"),
+    ("cursor", "source", "seq", "digest", "verdict", "after"),
     [
-        (Cursor(), LIVE, 0, 1, Verdict.APPLY),
-        (Cursor(), REPLAY, 0, 1, Verdict.APPLY),
-        (Cursor(), LIVE, 1, 1, Verdict.GAP),
-        (AT_5, LIVE, 5, 55, Verdict.APPLY),
-        (AT_5, REPLAY, 5, 44, Verdict.APPLY),
-        (AT_5, LIVE, 6, 66, Verdict.GAP),
-        (AT_5, REPLAY, 2**63, 66, Verdict.GAP),
-        (AT_5, LIVE, 4, 44, Verdict.DUPLICATE),
-        (AT_5, REPLAY, 4, 44, Verdict.DUPLICATE),
-        (AT_5, LIVE, 4, 45, Verdict.RESTART),
-        (AT_5, REPLAY, 4, 45, Verdict.RESTART),
-        (Cursor(next=5), LIVE, 4, 45, Verdict.DUPLICATE),
-        (AT_5, LIVE, 3, 44, Verdict.RESTART),
-        (AT_5, LIVE, 0, 1, Verdict.RESTART),
-        (AT_5, REPLAY, 3, 1, Verdict.DUPLICATE),
-        (AT_5, REPLAY, 0, 1, Verdict.DUPLICATE),
+        # any frame is a beginning
+        (None, LIVE, 7, 77, APPLY, Cursor(next=8, digest=77, proven=True)),
+        (None, REPLAY, 7, 77, APPLY, Cursor(next=8, digest=77, proven=True)),
+        # nothing known yet
+        (START, LIVE, 0, 1, APPLY, Cursor(next=1, digest=1, proven=True)),
+        (START, REPLAY, 0, 1, APPLY, Cursor(next=1, digest=1, proven=True)),
+        (START, LIVE, 1, 1, GAP, START),
+        (START, REPLAY, 1, 1, TRUNCATED, START),
+        # live
+        (PROVEN, LIVE, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
+        (PROVEN, LIVE, 6, 66, GAP, DOUBTED),
+        (PROVEN, LIVE, 2**63, 66, GAP, DOUBTED),
+        (PROVEN, LIVE, 4, 44, DUPLICATE, PROVEN),
+        (PROVEN, LIVE, 4, 45, RESTART, PROVEN),
+        (PROVEN, LIVE, 3, 44, RESTART, PROVEN),
+        (PROVEN, LIVE, 0, 1, RESTART, PROVEN),
+        # a replay that has yet to show the last frame
+        (DOUBTED, REPLAY, 4, 44, DUPLICATE, PROVEN),
+        (DOUBTED, REPLAY, 4, 45, RESTART, DOUBTED),
+        (DOUBTED, REPLAY, 3, 1, DUPLICATE, DOUBTED),
+        (DOUBTED, REPLAY, 0, 1, DUPLICATE, DOUBTED),
+        (DOUBTED, REPLAY, 5, 55, TRUNCATED, DOUBTED),
+        (DOUBTED, REPLAY, 9, 99, TRUNCATED, DOUBTED),
+        # a replay that has shown it
+        (PROVEN, REPLAY, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
+        (PROVEN, REPLAY, 6, 66, GAP, DOUBTED),
+        (PROVEN, REPLAY, 4, 44, DUPLICATE, PROVEN),
+        (PROVEN, REPLAY, 4, 45, RESTART, PROVEN),
+        (PROVEN, REPLAY, 3, 1, DUPLICATE, PROVEN),
     ],
 )
-def test_a_numbered_frame_means(cursor: Cursor, source: Source, seq: int, digest: int, verdict: Verdict) -> None:
-    after = Cursor(next=seq + 1, digest=digest) if verdict is Verdict.APPLY else cursor
+def test_a_numbered_frame_means(
+    cursor: Cursor | None, source: Source, seq: int, digest: int, verdict: Verdict, after: Cursor
+) -> None:
     assert advance(cursor, source, seq, digest) == (verdict, after)
+
+
+def test_a_replay_begins_with_the_last_frame_applied() -> None:
+    assert (START.replay_from, Cursor(next=1, digest=1).replay_from, PROVEN.replay_from) == (0, 0, 4)
+
+
+def test_an_engine_whose_whole_replay_lacks_the_last_frame_is_another_one() -> None:
+    assert lacks_last(DOUBTED)
+    assert not lacks_last(PROVEN)
+    assert not lacks_last(START)

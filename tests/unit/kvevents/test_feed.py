@@ -5,10 +5,13 @@ import pytest
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import feed as feed_module
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.wire import Event
 
 from .support import CLEARED, Follower, frame, removed, stored
 
-COMPLETE, PARTIAL, SYNCING = FeedState.COMPLETE, FeedState.PARTIAL, FeedState.SYNCING
+COMPLETE, PARTIAL, STALE = FeedState.COMPLETE, FeedState.PARTIAL, FeedState.STALE
+SYNCING, UNTRUSTED = FeedState.SYNCING, FeedState.UNTRUSTED
 PROMPT = list(range(100))
 FRAMES = [frame(stored([100 + n], [n], parent=99 + n if n else None), timestamp=n) for n in range(100)]
 """Batch n stores the n-th block of the prompt; a block holds one token."""
@@ -16,6 +19,9 @@ FRAMES = [frame(stored([100 + n], [n], parent=99 + n if n else None), timestamp=
 OTHER = [5000 + n for n in range(100)]
 RESTARTED = [frame(stored([900 + n], [5000 + n], parent=899 + n if n else None), timestamp=n) for n in range(100)]
 """The same of another prompt, by the engine that comes after a restart."""
+
+ROOT = frame(stored([7], PROMPT[:1]))
+"""Stores the first block of the prompt, as any batch may."""
 
 
 class Feed(PodFeed):
@@ -29,18 +35,32 @@ class Feed(PodFeed):
         for number in numbers:
             self.live(number, frames[number])
 
-    def replay(self, numbers: Iterable[int], frames: list[bytes] = FRAMES) -> None:
-        """Hand over a replay, until the feed wants another one."""
-        asked = (self.replay_from, self.epoch)
+    def replay(self, numbers: Iterable[int], frames: list[bytes] = FRAMES, *, whole: bool = True) -> None:
+        """Hand over a replay, until the feed wants another one, and catch up."""
+        epoch = self.epoch
         for number in numbers:
             self.replayed(number, frames[number])
-            if (self.replay_from, self.epoch) != asked:
-                return
-        self.replay_ended()
+            if self.epoch != epoch:
+                break
+        else:
+            self.replay_ended() if whole else self.replay_broke_off()
+        self.settle()
+
+    def fail(self) -> None:
+        self.replay_failed()
+        self.settle()
+
+    def settle(self) -> None:
+        while self.catch_up():
+            pass
 
     @property
     def held(self) -> int:
         return self.follower.held(PROMPT)
+
+    @property
+    def held_of_other(self) -> int:
+        return self.follower.held(OTHER)
 
 
 def complete_feed(upto: int) -> Feed:
@@ -50,13 +70,16 @@ def complete_feed(upto: int) -> Feed:
     return feed
 
 
+# The beginning
+
+
 def test_a_feed_begins_by_asking_for_all_history_and_holds_live_frames() -> None:
     feed = Feed()
     assert (feed.state, feed.replay_from) == (SYNCING, 0)
     feed.hear([3, 4])
-    assert feed.held == 0
+    assert (feed.held, feed.backlog) == (0, 2)
     feed.replay(range(4))
-    assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 5, None)
+    assert (feed.state, feed.held, feed.replay_from, feed.backlog) == (COMPLETE, 5, None, 0)
     assert (feed.stats.replays, feed.stats.duplicates, feed.stats.frames) == (1, 1, 6)
     assert feed.stats.bytes == sum(map(len, [*FRAMES[:4], *FRAMES[3:5]]))
 
@@ -78,21 +101,31 @@ def test_an_engine_whose_first_batch_was_lost_is_asked_for_it() -> None:
     assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 2)
 
 
-def test_a_gap_asks_for_a_replay_and_holds_what_follows() -> None:
+def test_history_that_is_no_longer_to_be_had_leaves_the_feed_partial() -> None:
+    feed = Feed()
+    feed.replay([2, 3])
+    assert (feed.state, feed.held, feed.ledger.stats.orphans, feed.stats.truncated) == (PARTIAL, 0, 2, 1)
+    feed.live(4, ROOT)
+    assert (feed.state, feed.held) == (PARTIAL, 1)
+
+
+# Gaps
+
+
+def test_a_gap_asks_for_a_replay_from_the_last_frame_and_holds_what_follows() -> None:
     feed = complete_feed(3)
     feed.hear([5, 6, 7])
-    assert (feed.replay_from, feed.held, feed.stats.gaps) == (3, 3, 1)
-    feed.replay(range(3, 7))
+    assert (feed.state, feed.replay_from, feed.held, feed.stats.gaps) == (SYNCING, 2, 3, 1)
+    feed.replay(range(2, 7))
     assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 8)
-    assert feed.stats.duplicates == 2
+    assert feed.stats.duplicates == 3
 
 
 def test_a_held_removal_is_applied_after_the_store_that_was_lost() -> None:
     feed = complete_feed(1)
-    gone = frame(removed([101]))
-    feed.live(2, gone)
+    feed.live(2, frame(removed([101])))
     assert feed.held == 1
-    feed.replay([1])
+    feed.replay([0, 1])
     assert feed.held == 1
     feed.live(3, frame(stored([102], [2], parent=101)))
     assert feed.ledger.stats.orphans == 1
@@ -101,124 +134,126 @@ def test_a_held_removal_is_applied_after_the_store_that_was_lost() -> None:
 def test_frames_lost_while_a_gap_is_replayed_are_a_gap_of_their_own() -> None:
     feed = complete_feed(3)
     feed.hear([5, 8, 9])
-    feed.replay(range(3, 7))
-    assert (feed.replay_from, feed.held, feed.stats.gaps) == (7, 7, 2)
-    feed.replay(range(7, 10))
+    feed.replay(range(2, 7))
+    assert (feed.replay_from, feed.held, feed.stats.gaps, feed.backlog) == (6, 7, 2, 2)
+    feed.replay(range(6, 10))
     assert (feed.state, feed.held) == (COMPLETE, 10)
 
 
-def test_history_that_is_no_longer_to_be_had_leaves_the_feed_partial() -> None:
-    feed = Feed()
-    feed.replay([2, 3])
-    assert (feed.state, feed.held, feed.ledger.stats.orphans) == (PARTIAL, 0, 2)
-    feed.live(4, frame(stored([1], PROMPT[:1])))
-    assert (feed.state, feed.held) == (PARTIAL, 1)
+def test_held_frames_are_applied_one_by_one_and_new_ones_wait_for_their_turn() -> None:
+    feed = complete_feed(1)
+    feed.hear([2, 3])
+    for number in (0, 1):
+        feed.replayed(number, FRAMES[number])
+    feed.replay_ended()
+    assert (feed.state, feed.held, feed.backlog) == (SYNCING, 2, 2)
+    assert feed.catch_up()
+    feed.hear([4])
+    assert (feed.state, feed.held, feed.backlog) == (SYNCING, 3, 2)
+    feed.settle()
+    assert (feed.state, feed.held, feed.backlog) == (COMPLETE, 5, 0)
 
 
 def test_a_gap_whose_beginning_is_no_longer_to_be_had_clears_and_goes_on_partially() -> None:
     feed = complete_feed(3)
     feed.hear([6])
     feed.replay([5, 6])
-    assert (feed.state, feed.held, feed.replay_from) == (PARTIAL, 0, None)
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.truncated) == (PARTIAL, 0, None, 1)
 
 
 def test_a_hole_in_a_replay_is_asked_for_again() -> None:
     feed = Feed()
     feed.hear([6, 7])
     feed.replay([0, 1, 3, 4])
-    assert (feed.state, feed.held, feed.replay_from, feed.stats.gaps) == (SYNCING, 2, 2, 1)
-    feed.replay([2, 3, 5])
-    assert (feed.state, feed.held, feed.replay_from) == (SYNCING, 4, 4)
-    feed.replay([4, 5, 6])
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.gaps) == (SYNCING, 2, 1, 1)
+    feed.replay([1, 2, 3, 5])
+    assert (feed.state, feed.held, feed.replay_from) == (SYNCING, 4, 3)
+    feed.replay([3, 4, 5, 6])
     assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 8, None)
 
 
-def test_a_hole_that_the_engine_no_longer_has_clears_and_goes_on_partially() -> None:
-    feed = Feed()
-    feed.replay([0, 1, 3])
-    feed.replayed(3, frame(stored([7], PROMPT[:1])))
-    feed.replay_ended()
-    assert (feed.state, feed.held, feed.replay_from) == (PARTIAL, 1, None)
+def test_a_hole_right_after_the_last_frame_voids_the_rest_of_the_replay() -> None:
+    feed = complete_feed(3)
+    feed.hear([6])
+    feed.replay([2, 4, 5])
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.truncated) == (SYNCING, 3, 2, 0)
 
 
 def test_a_replay_that_breaks_off_goes_on_from_where_it_stopped() -> None:
     feed = Feed()
-    feed.replay_broke_off()
+    feed.replay([], whole=False)
     assert (feed.state, feed.replay_from) == (SYNCING, 0)
-    feed.replayed(0, FRAMES[0])
-    feed.replayed(1, FRAMES[1])
-    feed.replay_broke_off()
-    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 2, 2)
-    feed.replay([2])
+    feed.replay([0, 1], whole=False)
+    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 1, 2)
+    feed.replay([1, 2])
     assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 3)
 
 
-def test_a_replay_that_was_given_up_is_marked_until_the_feed_starts_over() -> None:
-    feed = Feed()
-    feed.replay_failed()
-    assert feed.given_up
-    feed.start_over()
-    assert not feed.given_up
-
-
-def test_a_lost_connection_makes_a_feed_stale_until_it_starts_over() -> None:
+def test_frames_missing_before_an_end_marker_show_by_the_live_frames_that_follow() -> None:
     feed = complete_feed(3)
-    feed.hear([5])
-    epoch = feed.epoch
-    feed.disconnected()
-    assert (feed.state, feed.replay_from, feed.held) == (FeedState.STALE, None, 3)
-    assert feed.epoch > epoch
-    feed.hear([3, 4])
-    assert (feed.state, feed.held) == (FeedState.STALE, 3)
-    feed.start_over()
-    feed.replay(range(6))
-    assert (feed.state, feed.held) == (COMPLETE, 6)
+    feed.hear([6])
+    feed.replay([2, 3])
+    assert (feed.state, feed.held, feed.replay_from) == (SYNCING, 4, 3)
+    feed.replay([3, 4, 5, 6])
+    assert (feed.state, feed.held) == (COMPLETE, 7)
 
 
-def test_a_stale_feed_without_replay_goes_on_as_partly_known() -> None:
-    feed = Feed(can_replay=False)
-    feed.hear([0])
-    feed.disconnected()
-    assert (feed.state, feed.held) == (FeedState.STALE, 1)
-    feed.start_over()
-    feed.live(4, frame(stored([7], PROMPT[:1])))
-    assert (feed.state, feed.held) == (PARTIAL, 1)
-
-
-def test_a_frame_that_could_not_be_applied_voids_what_was_known() -> None:
+def test_a_replay_that_cannot_be_had_clears_and_goes_on_from_what_was_held() -> None:
     feed = complete_feed(3)
-    feed.spoiled()
-    assert (feed.state, feed.held, feed.stats.malformed) == (PARTIAL, 0, 1)
-
-
-def test_a_replay_without_what_is_missing_leaves_it_asked_for() -> None:
-    feed = complete_feed(3)
-    feed.hear([5])
-    feed.replay([])
-    assert (feed.replay_from, feed.held) == (3, 3)
-    feed.replay_failed()
-    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
-
-
-def test_a_failed_replay_goes_on_from_what_was_held() -> None:
-    feed = complete_feed(3)
-    feed.live(5, frame(CLEARED))
-    feed.live(6, frame(stored([7], PROMPT[:1])))
-    feed.replay_failed()
-    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 1)
+    feed.live(5, frame(stored([8], PROMPT[1:2], parent=102)))
+    feed.live(6, ROOT)
+    feed.fail()
+    assert (feed.state, feed.replay_from, feed.held, feed.given_up) == (PARTIAL, None, 1, True)
     feed.live(7, frame(stored([8], PROMPT[1:2], parent=7)))
     assert feed.held == 2
 
 
+def test_a_replay_that_was_given_up_is_marked_until_the_feed_starts_over() -> None:
+    feed = Feed()
+    feed.fail()
+    assert feed.given_up
+    feed.start_over()
+    assert (feed.given_up, feed.state, feed.replay_from) == (False, SYNCING, 0)
+
+
 def test_a_partial_feed_asks_again_at_its_next_gap() -> None:
     feed = Feed()
-    feed.replay_failed()
-    feed.live(5, frame(stored([7], PROMPT[:1])))
+    feed.fail()
+    feed.live(5, ROOT)
     feed.live(7, frame(removed([7])))
-    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, 6, 1)
+    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, 5, 1)
+    feed.replayed(5, ROOT)
     feed.replayed(6, frame(stored([8], PROMPT[1:2], parent=7)))
     feed.replay_ended()
+    feed.settle()
     assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
+
+
+def test_late_answers_to_a_replay_that_is_over_change_nothing() -> None:
+    feed = complete_feed(3)
+    feed.replayed(3, FRAMES[3])
+    feed.replay_ended()
+    feed.replay_broke_off()
+    feed.replay_failed()
+    assert (feed.state, feed.held, feed.stats.replays, feed.replay_from) == (COMPLETE, 3, 1, None)
+
+
+@pytest.mark.parametrize(("limit", "bound"), [("MAX_HELD_FRAMES", 3), ("MAX_HELD_BYTES", 3 * len(FRAMES[50]))])
+def test_held_frames_are_bounded(monkeypatch: pytest.MonkeyPatch, limit: str, bound: int) -> None:
+    monkeypatch.setattr(feed_module, limit, bound)
+    feed = complete_feed(3)
+    feed.hear([50, 51, 52])
+    assert (feed.replay_from, feed.stats.overflows) == (2, 0)
+    epoch = feed.epoch
+    feed.hear([53])
+    assert (feed.state, feed.replay_from, feed.stats.overflows, feed.held) == (PARTIAL, None, 1, 0)
+    assert (feed.backlog, feed.given_up) == (0, True)
+    assert feed.epoch > epoch
+    feed.live(54, ROOT)
+    assert feed.held == 1
+
+
+# Restarts
 
 
 @pytest.mark.parametrize("number", [0, 1, 4])
@@ -229,7 +264,7 @@ def test_a_smaller_live_number_is_a_new_engine(number: int) -> None:
     assert (feed.held, feed.state, feed.replay_from, feed.stats.restarts) == (0, SYNCING, 0, 1)
     assert feed.epoch > epoch
     feed.replay(range(number + 1), RESTARTED)
-    assert (feed.state, feed.follower.held(OTHER), feed.held) == (COMPLETE, number + 1, 0)
+    assert (feed.state, feed.held_of_other, feed.held) == (COMPLETE, number + 1, 0)
 
 
 def test_the_last_number_with_other_bytes_is_a_new_engine_and_with_the_same_a_duplicate() -> None:
@@ -240,6 +275,25 @@ def test_the_last_number_with_other_bytes_is_a_new_engine_and_with_the_same_a_du
     assert (feed.state, feed.held, feed.stats.restarts) == (SYNCING, 0, 1)
 
 
+def test_a_new_engine_that_overtook_the_old_number_is_told_by_the_last_frame() -> None:
+    feed = complete_feed(6)
+    feed.hear([9], RESTARTED)
+    assert (feed.replay_from, feed.stats.gaps) == (5, 1)
+    feed.replay(range(5, 10), RESTARTED)
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.restarts) == (SYNCING, 0, 0, 1)
+    feed.replay(range(10), RESTARTED)
+    assert (feed.state, feed.held, feed.held_of_other) == (COMPLETE, 0, 10)
+
+
+def test_an_engine_that_never_published_the_last_frame_is_a_new_one() -> None:
+    feed = complete_feed(6)
+    feed.hear([9])
+    feed.replay([])
+    assert (feed.state, feed.held, feed.replay_from, feed.stats.restarts) == (SYNCING, 0, 0, 1)
+    feed.replay(range(2), RESTARTED)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 2)
+
+
 def test_a_new_engine_that_shows_while_a_replay_is_awaited_voids_what_was_held() -> None:
     feed = complete_feed(3)
     feed.hear([5, 6])
@@ -248,92 +302,270 @@ def test_a_new_engine_that_shows_while_a_replay_is_awaited_voids_what_was_held()
     assert (feed.state, feed.replay_from, feed.held, feed.stats.restarts) == (SYNCING, 0, 0, 1)
     assert feed.epoch > epoch
     feed.replay([0], RESTARTED)
-    assert (feed.state, feed.follower.held(OTHER)) == (COMPLETE, 2)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 2)
 
 
-def test_a_new_connection_starts_over() -> None:
+def test_a_frame_that_comes_twice_while_a_replay_is_awaited_is_held_once() -> None:
+    feed = complete_feed(3)
+    feed.hear([5, 5])
+    assert (feed.backlog, feed.stats.duplicates, feed.stats.restarts) == (1, 1, 0)
+
+
+def test_a_held_frame_that_differs_from_the_replayed_one_is_a_new_engine() -> None:
+    feed = complete_feed(3)
+    feed.hear([4])
+    feed.replay([2, 3], whole=False)
+    feed.replayed(3, FRAMES[3])
+    feed.replayed(4, RESTARTED[4])
+    feed.replay_ended()
+    feed.settle()
+    assert (feed.state, feed.replay_from, feed.held, feed.stats.restarts) == (SYNCING, 0, 0, 1)
+
+
+# Connections
+
+
+def test_a_lost_connection_makes_a_feed_stale_and_nothing_is_taken() -> None:
     feed = complete_feed(3)
     feed.hear([5])
     epoch = feed.epoch
-    feed.start_over()
-    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 0, 0)
+    feed.disconnected()
+    assert (feed.state, feed.replay_from, feed.held, feed.backlog) == (STALE, None, 3, 0)
     assert feed.epoch > epoch
-    feed.replay(range(6), RESTARTED)
-    assert (feed.state, feed.held, feed.follower.held(OTHER)) == (COMPLETE, 0, 6)
+    feed.hear([3, 4])
+    assert (feed.state, feed.held) == (STALE, 3)
 
 
-def test_late_answers_to_a_replay_that_is_over_change_nothing() -> None:
+def test_a_connection_that_is_back_is_stale_until_the_engine_proves_to_be_the_same() -> None:
     feed = complete_feed(3)
+    feed.disconnected()
+    feed.reconnected()
+    feed.hear([5])
+    assert (feed.state, feed.replay_from, feed.held) == (STALE, 2, 3)
+    feed.replayed(2, FRAMES[2])
+    assert (feed.state, feed.held) == (SYNCING, 3)
     feed.replayed(3, FRAMES[3])
+    feed.replayed(4, FRAMES[4])
     feed.replay_ended()
-    feed.replay_failed()
-    assert (feed.state, feed.held, feed.stats.replays) == (COMPLETE, 3, 1)
+    feed.settle()
+    assert (feed.state, feed.held, feed.stats.restarts) == (COMPLETE, 6, 0)
 
 
-@pytest.mark.parametrize(("limit", "bound"), [("MAX_HELD_FRAMES", 3), ("MAX_HELD_BYTES", 3 * len(FRAMES[50]))])
-def test_held_frames_are_bounded(monkeypatch: pytest.MonkeyPatch, limit: str, bound: int) -> None:
-    monkeypatch.setattr(feed_module, limit, bound)
+def test_a_partial_feed_that_lost_nothing_with_its_connection_is_as_partial_as_before() -> None:
+    feed = Feed()
+    feed.replay([2, 3])
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay([3])
+    assert (feed.state, feed.replay_from) == (PARTIAL, None)
+
+
+@pytest.mark.parametrize("numbers", [range(2, 6), []], ids=["other bytes", "fewer frames"])
+def test_another_engine_behind_a_new_connection_is_taken_from_its_beginning(numbers: Iterable[int]) -> None:
     feed = complete_feed(3)
-    feed.hear([50, 51, 52])
-    assert (feed.replay_from, feed.stats.overflows) == (3, 0)
-    feed.hear([53])
-    assert (feed.state, feed.replay_from, feed.stats.overflows, feed.held) == (PARTIAL, None, 1, 0)
-    feed.live(54, frame(stored([1], PROMPT[:1])))
-    assert feed.held == 1
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay(numbers, RESTARTED)
+    assert (feed.state, feed.replay_from, feed.held, feed.stats.restarts) == (SYNCING, 0, 0, 1)
+    feed.replay(range(6), RESTARTED)
+    assert (feed.state, feed.held, feed.held_of_other) == (COMPLETE, 0, 6)
+
+
+def test_a_connection_whose_history_was_truncated_meanwhile_leaves_the_feed_partial() -> None:
+    feed = complete_feed(3)
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay([5, 6])
+    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
+
+
+def test_a_connection_whose_replay_fails_leaves_the_feed_partial() -> None:
+    feed = complete_feed(3)
+    feed.disconnected()
+    feed.reconnected()
+    feed.fail()
+    assert (feed.state, feed.held, feed.given_up) == (PARTIAL, 0, True)
+
+
+def test_a_connection_lost_before_the_first_frame_leaves_nothing_to_prove() -> None:
+    feed = Feed()
+    feed.disconnected()
+    assert feed.state is STALE
+    feed.reconnected()
+    assert (feed.state, feed.replay_from) == (SYNCING, 0)
+    feed.replay(range(2))
+    assert (feed.state, feed.held) == (COMPLETE, 2)
 
 
 # Without replay
 
 
-def test_without_replay_a_feed_takes_what_comes_as_partly_known() -> None:
+def test_without_replay_a_late_start_is_partly_known() -> None:
+    feed = Feed(can_replay=False)
+    assert (feed.state, feed.replay_from) == (PARTIAL, None)
+    feed.hear([3, 4])
+    assert (feed.state, feed.stats.gaps, feed.ledger.stats.orphans) == (PARTIAL, 0, 2)
+
+
+def test_without_replay_an_engine_heard_from_its_first_frame_on_is_known_completely() -> None:
     feed = Feed(can_replay=False)
     feed.hear([0, 1])
-    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 2)
+    assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 2)
 
 
 def test_without_replay_a_loss_clears() -> None:
     feed = Feed(can_replay=False)
     feed.hear([0, 1, 3])
     assert (feed.state, feed.replay_from, feed.held, feed.stats.gaps) == (PARTIAL, None, 0, 1)
-    feed.live(4, frame(stored([1], PROMPT[:1])))
+    feed.live(4, ROOT)
     assert feed.held == 1
 
 
 def test_without_replay_a_new_engine_is_taken_from_its_first_frame_on() -> None:
     feed = Feed(can_replay=False)
     feed.hear([0, 1, 2])
+    feed.hear([1, 2], RESTARTED)
+    assert (feed.state, feed.held, feed.held_of_other, feed.stats.restarts) == (PARTIAL, 0, 0, 1)
     feed.hear([0, 1], RESTARTED)
-    assert (feed.held, feed.follower.held(OTHER), feed.replay_from, feed.stats.restarts) == (0, 2, None, 1)
+    assert (feed.state, feed.held_of_other, feed.stats.restarts) == (COMPLETE, 2, 2)
 
 
-def test_without_replay_a_new_connection_clears() -> None:
+def test_without_replay_a_lost_connection_clears() -> None:
     feed = Feed(can_replay=False)
     feed.hear([0, 1, 2])
-    feed.start_over()
+    feed.disconnected()
+    assert (feed.state, feed.held) == (STALE, 3)
+    feed.reconnected()
     assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
+    feed.live(3, ROOT)
+    assert (feed.state, feed.held) == (PARTIAL, 1)
 
 
 # Frames that cannot be read
 
 
-def test_a_malformed_frame_is_counted_and_leaves_the_feed_partial() -> None:
+@pytest.mark.parametrize(
+    ("bad", "malformed", "unreadable"),
+    [(b"\xc1", 1, 0), (frame({"type": "BlockMoved"}, stored([103], [3], parent=102), ["odd"]), 0, 2)],
+    ids=["frame", "event"],
+)
+def test_what_cannot_be_read_may_have_been_a_removal_and_clears(bad: bytes, malformed: int, unreadable: int) -> None:
     feed = complete_feed(3)
-    feed.live(3, b"\xc1")
-    feed.hear([4])
-    assert (feed.state, feed.replay_from, feed.held, feed.stats.malformed) == (PARTIAL, None, 3, 1)
+    feed.live(3, bad)
+    assert (feed.state, feed.held, feed.replay_from) == (PARTIAL, 0, None)
+    assert (feed.stats.malformed, feed.stats.unreadable_events) == (malformed, unreadable)
+    feed.live(4, ROOT)
+    assert (feed.state, feed.held) == (PARTIAL, 1)
 
 
-def test_an_unreadable_event_is_counted_and_leaves_the_feed_partial() -> None:
-    feed = complete_feed(3)
-    feed.live(3, frame({"type": "BlockMoved"}, stored([103], [3], parent=102), ["odd"]))
-    assert (feed.state, feed.held, feed.stats.unreadable_events) == (PARTIAL, 4, 2)
-
-
-def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial_until_the_next_start() -> None:
+def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial() -> None:
     feed = Feed()
     feed.replayed(0, b"")
+    feed.replayed(1, ROOT)
     feed.replay_ended()
-    assert feed.state is PARTIAL
-    feed.start_over()
-    feed.replay(range(2))
-    assert (feed.state, feed.held) == (COMPLETE, 2)
+    assert (feed.state, feed.held) == (PARTIAL, 1)
+
+
+def test_a_frame_that_could_not_be_applied_clears() -> None:
+    feed = complete_feed(3)
+    feed.spoiled()
+    assert (feed.state, feed.held, feed.stats.malformed) == (PARTIAL, 0, 1)
+
+
+# Clears
+
+
+def test_after_a_clear_everything_is_known_again_whatever_was_lost() -> None:
+    feed = complete_feed(3)
+    feed.live(3, b"\xc1")
+    feed.live(4, frame(stored([7], PROMPT[:1]), CLEARED, stored([8], PROMPT[:1])))
+    assert (feed.state, feed.held) == (COMPLETE, 1)
+    feed.live(5, b"\xc1")
+    assert (feed.state, feed.held) == (PARTIAL, 0)
+
+
+def test_a_clear_in_the_middle_of_a_replay_makes_a_truncated_history_whole() -> None:
+    feed = Feed()
+    feed.replayed(4, frame(stored([7], [0, 1])))
+    feed.replayed(5, frame(CLEARED))
+    assert feed.state is SYNCING
+    feed.replayed(6, ROOT)
+    feed.replay_ended()
+    assert (feed.state, feed.held) == (COMPLETE, 1)
+
+
+def test_a_clear_that_was_held_empties_the_pod_after_the_frames_that_were_lost() -> None:
+    feed = complete_feed(3)
+    feed.live(4, frame(CLEARED, timestamp=4))
+    feed.live(5, ROOT)
+    feed.replay([2, 3])
+    assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 1, None)
+
+
+def test_after_a_clear_there_is_no_history_left_to_try_for() -> None:
+    feed = complete_feed(3)
+    feed.hear([5])
+    feed.fail()
+    assert feed.given_up
+    feed.live(6, frame(CLEARED))
+    assert (feed.state, feed.given_up) == (COMPLETE, False)
+
+
+# Engines whose events cannot be trusted
+
+
+def distrust(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply(ledger: Ledger, *events: Event) -> None:
+        raise UntrustedEvents("its blocks have no parents")
+
+    monkeypatch.setattr(Ledger, "apply", apply)
+
+
+def test_an_engine_whose_events_cannot_be_trusted_holds_nothing_until_it_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    feed = complete_feed(3)
+    with monkeypatch.context() as patch:
+        distrust(patch)
+        feed.hear([3])
+    assert (feed.state, feed.held, feed.untrusted) == (UNTRUSTED, 0, "its blocks have no parents")
+    feed.live(4, frame(CLEARED, stored([7], PROMPT[:1])))
+    feed.live(5, b"\xc1")
+    assert (feed.state, feed.held, feed.stats.malformed) == (UNTRUSTED, 0, 0)
+    feed.hear([0], RESTARTED)
+    feed.replay([0], RESTARTED)
+    assert (feed.state, feed.held_of_other, feed.untrusted) == (COMPLETE, 1, None)
+
+
+def test_distrust_outlives_gaps_and_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = complete_feed(3)
+    with monkeypatch.context() as patch:
+        distrust(patch)
+        feed.hear([3])
+    feed.hear([6])
+    assert feed.replay_from == 3
+    feed.replay(range(3, 7))
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay([8, 9])
+    assert (feed.state, feed.held, feed.stats.truncated) == (UNTRUSTED, 0, 1)
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay(range(10), RESTARTED)
+    feed.replay(range(10), RESTARTED)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 10)
+
+
+def test_without_replay_distrust_ends_with_the_first_frame_of_a_new_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = Feed(can_replay=False)
+    with monkeypatch.context() as patch:
+        distrust(patch)
+        feed.hear([0])
+    feed.disconnected()
+    feed.reconnected()
+    feed.hear([4])
+    assert feed.state is UNTRUSTED
+    feed.disconnected()
+    feed.reconnected()
+    feed.hear([0, 1], RESTARTED)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 2)

@@ -1,6 +1,10 @@
+from collections.abc import Sequence
+
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.kvevents import ledger as ledger_module
+from matrixinfer.kvevents.ledger import UntrustedEvents
 
 from .support import CLEARED, Follower, contents, removed, stored
 
@@ -254,7 +258,7 @@ def test_a_chain_does_not_go_on_in_another_medium(same: Follower) -> None:
 
 def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
     same.apply(*(stored([11], PROMPT[:4], group_idx=group) for group in range(100)))
-    assert len(same.ledger._trees) == 16
+    assert len(same.ledger._forests) == 16
     assert same.ledger.stats.misfits == 84
 
 
@@ -302,3 +306,70 @@ def test_clearing_the_ledger_touches_no_other_pod(same: Follower) -> None:
     same.ledger.clear()
     assert contents(same.index) == {}
     assert same.index.count("llama", same.blocks.chain(PROMPT)) == {"pod-b": 12}
+
+
+def test_an_eviction_may_name_a_chain_from_its_root(same: Follower) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12]), removed([11, 12, 13]))
+    assert same.total == len(same.ledger) == 0
+    assert same.ledger.stats.removed == 3
+
+
+def test_evictions_of_different_places_in_a_row_are_told_apart(same: Follower) -> None:
+    for medium in ("GPU", "CPU"):
+        same.apply(stored([11, 12], PROMPT[:8], medium=medium))
+    same.apply(removed([12], medium="GPU"), removed([12], medium="CPU"), removed([11], medium="CPU"))
+    assert same.held(PROMPT) == 4
+
+
+def as_array(hashes: list[int], tokens: Sequence[object], parent: int | None, *more: object) -> list[object]:
+    """An event as SGLang writes it: one block, and no extra keys."""
+    return ["BlockStored", hashes, parent, tokens, 4, None, *more]
+
+
+def test_a_layout_without_extra_keys_hides_salts(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4]))
+    assert not same.ledger.hides_salts
+    same.apply(as_array([12], PROMPT[4:8], 11, "GPU", None))
+    assert (same.ledger.hides_salts, same.ledger.hides_adapters) == (True, False)
+    same.apply(as_array([-13], PROMPT[8:12], 12, "GPU"))
+    assert same.ledger.hides_adapters
+    assert same.held(PROMPT) == 12
+
+
+def test_pages_named_by_their_tokens_alone_are_not_believed(same: Follower) -> None:
+    with pytest.raises(UntrustedEvents, match="without what precedes"):
+        same.apply(as_array([hash(tuple(PROMPT[:4]))], PROMPT[:4], None))
+
+
+def test_pairs_of_tokens_are_not_believed(same: Follower) -> None:
+    pairs = [(a, a + 1) for a in PROMPT[:4]]
+    with pytest.raises(UntrustedEvents, match="pairs"):
+        same.apply(as_array([11], pairs, None, "GPU"))
+
+
+@pytest.mark.parametrize("parent", [None, 11])
+def test_a_hash_that_follows_two_prefixes_is_not_believed(same: Follower, parent: int | None) -> None:
+    same.apply(as_array([11], PROMPT[:4], None), as_array([12], PROMPT[4:8], 11), as_array([13], PROMPT[8:12], 12))
+    same.apply(as_array([13], PROMPT[8:12], 12))  # a copy
+    with pytest.raises(UntrustedEvents, match="different prefixes"):
+        same.apply(as_array([13], PROMPT[8:12], parent))
+
+
+def test_an_engine_that_claims_more_than_any_can_hold_is_not_believed(
+    same: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_TOKENS", 8)
+    same.apply(stored([11, 12, 13], PROMPT[:12]))
+    with pytest.raises(UntrustedEvents, match="more than 8 tokens"):
+        same.apply(stored([14], PROMPT[12:16], parent=13))
+
+
+def test_where_an_engine_block_straddles_token_blocks_its_tail_decides() -> None:
+    follower = Follower(TokenBlockProcessor(6))
+    follower.apply(stored([11, 12], PROMPT[:8]))
+    # [0, 4) and [4, 8) are held; the token block [0, 6) needs both, and more than its own tokens tell.
+    assert follower.hit(PROMPT[:12], 4) == 8
+    assert follower.hit([*PROMPT[:6], 99, 99, 99], 4) == 4
+    assert follower.hit(PROMPT[:7], 4) == 4
+    follower.apply(removed([12]))
+    assert follower.total == 0

@@ -1,6 +1,8 @@
 """The ledger against a reference that recomputes, after every event, what a prompt could reach."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.blocks import Scheme, TokenBlockProcessor
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.ledger import UntrustedEvents
 
 from .support import CLEARED, MODEL, Follower, contents, removed, stored
 
@@ -129,9 +133,19 @@ class Reference:
                 if all(copies[above] and not self.forest[above].image for above in path):
                     root = self.forest[path[0]]
                     tokens = [token for above in path for token in self.forest[above].tokens]
-                    chain = self.blocks.chain(tokens, salt=root.salt)
-                    held.setdefault(root.adapter or MODEL, set()).update(chain)
+                    names = held.setdefault(root.adapter or MODEL, set())
+                    names.update(self.names(tokens, len(self.forest[block].tokens), root.salt))
         return {model: blocks for model, blocks in held.items() if blocks}
+
+    def names(self, tokens: list[int], engine_block: int, salt: str | None) -> Iterator[int]:
+        """What the index has of a chain that ends with a block of so many tokens."""
+        chain = self.blocks.chain(tokens, salt=salt)
+        yield from chain
+        over = len(tokens) % self.blocks.block_size
+        if chain and over and over == self.blocks.overhang(len(chain), engine_block):
+            tail = chain.tail(len(chain), over)
+            assert tail is not None
+            yield tail
 
 
 PLACES: list[Place] = [(None, None), ("GPU", 0), ("GPU", 1), ("CPU", 0)]
@@ -204,6 +218,52 @@ def test_nothing_is_kept_once_every_block_is_removed_in_any_order(
             follower.apply(removed([block], medium=place[0], group_idx=place[1]))
     ledger = follower.ledger
     assert follower.total == len(ledger) == 0
-    assert not any(ledger._supports.values())
-    for tree in ledger._trees.values():
-        assert not any((tree.runs, tree.copies, tree.branches, tree.cut, tree.ended))
+    assert not len(ledger._supports)
+    for trees in ledger._forests.values():
+        assert not any((len(trees), trees.copies, trees.branches, trees.cut, trees.ended))
+        assert not any(trees._runs)
+
+
+@given(data=st.data(), engine_block=st.integers(1, 9), block_size=st.integers(1, 9))
+def test_a_match_tells_what_the_engine_finds_whatever_the_block_sizes(
+    data: st.DataObject, engine_block: int, block_size: int
+) -> None:
+    prompt = st.lists(st.integers(0, 1), min_size=2, max_size=40)
+    prompts = data.draw(st.lists(prompt, min_size=1, max_size=4))
+    follower = Follower(TokenBlockProcessor(block_size))
+    held: dict[tuple[int, ...], int] = {(): 0}  # engine blocks as the tokens up to their end, by hash
+    for tokens in prompts:
+        for end in range(engine_block, len(tokens) + 1, engine_block):
+            path = tuple(tokens[:end])
+            if path not in held:
+                held[path] = len(held)
+                parent = held[path[:-engine_block]] or None
+                follower.apply(stored([held[path]], path[-engine_block:], parent=parent))
+    asked = data.draw(st.one_of(prompt, st.sampled_from(prompts)))
+    engine_hit = max(len(path) for path in held if tuple(asked[: len(path)]) == path)
+    found = follower.hit(asked, engine_block)
+    if engine_block % block_size:
+        engine_hit -= engine_hit % block_size
+        found -= found % block_size
+    assert found == engine_hit
+
+
+ids = st.integers(0, 5)
+any_stored = st.builds(
+    lambda hashes, parent, token: stored(hashes, [token] * (2 * len(hashes)), parent=parent, block_size=2),
+    st.lists(ids, min_size=1, max_size=3),
+    st.none() | ids,
+    st.integers(0, 1),
+)
+any_removed = st.builds(removed, st.lists(ids, max_size=4))
+
+
+@given(st.lists(st.one_of(any_stored, any_stored, any_removed), max_size=20), st.sampled_from([1, 2, 3]))
+def test_events_that_make_no_sense_are_survived(events: list[dict[str, Any]], block_size: int) -> None:
+    """Hashes with several parents, blocks that follow themselves: no engine does this, and nothing is claimed of it."""
+    follower = Follower(TokenBlockProcessor(block_size), MemoryIndex())
+    with suppress(UntrustedEvents):
+        for event in events:
+            follower.apply(event)
+    follower.apply(CLEARED)
+    assert follower.total == len(follower.ledger) == 0

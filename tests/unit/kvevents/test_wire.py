@@ -5,15 +5,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 
 from matrixinfer.blocks import token_bytes
 from matrixinfer.kvevents.wire import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
+    Event,
     MalformedFrame,
-    block_id,
+    block_ids,
     decode,
+    has_bigrams,
+    is_hash_of_tokens_alone,
     tokens_of,
 )
 
@@ -59,12 +63,87 @@ def test_fields_that_an_engine_leaves_out_are_absent() -> None:
     assert (kept.parent_block_hash, kept.medium, kept.extra_keys, kept.group_idx) == (None, None, None, None)
 
 
+TOKENS = [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("array", "medium", "adapter", "extra_keys", "group"),
+    [
+        (["BlockStored", [-5], 7, TOKENS, 4, None], None, UNSET, UNSET, None),  # SGLang
+        (["BlockStored", [5], 7, TOKENS, 4, None, "GPU"], "GPU", UNSET, UNSET, None),  # vLLM 0.12, SGLang
+        (["BlockStored", [5], 7, TOKENS, 4, 1, "GPU", "poet"], "GPU", "poet", UNSET, None),  # vLLM 0.16
+        (["BlockStored", [5], 7, TOKENS, 4, 1, "GPU", "poet", [["poet"]], 1], "GPU", "poet", [["poet"]], 1),  # 0.20
+        (
+            ["BlockStored", [5], 7, TOKENS, 4, None, "GPU", None, None, 0, "full_attention", 9, "new"],
+            "GPU",
+            None,
+            None,
+            0,
+        ),
+    ],
+)
+def test_events_that_are_arrays_are_told_by_their_length(
+    array: list[object], medium: str | None, adapter: object, extra_keys: object, group: int | None
+) -> None:
+    batch = decode(frame(array, ["BlockRemoved", [6], "CPU"], ["AllBlocksCleared"]))
+    kept, gone, cleared = batch.events
+    assert batch.unreadable == 0
+    assert isinstance(kept, BlockStored)
+    assert (kept.block_hashes, kept.parent_block_hash, kept.block_size) == (array[1], 7, 4)
+    assert (kept.medium, kept.lora_name, kept.extra_keys, kept.group_idx) == (medium, adapter, extra_keys, group)
+    assert tokens_of(kept) == token_bytes(TOKENS)
+    assert isinstance(gone, BlockRemoved)
+    assert (gone.block_hashes, gone.medium, gone.group_idx) == ([6], "CPU", None)
+    assert isinstance(cleared, AllBlocksCleared)
+
+
+def test_an_array_whose_fields_have_other_types_is_not_guessed() -> None:
+    salted = ["BlockStored", [5], 7, TOKENS, 4, None, "GPU", {"cache_salt": "s"}]
+    assert (decode(frame(salted)).events, decode(frame(salted)).unreadable) == ([], 1)
+
+
+@pytest.mark.parametrize("layout", ["v012", "v016", "v020", "v024", "mapbatch"])
+def test_one_recording_reads_alike_in_every_layout(layout: str) -> None:
+    for original, payload in zip(
+        recorded_frames("capture.jsonl.gz"), recorded_frames(f"capture-as-{layout}.jsonl.gz"), strict=True
+    ):
+        expected, batch = decode(original), decode(payload)
+        assert (batch.timestamp, batch.rank, batch.unreadable) == (expected.timestamp, expected.rank, 0)
+        assert list(map(essence, batch.events)) == list(map(essence, expected.events))
+
+
+def essence(event: Event) -> tuple[object, ...]:
+    """What every layout says of an event."""
+    if isinstance(event, BlockStored):
+        return event.block_hashes, event.parent_block_hash, tokens_of(event), event.block_size, event.medium
+    return (event.block_hashes, event.medium) if isinstance(event, BlockRemoved) else ()
+
+
+def test_a_batch_may_be_a_map() -> None:
+    batch = decode(msgspec.msgpack.encode({"ts": 1.5, "events": [removed([1]), 5], "data_parallel_rank": 3, "new": 1}))
+    assert (list(map(essence, batch.events)), batch.rank, batch.unreadable) == ([([1], "GPU")], 3, 1)
+
+
+def test_blocks_named_by_pythons_hash_of_their_tokens_are_told() -> None:
+    assert is_hash_of_tokens_alone(only_stored(block_hashes=[hash(tuple(TOKENS))], token_ids=TOKENS))
+    assert not is_hash_of_tokens_alone(only_stored(block_hashes=[12], token_ids=TOKENS))
+    assert not is_hash_of_tokens_alone(only_stored(block_hashes=[12], token_ids=None))
+
+
+def test_pairs_of_tokens_are_told() -> None:
+    assert has_bigrams(only_stored(token_ids=[(1, 2), (2, 3)]))
+    assert not has_bigrams(only_stored(token_ids=TOKENS))
+    assert not has_bigrams(only_stored(token_ids=[]))
+
+
 def test_hashes_may_be_integers_of_64_bits_or_byte_strings() -> None:
     digest = bytes(range(32))
     event = only_stored(block_hashes=[2**64 - 1, digest, 0], parent_block_hash=digest)
     assert event.block_hashes == [2**64 - 1, digest, 0]
     assert event.parent_block_hash == digest
-    assert [block_id(name) for name in event.block_hashes] == [2**64 - 1, 0x18191A1B1C1D1E1F, 0]
+    assert block_ids(event.block_hashes) == [2**64 - 1, 0x18191A1B1C1D1E1F, 0]
+    assert block_ids([1, -1, -(2**63)]) == [1, 2**64 - 1, 2**63]
+    assert block_ids([]) == []
 
 
 def test_unknown_fields_pass() -> None:
@@ -84,7 +163,10 @@ def test_unknown_fields_pass() -> None:
         {"type": "BlockStored", "block_hashes": [None], "token_ids": [1], "block_size": 1},
         {"type": "BlockStored", "block_hashes": [1], "token_ids": [1], "block_size": "1"},
         {"type": 7},
-        ["BlockRemoved", [1]],
+        ["BlockMoved", [1]],
+        ["BlockRemoved"],
+        ["BlockRemoved", "abc"],
+        [],
         "text",
         None,
         5,
@@ -109,7 +191,9 @@ def test_an_event_whose_text_is_not_utf8_costs_only_itself() -> None:
         b"",
         b"\xc1",
         b"\xff" * 8,
-        msgspec.msgpack.encode({"ts": 1.5, "events": []}),
+        msgspec.msgpack.encode({"ts": 1.5}),
+        msgspec.msgpack.encode({"events": []}),
+        msgspec.msgpack.encode({"ts": 1.5, "events": {}}),
         msgspec.msgpack.encode([1.5]),
         msgspec.msgpack.encode(["now", []]),
         msgspec.msgpack.encode([1.5, {}]),
@@ -133,6 +217,9 @@ def survive(payload: bytes) -> None:
     for event in batch.events:
         if isinstance(event, BlockStored):
             tokens_of(event)
+            has_bigrams(event)
+            is_hash_of_tokens_alone(event)
+            block_ids(event.block_hashes)
 
 
 @pytest.mark.parametrize("name", ["capture.jsonl.gz", "capture-v028-bs16.jsonl.gz", "capture-lora.jsonl.gz"])
@@ -143,21 +230,23 @@ def test_recorded_frames_are_read_whole(name: str) -> None:
         assert all(tokens_of(event) is not None for event in batch.events if isinstance(event, BlockStored))
 
 
-def small_frame() -> bytes:
+def small_frame(name: str) -> bytes:
     """A recorded frame with several kinds of events, not too long to be tried at every byte."""
-    frames = [frame for frame in recorded_frames("capture.jsonl.gz") if b"BlockRemoved" in frame and len(frame) < 3000]
+    frames = [frame for frame in recorded_frames(name) if b"BlockRemoved" in frame and len(frame) < 3000]
     return max(frames, key=len)
 
 
-def test_a_frame_cut_anywhere_is_malformed() -> None:
-    payload = small_frame()
+@pytest.mark.parametrize("layout", ["v012", "v016", "v020", "v024", "mapbatch"])
+def test_a_frame_cut_anywhere_is_malformed(layout: str) -> None:
+    payload = small_frame(f"capture-as-{layout}.jsonl.gz")
     for length in range(len(payload)):
         with pytest.raises(MalformedFrame):
             decode(payload[:length])
 
 
-def test_a_frame_with_any_byte_changed_raises_nothing_else() -> None:
-    payload = small_frame()
+@pytest.mark.parametrize("layout", ["v012", "v020", "v024", "mapbatch"])
+def test_a_frame_with_any_byte_changed_raises_nothing_else(layout: str) -> None:
+    payload = small_frame(f"capture-as-{layout}.jsonl.gz")
     for position in range(len(payload)):
         for flip in (0x01, 0x80, 0xFF, payload[position] ^ 0xC1):
             survive(payload[:position] + bytes([payload[position] ^ flip]) + payload[position + 1 :])

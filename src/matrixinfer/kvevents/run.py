@@ -1,0 +1,150 @@
+"""Consecutive engine blocks, and the token blocks that their tokens make."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from struct import Struct
+
+from matrixinfer.blocks import TokenBlockProcessor
+
+pack_id = Struct("<Q").pack
+"""An engine block as the eight bytes that stand for it in `Run.ids`."""
+
+
+class Run:
+    """Consecutive engine blocks of one chain; a mutable record that only forest and ledger touch.
+
+    It grows at its end as chains do and shrinks there as engines evict. Offsets count tokens from the chain's root.
+    `tokens` (four bytes each) and `names` (of the token blocks completed) begin at `base`, the last token-block
+    boundary at or before `start`.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "base",
+        "block_size",
+        "ids",
+        "model",
+        "names",
+        "number",
+        "parent",
+        "seed",
+        "start",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        blocks: TokenBlockProcessor,
+        *,
+        model: str,
+        block_size: int,
+        parent: int | None = None,
+        start: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        self._blocks = blocks
+        self.model = model
+        self.block_size = block_size
+        self.parent = parent
+        """The block that the run follows; None at the root."""
+        self.start = start
+        self.base = start // blocks.block_size * blocks.block_size
+        self.seed = seed
+        """Hash that the token block at `base` chains to: a token block, a salt or nothing."""
+        self.number = -1
+        self.ids = bytearray()
+        """The blocks, eight bytes each."""
+        self.tokens = bytearray()
+        self.names = array("Q")
+        """No list, for the garbage collector visits every element of one, which takes 10 ms for a million."""
+
+    def __len__(self) -> int:
+        return len(self.ids) // 8
+
+    def __getitem__(self, position: int) -> int:
+        return int.from_bytes(self.ids[8 * position : 8 * position + 8], "little")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(array("Q", bytes(self.ids)))
+
+    def ends_with(self, block: int) -> bool:
+        """Whether `block` is the last one."""
+        return self.ids.endswith(pack_id(block))
+
+    def position(self, block: int) -> int:
+        """Where in the run `block` is. Raises `ValueError` when it is not there."""
+        key = pack_id(block)
+        at = len(self.ids) - 8 if self.ids.endswith(key) else self.ids.index(key)
+        while at % 8:  # these bytes also occur across two blocks
+            at = self.ids.index(key, at + 1)
+        return at // 8
+
+    def append(self, ids: Sequence[int], tokens: bytes | bytearray) -> None:
+        """Add blocks and their tokens, and name the token blocks that they complete."""
+        self.ids += array("Q", ids).tobytes()
+        self.tokens += tokens
+        done = len(self.names)
+        with memoryview(self.tokens) as view:
+            parent = self.names[-1] if done else self.seed
+            self.names.extend(self._blocks.hashes(view[done * self._blocks.block_size * 4 :], parent))
+
+    def branch(self, position: int, block_size: int) -> Run:
+        """An empty run of blocks of that size, which follows the block at `position`."""
+        start = self._end_of(position)
+        run = Run(self._blocks, model=self.model, block_size=block_size, parent=self[position], start=start)
+        completed = (run.base - self.base) // self._blocks.block_size
+        run.seed = self.names[completed - 1] if completed else self.seed
+        run.tokens += self.tokens[(run.base - self.base) * 4 : (start - self.base) * 4]
+        return run
+
+    def split(self, position: int) -> Run:
+        """Keep the blocks up to `position`; returns those behind it as a run that follows."""
+        rest = self.branch(position, self.block_size)
+        rest.append(list(self)[position + 1 :], self.tokens[(rest.start - self.base) * 4 :])
+        del self.ids[8 * position + 8 :]
+        self.truncate()
+        return rest
+
+    def truncate(self) -> None:
+        """Drop the tokens and names behind the last block."""
+        length = self._end_of(len(self) - 1) - self.base
+        del self.tokens[length * 4 :]
+        del self.names[length // self._blocks.block_size :]
+        if self.tokens.__alloc__() > len(self.tokens) * 9 // 8 + 64:  # else up to half of it would stay unused
+            self.tokens = bytearray(self.tokens)
+
+    @property
+    def recorded(self) -> int:
+        """The blocks of which there are tokens: more than there are blocks before `truncate`."""
+        return (self.base + len(self.tokens) // 4 - self.start) // self.block_size
+
+    def completed(self, first: int, last: int) -> tuple[int | None, list[int]]:
+        """The token blocks that end in the engine blocks [first, last), and the one before them; None at the root."""
+        size = self._blocks.block_size
+        low, high = (self._end_of(first - 1) - self.base) // size, (self._end_of(last - 1) - self.base) // size
+        parent = self.names[low - 1] if low else self.seed if self.base else None
+        return parent, self.names[low:high].tolist()
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether engine blocks and token blocks straddle each other."""
+        size = self._blocks.block_size
+        return size % self.block_size != 0 and self.block_size % size != 0
+
+    def tails(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The tails of the engine blocks [first, last), each after the token block that it follows."""
+        size = self._blocks.block_size
+        for position in range(first, last):
+            end = self._end_of(position)
+            over = end % size
+            before = self.names[(end - self.base) // size - 1] if end - self.base >= size else self.seed
+            if end < size or before is None or over != self._blocks.overhang(end // size, self.block_size):
+                continue
+            at = (end - self.base) * 4
+            yield before, self._blocks.tail(self.tokens[at - over * 4 : at], before)
+
+    def _end_of(self, position: int) -> int:
+        """The offset behind the engine block at `position`."""
+        return self.start + (position + 1) * self.block_size

@@ -1,0 +1,80 @@
+"""What the pods hold of a prompt, as the index says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.pods.registry import Pod, PodRegistry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matches:
+    """Matches by publisher of KV events: a pod, or one of its data-parallel ranks."""
+
+    blocks: Mapping[str, int]
+    """Consecutive token blocks held from the start; publishers that hold none are absent."""
+    tails: Mapping[str, int]
+    """Tokens held beyond those blocks, where engine blocks straddle them; absent for none."""
+
+
+class LookUp:
+    """Asks the index for a prompt's blocks and, where engine blocks straddle those, for the tail that decides."""
+
+    def __init__(
+        self, registry: PodRegistry, index: BlockIndex, blocks: TokenBlockProcessor, feeds: Mapping[str, PodFeed]
+    ) -> None:
+        self._registry = registry
+        self._index = index
+        self._blocks = blocks
+        self._feeds = feeds
+
+    async def match(self, model: str, requested: str, pods: Sequence[Pod], chain: BlockChain) -> Matches:
+        """What each publisher holds of a prompt. Raises `IndexUnavailable`.
+
+        Pods that name the model differently are each asked for under their own name of what the client `requested`.
+        """
+        if len({pod.base_model for pod in pods}) == 1:
+            found = await self._index.match(model, chain)
+            return Matches(blocks=found, tails=await self._tails(model, chain, found))
+        matches: dict[str, int] = {}
+        tails: dict[str, int] = {}
+        names = {pod.name: pod.index_name(self._registry.name_at(pod.name, requested)) or model for pod in pods}
+        for name in set(names.values()):
+            publishers = {each for pod in pods if names[pod.name] == name for each in pod.publishers}
+            counts = await self._index.match(name, chain)
+            found = {publisher: count for publisher, count in counts.items() if publisher in publishers}
+            matches.update(found)
+            tails.update(await self._tails(name, chain, found))
+        return Matches(blocks=matches, tails=tails)
+
+    async def _tails(self, model: str, chain: BlockChain, matches: Mapping[str, int]) -> Mapping[str, int]:
+        """Where engine blocks straddle token blocks: how much of the one at the end of each match is held beyond it."""
+        ends: dict[tuple[int, int], list[str]] = {}
+        for name, count in matches.items():
+            feed = self._feeds.get(name)
+            if feed is None or not feed.ledger.has_tails or feed.ledger.block_size is None:
+                continue
+            over = self._blocks.overhang(count, feed.ledger.block_size)
+            if over is not None:
+                ends.setdefault((count, over), []).append(name)
+        tails: dict[str, int] = {}
+        for (count, over), names in ends.items():
+            tail = chain.tail(count, over)
+            if tail is not None:
+                holders = await self._index.match(model, [tail])
+                tails.update((name, over) for name in names if name in holders)
+        return tails
+
+    def publisher(self, pod: Pod, matches: Matches | None) -> str:
+        """The publisher that speaks for a pod: of several ranks the one that holds most.
+
+        The engine chooses the rank itself, so of such pods this is the best that can happen.
+        """
+        if len(pod.kv_sources or ()) < 2:
+            return pod.name
+        followed = [name for name in pod.publishers if name in self._feeds] or pod.publishers
+        return followed[0] if matches is None else max(followed, key=lambda name: matches.blocks.get(name, 0))
