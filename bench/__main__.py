@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import decision, ingest, lookup, proxy, references, report
+from bench import decision, engines, growth, ingest, lookup, proxy, references, report
 from bench.measure import QUICK, Figure, Scale
 
 PARTS: Mapping[str, Callable[[Scale], Iterator[Figure]]] = {
@@ -18,6 +18,8 @@ PARTS: Mapping[str, Callable[[Scale], Iterator[Figure]]] = {
     "look-up": lookup.run,
     "references": references.run,
     "ingest": ingest.run,
+    "growth": growth.run,
+    "engines": engines.run,
     "proxy": proxy.run,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"

@@ -1,11 +1,13 @@
-"""An engine's event feed, recorded: conversations served two at a time from a simulated prefix cache of 16-token blocks."""
+"""An engine's event feed, recorded: conversations served two at a time from a simulated prefix cache."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.prompts import prose, tokenizer_path
@@ -15,9 +17,9 @@ from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.cache import Sequence as Cached
 from matrixinfer.sim.events import BlockRemoved, BlockStored, Event, EventBatch, encode
 
-BLOCK_TOKENS = 16
 _STEP_TOKENS = 2_048  # an engine computes at most so many tokens of a prompt at once
 _SYSTEM_TOKENS, _REPLY_TOKENS, _TURNS = 2_048, 64, 6
+_SYSTEMS, _SESSIONS = 8, 64
 
 
 @dataclass(slots=True)
@@ -28,47 +30,95 @@ class Frames:
     stored: int = 0
     removed: int = 0
 
+    @property
+    def blocks(self) -> int:
+        """Engine blocks stored and removed together."""
+        return self.stored + self.removed
+
     def take(self, events: list[Event]) -> None:
         """Add a batch."""
         self.payloads.append(encode(EventBatch(ts=0.0, events=events)))
         self.stored += sum(len(event.block_hashes) for event in events if isinstance(event, BlockStored))
         self.removed += sum(len(event.block_hashes) for event in events if isinstance(event, BlockRemoved))
 
+    def as_arrays(self) -> Frames:
+        """The same in the layout of vLLM 0.12 and SGLang."""
+        return Frames([_as_arrays(payload) for payload in self.payloads], self.stored, self.removed)
 
-def record(blocks: int) -> tuple[Frames, Frames]:
-    """The feed of a cache of `blocks` blocks while it fills, and from the first removal until as many were removed."""
-    cache = PagedPrefixCache(blocks, BLOCK_TOKENS)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """The feed of a cache from its start."""
+
+    filling: Frames
+    """Until the first block is removed."""
+    turnover: Frames
+    """From then on until as many blocks were removed as the cache has."""
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """All frames in order."""
+        return self.filling.payloads + self.turnover.payloads
+
+
+def read_text() -> TokenIds:
+    """Tokens of which all conversations are made."""
+    tokenizer = LocalTokenizer.load(tokenizer_path(), "chatml")
+    return tokenizer.encode(prose(0, 1_000_000), add_special_tokens=False)
+
+
+def record(text: TokenIds, blocks: int, *, block_tokens: int = 16, pod: int = 0) -> Recording:
+    """The feed of a cache of `blocks` blocks. Half of a pod's conversations are its own, half come to every pod."""
+    cache = PagedPrefixCache(blocks, block_tokens)
     filling, turnover = Frames(), Frames()
-    for prompts in _requests():
-        for events in _serve(cache, [Cached(prompt, BLOCK_TOKENS) for prompt in prompts]):
+    for prompts in _requests(text, pod):
+        for events in _serve(cache, [Cached(prompt, block_tokens) for prompt in prompts]):
             removes = any(isinstance(event, BlockRemoved) for event in events)
             (turnover if removes or turnover.removed else filling).take(events)
         if turnover.removed >= blocks:
-            return filling, turnover
+            return Recording(filling=filling, turnover=turnover)
     raise AssertionError("requests never end")
 
 
-def _requests() -> Iterator[list[TokenIds]]:
-    """Pairs of prompts that run at once. Applications share system prompts; one pair in ten is the same prompt twice."""
-    draw = random.Random(6)
-    tokenizer = LocalTokenizer.load(tokenizer_path(), "chatml")
-    text = tokenizer.encode(prose(0, 1_000_000), add_special_tokens=False)
+def _requests(text: TokenIds, pod: int) -> Iterator[list[TokenIds]]:
+    """Pairs of prompts that run at once; one pair in ten is the same prompt twice."""
+    draw = random.Random(pod)
+    conversations = _conversations(text, pod, draw)
+    sessions = [next(conversations) for _ in range(_SESSIONS)]
 
-    def cut(tokens: int) -> TokenIds:
-        start = draw.randrange(len(text) - tokens)
-        return text[start : start + tokens]
+    def turn(session: int) -> TokenIds:
+        for prompt in sessions[session]:
+            return prompt
+        sessions[session] = next(conversations)
+        return turn(session)
 
-    systems = [cut(_SYSTEM_TOKENS) for _ in range(8)]
-    sessions = [[draw.choice(systems)] for _ in range(64)]
     while True:
-        pair = [draw.randrange(len(sessions)) for _ in range(2)]
-        if draw.random() < 0.1:
-            pair[1] = pair[0]
-        for session in set(pair):
-            if len(sessions[session]) > _TURNS:
-                sessions[session] = [draw.choice(systems)]
-            sessions[session].append(cut(draw.randint(300, 3_000)))
-        yield [np.concatenate(sessions[session]) for session in pair]
+        pair = [turn(draw.randrange(_SESSIONS)) for _ in range(2)]
+        yield pair[:1] * 2 if draw.random() < 0.1 else pair
+
+
+def _conversations(text: TokenIds, pod: int, draw: random.Random) -> Iterator[Iterator[TokenIds]]:
+    own = common = 0
+    while True:
+        if draw.random() < 0.5:
+            own += 1
+            yield _turns(text, random.Random(f"{own} of {pod}"))
+        else:
+            common += 1
+            yield _turns(text, random.Random(f"{common} of all"))
+
+
+def _turns(text: TokenIds, draw: random.Random) -> Iterator[TokenIds]:
+    """The prompts of one conversation. Applications share system prompts."""
+    prompt = _cut(text, random.Random(draw.randrange(_SYSTEMS)), _SYSTEM_TOKENS)
+    for _ in range(_TURNS):
+        prompt = np.concatenate((prompt, _cut(text, draw, draw.randint(300, 3_000))))
+        yield prompt
+
+
+def _cut(text: TokenIds, draw: random.Random, tokens: int) -> TokenIds:
+    start = draw.randrange(len(text) - tokens)
+    return text[start : start + tokens]
 
 
 def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[Event]]:
@@ -76,7 +126,7 @@ def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[
     computed = []
     for sequence in running:
         hit = cache.lookup(sequence)
-        computed.append(len(hit) * BLOCK_TOKENS)
+        computed.append(len(hit) * cache.block_size)
         _allocate(cache, sequence, computed[-1], hit)
     ends = [len(sequence.tokens) + _REPLY_TOKENS for sequence in running]
     while computed != ends:
@@ -97,3 +147,18 @@ def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[
 def _allocate(cache: PagedPrefixCache, sequence: Cached, computed: int, hit: Sequence[int] = ()) -> None:
     if not cache.allocate(sequence, computed, hit):
         raise ValueError(f"{cache.num_blocks} blocks are too few for two prompts")
+
+
+_ARRAY_FIELDS = {
+    "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium"),
+    "BlockRemoved": ("block_hashes", "medium"),
+}
+
+
+def _as_arrays(payload: bytes) -> bytes:
+    ts, events, rank = msgspec.msgpack.decode(payload)
+    return msgspec.msgpack.encode([ts, [_as_array(event) for event in events], rank])
+
+
+def _as_array(event: dict[str, Any]) -> list[Any]:
+    return [event["type"], *(event[name] for name in _ARRAY_FIELDS[event["type"]])]

@@ -1,76 +1,152 @@
-"""Engine events: from raw frames of 16-token blocks into an index of 128-token blocks."""
+"""Engine events: from raw frames into an index, by shape of the blocks and layout of the frames."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from time import perf_counter
 
-from bench.feed import Frames, record
-from bench.measure import Figure, Scale, in_fresh_process, resident_bytes
+from bench.feed import Frames, Recording, read_text, record
+from bench.measure import Figure, Scale
 from bench.prompts import MODEL
 from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.wire import BlockStored, decode, tokens_of
+
+_AIM_US = 2.0
+"""Per engine block of 16 tokens into an index of 128: half a million blocks per second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    engine: int
+    """Tokens per engine block."""
+    index: int
+    """Tokens per block of the index."""
+    arrays: bool = False
+    aim: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} into {self.index}{', arrays' if self.arrays else ''}"
+
+
+_SHAPES = (
+    _Shape(engine=16, index=128, aim=_AIM_US),
+    _Shape(engine=16, index=128, arrays=True, aim=_AIM_US),
+    _Shape(engine=16, index=16),
+    _Shape(engine=32, index=48),
+    _Shape(engine=128, index=128),
+)
+
+
+class _TimedBlocks(TokenBlockProcessor):
+    """Knows how long it has hashed."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
+        self.seconds = 0.0
+
+    def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
+        start = perf_counter()
+        named = super().hashes(data, parent)
+        self.seconds += perf_counter() - start
+        return named
+
+    def tail(self, data: bytes | bytearray | memoryview, parent: int) -> int:
+        start = perf_counter()
+        name = super().tail(data, parent)
+        self.seconds += perf_counter() - start
+        return name
+
+
+@dataclass(slots=True)
+class _Best:
+    """Seconds that one phase took in its best round; decoding and tokens in theirs."""
+
+    whole: float = float("inf")
+    hash: float = float("inf")
+    decode: float = float("inf")
+    tokens: float = float("inf")
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Rates while a cache fills and while it turns over, and what its blocks cost in memory."""
-    phases = dict(zip(("filling", "turnover"), record(scale.engine_blocks), strict=True))
-    best = dict.fromkeys(phases, float("inf"))
-    for _ in range(scale.rounds):
-        feed = _feed()
-        for seq_base, (name, frames) in zip((0, len(phases["filling"].payloads)), phases.items(), strict=True):
-            start = perf_counter()
-            _apply(feed, frames.payloads, seq_base)
-            best[name] = min(best[name], perf_counter() - start)
-        _check(feed, list(phases.values()))
+    """Time per engine block while a cache fills and while it turns over. Rounds of the shapes alternate."""
+    text = read_text()
+    recordings = {size: record(text, scale.engine_blocks * 16 // size, block_tokens=size) for size in (16, 32, 128)}
+    phases = {shape: _phases(shape, recordings[shape.engine]) for shape in _SHAPES}
+    best = {shape: {name: _Best() for name in phases[shape]} for shape in _SHAPES}
+    for _ in range(scale.feed_rounds):
+        for shape in _SHAPES:
+            _round(shape, phases[shape], best[shape])
+    for shape in _SHAPES:
+        for name, frames in phases[shape].items():
+            yield from _figures(f"{shape.name}, {name}", best[shape][name], frames, shape.aim)
+
+
+def _phases(shape: _Shape, recording: Recording) -> dict[str, Frames]:
+    phases = {"filling": recording.filling, "turnover": recording.turnover}
+    return {name: frames.as_arrays() for name, frames in phases.items()} if shape.arrays else phases
+
+
+def _round(shape: _Shape, phases: Mapping[str, Frames], best: Mapping[str, _Best]) -> None:
+    blocks = _TimedBlocks(shape.index)
+    feed = new_feed("pod", blocks, MemoryIndex())
     for name, frames in phases.items():
-        blocks = frames.stored + frames.removed
-        yield Figure(case=name, name="rate", value=blocks / best[name] / 1e6, unit="M engine blocks/s")
-        yield Figure(case=name, name="per frame", value=best[name] / len(frames.payloads) * 1e6, unit="µs")
-        yield Figure(case=name, name="blocks per frame", value=blocks / len(frames.payloads), unit="")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "frames"
-        _write(path, phases["filling"].payloads)
-        yield Figure(case="filling", name="memory per block", value=in_fresh_process(memory, path), unit="B")
+        _time_phase(feed, blocks, frames, best[name])
+    _check(feed, phases.values())
 
 
-def memory(path: Path) -> float:
-    """Bytes of this process's memory per engine block of ledger and index together."""
-    feed = _feed()
-    before = resident_bytes()
-    _apply(feed, _read(path), 0)
-    return (resident_bytes() - before) / len(feed.ledger)
+def _time_phase(feed: PodFeed, blocks: _TimedBlocks, frames: Frames, best: _Best) -> None:
+    start, blocks.seconds = perf_counter(), 0.0
+    apply(feed, frames.payloads)
+    whole = perf_counter() - start
+    if whole < best.whole:
+        best.whole, best.hash = whole, blocks.seconds
+    start = perf_counter()
+    for payload in frames.payloads:
+        decode(payload)
+    best.decode = min(best.decode, perf_counter() - start)
+    stored = [
+        event for payload in frames.payloads for event in decode(payload).events if isinstance(event, BlockStored)
+    ]
+    start = perf_counter()
+    for event in stored:
+        tokens_of(event)
+    best.tokens = min(best.tokens, perf_counter() - start)
 
 
-def _feed() -> PodFeed:
-    ledger = Ledger(pod="pod", model=MODEL, blocks=TokenBlockProcessor(128), index=MemoryIndex())
-    return PodFeed(ledger, can_replay=False)
+def _figures(case: str, best: _Best, frames: Frames, aim: float | None) -> Iterator[Figure]:
+    rest = best.whole - best.decode - best.tokens - best.hash
+    stages = {"decode": best.decode, "tokens": best.tokens, "hash": best.hash, "rest": rest}
+    for name, seconds in stages.items():
+        yield Figure(case=case, name=name, value=seconds / frames.blocks * 1e6, unit="µs")
+    yield Figure(case=case, name="whole", value=best.whole / frames.blocks * 1e6, unit="µs", aim=aim)
+    yield Figure(case=case, name="hash share", value=best.hash / best.whole * 100, unit="%")
+    yield Figure(case=case, name="rate", value=frames.blocks / best.whole / 1e6, unit="M blocks/s")
+    yield Figure(case=case, name="frame", value=best.whole / len(frames.payloads) * 1e6, unit="µs")
+    yield Figure(case=case, name="blocks", value=frames.blocks / len(frames.payloads), unit="per frame")
 
 
-def _apply(feed: PodFeed, payloads: Iterable[bytes], first: int) -> None:
-    for seq, payload in enumerate(payloads, first):
+def new_feed(pod: str, blocks: TokenBlockProcessor, index: BlockIndex) -> PodFeed:
+    """An empty feed that takes frames from the first on."""
+    return PodFeed(Ledger(pod=pod, model=MODEL, blocks=blocks, index=index), can_replay=False)
+
+
+def apply(feed: PodFeed, payloads: Iterable[bytes]) -> None:
+    """Hand the feed what comes next."""
+    for seq, payload in enumerate(payloads, feed.stats.frames):
         feed.live(seq, payload)
 
 
-def _check(feed: PodFeed, phases: list[Frames]) -> None:
+def _check(feed: PodFeed, phases: Collection[Frames]) -> None:
     """What is fast but wrong must not be reported."""
     stats = feed.ledger.stats
-    assert (stats.stored, stats.removed) == tuple(sum(getattr(p, key) for p in phases) for key in ("stored", "removed"))
+    assert stats.stored == sum(frames.stored for frames in phases), stats
+    assert stats.removed == sum(frames.removed for frames in phases), stats
     assert stats.orphans + stats.unknown_removed + stats.misfits == 0, stats
-
-
-def _write(path: Path, payloads: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        for payload in payloads:
-            file.write(len(payload).to_bytes(4, "big") + payload)
-
-
-def _read(path: Path) -> Iterator[bytes]:
-    """One payload at a time, so that the file does not count as memory of the index."""
-    with path.open("rb") as file:
-        while size := file.read(4):
-            yield file.read(int.from_bytes(size, "big"))

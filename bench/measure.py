@@ -46,6 +46,10 @@ class Scale:
     """Different prompts of each size."""
     engine_blocks: int = 100_000
     """Engine blocks in the cache whose events are ingested."""
+    feed_rounds: int = 4
+    """Rounds of what takes seconds: whole feeds, and many engines at once."""
+    engines: int = 64
+    """Engines followed at once."""
     policies: tuple[str, ...] = ("round_robin", "kv_aware")
     """Scheduler profiles under which the gateway is measured."""
     proxy_rounds: int = 12
@@ -65,6 +69,8 @@ QUICK = Scale(
     pods=(8,),
     sessions=2,
     engine_blocks=3_000,
+    feed_rounds=1,
+    engines=4,
     policies=("kv_aware",),
     proxy_rounds=1,
     requests=20,
@@ -116,10 +122,19 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM (Linux)."""
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most memory of this process that ever was in RAM (Linux)."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not tell VmRSS")
+    raise RuntimeError(f"the kernel does not tell {key}")
 
 
 def cpu_seconds(pid: int) -> float:

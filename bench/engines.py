@@ -1,0 +1,180 @@
+"""Engines followed over sockets: what is applied per second, and what that takes from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import uvloop
+
+from bench.feed import read_text, record
+from bench.measure import Figure, Scale
+from bench.prompts import MODEL
+from bench.publishers import in_process, publish_history, publish_live
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import LogConfig
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.feed import FeedState
+from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.telemetry import log
+
+_AIM_MS = 5.0
+_IDLE_SECONDS = 1.0
+_CACHE_BLOCKS = 4_000
+_STEADY_FRAMES, _STEADY_RATE = 100, 50.0
+_HISTORY_FRAMES = 9_000  # the engine keeps its last 10,000, as vLLM does
+_TIMEOUT_SECONDS = 60.0
+
+
+class _Turns:
+    """Durations of the turns of the event loop. Whoever wants the loop waits for the turn under way."""
+
+    def __init__(self) -> None:
+        self._wall = array("d")
+        self._cpu = array("d")
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Time every turn within the context by a callback in each, so that the loop never sleeps."""
+        loop, watching = asyncio.get_running_loop(), True
+        wall, cpu = time.perf_counter(), time.thread_time()
+
+        def beat() -> None:
+            nonlocal wall, cpu
+            if not watching:
+                return
+            wall_before, wall, cpu_before, cpu = wall, time.perf_counter(), cpu, time.thread_time()
+            self._wall.append(wall - wall_before)
+            self._cpu.append(cpu - cpu_before)
+            loop.call_soon(beat)
+
+        loop.call_soon(beat)
+        try:
+            yield
+        finally:
+            watching = False
+
+    def longest(self) -> float:
+        """Seconds."""
+        return max(self._wall)
+
+    def longest_on_cpu(self) -> float:
+        """Seconds that the loop's thread worked in one turn; what the machine did in between does not count."""
+        return max(self._cpu)
+
+    def p99(self) -> float:
+        """Seconds: at 99 of 100 random moments the turn under way is no longer."""
+        rarest = sum(self._wall) * 0.01
+        for duration in sorted(self._wall, reverse=True):
+            rarest -= duration
+            if rarest <= 0:
+                return duration
+        return 0.0
+
+
+class _Case:
+    """What one case took in each of its rounds."""
+
+    def __init__(self, aim: float | None = None) -> None:
+        self._aim = aim
+        self._turns: list[_Turns] = []
+        self._rates: list[float] = []
+
+    @contextmanager
+    def watch(self, subscriber: Subscriber) -> Iterator[None]:
+        """One round."""
+        turns = _Turns()
+        before, start = _applied(subscriber), time.perf_counter()
+        with turns.watch():
+            yield
+        self._rates.append((_applied(subscriber) - before) / (time.perf_counter() - start))
+        self._turns.append(turns)
+
+    def figures(self, name: str) -> Iterator[Figure]:
+        """The best of the rounds."""
+        if any(self._rates):
+            yield Figure(case=name, name="rate", value=max(self._rates) / 1e6, unit="M blocks/s")
+        on_cpu = min(turns.longest_on_cpu() for turns in self._turns)
+        yield Figure(case=name, name="longest turn, on the CPU", value=on_cpu * 1e3, unit="ms", aim=self._aim)
+        longest = min(turns.longest() for turns in self._turns)
+        yield Figure(case=name, name="longest turn", value=longest * 1e3, unit="ms")
+        yield Figure(case=name, name="p99", value=min(turns.p99() for turns in self._turns) * 1e3, unit="ms")
+
+
+def run(scale: Scale) -> Iterator[Figure]:
+    """An idle loop, engines at a steady rate and at full speed, and one whose long history is replayed."""
+    log.configure(LogConfig(level="error"))
+    text = read_text()
+    feeds = [record(text, _CACHE_BLOCKS, pod=pod).payloads for pod in range(scale.engines)]
+    history = record(text, scale.engine_blocks).payloads[:_HISTORY_FRAMES]
+    cases: dict[str, _Case] = {}
+    for _ in range(scale.feed_rounds):
+        uvloop.run(_follow_live(feeds, cases))
+        uvloop.run(_join_late(history, cases))
+    for name, case in cases.items():
+        yield from case.figures(name)
+
+
+async def _follow_live(feeds: Sequence[Sequence[bytes]], cases: dict[str, _Case]) -> None:
+    longest = max(map(len, feeds))
+    with in_process(publish_live, feeds) as engines:
+        async with Subscriber(index=MemoryIndex(), blocks=TokenBlockProcessor(128)) as subscriber:
+            for pod, endpoint in enumerate(await _told(engines)):
+                subscriber.follow(FeedSource(pod=f"pod-{pod}", model=MODEL, endpoint=endpoint))
+            await _told(engines)  # all are connected
+            with cases.setdefault("idle", _Case()).watch(subscriber):
+                await asyncio.sleep(_IDLE_SECONDS)
+            for name, end, rate in (("steady", _STEADY_FRAMES, _STEADY_RATE), ("full speed", longest, None)):
+                frames = sum(len(feed[:end]) for feed in feeds)
+                with cases.setdefault(f"{len(feeds)} engines, {name}", _Case(_AIM_MS)).watch(subscriber):
+                    engines.send((end, rate))
+                    await _until(lambda: _frames(subscriber) == frames)  # noqa: B023 (awaited in this turn)
+            _check(subscriber)
+
+
+async def _join_late(history: Sequence[bytes], cases: dict[str, _Case]) -> None:
+    with in_process(publish_history, history) as engine:
+        async with Subscriber(index=MemoryIndex(), blocks=TokenBlockProcessor(128)) as subscriber:
+            endpoint, replay_endpoint = await _told(engine)
+            with cases.setdefault("late join", _Case(_AIM_MS)).watch(subscriber):
+                feed = subscriber.follow(
+                    FeedSource(pod="pod", model=MODEL, endpoint=endpoint, replay_endpoint=replay_endpoint)
+                )
+                await _until(lambda: feed.state is FeedState.COMPLETE)
+            _check(subscriber)
+
+
+async def _told(engines: Connection) -> Any:
+    """The next message of the engines' process."""
+    if not await asyncio.to_thread(engines.poll, _TIMEOUT_SECONDS):
+        raise TimeoutError("the engines say nothing")
+    return engines.recv()
+
+
+async def _until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_TIMEOUT_SECONDS):
+        while not done():  # noqa: ASYNC110 (what is waited for tells nobody)
+            await asyncio.sleep(0.005)
+
+
+def _frames(subscriber: Subscriber) -> int:
+    return sum(feed.stats.frames for feed in subscriber.feeds.values())
+
+
+def _applied(subscriber: Subscriber) -> int:
+    """Engine blocks stored and removed."""
+    stats = [feed.ledger.stats for feed in subscriber.feeds.values()]
+    return sum(each.stored + each.removed for each in stats)
+
+
+def _check(subscriber: Subscriber) -> None:
+    """What is fast but wrong must not be reported."""
+    for feed in subscriber.feeds.values():
+        stats = feed.ledger.stats
+        assert stats.stored
+        assert stats.orphans + stats.unknown_removed + stats.misfits + feed.stats.malformed == 0, (stats, feed.stats)
