@@ -3,13 +3,18 @@
 A capture is JSON lines in the order in which things happened. `meta` describes the engine, `event` holds a frame
 (`seq`, `payload_hex`, and `port` where several publishers were recorded), `request` a prompt (`label`, `body`,
 `prompt_token_ids`), `response` what the engine said of it (`label`, `usage`).
+
+Prompts that the events cannot tell are named, not compared: with media or embeddings; with a salt or an adapter in a
+layout that hides those; held by several publishers to different lengths, as nothing says which of them was asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec import UNSET
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.errors import MatrixInferError
@@ -17,7 +22,7 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.wire import BlockStored, MalformedFrame, decode
+from matrixinfer.kvevents.wire import Batch, BlockStored, MalformedFrame, decode
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
@@ -46,6 +51,30 @@ class Mismatch:
 
 
 @dataclass(slots=True, kw_only=True)
+class PublisherReport:
+    """One publisher's events, and what they leave."""
+
+    name: str
+    """Its `port`; empty where the capture names none."""
+    frames: int
+    malformed: int
+    """Frames that are no batch."""
+    gaps: int
+    restarts: int
+    events: int
+    unreadable: int
+    """Events that are none."""
+    misfits: int
+    """Events whose tokens do not fit their blocks."""
+    blocks: int
+    """Engine blocks held at the end."""
+    orphans: int
+    """Engine blocks dropped because their parent was never seen."""
+    untrusted: str | None
+    """Why its events do not tell what the engine holds; None where they do."""
+
+
+@dataclass(slots=True, kw_only=True)
 class CaptureReport:
     """What one capture showed."""
 
@@ -53,9 +82,15 @@ class CaptureReport:
     events: int = 0
     requests: int = 0
     """Requests compared."""
-    unsupported: list[str] = field(default_factory=list)
-    """Labels of requests whose prompt depends on more than its tokens, adapter and salt."""
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """Labels of requests that the events cannot tell, and why."""
     mismatches: list[Mismatch] = field(default_factory=list)
+    publishers: list[PublisherReport] = field(default_factory=list)
+
+    @property
+    def unreadable(self) -> int:
+        """Frames and events that could not be read."""
+        return sum(publisher.malformed + publisher.unreadable for publisher in self.publishers)
 
 
 def check_capture(
@@ -63,30 +98,72 @@ def check_capture(
 ) -> CaptureReport:
     """Replay a capture through the event core and compare each prediction with the engine's count.
 
-    `block_size` is `blockSizeToHash`, by default the engine's own block size. Raises `CaptureError`.
+    `rows` is iterated twice. `block_size` is `blockSizeToHash`, by default the engine's own. Raises `CaptureError`.
     """
-    rows = list(rows)
-    engine_block = _engine_block_size(rows)
-    if engine_block is None:
+    facts = _Facts()
+    _for_each(rows, facts.learn)
+    if not facts.publishers:
+        raise CaptureError("the capture holds no events")
+    if facts.engine_block is None and facts.requests:
         raise CaptureError("the capture holds no readable BlockStored event")
-    check = _Check(rows, engine_block, block_size or engine_block, make_ledger)
+    engine_block = facts.engine_block or 16  # without any nothing is stored, nor asked for
+    check = _Check(facts, engine_block, block_size or engine_block, make_ledger)
+    _for_each(rows, check.take)
+    return check.finish()
+
+
+def _for_each(rows: Iterable[Row], step: Callable[[Row], None]) -> None:
     for number, row in enumerate(rows, 1):
         try:
-            check.take(row)
+            step(row)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # rows are taken on trust
             raise CaptureError(f"row {number} is not as it should be: {error!r}") from error
-    return check.report
+
+
+class _Facts:
+    """What the whole capture tells of its engine."""
+
+    def __init__(self) -> None:
+        self.publishers: dict[str, None] = {}  # an ordered set
+        self.adapters: set[str] = set()
+        self.engine_block: int | None = None
+        self.requests = False
+        self.hides_salts = False
+        self.hides_adapters = False
+
+    def learn(self, row: Row) -> None:
+        kind = row.get("kind")
+        if kind == "meta":
+            models = row.get("models", {}).get("data", ())
+            self.adapters |= {model["id"] for model in models if model.get("parent")}
+        elif kind == "request":
+            self.requests = True
+        elif kind == "event":
+            self.publishers[_publisher(row)] = None
+            batch = _batch(row)
+            for event in () if batch is None else batch.events:
+                if isinstance(event, BlockStored):
+                    self._learn_layout(event)
+
+    def _learn_layout(self, event: BlockStored) -> None:
+        if self.engine_block is None and event.block_size > 0:
+            self.engine_block = event.block_size
+        self.hides_salts |= event.extra_keys is UNSET
+        self.hides_adapters |= event.lora_name is UNSET
 
 
 class _Check:
-    def __init__(self, rows: list[Row], engine_block: int, block_size: int, make_ledger: LedgerFactory) -> None:
+    def __init__(self, facts: _Facts, engine_block: int, block_size: int, make_ledger: LedgerFactory) -> None:
         self.report = CaptureReport()
+        self._facts = facts
         self._engine_block = engine_block
         self._blocks = TokenBlockProcessor(block_size)
         self._index = MemoryIndex()
-        self._make_ledger = make_ledger
-        self._feeds: dict[str, PodFeed] = {}
-        self._adapters = _adapters(rows)
+        self._feeds = {
+            name: PodFeed(make_ledger(pod=name, model=_BASE, blocks=self._blocks, index=self._index), can_replay=False)
+            for name in facts.publishers
+        }
+        self._events = dict.fromkeys(facts.publishers, 0)
         self._predicted: dict[str, int] = {}  # label -> tokens
 
     def take(self, row: Row) -> None:
@@ -98,31 +175,59 @@ class _Check:
         elif kind == "response":
             self._response(row)
 
+    def finish(self) -> CaptureReport:
+        """The report, once every row was taken."""
+        self.report.publishers = [
+            PublisherReport(
+                name=name,
+                frames=feed.stats.frames,
+                malformed=feed.stats.malformed,
+                gaps=feed.stats.gaps,
+                restarts=feed.stats.restarts,
+                events=self._events[name],
+                unreadable=feed.stats.unreadable_events,
+                misfits=feed.ledger.stats.misfits,
+                blocks=len(feed.ledger),
+                orphans=feed.ledger.stats.orphans,
+                untrusted=feed.untrusted,
+            )
+            for name, feed in self._feeds.items()
+        ]
+        self.report.frames = sum(publisher.frames for publisher in self.report.publishers)
+        self.report.events = sum(self._events.values())
+        return self.report
+
     def _event(self, row: Row) -> None:
-        publisher = str(row.get("port", ""))
-        feed = self._feeds.get(publisher)
-        if feed is None:
-            ledger = self._make_ledger(pod=publisher, model=_BASE, blocks=self._blocks, index=self._index)
-            feed = self._feeds[publisher] = PodFeed(ledger, can_replay=False)
-        payload = bytes.fromhex(row["payload_hex"])
-        feed.live(row["seq"], payload)
-        self.report.frames += 1
-        try:
-            self.report.events += len(decode(payload).events)
-        except MalformedFrame:
-            return
+        name = _publisher(row)
+        self._feeds[name].live(row["seq"], bytes.fromhex(row["payload_hex"]))
+        batch = _batch(row)
+        self._events[name] += 0 if batch is None else len(batch.events)
 
     def _request(self, row: Row) -> None:
         tokens, body = row.get("prompt_token_ids"), row.get("body") or {}
         if not tokens or body.get("n", 1) != 1:
             return
-        model = body["model"] if body.get("model") in self._adapters else _BASE
+        model = body["model"] if body.get("model") in self._facts.adapters else _BASE
         chain = self._blocks.chain(tokens, salt=body.get("cache_salt"))
         held = max(self._index.count(model, chain).values(), default=0) * self._blocks.block_size
         cap = (len(tokens) - 1) // self._engine_block * self._engine_block
         self._predicted[row["label"]] = min(held, cap)
+        held_by = self._index.count(model, chain)
+        reason = self._why_not(body, model, {held_by.get(name, 0) for name in self._feeds})
+        if reason is not None:
+            self.report.unsupported[row["label"]] = reason
+
+    def _why_not(self, body: Row, model: str, lengths: set[int]) -> str | None:
+        """Why the events cannot tell this prompt's hit; `lengths` in token blocks, of all publishers."""
         if "prompt_embeds" in body or has_media(body.get("messages", ())):
-            self.report.unsupported.append(row["label"])
+            return "more than tokens"
+        if self._facts.hides_salts and body.get("cache_salt") is not None:
+            return "the layout hides salts"
+        if self._facts.hides_adapters and model != _BASE:
+            return "the layout hides the names of adapters"
+        if len(lengths) > 1:
+            return "its publishers differ"
+        return next((feed.untrusted for feed in self._feeds.values() if feed.untrusted is not None), None)
 
     def _response(self, row: Row) -> None:
         label, usage = row.get("label", ""), row.get("usage")
@@ -142,19 +247,13 @@ class _Check:
             self.report.mismatches.append(Mismatch(label=label, predicted=predicted, actual=actual))
 
 
-def _engine_block_size(rows: Iterable[Row]) -> int | None:
-    for row in rows:
-        if row.get("kind") == "event":
-            try:
-                events = decode(bytes.fromhex(row["payload_hex"])).events
-            except (MalformedFrame, KeyError, ValueError):
-                continue
-            for event in events:
-                if isinstance(event, BlockStored) and event.block_size > 0:
-                    return event.block_size
-    return None
+def _publisher(row: Row) -> str:
+    return str(row.get("port", ""))
 
 
-def _adapters(rows: Iterable[Row]) -> set[str]:
-    models = [model for row in rows if row.get("kind") == "meta" for model in row.get("models", {}).get("data", ())]
-    return {model["id"] for model in models if model.get("parent")}
+def _batch(row: Row) -> Batch | None:
+    """The frame's events; None when it cannot be read."""
+    try:
+        return decode(bytes.fromhex(row["payload_hex"]))
+    except (MalformedFrame, KeyError, TypeError, ValueError):
+        return None

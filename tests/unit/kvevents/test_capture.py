@@ -1,14 +1,11 @@
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from matrixinfer.cli import main
-from matrixinfer.kvevents.capture import CaptureError, CaptureReport, Mismatch, check_capture
-from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.wire import AllBlocksCleared, Event
+from matrixinfer.kvevents.capture import CaptureError, CaptureReport, Mismatch, PublisherReport, check_capture
+from matrixinfer.kvevents.capture_file import CaptureReader
 
 from .support import CLEARED, frame, removed, stored
 
@@ -17,9 +14,8 @@ ORACLES = ["oracle-bs16", "oracle-bs32"]
 PROMPT = list(range(40))
 
 
-def recorded(name: str) -> list[dict[str, Any]]:
-    with gzip.open(CAPTURES / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def recorded(name: str) -> CaptureReader:
+    return CaptureReader(CAPTURES / f"{name}.jsonl.gz")
 
 
 def event(seq: int, *events: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -45,11 +41,37 @@ def mismatches(report: CaptureReport) -> list[tuple[str, int, int]]:
 # Recorded engines
 
 
-@pytest.mark.parametrize(("name", "requests"), [("capture", 25), ("capture-lora", 21), ("capture-v028-bs16", 25)])
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [
+        ("capture", 25),
+        ("capture-lora", 21),
+        ("capture-v028-bs16", 25),
+        ("capture-as-v020", 25),
+        ("capture-as-v024", 25),
+        ("capture-as-mapbatch", 25),
+    ],
+)
 def test_recorded_hits_are_predicted_but_after_the_reset_that_was_not_announced(name: str, requests: int) -> None:
     report = check_capture(recorded(name))
     assert [mismatch.label for mismatch in report.mismatches] == ["chat1-after-reset"]
-    assert (report.requests, report.unsupported) == (requests, [])
+    assert (report.requests, report.unsupported) == (requests, {})
+
+
+@pytest.mark.parametrize("name", ["capture-as-v012", "capture-as-v016"])
+def test_layouts_that_hide_salts_leave_salted_prompts_out(name: str) -> None:
+    report = check_capture(recorded(name))
+    assert [mismatch.label for mismatch in report.mismatches] == ["chat1-after-reset"]
+    assert report.requests == 23
+    assert report.unsupported == dict.fromkeys(["salt-a", "salt-a-again"], "the layout hides salts")
+
+
+def test_the_ranks_of_a_recorded_engine_stay_apart() -> None:
+    report = check_capture(recorded("capture-dp2"))
+    counts = [(publisher.name, publisher.frames, publisher.events, publisher.blocks) for publisher in report.publishers]
+    assert counts == [("5557", 3, 3, 9), ("5558", 2, 2, 6)]
+    assert (report.frames, report.events, report.requests, report.unreadable) == (5, 5, 0, 0)
+    assert not any(publisher.gaps or publisher.restarts or publisher.orphans for publisher in report.publishers)
 
 
 @pytest.mark.parametrize(("name", "requests"), [("oracle-bs16", 1218), ("oracle-bs32", 1202)])
@@ -62,25 +84,6 @@ def test_every_look_up_of_the_engines_own_cache_manager_is_predicted(name: str, 
 @pytest.mark.parametrize("name", ORACLES)
 def test_predictions_hold_for_token_blocks_that_divide_the_engines_or_are_multiples(name: str, block_size: int) -> None:
     assert check_capture(recorded(name), block_size=block_size).mismatches == []
-
-
-class CountsNoCopies(Ledger):
-    def apply(self, event: Event) -> None:
-        super().apply(event)
-        for tree in self._trees.values():
-            tree.copies.clear()
-
-
-class IgnoresClears(Ledger):
-    def apply(self, event: Event) -> None:
-        if not isinstance(event, AllBlocksCleared):
-            super().apply(event)
-
-
-@pytest.mark.parametrize("ledger", [CountsNoCopies, IgnoresClears])
-@pytest.mark.parametrize("name", ORACLES)
-def test_the_check_bites(name: str, ledger: type[Ledger]) -> None:
-    assert check_capture(recorded(name), make_ledger=ledger).mismatches
 
 
 # The rules of comparison
@@ -132,7 +135,7 @@ def test_requests_that_cannot_be_compared_are_left_out() -> None:
     rows += [{"kind": "request", "label": "silent", "body": {}, "prompt_token_ids": PROMPT}]
     rows += [{"kind": "response", "label": "silent", "usage": None}, {"kind": "response", "status": 400}]
     report = check_capture(rows)
-    assert (report.requests, report.mismatches, report.unsupported) == (0, [], [])
+    assert (report.requests, report.mismatches, report.unsupported) == (0, [], {})
 
 
 def test_prompts_of_more_than_tokens_are_named_but_not_compared() -> None:
@@ -140,7 +143,8 @@ def test_prompts_of_more_than_tokens_are_named_but_not_compared() -> None:
     text = [{"role": "user", "content": [{"type": "text", "text": "see"}]}, {"role": "user", "content": "this"}]
     rows = [STORED, *asked("image", PROMPT, 0, messages=image), *asked("embeds", PROMPT, 0, prompt_embeds="x")]
     report = check_capture([*rows, *asked("text", PROMPT, 16, messages=text)])
-    assert (report.unsupported, report.requests, report.mismatches) == (["image", "embeds"], 1, [])
+    assert report.unsupported == dict.fromkeys(["image", "embeds"], "more than tokens")
+    assert (report.requests, report.mismatches) == (1, [])
 
 
 def test_removals_clears_and_copies_count_in_their_order() -> None:
@@ -173,26 +177,88 @@ def test_salts_and_adapters_are_prompts_of_their_own() -> None:
     assert (report.requests, report.mismatches) == (5, [])
 
 
-def test_publishers_are_followed_apart_and_the_best_one_counts() -> None:
+def test_only_what_every_publisher_holds_alike_is_predicted() -> None:
     rows = [
         event(0, stored([11], PROMPT[:4]), port=1),
+        *asked("one-is-silent-yet", PROMPT, 4),
         event(0, stored([11, 12], PROMPT[:8]), port=2),
-        event(1, CLEARED, port=1),
-        *asked("r", PROMPT, 8),
+        *asked("longer-on-one", PROMPT, 8),
+        event(1, stored([12], PROMPT[4:8], parent=11), port=1),
+        *asked("alike", PROMPT, 8),
+        *asked("nowhere", PROMPT[1:], 0),
+        event(2, CLEARED, port=1),
+        *asked("cleared-on-one", PROMPT, 8),
     ]
-    assert check_capture(rows).mismatches == []
-
-
-def test_frames_that_cannot_be_read_are_survived() -> None:
-    rows = [STORED, {"kind": "event", "seq": 1, "payload_hex": "c1"}, *asked("r", PROMPT, 16)]
     report = check_capture(rows)
-    assert (report.frames, report.events, report.mismatches) == (2, 1, [])
+    assert list(report.unsupported) == ["one-is-silent-yet", "longer-on-one", "cleared-on-one"]
+    assert set(report.unsupported.values()) == {"its publishers differ"}
+    assert (report.requests, report.mismatches) == (2, [])
 
 
-@pytest.mark.parametrize("rows", [[], [event(0, CLEARED)], asked("r", PROMPT, 0), [{"kind": "event"}]])
-def test_a_capture_without_stored_blocks_is_refused(rows: list[dict[str, Any]]) -> None:
-    with pytest.raises(CaptureError, match="no readable BlockStored"):
+def array_frame(*events: list[Any]) -> str:
+    return msgspec.msgpack.encode([1.5, events]).hex()
+
+
+def test_adapters_are_left_out_where_the_layout_hides_their_names() -> None:
+    rows: list[dict[str, Any]] = [
+        {"kind": "meta", "models": {"data": [{"id": "tiny"}, {"id": "poet", "parent": "tiny"}]}},
+        {"kind": "event", "seq": 0, "payload_hex": array_frame(["BlockStored", [11], None, PROMPT[:4], 4, 1, "GPU"])},
+        *asked("adapter", PROMPT, 4, model="poet"),
+    ]
+    assert check_capture(rows).unsupported == {"adapter": "the layout hides the names of adapters"}
+
+
+def test_a_feed_that_cannot_be_trusted_predicts_nothing() -> None:
+    bigrams = array_frame(["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"])
+    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": bigrams}, *asked("r", PROMPT, 0)])
+    assert report.publishers[0].untrusted is not None
+    assert report.unsupported == {"r": report.publishers[0].untrusted}
+
+
+def test_frames_that_cannot_be_read_cost_what_was_known() -> None:
+    rows = [STORED, {"kind": "event", "seq": 1, "payload_hex": "c1"}, *asked("r", PROMPT, 0)]
+    report = check_capture(rows)
+    assert (report.frames, report.events, report.mismatches, report.unreadable) == (2, 1, [], 1)
+
+
+def test_each_publisher_is_reported_with_what_was_wrong() -> None:
+    rows = [
+        STORED,
+        event(
+            2, stored([21], PROMPT[:4]), stored([22], PROMPT[4:8], parent=99), stored([23], PROMPT[:3], block_size=4)
+        ),
+        event(3, stored([24], PROMPT[4:8], parent=21)),
+    ]
+    (publisher,) = check_capture(rows).publishers
+    assert publisher == PublisherReport(
+        name="",
+        frames=3,
+        malformed=0,
+        gaps=1,
+        restarts=0,
+        events=5,
+        unreadable=0,
+        misfits=1,
+        blocks=2,
+        orphans=1,
+        untrusted=None,
+    )
+
+
+def test_without_requests_a_capture_need_not_store_anything() -> None:
+    report = check_capture([event(0, CLEARED)])
+    assert (report.frames, report.events, report.requests, report.publishers[0].blocks) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("rows", [[], [{"kind": "meta"}], asked("r", PROMPT, 0)])
+def test_a_capture_without_events_is_refused(rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(CaptureError, match="no events"):
         check_capture(rows)
+
+
+def test_requests_need_the_engines_block_size() -> None:
+    with pytest.raises(CaptureError, match="no readable BlockStored"):
+        check_capture([event(0, CLEARED), *asked("r", PROMPT, 0)])
 
 
 @pytest.mark.parametrize(
@@ -204,81 +270,9 @@ def test_a_capture_without_stored_blocks_is_refused(rows: list[dict[str, Any]]) 
         {"kind": "request", "body": {}, "prompt_token_ids": [1]},
         {"kind": "request", "label": "r", "body": {}, "prompt_token_ids": [-1] * 8},
         {"kind": "request", "label": "r", "body": [1], "prompt_token_ids": [1]},
+        {"kind": "meta", "models": ["tiny"]},
     ],
 )
 def test_a_row_of_another_shape_is_refused_by_its_number(row: dict[str, Any]) -> None:
     with pytest.raises(CaptureError, match="row 2"):
         check_capture([STORED, row])
-
-
-# The command
-
-
-def test_the_command_prints_what_it_found_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    oracle, reset = str(CAPTURES / "oracle-bs16.jsonl.gz"), str(CAPTURES / "capture.jsonl.gz")
-    assert main(["events", "check", "--json", oracle, reset]) == 1
-    assert json.loads(capsys.readouterr().out) == {
-        "files": [
-            {"file": oracle, "frames": 977, "events": 2374, "requests": 1218, "unsupported": [], "mismatches": []},
-            {
-                "file": reset,
-                "frames": 30,
-                "events": 138,
-                "requests": 25,
-                "unsupported": [],
-                "mismatches": [{"label": "chat1-after-reset", "predicted": 64, "actual": 0}],
-            },
-        ]
-    }
-
-
-def test_the_command_succeeds_when_every_hit_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = tmp_path / "plain.jsonl"
-    plain.write_text("\n".join(map(json.dumps, [STORED, *asked("r", PROMPT, 16)])))
-    assert main(["events", "check", str(plain)]) == 0
-    assert capsys.readouterr().out == f"{plain}: 1 frames, 1 events, 1 requests: every hit as predicted\n"
-
-
-def test_the_command_takes_another_block_size(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["events", "check", str(CAPTURES / "capture.jsonl.gz"), "--block-size", "128"]) == 0
-    assert "every hit as predicted" in capsys.readouterr().out
-
-
-def test_the_command_names_each_difference_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "capture.jsonl"
-    rows = [STORED, *asked("wrong", PROMPT, 4), *asked("embeds", PROMPT, 0, prompt_embeds="x")]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert main(["events", "check", str(file)]) == 1
-    out = capsys.readouterr().out
-    assert "wrong: predicted 16 cached tokens, engine reported 4" in out
-    assert "embeds: not predictable" in out
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("missing.jsonl", None),
-        ("text.jsonl", b"no json"),
-        ("list.jsonl", b"[1]"),
-        ("binary.jsonl", b"\xff\xfe"),
-        ("empty.jsonl", b""),
-        ("plain.jsonl.gz", b"{}"),
-        ("cut.jsonl.gz", gzip.compress(json.dumps(STORED).encode())[:-12]),
-        ("broken.jsonl.gz", gzip.compress(b"x" * 100)[:10] + b"\xff" * 20),
-    ],
-)
-def test_what_is_no_capture_ends_the_command_with_a_message(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
-) -> None:
-    file = tmp_path / name
-    if content is not None:
-        file.write_bytes(content)
-    assert main(["events", "check", str(file)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("matrixinfer: ")
-    assert str(file) in err
-
-
-def test_a_block_size_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["events", "check", str(CAPTURES / "capture.jsonl.gz"), "--block-size", "0"]) == 2
-    assert "--block-size" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""What the commands that listen to feeds share: where to listen, and until when."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import re
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import aiohttp
+
+from matrixinfer.cli.arguments import at_least_one
+from matrixinfer.config import KvEventsConfig
+from matrixinfer.errors import ConfigError
+from matrixinfer.pods.engine_api import EngineApi, EngineDown
+
+_TIMEOUT_SECONDS = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
+    """The arguments of every command that listens."""
+    add = parser.add_argument
+    add("--replay", action="append", default=[], type=_endpoint, metavar="ENDPOINT", help="where the engine replays "
+        "past batches, in the order of the endpoints: starts with the engine's history, and fills gaps")  # fmt: skip
+    add("--topic", help="take only this exact topic (default: every topic)")
+    add("--count", type=at_least_one, metavar="N", help=f"stop after N {unit}")
+    add("--seconds", type=_duration, metavar="S", help="stop after S seconds")
+
+
+def address(text: str) -> str:
+    """The type of arguments that name a publisher or an engine."""
+    return text.rstrip("/") if re.match(r"https?://.", text) else _endpoint(text)
+
+
+async def sources(addresses: Sequence[str], replays: Sequence[str]) -> list[KvEventsConfig]:
+    """Where to listen: endpoints as given, an engine's URL as the publishers that it tells of, one per rank.
+
+    Raises `ConfigError`.
+    """
+    if len(replays) > len(addresses) or (replays and any(map(_is_url, addresses))):
+        raise ConfigError("--replay", "give one per endpoint; an engine's URL tells its own")
+    found: list[KvEventsConfig] = []
+    for number, where in enumerate(addresses):
+        if _is_url(where):
+            found += await _told(where)
+        else:
+            found.append(
+                KvEventsConfig(endpoint=where, replay_endpoint=replays[number] if number < len(replays) else None)
+            )
+    if len({source.endpoint for source in found}) < len(found):
+        raise ConfigError("ENDPOINT", "the same publisher is named twice")
+    return found
+
+
+@asynccontextmanager
+async def until_told(seconds: float | None) -> AsyncIterator[None]:
+    """Leave the context after `seconds`, on SIGINT or on SIGTERM: all are normal ends."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+
+            def stop() -> None:
+                with suppress(RuntimeError):  # already stopping
+                    limit.reschedule(loop.time())
+
+            for number in signals:
+                loop.add_signal_handler(number, stop)
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def _told(url: str) -> tuple[KvEventsConfig, ...]:
+    async with aiohttp.ClientSession() as session:
+        try:
+            told = await EngineApi(session, _TIMEOUT_SECONDS).kv_sources(url)
+        except EngineDown as error:
+            raise ConfigError("ENDPOINT", str(error)) from error
+    if not told:
+        raise ConfigError("ENDPOINT", f"{url} names no publisher in /kv_event_sources; give its tcp:// endpoint")
+    return told
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith("http")
+
+
+def _endpoint(text: str) -> str:
+    if not re.match(r"(tcp://[^*/]+:\d+|ipc://.+)$", text):
+        raise argparse.ArgumentTypeError(f"expected `tcp://host:port`, got `{text}`")
+    return text
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got `{text}`")
+    return seconds
