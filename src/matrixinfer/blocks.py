@@ -133,14 +133,17 @@ class BlockChain(Sequence[int]):
         """How many blocks have been hashed so far."""
         return len(self._hashes)
 
-    def tail(self, blocks: int, tokens: int) -> int | None:
-        """The hash of the first `tokens` tokens behind the first `blocks` blocks, of which there must be one.
+    def tail(self, blocks: int, engine_block: int) -> tuple[int, int] | None:
+        """Tokens and hash of what an engine block reaches beyond the first `blocks` blocks (`overhang`).
 
-        None where the prompt has not so many.
+        None where it does not, or where the prompt ends within it.
         """
-        start = blocks * self._processor.block_size * 4
-        data = memoryview(self._data)[start : start + tokens * 4]
-        return self._processor.tail(data, self[blocks - 1]) if len(data) == tokens * 4 else None
+        tokens = self._processor.overhang(blocks, engine_block)
+        if tokens is None:
+            return None
+        start = blocks * self._processor.block_size
+        data = memoryview(self._data)[start * 4 : (start + tokens) * 4]
+        return (tokens, self._processor.tail(data, self[blocks - 1])) if len(data) == tokens * 4 else None
 
     @overload
     def __getitem__(self, index: int) -> int: ...

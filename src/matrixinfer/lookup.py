@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.blocks import BlockChain
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod, PodRegistry
@@ -24,12 +24,9 @@ class Matches:
 class LookUp:
     """Asks the index for a prompt's blocks and, where engine blocks straddle those, for the tail that decides."""
 
-    def __init__(
-        self, registry: PodRegistry, index: BlockIndex, blocks: TokenBlockProcessor, feeds: Mapping[str, PodFeed]
-    ) -> None:
+    def __init__(self, registry: PodRegistry, index: BlockIndex, feeds: Mapping[str, PodFeed]) -> None:
         self._registry = registry
         self._index = index
-        self._blocks = blocks
         self._feeds = feeds
 
     async def match(self, model: str, requested: str, pods: Sequence[Pod], chain: BlockChain) -> Matches:
@@ -58,15 +55,13 @@ class LookUp:
             feed = self._feeds.get(name)
             if feed is None or not feed.ledger.has_tails or feed.ledger.block_size is None:
                 continue
-            over = self._blocks.overhang(count, feed.ledger.block_size)
-            if over is not None:
-                ends.setdefault((count, over), []).append(name)
-        tails: dict[str, int] = {}
-        for (count, over), names in ends.items():
-            tail = chain.tail(count, over)
+            tail = chain.tail(count, feed.ledger.block_size)
             if tail is not None:
-                holders = await self._index.match(model, [tail])
-                tails.update((name, over) for name in names if name in holders)
+                ends.setdefault(tail, []).append(name)
+        tails: dict[str, int] = {}
+        for (tokens, block), names in ends.items():
+            holders = await self._index.match(model, [block])
+            tails.update((name, tokens) for name in names if name in holders)
         return tails
 
     def publisher(self, pod: Pod, matches: Matches | None) -> str:

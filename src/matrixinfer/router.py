@@ -68,7 +68,7 @@ class Router:
         self._tokenizers = tokenizers
         self._blocks = blocks
         self._feeds = feeds
-        self._look_up = LookUp(registry, index, blocks, feeds)
+        self._look_up = LookUp(registry, index, feeds)
         self._scheduler = scheduler
         self._load = load
         self._metrics = metrics

@@ -90,3 +90,15 @@ async def test_a_pod_without_events_is_warned_of_once_where_the_profile_wants_th
         follow(pod(sources=()))
         follow(pod(sources=()))
     assert [line["event"] for line in logs] == ["kv_events_not_followed"] * warnings
+
+
+async def test_every_rank_has_a_feed_of_its_own_that_goes_when_the_rank_does(subscriber: Subscriber) -> None:
+    follow = EventFollower(subscriber, ONE_MODEL)
+    engine = pod(sources=(SOURCE, OTHER_SOURCE))
+    follow(engine)
+    assert list(subscriber.feeds) == list(engine.publishers) == ["a@dp0", "a@dp1"]
+    assert subscriber.feeds["a@dp0"].ledger is not subscriber.feeds["a@dp1"].ledger
+    follow(pod())
+    assert list(subscriber.feeds) == ["a"]
+    follow(pod(sources=()))
+    assert not subscriber.feeds

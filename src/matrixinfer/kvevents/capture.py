@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from msgspec import UNSET
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import BlockChain, TokenBlockProcessor
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
@@ -209,13 +209,18 @@ class _Check:
             return
         model = body["model"] if body.get("model") in self._facts.adapters else _BASE
         chain = self._blocks.chain(tokens, salt=body.get("cache_salt"))
-        held = max(self._index.count(model, chain).values(), default=0) * self._blocks.block_size
-        cap = (len(tokens) - 1) // self._engine_block * self._engine_block
-        self._predicted[row["label"]] = min(held, cap)
-        held_by = self._index.count(model, chain)
-        reason = self._why_not(body, model, {held_by.get(name, 0) for name in self._feeds})
+        held = self._index.count(model, chain)
+        longest = max((self._tokens(model, chain, *each) for each in held.items()), default=0)
+        self._predicted[row["label"]] = min(longest, len(tokens) - 1) // self._engine_block * self._engine_block
+        reason = self._why_not(body, model, {held.get(name, 0) for name in self._feeds})
         if reason is not None:
             self.report.unsupported[row["label"]] = reason
+
+    def _tokens(self, model: str, chain: BlockChain, publisher: str, blocks: int) -> int:
+        """Tokens that a publisher holds which holds so many blocks: with the tail, where engine blocks straddle them."""
+        tail = chain.tail(blocks, self._engine_block)
+        more = tail[0] if tail and publisher in self._index.count(model, tail[1:]) else 0
+        return blocks * self._blocks.block_size + more
 
     def _why_not(self, body: Row, model: str, lengths: set[int]) -> str | None:
         """Why the events cannot tell this prompt's hit; `lengths` in token blocks, of all publishers."""
@@ -239,9 +244,7 @@ class _Check:
         self.report.requests += 1
         predicted = self._predicted.pop(label)
         size = self._blocks.block_size
-        if self._engine_block % size == 0:
-            predicted -= predicted % self._engine_block
-        else:
+        if self._engine_block % size:  # token blocks tell no more
             predicted, actual = predicted // size * size, actual // size * size
         if predicted != actual:
             self.report.mismatches.append(Mismatch(label=label, predicted=predicted, actual=actual))

@@ -76,6 +76,8 @@ class Batch(msgspec.Struct, frozen=True):
     """Seconds since the epoch, on the engine's clock."""
     rank: int | None
     unreadable: int = 0
+    unreadable_stored: int = 0
+    """Those of them that are BlockStored. What they brought stays unknown, but nothing that is known went with them."""
 
 
 class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
@@ -197,8 +199,15 @@ def _decode_one_by_one(payload: bytes) -> Batch:
         except _UNREADABLE as error:
             reason = error
             continue
-        events = [event for event in map(_decode_event, batch.events) if event is not None]
-        return Batch(events, batch.ts, batch.data_parallel_rank, unreadable=len(batch.events) - len(events))
+        events: list[Event] = []
+        unread = []
+        for raw in batch.events:
+            event = _decode_event(raw)
+            if event is None:
+                unread.append(raw)
+            else:
+                events.append(event)
+        return Batch(events, batch.ts, batch.data_parallel_rank, len(unread), sum(map(_names_block_stored, unread)))
     raise MalformedFrame(str(reason)) from reason
 
 
@@ -210,3 +219,12 @@ def _decode_event(raw: msgspec.Raw) -> Event | None:
             continue
         return event
     return None
+
+
+def _names_block_stored(raw: msgspec.Raw) -> bool:
+    try:
+        event = msgspec.msgpack.decode(raw)
+    except _UNREADABLE:
+        return False
+    kind = event.get("type") if isinstance(event, dict) else event[0] if isinstance(event, list) and event else None
+    return kind == BlockStored.__name__

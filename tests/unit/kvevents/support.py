@@ -91,11 +91,9 @@ class Follower:
         """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, as the index tells."""
         chain = self.blocks.chain(tokens)
         blocks = self.index.count(MODEL, chain).get(POD, 0)
-        over = self.blocks.overhang(blocks, engine_block)
-        tail = None if over is None else chain.tail(blocks, over)
-        if tail is None or not self.index.count(MODEL, [tail]):
-            over = 0
-        return (blocks * self.blocks.block_size + (over or 0)) // engine_block * engine_block
+        tail = chain.tail(blocks, engine_block)
+        more = tail[0] if tail and self.index.count(MODEL, tail[1:]) else 0
+        return (blocks * self.blocks.block_size + more) // engine_block * engine_block
 
     @property
     def total(self) -> int:

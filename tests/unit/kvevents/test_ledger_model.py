@@ -141,11 +141,9 @@ class Reference:
         """What the index has of a chain that ends with a block of so many tokens."""
         chain = self.blocks.chain(tokens, salt=salt)
         yield from chain
-        over = len(tokens) % self.blocks.block_size
-        if chain and over and over == self.blocks.overhang(len(chain), engine_block):
-            tail = chain.tail(len(chain), over)
-            assert tail is not None
-            yield tail
+        tail = chain.tail(len(chain), engine_block) if chain else None
+        if tail and tail[0] == len(tokens) % self.blocks.block_size:
+            yield tail[1]
 
 
 PLACES: list[Place] = [(None, None), ("GPU", 0), ("GPU", 1), ("CPU", 0)]

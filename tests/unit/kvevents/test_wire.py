@@ -99,7 +99,24 @@ def test_events_that_are_arrays_are_told_by_their_length(
 
 def test_an_array_whose_fields_have_other_types_is_not_guessed() -> None:
     salted = ["BlockStored", [5], 7, TOKENS, 4, None, "GPU", {"cache_salt": "s"}]
-    assert (decode(frame(salted)).events, decode(frame(salted)).unreadable) == ([], 1)
+    batch = decode(frame(salted))
+    assert (batch.events, batch.unreadable, batch.unreadable_stored) == ([], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("event", "stored"),
+    [
+        (["BlockStored", "?"], 1),
+        ({"type": "BlockStored", "block_hashes": "?"}, 1),
+        (["BlockRemoved", "?"], 0),
+        ({"type": "BlockRemoved"}, 0),
+        ([], 0),
+        (5, 0),
+    ],
+)
+def test_of_what_cannot_be_read_it_is_told_whether_it_only_added(event: object, stored: int) -> None:
+    batch = decode(frame(event))
+    assert (batch.unreadable, batch.unreadable_stored) == (1, stored)
 
 
 @pytest.mark.parametrize("layout", ["v012", "v016", "v020", "v024", "mapbatch"])

@@ -1,0 +1,464 @@
+"""`matrixinfer events tail` and `record` against real ZMQ publishers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import stat
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from matrixinfer.cli import events, events_record, events_tail, main
+from matrixinfer.errors import ConfigError
+from matrixinfer.kvevents.capture import CaptureReport, check_capture
+from matrixinfer.kvevents.capture_file import CaptureReader
+from matrixinfer.kvevents.listen import CannotListen
+from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
+from matrixinfer.sim.publisher import EventPublisher
+
+NOON = 1_750_000_000 // 86_400 * 86_400 + 12 * 3600
+HASH = 0x1F2E33A0_00000000
+SECRET = 77_001
+"""The first token id of every prompt here."""
+
+
+def stored(first: int, last: int, *, salt: str | None = None) -> BlockStored:
+    """Blocks [first, last) of 16 tokens of one prompt, named by their position."""
+    extra: list[tuple[str, ...] | None] = [None] * (last - first)
+    if salt is not None:
+        extra[0] = (salt,)
+    return BlockStored(
+        block_hashes=[HASH + block for block in range(first, last)],
+        parent_block_hash=HASH + first - 1 if first else None,
+        token_ids=list(range(SECRET + first * 16, SECRET + last * 16)),
+        block_size=16,
+        extra_keys=extra,
+    )
+
+
+def removed(*blocks: int) -> BlockRemoved:
+    return BlockRemoved(block_hashes=[HASH + block for block in blocks])
+
+
+EXAMPLE: list[list[Event]] = [
+    [stored(0, 3, salt="hush")],
+    [stored(3, 4), removed(3)],
+    [AllBlocksCleared()],
+    [stored(0, 1)],
+]
+"""The batches behind the examples of the documentation."""
+
+
+class Engine:
+    """A publisher that answers replays."""
+
+    def __init__(self, ports: tuple[int, int] = (0, 0)) -> None:
+        self._publisher = EventPublisher("127.0.0.1", port=ports[0], replay_port=ports[1], topic="kv")
+
+    async def __aenter__(self) -> Engine:
+        await self._publisher.__aenter__()
+        self._task = asyncio.create_task(self._publisher.serve())
+        self.endpoint, self.replay = self._publisher.endpoint, self._publisher.replay_endpoint
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._publisher.__aexit__(None, None, None)
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        return int(self.endpoint.rpartition(":")[2]), int(self.replay.rpartition(":")[2])
+
+    def publish(self, *events: Event) -> None:
+        """Each batch half a second past its number of seconds past noon."""
+        self._publisher.publish(encode(EventBatch(NOON + self._publisher._next + 0.5, list(events))))
+
+    def publish_bytes(self, payload: bytes) -> None:
+        self._publisher.publish(payload)
+
+    def send(self, *parts: bytes) -> None:
+        self._publisher._pub.send_multipart(list(parts))
+
+    def skip(self, frames: int) -> None:
+        """Go on as if these had been published and are no longer to be had."""
+        self._publisher._next += frames
+
+
+class Running:
+    """A command that runs in this process, and what it has printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self._out = self._err = ""
+
+    async def start(self, command: Callable[[argparse.Namespace], Coroutine[Any, Any, None]], *words: object) -> None:
+        parser = argparse.ArgumentParser()
+        events.add_parser(parser.add_subparsers())
+        self._task = asyncio.create_task(command(parser.parse_args(["events", *map(str, words)])))
+
+    @property
+    def out(self) -> list[str]:
+        self._read()
+        return self._out.splitlines()
+
+    @property
+    def err(self) -> str:
+        self._read()
+        return self._err
+
+    async def says(self, words: str, times: int = 1) -> None:
+        async with asyncio.timeout(20):
+            while (self._out + self._err).count(words) < times:
+                assert not self._task.done(), self._out + self._err
+                await asyncio.sleep(0.01)
+                self._read()
+
+    async def end(self) -> list[str]:
+        """What it printed, once it has ended by itself."""
+        async with asyncio.timeout(20):
+            await self._task
+        return self.out
+
+    async def stop(self) -> list[str]:
+        """As `end`, after Ctrl-C."""
+        os.kill(os.getpid(), signal.SIGINT)
+        return await self.end()
+
+    def _read(self) -> None:
+        out, err = self._capsys.readouterr()
+        self._out += out
+        self._err += err
+
+
+@pytest.fixture
+async def running(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Running]:
+    running = Running(capsys)
+    yield running
+    running._task.cancel()
+    await asyncio.wait([running._task])
+
+
+# Tail
+
+
+async def test_tail_tells_the_history_and_then_what_happens(running: Running) -> None:
+    async with Engine() as engine:
+        for batch in EXAMPLE[:2]:
+            engine.publish(*batch)
+        await running.start(events_tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
+        await running.says("#1", times=2)
+        await running.says("connected")
+        for batch in EXAMPLE[2:]:
+            engine.publish(*batch)
+        await running.says("#3")
+        assert await running.stop() == [
+            "#0 12:00:00.500  stored 3 blocks of 16 tokens at the start of a prompt, on GPU, with extra keys (salt or media)",
+            "#1 12:00:01.500  stored 1 block of 16 tokens after 1f2e33a0…, on GPU",
+            "#1 12:00:01.500  removed 1 block, from GPU",
+            "#2 12:00:02.500  cleared everything",
+            "#3 12:00:03.500  stored 1 block of 16 tokens at the start of a prompt, on GPU",
+            f"{engine.endpoint}: 4 frames, 5 events; 1 block of 16 tokens held now",
+            "  on GPU; group 0; salts visible",
+        ]
+    assert "hush" not in "".join(running.out)
+    assert str(SECRET)[:4] not in "".join(running.out)
+
+
+async def test_tail_without_a_replay_says_what_it_missed(running: Running) -> None:
+    async with Engine() as engine:
+        engine.publish(stored(0, 1))
+        await running.start(events_tail.tail, "tail", engine.endpoint, "--topic", "kv", "--count", 3)
+        await running.says("connected")
+        engine.publish(stored(1, 2))
+        engine.skip(3)
+        engine.publish(stored(0, 2))
+        engine.publish_bytes(b"\xc1")
+        engine.send(b"a message", b"of two parts")
+        engine.send(b"other", bytes(8), b"")
+        engine.skip(1)
+        engine.publish(removed(1))
+        lines = [line.removeprefix("#").partition("  ")[2] or line for line in await running.end()]
+        assert lines[:-3] == [
+            "the first frame seen: what was stored before is not known",
+            "stored 1 block of 16 tokens after 1f2e33a0…, on GPU (ignored, what comes before was never seen)",
+            "frames 2 to 4 are missing: what is held is not known",
+            "stored 2 blocks of 16 tokens at the start of a prompt, on GPU",
+            "unreadable frame of 1 byte",
+            "a message of 2 parts that is no frame (sizes 9 and 12)",
+            "another topic: `other` (said once)",
+            "frame 7 is missing: what is held is not known",
+            "removed 1 block, from GPU (never seen)",
+        ]
+        assert lines[-3].endswith("4 frames, 3 events; 0 blocks of 16 tokens held now")
+        assert lines[-1].endswith(
+            "2 gaps; 4 missing frames; 1 orphan block; 1 unreadable frame; 1 wrong frame; 1 other-topic frame"
+        )
+
+
+async def test_tail_prints_objects_and_the_first_tokens_where_asked(running: Running) -> None:
+    async with Engine() as engine:
+        engine.publish(stored(0, 1), removed(0))
+        args = ("tail", engine.endpoint, "--replay", engine.replay, "--json", "--tokens", "--count", 2)
+        await running.start(events_tail.tail, *args)
+        first, second, last = map(json.loads, await running.end())
+        at = {"publisher": engine.endpoint, "seq": 0, "time": NOON + 0.5}
+        where = {"medium": "GPU", "group": 0}
+        name = f"{HASH:016x}"
+        assert first == {
+            **at,
+            **where,
+            "kind": "stored",
+            "blocks": [name],
+            "parent": None,
+            "block_size": 16,
+            "adapter": None,
+            "extra_keys": False,
+            "first_tokens": list(range(SECRET, SECRET + 8)),
+        }
+        assert second == {**at, **where, "kind": "removed", "blocks": [name]}
+        assert (last["kind"], last["frames"], last["events"], last["blocks"]) == ("summary", 1, 2, 0)
+
+
+async def test_tail_tells_a_restart_that_the_numbers_do_not_show(running: Running) -> None:
+    async with Engine() as engine:
+        engine.publish(stored(0, 4))
+        await running.start(events_tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
+        await running.says("#0")
+        await running.says("connected")
+    await running.says("connection lost")
+    async with Engine(engine.ports) as engine:
+        engine.publish(stored(0, 1, salt="new"))
+        engine.publish(stored(1, 2))
+        await running.says("connected", times=2)
+        engine.publish(stored(2, 3))
+        await running.says("#2")
+        lines = await running.stop()
+    assert [line.partition("  ")[2] for line in lines[1:-3]] == [
+        "the engine has restarted: nothing is held",
+        "stored 1 block of 16 tokens at the start of a prompt, on GPU, with extra keys (salt or media)",
+        "stored 1 block of 16 tokens after 1f2e33a0…, on GPU",
+        "stored 1 block of 16 tokens after 1f2e33a0…, on GPU",
+    ]
+    assert lines[-1] == "  1 restart"
+
+
+async def test_tail_says_what_to_look_at_when_nothing_comes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_tail, "IDLE_SECONDS", 0.1)
+    async with Engine() as engine:
+        ports = engine.ports
+    await running.start(events_tail.tail, "tail", engine.endpoint)
+    await running.says(f"waiting: no connection to {engine.endpoint}")
+    async with Engine(ports):
+        await running.says("waiting: connected, but nothing comes")
+        await asyncio.sleep(0.3)
+        assert running.err.count("waiting") == 2
+        assert (await running.stop())[-1].endswith("0 frames, 0 events; 0 blocks held now")
+
+
+async def test_tail_ends_in_time(running: Running) -> None:
+    async with Engine() as engine:
+        await running.start(events_tail.tail, "tail", engine.endpoint, "--seconds", 0.1)
+        assert len(await running.end()) == 1
+
+
+@asynccontextmanager
+async def telling(sources: object) -> AsyncIterator[str]:
+    """The URL of an engine whose `/kv_event_sources` says this."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(sources)
+
+    app = web.Application()
+    app.router.add_get("/kv_event_sources", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_shows(running: Running) -> None:
+    async with Engine() as one, Engine() as two:
+        ranks = {
+            rank: {"endpoint": f"tcp://*:{engine.ports[0]}", "replay_endpoint": f"tcp://*:{engine.ports[1]}"}
+            for rank, engine in (("0", one), ("1", two))
+        }
+        one.publish(stored(0, 3))
+        two.publish(stored(0, 1))
+        async with telling(ranks) as url:
+            guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+            (words,) = re.findall(r"^matrixinfer events (.*)$", guide, flags=re.MULTILINE)
+            words = words.replace("http://10.0.0.1:8001", f"{url}/")
+            await running.start(events_tail.tail, *words.split(), "--count", 2)
+            lines = await running.end()
+        assert {f"{one.endpoint}  #0 12:00:00.500", f"{two.endpoint}  #0 12:00:00.500"} == {
+            line.rpartition("  stored")[0] for line in lines[:2]
+        }
+        assert f"{one.endpoint}: 1 frame, 1 event; 3 blocks of 16 tokens held now" in lines
+        assert f"{two.endpoint}: 1 frame, 1 event; 1 block of 16 tokens held now" in lines
+
+
+async def test_an_engine_that_tells_of_no_publisher_ends_the_command(running: Running) -> None:
+    async with telling({}) as url:
+        await running.start(events_tail.tail, "tail", url)
+        with pytest.raises(ConfigError, match="names no publisher"):
+            await running.end()
+    await running.start(events_tail.tail, "tail", url)
+    with pytest.raises(ConfigError, match="ENDPOINT"):
+        await running.end()
+
+
+async def test_an_endpoint_that_zmq_refuses_ends_the_command(running: Running) -> None:
+    await running.start(events_tail.tail, "tail", f"ipc:///{'long/' * 100}")
+    with pytest.raises(CannotListen, match="long/"):
+        await running.end()
+
+
+# Record
+
+
+def checked(file: Path) -> tuple[CaptureReport, bool]:
+    reader = CaptureReader(file)
+    return check_capture(reader), reader.cut
+
+
+@pytest.mark.parametrize("name", ["recording.jsonl", "recording.jsonl.gz"])
+async def test_a_recording_can_be_checked(running: Running, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    async with Engine() as engine:
+        engine.publish(stored(0, 3))
+        args = ("record", engine.endpoint, "--replay", engine.replay, "-o", file, "--count", 2)
+        await running.start(events_record.record, *args)
+        await running.says("connected")
+        engine.publish(stored(3, 4), removed(2))
+        assert await running.end() == []
+    report, cut = checked(file)
+    (publisher,) = report.publishers
+    assert (report.frames, report.events, report.requests, cut) == (2, 3, 0, False)
+    assert (publisher.name, publisher.blocks, publisher.orphans, report.unreadable) == ("", 3, 0, 0)
+    assert "2 frames, " in running.err
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+async def test_publishers_are_recorded_apart_and_other_topics_left_out(running: Running, tmp_path: Path) -> None:
+    file = tmp_path / "recording.jsonl"
+    async with Engine() as one, Engine() as two:
+        args = ("record", one.endpoint, two.endpoint, "-o", file, "--topic", "kv", "--count", 2)
+        await running.start(events_record.record, *args)
+        await running.says("connected", times=2)
+        one.send(b"other", bytes(8), b"")
+        one.send(b"no frame")
+        one.publish(stored(0, 3))
+        two.publish(stored(0, 2))
+        await running.end()
+    blocks = {publisher.name: publisher.blocks for publisher in checked(file)[0].publishers}
+    assert blocks == {one.endpoint: 3, two.endpoint: 2}
+    assert "2 messages left out" in running.err
+
+
+async def test_a_publisher_that_is_named_twice_is_refused(running: Running, tmp_path: Path) -> None:
+    endpoint = "tcp://127.0.0.1:1"
+    await running.start(events_record.record, "record", endpoint, endpoint, "-o", tmp_path / "x")
+    with pytest.raises(ConfigError, match="twice"):
+        await running.end()
+
+
+# As processes
+
+
+@asynccontextmanager
+async def process(*words: object) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "matrixinfer", "events", *map(str, words)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(30):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize("name", ["recording.jsonl", "recording.jsonl.gz"])
+@pytest.mark.parametrize("last", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_recording_that_is_ended_by_a_signal_can_be_checked(
+    tmp_path: Path, name: str, last: signal.Signals
+) -> None:
+    file = tmp_path / name
+    async with Engine() as engine:
+        for block in range(40):
+            engine.publish(stored(block, block + 1))
+        async with process("record", engine.endpoint, "--replay", engine.replay, "-o", file) as recorder:
+            while not file.exists() or len(list(CaptureReader(file))) < 41:
+                await asyncio.sleep(0.05)
+            recorder.send_signal(last)
+            assert await recorder.wait() == (0 if last is signal.SIGTERM else -last)
+    report, cut = checked(file)
+    assert (report.frames, report.publishers[0].blocks) == (40, 40)
+    assert cut == (last is signal.SIGKILL and name.endswith(".gz"))
+
+
+async def test_tail_ends_well_when_nobody_reads_any_more() -> None:
+    async with Engine() as engine:
+        engine.publish(stored(0, 1))
+        async with process("tail", engine.endpoint, "--replay", engine.replay) as tail:
+            assert tail.stdout is not None
+            assert tail.stderr is not None
+            assert (await tail.stdout.readline()).startswith(b"#0")
+            tail.stdout._transport.close()  # type: ignore[attr-defined]
+            while tail.returncode is None:
+                engine.publish(AllBlocksCleared())
+                await asyncio.sleep(0.05)
+            assert tail.returncode == 0
+            assert b"Traceback" not in await tail.stderr.read()
+
+
+# The documentation
+
+
+async def test_the_examples_of_the_operations_page_are_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    commands = {"tail": events_tail.tail, "record": events_record.record}
+    async with Engine() as engine:
+        for batch in EXAMPLE:
+            engine.publish(*batch)
+        names = {
+            "tcp://10.0.0.1:5557": engine.endpoint,
+            "tcp://10.0.0.1:5558": engine.replay,
+            "feed.jsonl.gz": str(tmp_path / "feed.jsonl.gz"),
+        }
+        page = (root / "docs" / "operations.md").read_text()
+        for shown, real in names.items():
+            page = page.replace(shown, real)
+        examples = [
+            example
+            for block in re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+            for example in re.findall(r"\$ matrixinfer events (.*?)\n((?:[^$].*\n)*)", block)
+        ]
+        for words, expected in examples:
+            if words.startswith("check"):
+                assert main(["events", *words.split()]) == 0
+                assert capsys.readouterr().out == expected
+            else:
+                running = Running(capsys)
+                await running.start(commands[words.split()[0]], *words.split())
+                assert await running.end() == expected.splitlines()
+    assert len(examples) == 4
