@@ -4,9 +4,9 @@ The cursor says what each frame means; the feed acts on it and says what is know
 what `replay_from` asks for and hands it back. Live frames that come meanwhile are held, within bounds, and applied in
 order afterwards, one per `catch_up`, so that a long backlog need not hold up the loop.
 
-A frame that cannot be read may have told of a removal, and so may each event in it. So it counts as a loss: the pod is
-cleared and the feed is partial. Whatever was lost, the engine holds nothing after AllBlocksCleared: from there on the
-feed is complete again.
+A frame that cannot be read may have told of a removal, and so may an event in it that is not plainly a BlockStored. So
+it counts as a loss: the pod is cleared and the feed is partial. Whatever was lost, the engine holds nothing after
+AllBlocksCleared: from there on the feed is complete again.
 """
 
 from __future__ import annotations
@@ -188,6 +188,10 @@ class PodFeed:
             self._whole = True
             self._ask()
 
+    def was_sent_hidden(self) -> None:
+        """The engine was sent a prompt whose salt or adapter its events do not tell: its blocks will look like others."""
+        self._whole = False
+
     def spoiled(self) -> None:
         """Applying a frame broke off in the middle: what the ledger says cannot be trusted."""
         self.stats.malformed += 1
@@ -252,8 +256,10 @@ class PodFeed:
             return
         if batch.unreadable:
             self.stats.unreadable_events += batch.unreadable
-            self._forget()
-            return
+            self._whole = False
+            if batch.unreadable > batch.unreadable_stored:
+                self._forget()
+                return
         try:
             self.ledger.apply(*batch.events)
         except UntrustedEvents as error:

@@ -10,7 +10,7 @@ from matrixinfer.kvevents.capture_file import CaptureReader
 from .support import CLEARED, frame, removed, stored
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
-ORACLES = ["oracle-bs16", "oracle-bs32"]
+ORACLES = ["oracle-bs16", "oracle-bs32", "oracle-bs128-first250"]
 PROMPT = list(range(40))
 
 
@@ -74,15 +74,15 @@ def test_the_ranks_of_a_recorded_engine_stay_apart() -> None:
     assert not any(publisher.gaps or publisher.restarts or publisher.orphans for publisher in report.publishers)
 
 
-@pytest.mark.parametrize(("name", "requests"), [("oracle-bs16", 1218), ("oracle-bs32", 1202)])
+@pytest.mark.parametrize(("name", "requests"), list(zip(ORACLES, [1218, 1202, 250], strict=True)))
 def test_every_look_up_of_the_engines_own_cache_manager_is_predicted(name: str, requests: int) -> None:
     report = check_capture(recorded(name))
     assert (report.requests, report.mismatches) == (requests, [])
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 48, 64, 100, 128])
 @pytest.mark.parametrize("name", ORACLES)
-def test_predictions_hold_for_token_blocks_that_divide_the_engines_or_are_multiples(name: str, block_size: int) -> None:
+def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(name: str, block_size: int) -> None:
     assert check_capture(recorded(name), block_size=block_size).mismatches == []
 
 
