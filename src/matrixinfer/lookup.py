@@ -64,12 +64,17 @@ class LookUp:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def publisher(self, pod: Pod, matches: Matches | None) -> str:
-        """The publisher that speaks for a pod: of several ranks the one that holds most.
+    def held(self, pod: Pod, matches: Matches | None) -> tuple[PodFeed | None, int | None, int]:
+        """The feed that speaks for a pod, and what it says: blocks held, None when that is unknown, and tokens beyond.
 
-        The engine chooses the rank itself, so of such pods this is the best that can happen.
+        Of several ranks the one that holds most speaks. The engine chooses the rank itself, so of such pods this is the
+        best that can happen.
         """
-        if len(pod.kv_sources or ()) < 2:
-            return pod.name
-        followed = [name for name in pod.publishers if name in self._feeds] or pod.publishers
-        return followed[0] if matches is None else max(followed, key=lambda name: matches.blocks.get(name, 0))
+        publishers = pod.publishers
+        name = publishers[0]
+        if matches is not None and len(publishers) > 1:
+            name = max(publishers, key=lambda name: matches.blocks.get(name, 0))
+        feed = self._feeds.get(name)
+        if matches is None or feed is None or feed.untrusted is not None:
+            return feed, None, 0
+        return feed, matches.blocks.get(name, 0), matches.tails.get(name, 0)

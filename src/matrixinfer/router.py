@@ -173,12 +173,7 @@ class Router:
             now=self._clock(),
         )
         return _Prepared(
-            prompt=prompt,
-            request=request,
-            pods=pods,
-            matches=matches,
-            degraded=degraded,
-            timings_ms=timings,
+            prompt=prompt, request=request, pods=pods, matches=matches, degraded=degraded, timings_ms=timings
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
@@ -188,9 +183,7 @@ class Router:
         for pod in prepared.pods:
             name = pod.name
             metrics = self.registry.metrics_of(pod, now)
-            publisher = self._look_up.publisher(pod, matches)
-            feed = self._feeds.get(publisher)
-            match = None if matches is None or feed is None else matches.blocks.get(publisher, 0)
+            feed, match, tail = self._look_up.held(pod, matches)
             candidates.append(
                 Candidate(
                     name=name,
@@ -204,7 +197,7 @@ class Router:
                     feed=None if feed is None else feed.state.value,
                     engine_block=None if feed is None else feed.ledger.block_size,
                     match_blocks=match,
-                    match_tail=0 if match is None or matches is None else matches.tails.get(publisher, 0),
+                    match_tail=tail,
                     assumed_blocks=load.assumed(name, model, chain, match or 0),
                 )
             )

@@ -252,6 +252,15 @@ async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
     assert "kvcache-aware: the KV events of 2 of 3 pods are not complete" in decision["notes"]
 
 
+async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
+    world = World()
+    pages = ["BlockStored", [hash(tuple(TOKENS[:4]))], None, TOKENS[:4], 4, None]
+    world.feeds["a"].live(0, msgspec.msgpack.encode([0.0, [pages]]))
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": None, "b": 0, "c": 0}
+    assert field_of(decision, "feed")["a"] == "untrusted"
+
+
 async def test_the_state_of_a_feed_can_be_asked_for() -> None:
     world = World()
     del world.feeds["c"]
