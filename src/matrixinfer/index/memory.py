@@ -1,19 +1,21 @@
-"""The embedded index: one dict per model from block hash to the set of pods that hold it.
+"""The embedded index: a table per model from block hash to the set of pods that hold it.
 
 A set of pods is an integer with one bit per pod; equal sets share one object. The blocks of a model form a tree, by
-parent, so that a memory bound can evict children before parents: what remains is always a prefix. Only the bound needs
-the tree, look-ups never touch it.
+parent, so that a memory bound can evict children before parents: what remains is always a prefix. Look-ups need no more
+of a tree than its table of pods. No call stalls the event loop: whatever takes long is left to later writes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 from matrixinfer.index.base import IndexStats
+from matrixinfer.index.tree import Tree
 
 _NAMED_SETS_KEPT = 4_096  # pod sets whose names are kept at hand, as most look-ups meet the same few
 _INTERNED_SETS_KEPT = 65_536  # distinct pod sets that share one object each; beyond it sharing starts anew
+_STRUCK_TOGETHER = 16  # blocks per piece of work
+_SHED_STEPS = 64  # that freeing an emptied dict counts for
 
 
 class MemoryIndex:
@@ -29,7 +31,7 @@ class MemoryIndex:
             raise ValueError(f"max_blocks must be at least 1, got {max_blocks}")
         self._max_blocks = max_blocks
         self._prefix_closed = prefix_closed
-        self._trees: dict[str, _Tree] = {}
+        self._trees: dict[str, Tree] = {}
         self._blocks = 0
         self._evicted = 0
         self._bit_of: dict[str, int] = {}
@@ -39,7 +41,8 @@ class MemoryIndex:
         self._dead: list[int] = []  # bits of cleared pods, still set in blocks
         self._next_bit = 1
         self._free_bits: list[int] = []
-        self._reclaim: Iterator[None] | None = None
+        self._dropped: list[Tree] = []  # trees out of use, freed by later writes
+        self._reclaim: Iterator[int] | None = None
         self._interned: dict[int, int] = {}
 
     @property
@@ -51,29 +54,18 @@ class MemoryIndex:
         """Record consecutive blocks. Blocks whose parent the pod does not hold are unreachable and not taken."""
         if not hashes:
             return
-        tree = self._trees.get(model) or _Tree()
+        tree = self._trees.get(model) or Tree(chained=self._prefix_closed)
         bit = self._bit_of.get(pod, 0)
-        if not self._prefix_closed:
-            parent = None
-        elif parent is not None and not tree.pods.get(parent, 0) & bit:
+        if self._prefix_closed and parent is not None and not tree.pods[parent % len(tree.pods)].get(parent, 0) & bit:
             return
         self._trees[model] = tree
         bit = bit or self._new_bit(pod)
-        pods = tree.pods
-        for block in hashes:
-            held = pods.get(block)
-            if held is None:
-                tree.insert(block, parent)
-                pods[block] = bit
-                self._blocks += 1
-            elif not held & bit:
-                pods[block] = self._intern(held | bit)
-            if self._prefix_closed:
-                parent = block
+        self._blocks += self._store(tree, bit, hashes, parent)
         tree.touch(hashes[-1])
+        tree.shard()
         if self._blocks > self._max_blocks:
             self._evict()
-        self._reclaim_some(2 * len(hashes) + 16)
+        self._reclaim_some(len(hashes) + 16)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Forget that `pod` holds `hashes`."""
@@ -81,11 +73,7 @@ class MemoryIndex:
         bit = self._bit_of.get(pod)
         if tree is None or bit is None:
             return
-        pods = tree.pods
-        for block in hashes:
-            held = pods.get(block, 0)
-            if held & bit:
-                self._set(tree, block, held ^ bit)
+        self._strike(tree, bit, hashes)
         self._drop_if_empty(model, tree)
         self._reclaim_some(16)
 
@@ -114,14 +102,14 @@ class MemoryIndex:
         tree = self._trees.get(model)
         if tree is None or not self._live or not hashes:
             return {}
-        return self._gallop(tree.pods, hashes) if self._prefix_closed else self._walk(tree.pods, hashes)
+        return self._gallop(tree, hashes) if self._prefix_closed else self._walk(tree, hashes)
 
     async def flush(self) -> None:
         """Nothing is buffered."""
 
     def stats(self) -> IndexStats:
         """Counts; memory counts tables and the integers in them."""
-        tables = sum(tree.memory_bytes() for tree in self._trees.values())
+        tables = sum(tree.memory_bytes() for tree in [*self._trees.values(), *self._dropped])
         return IndexStats(
             blocks=self._blocks,
             pods=len(self._bit_of),
@@ -131,12 +119,13 @@ class MemoryIndex:
 
     # Look-up
 
-    def _walk(self, pods: dict[int, int], hashes: Sequence[int]) -> dict[str, int]:
+    def _walk(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
+        pods, shards = tree.pods, len(tree.pods)
         counts: dict[str, int] = {}
         holders = self._live
         position = 0
         for block in hashes:
-            still = pods.get(block, 0) & holders
+            still = pods[block % shards].get(block, 0) & holders
             if still != holders:
                 if position:
                     self._name(holders & ~still, position, counts)
@@ -147,19 +136,22 @@ class MemoryIndex:
         self._name(holders, position, counts)
         return counts
 
-    def _gallop(self, pods: dict[int, int], hashes: Sequence[int]) -> dict[str, int]:
+    def _gallop(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
         """Exponential search for the positions at which holders drop out, each then found by bisection.
 
         Valid because the holders of a block hold all blocks before it: the set only shrinks along the chain.
         """
+        pods, shards = tree.pods, len(tree.pods)
         counts: dict[str, int] = {}
         low, last = 0, len(hashes) - 1
-        holders = pods.get(hashes[0], 0) & self._live
+        block = hashes[0]
+        holders = pods[block % shards].get(block, 0) & self._live
         while holders and low < last:
             high = min(2 * low + 1, last)
-            still = pods.get(hashes[high], 0) & holders
+            block = hashes[high]
+            still = pods[block % shards].get(block, 0) & holders
             if still != holders:
-                self._bisect(pods, hashes, low, holders, high, still, counts)
+                self._bisect(tree, hashes, low, holders, high, still, counts)
             low, holders = high, still
         if holders:
             self._name(holders, low + 1, counts)
@@ -167,7 +159,7 @@ class MemoryIndex:
 
     def _bisect(
         self,
-        pods: dict[int, int],
+        tree: Tree,
         hashes: Sequence[int],
         low: int,
         at_low: int,
@@ -176,15 +168,17 @@ class MemoryIndex:
         counts: dict[str, int],
     ) -> None:
         """Name the pods that hold block `low` but not block `high`."""
+        pods, shards = tree.pods, len(tree.pods)
         while high - low > 1:
             middle = (low + high) // 2
-            at_middle = pods.get(hashes[middle], 0) & at_low
+            block = hashes[middle]
+            at_middle = pods[block % shards].get(block, 0) & at_low
             if at_middle == at_low:
                 low = middle
             elif at_middle == at_high:
                 high = middle
             else:
-                self._bisect(pods, hashes, low, at_low, middle, at_middle, counts)
+                self._bisect(tree, hashes, low, at_low, middle, at_middle, counts)
                 low, at_low = middle, at_middle
         self._name(at_low & ~at_high, high, counts)
 
@@ -197,6 +191,28 @@ class MemoryIndex:
         counts.update(dict.fromkeys(names, count))
 
     # Memory
+
+    def _store(self, tree: Tree, bit: int, hashes: Sequence[int], parent: int | None) -> int:
+        """Set `bit` for consecutive blocks. Returns how many are new."""
+        before = tree.size
+        pods, shards = tree.pods, len(tree.pods)
+        new: list[int] = []
+        for block in hashes:
+            shard = pods[block % shards]
+            held = shard.get(block)
+            if held is None:
+                shard[block] = bit
+                new.append(block)
+                continue
+            if not held & bit:
+                shard[block] = self._intern(held | bit)
+            if new:
+                tree.insert(new, parent)
+                new = []
+            parent = block
+        if new:
+            tree.insert(new, parent)
+        return tree.size - before
 
     def _new_bit(self, pod: str) -> int:
         if self._free_bits:
@@ -215,22 +231,32 @@ class MemoryIndex:
             self._interned.clear()
         return self._interned.setdefault(bits, bits)
 
-    def _set(self, tree: _Tree, block: int, bits: int) -> None:
-        if bits:
-            tree.pods[block] = self._intern(bits)
-        else:
-            self._blocks -= tree.vacate(block)
+    def _strike(self, tree: Tree, bits: int, blocks: Iterable[int]) -> None:
+        """Clear `bits` of blocks."""
+        pods, shards = tree.pods, len(tree.pods)
+        empty: list[int] = []
+        for block in blocks:
+            shard = pods[block % shards]
+            held = shard.get(block, 0)
+            if held & bits:
+                left = held & ~bits
+                shard[block] = left and self._intern(left)
+                if not left:
+                    empty.append(block)
+        self._blocks -= tree.prune(empty)
 
     def _evict(self) -> None:
         while self._blocks > self._max_blocks:
-            model, tree = max(self._trees.items(), key=lambda item: len(item[1].pods))
-            removed = tree.evict_leaf()
+            model, tree = max(self._trees.items(), key=lambda item: item[1].size)
+            while self._blocks > self._max_blocks and tree.size:
+                removed = tree.evict(self._blocks - self._max_blocks)
+                self._blocks -= removed
+                self._evicted += removed
             self._drop_if_empty(model, tree)
-            self._blocks -= removed
-            self._evicted += removed
 
     def _start_over(self) -> None:
         """No pod is left: drop everything instead of striking it out piece by piece."""
+        self._dropped += self._trees.values()
         self._trees.clear()
         self._interned.clear()
         self._free_bits.clear()
@@ -241,99 +267,37 @@ class MemoryIndex:
 
     def _reclaim_some(self, steps: int) -> None:
         if self._reclaim is None:
-            if not self._dead:
+            if not (self._dropped or self._dead):
                 return
             self._reclaim = self._reclaiming()
-        for _ in range(steps):
-            if next(self._reclaim, self) is self:
+        while steps > 0:
+            done = next(self._reclaim, None)
+            if done is None:
                 self._reclaim = None
                 return
+            steps -= done
 
-    def _reclaiming(self) -> Iterator[None]:
-        """Strike the bits of cleared pods from every block, then hand them out again; one block per step."""
+    def _reclaiming(self) -> Iterator[int]:
+        """Free dropped trees; strike the bits of cleared pods from every block, then hand them out again.
+
+        Yields after each small piece of work how many steps it took.
+        """
+        while self._dropped:
+            for entries in self._dropped[0].shed():
+                yield max(_SHED_STEPS, entries)
+            del self._dropped[0]
         dead_bits, self._dead = self._dead, []
         dead = sum(dead_bits)
         for model, tree in list(self._trees.items()):
-            for block in list(tree.pods):
-                held = tree.pods.get(block, 0)
-                if held & dead:
-                    self._set(tree, block, held & ~dead)
-                yield
+            for shard in tree.pods:
+                held = list(shard)
+                for start in range(0, len(held), _STRUCK_TOGETHER):
+                    struck = held[start : start + _STRUCK_TOGETHER]
+                    self._strike(tree, dead, struck)
+                    yield len(struck)
             self._drop_if_empty(model, tree)
         self._free_bits += dead_bits
 
-    def _drop_if_empty(self, model: str, tree: _Tree) -> None:
-        if not tree.pods and self._trees.get(model) is tree:
-            del self._trees[model]
-
-
-class _Tree:
-    """The blocks of one model: their holders, and their shape.
-
-    `leaves` are the blocks without children, the least recently stored first. `forks` counts the children of blocks
-    that have two or more; every other inner block has one. A block that loses its last holder while it has children
-    stays as an empty node until they go.
-    """
-
-    __slots__ = ("forks", "leaves", "parent_of", "pods")
-
-    def __init__(self) -> None:
-        self.pods: dict[int, int] = {}
-        self.parent_of: dict[int, int | None] = {}
-        self.leaves: OrderedDict[int, None] = OrderedDict()
-        self.forks: dict[int, int] = {}
-
-    def insert(self, block: int, parent: int | None) -> None:
-        """Hang a new block below `parent`, as the newest leaf."""
-        self.parent_of[block] = parent
-        self.leaves[block] = None
-        if parent is None:
-            return
-        if parent in self.leaves:
-            del self.leaves[parent]
-        else:
-            self.forks[parent] = self.forks.get(parent, 1) + 1
-
-    def touch(self, block: int) -> None:
-        """A leaf that was stored again becomes the newest."""
-        if block in self.leaves:
-            self.leaves.move_to_end(block)
-
-    def vacate(self, block: int) -> int:
-        """Nobody holds `block` now. Returns how many blocks left the tree."""
-        self.pods[block] = 0
-        return self._prune(block) if block in self.leaves else 0
-
-    def evict_leaf(self) -> int:
-        """Drop the least recently stored leaf, whoever holds it. Returns how many blocks left the tree."""
-        block = next(iter(self.leaves))
-        self.pods[block] = 0
-        return self._prune(block)
-
-    def _prune(self, leaf: int) -> int:
-        """Remove an empty leaf, and every ancestor that thereby becomes one."""
-        removed = 0
-        block: int | None = leaf
-        while block is not None and not self.pods[block]:
-            removed += 1
-            del self.pods[block]
-            del self.leaves[block]
-            parent = self.parent_of.pop(block)
-            if parent is None:
-                break
-            children = self.forks.get(parent, 1)
-            if children > 2:
-                self.forks[parent] = children - 1
-                break
-            if children == 2:
-                del self.forks[parent]
-                break
-            self.leaves[parent] = None
-            self.leaves.move_to_end(parent, last=False)
-            block = parent
-        return removed
-
-    def memory_bytes(self) -> int:
-        """Estimate: the tables, 48 bytes for each hash, and what an ordered entry costs beyond a plain one."""
-        tables = self.pods.__sizeof__() + self.parent_of.__sizeof__() + self.forks.__sizeof__()
-        return tables + self.leaves.__sizeof__() + 48 * len(self.pods)
+    def _drop_if_empty(self, model: str, tree: Tree) -> None:
+        if not tree.size and self._trees.get(model) is tree:
+            self._dropped.append(self._trees.pop(model))

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,6 +8,16 @@ from matrixinfer.index.memory import MemoryIndex
 from tests.conformance.block_index import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
 A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
+
+
+@pytest.fixture(scope="module", autouse=True, params=[None, 3], ids=["one dict per table", "many dicts per table"])
+def unsharded_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything holds for large trees as well, of which each table is many dicts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param is not None:
+            patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", request.param)
+            patch.setattr("matrixinfer.index.tree._SHARDS", (2, 3, 5, 7, 2))
+        yield
 
 
 def held(index: MemoryIndex, chain: list[int], pod: str = "pod-a", model: str = "llama") -> int:
@@ -56,7 +68,7 @@ def test_galloping_equals_walking_whatever_happened(history: tuple[Tree, list[Op
             for node in range(len(tree.parents)):
                 chain = tree.path(node)
                 counts = index.count(name, chain)
-                assert counts == index._walk(blocks.pods, chain)
+                assert counts == index._walk(blocks, chain)
                 true = model.count(name, chain)
                 assert all(count <= true.get(pod, 0) for pod, count in counts.items())
         assert index.stats().blocks <= bound
@@ -79,6 +91,27 @@ def test_a_shared_prefix_outlives_its_older_branches() -> None:
     index.add("llama", "pod-b", prefix + new, None)
     assert index.count("llama", prefix + old) == {"pod-a": 5, "pod-b": 5}
     assert index.count("llama", prefix + new) == {"pod-a": 5, "pod-b": 10}
+
+
+def test_what_remains_of_a_branch_keeps_its_age() -> None:
+    index = MemoryIndex(max_blocks=20)
+    index.add("llama", "pod-a", A, None)
+    index.add("llama", "pod-a", B, None)
+    index.remove("llama", "pod-a", A[5:])
+    index.add("llama", "pod-a", C[:8], None)
+    assert (held(index, A), held(index, B), held(index, C)) == (2, 10, 8)
+
+
+@pytest.mark.parametrize("branches", [2, 3, 4])
+def test_a_fork_that_lost_all_its_branches_can_be_evicted(branches: int) -> None:
+    index = MemoryIndex(max_blocks=10)
+    index.add("llama", "pod-a", A[:1], None)
+    for branch in A[1 : branches + 1]:
+        index.add("llama", "pod-a", [branch], A[0])
+    index.remove("llama", "pod-a", A[1 : branches + 1])
+    assert index.stats().blocks == 1
+    index.add("llama", "pod-a", B, None)
+    assert (held(index, A), held(index, B)) == (0, 10)
 
 
 def test_a_chain_longer_than_the_bound_keeps_its_beginning() -> None:
@@ -166,6 +199,20 @@ def test_when_the_last_pod_is_cleared_nothing_is_left_at_all() -> None:
     assert index.count("llama", A) == {"new": 2}
 
 
+def test_what_the_last_pod_held_is_freed_piece_by_piece_by_later_writes() -> None:
+    index = MemoryIndex()
+    for start in range(0, 20_000, 1_000):
+        index.add("llama", "pod-a", [name_of(node) for node in range(start, start + 1_000)], None)
+    sizes = []
+    index.clear("pod-a")
+    while index._dropped:
+        index.add("llama", "pod-b", C[:1], None)
+        sizes.append(index.stats().memory_bytes)
+    assert len(sizes) > 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert index.count("llama", C) == {"pod-b": 1}
+
+
 def test_a_new_pod_does_not_inherit_the_blocks_of_the_one_whose_bit_it_takes() -> None:
     index = MemoryIndex()
     index.add("llama", "pod-a", A, None)
@@ -197,11 +244,22 @@ def test_pods_that_come_and_go_hold_what_they_stored_last(turns: list[tuple[int,
 # Memory
 
 
+@pytest.mark.parametrize("prefix_closed", [True, False])
+def test_no_dict_of_a_large_tree_is_large_enough_to_stall_the_loop(prefix_closed: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", 1_000)
+        patch.setattr("matrixinfer.index.tree._SHARDS", (512, 609, 724, 861, 512))
+        index = MemoryIndex(prefix_closed=prefix_closed)
+        for start in range(0, 50_000, 100):
+            index.add("llama", "pod-a", [name_of(node) for node in range(start, start + 100)], None)
+    assert max(len(shard) for table in index._trees["llama"]._tables() for shard in table) < 300
+
+
 def test_equal_sets_of_pods_share_one_object() -> None:
     index = MemoryIndex()
     for number in range(100):  # beyond the integers that Python shares by itself
         index.add("llama", f"pod-{number}", A, None)
-    sets = {id(pods) for pods in index._trees["llama"].pods.values()}
+    sets = {id(pods) for shard in index._trees["llama"].pods for pods in shard.values()}
     assert len(sets) == 1
 
 

@@ -51,7 +51,10 @@ def frame(*events: Any, timestamp: float = 1.5, rank: int | None = 0) -> bytes:
 def contents(index: MemoryIndex, pod: str = POD) -> dict[str, set[int]]:
     """The blocks that a pod holds, by model; models without any are absent."""
     bit = index._bit_of.get(pod, 0)
-    held = {model: {block for block, pods in tree.pods.items() if pods & bit} for model, tree in index._trees.items()}
+    held = {
+        model: {block for shard in tree.pods for block, pods in shard.items() if pods & bit}
+        for model, tree in index._trees.items()
+    }
     return {model: blocks for model, blocks in held.items() if blocks}
 
 
