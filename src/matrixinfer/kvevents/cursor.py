@@ -49,7 +49,7 @@ class Cursor:
     digest: int | None = None
     """None before the first frame."""
     proven: bool = False
-    """The engine is known to have published the frame before `next`. A gap, or a new connection, puts it in doubt."""
+    """This engine is known to have published the frame before `next`."""
 
     @property
     def replay_from(self) -> int:
@@ -57,14 +57,15 @@ class Cursor:
         return max(0, self.next - 1)
 
     def doubted(self) -> Cursor:
-        """The same position, to be proven anew."""
+        """The same position, to be proven anew: after a gap or on a new connection."""
         return replace(self, proven=False)
 
 
 def advance(cursor: Cursor | None, source: Source, seq: int, digest: int) -> tuple[Verdict, Cursor]:
     """The verdict on frame `seq` with `digest`, and the cursor after it.
 
-    Without a cursor any frame is a beginning. After RESTART and TRUNCATED the cursor is void.
+    Without a cursor any frame is a beginning. A gap leaves the cursor in doubt, a restart or a truncated history void:
+    whoever asks for a replay says so.
     """
     if cursor is None:
         return Verdict.APPLY, Cursor(next=seq + 1, digest=digest, proven=True)
@@ -77,7 +78,7 @@ def advance(cursor: Cursor | None, source: Source, seq: int, digest: int) -> tup
     if source is Source.REPLAY and not cursor.proven and seq > cursor.replay_from:
         return Verdict.TRUNCATED, cursor
     if seq > cursor.next:
-        return Verdict.GAP, cursor.doubted()
+        return Verdict.GAP, cursor
     return Verdict.APPLY, Cursor(next=seq + 1, digest=digest, proven=True)
 
 

@@ -254,19 +254,20 @@ class PodFeed:
             self.stats.malformed += 1
             self._forget()
             return
-        if batch.unreadable:
+        if batch.unreadable > batch.unreadable_stored:
             self.stats.unreadable_events += batch.unreadable
-            self._whole = False
-            if batch.unreadable > batch.unreadable_stored:
-                self._forget()
-                return
+            self._forget()
+            return
         try:
             self.ledger.apply(*batch.events)
         except UntrustedEvents as error:
             self.untrusted = error.reason
             self.ledger.clear()
             return
-        if not self._whole and any(isinstance(event, AllBlocksCleared) for event in batch.events):
+        if batch.unreadable:
+            self.stats.unreadable_events += batch.unreadable
+            self._whole = False  # even after a clear, which may come before what was not read
+        elif not self._whole and any(isinstance(event, AllBlocksCleared) for event in batch.events):
             self._whole = True
 
     # What is known

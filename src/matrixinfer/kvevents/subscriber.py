@@ -4,7 +4,8 @@ Each publisher (an engine, or one of its data-parallel ranks) has a SUB socket, 
 that fetches replays when the feed asks for them. ZMQ reconnects by itself with back-off; a monitor tells when it has,
 because what was published in between is lost and the engine may be another one.
 
-No step holds up the loop for longer than `SLICE_SECONDS` and one frame: neither live frames nor replayed ones.
+In one turn of the loop live frames take at most `SLICE_SECONDS`, whatever their backlog and however many engines there
+are, and so do replayed ones; each may be exceeded by one frame.
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ class _Subscription:
             self._replay_wanted.set()
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
-            self._log.info("kv_events_state", state=self.feed.state.value)
+            why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
+            self._log.info("kv_events_state", state=self.feed.state.value, **why)
 
     async def _until_replay_wanted(self) -> None:
         while True:
@@ -245,7 +247,8 @@ class _Subscription:
         reply = await self._fetch(0)
         if reply.frames and self.feed.given_up:
             self.feed.start_over()
-            await self._hand_over(reply)
+            reply.whole = False  # what came since it was asked for was not held: one more round brings it
+            await self._hand_over(reply, self.feed.epoch)
             self._note_state()
 
     async def _replay(self) -> None:
@@ -253,11 +256,8 @@ class _Subscription:
         idle = 0
         while (start := self.feed.replay_from) is not None:
             epoch = self.feed.epoch
-            reply = await self._fetch(start)
-            if self.feed.epoch == epoch:
-                await self._hand_over(reply)
-            after = self.feed.replay_from
-            if after is None or after > start:
+            await self._hand_over(await self._fetch(start), epoch)
+            if self.feed.replay_from != start:
                 idle = 0
                 continue
             idle += 1
@@ -268,16 +268,16 @@ class _Subscription:
             else:
                 await asyncio.sleep(0.2 * 2**idle)
 
-    async def _hand_over(self, reply: Reply) -> None:
-        """Hand a replay to the feed, until the feed wants another one; then have it catch up."""
-        feed, epoch = self.feed, self.feed.epoch
+    async def _hand_over(self, reply: Reply, epoch: int) -> None:
+        """Hand the feed a replay that it asked for in `epoch`, as long as it wants that; then have it catch up."""
+        feed = self.feed
         async with self._applying:
             for seq, payload in reply.frames:
-                self._safely(feed.replayed, seq, payload)
-                await self._breathe()
                 if feed.epoch != epoch:
                     break
-            else:
+                self._safely(feed.replayed, seq, payload)
+                await self._breathe()
+            if feed.epoch == epoch:
                 self._safely(feed.replay_ended if reply.whole else feed.replay_broke_off)
         await self._catch_up()
 

@@ -23,8 +23,8 @@ DOUBTED = Cursor(next=5, digest=44, proven=False)
         (START, REPLAY, 1, 1, TRUNCATED, START),
         # live
         (PROVEN, LIVE, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
-        (PROVEN, LIVE, 6, 66, GAP, DOUBTED),
-        (PROVEN, LIVE, 2**63, 66, GAP, DOUBTED),
+        (PROVEN, LIVE, 6, 66, GAP, PROVEN),
+        (PROVEN, LIVE, 2**63, 66, GAP, PROVEN),
         (PROVEN, LIVE, 4, 44, DUPLICATE, PROVEN),
         (PROVEN, LIVE, 4, 45, RESTART, PROVEN),
         (PROVEN, LIVE, 3, 44, RESTART, PROVEN),
@@ -38,7 +38,7 @@ DOUBTED = Cursor(next=5, digest=44, proven=False)
         (DOUBTED, REPLAY, 9, 99, TRUNCATED, DOUBTED),
         # a replay that has shown it
         (PROVEN, REPLAY, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
-        (PROVEN, REPLAY, 6, 66, GAP, DOUBTED),
+        (PROVEN, REPLAY, 6, 66, GAP, PROVEN),
         (PROVEN, REPLAY, 4, 44, DUPLICATE, PROVEN),
         (PROVEN, REPLAY, 4, 45, RESTART, PROVEN),
         (PROVEN, REPLAY, 3, 1, DUPLICATE, PROVEN),
@@ -48,6 +48,10 @@ def test_a_numbered_frame_means(
     cursor: Cursor | None, source: Source, seq: int, digest: int, verdict: Verdict, after: Cursor
 ) -> None:
     assert advance(cursor, source, seq, digest) == (verdict, after)
+
+
+def test_doubt_leaves_the_position() -> None:
+    assert PROVEN.doubted() == DOUBTED
 
 
 def test_a_replay_begins_with_the_last_frame_applied() -> None:

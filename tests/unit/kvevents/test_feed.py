@@ -458,6 +458,15 @@ def test_what_cannot_be_read_may_have_been_a_removal_and_clears(bad: bytes, malf
     assert (feed.state, feed.held) == (PARTIAL, 1)
 
 
+def test_a_stored_block_that_cannot_be_read_is_missing_even_after_a_clear_in_the_same_batch() -> None:
+    odd = {**stored([8], [1], parent=7), "block_size": "16"}
+    feed = complete_feed(3)
+    feed.live(3, frame(odd))
+    assert (feed.state, feed.held) == (PARTIAL, 3)
+    feed.live(4, frame(CLEARED, stored([7], PROMPT[:1]), odd))
+    assert (feed.state, feed.held, feed.stats.unreadable_events) == (PARTIAL, 1, 2)
+
+
 def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial() -> None:
     feed = Feed()
     feed.replayed(0, b"")

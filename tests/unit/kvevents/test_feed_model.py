@@ -28,10 +28,23 @@ class Link(Enum):
     BACK = "back"  # the feed has been told that it broke, but not yet that it is back
 
 
+def spoil_all(_: bytes) -> bytes:
+    """No batch."""
+    return b"\xc1"
+
+
 def spoil_last_event(payload: bytes) -> bytes:
     """The same batch with an event at its end that cannot be read."""
     timestamp, events, rank = msgspec.msgpack.decode(payload)
     return frame(*events[:-1], ["odd"], timestamp=timestamp, rank=rank)
+
+
+def spoil_last_stored(payload: bytes) -> bytes:
+    """The same batch with a BlockStored that cannot be read in place of its last, if it ends with one."""
+    timestamp, events, rank = msgspec.msgpack.decode(payload)
+    if not events or events[-1]["type"] != "BlockStored":
+        return payload
+    return frame(*events[:-1], {**events[-1], "block_size": "16"}, timestamp=timestamp, rank=rank)
 
 
 class Engine:
@@ -117,19 +130,29 @@ class FeedMachine(RuleBasedStateMachine):
         if not lost and self.link is not Link.BROKEN:
             self.feed.live(number, payload)
 
-    @rule(wishes=WISHES, spoil=st.sampled_from([lambda _: b"\xc1", spoil_last_event]))
+    @rule(wishes=WISHES, spoil=st.sampled_from([spoil_all, spoil_last_event, spoil_last_stored]))
     def publish_what_cannot_be_read(self, wishes: list[int], spoil: Callable[[bytes], bytes]) -> None:
         number, _ = self.engine.publish(wishes)
         self.engine.batches[number] = spoil(self.engine.batches[number])
         if self.link is not Link.BROKEN:
             self.feed.live(number, self.engine.batches[number])
 
+    @rule(seldom=st.sampled_from([False, False, False, True]))
+    def publish_what_cannot_be_trusted(self, seldom: bool) -> None:
+        """A page that is named by its tokens alone, as in older SGLang."""
+        if seldom:
+            self.engine.batches.append(frame(["BlockStored", [hash((1,))], None, [1], 1, None]))
+            if self.link is not Link.BROKEN:
+                self.feed.live(len(self.engine.batches) - 1, self.engine.batches[-1])
+
     @precondition(lambda self: self.link is Link.UP)
     @rule(first=st.integers(0, 12), buffered=BUFFERED)
     def restart_unannounced(self, first: int, buffered: int) -> None:
         """Nothing is heard of the new engine before its batch `first`."""
-        cursor = self.feed._cursor
-        if self.feed.replay_from is not None or self.feed.backlog:
+        cursor, held = self.feed._cursor, self.feed._held
+        if held and first <= held[-1][0]:
+            pass
+        elif held or self.feed.replay_from is not None:
             first += len(self.engine.batches) + 1
         elif cursor is not None and first == cursor.next:
             first += 1
@@ -244,8 +267,14 @@ class FeedMachine(RuleBasedStateMachine):
             assert contents(self.follower.index).get(MODEL, set()) <= self.engine.truth()
 
     @invariant()
+    def of_an_engine_that_cannot_be_trusted_nothing_is_claimed(self) -> None:
+        if self.feed.state is FeedState.UNTRUSTED:
+            assert not contents(self.follower.index)
+
+    @invariant()
     def a_feed_whose_connection_is_down_says_so(self) -> None:
-        assert (self.feed.state is FeedState.STALE) or self.link is not Link.BACK
+        if self.link is Link.BACK:
+            assert self.feed.state in {FeedState.STALE, FeedState.UNTRUSTED}
 
     @invariant()
     def held_frames_are_in_order_and_bounded(self) -> None:
@@ -260,6 +289,6 @@ class LiveOnlyMachine(FeedMachine):
 
 
 TestFeedMachine = FeedMachine.TestCase
-TestFeedMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestFeedMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLiveOnlyMachine = LiveOnlyMachine.TestCase
 TestLiveOnlyMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
