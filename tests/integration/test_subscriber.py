@@ -288,3 +288,20 @@ async def test_an_engine_whose_events_cannot_be_trusted_is_named_with_the_reason
     assert held(index) == 0
     states = [(line["state"], line.get("reason")) for line in logs if line["event"] == "kv_events_state"]
     assert states[-1] == ("untrusted", feed.untrusted)
+
+
+async def test_an_engine_of_tiny_blocks_is_warned_of_once(subscriber: Subscriber) -> None:
+    tiny = msgspec.structs.replace(stored(0, 1), block_size=8, block_hashes=[1, 2], extra_keys=[None, None])
+    with structlog.testing.capture_logs() as logs:
+        async with Engine() as engine:
+            feed = subscriber.follow(engine.source())
+            await until(lambda: complete(feed))
+            for _ in range(2):
+                engine.publish(tiny)
+            await until(lambda: feed.stats.frames == 2)
+    lines = [line for line in logs if line["event"] in {"kv_events_small_blocks", "kv_events_layout"}]
+    assert [(line["event"], line["engine_block"]) for line in lines] == [
+        ("kv_events_layout", 8),
+        ("kv_events_small_blocks", 8),
+    ]
+    assert lines[0]["hides"] == []

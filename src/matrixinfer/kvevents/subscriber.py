@@ -31,6 +31,8 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.replay import Reply, fetch
 
 LIVE_FRAMES_QUEUED = 100_000
+SMALL_BLOCK = 16
+"""Tokens per engine block below which every token costs events and memory out of proportion."""
 REPLAY_ATTEMPTS = 3
 """Rounds in a row without progress after which a replay is given up."""
 RETRY_SECONDS = 30.0
@@ -150,6 +152,7 @@ class _Subscription:
         self._replay_wanted = asyncio.Event()
         self._log = log.bind(pod=source.name)
         self._logged_state: FeedState | None = None
+        self._logged_layout = False
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -226,10 +229,21 @@ class _Subscription:
     def _note_state(self) -> None:
         if self.feed.replay_from is not None and self._connected:
             self._replay_wanted.set()
+        if not self._logged_layout and self.feed.ledger.block_size is not None:
+            self._logged_layout = True
+            self._note_layout(self.feed.ledger, self.feed.ledger.block_size)
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
             why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
             self._log.info("kv_events_state", state=self.feed.state.value, **why)
+
+    def _note_layout(self, ledger: Ledger, block_size: int) -> None:
+        hidden = {"salts": ledger.hides_salts, "adapters": ledger.hides_adapters}
+        self._log.info(
+            "kv_events_layout", engine_block=block_size, hides=[what for what, is_hidden in hidden.items() if is_hidden]
+        )
+        if block_size < SMALL_BLOCK:
+            self._log.warning("kv_events_small_blocks", engine_block=block_size, better=SMALL_BLOCK)
 
     async def _until_replay_wanted(self) -> None:
         while True:
