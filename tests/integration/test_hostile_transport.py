@@ -190,8 +190,8 @@ async def test_dropped_frames_that_are_no_longer_buffered_leave_a_partial_feed_u
 async def test_an_engine_that_stalls_is_stale_and_then_followed_on(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_MS", 50)
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_TIMEOUT_MS", 200)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_MS", 50)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_TIMEOUT_MS", 200)
     await world.do("publish", batches=20)
     feed = await world.follow()
     world.engine.process.send_signal(signal.SIGSTOP)

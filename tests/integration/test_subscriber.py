@@ -66,8 +66,8 @@ async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, in
 async def test_a_connection_that_is_silently_dead_is_replaced(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_MS", 50)
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.HEARTBEAT_TIMEOUT_MS", 200)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_MS", 50)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_TIMEOUT_MS", 200)
     async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
         feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
         await until(lambda: complete(feed))
@@ -140,7 +140,7 @@ async def test_a_clear_empties_the_pod(subscriber: Subscriber, index: MemoryInde
 async def test_a_bad_endpoint_is_tried_again_and_hurts_no_other_feed(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.RESTART_MIN_SECONDS", 0.01)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.RESTART_MIN_SECONDS", 0.01)
     with structlog.testing.capture_logs() as logs:
         bad = subscriber.follow(FeedSource(pod="bad", model="m", endpoint="no such thing"))
         async with Engine() as engine:

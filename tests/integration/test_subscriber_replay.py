@@ -109,7 +109,7 @@ async def test_a_replay_that_was_given_up_is_tried_again_later(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.05)
-    monkeypatch.setattr("matrixinfer.kvevents.subscriber.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.RETRY_SECONDS", 0.1)
     async with Engine() as engine:
         asked = engine.lose_in_replays([{0, 1, END}] * 4)
         engine.publish(stored(0, 1))
@@ -159,7 +159,7 @@ async def test_a_history_of_more_bytes_than_a_reply_may_have_takes_several(
 async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("drain", "subscriber"):
+    for module in ("drain", "subscription"):
         monkeypatch.setattr(f"matrixinfer.kvevents.{module}.SLICE_SECONDS", 0.0)
     apply, applied = Ledger.apply, 0
 
@@ -190,7 +190,8 @@ async def test_a_reply_is_void_once_the_feed_has_moved_on(subscriber: Subscriber
     async with Engine() as engine:
         asked = engine.lose_in_replays([])
         engine.publish(stored(0, 1))
-        async with subscriber._applying:  # as when another feed is catching up
+        assert subscriber._shared is not None
+        async with subscriber._shared.applying:  # as when another feed is catching up
             feed = subscriber.follow(engine.source())
             await until(lambda: asked == [0])
             await asyncio.sleep(0.1)

@@ -1,8 +1,4 @@
-"""Follows the KV events of many engines over ZMQ.
-
-Each publisher (an engine, or one of its data-parallel ranks) has a SUB socket, drained on the event loop, and a task
-that fetches replays when the feed asks for them. ZMQ reconnects by itself with back-off; a monitor tells when it has,
-because what was published in between is lost and the engine may be another one.
+"""Follows the KV events of many engines.
 
 In one turn of the loop live frames take at most `SLICE_SECONDS`, whatever their backlog and however many engines there
 are, and so do replayed ones; each may be exceeded by one frame.
@@ -11,57 +7,17 @@ are, and so do replayed ones; each may be exceeded by one frame.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import ParamSpec
 
-import structlog
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
-from matrixinfer.kvevents.connect import connect
-from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
-from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.replay import Reply, fetch
+from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
 
-LIVE_FRAMES_QUEUED = 100_000
-SMALL_BLOCK = 16
-"""Tokens per engine block below which every token costs events and memory out of proportion."""
-REPLAY_ATTEMPTS = 3
-"""Rounds in a row without progress after which a replay is given up."""
-RETRY_SECONDS = 30.0
-"""Time after which a replay that was given up is tried again."""
-RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
-RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
-
-_Step = ParamSpec("_Step")
-
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeedSource:
-    """Where one engine publishes, and what its blocks are called in the index."""
-
-    pod: str
-    model: str
-    endpoint: str
-    replay_endpoint: str | None = None
-    topic: str | None = None
-    rank: int | None = None
-    """Data-parallel rank, where each has a cache and a feed of its own."""
-
-    @property
-    def name(self) -> str:
-        """What this publisher is called in the index: `pod`, or `pod@dp1`."""
-        return self.pod if self.rank is None else f"{self.pod}@dp{self.rank}"
+__all__ = ["FeedSource", "Subscriber"]
 
 
 class Subscriber:
@@ -75,15 +31,14 @@ class Subscriber:
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each followed publisher by its name; for reading."""
-        self._followed: dict[str, tuple[_Subscription, asyncio.Task[None]]] = {}
-        self._drain = Drain()
-        self._applying = asyncio.Lock()
+        self._followed: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
         self._group = asyncio.TaskGroup()
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._shared: Shared | None = None
 
     async def __aenter__(self) -> Subscriber:
-        self._context = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, 16_384)  # three per engine
+        context = zmq.Context()
+        context.set(zmq.MAX_SOCKETS, 16_384)  # three per engine
+        self._shared = Shared(context)
         await self._group.__aenter__()
         return self
 
@@ -94,13 +49,13 @@ class Subscriber:
             self.unfollow(name)
         # The group must not see the caller's error: it would wrap it in an exception group.
         await self._group.__aexit__(None, None, None)
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
+        if self._shared is not None:
+            self._shared.context.destroy(linger=0)
+            self._shared = None
 
     def follow(self, source: FeedSource) -> PodFeed:
         """Follow an engine, which need not be there yet. A name that is followed from another source is followed anew."""
-        if self._context is None:
+        if self._shared is None:
             raise RuntimeError("the subscriber is not running")
         name = source.name
         if name in self._followed:
@@ -109,7 +64,7 @@ class Subscriber:
             self.unfollow(name)
         ledger = Ledger(pod=name, model=source.model, blocks=self._blocks, index=self._index)
         feed = PodFeed(ledger, can_replay=source.replay_endpoint is not None)
-        subscription = _Subscription(self._context, self._drain, self._applying, source, feed)
+        subscription = Subscription(self._shared, source, feed)
         task = self._group.create_task(subscription.run(), name=f"kv-events {name}")
         self._followed[name] = subscription, task
         self.feeds[name] = feed
@@ -124,208 +79,3 @@ class Subscriber:
         subscription.closed = True
         task.cancel()
         self._index.forget(name)
-
-
-class _Subscription:
-    """The sockets of one publisher."""
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        drain: Drain,
-        applying: asyncio.Lock,
-        source: FeedSource,
-        feed: PodFeed,
-    ) -> None:
-        self.source = source
-        self.feed = feed
-        self.closed = False
-        """From here on the feed is left alone; the task may take a moment to end."""
-        self._context = context
-        self._drain = drain
-        self._applying = applying  # one replay at a time, so that their slices do not add up
-        self._topic = None if source.topic is None else source.topic.encode()
-        self._connected = False
-        self._broken = False
-        """A connection was lost and the feed does not know of a new one."""
-        self._slice_ends = 0.0
-        self._replay_wanted = asyncio.Event()
-        self._log = log.bind(pod=source.name)
-        self._logged_state: FeedState | None = None
-        self._logged_layout = False
-
-    async def run(self) -> None:
-        """Follow until cancelled."""
-        pause = RESTART_MIN_SECONDS
-        while True:
-            try:
-                await self._follow()
-            except Exception:
-                # Supervision boundary: a fault in one feed, such as a bad endpoint, must not end the others.
-                log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
-            self._lost()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, RESTART_MAX_SECONDS)
-
-    async def _follow(self) -> None:
-        """Follow until cancelled or something breaks."""
-        with ExitStack() as stack:
-            live = self._context.socket(zmq.SUB)
-            stack.callback(live.close, linger=0)
-            live.setsockopt(zmq.RCVHWM, LIVE_FRAMES_QUEUED)
-            live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
-            live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-            # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
-            live.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            live.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-            live.setsockopt(zmq.SUBSCRIBE, b"")
-            monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-            stack.callback(monitor.close, linger=0)
-            stack.callback(live.disable_monitor)
-            await connect(live, self.source.endpoint)
-            stack.enter_context(self._drain.reading(monitor, self._on_connection))
-            stack.enter_context(self._drain.reading(live, self._on_frame))
-            while True:
-                await self._until_replay_wanted()
-                await self._replay()
-                self._note_state()
-
-    def _on_frame(self, parts: list[bytes]) -> None:
-        stats = self.feed.stats
-        if self.closed:
-            return
-        if len(parts) != 3 or len(parts[1]) != 8:
-            stats.malformed += 1
-            return
-        if self._topic is not None and parts[0] != self._topic:
-            stats.wrong_topic += 1
-            if stats.wrong_topic == 1:
-                got = parts[0][:64].decode("utf-8", "replace")
-                self._log.warning("kv_events_wrong_topic", expected=self.source.topic, got=got)
-            return
-        stats.last_frame_at = time.time()
-        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
-        self._note_state()
-
-    def _on_connection(self, parts: list[bytes]) -> None:
-        if self.closed:
-            return
-        if parse_monitor_message(parts)["event"] == zmq.EVENT_DISCONNECTED:
-            self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
-            if self._connected:  # else a handshake failed
-                self._lost()
-            return
-        self._log.info("kv_events_connected", endpoint=self.source.endpoint)
-        if self._connected or self._broken:
-            self.feed.reconnected()
-        self._connected, self._broken = True, False
-        self._note_state()
-
-    def _lost(self) -> None:
-        self._connected, self._broken = False, True
-        self.feed.disconnected()
-        self._note_state()
-
-    def _note_state(self) -> None:
-        if self.feed.replay_from is not None and self._connected:
-            self._replay_wanted.set()
-        if not self._logged_layout and self.feed.ledger.block_size is not None:
-            self._logged_layout = True
-            self._note_layout(self.feed.ledger, self.feed.ledger.block_size)
-        if self.feed.state is not self._logged_state:
-            self._logged_state = self.feed.state
-            why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
-            self._log.info("kv_events_state", state=self.feed.state.value, **why)
-
-    def _note_layout(self, ledger: Ledger, block_size: int) -> None:
-        hidden = {"salts": ledger.hides_salts, "adapters": ledger.hides_adapters}
-        self._log.info(
-            "kv_events_layout", engine_block=block_size, hides=[what for what, is_hidden in hidden.items() if is_hidden]
-        )
-        if block_size < SMALL_BLOCK:
-            self._log.warning("kv_events_small_blocks", engine_block=block_size, better=SMALL_BLOCK)
-
-    async def _until_replay_wanted(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(RETRY_SECONDS if self.feed.given_up else None):
-                    await self._replay_wanted.wait()
-            except TimeoutError:
-                await self._try_again()
-            else:
-                self._replay_wanted.clear()
-                return
-
-    async def _try_again(self) -> None:
-        """Start a feed over whose replay was given up, but only once the engine answers."""
-        reply = await self._fetch(0)
-        if reply.frames and self.feed.given_up:
-            self.feed.start_over()
-            reply.whole = False  # what came since it was asked for was not held: one more round brings it
-            await self._hand_over(reply, self.feed.epoch)
-            self._note_state()
-
-    async def _replay(self) -> None:
-        """Fetch what the feed asks for in rounds, with back-off; give up for now after some without progress."""
-        idle = 0
-        while (start := self.feed.replay_from) is not None:
-            epoch = self.feed.epoch
-            await self._hand_over(await self._fetch(start), epoch)
-            if self.feed.replay_from != start:
-                idle = 0
-                continue
-            idle += 1
-            if idle == REPLAY_ATTEMPTS:
-                self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
-                self._safely(self.feed.replay_failed)
-                await self._catch_up()
-            else:
-                await asyncio.sleep(0.2 * 2**idle)
-
-    async def _hand_over(self, reply: Reply, epoch: int) -> None:
-        """Hand the feed a replay that it asked for in `epoch`, as long as it wants that; then have it catch up."""
-        feed = self.feed
-        async with self._applying:
-            for seq, payload in reply.frames:
-                if feed.epoch != epoch:
-                    break
-                self._safely(feed.replayed, seq, payload)
-                await self._breathe()
-            if feed.epoch == epoch:
-                self._safely(feed.replay_ended if reply.whole else feed.replay_broke_off)
-        await self._catch_up()
-
-    async def _catch_up(self) -> None:
-        async with self._applying:
-            while self._safely(self.feed.catch_up):
-                await self._breathe()
-
-    async def _breathe(self) -> None:
-        """Let the loop turn when the slice is over."""
-        if time.monotonic() > self._slice_ends:
-            await asyncio.sleep(0)
-            self._slice_ends = time.monotonic() + SLICE_SECONDS
-
-    async def _fetch(self, start: int) -> Reply:
-        """What the engine has from number `start` on; an empty reply when it cannot be asked."""
-        if self.source.replay_endpoint is None:
-            return Reply()
-        try:
-            reply = await fetch(self._context, self._drain, self.source.replay_endpoint, start)
-        except zmq.ZMQError as error:
-            self._log.warning("kv_events_replay_refused", endpoint=self.source.replay_endpoint, error=str(error))
-            return Reply()
-        self.feed.stats.malformed += reply.malformed
-        if not reply.whole:
-            self._log.info("kv_events_replay_interrupted", frames=len(reply.frames), malformed=reply.malformed)
-        return reply
-
-    def _safely(self, step: Callable[_Step, bool | None], *args: _Step.args, **kwargs: _Step.kwargs) -> bool:
-        """Let the feed take a step; False when the step says so."""
-        try:
-            return step(*args, **kwargs) is not False
-        except Exception:
-            # Supervision boundary: a fault over one frame must not stop the feed.
-            log.exception("kv_events_frame_failed", pod=self.source.name)
-            self.feed.spoiled()
-            return True
