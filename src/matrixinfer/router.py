@@ -213,10 +213,8 @@ class Router:
         size = candidate.engine_block or request.block_size
         return min(held, request.prompt_tokens - 1) // size * size
 
-    def charge(self, pod: Candidate, prepared: _Prepared) -> Charge:
+    def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:
         """Count the request at a pod, with the blocks that it will bring there."""
-        self._note_hidden(pod, prepared)
-        request = prepared.request
         return self._load.charge(
             pod.name,
             request.model,
@@ -224,17 +222,6 @@ class Router:
             start=pod.match_blocks or 0,
             queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
         )
-
-    def _note_hidden(self, chosen: Candidate, prepared: _Prepared) -> None:
-        """Tell the pod's feeds when they cannot tell this prompt's blocks from others."""
-        salted = prepared.prompt.cache_salt is not None
-        adapted = _base_of(prepared.request.model, prepared.pods) != prepared.request.model
-        if not (salted or adapted):
-            return
-        for name in next(pod.publishers for pod in prepared.pods if pod.name == chosen.name):
-            feed = self._feeds.get(name)
-            if feed and ((salted and feed.ledger.hides_salts) or (adapted and feed.ledger.hides_adapters)):
-                feed.was_sent_hidden()
 
     def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
         request = prepared.request
@@ -256,13 +243,13 @@ class Route:
         self._router = router
         self._prepared = prepared
         self._body = body
-        self._charge = router.charge(decision.chosen, prepared)
+        self._charge = router.charge(decision.chosen, prepared.request)
         self._computed = False
 
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
         self._charge.cancel()
-        self._charge = self._router.charge(pod, self._prepared)
+        self._charge = self._router.charge(pod, self._prepared.request)
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""

@@ -85,13 +85,16 @@ class Ledger:
         self.model = model
         self.stats = LedgerStats()
         self.block_size: int | None = None
-        """Tokens per engine block, as the last event said."""
+        """Tokens per engine block, the largest where they differ: matches are floored to it. None before the first."""
         self.has_tails = False
         """Engine blocks and token blocks straddle each other, so that a look-up has to ask for tails."""
         self.hides_salts = False
         """The events do not tell a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
         """The events do not tell a block's adapter."""
+        self._numbers_adapters = (
+            False  # they give adapters as numbers, so that blocks of one are at least known as such
+        )
         self._blocks = blocks
         self._supports = Supports(pod, index)
         self._forests: dict[_Place, Forest] = {}
@@ -112,6 +115,12 @@ class Ledger:
         """The engine holds nothing, or nothing is known of it any more."""
         self._forests.clear()
         self._supports.clear()
+
+    def reset(self) -> None:
+        """Another engine comes: as `clear`, and nothing is known of its sizes and its layout."""
+        self.clear()
+        self.block_size = None
+        self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
 
     def _apply(self, events: Sequence[Event]) -> None:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
@@ -144,6 +153,8 @@ class Ledger:
         if event.kv_cache_spec_kind not in (None, "full_attention"):
             self.stats.other_attention += 1
             return
+        if event.group_idx and event.kv_cache_spec_kind is None:
+            raise UntrustedEvents("its attention groups cannot be told apart")
         if event.extra_keys is UNSET:
             self._note_layout(event)
         place = _place(event.medium, event.group_idx)
@@ -154,7 +165,7 @@ class Ledger:
             return
         if forest is None:
             forest = self._forests[place] = Forest()
-        self.block_size = event.block_size
+        self.block_size = max(event.block_size, self.block_size or 0)
         ids = block_ids(event.block_hashes)
         self.stats.stored += len(ids)
         parent = None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
@@ -172,7 +183,8 @@ class Ledger:
     def _note_layout(self, event: BlockStored) -> None:
         """Learn what a layout without extra keys hides. Raises `UntrustedEvents`."""
         self.hides_salts = True
-        self.hides_adapters = event.lora_name is UNSET and event.lora_id is None
+        self._numbers_adapters = self._numbers_adapters or event.lora_id is not None
+        self.hides_adapters = event.lora_name is UNSET and not self._numbers_adapters
         if is_hash_of_tokens_alone(event):
             raise UntrustedEvents("its blocks are hashed without what precedes them")
         if has_bigrams(event):

@@ -44,6 +44,8 @@ class Supports:
             else:
                 del counts[name]
                 self._gone.setdefault(model, []).append(name)
+        if not counts:
+            self._counts.pop(model, None)  # adapters come and go
 
     def flush(self) -> None:
         """Tell the index what is gone."""

@@ -60,8 +60,7 @@ class BlockTable:
         if at % _SIZE and (at := _aligned(bucket, block, at)) < 0:
             return None
         number: int = _NUMBER.unpack_from(bucket, at + 8)[0]
-        bucket[at : at + _SIZE] = bucket[-_SIZE:]
-        del bucket[-_SIZE:]
+        del bucket[at : at + _SIZE]
         self._count -= 1
         return number
 

@@ -175,8 +175,10 @@ def is_hash_of_tokens_alone(event: BlockStored) -> bool:
 
     CPython hashes a tuple of integers alike in every process. A name that depends on what precedes the block differs.
     """
+    if len(event.block_hashes) != 1:
+        return False
     try:
-        return [hash(tuple(_TOKENS.decode(event.token_ids)))] == event.block_hashes
+        return hash(tuple(_TOKENS.decode(event.token_ids))) == event.block_hashes[0]
     except _UNREADABLE:
         return False
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from matrixinfer.kvevents.ledger import UntrustedEvents
 from .support import CLEARED, Follower, contents, removed, stored
 
 PROMPT = list(range(48))
+GROUP_2: dict[str, Any] = {"group_idx": 2, "kv_cache_spec_kind": "full_attention"}
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_groups_of_other_attention_are_skipped(same: Follower) -> None:
 
 
 def test_a_block_is_held_while_any_medium_or_group_holds_it(same: Follower) -> None:
-    same.apply(stored([11], PROMPT[:4]), stored([11], PROMPT[:4], medium="CPU"), stored([11], PROMPT[:4], group_idx=2))
+    same.apply(stored([11], PROMPT[:4]), stored([11], PROMPT[:4], medium="CPU"), stored([11], PROMPT[:4], **GROUP_2))
     assert same.ledger.stats.copies == 0
     for place in ({}, {"medium": "CPU"}):
         same.apply(removed([11], **place))
@@ -257,7 +259,9 @@ def test_a_chain_does_not_go_on_in_another_medium(same: Follower) -> None:
 
 
 def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
-    same.apply(*(stored([11], PROMPT[:4], group_idx=group) for group in range(100)))
+    same.apply(
+        *(stored([11], PROMPT[:4], group_idx=group, kv_cache_spec_kind="full_attention") for group in range(100))
+    )
     assert len(same.ledger._forests) == 16
     assert same.ledger.stats.misfits == 84
 
@@ -345,6 +349,32 @@ def test_pairs_of_tokens_are_not_believed(same: Follower) -> None:
     pairs = [(a, a + 1) for a in PROMPT[:4]]
     with pytest.raises(UntrustedEvents, match="pairs"):
         same.apply(as_array([11], pairs, None, "GPU"))
+
+
+def test_attention_groups_of_unknown_kind_are_not_believed(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], group_idx=0))
+    with pytest.raises(UntrustedEvents, match="attention groups"):
+        same.apply(stored([12], PROMPT[:4], group_idx=1))
+
+
+def test_matches_are_floored_to_the_largest_engine_block(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:8], medium="CPU"), stored([12], PROMPT[:4]))
+    assert same.ledger.block_size == 8
+    same.ledger.reset()
+    assert same.ledger.block_size is None
+
+
+def test_an_engine_that_numbers_its_adapters_does_not_hide_them(same: Follower) -> None:
+    numbered = ["BlockStored", [12], None, PROMPT[4:8], 4, 1, "GPU"]
+    same.apply(numbered, as_array([11], PROMPT[:4], None, "GPU"))
+    assert not same.ledger.hides_adapters
+    same.ledger.reset()
+    assert not same.ledger.hides_salts
+
+
+def test_what_an_adapter_left_behind_is_given_back(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], lora_name="poet", lora_id=1), removed([11]))
+    assert same.ledger._supports._counts == {}
 
 
 @pytest.mark.parametrize("parent", [None, 11])
