@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,11 +21,14 @@ from aiohttp import web
 
 from matrixinfer.cli import events, events_record, events_tail, main
 from matrixinfer.errors import ConfigError
+from matrixinfer.kvevents import connect, listen
 from matrixinfer.kvevents.capture import CaptureReport, check_capture
 from matrixinfer.kvevents.capture_file import CaptureReader
 from matrixinfer.kvevents.listen import CannotListen
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
+
+from .kvevents_support import Relay
 
 NOON = 1_750_000_000 // 86_400 * 86_400 + 12 * 3600
 HASH = 0x1F2E33A0_00000000
@@ -266,6 +270,40 @@ async def test_tail_says_what_to_look_at_when_nothing_comes(running: Running, mo
         assert (await running.stop())[-1].endswith("0 frames, 0 events; 0 blocks held now")
 
 
+async def test_tail_replaces_a_connection_that_is_silently_dead(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "HEARTBEAT_MS", 50)
+    monkeypatch.setattr(connect, "HEARTBEAT_TIMEOUT_MS", 200)
+    async with Engine() as engine, Relay(engine.ports[0]) as relay:
+        await running.start(events_tail.tail, "tail", relay.endpoint, "--count", 1)
+        await running.says("connected")
+        relay.go_silent()
+        await running.says("connection lost")
+        await running.says("connected", times=2)
+        engine.publish(stored(0, 1))
+        assert "stored 1 block" in (await running.end())[0]
+
+
+async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def unknown(*_: object, **__: object) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(listen, "LOOKUP_PAUSE", 0.05)
+    monkeypatch.setattr(loop, "getaddrinfo", unknown)
+    async with Engine() as engine:
+        await running.start(events_tail.tail, "tail", engine.endpoint.replace("127.0.0.1", "localhost"))
+        await running.says("the name `localhost` does not resolve yet")
+        await asyncio.sleep(0.2)
+        monkeypatch.setattr(loop, "getaddrinfo", look_up)
+        await running.says("connected")
+        assert running.err.count("resolve") == 1
+        await running.stop()
+
+
 async def test_tail_ends_in_time(running: Running) -> None:
     async with Engine() as engine:
         await running.start(events_tail.tail, "tail", engine.endpoint, "--seconds", 0.1)
@@ -426,6 +464,24 @@ async def test_tail_ends_well_when_nobody_reads_any_more() -> None:
                 await asyncio.sleep(0.05)
             assert tail.returncode == 0
             assert b"Traceback" not in await tail.stderr.read()
+
+
+@pytest.mark.parametrize("words", [["check", *["tests/data/captures/capture.jsonl.gz"] * 3], ["check", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+async def test_a_command_ends_quietly_when_nobody_reads_what_it_prints(words: list[str], unbuffered: str) -> None:
+    out, into = os.pipe()
+    os.close(out)
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "matrixinfer", "events", *words),
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        cwd=Path(__file__).parents[2],
+        stdout=into,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(into)
+    async with asyncio.timeout(30):
+        assert (await command.communicate())[1] == b""
+    assert command.returncode == 0
 
 
 # The documentation

@@ -45,8 +45,7 @@ async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(
     assert feed.state is FeedState.SYNCING
     async with Engine(ports) as engine:
         engine.publish(stored(0, 3))
-        await until(lambda: held(index) == 3)
-        assert complete(feed)
+        await until(lambda: held(index) == 3 and complete(feed))
 
 
 async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, index: MemoryIndex) -> None:
@@ -66,15 +65,14 @@ async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, in
 async def test_a_connection_that_is_silently_dead_is_replaced(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_MS", 50)
-    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_TIMEOUT_MS", 200)
+    monkeypatch.setattr("matrixinfer.kvevents.connect.HEARTBEAT_MS", 50)
+    monkeypatch.setattr("matrixinfer.kvevents.connect.HEARTBEAT_TIMEOUT_MS", 200)
     async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
         feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
         await until(lambda: complete(feed))
         relay.go_silent()
         engine.publish(stored(0, 2))
-        await until(lambda: held(index) == 2)
-        assert complete(feed)
+        await until(lambda: held(index) == 2 and complete(feed))
 
 
 async def test_every_topic_is_taken(subscriber: Subscriber, index: MemoryIndex) -> None:
@@ -185,8 +183,10 @@ async def test_a_feed_is_stale_while_its_connection_is_down(subscriber: Subscrib
     await until(lambda: feed.state is FeedState.STALE)
     assert held(index) == 2
     async with Engine(ports_of(source)) as engine:
-        await until(lambda: complete(feed))
+        await until(lambda: feed.state is FeedState.PARTIAL)
         assert held(index) == 0
+        engine.publish(stored(0, 1))
+        await until(lambda: complete(feed))
 
 
 async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: Subscriber, index: MemoryIndex) -> None:
@@ -305,3 +305,23 @@ async def test_an_engine_of_tiny_blocks_is_warned_of_once(subscriber: Subscriber
         ("kv_events_small_blocks", 8),
     ]
     assert lines[0]["hides"] == []
+
+
+async def test_an_engine_that_cannot_be_reached_is_told_of_once_and_stale(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.CONNECT_SECONDS", 0.1)
+    async with Engine() as engine:
+        source = engine.source()
+    with structlog.testing.capture_logs() as logs:
+        feed = subscriber.follow(source)
+        await until(lambda: feed.state is FeedState.STALE)
+        await asyncio.sleep(0.3)
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == [
+        "kv_events_not_connected",
+        "kv_events_state",
+    ]
+    async with Engine(ports_of(source)) as engine:
+        engine.publish(stored(0, 2))
+        await until(lambda: complete(feed))
+        assert held(index) == 2

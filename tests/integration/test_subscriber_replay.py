@@ -10,9 +10,11 @@ import pytest
 
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents import wire
-from matrixinfer.kvevents.feed import FeedState
+from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.kvevents.replay import FRAME_BYTES
+from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.kvevents.subscription import Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
 
 from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
@@ -102,7 +104,7 @@ async def test_holes_and_a_missing_end_in_replays_are_fetched_again(
         feed = subscriber.follow(engine.source())
         await until(lambda: complete(feed))
         assert held(index) == 4
-        assert asked == [0, 0, 1, 2]
+        assert asked == [0, 0, 1, 2, 3]  # the last one for the proof that nothing is left
 
 
 async def test_a_replay_that_was_given_up_is_tried_again_later(
@@ -118,7 +120,7 @@ async def test_a_replay_that_was_given_up_is_tried_again_later(
         engine.publish(stored(1, 2))
         await until(lambda: complete(feed))
         assert held(index) == 2
-        assert asked == [0, 0, 0, 0, 0, 1]  # the last one for what came since the one before
+        assert asked == [0, 0, 0, 0, 0, 1]  # the last one for what came since the one before, and brings nothing
 
 
 async def test_malformed_replies_are_counted_and_bounded(
@@ -144,7 +146,7 @@ async def test_every_shape_of_a_replay_is_read(subscriber: Subscriber, index: Me
 async def test_a_history_of_more_bytes_than_a_reply_may_have_takes_several(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = len(encode(EventBatch(0.0, [stored(0, 1)])))
+    size = len(encode(EventBatch(0.0, [stored(0, 1)]))) + FRAME_BYTES
     monkeypatch.setattr("matrixinfer.kvevents.replay.MAX_BYTES", 2 * size)
     async with Engine() as engine:
         asked = engine.lose_in_replays([])
@@ -153,7 +155,7 @@ async def test_a_history_of_more_bytes_than_a_reply_may_have_takes_several(
         feed = subscriber.follow(engine.source())
         await until(lambda: complete(feed))
         assert held(index) == 4
-        assert asked == [0, 2]
+        assert asked == [0, 2, 3]
 
 
 async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
@@ -198,4 +200,26 @@ async def test_a_reply_is_void_once_the_feed_has_moved_on(subscriber: Subscriber
             feed.disconnected()
             feed.reconnected()
         await until(lambda: complete(feed))
-        assert (asked, feed.stats.frames) == ([0, 0], 1)
+        assert (asked, feed.stats.frames) == ([0, 0, 0], 2)
+
+
+async def test_each_gap_among_held_frames_is_given_up_after_as_many_attempts(
+    subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        if seconds:
+            naps.append(seconds)
+
+    ledger = Ledger(pod="a", model="m", blocks=BLOCKS, index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=True)
+    for number in (3, 5, 7):
+        feed.live(number, encode(EventBatch(float(number), [stored(0, 1)])))
+    assert subscriber._shared is not None
+    subscription = Subscription(subscriber._shared, FeedSource(pod="a", model="m", endpoint="tcp://a:1"), feed)
+    with monkeypatch.context() as patch:
+        patch.setattr("matrixinfer.kvevents.subscription.asyncio.sleep", nap)
+        await subscription._replay()
+    assert (feed.state, feed.backlog, feed.given_up) == (FeedState.PARTIAL, 0, True)
+    assert naps == [0.4, 0.8] * 3

@@ -65,6 +65,12 @@ class FeedCollector(Collector):
         last = GaugeMetricFamily(
             "matrixinfer_kv_last_frame_timestamp_seconds", "When the last live frame came.", labels=["pod"]
         )
+        lag = GaugeMetricFamily(
+            "matrixinfer_kv_lag_seconds",
+            "From the timestamp of the last live batch applied to when the last live frame came. "
+            "Includes what the engine's clock and this one differ by.",
+            labels=["pod"],
+        )
         for pod, feed in list(self._feeds.items()):
             for each in FeedState:
                 state.add_metric([pod, each.value], float(feed.state is each))
@@ -76,12 +82,14 @@ class FeedCollector(Collector):
             held.add_metric([pod], feed.backlog)
             if stats.last_frame_at is not None:
                 last.add_metric([pod], stats.last_frame_at)
+                if stats.last_batch_at is not None:
+                    lag.add_metric([pod], stats.last_frame_at - stats.last_batch_at)
             frames.add_metric([pod, "received"], stats.frames)
             for kind in _STATS:
                 frames.add_metric([pod, kind], getattr(stats, kind))
             for kind in ("clears", "other_attention", "misfits"):
                 frames.add_metric([pod, kind], getattr(ledger, kind))
-        yield from (state, blocks, events, frames, received, held, last)
+        yield from (state, blocks, events, frames, received, held, last, lag)
 
 
 class PluginCollector(Collector):

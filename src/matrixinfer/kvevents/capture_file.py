@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -57,7 +58,7 @@ class CaptureReader:
 class CaptureWriter:
     """Writes a capture, over whatever the file held. Use as a context manager; every method raises `CaptureFileError`.
 
-    Captures hold token ids, so only the owner may read a file that is made here. What was written before the last
+    Captures hold token ids, so only the owner may read the file from here on. What was written before the last
     `flush` stays readable if the process is killed.
     """
 
@@ -107,7 +108,14 @@ def _open_for_reading(path: Path) -> BufferedReader | gzip.GzipFile:
 
 
 def _owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device stays everyone's
+            os.fchmod(descriptor, 0o600)  # the file may have been there, open to others
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _reason(error: Exception) -> str:

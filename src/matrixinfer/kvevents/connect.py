@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
 import socket
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import zmq
 
 LOOKUP_TIMEOUT = 5.0
+FRAMES_QUEUED = 100_000
+"""Frames per publisher that ZMQ holds for a subscriber that is late, as while history is fetched."""
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""A peer that sends a longer one is disconnected."""
+RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
+
+_Socket = TypeVar("_Socket", bound=zmq.Socket[Any])
 
 
-async def connect(peer: zmq.Socket[bytes], endpoint: str) -> None:
-    """Connect `peer` to `tcp://host:port`. Raises `zmq.ZMQError` for a bad endpoint.
+class Unresolved(zmq.ZMQError):
+    """A host's name has no address, as that of an engine that is not up yet; or none was found in time."""
+
+
+def subscribe(context: zmq.Context[_Socket]) -> _Socket:
+    """A socket for everything that one publisher sends, to be connected. ZMQ reconnects it by itself."""
+    live = context.socket(zmq.SUB)
+    live.setsockopt(zmq.RCVHWM, FRAMES_QUEUED)
+    live.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
+    live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
+    live.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    live.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    live.setsockopt(zmq.SUBSCRIBE, b"")
+    return live
+
+
+async def connect(peer: zmq.Socket[Any], endpoint: str) -> None:
+    """Connect `peer` to `tcp://host:port` or `ipc://path`.
 
     ZMQ tries only the first address of a name, and that is one of IPv6 where IPv6 is allowed. Engines listen on IPv4
-    unless told otherwise. So IPv6 is allowed only where the host is not known to have an address of IPv4.
+    unless told otherwise. So IPv6 is allowed only where the host has no address of IPv4, which shows once its name
+    resolves. Raises `Unresolved` when it does not: try again later. Raises another `zmq.ZMQError` for a bad endpoint.
     """
-    peer.setsockopt(zmq.IPV6, int(not await _has_ipv4(endpoint)))
+    peer.setsockopt(zmq.IPV6, int(await _needs_ipv6(endpoint)))
     peer.connect(endpoint)
 
 
-async def _has_ipv4(endpoint: str) -> bool:
-    try:
-        host = urlsplit(endpoint).hostname
-        async with asyncio.timeout(LOOKUP_TIMEOUT):
-            await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET)
-    except (OSError, ValueError, TimeoutError):  # ZMQ says what is wrong with the endpoint
+async def _needs_ipv6(endpoint: str) -> bool:
+    transport, _, address = endpoint.partition("://")
+    host = address.rpartition(";")[2].rpartition(":")[0].strip("[]")  # `source;destination` is of ZMQ's syntax too
+    if transport != "tcp" or not host:  # a path, or ZMQ says what is wrong
         return False
-    return True
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return socket.AF_INET not in await _families(host)
+
+
+async def _families(name: str) -> set[socket.AddressFamily]:
+    """Of the addresses that a name has, at least one."""
+    try:
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # a timeout is an OSError
+        raise Unresolved(errno.EHOSTUNREACH, f"the name `{name}` does not resolve") from error
+    return {socket.AddressFamily(family) for family, *_ in found}

@@ -1,22 +1,29 @@
-"""Sequence numbers to verdicts: a pure function that says what a numbered frame means for the feed.
+"""Sequence numbers to verdicts: what a numbered frame means for the feed.
 
 An engine numbers its batches from 0 at every start. Numbers alone do not tell a replayed duplicate from a restarted
-engine, nor a gap from an engine that restarted and overtook the old number. So the cursor knows a digest of the last
-frame, and every replay begins with that frame: the same bytes prove that this is still the same engine.
+engine, nor a gap from an engine that restarted and overtook the old number. So the cursor knows digests, and every
+replay begins with the last frame: the same bytes prove that this is still the same engine.
 
-                     live                      replay, unproven          replay, proven
-    smaller          RESTART                   DUPLICATE                 DUPLICATE
-    the last one     DUPLICATE, or RESTART if the bytes differ
-    the next one     APPLY                     TRUNCATED                 APPLY
-    greater          GAP                       TRUNCATED                 GAP
+Live frames and replays come over two connections. A live frame may come after the replay that brought it, but never
+after a later live one. So the cursor remembers the last live frame and those that replays brought after it.
+
+                     live                            replay, unproven    replay, proven
+    not remembered   RESTART                         DUPLICATE           DUPLICATE
+    remembered       DUPLICATE, or RESTART if        DUPLICATE           DUPLICATE
+    the last one     … the bytes differ              DUPLICATE, or RESTART if the bytes differ
+    the next one     APPLY                           TRUNCATED           APPLY
+    greater          GAP                             TRUNCATED           GAP
 
 Before the first frame there is nothing to prove: number 0 is applied, and a replay that begins later is truncated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import deque
 from enum import Enum
+
+REMEMBERED = 10_000
+"""Frames that a live connection may lag behind a replay; engines keep as many by default. Beyond, history is fetched anew."""
 
 
 class Source(Enum):
@@ -41,47 +48,59 @@ class Verdict(Enum):
     """What came before is not to be had any more, and whether this is the same engine cannot be told."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cursor:
-    """The position in a feed: the next number expected, and the digest of the frame before it."""
+def verdict(*, source: Source, seq: int, digest: int, next: int, proven: bool, known: int | None) -> Verdict:  # noqa: A002
+    """What frame `seq` with `digest` means where `next` is expected: a pure function, the table above.
 
-    next: int = 0
-    digest: int | None = None
-    """None before the first frame."""
-    proven: bool = False
-    """This engine is known to have published the frame before `next`."""
+    `proven`: this engine is known to have published the frame before `next`. `known`: the digest that is remembered of
+    the frame `seq`, None for none.
+    """
+    if seq < next:
+        if source is Source.REPLAY and seq != next - 1:
+            return Verdict.DUPLICATE
+        return Verdict.DUPLICATE if known == digest else Verdict.RESTART
+    if source is Source.REPLAY and not proven and seq > max(0, next - 1):
+        return Verdict.TRUNCATED
+    return Verdict.APPLY if seq == next else Verdict.GAP
+
+
+class Cursor:
+    """The position in a feed: the next number expected, and what is remembered of the frames before it.
+
+    A cursor that begins elsewhere than at 0 takes the frame `next` for a beginning.
+    """
+
+    def __init__(self, next: int = 0) -> None:  # noqa: A002 - what else
+        self.next = next
+        self.proven = next > 0
+        """This engine is known to have published the frame before `next`."""
+        self._digests: deque[int] = deque(maxlen=REMEMBERED)
 
     @property
     def replay_from(self) -> int:
         """The number that a replay must begin with: the last one applied."""
         return max(0, self.next - 1)
 
-    def doubted(self) -> Cursor:
-        """The same position, to be proven anew: after a gap or on a new connection."""
-        return replace(self, proven=False)
+    @property
+    def lacks_last(self) -> bool:
+        """Whether a replay that ends whole here comes from an engine that never published what was applied last."""
+        return self.next > 0 and not self.proven
 
+    def advance(self, source: Source, seq: int, digest: int) -> Verdict:
+        """The verdict on frame `seq` with `digest`; the cursor moves past a frame to apply.
 
-def advance(cursor: Cursor | None, source: Source, seq: int, digest: int) -> tuple[Verdict, Cursor]:
-    """The verdict on frame `seq` with `digest`, and the cursor after it.
-
-    Without a cursor any frame is a beginning. A gap leaves the cursor in doubt, a restart or a truncated history void:
-    whoever asks for a replay says so.
-    """
-    if cursor is None:
-        return Verdict.APPLY, Cursor(next=seq + 1, digest=digest, proven=True)
-    if seq == cursor.next - 1:
-        if digest != cursor.digest:
-            return Verdict.RESTART, cursor
-        return Verdict.DUPLICATE, replace(cursor, proven=True)
-    if seq < cursor.next:  # a publisher never repeats itself; a replay may
-        return (Verdict.RESTART if source is Source.LIVE else Verdict.DUPLICATE), cursor
-    if source is Source.REPLAY and not cursor.proven and seq > cursor.replay_from:
-        return Verdict.TRUNCATED, cursor
-    if seq > cursor.next:
-        return Verdict.GAP, cursor
-    return Verdict.APPLY, Cursor(next=seq + 1, digest=digest, proven=True)
-
-
-def lacks_last(cursor: Cursor) -> bool:
-    """Whether a replay that ends whole here comes from an engine that never published what was applied last."""
-    return cursor.next > 0 and not cursor.proven
+        A gap leaves the cursor where it is, to be doubted; a restart or a truncated history make it void.
+        """
+        age = self.next - seq
+        known = self._digests[-age] if 0 < age <= len(self._digests) else None
+        means = verdict(source=source, seq=seq, digest=digest, next=self.next, proven=self.proven, known=known)
+        if means is Verdict.APPLY:
+            if source is Source.LIVE:
+                self._digests.clear()
+            self._digests.append(digest)
+            self.next, self.proven = seq + 1, True
+        elif means is Verdict.DUPLICATE:
+            self.proven = self.proven or age == 1
+            if source is Source.LIVE:
+                while len(self._digests) > age:
+                    self._digests.popleft()
+        return means

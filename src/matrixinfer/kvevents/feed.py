@@ -4,6 +4,9 @@ The cursor says what each frame means; the feed acts on it and says what is know
 what `replay_from` asks for and hands it back. Live frames that come meanwhile are held, within bounds, and applied in
 order afterwards, one per `catch_up`, so that a long backlog need not hold up the loop.
 
+Engines drop what a slow reader does not take of a replay, and may still send the end marker. So a replay that brought
+something is followed by another one, from the last frame on, until one brings nothing, or live frames take over.
+
 A frame that cannot be read may have told of a removal, and so may an event in it that is not plainly a BlockStored. So
 it counts as a loss: the pod is cleared and the feed is partial. Whatever was lost, the engine holds nothing after
 AllBlocksCleared: from there on the feed is complete again.
@@ -15,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance, lacks_last
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
 from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
 from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
 
@@ -31,7 +34,8 @@ class FeedState(Enum):
     COMPLETE = "complete"
     """Every batch since the engine started or was last empty."""
     PARTIAL = "partial"
-    """Joined late, lost batches for good, or met some that cannot be read: what is indexed is true, but not all."""
+    """Joined late, lost batches for good, met some that cannot be read, or the layout hides salts or adapters: what is
+    indexed and what is cached may differ a little."""
     STALE = "stale"
     """The connection is down, or back but not proven to lead to the same engine: what is indexed may be untrue."""
     UNTRUSTED = "untrusted"
@@ -59,6 +63,8 @@ class FeedStats:
     """Times that held frames had to be given up."""
     last_frame_at: float | None = None
     """Unix time in seconds at which the last live frame came."""
+    last_batch_at: float | None = None
+    """Unix time in seconds, by the engine's clock, of the last live batch applied."""
 
 
 class PodFeed:
@@ -77,6 +83,7 @@ class PodFeed:
         self._can_replay = can_replay
         self._cursor: Cursor | None = Cursor() if can_replay else None  # None: whatever comes next is a beginning
         self._replaying = can_replay
+        self._brought = False  # the replay has brought something
         self._whole = can_replay  # nothing is lost so far
         self._stale = False
         self._given_up = False
@@ -90,9 +97,10 @@ class PodFeed:
             return FeedState.UNTRUSTED
         if self._stale:
             return FeedState.STALE
-        if not self._whole:
-            return FeedState.PARTIAL
-        return FeedState.SYNCING if self._replaying or self._held else FeedState.COMPLETE
+        if self._replaying or self._held:
+            return FeedState.SYNCING
+        is_exact = self._whole and not self.ledger.hides_salts and not self.ledger.hides_adapters
+        return FeedState.COMPLETE if is_exact else FeedState.PARTIAL
 
     @property
     def replay_from(self) -> int | None:
@@ -102,7 +110,7 @@ class PodFeed:
     @property
     def given_up(self) -> bool:
         """A replay could not be had: the engine's history may be worth another try later."""
-        return self._given_up and not self._whole and not self._stale
+        return self._given_up and not self._stale
 
     @property
     def backlog(self) -> int:
@@ -126,18 +134,18 @@ class PodFeed:
             self._take(Source.REPLAY, seq, payload)
 
     def replay_ended(self) -> None:
-        """The replay came to its end marker. `catch_up` is due.
-
-        The marker does not say how many frames came before it. One that was lost just before shows by the gap to a live
-        frame, held or yet to come.
-        """
+        """The replay came to its end marker. `catch_up` is due, unless another replay is asked for."""
         if self._cursor is None or not self._replaying:
             return
         self.stats.replays += 1
-        if lacks_last(self._cursor):
+        if self._cursor.lacks_last:
             self._restarted()
+        elif self._brought and not self._is_continued(self._cursor):
+            self._ask()
         else:
             self._replaying = False
+            if self._cursor.next == 0 and self.stats.frames:
+                self._whole = False  # a new engine, or one that keeps no history
 
     def replay_broke_off(self) -> None:
         """The replay stopped before its end marker: what is left must be asked for."""
@@ -156,10 +164,7 @@ class PodFeed:
             return False
         seq, payload = self._held.popleft()
         self._held_bytes -= len(payload)
-        if self._cursor is not None and seq < self._cursor.replay_from:
-            self.stats.duplicates += 1  # the replay has brought it
-        else:
-            self._take(Source.LIVE, seq, payload)
+        self._take(Source.LIVE, seq, payload)
         return True
 
     # Faults
@@ -182,15 +187,12 @@ class PodFeed:
         """Forget everything and fetch the engine's history from its beginning, where that can be had."""
         self._void()
         self._lose()
+        self.ledger.reset()
         self._given_up = False
         if self._can_replay:
             self._cursor = Cursor()
             self._whole = True
             self._ask()
-
-    def was_sent_hidden(self) -> None:
-        """The engine was sent a prompt whose salt or adapter its events do not tell: its blocks will look like others."""
-        self._whole = False
 
     def spoiled(self) -> None:
         """Applying a frame broke off in the middle: what the ledger says cannot be trusted."""
@@ -204,21 +206,23 @@ class PodFeed:
         self.stats.bytes += len(payload)
 
     def _take(self, source: Source, seq: int, payload: bytes) -> None:
-        verdict, cursor = advance(self._cursor, source, seq, hash(payload))
+        if self._cursor is None:
+            self._cursor = Cursor(seq)
+        verdict = self._cursor.advance(source, seq, hash(payload))
         if verdict is Verdict.APPLY:
-            self._cursor = cursor
+            self._brought |= source is Source.REPLAY
             self._apply(source, seq, payload)
         elif verdict is Verdict.DUPLICATE:
             self.stats.duplicates += 1
-            self._cursor = cursor
-            self._stale = self._stale and not cursor.proven
+            self._stale = self._stale and not self._cursor.proven
         elif verdict is Verdict.TRUNCATED:
             self.stats.truncated += 1
             self._lose()
             self._take(source, seq, payload)
         elif verdict is Verdict.RESTART:
             self._restarted()
-            self._postpone(source, seq, payload)
+            if not self._can_replay:  # else the replay brings it once more, or it is older than all that can be had
+                self._take(source, seq, payload)
         else:
             self.stats.gaps += 1
             self._missed()
@@ -243,7 +247,7 @@ class PodFeed:
 
     def _apply(self, source: Source, seq: int, payload: bytes) -> None:
         if seq == 0:
-            self._whole = True
+            self._complete()
             if source is Source.LIVE:
                 self.untrusted = None  # no engine publishes it twice
         if self.untrusted is not None:
@@ -254,6 +258,8 @@ class PodFeed:
             self.stats.malformed += 1
             self._forget()
             return
+        if source is Source.LIVE:
+            self.stats.last_batch_at = batch.timestamp
         if batch.unreadable > batch.unreadable_stored:
             self.stats.unreadable_events += batch.unreadable
             self._forget()
@@ -268,18 +274,17 @@ class PodFeed:
             self.stats.unreadable_events += batch.unreadable
             self._whole = False  # even after a clear, which may come before what was not read
         elif not self._whole and any(isinstance(event, AllBlocksCleared) for event in batch.events):
-            self._whole = True
+            self._complete()
 
     # What is known
 
     def _hold(self, seq: int, payload: bytes) -> None:
         if self._held:
             last, bytes_ = self._held[-1]
-            verdict, _ = advance(Cursor(next=last + 1, digest=hash(bytes_)), Source.LIVE, seq, hash(payload))
-            if verdict is Verdict.DUPLICATE:
+            if (seq, payload) == (last, bytes_):
                 self.stats.duplicates += 1
                 return
-            if verdict is Verdict.RESTART:
+            if seq <= last:
                 self._restarted()
         self._held.append((seq, payload))
         self._held_bytes += len(payload)
@@ -291,9 +296,13 @@ class PodFeed:
     def _ask(self) -> None:
         """Ask for a replay from the last frame on, whose bytes prove that it is the same engine's."""
         self.epoch += 1
-        self._replaying = True
+        self._replaying, self._brought = True, False
         if self._cursor is not None:
-            self._cursor = self._cursor.doubted()
+            self._cursor.proven = False
+
+    def _is_continued(self, cursor: Cursor) -> bool:
+        """Whether live frames are held that reach as far as the replay: what follows them comes, or shows as a gap."""
+        return bool(self._held) and self._held[-1][0] >= cursor.replay_from
 
     def _void(self) -> None:
         """Drop the replay under way and what waits for it."""
@@ -318,6 +327,10 @@ class PodFeed:
         self._forget()
         self._stale = False
         self._cursor = None
+
+    def _complete(self) -> None:
+        """From here on everything is known: there is no history left to try for."""
+        self._whole, self._given_up = True, False
 
     def _forget(self) -> None:
         """What is indexed may be untrue: clear it."""

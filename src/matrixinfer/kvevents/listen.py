@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeAlias, cast
+from typing import Self, TypeAlias
 
 import zmq
 import zmq.asyncio
@@ -14,12 +15,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.errors import MatrixInferError
-from matrixinfer.kvevents.connect import connect
+from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import Drain
 from matrixinfer.kvevents.replay import Reply, fetch
 
-FRAMES_QUEUED = 100_000
-"""Frames per publisher that ZMQ holds for a reader that is late, as while history is fetched."""
+LOOKUP_PAUSE = 2.0
+"""Seconds until a name that does not resolve is looked up again."""
 _NEWS_QUEUED = 1_000
 
 
@@ -69,21 +70,17 @@ class Listener:
         self._sources = sources
         self.connected: set[str] = set()
         """Endpoints that a connection is up to."""
-        self._news: asyncio.Queue[News] = asyncio.Queue(_NEWS_QUEUED)
+        self._news: asyncio.Queue[News | CannotListen] = asyncio.Queue(_NEWS_QUEUED)
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
+        # Nothing here waits: whoever is cancelled while a name is looked up is in the context already, and leaves it.
         self._context = zmq.asyncio.Context()
         self._plain_context = zmq.Context(self._context)
         self._drain = Drain()
         await self._group.__aenter__()
-        try:
-            for source in self._sources:
-                await self._listen(source)
-        except zmq.ZMQError as error:
-            await self.__aexit__(None, None, None)
-            raise CannotListen(f"{source.endpoint}: {error}") from error
+        self._tasks = [self._group.create_task(self._listen(source)) for source in self._sources]
         return self
 
     async def __aexit__(
@@ -96,24 +93,44 @@ class Listener:
         self._context.destroy(linger=0)
 
     async def next(self, timeout: float) -> News | None:  # noqa: ASYNC109 - None is an answer here, not an error
-        """What comes next; None when nothing does within `timeout` seconds."""
+        """What comes next; None when nothing does within `timeout` seconds. Raises `CannotListen`."""
         try:
             async with asyncio.timeout(timeout):
-                return await self._news.get()
+                news = await self._news.get()
         except TimeoutError:
             return None
+        if isinstance(news, CannotListen):
+            raise news
+        return news
 
     async def _listen(self, source: KvEventsConfig) -> None:
-        socket = self._context.socket(zmq.SUB)
-        socket.setsockopt(zmq.RCVHWM, FRAMES_QUEUED)
-        socket.setsockopt(zmq.SUBSCRIBE, b"")
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        await connect(cast("zmq.Socket[bytes]", socket), source.endpoint)
         publisher = _Publisher(source, self._news.put, self._fetch)
-        self._tasks += [
-            self._group.create_task(publisher.listen(socket)),
-            self._group.create_task(self._watch(source.endpoint, monitor, publisher)),
-        ]
+        with ExitStack() as stack:
+            try:
+                socket = subscribe(self._context)
+                stack.callback(socket.close, linger=0)
+                monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+                stack.callback(monitor.close, linger=0)
+                stack.callback(socket.disable_monitor)
+                watch = self._group.create_task(self._watch(source.endpoint, monitor, publisher))
+                stack.callback(watch.cancel)
+                await self._connect(socket, source.endpoint)
+            except zmq.ZMQError as error:
+                await self._news.put(CannotListen(f"{source.endpoint}: {error}"))
+            else:
+                await publisher.listen(socket)
+
+    async def _connect(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        """Connect, once the host's name resolves."""
+        noted = False
+        while True:
+            try:
+                return await connect(socket, endpoint)
+            except Unresolved as error:
+                if not noted:
+                    await self._news.put(Note(publisher=endpoint, words=f"{error.strerror} yet"))
+                noted = True
+            await asyncio.sleep(LOOKUP_PAUSE)
 
     async def _watch(self, endpoint: str, monitor: zmq.asyncio.Socket, publisher: _Publisher) -> None:
         while True:

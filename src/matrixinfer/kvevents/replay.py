@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from matrixinfer.kvevents.connect import connect
+from matrixinfer.kvevents.connect import MAX_MESSAGE_BYTES, connect
 from matrixinfer.kvevents.drain import Drain
 
 MAX_BYTES = 64 * 1024 * 1024
 """A longer history takes several requests."""
+FRAME_BYTES = 200
+"""What a frame takes besides its payload."""
 MAX_MALFORMED = 100
 FRAME_TIMEOUT, TIMEOUT = 5.0, 60.0
 _END = b"\xff" * 8
@@ -27,7 +29,7 @@ class Reply:
     frames: list[tuple[int, bytes]] = field(default_factory=list)
     """Number and payload of each batch, in order."""
     size: int = 0
-    """Bytes of payload."""
+    """Bytes of memory."""
     malformed: int = 0
     whole: bool = False
     """The end marker came."""
@@ -47,7 +49,7 @@ class Reply:
             self.whole = True
         else:
             self.frames.append((int.from_bytes(parts[-2], "big"), parts[-1]))
-            self.size += len(parts[-1])
+            self.size += len(parts[-1]) + FRAME_BYTES
 
 
 async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint: str, start: int) -> Reply:
@@ -60,6 +62,7 @@ async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint:
 
     with context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.RCVHWM, 0)  # the engine drops frames that this side does not take at once
         await connect(socket, endpoint)
         socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)

@@ -18,15 +18,16 @@ import structlog
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from matrixinfer.kvevents.connect import connect
+from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.replay import Reply, fetch
 
-LIVE_FRAMES_QUEUED = 100_000
 SMALL_BLOCK = 16
 """Tokens per engine block below which every token costs events and memory out of proportion."""
+CONNECT_SECONDS = 10.0
+"""Time after which a publisher that has not been reached is told of."""
 MAX_REPLAYS = 8
 """Replays fetched at a time, which bounds the memory that they take together."""
 REPLAY_ATTEMPTS = 3
@@ -34,10 +35,10 @@ REPLAY_ATTEMPTS = 3
 RETRY_SECONDS = 30.0
 """Time after which a replay that was given up is tried again."""
 RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
-RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 
 _Step = ParamSpec("_Step")
+
+_GOOD = (FeedState.SYNCING, FeedState.COMPLETE)
 
 log = structlog.get_logger(__name__)
 
@@ -96,9 +97,13 @@ class Subscription:
         while True:
             try:
                 await self._follow()
+            except Unresolved as error:
+                self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
             except Exception:
                 # Supervision boundary: a fault in one feed, such as a bad endpoint, must not end the others.
                 log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
+            if self._connected:
+                pause = RESTART_MIN_SECONDS
             self._lost()
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_SECONDS)
@@ -106,15 +111,8 @@ class Subscription:
     async def _follow(self) -> None:
         """Follow until cancelled or something breaks."""
         with ExitStack() as stack:
-            live = self._shared.context.socket(zmq.SUB)
+            live = subscribe(self._shared.context)
             stack.callback(live.close, linger=0)
-            live.setsockopt(zmq.RCVHWM, LIVE_FRAMES_QUEUED)
-            live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
-            live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-            # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
-            live.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            live.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-            live.setsockopt(zmq.SUBSCRIBE, b"")
             monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
             stack.callback(monitor.close, linger=0)
             stack.callback(live.disable_monitor)
@@ -147,8 +145,8 @@ class Subscription:
         if self.closed:
             return
         if parse_monitor_message(parts)["event"] == zmq.EVENT_DISCONNECTED:
-            self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
-            if self._connected:  # else a handshake failed
+            if self._connected:  # else a handshake failed, and does so again and again
+                self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
                 self._lost()
             return
         self._log.info("kv_events_connected", endpoint=self.source.endpoint)
@@ -171,7 +169,8 @@ class Subscription:
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
             why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
-            self._log.info("kv_events_state", state=self.feed.state.value, **why)
+            log_at = self._log.info if self.feed.state in _GOOD else self._log.warning
+            log_at("kv_events_state", state=self.feed.state.value, **why)
 
     def _note_layout(self, ledger: Ledger, block_size: int) -> None:
         hidden = {"salts": ledger.hides_salts, "adapters": ledger.hides_adapters}
@@ -183,11 +182,17 @@ class Subscription:
 
     async def _until_replay_wanted(self) -> None:
         while True:
+            waits_to_connect = not (self._connected or self._broken)
+            wait = CONNECT_SECONDS if waits_to_connect else RETRY_SECONDS if self.feed.given_up else None
             try:
-                async with asyncio.timeout(RETRY_SECONDS if self.feed.given_up else None):
+                async with asyncio.timeout(wait):
                     await self._replay_wanted.wait()
             except TimeoutError:
-                await self._try_again()
+                if not waits_to_connect:
+                    await self._try_again()
+                elif not self._connected:
+                    self._log.warning("kv_events_not_connected", endpoint=self.source.endpoint)
+                    self._lost()
             else:
                 self._replay_wanted.clear()
                 return
@@ -195,6 +200,8 @@ class Subscription:
     async def _try_again(self) -> None:
         """Start a feed over whose replay was given up, but only once the engine answers."""
         async with self._shared.replaying:
+            if not self.feed.given_up:  # it may have become whole meanwhile
+                return
             reply = await self._fetch(0)
             if reply.frames and self.feed.given_up:
                 self.feed.start_over()
@@ -213,12 +220,13 @@ class Subscription:
                 idle = 0
                 continue
             idle += 1
-            if idle == REPLAY_ATTEMPTS:
-                self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
-                self._safely(self.feed.replay_failed)
-                await self._catch_up()
-            else:
+            if idle < REPLAY_ATTEMPTS:
                 await asyncio.sleep(0.2 * 2**idle)
+                continue
+            idle = 0  # what was held may have a gap of its own
+            self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
+            self._safely(self.feed.replay_failed)
+            await self._catch_up()
 
     async def _hand_over(self, reply: Reply, epoch: int) -> None:
         """Hand the feed a replay that it asked for in `epoch`, as long as it wants that; then have it catch up."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from prometheus_client.core import Metric
@@ -37,3 +38,12 @@ def test_a_feed_shows_how_much_it_has_received_and_still_holds() -> None:
     feed.stats.last_frame_at = 1.5
     shown = samples(FeedCollector({"a": feed}).collect())
     assert shown["matrixinfer_kv_last_frame_timestamp_seconds", "a"] == 1.5
+    assert ("matrixinfer_kv_lag_seconds", "a") not in shown
+
+
+def test_a_feed_shows_how_far_behind_the_engine_it_is() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=False)
+    feed.stats.last_frame_at = 7.0
+    feed.live(0, b"\x93\xcb" + struct.pack(">d", 4.5) + b"\x90\xc0")
+    assert samples(FeedCollector({"a": feed}).collect())["matrixinfer_kv_lag_seconds", "a"] == 2.5

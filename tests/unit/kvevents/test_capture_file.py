@@ -1,5 +1,7 @@
+import errno
 import gzip
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,34 @@ def test_what_was_written_is_read_any_number_of_times(tmp_path: Path, name: str)
     assert (tmp_path / name).read_bytes().startswith(b"\x1f\x8b") == name.endswith(".gz")
 
 
-def test_only_the_owner_may_read_a_recording(tmp_path: Path) -> None:
-    write(tmp_path / "capture", ROWS)
-    assert stat.S_IMODE((tmp_path / "capture").stat().st_mode) == 0o600
+@pytest.mark.parametrize("earlier", [None, 0o644])
+def test_only_the_owner_may_read_a_recording(tmp_path: Path, earlier: int | None) -> None:
+    file = tmp_path / "capture"
+    if earlier is not None:
+        file.touch()
+        file.chmod(earlier)
+    with CaptureWriter(file):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_recording_into_a_device_leaves_it_to_everyone() -> None:
+    mode = Path("/dev/null").stat().st_mode
+    write(Path("/dev/null"), ROWS)
+    assert Path("/dev/null").stat().st_mode == mode
+
+
+def test_a_file_that_cannot_be_kept_from_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def refuse(descriptor: int, _: int) -> None:
+        opened.append(descriptor)
+        raise PermissionError(errno.EPERM, "not yours")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(CaptureFileError, match="not yours"), CaptureWriter(tmp_path / "capture"):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_the_size_is_that_of_the_rows(tmp_path: Path) -> None:

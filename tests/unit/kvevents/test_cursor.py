@@ -1,64 +1,89 @@
 import pytest
 
-from matrixinfer.kvevents.cursor import Cursor, Source, Verdict, advance, lacks_last
+from matrixinfer.kvevents import cursor as cursor_module
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
 
 LIVE, REPLAY = Source.LIVE, Source.REPLAY
 APPLY, DUPLICATE, GAP = Verdict.APPLY, Verdict.DUPLICATE, Verdict.GAP
 RESTART, TRUNCATED = Verdict.RESTART, Verdict.TRUNCATED
-START = Cursor()
-PROVEN = Cursor(next=5, digest=44, proven=True)
-DOUBTED = Cursor(next=5, digest=44, proven=False)
+
+
+def cursor_at(upto: int, *, live: int, proven: bool = True) -> Cursor:
+    """A cursor that has taken frames 0 to `upto`, with digests 100, 101, …; the last live one was `live`."""
+    cursor = Cursor()
+    for seq in range(upto + 1):
+        assert cursor.advance(LIVE if seq == live else REPLAY, seq, 100 + seq) is APPLY
+    cursor.proven = proven
+    return cursor
+
+
+def test_a_cursor_that_begins_anywhere_takes_the_frame_there() -> None:
+    cursor = Cursor(7)
+    assert cursor.advance(REPLAY, 7, 1) is APPLY
+    assert (cursor.next, cursor.replay_from) == (8, 7)
 
 
 @pytest.mark.parametrize(
-    ("cursor", "source", "seq", "digest", "verdict", "after"),
+    ("source", "seq", "verdict"), [(LIVE, 0, APPLY), (REPLAY, 0, APPLY), (LIVE, 1, GAP), (REPLAY, 1, TRUNCATED)]
+)
+def test_of_an_engine_of_which_nothing_is_known_a_frame_means(source: Source, seq: int, verdict: Verdict) -> None:
+    cursor = Cursor()
+    assert cursor.advance(source, seq, 1) is verdict
+    assert cursor.next == (verdict is APPLY)
+
+
+@pytest.mark.parametrize(
+    ("proven", "source", "seq", "digest", "verdict"),
     [
-        # any frame is a beginning
-        (None, LIVE, 7, 77, APPLY, Cursor(next=8, digest=77, proven=True)),
-        (None, REPLAY, 7, 77, APPLY, Cursor(next=8, digest=77, proven=True)),
-        # nothing known yet
-        (START, LIVE, 0, 1, APPLY, Cursor(next=1, digest=1, proven=True)),
-        (START, REPLAY, 0, 1, APPLY, Cursor(next=1, digest=1, proven=True)),
-        (START, LIVE, 1, 1, GAP, START),
-        (START, REPLAY, 1, 1, TRUNCATED, START),
-        # live
-        (PROVEN, LIVE, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
-        (PROVEN, LIVE, 6, 66, GAP, PROVEN),
-        (PROVEN, LIVE, 2**63, 66, GAP, PROVEN),
-        (PROVEN, LIVE, 4, 44, DUPLICATE, PROVEN),
-        (PROVEN, LIVE, 4, 45, RESTART, PROVEN),
-        (PROVEN, LIVE, 3, 44, RESTART, PROVEN),
-        (PROVEN, LIVE, 0, 1, RESTART, PROVEN),
+        (True, LIVE, 7, 107, APPLY),
+        (True, LIVE, 8, 108, GAP),
+        (True, LIVE, 2**63, 1, GAP),
+        # the last one
+        (True, LIVE, 6, 106, DUPLICATE),
+        (True, LIVE, 6, 1, RESTART),
+        # brought by a replay after the last live one
+        (True, LIVE, 5, 105, DUPLICATE),
+        (True, LIVE, 5, 1, RESTART),
+        # before the last live one
+        (True, LIVE, 4, 104, DUPLICATE),
+        (True, LIVE, 3, 103, RESTART),
+        (True, LIVE, 0, 100, RESTART),
         # a replay that has yet to show the last frame
-        (DOUBTED, REPLAY, 4, 44, DUPLICATE, PROVEN),
-        (DOUBTED, REPLAY, 4, 45, RESTART, DOUBTED),
-        (DOUBTED, REPLAY, 3, 1, DUPLICATE, DOUBTED),
-        (DOUBTED, REPLAY, 0, 1, DUPLICATE, DOUBTED),
-        (DOUBTED, REPLAY, 5, 55, TRUNCATED, DOUBTED),
-        (DOUBTED, REPLAY, 9, 99, TRUNCATED, DOUBTED),
+        (False, REPLAY, 6, 106, DUPLICATE),
+        (False, REPLAY, 6, 1, RESTART),
+        (False, REPLAY, 5, 1, DUPLICATE),
+        (False, REPLAY, 7, 107, TRUNCATED),
+        (False, REPLAY, 9, 109, TRUNCATED),
         # a replay that has shown it
-        (PROVEN, REPLAY, 5, 55, APPLY, Cursor(next=6, digest=55, proven=True)),
-        (PROVEN, REPLAY, 6, 66, GAP, PROVEN),
-        (PROVEN, REPLAY, 4, 44, DUPLICATE, PROVEN),
-        (PROVEN, REPLAY, 4, 45, RESTART, PROVEN),
-        (PROVEN, REPLAY, 3, 1, DUPLICATE, PROVEN),
+        (True, REPLAY, 7, 107, APPLY),
+        (True, REPLAY, 8, 108, GAP),
+        (True, REPLAY, 6, 106, DUPLICATE),
+        (True, REPLAY, 6, 1, RESTART),
+        (True, REPLAY, 3, 1, DUPLICATE),
     ],
 )
-def test_a_numbered_frame_means(
-    cursor: Cursor | None, source: Source, seq: int, digest: int, verdict: Verdict, after: Cursor
-) -> None:
-    assert advance(cursor, source, seq, digest) == (verdict, after)
+def test_a_numbered_frame_means(proven: bool, source: Source, seq: int, digest: int, verdict: Verdict) -> None:
+    cursor = cursor_at(6, live=4, proven=proven)
+    assert cursor.advance(source, seq, digest) is verdict
+    assert cursor.next == (8 if verdict is APPLY else 7)
 
 
-def test_doubt_leaves_the_position() -> None:
-    assert PROVEN.doubted() == DOUBTED
+def test_the_last_frame_proves_the_engine() -> None:
+    cursor = cursor_at(6, live=4, proven=False)
+    assert cursor.lacks_last
+    cursor.advance(REPLAY, 5, 105)
+    assert cursor.lacks_last
+    cursor.advance(REPLAY, 6, 106)
+    assert not cursor.lacks_last
+    assert not Cursor().lacks_last
 
 
-def test_a_replay_begins_with_the_last_frame_applied() -> None:
-    assert (START.replay_from, Cursor(next=1, digest=1).replay_from, PROVEN.replay_from) == (0, 0, 4)
+def test_live_frames_never_go_back() -> None:
+    cursor = cursor_at(6, live=3)
+    assert [cursor.advance(LIVE, seq, 100 + seq) for seq in (4, 5, 5, 4)] == [DUPLICATE, DUPLICATE, DUPLICATE, RESTART]
 
 
-def test_an_engine_whose_whole_replay_lacks_the_last_frame_is_another_one() -> None:
-    assert lacks_last(DOUBTED)
-    assert not lacks_last(PROVEN)
-    assert not lacks_last(START)
+def test_no_more_frames_are_remembered_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cursor_module, "REMEMBERED", 2)
+    assert cursor_at(6, live=0).advance(LIVE, 5, 105) is DUPLICATE
+    assert cursor_at(6, live=0).advance(LIVE, 4, 104) is RESTART

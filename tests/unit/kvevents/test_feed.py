@@ -36,14 +36,18 @@ class Feed(PodFeed):
             self.live(number, frames[number])
 
     def replay(self, numbers: Iterable[int], frames: list[bytes] = FRAMES, *, whole: bool = True) -> None:
-        """Hand over a replay, until the feed wants another one, and catch up."""
-        epoch = self.epoch
+        """Hand over a replay, until the feed wants another one, have it confirmed when it was whole, and catch up."""
+        epoch, restarts = self.epoch, self.stats.restarts
+        number = None
         for number in numbers:
             self.replayed(number, frames[number])
             if self.epoch != epoch:
                 break
         else:
             self.replay_ended() if whole else self.replay_broke_off()
+            if whole and number is not None and self.replay_from == number and self.stats.restarts == restarts:
+                self.replayed(number, frames[number])
+                self.replay_ended()
         self.settle()
 
     def fail(self) -> None:
@@ -118,7 +122,7 @@ def test_a_gap_asks_for_a_replay_from_the_last_frame_and_holds_what_follows() ->
     assert (feed.state, feed.replay_from, feed.held, feed.stats.gaps) == (SYNCING, 2, 3, 1)
     feed.replay(range(2, 7))
     assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 8)
-    assert feed.stats.duplicates == 3
+    assert feed.stats.duplicates == 4
 
 
 def test_a_held_removal_is_applied_after_the_store_that_was_lost() -> None:
@@ -221,10 +225,10 @@ def test_a_partial_feed_asks_again_at_its_next_gap() -> None:
     feed.fail()
     feed.live(5, ROOT)
     feed.live(7, frame(removed([7])))
-    assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, 5, 1)
+    assert (feed.state, feed.replay_from, feed.held) == (SYNCING, 5, 1)
     feed.replayed(5, ROOT)
     feed.replayed(6, frame(stored([8], PROMPT[1:2], parent=7)))
-    feed.replay_ended()
+    feed.replay_ended()  # the held frame continues it
     feed.settle()
     assert (feed.state, feed.replay_from, feed.held) == (PARTIAL, None, 0)
 
@@ -235,7 +239,7 @@ def test_late_answers_to_a_replay_that_is_over_change_nothing() -> None:
     feed.replay_ended()
     feed.replay_broke_off()
     feed.replay_failed()
-    assert (feed.state, feed.held, feed.stats.replays, feed.replay_from) == (COMPLETE, 3, 1, None)
+    assert (feed.state, feed.held, feed.stats.replays, feed.replay_from) == (COMPLETE, 3, 2, None)
 
 
 @pytest.mark.parametrize(("limit", "bound"), [("MAX_HELD_FRAMES", 3), ("MAX_HELD_BYTES", 3 * len(FRAMES[50]))])
@@ -251,6 +255,73 @@ def test_held_frames_are_bounded(monkeypatch: pytest.MonkeyPatch, limit: str, bo
     assert feed.epoch > epoch
     feed.live(54, ROOT)
     assert feed.held == 1
+
+
+# Replays whose end is lost
+
+
+def test_an_end_marker_alone_does_not_prove_that_nothing_was_lost_before_it() -> None:
+    feed = Feed()
+    for numbers, state, held in (([0, 1], SYNCING, 2), ([1, 2], SYNCING, 3), ([2], COMPLETE, 3)):
+        for number in numbers:
+            feed.replayed(number, FRAMES[number])
+        feed.replay_ended()
+        assert (feed.state, feed.held) == (state, held)
+
+
+def test_a_live_frame_that_continues_a_replay_proves_its_end() -> None:
+    feed = Feed()
+    feed.hear([2])
+    for number in (0, 1):
+        feed.replayed(number, FRAMES[number])
+    feed.replay_ended()
+    feed.settle()
+    assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 3, None)
+
+
+def test_live_frames_that_come_after_the_replay_that_brought_them_are_duplicates() -> None:
+    feed = complete_feed(3)
+    feed.hear([5])
+    feed.replay(range(2, 9))
+    feed.hear([6, 7, 8, 9])
+    assert (feed.state, feed.held, feed.stats.restarts, feed.stats.gaps) == (COMPLETE, 10, 0, 1)
+    feed.hear([8])
+    assert feed.stats.restarts == 1
+
+
+def test_a_new_engines_frame_held_behind_the_old_engines_replay_is_no_duplicate() -> None:
+    feed = complete_feed(6)
+    feed.disconnected()
+    feed.reconnected()
+    feed.hear([0], RESTARTED)
+    feed.replay([5])
+    assert (feed.replay_from, feed.held, feed.stats.restarts) == (0, 0, 1)
+
+
+def test_an_engine_known_to_have_published_that_replays_nothing_is_partly_known() -> None:
+    feed = complete_feed(6)
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay([])
+    feed.replay([])
+    assert (feed.state, feed.held, feed.given_up) == (PARTIAL, 0, False)
+    feed.hear([0], RESTARTED)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 1)
+
+
+# Layouts that hide something
+
+
+def test_an_engine_whose_layout_hides_salts_is_partly_known_until_another_one_comes() -> None:
+    feed = Feed()
+    feed.replay([])
+    feed.live(0, frame(["BlockStored", [1], None, [0], 1, None, "GPU", None]))
+    assert (feed.ledger.hides_salts, feed.state) == (True, PARTIAL)
+    feed.live(1, frame(CLEARED))
+    assert feed.state is PARTIAL
+    feed.start_over()
+    feed.replay([0])
+    assert (feed.ledger.hides_salts, feed.state) == (False, COMPLETE)
 
 
 # Restarts
@@ -270,7 +341,7 @@ def test_a_smaller_live_number_is_a_new_engine(number: int) -> None:
 def test_the_last_number_with_other_bytes_is_a_new_engine_and_with_the_same_a_duplicate() -> None:
     feed = complete_feed(6)
     feed.hear([5])
-    assert (feed.state, feed.held, feed.stats.duplicates) == (COMPLETE, 6, 1)
+    assert (feed.state, feed.held, feed.stats.duplicates) == (COMPLETE, 6, 2)
     feed.hear([5], RESTARTED)
     assert (feed.state, feed.held, feed.stats.restarts) == (SYNCING, 0, 1)
 
@@ -308,7 +379,7 @@ def test_a_new_engine_that_shows_while_a_replay_is_awaited_voids_what_was_held()
 def test_a_frame_that_comes_twice_while_a_replay_is_awaited_is_held_once() -> None:
     feed = complete_feed(3)
     feed.hear([5, 5])
-    assert (feed.backlog, feed.stats.duplicates, feed.stats.restarts) == (1, 1, 0)
+    assert (feed.backlog, feed.stats.duplicates, feed.stats.restarts) == (1, 2, 0)
 
 
 def test_a_held_frame_that_differs_from_the_replayed_one_is_a_new_engine() -> None:
@@ -470,8 +541,9 @@ def test_a_stored_block_that_cannot_be_read_is_missing_even_after_a_clear_in_the
 def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial() -> None:
     feed = Feed()
     feed.replayed(0, b"")
-    feed.replayed(1, ROOT)
-    feed.replay_ended()
+    for _ in range(2):
+        feed.replayed(1, ROOT)
+        feed.replay_ended()
     assert (feed.state, feed.held) == (PARTIAL, 1)
 
 
@@ -498,8 +570,9 @@ def test_a_clear_in_the_middle_of_a_replay_makes_a_truncated_history_whole() -> 
     feed.replayed(4, frame(stored([7], [0, 1])))
     feed.replayed(5, frame(CLEARED))
     assert feed.state is SYNCING
-    feed.replayed(6, ROOT)
-    feed.replay_ended()
+    for _ in range(2):
+        feed.replayed(6, ROOT)
+        feed.replay_ended()
     assert (feed.state, feed.held) == (COMPLETE, 1)
 
 

@@ -1,6 +1,6 @@
 """The feed between an engine that does as it likes and a transport that loses, delays and restarts."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -101,7 +101,7 @@ class Engine:
 
 
 class FeedMachine(RuleBasedStateMachine):
-    """A connection that loses frames, breaks and comes back, an engine that restarts, and a feed that must keep up.
+    """A connection that loses, delays, breaks and comes back, an engine that restarts, and a feed that must keep up.
 
     One thing no feed can tell: a restart that nobody announces, and whose first frame to arrive has by accident the very
     number that is expected. It is left out.
@@ -118,48 +118,70 @@ class FeedMachine(RuleBasedStateMachine):
         self.engine = Engine(0, buffered=6)
         self.link = Link.UP
         self.answer: tuple[int, list[tuple[int, bytes]]] | None = None  # a replay under way
+        self.late: deque[tuple[int, bytes]] = deque()  # live frames on their way
+        self.told = 0  # batches up to which the feed has been told, live or by a replay that nothing was lost of
+        self.asked_at = 0  # batches that the engine had published when it answered
 
     def teardown(self) -> None:
         self.patch.undo()
 
     # The engine
 
-    @rule(wishes=WISHES, lost=st.sampled_from([False, False, False, True]))
-    def publish(self, wishes: list[int], lost: bool) -> None:
-        number, payload = self.engine.publish(wishes)
-        if not lost and self.link is not Link.BROKEN:
-            self.feed.live(number, payload)
+    @rule(wishes=WISHES, fate=st.sampled_from(["come", "come", "come", "late", "lost"]))
+    def publish(self, wishes: list[int], fate: str) -> None:
+        self.engine.publish(wishes)
+        if fate == "late" and self.link is Link.UP:
+            self.late.append((len(self.engine.batches) - 1, self.engine.batches[-1]))
+        elif fate != "lost":
+            self.hear_last()
 
     @rule(wishes=WISHES, spoil=st.sampled_from([spoil_all, spoil_last_event, spoil_last_stored]))
     def publish_what_cannot_be_read(self, wishes: list[int], spoil: Callable[[bytes], bytes]) -> None:
         number, _ = self.engine.publish(wishes)
         self.engine.batches[number] = spoil(self.engine.batches[number])
-        if self.link is not Link.BROKEN:
-            self.feed.live(number, self.engine.batches[number])
+        self.hear_last()
 
     @rule(seldom=st.sampled_from([False, False, False, True]))
     def publish_what_cannot_be_trusted(self, seldom: bool) -> None:
         """A page that is named by its tokens alone, as in older SGLang."""
         if seldom:
             self.engine.batches.append(frame(["BlockStored", [hash((1,))], None, [1], 1, None]))
-            if self.link is not Link.BROKEN:
-                self.feed.live(len(self.engine.batches) - 1, self.engine.batches[-1])
+            self.hear_last()
+
+    def hear_last(self) -> None:
+        """The last batch comes over the live connection, after those that are on their way."""
+        while self.late:
+            self.hear_late()
+        if self.link is not Link.BROKEN:
+            self.feed.live(len(self.engine.batches) - 1, self.engine.batches[-1])
+            self.told = len(self.engine.batches)
+
+    @precondition(lambda self: self.late)
+    @rule()
+    def hear_late(self) -> None:
+        number, payload = self.late.popleft()
+        self.feed.live(number, payload)
+        self.told = max(self.told, number + 1)
 
     @precondition(lambda self: self.link is Link.UP)
     @rule(first=st.integers(0, 12), buffered=BUFFERED)
     def restart_unannounced(self, first: int, buffered: int) -> None:
         """Nothing is heard of the new engine before its batch `first`."""
-        cursor, held = self.feed._cursor, self.feed._held
-        if held and first <= held[-1][0]:
-            pass
-        elif held or self.feed.replay_from is not None:
-            first += len(self.engine.batches) + 1
-        elif cursor is not None and first == cursor.next:
+        while self.late:
+            self.hear_late()
+        while first in self._expected():
             first += 1
-        self.engine = Engine(self.engine.run + 1, buffered)
+        self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
         for n in range(first):
             self.engine.publish([5 * n, 5 * n + 1])
-        self.feed.live(*self.engine.publish([0]))
+        self.engine.publish([0])
+        self.hear_last()
+
+    def _expected(self) -> set[int]:
+        """Numbers that the feed expects next, or may when the replay under way has come."""
+        cursor, held = self.feed._cursor, [number for number, _ in self.feed._held]
+        answered = [] if self.answer is None else [number for number, _ in self.answer[1]]
+        return {cursor.next if cursor else 0} | {number + 1 for number in held[-1:] + answered}
 
     # The connection
 
@@ -167,7 +189,8 @@ class FeedMachine(RuleBasedStateMachine):
     @rule(restarts=st.booleans(), buffered=BUFFERED)
     def break_connection(self, restarts: bool, buffered: int) -> None:
         if restarts:
-            self.engine = Engine(self.engine.run + 1, buffered)
+            self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
+        self.late.clear()
         self.link = Link.BROKEN
 
     @precondition(lambda self: self.link is Link.BROKEN)
@@ -189,8 +212,12 @@ class FeedMachine(RuleBasedStateMachine):
     def ask(self, lost: set[int]) -> None:
         start = self.feed.replay_from
         assert start is not None
-        frames = [f for position, f in enumerate(self.engine.replay(start)) if position not in lost]
-        self.answer = (self.feed.epoch, frames)
+        had = self.engine.replay(start)
+        frames = [f for position, f in enumerate(had) if position not in lost]
+        cursor = self.feed._cursor
+        if not any(number >= (cursor.next if cursor else 0) for number, _ in frames):
+            frames = had  # a queue that is empty has room for something
+        self.answer, self.asked_at = (self.feed.epoch, frames), len(self.engine.batches)
 
     @precondition(lambda self: self.answer is not None)
     @rule(end=st.sampled_from(["whole", "whole", "broken", "given up"]))
@@ -206,6 +233,8 @@ class FeedMachine(RuleBasedStateMachine):
             if feed.epoch != epoch:
                 return
         {"whole": feed.replay_ended, "broken": feed.replay_broke_off, "given up": feed.replay_failed}[end]()
+        if end == "whole" and not feed.backlog:
+            self.told = max(self.told, min(self.asked_at, len(self.engine.batches)))
 
     @precondition(lambda self: self.feed.backlog)
     @rule()
@@ -230,7 +259,8 @@ class FeedMachine(RuleBasedStateMachine):
             self.announce()
         self._replay_all()
         for _ in range(2):
-            self.feed.live(*self.engine.publish([]))
+            self.engine.publish([])
+            self.hear_last()
             self._replay_all()
         assert self.caught_up
 
@@ -255,9 +285,18 @@ class FeedMachine(RuleBasedStateMachine):
         at_end = (cursor.next if cursor else 0) == len(self.engine.batches)
         return at_end and self.link is Link.UP and self.feed.replay_from is None and not self.feed.backlog
 
+    @property
+    def believes_so(self) -> bool:
+        """Nothing is under way, and nothing happened that the feed has not been told.
+
+        It cannot know of an engine that keeps no history, and of which nothing was ever heard.
+        """
+        is_told = self.told == len(self.engine.batches) and not self.late and self.link is Link.UP
+        return is_told and bool(self.engine.buffered or self.feed.stats.frames)
+
     @invariant()
     def a_complete_feed_knows_exactly_what_the_engine_holds(self) -> None:
-        if self.caught_up and self.feed.state is FeedState.COMPLETE:
+        if self.feed.state is FeedState.COMPLETE and (self.caught_up or self.believes_so):
             assert contents(self.follower.index).get(MODEL, set()) == self.engine.truth()
 
     @invariant()

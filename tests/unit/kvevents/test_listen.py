@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
+
 from matrixinfer.config import KvEventsConfig
-from matrixinfer.kvevents.listen import Frame, News, _Publisher
+from matrixinfer.kvevents import listen
+from matrixinfer.kvevents.listen import CannotListen, Frame, Listener, News, _Publisher
 from matrixinfer.kvevents.replay import Reply
 
 SOURCE = KvEventsConfig(endpoint="tcp://engine:1", replay_endpoint="tcp://engine:2")
@@ -142,3 +148,35 @@ async def test_without_a_replay_frames_pass_as_they_come() -> None:
     await engine.live(4, 7, 0)
     assert engine.seen == ["a4", "a7", "a0"]
     assert engine.asked == []
+
+
+async def test_a_listener_that_is_cancelled_while_a_name_is_looked_up_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_up: list[str] = []
+
+    async def connect(_: Any, endpoint: str) -> None:
+        looked_up.append(endpoint)
+        if endpoint.startswith("tcp://slow"):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(listen, "connect", connect)
+    endpoints = ["tcp://quick:1", "tcp://slow:2", "tcp://quick:3"]
+    listener = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in endpoints])
+    before = asyncio.all_tasks()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2), listener:
+            await listener.next(60)
+    assert looked_up == endpoints
+    assert asyncio.all_tasks() == before
+    assert listener._context.closed
+
+
+async def test_an_endpoint_that_is_none_is_told_and_leaves_nothing_behind() -> None:
+    listener = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in ("tcp://127.0.0.1:1", "tcp://none")])
+    before = asyncio.all_tasks()
+    with pytest.raises(CannotListen, match="tcp://none: Invalid"):
+        async with listener:
+            await listener.next(10)
+    assert asyncio.all_tasks() == before
+    assert listener._context.closed

@@ -9,6 +9,7 @@ from matrixinfer.kvevents.view import FeedView
 from .support import CLEARED, frame, removed, stored
 
 TOKENS = list(range(48))
+FULL_3: dict[str, Any] = {"group_idx": 3, "kv_cache_spec_kind": "full_attention"}
 
 
 def kinds(view: FeedView, seq: int, *events: Any) -> list[str]:
@@ -19,9 +20,7 @@ def test_a_feed_from_its_start_is_told_and_summed_up() -> None:
     view = FeedView()
     assert kinds(view, 0, stored([1, 2], TOKENS[:32]), removed([2])) == ["stored", "removed"]
     assert kinds(view, 1, CLEARED) == ["cleared"]
-    assert (
-        kinds(view, 2, stored([1], TOKENS[:16]), stored([5], TOKENS[:16], medium="CPU", group_idx=3)) == ["stored"] * 2
-    )
+    assert kinds(view, 2, stored([1], TOKENS[:16]), stored([5], TOKENS[:16], medium="CPU", **FULL_3)) == ["stored"] * 2
     summary = view.summary()
     assert (summary.frames, summary.events, summary.blocks, summary.block_size) == (3, 5, 2, 16)
     assert (summary.media, summary.groups, summary.salts_visible) == (["GPU", "CPU"], [0, 3], True)
