@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 import uvloop
+
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.subscriber import Subscriber
+
+from .kvevents_support import BLOCKS
 
 
 def pytest_asyncio_loop_factories(
@@ -14,3 +19,14 @@ def pytest_asyncio_loop_factories(
     if item.path.name.startswith("test_gateway_"):
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+def index() -> MemoryIndex:
+    return MemoryIndex()
+
+
+@pytest.fixture
+async def subscriber(index: MemoryIndex) -> AsyncIterator[Subscriber]:
+    async with Subscriber(index=index, blocks=BLOCKS) as subscriber:
+        yield subscriber

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -20,18 +19,7 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
 
-from .kvevents_support import BLOCKS, TOKENS, Engine, Relay, complete, held, ports_of, stored, until
-
-
-@pytest.fixture
-def index() -> MemoryIndex:
-    return MemoryIndex()
-
-
-@pytest.fixture
-async def subscriber(index: MemoryIndex) -> AsyncIterator[Subscriber]:
-    async with Subscriber(index=index, blocks=BLOCKS) as subscriber:
-        yield subscriber
+from .kvevents_support import TOKENS, Engine, Relay, complete, held, ports_of, stored, until
 
 
 async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(

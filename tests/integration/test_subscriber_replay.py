@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -18,17 +17,6 @@ from matrixinfer.kvevents.subscription import Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
 
 from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
-
-
-@pytest.fixture
-def index() -> MemoryIndex:
-    return MemoryIndex()
-
-
-@pytest.fixture
-async def subscriber(index: MemoryIndex) -> AsyncIterator[Subscriber]:
-    async with Subscriber(index=index, blocks=BLOCKS) as subscriber:
-        yield subscriber
 
 
 async def test_what_was_published_before_is_replayed_and_what_comes_after_follows(

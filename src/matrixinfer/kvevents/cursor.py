@@ -48,30 +48,30 @@ class Verdict(Enum):
     """What came before is not to be had any more, and whether this is the same engine cannot be told."""
 
 
-def verdict(*, source: Source, seq: int, digest: int, next: int, proven: bool, known: int | None) -> Verdict:  # noqa: A002
-    """What frame `seq` with `digest` means where `next` is expected: a pure function, the table above.
+def verdict(*, source: Source, seq: int, digest: int, expected: int, proven: bool, known: int | None) -> Verdict:
+    """What frame `seq` with `digest` means where the number `expected` is next: a pure function, the table above.
 
-    `proven`: this engine is known to have published the frame before `next`. `known`: the digest that is remembered of
+    `proven`: this engine is known to have published the frame before that. `known`: the digest that is remembered of
     the frame `seq`, None for none.
     """
-    if seq < next:
-        if source is Source.REPLAY and seq != next - 1:
+    if seq < expected:
+        if source is Source.REPLAY and seq != expected - 1:
             return Verdict.DUPLICATE
         return Verdict.DUPLICATE if known == digest else Verdict.RESTART
-    if source is Source.REPLAY and not proven and seq > max(0, next - 1):
+    if source is Source.REPLAY and not proven and seq > max(0, expected - 1):
         return Verdict.TRUNCATED
-    return Verdict.APPLY if seq == next else Verdict.GAP
+    return Verdict.APPLY if seq == expected else Verdict.GAP
 
 
 class Cursor:
     """The position in a feed: the next number expected, and what is remembered of the frames before it.
 
-    A cursor that begins elsewhere than at 0 takes the frame `next` for a beginning.
+    A cursor with a `start` other than 0 takes the frame of that number for a beginning.
     """
 
-    def __init__(self, next: int = 0) -> None:  # noqa: A002 - what else
-        self.next = next
-        self.proven = next > 0
+    def __init__(self, start: int = 0) -> None:
+        self.next = start
+        self.proven = start > 0
         """This engine is known to have published the frame before `next`."""
         self._digests: deque[int] = deque(maxlen=REMEMBERED)
 
@@ -92,7 +92,7 @@ class Cursor:
         """
         age = self.next - seq
         known = self._digests[-age] if 0 < age <= len(self._digests) else None
-        means = verdict(source=source, seq=seq, digest=digest, next=self.next, proven=self.proven, known=known)
+        means = verdict(source=source, seq=seq, digest=digest, expected=self.next, proven=self.proven, known=known)
         if means is Verdict.APPLY:
             if source is Source.LIVE:
                 self._digests.clear()
