@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-header --no-annotate --upgrade --extra demo
+EXTRAS := --extra mistral --extra tiktoken
 
 .PHONY: help demo test check bench format lock clean
 
@@ -31,15 +32,17 @@ format: .venv/dev.stamp ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 lock: .venv/dev.stamp ## Pin the newest requirements anew
-	$(LOCK) --group dev pyproject.toml -o requirements/dev.txt
+	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 
 clean: ## Remove what the targets made
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
+.venv/dev.stamp: requirements/templates.txt
 .venv/run.stamp .venv/dev.stamp: .venv/%.stamp: requirements/%.txt pyproject.toml
 	@echo "Installing requirements/$*.txt into .venv (once) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --require-hashes -r requirements/$*.txt
+	$(if $(filter dev,$*),$(PIP) --require-hashes --no-deps -r requirements/templates.txt)
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

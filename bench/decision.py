@@ -12,9 +12,10 @@ from bench.fleet import Fleet, candidates, fill, fleet, hold_partly
 from bench.measure import Figure, Scale, each, rounds_of
 from bench.prompts import MODEL, chat, tokenizer_path
 from matrixinfer.config import ModelConfig, TokenizationConfig
+from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import CHAT_PATH, Prompt, parse
+from matrixinfer.prompt.openai import CHAT_PATH, parse
 from matrixinfer.scheduler.framework import SchedulingRequest
 
 _AIM_KIB, _AIM_US = 64, 2_000.0

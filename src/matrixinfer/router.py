@@ -21,8 +21,9 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import Prompt, parse
+from matrixinfer.prompt.openai import parse
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -153,10 +154,11 @@ class Router:
         except TokenizeError as error:
             degraded["tokenize"] = f"not tokenized: {error}"
         else:
-            timings.update(tokenized.timings_ms)
-            tokens = len(tokenized.ids)
+            ids = tokenized.tokens.ids
+            timings.update(tokenized.tokens.timings_ms)
+            tokens = len(ids)
             began = self._clock()
-            chain = self._blocks.chain(tokenized.ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
+            chain = self._blocks.chain(ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
             try:
                 matches = await self._look_up.match(model, prompt.model, pods, chain)
             except IndexUnavailable as error:

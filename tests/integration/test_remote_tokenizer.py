@@ -14,7 +14,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, Prompt, parse
+from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
 from matrixinfer.prompt.remote import RemoteTokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -20,8 +20,8 @@ import zmq
 import zmq.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
+from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.openai import Chat
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine

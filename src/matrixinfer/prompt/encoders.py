@@ -37,7 +37,7 @@ class Encoder(Protocol):
     """One implementation of a tokenizer. Adds no special tokens of its own; finds those in the text."""
 
     name: str
-    inline_chars: int
+    inline_bytes: int
     """Text up to this long is encoded in well under a millisecond."""
 
     def encode(self, text: str) -> TokenIds:
@@ -53,7 +53,7 @@ class Gigatoken:
     """64 KB in half a millisecond; byte-level and SentencePiece BPE only."""
 
     name = "gigatoken"
-    inline_chars = 128 * 1024
+    inline_bytes = 128 * 1024
 
     def __init__(self, tokenizer: gigatoken.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -76,7 +76,7 @@ class Reference:
     """Hugging Face `tokenizers`: knows every model, a hundred times slower."""
 
     name = "tokenizers"
-    inline_chars = 2 * 1024
+    inline_bytes = 2 * 1024
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer

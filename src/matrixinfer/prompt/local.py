@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +13,9 @@ import tokenizers
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
+from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, without_developers
-from matrixinfer.prompt.openai import Chat
 
 
 class LocalTokenizer:
@@ -27,11 +28,13 @@ class LocalTokenizer:
         before: TokenIds,
         after: TokenIds,
         templates: Mapping[str, ChatTemplate],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._encoder = encoder
         self._before = before
         self._after = after
         self._templates = templates
+        self._clock = clock
 
     @classmethod
     def load(
@@ -74,9 +77,24 @@ class LocalTokenizer:
         return self._encoder.name
 
     @property
-    def inline_chars(self) -> int:
-        """Prompts longer than this are better tokenized in a thread."""
-        return self._encoder.inline_chars
+    def inline_bytes(self) -> int:
+        """Larger requests are better tokenized in a thread."""
+        return self._encoder.inline_bytes
+
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """See `Tokenizer`."""
+        timings: dict[str, float] = {}
+        text = prompt.text
+        if prompt.chat is not None:
+            start = self._clock()
+            text = self.render(prompt.chat)
+            timings["render"] = (self._clock() - start) * 1e3
+        if text is None:
+            raise TokenizeError("the prompt is neither chat, text nor token ids")
+        start = self._clock()
+        ids = self.encode(text, add_special_tokens=prompt.add_special_tokens)
+        timings["tokenize"] = (self._clock() - start) * 1e3
+        return Tokens(ids=ids, timings_ms=timings)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """Token ids of `text`, shape (n,), between those that the tokenizer adds. Raises `TokenizeError`."""

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.conversation import has_media
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.openai import Prompt
 from matrixinfer.prompt.remote import RemoteTokenizer
 
 _THREADS = 2
@@ -27,12 +26,10 @@ _INLINE_PIECES = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokenized:
-    """A prompt's token ids, shape (n,), who made them, and the milliseconds that each step took."""
+    """A prompt's tokens, and who made them."""
 
-    ids: TokenIds
+    tokens: Tokens
     source: Literal["request", "local", "remote"]
-    timings_ms: Mapping[str, float]
-    """`render` (the chat template) and `tokenize`, as far as they ran here; a remote call is all `tokenize`."""
 
 
 class TokenizerManager:
@@ -54,7 +51,7 @@ class TokenizerManager:
         self._remote = remote
         self._clock = clock
         self._turns = itertools.count()
-        self._local: Mapping[str, LocalTokenizer] = {}
+        self._local: Mapping[str, Tokenizer] = {}
         self._threads: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> Self:
@@ -76,7 +73,7 @@ class TokenizerManager:
         Raises only `TokenizeError`: also when the request is too large or the deadline passes.
         """
         if prompt.token_ids is not None:
-            return Tokenized(ids=prompt.token_ids, source="request", timings_ms={})
+            return Tokenized(tokens=Tokens(ids=prompt.token_ids), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
         if prompt.chat is not None and has_media(prompt.chat.messages):
@@ -86,33 +83,21 @@ class TokenizerManager:
                 tokenizer = self._local.get(model)
                 if tokenizer is None or (prompt.chat is not None and prompt.chat.own_template):
                     return await self._ask(prompt, model, urls)
-                if prompt.size <= tokenizer.inline_chars and _pieces(prompt) <= _INLINE_PIECES:
-                    return self._run(tokenizer, prompt)
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._threads, self._run, tokenizer, prompt)
+                if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
+                    tokens = tokenizer.tokenize(prompt)
+                else:
+                    loop = asyncio.get_running_loop()
+                    tokens = await loop.run_in_executor(self._threads, tokenizer.tokenize, prompt)
+                return Tokenized(tokens=tokens, source="local")
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
-    def _load(self) -> dict[str, LocalTokenizer]:
+    def _load(self) -> dict[str, Tokenizer]:
         return {
             model.name: LocalTokenizer.load(Path(model.tokenizer), model.chat_template, where=f"$.models[{i}]")
             for i, model in enumerate(self._models)
             if model.tokenizer is not None
         }
-
-    def _run(self, tokenizer: LocalTokenizer, prompt: Prompt) -> Tokenized:
-        timings: dict[str, float] = {}
-        text = prompt.text
-        if prompt.chat is not None:
-            start = self._clock()
-            text = tokenizer.render(prompt.chat)
-            timings["render"] = (self._clock() - start) * 1e3
-        if text is None:
-            raise TokenizeError("the prompt is neither chat, text nor token ids")
-        start = self._clock()
-        ids = tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
-        timings["tokenize"] = (self._clock() - start) * 1e3
-        return Tokenized(ids=ids, source="local", timings_ms=timings)
 
     async def _ask(self, prompt: Prompt, model: str, urls: Sequence[str]) -> Tokenized:
         if self._remote is None or not urls:
@@ -127,7 +112,8 @@ class TokenizerManager:
             except TokenizeError as error:
                 failures.append(error)
             else:
-                return Tokenized(ids=ids, source="remote", timings_ms={"tokenize": (self._clock() - start) * 1e3})
+                took = {"tokenize": (self._clock() - start) * 1e3}
+                return Tokenized(tokens=Tokens(ids=ids, timings_ms=took), source="remote")
         raise TokenizeError("; ".join(map(str, failures)))
 
 

@@ -7,62 +7,19 @@ not matter for routing is left for the engine to judge: the request is forwarded
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Raw, Struct
 
-from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.prompt.base import Chat, Prompt, TokenId
 
 T = TypeVar("T")
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
-
-TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Chat:
-    """What a chat template is given."""
-
-    messages: list[dict[str, Any]]
-    """As sent: plain dicts, keys in the client's order. Never empty."""
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    """A template that the request brings along. It is the engine's to render, never ours."""
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @property
-    def own_template(self) -> bool:
-        """True when the request brings its own template."""
-        return self.chat_template is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prompt:
-    """What a request asks of a model: exactly one of `chat`, `text` and `token_ids` is set."""
-
-    path: str
-    model: str
-    stream: bool
-    chat: Chat | None
-    text: str | None
-    token_ids: TokenIds | None
-    add_special_tokens: bool
-    """Whether the tokenizer adds its own special tokens such as BOS. Chat templates write theirs."""
-    cache_salt: str | None
-    size: int
-    """Bytes of the whole request body."""
-    prefix: bytes
-    """The prompt as the client sent it, to match approximately without tokens: the JSON of tools and messages, the
-    text in UTF-8, or the JSON of the token ids."""
 
 
 class _Request(Struct, kw_only=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.openai import Chat, Prompt, TokenId
+from matrixinfer.prompt.base import Chat, Prompt, TokenId
 
 
 class _Reply(msgspec.Struct):

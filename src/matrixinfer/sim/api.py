@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from matrixinfer.errors import InvalidRequest, RequestError, UnknownModel
-from matrixinfer.prompt.openai import Chat
+from matrixinfer.prompt.base import Chat
 from matrixinfer.sim.reply import Reply
 
 Json: TypeAlias = dict[str, Any]

@@ -20,8 +20,8 @@ from aiohttp import web
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
 from matrixinfer.prompt import openai
+from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.openai import Chat
 from matrixinfer.sim import api
 from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.config import SimEngineConfig

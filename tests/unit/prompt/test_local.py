@@ -15,8 +15,8 @@ from tokenizers import normalizers
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders
+from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.openai import Chat
 
 from .support import TEXTS, folder, tokenizer
 

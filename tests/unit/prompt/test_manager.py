@@ -13,9 +13,10 @@ import pytest
 from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, TokenizeError
+from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, Chat, Prompt, parse
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
 from matrixinfer.prompt.remote import RemoteTokenizer
 
 from .support import folder, tokenizer
@@ -69,25 +70,29 @@ async def test_a_configured_model_is_tokenized_here(model: Path) -> None:
     async with manager(model) as tokenizers:
         plain = await tokenizers.tokenize(text("hello"), model="m", urls=[])
         talk = await tokenizers.tokenize(chat("hello"), model="m", urls=[])
-    assert plain.ids.tolist() == reference.encode("hello").ids
-    assert (plain.source, set(plain.timings_ms)) == ("local", {"tokenize"})
+    assert plain.tokens.ids.tolist() == reference.encode("hello").ids
+    assert (plain.source, set(plain.tokens.timings_ms)) == ("local", {"tokenize"})
     rendered = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    assert talk.ids.tolist() == reference.encode(rendered, add_special_tokens=False).ids
-    assert set(talk.timings_ms) == {"render", "tokenize"}
-    assert all(each >= 0 for each in talk.timings_ms.values())
+    assert talk.tokens.ids.tolist() == reference.encode(rendered, add_special_tokens=False).ids
+    assert set(talk.tokens.timings_ms) == {"render", "tokenize"}
+    assert all(each >= 0 for each in talk.tokens.timings_ms.values())
 
 
 async def test_token_ids_pass_through_without_a_tokenizer() -> None:
     async with manager() as tokenizers:
         result = await tokenizers.tokenize(text([5, 6]), model="unknown", urls=[])
-    assert (result.ids.tolist(), result.source) == ([5, 6], "request")
+    assert (result.tokens.ids.tolist(), result.source) == ([5, 6], "request")
 
 
 async def test_a_model_without_a_tokenizer_asks_an_engine() -> None:
     remote = FakeRemote({"http://a": [1, 2]})
     async with manager(None, remote) as tokenizers:
         result = await tokenizers.tokenize(chat("hello"), model="index-name", urls=["http://a"])
-    assert (result.ids.tolist(), result.source, set(result.timings_ms)) == ([1, 2], "remote", {"tokenize"})
+    assert (result.tokens.ids.tolist(), result.source, set(result.tokens.timings_ms)) == (
+        [1, 2],
+        "remote",
+        {"tokenize"},
+    )
     assert remote.asked == [("http://a", "index-name")]
 
 
@@ -105,7 +110,7 @@ async def test_two_engines_are_asked_at_most_and_share_the_deadline() -> None:
         with pytest.raises(TokenizeError, match="down; down"):
             await tokenizers.tokenize(text("x"), model="m", urls=urls)
         remote.answers = {"http://b": [2]}
-        assert (await tokenizers.tokenize(text("x"), model="m", urls=["http://b"])).ids.tolist() == [2]
+        assert (await tokenizers.tokenize(text("x"), model="m", urls=["http://b"])).tokens.ids.tolist() == [2]
     assert remote.timeouts == [4, 4, 8]
 
 

