@@ -62,11 +62,17 @@ class TokenBlockProcessor:
         self.scheme: Scheme = scheme
 
     def chain(
-        self, tokens: TokenIds | Sequence[int], *, salt: str | None = None, max_blocks: int | None = None
+        self,
+        tokens: TokenIds | Sequence[int],
+        *,
+        salt: str | None = None,
+        max_blocks: int | None = None,
+        hashes: list[int] | None = None,
     ) -> BlockChain:
         """The prompt's block hashes, computed only as far as they are read.
 
         `max_blocks` bounds the chain. Under scheme `block` a salted prompt has no blocks, as it can match none.
+        `hashes` are those of its first blocks, as far as they are known; the list is extended by what is computed.
         """
         blocks = len(tokens) // self.block_size
         if max_blocks is not None:
@@ -74,7 +80,13 @@ class TokenBlockProcessor:
         if salt is not None and self.scheme == "block":
             blocks = 0
         used = tokens[: (blocks + 1) * self.block_size]
-        return BlockChain(self, token_bytes(used), blocks, None if salt is None else salt_parent(salt))
+        return BlockChain(
+            self,
+            token_bytes(used),
+            blocks,
+            None if salt is None else salt_parent(salt),
+            [] if hashes is None else hashes,
+        )
 
     def overhang(self, blocks: int, engine_block: int) -> int | None:
         """Tokens by which an engine block of `engine_block` tokens reaches beyond the first `blocks` token blocks.
@@ -118,11 +130,13 @@ class BlockChain(Sequence[int]):
 
     __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_size")
 
-    def __init__(self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None) -> None:
+    def __init__(
+        self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None, hashes: list[int]
+    ) -> None:
         self._processor = processor
         self._data = data
         self._salt_parent = salt_parent
-        self._hashes: list[int] = []
+        self._hashes = hashes
         self._size = size
 
     def __len__(self) -> int:
@@ -131,7 +145,7 @@ class BlockChain(Sequence[int]):
     @property
     def hashed(self) -> int:
         """How many blocks have been hashed so far."""
-        return len(self._hashes)
+        return min(len(self._hashes), self._size)
 
     def tail(self, blocks: int, engine_block: int) -> tuple[int, int] | None:
         """Tokens and hash of what an engine block reaches beyond the first `blocks` blocks (`overhang`).

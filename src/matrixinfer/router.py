@@ -158,7 +158,12 @@ class Router:
             timings.update(tokenized.tokens.timings_ms)
             tokens = len(ids)
             began = self._clock()
-            chain = self._blocks.chain(ids, salt=prompt.cache_salt, max_blocks=self._max_blocks)
+            chain = self._blocks.chain(
+                ids,
+                salt=prompt.cache_salt,
+                max_blocks=self._max_blocks,
+                hashes=None if prompt.cache_salt else tokenized.tokens.hashes,
+            )
             try:
                 matches = await self._look_up.match(model, prompt.model, pods, chain)
             except IndexUnavailable as error:

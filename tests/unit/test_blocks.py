@@ -154,3 +154,16 @@ def test_ids_beyond_32_bits_are_refused(token: int) -> None:
 def test_ids_that_are_no_unsigned_integers_are_refused(tokens: Any) -> None:
     with pytest.raises(TypeError):
         TokenBlockProcessor(1).chain(tokens)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 5), st.integers(0, 40), st.integers(0, 12))
+def test_hashes_known_already_are_taken_and_further_ones_are_added(
+    tokens: list[int], size: int, known: int, max_blocks: int
+) -> None:
+    blocks = TokenBlockProcessor(size)
+    expected = list(blocks.chain(tokens))
+    hashes = expected[:known]
+    chain = blocks.chain(tokens, max_blocks=max_blocks, hashes=hashes)
+    assert chain.hashed == min(known, len(chain))
+    assert list(chain) == expected[:max_blocks]
+    assert hashes == expected[: max(known, len(chain))]

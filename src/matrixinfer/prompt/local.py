@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import structlog
 import tokenizers
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
+from matrixinfer.prompt.cache import CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, without_developers
+from matrixinfer.prompt.segments import MAX_PIECE_CHARS, Cutter, cutter_of
 
 
 class LocalTokenizer:
@@ -28,12 +32,14 @@ class LocalTokenizer:
         before: TokenIds,
         after: TokenIds,
         templates: Mapping[str, ChatTemplate],
+        cache: TokenCache,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._encoder = encoder
         self._before = before
         self._after = after
         self._templates = templates
+        self._cache = cache
         self._clock = clock
 
     @classmethod
@@ -44,11 +50,14 @@ class LocalTokenizer:
         *,
         where: str = "$.models[]",
         now: Callable[[], datetime] = datetime.now,
+        block_size: int = 128,
+        cache_bytes: int = 0,
     ) -> LocalTokenizer:
         """Load `tokenizer.json`, given as the file or as its folder; takes seconds for large vocabularies.
 
-        `chat_template` is `chatml`, a Jinja file, or None for the tokenizer's own. Raises `ConfigError` at the key
-        `where` of the model's configuration.
+        `chat_template` is `chatml`, a Jinja file, or None for the tokenizer's own. Up to `cache_bytes` of what was
+        tokenized are remembered, with hashes of blocks of `block_size` tokens. Raises `ConfigError` at the key `where`
+        of the model's configuration.
         """
         files = tokenizer_files.read(path, where=f"{where}.tokenizer")
         sources = files.templates
@@ -69,12 +78,19 @@ class LocalTokenizer:
             }
         except TokenizeError as error:
             raise ConfigError(f"{where}.chatTemplate", str(error)) from error
-        return cls(encoder, before=before, after=after, templates=templates)
+        cutter = _proven(cutter_of(msgspec.json.decode(files.data), sources.values()), encoder, source=str(files.path))
+        cache = TokenCache(encoder.encode, cutter, block_size=block_size, max_bytes=cache_bytes)
+        return cls(encoder, before=before, after=after, templates=templates, cache=cache)
 
     @property
     def name(self) -> str:
         """The library that encodes: `gigatoken` or `tokenizers`."""
         return self._encoder.name
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """What its cache holds and has been good for."""
+        return self._cache.stats
 
     @property
     def inline_bytes(self) -> int:
@@ -92,19 +108,13 @@ class LocalTokenizer:
         if text is None:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
         start = self._clock()
-        ids = self.encode(text, add_special_tokens=prompt.add_special_tokens)
+        ids, hashes = self._encode(text, add_special_tokens=prompt.add_special_tokens)
         timings["tokenize"] = (self._clock() - start) * 1e3
-        return Tokens(ids=ids, timings_ms=timings)
+        return Tokens(ids=ids, hashes=hashes, timings_ms=timings)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """Token ids of `text`, shape (n,), between those that the tokenizer adds. Raises `TokenizeError`."""
-        try:
-            ids = self._encoder.encode(text)
-        except Exception as error:  # boundary: `tokenizers` raises bare Exception
-            raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
-        if add_special_tokens and (len(self._before) or len(self._after)):
-            return np.concatenate((self._before, ids, self._after))
-        return ids
+        return self._encode(text, add_special_tokens=add_special_tokens)[0]
 
     def render(self, chat: Chat) -> str:
         """The chat as the engine's template writes it. Raises `TokenizeError`."""
@@ -128,6 +138,13 @@ class LocalTokenizer:
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not decode the ids: {type(error).__name__}") from error
 
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[TokenIds, list[int]]:
+        around = {"before": self._before, "after": self._after} if add_special_tokens else {}
+        try:
+            return self._cache.encode(text, **around)
+        except Exception as error:  # boundary: `tokenizers` raises bare Exception
+            raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
+
     def _template(self, chat: Chat) -> ChatTemplate:
         if chat.own_template:
             raise TokenizeError("the request brings its own chat template")
@@ -136,6 +153,18 @@ class LocalTokenizer:
             if name in self._templates:
                 return self._templates[name]
         raise TokenizeError("the tokenizer has no chat template; name one as `chatTemplate` of the model")
+
+
+def _proven(cutter: Cutter, encoder: encoders.Encoder, *, source: str) -> Cutter:
+    """`cutter`, if cutting leaves the ids of a sample as they are, else one that cuts nothing."""
+    block = "\nLine ".join(encoders.HARD)
+    sample = block.join(("", *cutter.tokens, *("\n" for _ in range(2 * MAX_PIECE_CHARS // len(block)))))
+    if encoders.agree(
+        encoder.encode, lambda text: np.concatenate([encoder.encode(each) for each in cutter.cut(text)]), sample
+    ):
+        return cutter
+    structlog.get_logger(__name__).warning("tokenizer.uncut", tokenizer=source)
+    return Cutter()
 
 
 def _configured(chat_template: str, *, where: str) -> str:

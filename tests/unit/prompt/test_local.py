@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gigatoken
 import numpy as np
 import pytest
 import tokenizers
@@ -12,13 +13,31 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from tokenizers import normalizers
 
-from matrixinfer.blocks import TokenIds
+from matrixinfer.blocks import TokenBlockProcessor, TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders
-from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt import local as local_module
+from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.segments import Cutter
 
 from .support import TEXTS, folder, tokenizer
+
+
+def completion(text: str) -> Prompt:
+    return Prompt(
+        path="/v1/completions",
+        model="m",
+        stream=False,
+        chat=None,
+        text=text,
+        token_ids=None,
+        add_special_tokens=True,
+        cache_salt=None,
+        size=len(text),
+        prefix=b"",
+    )
+
 
 HELLO = Chat(messages=[{"role": "user", "content": "hello"}])
 
@@ -88,6 +107,49 @@ def test_an_encoder_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
         chosen = encoders.choose(reference.to_str().encode(), reference, source="x")
     assert chosen.name == "tokenizers"
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["tokenizer.mismatch"]
+
+
+def test_a_character_that_gigatoken_classes_otherwise_is_left_to_the_reference(
+    deepseek: LocalTokenizer, deepseek_reference: tokenizers.Tokenizer
+) -> None:
+    text = "A letter since Unicode 17: \ufbc3:A"
+    expected = deepseek_reference.encode(text, add_special_tokens=False).ids
+    assert deepseek.encode(text, add_special_tokens=False).tolist() == expected
+    bare = gigatoken.Tokenizer.from_json(deepseek_reference.to_str().encode())
+    assert bare.encode(text).tolist() != expected
+
+
+def test_gigatoken_begins_anew_once_it_has_grown_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tokenizer()
+    resident = iter([1000, 1400, 2001, 1200, 1300, 1900])
+    monkeypatch.setattr(encoders, "resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(encoders, "_LOOK_CHARS", 10)
+    monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", 1000)
+    with capture_logs() as logs:
+        fast = encoders.Gigatoken(made.to_str().encode(), encoders.Reference(made))
+        for _ in range(8):
+            assert fast.encode("hello").tolist() == made.encode("hello").ids
+    assert [entry["event"] for entry in logs] == ["tokenizer.renewed"]
+
+
+def test_a_cutter_that_changes_ids_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_module, "cutter_of", lambda *_: Cutter(("e",)))
+    made = tokenizer()
+    with capture_logs() as logs:
+        local = LocalTokenizer.load(folder(tmp_path, made), None)
+    assert [entry["event"] for entry in logs] == ["tokenizer.uncut"]
+    assert local.encode("hello there", add_special_tokens=False).tolist() == made.encode("hello there").ids
+
+
+def test_a_prompt_that_goes_on_brings_the_hashes_of_its_beginning(deepseek_folder: Path) -> None:
+    local = LocalTokenizer.load(deepseek_folder, "chatml", block_size=16, cache_bytes=1_000_000)
+    blocks = TokenBlockProcessor(16)
+    first = local.tokenize(completion("<｜User｜>" + TEXTS[0] + "<｜Assistant｜>"))
+    hashes = list(blocks.chain(first.ids, hashes=first.hashes))
+    again = local.tokenize(completion("<｜User｜>" + TEXTS[0] + "<｜Assistant｜>" + TEXTS[1]))
+    assert again.hashes
+    assert again.hashes == hashes[: len(again.hashes)]
+    assert local.cache_stats.hit_chars > 0
 
 
 def test_an_unknown_id_is_an_error_not_a_crash(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.prompt.cache import TokenCache
+from matrixinfer.prompt.segments import Cutter
+from tests.unit.prompt.support import tokenizer
+
+TURNS = (
+    "<|im_start|>user\n",
+    "<|im_start|>assistant\n",
+    "<|im_end|>\n",
+    "Hello there, ",
+    "12345\n",
+    "What?\n",
+    "ü 中 😀",
+)
+BEFORE = np.array([0], dtype=np.uint32)
+AFTER = np.array([1], dtype=np.uint32)
+
+
+class Reference:
+    """The ids of whole texts, and how many characters were asked for."""
+
+    def __init__(self, made: Tokenizer) -> None:
+        self._made = made
+        self.chars = 0
+
+    def __call__(self, text: str) -> TokenIds:
+        self.chars += len(text)
+        return np.array(self._made.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+
+@pytest.fixture(scope="module")
+def made() -> Tokenizer:
+    return tokenizer()
+
+
+def cache(encode: Reference, *, max_bytes: int = 1_000_000, block_size: int = 4) -> TokenCache:
+    return TokenCache(encode, Cutter(("<|im_start|>", "<|im_end|>")), block_size=block_size, max_bytes=max_bytes)
+
+
+edits = st.lists(
+    st.tuples(st.floats(0, 1), st.floats(0, 1), st.lists(st.sampled_from(TURNS), max_size=4).map("".join)), max_size=12
+)
+
+
+def edited(text: str, change: tuple[float, float, str]) -> str:
+    """`text` with something put at a place, most often its end, in place of a part of what follows."""
+    at, until, new = change
+    start = len(text) if at > 0.5 else round(2 * at * len(text))
+    return text[:start] + new + text[start + round(until * 20) :]
+
+
+@settings(deadline=None)
+@given(start=st.lists(st.sampled_from(TURNS), max_size=12).map("".join), changes=edits, around=st.booleans())
+@pytest.mark.parametrize("max_bytes", [0, 3_000, 1_000_000])
+def test_ids_and_hashes_are_those_of_a_text_never_seen(
+    made: Tokenizer, max_bytes: int, start: str, changes: Sequence[tuple[float, float, str]], around: bool
+) -> None:
+    reference, blocks = Reference(made), TokenBlockProcessor(4)
+    tested = cache(reference, max_bytes=max_bytes)
+    before, after = (BEFORE, AFTER) if around else (BEFORE[:0], AFTER[:0])
+    text = start
+    for i, change in enumerate([(1.0, 0.0, ""), *changes]):
+        text = edited(text, change)
+        ids, hashes = tested.encode(text, before=before, after=after)
+        expected = np.concatenate([before, reference(text), after])
+        assert ids.dtype == np.uint32
+        assert ids.tolist() == expected.tolist()
+        known = len(hashes)
+        chain = blocks.chain(ids, hashes=hashes)
+        assert hashes == list(blocks.chain(expected))[:known]
+        list(chain) if i % 2 else chain[: len(chain) // 2]
+        assert hashes == list(blocks.chain(expected))[: len(hashes)]
+
+
+def test_a_conversation_that_has_grown_costs_the_new_turn(made: Tokenizer) -> None:
+    reference, blocks = Reference(made), TokenBlockProcessor(4)
+    tested = cache(reference)
+    history = "".join(f"<|im_start|>user\nQuestion {i}<|im_end|>\n" for i in range(50))
+    ids, hashes = tested.encode(history)
+    list(blocks.chain(ids, hashes=hashes))
+    asked = reference.chars
+    new = "<|im_start|>user\nOne more<|im_end|>"
+    ids, hashes = tested.encode(history + new)
+    assert reference.chars - asked == len("<|im_start|>user\nOne more") + len("<|im_end|>")
+    assert len(hashes) == len(reference(history)) // 4
+    assert hashes == list(blocks.chain(ids))[: len(hashes)]
+
+
+def test_a_prompt_that_was_not_hashed_far_takes_nothing_from_others(made: Tokenizer) -> None:
+    reference, blocks = Reference(made), TokenBlockProcessor(4)
+    tested = cache(reference)
+    system = "<|im_start|>system\nBe kind to everyone.<|im_end|>"
+    first, other = system + "<|im_start|>user\nFirst of two" * 4, system + "<|im_start|>user\nOther of two" * 4
+    ids, hashes = tested.encode(first)
+    list(blocks.chain(ids, hashes=hashes))
+    tested.encode(other)  # of which no block is hashed beyond those that both begin with
+    _, again = tested.encode(first)
+    assert again == list(blocks.chain(ids))
+
+
+def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
+    tested = cache(Reference(made), max_bytes=20_000)
+    for i in range(300):
+        tested.encode(f"<|im_start|>user {i}<|im_end|>" * 3)
+        assert tested.stats.bytes <= 20_000
+    stats = tested.stats
+    assert stats.evicted > 0
+    assert 0 < stats.entries < 100
+    assert stats.hit_chars + stats.miss_chars == sum(3 * len(f"<|im_start|>user {i}<|im_end|>") for i in range(300))
+    assert stats.hit_chars > stats.miss_chars  # each was there three times, and the end mark always
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
+    reference = Reference(made)
+    tested = cache(reference, max_bytes=10_000)
+    small, large = "<|im_start|>small", "<|im_start|>" + "large " * 3000
+    for _ in range(2):
+        assert tested.encode(small + large)[0].tolist() == reference(small + large).tolist()
+    assert tested.stats.hit_chars == len(small)
+
+
+def test_several_threads_may_encode_at_once(made: Tokenizer) -> None:
+    reference, failures = Reference(made), []
+    tested = cache(reference, max_bytes=6_000)
+    texts = ["".join(f"<|im_start|>user {i * j % 17}<|im_end|>" for i in range(20)) for j in range(1, 9)]
+    expected = {text: reference(text).tolist() for text in texts}
+
+    def run(offset: int) -> None:
+        for turn in range(60):
+            text = texts[(turn + offset) % len(texts)]
+            if tested.encode(text)[0].tolist() != expected[text]:
+                failures.append(text)
+
+    threads = [threading.Thread(target=run, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_an_encoder_that_fails_leaves_the_cache_as_it_was(made: Tokenizer) -> None:
+    reference = Reference(made)
+
+    def failing(text: str) -> TokenIds:
+        if "bad" in text:
+            raise RuntimeError
+        return reference(text)
+
+    tested = TokenCache(failing, Cutter(("<s>",)), block_size=4, max_bytes=10_000)
+    with pytest.raises(RuntimeError):
+        tested.encode("<s>good<s>bad")
+    assert tested.stats.entries == 0
+    assert tested.encode("<s>good")[0].tolist() == reference("<s>good").tolist()
