@@ -10,11 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import decision, engines, growth, ingest, lookup, proxy, references, report
+from bench import decision, engines, growth, ingest, lookup, proxy, references, report, tokenization
 from bench.measure import QUICK, Figure, Scale
 
 PARTS: Mapping[str, Callable[[Scale], Iterator[Figure]]] = {
     "decision": decision.run,
+    "tokenization": tokenization.run,
     "look-up": lookup.run,
     "references": references.run,
     "ingest": ingest.run,

@@ -41,11 +41,13 @@ def run(scale: Scale) -> Iterator[Figure]:
 
 
 @contextmanager
-def tokenizing() -> Iterator[tuple[asyncio.Runner, TokenizerManager]]:
-    """A running tokenizer manager and the event loop that it runs on."""
-    models = (ModelConfig(name=MODEL, tokenizer=str(tokenizer_path()), chat_template="chatml"),)
+def tokenizing(
+    chat_template: str = "chatml", *, cache_bytes: int = 0
+) -> Iterator[tuple[asyncio.Runner, TokenizerManager]]:
+    """A running tokenizer manager and the event loop that it runs on. By default it takes every prompt for new."""
+    models = (ModelConfig(name=MODEL, tokenizer=str(tokenizer_path()), chat_template=chat_template),)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        manager = TokenizerManager(models, TokenizationConfig(), None)
+        manager = TokenizerManager(models, TokenizationConfig(cache_bytes=cache_bytes), None)
         runner.run(manager.__aenter__())
         try:
             yield runner, manager

@@ -43,8 +43,24 @@ class ModelConfig(Section, frozen=True):
     tokenizer: Annotated[
         str | None,
         described(
-            "Directory or `tokenizer.json` file, relative to the config file. "
+            "The model's folder, or the vocabulary's file in it, relative to the config file. "
             "Without it, prompts are tokenized by an engine's `/tokenize`."
+        ),
+    ] = None
+    tokenizer_mode: Annotated[
+        Literal["auto", "hf", "mistral", "tiktoken"],
+        described(
+            "How the vocabulary is read, as the engine does it (`--tokenizer-mode`): `hf` is a `tokenizer.json`; "
+            "`mistral` is Mistral's own `tekken.json` or `tokenizer.model.v*` (extra `mistral`); `tiktoken` is a file of "
+            "ranks (extra `tiktoken`). `auto` tells by the files, and leaves chats to the engine where that writes them "
+            "without a template; every other mode is taken at its word."
+        ),
+    ] = "auto"
+    pretokenizer: Annotated[
+        Literal["cl100k", "kimi", "o200k", "qwen2"] | None,
+        described(
+            "How text is split before a tiktoken vocabulary is applied, which its file does not say. Needed only where "
+            "the folder does not tell; `cl100k` is that of Llama 3 and GLM-4, too."
         ),
     ] = None
     chat_template: Annotated[
@@ -156,7 +172,11 @@ class TokenizationConfig(Section, frozen=True):
     )
     max_prompt_bytes: Annotated[
         Count, described("Requests with a larger body are not tokenized but routed by load.")
-    ] = 8 * 1024 * 1024
+    ] = 4 * 1024 * 1024
+    cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)],
+        described("Memory of each configured tokenizer for what it has tokenized, so that only what is new is."),
+    ] = 256 * 1024 * 1024
 
 
 class LimitsConfig(Section, frozen=True):

@@ -55,7 +55,9 @@ class Service:
         metrics = Metrics()
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(config.limits))
-            tokenizers = TokenizerManager(config.models, config.tokenization, RemoteTokenizer(session))
+            tokenizers = TokenizerManager(
+                config.models, config.tokenization, RemoteTokenizer(session), block_size=blocks.block_size
+            )
             await stack.enter_async_context(tokenizers)
             subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks))
             self.router = Router(

@@ -53,8 +53,15 @@ class TokenCache:
     `block_size` is that of the hashes kept for beginnings.
     """
 
-    def __init__(self, encode: Callable[[str], TokenIds], cutter: Cutter, *, block_size: int, max_bytes: int) -> None:
-        self._encode = encode
+    def __init__(
+        self,
+        encode_each: Callable[[Sequence[str]], Sequence[TokenIds]],
+        cutter: Cutter,
+        *,
+        block_size: int,
+        max_bytes: int,
+    ) -> None:
+        self._encode_each = encode_each
         self._cutter = cutter
         self._block_size = block_size
         beginnings = int(max_bytes * _SHARE_OF_BEGINNINGS)
@@ -83,12 +90,13 @@ class TokenCache:
         """The ids of `text` between `before` and `after`, shape (n,), and the block hashes known of their beginning.
 
         The list is meant to be extended as further blocks are hashed; prompts to come profit from it. `before` must be
-        the same whenever it is not empty. Raises what `encode` raises.
+        the same whenever it is not empty. Raises what `encode_each` raises.
         """
         texts = self._cutter.cut(text)
         with self._lock:
             found = [self._pieces.get(each) for each in texts]
-        new = {each: self._encode(each) for each, piece in zip(texts, found, strict=True) if piece is None}
+        missing = list(dict.fromkeys(each for each, piece in zip(texts, found, strict=True) if piece is None))
+        new = dict(zip(missing, self._encode_each(missing), strict=True))
         with self._lock:
             for each, ids in new.items():
                 if self._pieces.get(each) is None:  # else another thread was faster

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,9 +46,15 @@ class Encoder(Protocol):
     name: str
     inline_bytes: int
     """Text up to this long is encoded in well under a millisecond."""
+    piece_chars: int
+    """Pieces of this length are worth remembering: shorter ones are as well encoded anew."""
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of `text`, shape (n,). May raise any `Exception`."""
+        ...
+
+    def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
+        """Token ids of each of `texts`. May raise any `Exception`."""
         ...
 
     def decode(self, ids: TokenIds) -> bytes:
@@ -61,15 +67,20 @@ class Reference:
 
     name = "tokenizers"
     inline_bytes = 2 * 1024
+    piece_chars = 64
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> TokenIds:
         """See `Encoder`."""
+        return self.encode_each([text])[0]
+
+    def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
+        """See `Encoder`."""
         # Unlike `encode`, the batch call releases the GIL.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, dtype=np.uint32)
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: TokenIds) -> bytes:
         """See `Encoder`."""
@@ -85,6 +96,7 @@ class Gigatoken:
 
     name = "gigatoken"
     inline_bytes = 128 * 1024
+    piece_chars = 4 * 1024
 
     def __init__(self, data: bytes, exact: Encoder) -> None:
         self._data = data
@@ -95,8 +107,14 @@ class Gigatoken:
 
     def encode(self, text: str) -> TokenIds:
         """See `Encoder`."""
-        if has_young_characters(text):
-            return self._exact.encode(text)
+        return self._exact.encode(text) if has_young_characters(text) else self._encode(text)
+
+    def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
+        """See `Encoder`."""
+        encode = self.encode if has_young_characters("".join(texts)) else self._encode
+        return [encode(text) for text in texts]
+
+    def _encode(self, text: str) -> TokenIds:
         self._chars += len(text)
         if self._chars > _LOOK_CHARS:
             self._look()

@@ -19,7 +19,7 @@ from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.cache import CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, without_developers
-from matrixinfer.prompt.segments import MAX_PIECE_CHARS, Cutter, cutter_of
+from matrixinfer.prompt.segments import Cutter, cutter_of
 
 
 class LocalTokenizer:
@@ -78,8 +78,9 @@ class LocalTokenizer:
             }
         except TokenizeError as error:
             raise ConfigError(f"{where}.chatTemplate", str(error)) from error
-        cutter = _proven(cutter_of(msgspec.json.decode(files.data), sources.values()), encoder, source=str(files.path))
-        cache = TokenCache(encoder.encode, cutter, block_size=block_size, max_bytes=cache_bytes)
+        cutter = cutter_of(msgspec.json.decode(files.data), sources.values(), shortest=encoder.piece_chars)
+        cutter = _proven(cutter, encoder, source=str(files.path))
+        cache = TokenCache(encoder.encode_each, cutter, block_size=block_size, max_bytes=cache_bytes)
         return cls(encoder, before=before, after=after, templates=templates, cache=cache)
 
     @property
@@ -157,11 +158,9 @@ class LocalTokenizer:
 
 def _proven(cutter: Cutter, encoder: encoders.Encoder, *, source: str) -> Cutter:
     """`cutter`, if cutting leaves the ids of a sample as they are, else one that cuts nothing."""
-    block = "\nLine ".join(encoders.HARD)
-    sample = block.join(("", *cutter.tokens, *("\n" for _ in range(2 * MAX_PIECE_CHARS // len(block)))))
-    if encoders.agree(
-        encoder.encode, lambda text: np.concatenate([encoder.encode(each) for each in cutter.cut(text)]), sample
-    ):
+    block = "\nLine ".join(encoders.HARD) * (1 + encoder.piece_chars // 500)
+    sample = block.join(("", *cutter.tokens, "", "\n", ""))
+    if encoders.agree(encoder.encode, lambda text: np.concatenate(encoder.encode_each(cutter.cut(text))), sample):
         return cutter
     structlog.get_logger(__name__).warning("tokenizer.uncut", tokenizer=source)
     return Cutter()

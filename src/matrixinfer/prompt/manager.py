@@ -44,11 +44,13 @@ class TokenizerManager:
         settings: TokenizationConfig,
         remote: RemoteTokenizer | None,
         *,
+        block_size: int = 128,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._models = models
         self._settings = settings
         self._remote = remote
+        self._block_size = block_size
         self._clock = clock
         self._turns = itertools.count()
         self._local: Mapping[str, Tokenizer] = {}
@@ -94,7 +96,13 @@ class TokenizerManager:
 
     def _load(self) -> dict[str, Tokenizer]:
         return {
-            model.name: LocalTokenizer.load(Path(model.tokenizer), model.chat_template, where=f"$.models[{i}]")
+            model.name: LocalTokenizer.load(
+                Path(model.tokenizer),
+                model.chat_template,
+                where=f"$.models[{i}]",
+                block_size=self._block_size,
+                cache_bytes=self._settings.cache_bytes,
+            )
             for i, model in enumerate(self._models)
             if model.tokenizer is not None
         }

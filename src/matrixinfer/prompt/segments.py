@@ -14,13 +14,9 @@ new.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-MAX_PIECE_CHARS = 4096
-"""Longer pieces are cut at a line too."""
 
 _LINE = re.compile(r"\n(?=[A-Za-z])")
 
@@ -63,36 +59,45 @@ _BLANKS = (r"\s+(?!\S)", r"\s+")
 
 
 class Cutter:
-    """Cuts texts for one tokenizer: before the added tokens `tokens` and, where pieces are long, at `lines`."""
+    """Cuts texts for one tokenizer: before the added tokens `tokens` and, where pieces get long, at `lines`.
 
-    def __init__(self, tokens: Sequence[str] = (), *, lines: bool = False) -> None:
+    A piece has `shortest` characters at least, but for the last one.
+    """
+
+    def __init__(self, tokens: Sequence[str] = (), *, lines: bool = False, shortest: int = 64) -> None:
         self.tokens = tokens
         self.lines = lines
+        self._shortest = shortest
+        self._longest = 2 * shortest  # beyond it a line's end will do
         longest_first = sorted(tokens, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
 
     def cut(self, text: str) -> list[str]:
         """The pieces of `text`, none of them empty. A text that goes on after `text` has the same pieces but the last."""
-        bounds = [0] if self._tokens is None else [0, *(match.start() for match in self._tokens.finditer(text))]
-        bounds.append(len(text))
         pieces: list[str] = []
-        for start, stop in itertools.pairwise(bounds):
-            if not self.lines or stop - start <= MAX_PIECE_CHARS:
-                pieces.append(text[start:stop])
-            else:
-                pieces += _by_lines(text, start, stop)
-        return pieces if pieces[0] else pieces[1:]
+        start, end = 0, len(text)
+        token = self._token(text, self._shortest)
+        while start < end:
+            stop = token
+            if (
+                self.lines
+                and stop - start > self._longest
+                and (line := _LINE.search(text, start + self._longest, stop))
+            ):
+                stop = line.end()
+            pieces.append(text[start:stop])
+            start = stop
+            if token < start + self._shortest:
+                token = self._token(text, start + self._shortest)
+        return pieces
+
+    def _token(self, text: str, start: int) -> int:
+        """Where the first token from `start` on begins; the text's end if there is none."""
+        found = None if self._tokens is None else self._tokens.search(text, start)
+        return len(text) if found is None else found.start()
 
 
-def _by_lines(text: str, start: int, stop: int) -> Iterable[str]:
-    """Pieces of `text[start:stop]`, each as short as a cut at a line allows beyond the limit."""
-    while stop - start > MAX_PIECE_CHARS and (found := _LINE.search(text, start + MAX_PIECE_CHARS, stop)):
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:stop]
-
-
-def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str]) -> Cutter:
+def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str], *, shortest: int = 64) -> Cutter:
     """The cutter for a tokenizer, given as the JSON of its `tokenizer.json`.
 
     Of its added tokens those are looked for that the chat templates write. Where they write none of them, all that
@@ -109,7 +114,7 @@ def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str]) -> Cutter:
     in_use = [token for token in tokens if not any(map(str.isdigit, token))]
     # An added token may hold a line break itself; then nothing is certain of lines.
     lines = _is_linewise(normalizers, pre_tokenizers) and not any("\n" in token["content"] for token in added)
-    return Cutter((written or in_use)[:_MAX_TOKENS], lines=lines)
+    return Cutter((written or in_use)[:_MAX_TOKENS], lines=lines, shortest=shortest)
 
 
 def _parts(node: object, key: str) -> list[Mapping[str, Any]]:

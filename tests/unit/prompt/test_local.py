@@ -133,7 +133,7 @@ def test_gigatoken_begins_anew_once_it_has_grown_too_large(monkeypatch: pytest.M
 
 
 def test_a_cutter_that_changes_ids_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "cutter_of", lambda *_: Cutter(("e",)))
+    monkeypatch.setattr(local_module, "cutter_of", lambda *_, **__: Cutter(("e",), shortest=1))
     made = tokenizer()
     with capture_logs() as logs:
         local = LocalTokenizer.load(folder(tmp_path, made), None)
@@ -144,9 +144,9 @@ def test_a_cutter_that_changes_ids_is_not_used(tmp_path: Path, monkeypatch: pyte
 def test_a_prompt_that_goes_on_brings_the_hashes_of_its_beginning(deepseek_folder: Path) -> None:
     local = LocalTokenizer.load(deepseek_folder, "chatml", block_size=16, cache_bytes=1_000_000)
     blocks = TokenBlockProcessor(16)
-    first = local.tokenize(completion("<｜User｜>" + TEXTS[0] + "<｜Assistant｜>"))
+    first = local.tokenize(completion("<｜User｜>" + 9 * TEXTS[0] + "<｜Assistant｜>"))
     hashes = list(blocks.chain(first.ids, hashes=first.hashes))
-    again = local.tokenize(completion("<｜User｜>" + TEXTS[0] + "<｜Assistant｜>" + TEXTS[1]))
+    again = local.tokenize(completion("<｜User｜>" + 9 * TEXTS[0] + "<｜Assistant｜>" + TEXTS[1]))
     assert again.hashes
     assert again.hashes == hashes[: len(again.hashes)]
     assert local.cache_stats.hit_chars > 0

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from matrixinfer.prompt import segments
 from matrixinfer.prompt.segments import Cutter, cutter_of
 from tests.unit.prompt.support import TEXTS
 
@@ -94,11 +93,10 @@ def families(deepseek_folder: Path) -> Mapping[str, Tokenizer]:
 
 
 def test_the_pieces_have_the_ids_of_the_whole(
-    families: Mapping[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    families: Mapping[str, Tokenizer],
 ) -> None:
-    monkeypatch.setattr(segments, "MAX_PIECE_CHARS", 3)
     templates = "<s><|im_start|><|im_end|><｜User｜>"
-    cutters = {name: cutter_of(spec(tokenizer), [templates]) for name, tokenizer in families.items()}
+    cutters = {name: cutter_of(spec(tokenizer), [templates], shortest=1) for name, tokenizer in families.items()}
     assert all(cutter.tokens and cutter.lines for cutter in cutters.values())
 
     @given(texts)
@@ -112,18 +110,22 @@ def test_the_pieces_have_the_ids_of_the_whole(
     check()
 
 
+@pytest.mark.parametrize("shortest", [1, 8, 64])
 @given(texts, texts)
-def test_a_text_that_goes_on_keeps_all_pieces_but_the_last(text: str, more: str) -> None:
-    cutter = Cutter(("<s>", "<|im_start|>"), lines=True)
+def test_a_text_that_goes_on_keeps_all_pieces_but_the_last(shortest: int, text: str, more: str) -> None:
+    cutter = Cutter(("<s>", "<|im_start|>"), lines=True, shortest=shortest)
     kept = cutter.cut(text)[:-1]
+    assert all(len(piece) >= shortest for piece in kept)
     assert cutter.cut(text + more)[: len(kept)] == kept
 
 
 def test_long_pieces_are_cut_at_lines() -> None:
     line = "x" * 99 + "\n"
-    pieces = Cutter(("<s>",), lines=True).cut("<s>" + line * 200)
-    assert [len(piece) for piece in pieces] == [3 + 4100, 4100, 4100, 4100, 3600]
-    assert len(Cutter(("<s>",)).cut("<s>" + line * 200)) == 1
+    text = "<s>" + line * 50 + "<s>"
+    pieces = Cutter(("<s>",), lines=True, shortest=1000).cut(text)
+    assert [len(piece) for piece in pieces] == [2003, 2100, 903]
+    assert "".join(pieces) == text
+    assert Cutter(("<s>",), shortest=1000).cut(text) == [text[:-3], "<s>"]
 
 
 def test_without_a_template_all_certain_tokens_are_cut_at() -> None:
@@ -154,7 +156,7 @@ def test_tokens_that_others_run_into_are_not_cut_at(other: str) -> None:
     assert tokens < {"<s>", "<|im_start|>", "<|im_end|>", other}
     for token in ("<s>", "<|im_start|>"):
         for text in (f"a{token}b", f"xy{token}", f"{other}{token}", other, f"x{other[1:]}"):
-            cut = Cutter(sorted(tokens)).cut(text)
+            cut = Cutter(sorted(tokens), shortest=1).cut(text)
             assert [id_ for piece in cut for id_ in ids(tokenizer, piece)] == ids(tokenizer, text)
 
 

@@ -1,0 +1,156 @@
+"""Tokenizing whole prompts and grown conversations, next to the libraries that do the work."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import gigatoken
+import msgspec
+import tokenizers
+
+from bench.decision import tokenizing
+from bench.fleet import fleet, hold_partly
+from bench.measure import Figure, Scale, ratio
+from bench.prompts import MODEL, prose, tokenizer_path
+from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.cache import TokenCache
+from matrixinfer.prompt.encoders import Encoder, choose
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.openai import CHAT_PATH
+from matrixinfer.prompt.segments import Cutter, cutter_of
+
+T = TypeVar("T")
+
+_TURN_CHARS = 1_500
+_CACHE_BYTES = 256 * 1024 * 1024
+_COLD_AIM, _TOKENIZERS_AIM = 1.3, 1 / 50
+_WARM_AIM_KIB, _WARM_AIM_US = 64, 500.0
+
+
+def run(scale: Scale) -> Iterator[Figure]:
+    """By prompt size: a prompt never seen, a conversation grown by a turn, and the decision on the latter."""
+    yield from _texts(scale)
+    yield from _decisions(scale)
+
+
+def template_path() -> Path:
+    """DeepSeek's chat template, out of a package that carries it. Raises `SystemExit` when it is not installed."""
+    found = find_spec("trl")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("the benchmark needs a chat template: pip install --no-deps trl")
+    return Path(found.submodule_search_locations[0]) / "chat_templates" / "deepseekv3.jinja"
+
+
+def _texts(scale: Scale) -> Iterator[Figure]:
+    data = (tokenizer_path() / "tokenizer.json").read_bytes()
+    theirs = tokenizers.Tokenizer.from_buffer(data)
+    bare = gigatoken.Tokenizer.from_json(data)
+    encoder = choose(data, theirs, source="bench")
+    cutter = cutter_of(json.loads(data), [template_path().read_text(encoding="utf-8")], shortest=encoder.piece_chars)
+    local = LocalTokenizer.load(tokenizer_path(), str(template_path()))
+
+    for kib in scale.prompt_kib:
+        histories = [_history(kib, session) for session in range(scale.sessions)]
+        texts = [local.render(Chat(messages=history)) for history in histories]
+        warm = TokenCache(encoder.encode_each, cutter, block_size=128, max_bytes=_CACHE_BYTES)
+        for text in texts:
+            warm.encode(text)
+        calls: list[tuple[Callable[[str], object], Callable[[], Sequence[str]]]] = [
+            (partial(_cold, encoder, cutter), partial(list, texts)),
+            (bare.encode, partial(list, texts)),
+            (partial(_reference, theirs), partial(list, texts)),
+            (warm.encode, _Growing(histories, local.render)),
+        ]
+        ours, fast, slow, again = _paired(calls, scale)
+        case = f"{kib} KiB"
+        yield Figure(case=case, name="cold", value=min(ours), unit="µs")
+        yield Figure(case=case, name="gigatoken", value=min(fast), unit="µs")
+        yield Figure(case=case, name="tokenizers", value=min(slow), unit="µs")
+        yield Figure(case=case, name="cold / gigatoken", value=ratio(ours, fast), unit="×", aim=_COLD_AIM)
+        yield Figure(case=case, name="cold / tokenizers", value=ratio(ours, slow), unit="×", aim=_TOKENIZERS_AIM)
+        yield Figure(case=case, name="warm", value=min(again), unit="µs")
+        yield Figure(case=case, name="warm / tokenizers", value=ratio(again, slow), unit="×")
+
+
+def _cold(encoder: Encoder, cutter: Cutter, text: str) -> object:
+    return TokenCache(encoder.encode_each, cutter, block_size=128, max_bytes=_CACHE_BYTES).encode(text)
+
+
+def _reference(tokenizer: tokenizers.Tokenizer, text: str) -> object:
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)
+
+
+class _Growing(Generic[T]):
+    """Conversations, each time with another question and answer that nobody has seen, and a further question.
+
+    What is given is what `shape` makes of each.
+    """
+
+    def __init__(self, histories: Sequence[list[dict[str, Any]]], shape: Callable[[Chat], T]) -> None:
+        self._histories = histories
+        self._shape = shape
+        self._turns = itertools.count()
+
+    def __call__(self) -> list[T]:
+        turn = next(self._turns)
+        told = f"{turn}: {prose(turn + 1000, _TURN_CHARS)}"
+        grown = [
+            {"role": "user", "content": told[: _TURN_CHARS // 4]},
+            {"role": "assistant", "content": told[_TURN_CHARS // 4 :]},
+            {"role": "user", "content": f"And {turn}?"},
+        ]
+        return [self._shape(Chat(messages=[*history, *grown])) for history in self._histories]
+
+
+def _decisions(scale: Scale) -> Iterator[Figure]:
+    with tokenizing(str(template_path()), cache_bytes=_CACHE_BYTES) as (runner, manager):
+        gateway = fleet(8, manager)
+        loop = runner.get_loop()
+
+        def route(body: bytes) -> None:
+            loop.run_until_complete(gateway.router.route(CHAT_PATH, body, request_id="bench")).finish()
+
+        for kib in scale.prompt_kib:
+            histories = [_history(kib, session) for session in range(scale.sessions)]
+            for session, history in enumerate(histories):
+                route(_body(history))
+                prompt = loop.run_until_complete(gateway.router.route(CHAT_PATH, _body(history), request_id="bench"))
+                hold_partly(gateway.index, gateway.pods, prompt.decision.request.chain, session)
+                prompt.finish()
+            (times,) = _paired([(route, _Growing(histories, lambda chat: _body(chat.messages)))], scale)
+            aim = _WARM_AIM_US if kib == _WARM_AIM_KIB else None
+            yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times), unit="µs", aim=aim)
+
+
+def _paired(
+    calls: Sequence[tuple[Callable[[T], object], Callable[[], Sequence[T]]]], scale: Scale
+) -> list[list[float]]:
+    """Microseconds per item, for each call one mean per round; what a call is given is made anew before its round."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(scale.rounds + 1):  # the first one is for caches of words, and not counted
+        for (call, make), out in zip(calls, times, strict=True):
+            items = make()
+            start = time.perf_counter()
+            for item in items:
+                call(item)
+            out.append((time.perf_counter() - start) / len(items) * 1e6)
+    return [each[1:] for each in times]
+
+
+def _history(kib: int, session: int) -> list[dict[str, Any]]:
+    """A conversation of `kib` KiB that ends with an answer."""
+    told = prose(session, kib * 1024)
+    texts = [told[start : start + _TURN_CHARS] for start in range(0, len(told), _TURN_CHARS)]
+    first = len(texts) % 2  # so that the last one is the assistant's
+    return [{"role": "assistant" if (i + first) % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+
+def _body(messages: Sequence[dict[str, Any]]) -> bytes:
+    return msgspec.json.encode({"model": MODEL, "messages": messages})
