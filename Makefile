@@ -38,11 +38,11 @@ lock: .venv/dev.stamp ## Pin the newest requirements anew
 clean: ## Remove what the targets made
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.venv/dev.stamp: requirements/templates.txt
+.venv/dev.stamp: requirements/data.txt
 .venv/run.stamp .venv/dev.stamp: .venv/%.stamp: requirements/%.txt pyproject.toml
 	@echo "Installing requirements/$*.txt into .venv (once) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --require-hashes -r requirements/$*.txt
-	$(if $(filter dev,$*),$(PIP) --require-hashes --no-deps -r requirements/templates.txt)
+	$(if $(filter dev,$*),$(PIP) --require-hashes --no-deps -r requirements/data.txt)
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -15,7 +15,8 @@ from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import CHAT_PATH, parse
+from matrixinfer.prompt.openai import CHAT_PATH
+from matrixinfer.prompt.requests import parse
 from matrixinfer.scheduler.framework import SchedulingRequest
 
 _AIM_KIB, _AIM_US = 64, 2_000.0

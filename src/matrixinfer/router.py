@@ -23,7 +23,7 @@ from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import parse
+from matrixinfer.prompt.requests import parse
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -157,6 +157,8 @@ class Router:
             ids = tokenized.tokens.ids
             timings.update(tokenized.tokens.timings_ms)
             tokens = len(ids)
+            if not tokenized.tokens.complete:
+                degraded["media"] = f"only the {tokens} tokens before the first image, audio or video are known"
             began = self._clock()
             chain = self._blocks.chain(
                 ids,
@@ -165,7 +167,9 @@ class Router:
                 hashes=None if prompt.cache_salt else tokenized.tokens.hashes,
             )
             try:
-                matches = await self._look_up.match(model, prompt.model, pods, chain)
+                # A pod that computes the prompt whatever it holds is as good as one that holds nothing.
+                if prompt.reads_cache:
+                    matches = await self._look_up.match(model, prompt.model, pods, chain)
             except IndexUnavailable as error:
                 degraded["index"] = f"index unavailable: {error}"
             timings["match"] = (self._clock() - began) * 1000
@@ -205,7 +209,7 @@ class Router:
                     engine_block=None if feed is None else feed.ledger.block_size,
                     match_blocks=match,
                     match_tail=tail,
-                    assumed_blocks=load.assumed(name, model, chain, match or 0),
+                    assumed_blocks=load.assumed(name, model, chain, match or 0) if prepared.prompt.reads_cache else 0,
                 )
             )
         return candidates

@@ -13,7 +13,7 @@ import structlog
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, SchedulerConfig
-from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector
+from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.memory import MemoryIndex
@@ -74,6 +74,7 @@ class Service:
             )
             metrics.register(IndexCollector(index))
             metrics.register(FeedCollector(subscriber.feeds))
+            metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
 
             follow = EventFollower(subscriber, config)

@@ -15,8 +15,9 @@ from aiohttp.test_utils import TestServer
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.requests import parse
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 HELLO = [{"content": "hello", "role": "user"}]

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.scheduler import Scheduler
 
 _STATS = (
@@ -38,6 +39,31 @@ class IndexCollector(Collector):
         yield CounterMetricFamily(
             "matrixinfer_index_evicted_blocks", "Blocks dropped to stay within maxBlocks.", value=stats.evicted
         )
+
+
+class TokenCacheCollector(Collector):
+    """What each model's tokenizer remembers."""
+
+    def __init__(self, tokenizers: TokenizerManager) -> None:
+        self._tokenizers = tokenizers
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        chars = CounterMetricFamily(
+            "matrixinfer_token_cache_chars",
+            "Characters of prompts, by whether their ids were remembered.",
+            labels=["model", "result"],
+        )
+        size = GaugeMetricFamily("matrixinfer_token_cache_bytes", "Memory of it, estimated.", labels=["model"])
+        evicted = CounterMetricFamily(
+            "matrixinfer_token_cache_evicted", "Entries dropped to stay within cacheBytes.", labels=["model"]
+        )
+        for model, stats in self._tokenizers.caches.items():
+            chars.add_metric([model, "hit"], stats.hit_chars)
+            chars.add_metric([model, "miss"], stats.miss_chars)
+            size.add_metric([model], stats.bytes)
+            evicted.add_metric([model], stats.evicted)
+        yield from (chars, size, evicted)
 
 
 class FeedCollector(Collector):

@@ -1,4 +1,8 @@
-"""Errors as clients of the OpenAI API expect them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as clients expect them.
+
+The OpenAI API has `{"error": {"message", "type", "param", "code"}}`, Anthropic's
+`{"type": "error", "error": {"type", "message"}}`.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,9 @@ _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     PodTimeout: (504, "pod_timeout"),
 }
 
+_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+"""Types of errors in Anthropic's API where they are neither the client's fault nor the server's in general."""
+
 
 def error_response(
     status: int,
@@ -39,24 +46,30 @@ def error_response(
     code: str | None = None,
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
+    anthropic: bool = False,
 ) -> web.Response:
-    """An error in the OpenAI API's shape; its `type` follows from the status."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
-    response = web.Response(status=status, body=body, headers=headers)
+    """An error in the shape of the OpenAI or of Anthropic's API; its `type` follows from the status."""
+    body: dict[str, object]
+    if anthropic:
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        body = {"type": "error", "error": {"type": kind, "message": message}}
+    else:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    response = web.Response(status=status, body=msgspec.json.encode(body), headers=headers)
     response.headers["Content-Type"] = "application/json"
     return response
 
 
-def response_to(error: MatrixInferError) -> web.Response:
-    """What the client is told when its request raised `error`."""
+def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Response:
+    """What the client is told when its request raised `error`, in Anthropic's shape or in the OpenAI API's."""
     status, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, None))
     if isinstance(error, RequestError):
-        response = error_response(status, error.message, code=code, param=error.param)
+        response = error_response(status, error.message, code=code, param=error.param, anthropic=anthropic)
     elif status == 500:
-        response = error_response(status, "Internal error.")
+        response = error_response(status, "Internal error.", anthropic=anthropic)
     else:
-        response = error_response(status, str(error), code=code)
+        response = error_response(status, str(error), code=code, anthropic=anthropic)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if status in (408, 413):

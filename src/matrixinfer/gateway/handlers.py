@@ -20,6 +20,9 @@ from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
 from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.anthropic import MESSAGES_PATH
+from matrixinfer.prompt.openai import CHAT_PATH
+from matrixinfer.prompt.requests import READERS
 from matrixinfer.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -28,13 +31,11 @@ if TYPE_CHECKING:
 CLIENT_GONE = 499
 """Status under which requests are counted whose client went away before the answer's end (nginx's convention)."""
 
-COMPLETION_PATHS = ("/v1/chat/completions", "/v1/completions")
-
 log = structlog.get_logger(__name__)
 
 
 class Api:
-    """The OpenAI-compatible API."""
+    """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
     def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, limits: LimitsConfig) -> None:
         self._router = router
@@ -45,12 +46,12 @@ class Api:
     def routes(self) -> Routes:
         """Paths of the API."""
         return {
-            **{path: {"POST": self.complete} for path in COMPLETION_PATHS},
+            **{path: {"POST": self.complete} for path in READERS},
             "/v1/models": {"GET": self.models},
         }
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Route a completion request and pass its answer on."""
+        """Route a request that brings a prompt, and pass its answer on."""
         started = time.monotonic()
         identity = headers.request_id(request.headers)
         model: str | None = None
@@ -70,7 +71,7 @@ class Api:
                 route.finish()
             code, pod = response.status, response.headers[headers.POD]
         except MatrixInferError as error:
-            response = response_to(error)
+            response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
             code = response.status
         except (asyncio.CancelledError, ConnectionError):
@@ -141,7 +142,7 @@ class Admin:
 
     async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
         """Where the body would go if it came on `?path=…`, and why. Changes nothing."""
-        path = request.rel_url.query.get("path", COMPLETION_PATHS[0])
+        path = request.rel_url.query.get("path", CHAT_PATH)
         limits = self._limits
         body = await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
         return json_response(await self._router.explain(path, body))

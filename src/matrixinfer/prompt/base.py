@@ -30,6 +30,13 @@ class Chat:
     chat_template: str | None = None
     """A template that the request brings along. It is the engine's to render, never ours."""
     chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, those that request fields stand for among them."""
+    in_schema_order: bool = True
+    """False when the engine makes the messages itself, so that its schema puts no keys of tool calls in order."""
+    joins_system: bool = False
+    """Later system messages join the first one where the template refuses them; see `fit.fitted`."""
+    thinking_off: bool = False
+    """Thinking was declined in words that not every template knows; see `fit.fitted`."""
 
     @property
     def own_template(self) -> bool:
@@ -39,7 +46,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """What a request asks of a model: exactly one of `chat`, `text` and `token_ids` is set."""
+    """What a request asks of a model: exactly one of `chat`, `text`, `token_ids` and `inexact` is set."""
 
     path: str
     model: str
@@ -54,9 +61,13 @@ class Prompt:
     """Bytes of the whole request body."""
     prefix: bytes
     """The prompt as the client sent it, to match approximately without tokens: the JSON of tools and messages, the
-    text in UTF-8, or the JSON of the token ids."""
+    text in UTF-8, or the JSON of the token ids. Empty when the engine will not compute it."""
+    inexact: str | None = None
+    """Why the token ids do not follow from the request, such as state that the engine keeps."""
     keep_last: int | None = None
-    """The engine drops all but this many tokens at the prompt's end."""
+    """The engine drops all but this many tokens at the prompt's end. Never 0."""
+    keep_first: int | None = None
+    """The engine drops all but this many tokens at the prompt's beginning. Never 0."""
     reads_cache: bool = True
     """False when the engine computes the whole prompt whatever it has cached, as for log-probabilities of the prompt."""
     alone: bool = True

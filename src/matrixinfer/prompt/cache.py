@@ -24,7 +24,7 @@ from matrixinfer.prompt.segments import Cutter
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-_NOTHING: TokenIds = np.empty(0, dtype=np.uint32)
+NO_TOKENS: TokenIds = np.empty(0, dtype=np.uint32)
 
 _ENTRY_BYTES = 400
 """What an entry takes beside its text, ids and hashes: objects, a place in a dict."""
@@ -62,7 +62,7 @@ class TokenCache:
         max_bytes: int,
     ) -> None:
         self._encode_each = encode_each
-        self._cutter = cutter
+        self.cutter = cutter
         self._block_size = block_size
         beginnings = int(max_bytes * _SHARE_OF_BEGINNINGS)
         self._pieces: _Lru[str, _Piece] = _Lru(max_bytes - beginnings)
@@ -85,14 +85,14 @@ class TokenCache:
         )
 
     def encode(
-        self, text: str, *, before: TokenIds = _NOTHING, after: TokenIds = _NOTHING
+        self, text: str, *, before: TokenIds = NO_TOKENS, after: TokenIds = NO_TOKENS
     ) -> tuple[TokenIds, list[int]]:
         """The ids of `text` between `before` and `after`, shape (n,), and the block hashes known of their beginning.
 
         The list is meant to be extended as further blocks are hashed; prompts to come profit from it. `before` must be
         the same whenever it is not empty. Raises what `encode_each` raises.
         """
-        texts = self._cutter.cut(text)
+        texts = self.cutter.cut(text)
         with self._lock:
             found = [self._pieces.get(each) for each in texts]
         missing = list(dict.fromkeys(each for each, piece in zip(texts, found, strict=True) if piece is None))

@@ -78,6 +78,7 @@ class ChatTemplate:
             self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
+        self.source = source
         self.knows_developers = '"developer"' in source or "'developer'" in source
         """True when the template names the role `developer`; vLLM looks for the quoted word in the same way."""
         self._reads_content = "content" in source

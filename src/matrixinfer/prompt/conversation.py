@@ -1,14 +1,15 @@
 """A chat as vLLM hands it to the chat template.
 
 Clients send the OpenAI form; vLLM reshapes it before the template sees it, and so the ids that it caches are those of
-the reshaped chat: content becomes one string or a list of text parts, tool-call arguments become objects, tool
-definitions get their keys in a fixed order. The rules are those of vLLM's `chat_utils` and request schema.
+the reshaped chat: content becomes one string or a list of text parts, tool-call arguments become objects, tool calls
+and definitions get their keys in a fixed order. The rules are those of `chat_utils` and the request schema in vLLM
+0.32. What vLLM refuses may come out in any form or raise `TokenizeError`: no engine computes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matrixinfer.errors import TokenizeError
@@ -22,23 +23,56 @@ _TEXT_KEYS = {
 }
 """Types of content parts that are text, and the key that holds it."""
 
-_BILLING_HEADER = "x-anthropic-billing-header"
+_KNOWN_PART_KEYS = frozenset(
+    {
+        *(
+            "audio_embeds",
+            "audio_url",
+            "closed",
+            "data",
+            "file",
+            "image_embeds",
+            "image_pil",
+            "image_url",
+            "input_audio",
+        ),
+        *(
+            "name",
+            "prompt_cache_breakpoint",
+            "refusal",
+            "text",
+            "thinking",
+            "type",
+            "uuid",
+            "video_embeds",
+            "video_url",
+        ),
+    }
+)
+"""Keys of content parts that vLLM knows. A template that is given parts gets a text's other keys too."""
+
+BILLING_HEADER = "x-anthropic-billing-header"
 """How a line begins that Claude Code puts first, different in every request; vLLM drops it from system messages."""
 
 
-def has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
+def has_media(messages: Iterable[Mapping[str, Any]]) -> bool:
     """True when some message carries anything but text: the engine alone knows its token ids."""
-    contents = (message.get("content") for message in messages)
-    parts = (part for content in contents if isinstance(content, list) for part in content)
-    return not all(isinstance(part, str) or (isinstance(part, dict) and _is_text(part)) for part in parts)
+    return any(is_media(part) for message in messages for part in _listed(message))
 
 
-def engine_messages(messages: Sequence[Mapping[str, Any]], *, parts: bool) -> list[dict[str, Any]]:
+def is_media(part: object) -> bool:
+    """True when a content part is anything but text, such as an image, or of a kind that nobody knows."""
+    return not isinstance(part, str) and not (isinstance(part, dict) and (_is_text(part) or _is_reference(part)))
+
+
+def engine_messages(
+    messages: Iterable[Mapping[str, Any]], *, parts: bool, in_schema_order: bool = True
+) -> list[dict[str, Any]]:
     """The messages as the template gets them: content as a list of parts, or joined to one string.
 
-    Raises `TokenizeError` for content that is not text.
+    `in_schema_order` is `Chat.in_schema_order`. Raises `TokenizeError` for content that is not text.
     """
-    return [_message(message, parts=parts) for message in messages]
+    return [_message(message, parts=parts, in_schema_order=in_schema_order) for message in messages]
 
 
 def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,78 +90,96 @@ def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
 
 
-def engine_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+def engine_tools(tools: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Tool definitions with their keys in vLLM's order; a missing description or schema is null."""
     return None if tools is None else [_tool(tool) for tool in tools]
 
 
-def _message(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
-    role = message.get("role")
-    texts = _texts(message.get("content"))
-    if role == "system":
-        texts = _without_billing(texts)
-    # Tool results are one string whatever the template: few templates expect parts there.
-    listed = parts and role != "tool"
-    content: object = [{"type": "text", "text": text} for text in texts] if listed else "\n".join(texts)
-    shaped: dict[str, Any] = {"role": role, "content": content}
+def _message(message: Mapping[str, Any], *, parts: bool, in_schema_order: bool) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, str) and not (role == "system" and content.startswith(BILLING_HEADER)):
+        listed = parts and role != "tool"
+        shaped: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": content}] if listed else content}
+        if len(message) == 2 and role != "developer":
+            return shaped
+    else:
+        shaped = {"role": role, "content": _content(role, content, parts=parts)}
     if role == "assistant":
-        calls = message.get("tool_calls")
-        if isinstance(calls, list) and calls:
-            shaped["tool_calls"] = [_tool_call(call) for call in calls]
-        reasoning = message.get("reasoning")
-        if reasoning is None:
-            reasoning = message.get("reasoning_content")
-        if reasoning is not None:
-            shaped |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        shaped |= _assistant(message, in_schema_order=in_schema_order)
     elif role == "tool" and "tool_call_id" in message:
         shaped["tool_call_id"] = message["tool_call_id"]
-    elif role == "developer":
-        shaped["tools"] = message.get("tools")
     shaped |= {key: message[key] for key in ("name", "task") if isinstance(message.get(key), str)}
+    if role == "developer":
+        shaped["tools"] = _developer_tools(message.get("tools"))
     return shaped
 
 
-def _as_system(developer: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in developer.items() if key != "tools"}, "role": "system"}
+def _content(role: object, content: object, *, parts: bool) -> str | list[dict[str, Any]]:
+    sent = [content] if isinstance(content, str) else [] if content is None else content
+    if not isinstance(sent, list):
+        raise TokenizeError("a message's content is neither text nor a list of parts")
+    if role == "system":
+        sent = [rest for part in sent if (rest := _without_billing(part)) is not None]
+    shaped = [shape for part in sent if (shape := _part(part)) is not None]
+    # Tool results are one string whatever the template: few templates expect parts there.
+    if parts and not (role == "tool" and all(part["type"] == "text" for part in shaped)):
+        return shaped
+    texts = [part["text"] if part["type"] == "text" else part["name"] for part in shaped]
+    return "\n".join(texts if parts else filter(None, texts))
 
 
-def _joined(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-def _without_billing(texts: Sequence[str]) -> list[str]:
-    """The texts without header lines; a text that is nothing else goes as a whole."""
-    rests = [text.partition("\n")[2] or None if text.startswith(_BILLING_HEADER) else text for text in texts]
-    return [text for text in rests if text is not None]
-
-
-def _texts(content: object) -> list[str]:
-    match content:
-        case None:
-            return []
-        case str():
-            return [content]
-        case list():
-            return [text for part in content if (text := _text(part)) is not None]
-        case _:
-            raise TokenizeError("a message's content is neither text nor a list of parts")
-
-
-def _text(part: object) -> str | None:
+def _part(part: object) -> dict[str, Any] | None:
+    """A content part as a template that walks parts gets it, or None when it is dropped."""
     if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or not _is_text(part):
-        raise TokenizeError("a message carries content that is not text")
-    text = part.get(_TEXT_KEYS[part.get("type", "text")])
-    return text if isinstance(text, str) else None
+        return {"type": "text", "text": part}
+    if isinstance(part, dict) and _is_text(part):
+        text = part.get(_TEXT_KEYS[part["type"]])
+        if text is None:
+            return None
+        if isinstance(text, str):
+            return {"type": "text", "text": text} | {key: part[key] for key in part if key not in _KNOWN_PART_KEYS}
+    elif isinstance(part, dict) and _is_reference(part):
+        return {"type": "tool_reference", "name": part["name"]}
+    raise TokenizeError("a message carries content that is not text")
 
 
 def _is_text(part: Mapping[str, Any]) -> bool:
-    kind = part.get("type", "text" if "text" in part else None)
-    return isinstance(kind, str) and kind in _TEXT_KEYS
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in _TEXT_KEYS and part.get("uuid") is None
 
 
-def _tool_call(call: object) -> dict[str, Any]:
+def _is_reference(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "tool_reference" and isinstance(part.get("name"), str) and part.get("uuid") is None
+
+
+def _without_billing(part: object) -> object | None:
+    """The part as sent without its header line; one that is nothing else goes as a whole."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+    if not isinstance(text, str) or not text.startswith(BILLING_HEADER):
+        return part
+    rest = text.partition("\n")[2]
+    if not rest:
+        return None
+    return {**part, "text": rest} if isinstance(part, dict) else rest
+
+
+def _assistant(message: Mapping[str, Any], *, in_schema_order: bool) -> dict[str, Any]:
+    """What an answer of the model has besides its content."""
+    shaped: dict[str, Any] = {}
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise TokenizeError("a message's tool calls are no list")
+        shaped["tool_calls"] = [_tool_call(call, in_schema_order=in_schema_order) for call in calls]
+    reasoning = message.get("reasoning")
+    if reasoning is None:
+        reasoning = message.get("reasoning_content")
+    if reasoning is not None:
+        shaped |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    return shaped
+
+
+def _tool_call(call: object, *, in_schema_order: bool) -> dict[str, Any]:
     """Keys in the order of vLLM's schema, unknown ones last. Arguments that are no JSON object become an empty one."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise TokenizeError("a tool call has no function")
@@ -138,16 +190,48 @@ def _tool_call(call: object) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             arguments = None
-    shaped = {"arguments": None, "name": None} | function
-    shaped["arguments"] = arguments if isinstance(arguments, dict) else {}
-    ordered = {key: call[key] for key in ("id", "function", "type") if key in call}
-    return ordered | call | {"function": shaped}
+    given = {"arguments": arguments if isinstance(arguments, dict) else {}}
+    if not in_schema_order:
+        return call | {"function": function | given}
+    return _ordered(call | {"function": _ordered(function | given, "arguments", "name")}, "id", "function", "type")
+
+
+def _developer_tools(tools: object) -> object:
+    """Tools that a developer's message brings along: only their keys are put in order."""
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in tools
+    ):
+        return tools
+    keys = ("name", "description", "parameters", "strict")
+    return [_ordered(tool | {"function": _ordered(tool["function"], *keys)}, "function", "type") for tool in tools]
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool.get("function")
+    function, deferred = tool.get("function"), tool.get("defer_loading")
     if not isinstance(function, dict):
         raise TokenizeError("a tool has no function")
     shaped = {key: function.get(key) for key in ("name", "description", "parameters")}
-    shaped |= {key: function[key] for key in ("strict", "defer_loading") if function.get(key) is not None}
-    return {"type": tool.get("type", "function"), "function": shaped}
+    optional = {"strict": function.get("strict"), "defer_loading": function.get("defer_loading")}
+    if optional["defer_loading"] is None:
+        optional["defer_loading"] = deferred
+    shaped |= {key: value for key, value in optional.items() if value is not None}
+    whole = {"type": tool.get("type", "function"), "function": shaped}
+    return whole if deferred is None else whole | {"defer_loading": deferred}
+
+
+def _ordered(fields: Mapping[str, Any], *first: str) -> dict[str, Any]:
+    """The fields with the keys `first` in front, where there are any."""
+    return {**{key: fields[key] for key in first if key in fields}, **fields}
+
+
+def _as_system(developer: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in developer.items() if key != "tools"}, "role": "system"}
+
+
+def _joined(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
+
+
+def _listed(message: Mapping[str, Any]) -> Sequence[object]:
+    content = message.get("content")
+    return content if isinstance(content, list) else ()

@@ -90,18 +90,18 @@ class Reference:
 class Gigatoken:
     """64 KB in half a millisecond; byte-level and SentencePiece BPE only.
 
-    Texts with characters on which it may differ go to `exact`. Raises `RuntimeError` or `ValueError` for a `tokenizer.json`
-    that it does not know.
+    Texts with characters on which it may differ go to `exact`. `load` makes one, and may be called again; what it raises
+    is raised.
     """
 
     name = "gigatoken"
     inline_bytes = 128 * 1024
     piece_chars = 4 * 1024
 
-    def __init__(self, data: bytes, exact: Encoder) -> None:
-        self._data = data
+    def __init__(self, load: Callable[[], gigatoken.Tokenizer], exact: Encoder) -> None:
+        self._load = load
         self._exact = exact
-        self._tokenizer = gigatoken.Tokenizer.from_json(data)
+        self._tokenizer = load()
         self._chars = 0
         self._settled = resident_bytes()
 
@@ -139,7 +139,7 @@ class Gigatoken:
         self._chars = 0
         resident = resident_bytes()
         if resident - self._settled > _MAX_GROWTH_BYTES:
-            self._tokenizer = gigatoken.Tokenizer.from_json(self._data)
+            self._tokenizer = self._load()
             self._settled = resident_bytes()
             structlog.get_logger(__name__).info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
 
@@ -152,7 +152,7 @@ def choose(data: bytes, reference: tokenizers.Tokenizer, *, source: str) -> Enco
     log = structlog.get_logger(__name__).bind(tokenizer=source)
     slow = Reference(reference)
     try:
-        fast = Gigatoken(data, slow)
+        fast = Gigatoken(lambda: gigatoken.Tokenizer.from_json(data), slow)
     except (RuntimeError, ValueError) as error:
         log.info("tokenizer.slow", reason=str(error).partition("\n")[0])
         return slow

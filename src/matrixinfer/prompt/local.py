@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,9 +18,11 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
-from matrixinfer.prompt.cache import CacheStats, TokenCache
+from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
-from matrixinfer.prompt.conversation import engine_messages, engine_tools, without_developers
+from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
+from matrixinfer.prompt.fit import Fit, fit, fitted
+from matrixinfer.prompt.multimodal import before_media
 from matrixinfer.prompt.segments import Cutter, cutter_of
 
 
@@ -101,36 +105,37 @@ class LocalTokenizer:
     def tokenize(self, prompt: Prompt) -> Tokens:
         """See `Tokenizer`."""
         timings: dict[str, float] = {}
-        text = prompt.text
+        text, complete = prompt.text, True
         if prompt.chat is not None:
             start = self._clock()
-            text = self.render(prompt.chat)
+            complete = not has_media(prompt.chat.messages)
+            text = self.render(prompt.chat) if complete else self.render_before_media(prompt.chat)
             timings["render"] = (self._clock() - start) * 1e3
         if text is None:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
         start = self._clock()
-        ids, hashes = self._encode(text, add_special_tokens=prompt.add_special_tokens)
+        ids, hashes = self._encode(text, before=prompt.add_special_tokens, after=prompt.add_special_tokens and complete)
         timings["tokenize"] = (self._clock() - start) * 1e3
-        return Tokens(ids=ids, hashes=hashes, timings_ms=timings)
+        return Tokens(ids=ids, complete=complete, hashes=hashes, timings_ms=timings)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """Token ids of `text`, shape (n,), between those that the tokenizer adds. Raises `TokenizeError`."""
-        return self._encode(text, add_special_tokens=add_special_tokens)[0]
+        return self._encode(text, before=add_special_tokens, after=add_special_tokens)[0]
 
     def render(self, chat: Chat) -> str:
         """The chat as the engine's template writes it. Raises `TokenizeError`."""
-        template = self._template(chat)
-        sent = chat.chat_template_kwargs or {}
-        variables = {key: value for key, value in sent.items() if key not in RESERVED}
-        messages = engine_messages(chat.messages, parts=template.content_parts)
-        return template.render(
-            messages if template.knows_developers else without_developers(messages),
-            engine_tools(chat.tools),
-            sent.get("documents") if chat.documents is None else chat.documents,
-            add_generation_prompt=chat.add_generation_prompt,
-            continue_final_message=chat.continue_final_message,
-            **variables,
-        )
+        template, chat = self._template(chat), self._fitted(chat)
+        messages = engine_messages(chat.messages, parts=template.content_parts, in_schema_order=chat.in_schema_order)
+        return _written(template, chat, messages)
+
+    def render_before_media(self, chat: Chat) -> str:
+        """What the engine's template certainly writes before the first image, audio or video, in whole tokens.
+
+        Raises `TokenizeError`.
+        """
+        template, chat = self._template(chat), self._fitted(chat)
+        text = before_media(chat, partial(_written, template, chat), parts=template.content_parts)
+        return self._cache.cutter.settled(text)
 
     def decode(self, ids: TokenIds) -> bytes:
         """The bytes behind token ids, special tokens included. Raises `TokenizeError` for unknown ids."""
@@ -139,12 +144,20 @@ class LocalTokenizer:
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not decode the ids: {type(error).__name__}") from error
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[TokenIds, list[int]]:
-        around = {"before": self._before, "after": self._after} if add_special_tokens else {}
+    def _encode(self, text: str, *, before: bool, after: bool) -> tuple[TokenIds, list[int]]:
         try:
-            return self._cache.encode(text, **around)
+            return self._cache.encode(
+                text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
+            )
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
+
+    def _fitted(self, chat: Chat) -> Chat:
+        return fitted(chat, self._fit) if chat.joins_system or chat.thinking_off else chat
+
+    @cached_property
+    def _fit(self) -> Fit:
+        return fit((template.source for template in self._templates.values()), self.render)
 
     def _template(self, chat: Chat) -> ChatTemplate:
         if chat.own_template:
@@ -154,6 +167,20 @@ class LocalTokenizer:
             if name in self._templates:
                 return self._templates[name]
         raise TokenizeError("the tokenizer has no chat template; name one as `chatTemplate` of the model")
+
+
+def _written(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
+    """What the template makes of engine messages."""
+    sent = chat.chat_template_kwargs or {}
+    variables = {key: value for key, value in sent.items() if key not in RESERVED}
+    return template.render(
+        messages if template.knows_developers else without_developers(messages),
+        engine_tools(chat.tools),
+        sent.get("documents") if chat.documents is None else chat.documents,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        **variables,
+    )
 
 
 def _proven(cutter: Cutter, encoder: encoders.Encoder, *, source: str) -> Cutter:

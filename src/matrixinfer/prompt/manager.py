@@ -7,13 +7,14 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.cache import CacheStats
 from matrixinfer.prompt.conversation import has_media
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.remote import RemoteTokenizer
@@ -68,18 +69,23 @@ class TokenizerManager:
             self._threads = None
         self._local = {}
 
+    @property
+    def caches(self) -> Mapping[str, CacheStats]:
+        """What the models' own tokenizers remember, by model."""
+        return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
+
     async def tokenize(self, prompt: Prompt, *, model: str, urls: Sequence[str]) -> Tokenized:
         """Token ids of `prompt` for `model`, the index's name of it.
 
         `urls` are base URLs of healthy pods that serve the model; at most two are asked, another one first each time.
         Raises only `TokenizeError`: also when the request is too large or the deadline passes.
         """
+        if prompt.inexact is not None:
+            raise TokenizeError(prompt.inexact)
         if prompt.token_ids is not None:
-            return Tokenized(tokens=Tokens(ids=prompt.token_ids), source="request")
+            return Tokenized(tokens=_kept(Tokens(ids=prompt.token_ids), prompt), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
-        if prompt.chat is not None and has_media(prompt.chat.messages):
-            raise TokenizeError("the prompt carries images, audio or video")
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 tokenizer = self._local.get(model)
@@ -90,7 +96,7 @@ class TokenizerManager:
                 else:
                     loop = asyncio.get_running_loop()
                     tokens = await loop.run_in_executor(self._threads, tokenizer.tokenize, prompt)
-                return Tokenized(tokens=tokens, source="local")
+                return Tokenized(tokens=_kept(tokens, prompt), source="local")
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
@@ -108,6 +114,8 @@ class TokenizerManager:
         }
 
     async def _ask(self, prompt: Prompt, model: str, urls: Sequence[str]) -> Tokenized:
+        if prompt.chat is not None and has_media(prompt.chat.messages):
+            raise TokenizeError("the prompt carries images, audio or video, and no tokenizer is configured")
         if self._remote is None or not urls:
             raise TokenizeError(f"no tokenizer is configured for {model}, and no engine can be asked")
         start = self._clock()
@@ -121,8 +129,19 @@ class TokenizerManager:
                 failures.append(error)
             else:
                 took = {"tokenize": (self._clock() - start) * 1e3}
-                return Tokenized(tokens=Tokens(ids=ids, timings_ms=took), source="remote")
+                return Tokenized(tokens=_kept(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
         raise TokenizeError("; ".join(map(str, failures)))
+
+
+def _kept(tokens: Tokens, prompt: Prompt) -> Tokens:
+    """The tokens that the engine keeps of a prompt that it is to truncate."""
+    if prompt.keep_last is not None and not tokens.complete:
+        raise TokenizeError("the prompt carries images, audio or video and is truncated from its beginning")
+    if prompt.keep_last is not None and len(tokens.ids) > prompt.keep_last:
+        return replace(tokens, ids=tokens.ids[-prompt.keep_last :], hashes=None)
+    if prompt.keep_first is not None and len(tokens.ids) > prompt.keep_first:
+        return replace(tokens, ids=tokens.ids[: prompt.keep_first], complete=True)
+    return tokens
 
 
 def _pieces(prompt: Prompt) -> int:

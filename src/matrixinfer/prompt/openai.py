@@ -1,153 +1,95 @@
-"""The routing-relevant fields of the OpenAI-compatible APIs.
-
-Only what decides a prompt's token ids, its model and its cache namespace is read. Unknown fields pass, and what does
-not matter for routing is left for the engine to judge: the request is forwarded as the client sent it.
-"""
+"""Chats and completions of the OpenAI API, as vLLM reads them."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, TypeVar, cast
+from typing import Any
 
 import msgspec
-import numpy as np
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw
 
-from matrixinfer.errors import InvalidRequest
+from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Chat, Prompt, TokenId
-
-T = TypeVar("T")
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 
 
-class _Request(Struct, kw_only=True):
-    model: str
-    stream: bool | None = None
-    cache_salt: str | None = None
-    add_special_tokens: bool | None = None
-
-
-class _ChatRequest(_Request, kw_only=True):
-    messages: Raw
-    tools: Raw = Raw(b"null")
-    documents: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+class _ChatRequest(fields.ChatRequest, kw_only=True):
+    tools: Raw = fields.NULL
+    documents: list[fields.Object] | None = None
     reasoning_effort: str | None = None
+    echo: bool | None = None
+    prompt_logprobs: Any = None
 
 
-class _CompletionRequest(_Request, kw_only=True):
-    prompt: str | list[str | TokenId | list[TokenId]]
+class _CompletionRequest(fields.Request, kw_only=True):
+    prompt: str | list[str | TokenId | list[TokenId]] | None = None
+    prompt_embeds: Raw = fields.NULL
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    logprobs: Any = None
+    prompt_logprobs: Any = None
 
 
 _CHAT = msgspec.json.Decoder(_ChatRequest)
 _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
-_MESSAGES = msgspec.json.Decoder(Annotated[list[dict[str, Any]], Meta(min_length=1)])
-_TOOLS = msgspec.json.Decoder(list[dict[str, Any]] | None)
 
 
-def parse(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/chat/completions` or `/v1/completions`.
+def chat(path: str, body: bytes) -> Prompt:
+    """Read a request to `/v1/chat/completions`.
 
-    Of a list of prompts the first decides. Raises `InvalidRequest`, whose `param` names the field at fault.
+    Tools reach the template even under `tool_choice: none`, which is how vLLM behaves unless it is started with
+    `--exclude-tools-when-tool-choice-none`. Asked to echo, vLLM computes log-probabilities of the whole prompt.
     """
-    if path == CHAT_PATH:
-        return _chat(_decode(_CHAT, body), len(body))
-    if path == COMPLETIONS_PATH:
-        return _completion(_decode(_COMPLETION, body), len(body))
-    raise InvalidRequest(f"{path} is not an API that takes a prompt")
-
-
-def _chat(request: _ChatRequest, size: int) -> Prompt:
-    messages = _decode(_MESSAGES, request.messages, "messages")
-    tools = _decode(_TOOLS, request.tools, "tools")
-    chat = Chat(
-        messages=messages,
-        tools=tools,
-        documents=request.documents,
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=request.continue_final_message is True,
-        chat_template=request.chat_template,
-        chat_template_kwargs=_template_kwargs(request),
-    )
-    return Prompt(
-        path=CHAT_PATH,
-        model=request.model,
-        stream=request.stream is True,
-        chat=chat,
-        text=None,
-        token_ids=None,
-        add_special_tokens=request.add_special_tokens is True,
-        cache_salt=request.cache_salt or None,
-        size=size,
+    request = fields.decode(_CHAT, body)
+    tools = fields.decode(fields.OBJECTS, request.tools, "tools")
+    return fields.prompt(
+        path,
+        request,
+        len(body),
         prefix=bytes(request.messages) if not tools else bytes(request.tools) + bytes(request.messages),
+        chat=Chat(
+            messages=fields.decode(fields.MESSAGES, request.messages, "messages"),
+            tools=tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=request.continue_final_message is True,
+            chat_template=request.chat_template,
+            chat_template_kwargs=fields.template_variables(
+                request.chat_template_kwargs, effort=request.reasoning_effort
+            ),
+        ),
+        add_special_tokens=request.add_special_tokens is True,
+        truncates="left",
+        reads_cache=request.prompt_logprobs is None and request.echo is not True,
     )
 
 
-def _template_kwargs(request: _ChatRequest) -> dict[str, Any] | None:
-    """Variables of the template. As in vLLM the reasoning effort is one, and turns thinking on or off."""
-    effort = request.reasoning_effort
-    if effort is None:
-        return request.chat_template_kwargs
-    thinking = {"enable_thinking": effort != "none"}
-    return thinking | (request.chat_template_kwargs or {}) | {"reasoning_effort": effort}
-
-
-def _completion(request: _CompletionRequest, size: int) -> Prompt:
-    text, ids = _first(request.prompt)
-    return Prompt(
-        path=COMPLETIONS_PATH,
-        model=request.model,
-        stream=request.stream is True,
-        chat=None,
-        text=text,
-        token_ids=None if ids is None else np.array(ids, dtype=np.uint32),
+def completion(path: str, body: bytes) -> Prompt:
+    """Read a request to `/v1/completions`. Of a list of prompts the first decides; embeddings come before any other."""
+    request = fields.decode(_COMPLETION, body)
+    inexact: str | None = None
+    if bytes(request.prompt_embeds) != b"null":
+        inexact = "the prompt is made of embeddings"
+        first = fields.First(text=None, token_ids=None, prefix=bytes(request.prompt_embeds), alone=False)
+    elif request.prompt is not None:
+        first = fields.first(request.prompt, "prompt")
+    else:
+        raise fields.required("prompt")
+    if request.suffix is not None:
+        inexact = inexact or "only the engine knows how a suffix is put"
+    echoed = request.echo is True and request.logprobs is not None
+    return fields.prompt(
+        path,
+        request,
+        len(body),
+        prefix=first.prefix,
+        text=first.text,
+        token_ids=first.token_ids,
         add_special_tokens=request.add_special_tokens is not False,
-        cache_salt=request.cache_salt or None,
-        size=size,
-        prefix=msgspec.json.encode(ids) if text is None else text.encode(),
+        inexact=inexact,
+        truncates="left",
+        reads_cache=request.prompt_logprobs is None and not echoed,
+        alone=first.alone,
     )
-
-
-def _first(prompt: str | list[str | int | list[int]]) -> tuple[str | None, list[int] | None]:
-    """The prompt that decides, as text or as token ids."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if not prompt:
-        raise InvalidRequest("`prompt` must not be empty", param="prompt")
-    head = prompt[0]
-    if isinstance(head, str):
-        return head, None
-    if isinstance(head, list):
-        if not head:
-            raise InvalidRequest("`prompt[0]` must not be empty", param="prompt")
-        return None, head
-    if set(map(type, prompt)) != {int}:
-        raise InvalidRequest("`prompt` must not mix token ids with anything else", param="prompt")
-    return None, cast("list[int]", prompt)
-
-
-def _decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | None = None) -> T:
-    """Decode `data`, the whole body or the field `param` of it."""
-    try:
-        return decoder.decode(data)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
-        place = f"{param or ''}{where.removesuffix('`')}".lstrip(".")
-        missing = re.search(r"missing required field `([^`]+)`", message)
-        if missing:
-            place = f"{place}.{missing[1]}".lstrip(".")
-            raise InvalidRequest(f"`{place}` is required", param=place) from error
-        raise InvalidRequest(
-            f"{message[:1].lower()}{message[1:]} in `{place or 'the body'}`", param=place or None
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("the body is not UTF-8", param=param) from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply", param=param) from error
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", param=param) from error

@@ -91,6 +91,10 @@ class Cutter:
                 token = self._token(text, start + self._shortest)
         return pieces
 
+    def settled(self, text: str) -> str:
+        """The beginning of `text` whose ids do not depend on what follows `text`."""
+        return text[: max((text.rfind(token) for token in self.tokens), default=0)]
+
     def _token(self, text: str, start: int) -> int:
         """Where the first token from `start` on begins; the text's end if there is none."""
         found = None if self._tokens is None else self._tokens.search(text, start)

@@ -16,10 +16,12 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """The contents of `tokenizer.json` and of what lies beside it."""
+    """The contents of a vocabulary, such as `tokenizer.json`, and of what lies beside it."""
 
     path: Path
     data: bytes
+    config: Mapping[str, Any]
+    """`tokenizer_config.json`."""
     special_tokens: Mapping[str, str]
     """Name to token, such as `bos_token` to `<s>`."""
     templates: Mapping[str, str]
@@ -37,8 +39,13 @@ def read(path: Path, *, where: str) -> TokenizerFiles:
         raise ConfigError(
             where, f"{path} {what}; expected a folder with tokenizer.json, or that file (models are not downloaded)"
         )
+    return read_vocabulary(file, where=where)
+
+
+def read_vocabulary(file: Path, *, where: str) -> TokenizerFiles:
+    """Read a vocabulary's file of whatever kind, and what lies beside it. Raises `ConfigError` at the key `where`."""
     folder = file.parent
-    config = _json(folder / "tokenizer_config.json", where)
+    config = read_json(folder / "tokenizer_config.json", where=where)
     template = folder / "chat_template.jinja"
     templates = _named_templates(config.get("chat_template"))
     if template.is_file():
@@ -46,7 +53,9 @@ def read(path: Path, *, where: str) -> TokenizerFiles:
     return TokenizerFiles(
         path=file,
         data=_bytes(file, where),
-        special_tokens=_special_tokens(_json(folder / "special_tokens_map.json", where)) | _special_tokens(config),
+        config=config,
+        special_tokens=_special_tokens(read_json(folder / "special_tokens_map.json", where=where))
+        | _special_tokens(config),
         templates=templates,
     )
 
@@ -59,6 +68,23 @@ def read_text(path: Path, *, where: str) -> str:
         raise ConfigError(where, f"{path} is not UTF-8") from error
 
 
+def read_json(path: Path, *, where: str) -> dict[str, Any]:
+    """A JSON object, empty when there is no such file. Raises `ConfigError` at the key `where`."""
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(_bytes(path, where), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(where, f"{path} is not a JSON object: {error}") from error
+
+
+def code_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a `tokenizer_config.json` names as code of the model's own, such as `tokenization_kimi.Tokenizer`."""
+    automatic = config.get("auto_map")
+    named = automatic.get("AutoTokenizer") if isinstance(automatic, dict) else None
+    return next((name for name in named if isinstance(name, str)), None) if isinstance(named, list) else None
+
+
 def _bytes(path: Path, where: str) -> bytes:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -66,16 +92,6 @@ def _bytes(path: Path, where: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(where, f"cannot read {path}: {error.strerror}") from error
-
-
-def _json(path: Path, where: str) -> dict[str, Any]:
-    """A file that may be absent, which is the same as empty."""
-    if not path.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(_bytes(path, where), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(where, f"{path} is not a JSON object: {error}") from error
 
 
 def _named_templates(value: object) -> dict[str, str]:

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
-from matrixinfer.prompt import openai
+from matrixinfer.prompt import openai, requests
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim import api
@@ -131,7 +131,7 @@ class SimEngine:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         came = time.monotonic()
         body = await request.read()
-        prompt = openai.parse(request.path, body)
+        prompt = requests.parse(request.path, body)
         options = api.decode(body, api.GenerateOptions)
         self._check_model(prompt.model)
         if options.n not in (None, 1):

@@ -41,6 +41,25 @@ def test_every_error_has_its_status_and_the_api_s_shape(
     assert ("Retry-After" in response.headers) == (status == 503)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (InvalidRequest("no", param="model"), 400, "invalid_request_error"),
+        (UnknownModel("no", param="model"), 404, "not_found_error"),
+        (BodyTimeout("no"), 408, "invalid_request_error"),
+        (PayloadTooLarge("no"), 413, "request_too_large"),
+        (PodUnreachable("no"), 502, "api_error"),
+        (NoPodAvailable("no"), 503, "overloaded_error"),
+        (PodTimeout("no"), 504, "timeout_error"),
+    ],
+)
+def test_clients_of_anthropic_s_api_get_its_shape(error: MatrixInferError, status: int, kind: str) -> None:
+    response = response_to(error, anthropic=True)
+    assert response.status == status
+    assert isinstance(response.body, bytes)
+    assert json.loads(response.body) == {"type": "error", "error": {"type": kind, "message": "no"}}
+
+
 def test_an_error_that_clients_cannot_act_on_tells_nothing() -> None:
     response = response_to(PluginError("plugin x at /secret/path"))
     assert response.status == 500

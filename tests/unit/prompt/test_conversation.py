@@ -1,14 +1,38 @@
+"""What vLLM does to messages before the template.
+
+`vllm_conversations.jsonl` holds messages, and what the request schema and `chat_utils` of vLLM 0.32 made of them for
+templates that take strings and for those that walk parts; under `"developers": false` for one that does not know the
+role `developer`.
+"""
+
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 
 TEXT_PARTS = [{"type": "text", "text": "a"}, "b", {"type": "refusal", "refusal": "c"}, {"type": "text", "text": None}]
+
+GOLDEN = [
+    json.loads(line) for line in Path(__file__).with_name("vllm_conversations.jsonl").read_text("utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=map(str, range(len(GOLDEN))))
+@pytest.mark.parametrize("form", ["string", "parts"])
+def test_messages_become_what_vllm_makes_of_them(case: dict[str, Any], form: str) -> None:
+    shaped = engine_messages(case["messages"], parts=form == "parts")
+    if not case.get("developers", True):
+        shaped = without_developers(shaped)
+    assert json.dumps(shaped) == json.dumps(case[form])
 
 
 def one(message: dict[str, Any], *, parts: bool = False) -> dict[str, Any]:
@@ -24,6 +48,7 @@ def one(message: dict[str, Any], *, parts: bool = False) -> dict[str, Any]:
         ("", "", [""]),
         (TEXT_PARTS, "a\nb\nc", ["a", "b", "c"]),
         ([], "", []),
+        ([{"type": "text", "text": "a"}, ""], "a", ["a", ""]),
     ],
 )
 def test_content_becomes_one_string_or_text_parts(content: Any, string: str, listed: list[str]) -> None:
@@ -58,6 +83,12 @@ def test_arguments_of_a_tool_call_become_an_object(arguments: Any, expected: dic
         ["arguments", "name"],
     )
     assert call["function"] == {"name": "f", "arguments": arguments}
+
+
+def test_tool_calls_that_the_engine_makes_keep_the_order_of_their_keys() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    (shaped,) = engine_messages([{"role": "assistant", "tool_calls": [call]}], parts=False, in_schema_order=False)
+    assert json.dumps(shaped["tool_calls"]) == '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
 
 
 def test_an_empty_list_of_tool_calls_is_dropped() -> None:
@@ -149,6 +180,9 @@ def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
             }
         ]
     )
+    (deferred,) = engine_tools([{"function": {"name": "f"}, "defer_loading": True}]) or []
+    assert list(deferred) == ["type", "function", "defer_loading"]
+    assert deferred["function"]["defer_loading"] is True
     assert engine_tools(None) is None
     assert engine_tools([]) == []
 
@@ -160,6 +194,9 @@ def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
         {"role": "user", "content": [{"type": ["text"], "text": "x"}]},
         {"role": "user", "content": [3]},
         {"role": "user", "content": 3},
+        {"role": "user", "content": [{"type": "text", "text": 3}]},
+        {"role": "user", "content": [{"type": "text", "text": "x", "uuid": "u"}]},
+        {"role": "assistant", "tool_calls": 3},
         {"role": "assistant", "tool_calls": [3]},
         {"role": "assistant", "tool_calls": [{"function": 3}]},
     ],
@@ -167,6 +204,23 @@ def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
 def test_what_is_not_text_is_an_error(message: dict[str, Any]) -> None:
     with pytest.raises(TokenizeError):
         one(message)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["user", "system", "developer", "tool", "assistant"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "function"]), inner),
+    max_leaves=8,
+)
+MESSAGE_KEYS = ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "tools", "task"]
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(MESSAGE_KEYS), JSON), max_size=3), st.booleans())
+def test_nothing_is_raised_but_a_tokenize_error(messages: list[dict[str, Any]], parts: bool) -> None:
+    has_media(messages)
+    with suppress(TokenizeError):
+        without_developers(engine_messages(messages, parts=parts))
+    with suppress(TokenizeError):
+        engine_tools(messages)
 
 
 def test_a_tool_without_a_function_is_an_error() -> None:
@@ -180,7 +234,8 @@ def test_a_tool_without_a_function_is_an_error() -> None:
         ("x", False),
         (None, False),
         (TEXT_PARTS, False),
-        ([{"text": "x"}], False),
+        ([{"type": "tool_reference", "name": "f"}], False),
+        ([{"text": "x"}], True),
         ([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}], True),
         ([{"image_url": "x"}], True),
     ],

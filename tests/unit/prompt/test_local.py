@@ -126,7 +126,7 @@ def test_gigatoken_begins_anew_once_it_has_grown_too_large(monkeypatch: pytest.M
     monkeypatch.setattr(encoders, "_LOOK_CHARS", 10)
     monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", 1000)
     with capture_logs() as logs:
-        fast = encoders.Gigatoken(made.to_str().encode(), encoders.Reference(made))
+        fast = encoders.Gigatoken(lambda: gigatoken.Tokenizer.from_json(made.to_str()), encoders.Reference(made))
         for _ in range(8):
             assert fast.encode("hello").tolist() == made.encode("hello").ids
     assert [entry["event"] for entry in logs] == ["tokenizer.renewed"]

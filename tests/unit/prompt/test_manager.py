@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.requests import parse
 
 from .support import folder, tokenizer
 
@@ -145,12 +147,47 @@ async def test_a_prompt_above_the_limit_is_not_tokenized(model: Path) -> None:
                 await tokenizers.tokenize(larger, model="m", urls=[])
 
 
-async def test_images_are_not_tokenized_anywhere(model: Path) -> None:
-    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    for path in (model, None):
-        async with manager(path, FakeRemote({"http://a": [1]})) as tokenizers:
-            with pytest.raises(TokenizeError, match="images"):
-                await tokenizers.tokenize(chat(image), model="m", urls=["http://a"])
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+
+
+async def test_of_a_prompt_with_an_image_only_the_beginning_is_known(model: Path) -> None:
+    messages = [{"role": "system", "content": "Look well."}, {"role": "user", "content": IMAGE}]
+    async with manager(model) as tokenizers:
+        tokens = (await tokenizers.tokenize(conversation(messages), model="m", urls=[])).tokens
+    certain = "<|im_start|>system\nLook well.<|im_end|>\n"
+    assert not tokens.complete
+    assert tokens.ids.tolist() == tokenizer().encode(certain, add_special_tokens=False).ids
+
+
+async def test_an_engine_is_not_asked_for_the_ids_of_images() -> None:
+    async with manager(None, FakeRemote({"http://a": [1]})) as tokenizers:
+        with pytest.raises(TokenizeError, match="images"):
+            await tokenizers.tokenize(chat(IMAGE), model="m", urls=["http://a"])
+
+
+async def test_a_prompt_that_is_truncated_keeps_what_the_engine_keeps(model: Path) -> None:
+    async with manager(model, cache_bytes=100_000) as tokenizers:
+        whole = (await tokenizers.tokenize(text("one two three"), model="m", urls=[])).tokens
+        for field in ("keep_last", "keep_first"):
+            for count in (1, 3, len(whole.ids), 100):
+                sent = text("one two three")
+                prompt = replace(sent, keep_last=count) if field == "keep_last" else replace(sent, keep_first=count)
+                kept = (await tokenizers.tokenize(prompt, model="m", urls=[])).tokens
+                expected = whole.ids[-count:] if field == "keep_last" else whole.ids[:count]
+                assert kept.ids.tolist() == expected.tolist()
+                assert (kept.hashes is None) == (field == "keep_last" and count < len(whole.ids))
+        with pytest.raises(TokenizeError, match="truncated"):
+            await tokenizers.tokenize(replace(chat(IMAGE), keep_last=5), model="m", urls=[])
+        cut = await tokenizers.tokenize(replace(text([5, 6, 7]), keep_last=2), model="m", urls=[])
+    assert cut.tokens.ids.tolist() == [6, 7]
+
+
+async def test_a_prompt_that_does_not_follow_from_its_request_is_not_tokenized(model: Path) -> None:
+    async with manager(model, FakeRemote({"http://a": [1]})) as tokenizers:
+        with pytest.raises(TokenizeError, match="the engine keeps it"):
+            await tokenizers.tokenize(
+                replace(text("x"), text=None, inexact="the engine keeps it"), model="m", urls=["http://a"]
+            )
 
 
 async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

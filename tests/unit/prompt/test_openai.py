@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, parse
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
+from matrixinfer.prompt.requests import parse
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -133,7 +132,8 @@ def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
         (CHAT_PATH, b'{"model":"m","messages":[{}],"chat_template_kwargs":[]}', "chat_template_kwargs"),
         (COMPLETIONS_PATH, b'{"model":"m"}', "prompt"),
         (COMPLETIONS_PATH, b'{"prompt":"m"}', "model"),
-        ("/v1/embeddings", b"{}", None),
+        (CHAT_PATH, b'{"model":"m","messages":[{}],"kv_transfer_params":1}', "kv_transfer_params"),
+        (COMPLETIONS_PATH, b'{"model":"m","prompt":"x","truncate_prompt_tokens":"many"}', "truncate_prompt_tokens"),
     ],
 )
 def test_a_bad_request_names_the_field_at_fault(path: str, body: bytes, param: str | None) -> None:
@@ -159,11 +159,87 @@ def test_deep_nesting_is_refused() -> None:
         parse(CHAT_PATH, b'{"model":"m","messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}")
 
 
-@given(st.binary(max_size=60))
-def test_no_body_raises_anything_but_an_invalid_request(junk: bytes) -> None:
-    for body in (junk, b'{"model":"m","messages":' + junk + b"}", b'{"model":"m","prompt":' + junk + b"}"):
-        for path in (CHAT_PATH, COMPLETIONS_PATH):
-            try:
-                parse(path, body)
-            except InvalidRequest as error:
-                assert error.message  # noqa: PT017 - that no other error comes is the point
+def test_variables_that_are_null_or_auto_do_not_reach_the_template() -> None:
+    prompt = chat(
+        chat_template_kwargs={"a": None, "b": "auto", "c": 0, "enable_thinking": None}, reasoning_effort="low"
+    )
+    assert prompt.chat is not None
+    assert prompt.chat.chat_template_kwargs == {"c": 0, "reasoning_effort": "low"}
+    prompt = chat(chat_template_kwargs={"a": None})
+    assert prompt.chat is not None
+    assert prompt.chat.chat_template_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reads"),
+    [
+        ({}, True),
+        ({"prompt_logprobs": None, "logprobs": True, "top_logprobs": 2}, True),
+        ({"prompt_logprobs": 0}, False),
+        ({"prompt_logprobs": 3}, False),
+        ({"echo": True}, False),
+    ],
+)
+def test_a_chat_whose_log_probabilities_are_asked_for_reads_no_cache(fields: dict[str, Any], reads: bool) -> None:
+    assert chat(**fields).reads_cache is reads
+
+
+@pytest.mark.parametrize(
+    ("fields", "reads"),
+    [
+        ({"logprobs": 3}, True),
+        ({"echo": True}, True),
+        ({"echo": True, "logprobs": 0}, False),
+        ({"prompt_logprobs": 1}, False),
+    ],
+)
+def test_a_completion_that_echoes_log_probabilities_reads_no_cache(fields: dict[str, Any], reads: bool) -> None:
+    assert completion("x", **fields).reads_cache is reads
+
+
+@pytest.mark.parametrize(
+    ("prompt", "alone"), [("x", True), (["x"], True), (["x", "y"], False), ([1, 2], True), ([[1], [2]], False)]
+)
+def test_a_prompt_among_others_is_not_alone(prompt: Any, alone: bool) -> None:
+    assert completion(prompt).alone is alone
+
+
+@pytest.mark.parametrize(
+    ("fields", "last", "first"),
+    [
+        ({"truncate_prompt_tokens": 8}, 8, None),
+        ({"truncate_prompt_tokens": 8, "truncation_side": "left"}, 8, None),
+        ({"truncate_prompt_tokens": 8, "truncation_side": "right"}, None, 8),
+        ({"truncate_prompt_tokens": -1}, None, None),
+        ({"truncate_prompt_tokens": 0}, None, None),
+        ({"truncation_side": "left"}, None, None),
+    ],
+)
+def test_a_truncated_prompt_keeps_its_end(fields: dict[str, Any], last: int | None, first: int | None) -> None:
+    for prompt in (
+        chat(**fields),
+        completion([1, 2, 3], **fields),
+        completion("x", add_special_tokens=False, **fields),
+    ):
+        assert (prompt.keep_last, prompt.keep_first, prompt.inexact) == (last, first, None)
+
+
+def test_a_text_with_special_tokens_around_it_is_cut_in_between_unless_a_side_is_named() -> None:
+    assert completion("x", truncate_prompt_tokens=8).inexact is not None
+    assert completion("x", truncate_prompt_tokens=8, truncation_side="left").inexact is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix"),
+    [
+        (completion(None, prompt_embeds="AAAA"), b'"AAAA"'),
+        (completion("x", prompt_embeds=["AAAA"]), b'["AAAA"]'),
+        (completion("x", suffix="y"), b"x"),
+        (chat(kv_transfer_params={"prompt_token_ids": [1]}), json.dumps(HELLO).encode()),
+        (chat(chat_template_kwargs={"tools": []}), json.dumps(HELLO).encode()),
+    ],
+)
+def test_what_only_the_engine_can_tokenize_says_so(prompt: Prompt, prefix: bytes) -> None:
+    assert prompt.inexact
+    assert (prompt.chat, prompt.text, prompt.token_ids) == (None, None, None)
+    assert prompt.prefix == prefix

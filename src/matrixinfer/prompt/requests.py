@@ -1,0 +1,35 @@
+"""Which API each path is, and how its requests are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from matrixinfer.errors import InvalidRequest
+from matrixinfer.prompt import anthropic, openai, pooling, responses
+from matrixinfer.prompt.base import Prompt
+
+READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
+    {
+        openai.CHAT_PATH: openai.chat,
+        openai.COMPLETIONS_PATH: openai.completion,
+        "/v1/responses": responses.response,
+        anthropic.MESSAGES_PATH: anthropic.message,
+        anthropic.COUNT_PATH: anthropic.count,
+        "/v1/embeddings": pooling.embeddings,
+        "/score": pooling.score,
+        "/v1/score": pooling.score,
+        "/rerank": pooling.rerank,
+        "/v1/rerank": pooling.rerank,
+        "/v2/rerank": pooling.rerank,
+    }
+)
+"""Every path that takes a prompt, and its reader."""
+
+
+def parse(path: str, body: bytes) -> Prompt:
+    """Read a request. Raises `InvalidRequest`, whose `param` names the field at fault."""
+    reader = READERS.get(path)
+    if reader is None:
+        raise InvalidRequest(f"{path} is not an API that takes a prompt")
+    return reader(path, body)
