@@ -21,7 +21,7 @@ from bench.measure import Figure, Scale, ratio
 from bench.prompts import MODEL, prose, tokenizer_path
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.cache import TokenCache
-from matrixinfer.prompt.encoders import Encoder, choose
+from matrixinfer.prompt.encoders import Encoder, Reference, choose
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
@@ -52,7 +52,7 @@ def _texts(scale: Scale) -> Iterator[Figure]:
     data = (tokenizer_path() / "tokenizer.json").read_bytes()
     theirs = tokenizers.Tokenizer.from_buffer(data)
     bare = gigatoken.Tokenizer.from_json(data)
-    encoder = choose(data, theirs, source="bench")
+    encoder = choose(lambda: gigatoken.Tokenizer.from_json(data), Reference(theirs), [], source="bench")
     cutter = cutter_of(json.loads(data), [template_path().read_text(encoding="utf-8")], shortest=encoder.piece_chars)
     local = LocalTokenizer.load(tokenizer_path(), str(template_path()))
 

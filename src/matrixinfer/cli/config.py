@@ -8,7 +8,7 @@ from pathlib import Path
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import load
 from matrixinfer.plugin_loader import discover
-from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt import loader
 from matrixinfer.reference import configuration_page
 from matrixinfer.service import build_scheduler
 
@@ -30,7 +30,7 @@ def run_check(args: argparse.Namespace) -> int:
     build_scheduler(config.scheduler)
     for i, model in enumerate(config.models):
         if model.tokenizer is not None:
-            LocalTokenizer.load(Path(model.tokenizer), model.chat_template, where=f"$.models[{i}]")
+            loader.load(model, where=f"$.models[{i}]")
     print(f"{args.file}: good (pods: {len(config.pods)}, models: {len(config.models)})")
     return 0
 

@@ -144,26 +144,27 @@ class Gigatoken:
             structlog.get_logger(__name__).info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
 
 
-def choose(data: bytes, reference: tokenizers.Tokenizer, *, source: str) -> Encoder:
-    """The fastest encoder whose ids equal the reference's. `data` is the `tokenizer.json` that `reference` came from.
+def choose(
+    load: Callable[[], gigatoken.Tokenizer], exact: Encoder, special_tokens: Sequence[str], *, source: str
+) -> Encoder:
+    """gigatoken, if its ids equal those of `exact` on every sample, else `exact`.
 
     Encodes the samples, which also pays for gigatoken's slow first call. `source` names the tokenizer in logs.
     """
     log = structlog.get_logger(__name__).bind(tokenizer=source)
-    slow = Reference(reference)
     try:
-        fast = Gigatoken(lambda: gigatoken.Tokenizer.from_json(data), slow)
+        fast = Gigatoken(load, exact)
     except (RuntimeError, ValueError) as error:
         log.info("tokenizer.slow", reason=str(error).partition("\n")[0])
-        return slow
-    specials = [token.content for _, token in sorted(reference.get_added_tokens_decoder().items())][:_MAX_SPECIALS]
-    samples = (*HARD, "a ".join(specials), " ".join(specials))
-    differing = [sample for sample in samples if not agree(fast.encode, slow.encode, sample)]
+        return exact
+    some = special_tokens[:_MAX_SPECIALS]
+    samples = (*HARD, "a ".join(some), " ".join(some))
+    differing = [sample for sample in samples if not agree(fast.encode, exact.encode, sample)]
     if differing:
         log.warning(
-            "tokenizer.mismatch", sample=differing[0], differing=len(differing), of=len(samples), used=slow.name
+            "tokenizer.mismatch", sample=differing[0], differing=len(differing), of=len(samples), used=exact.name
         )
-        return slow
+        return exact
     return fast
 
 

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import gigatoken
 import msgspec
 import numpy as np
 import structlog
@@ -64,27 +65,64 @@ class LocalTokenizer:
         of the model's configuration.
         """
         files = tokenizer_files.read(path, where=f"{where}.tokenizer")
-        sources = files.templates
-        if chat_template is not None:
-            sources = {"default": _configured(chat_template, where=f"{where}.chatTemplate")}
         try:
             reference = tokenizers.Tokenizer.from_buffer(files.data)
             # What a file says about batches of training text does not hold for prompts.
             reference.no_padding()
             reference.no_truncation()
-            before, after = encoders.added_around(reference)
-            encoder = encoders.choose(files.data, reference, source=str(files.path))
+            around = encoders.added_around(reference)
+            added = [token.content for _, token in sorted(reference.get_added_tokens_decoder().items())]
+            encoder = encoders.choose(
+                lambda: gigatoken.Tokenizer.from_json(files.data),
+                encoders.Reference(reference),
+                added,
+                source=str(files.path),
+            )
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise ConfigError(f"{where}.tokenizer", f"{files.path} is not a usable tokenizer: {error}") from error
+        return cls.build(
+            encoder,
+            files,
+            msgspec.json.decode(files.data),
+            chat_template,
+            around=around,
+            where=where,
+            now=now,
+            block_size=block_size,
+            cache_bytes=cache_bytes,
+        )
+
+    @classmethod
+    def build(
+        cls,
+        encoder: encoders.Encoder,
+        files: tokenizer_files.TokenizerFiles,
+        description: Mapping[str, Any],
+        chat_template: str | None,
+        *,
+        around: tuple[TokenIds, TokenIds],
+        where: str,
+        now: Callable[[], datetime],
+        block_size: int,
+        cache_bytes: int,
+    ) -> LocalTokenizer:
+        """Put it together of its parts; the other arguments are those of `load`.
+
+        `description` is the vocabulary's, as a `tokenizer.json` has it, and `around` what it adds before and after a text.
+        """
+        sources = files.templates
+        if chat_template is not None:
+            sources = {"default": _configured(chat_template, where=f"{where}.chatTemplate")}
         try:
             templates = {
                 name: ChatTemplate(source, now=now, **files.special_tokens) for name, source in sources.items()
             }
         except TokenizeError as error:
             raise ConfigError(f"{where}.chatTemplate", str(error)) from error
-        cutter = cutter_of(msgspec.json.decode(files.data), sources.values(), shortest=encoder.piece_chars)
+        cutter = cutter_of(description, sources.values(), shortest=encoder.piece_chars)
         cutter = _proven(cutter, encoder, source=str(files.path))
         cache = TokenCache(encoder.encode_each, cutter, block_size=block_size, max_bytes=cache_bytes)
+        before, after = around
         return cls(encoder, before=before, after=after, templates=templates, cache=cache)
 
     @property

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, Self
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
 from matrixinfer.prompt.conversation import has_media
@@ -102,9 +102,8 @@ class TokenizerManager:
 
     def _load(self) -> dict[str, Tokenizer]:
         return {
-            model.name: LocalTokenizer.load(
-                Path(model.tokenizer),
-                model.chat_template,
+            model.name: loader.load(
+                model,
                 where=f"$.models[{i}]",
                 block_size=self._block_size,
                 cache_bytes=self._settings.cache_bytes,

@@ -103,8 +103,11 @@ def test_an_encoder_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(encoders.Gigatoken, "encode", lying)
     reference = tokenizer()
+    data = reference.to_str().encode()
     with capture_logs() as logs:
-        chosen = encoders.choose(reference.to_str().encode(), reference, source="x")
+        chosen = encoders.choose(
+            lambda: gigatoken.Tokenizer.from_json(data), encoders.Reference(reference), [], source="x"
+        )
     assert chosen.name == "tokenizers"
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["tokenizer.mismatch"]
 
