@@ -3,7 +3,8 @@
 A text is cut where that changes no ids (`segments`), and the ids of every piece are remembered by its content. So a
 conversation that has grown by a turn costs the new turn, and a system prompt is tokenized once.
 
-What a prompt begins with is remembered too, as a path of pieces, and with it the block hashes that were computed for it.
+What prompts begin with is remembered too, as a tree of pieces, with the block hashes that were computed along each path.
+A text is followed down that tree by comparing it in place, which takes 2 µs for 4 KiB.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -30,7 +31,12 @@ _ENTRY_BYTES = 400
 """What an entry takes beside its text, ids and hashes: objects, a place in a dict."""
 _HASH_BYTES = 44
 """A block hash in a list: a Python integer and its pointer."""
-_SHARE_OF_BEGINNINGS = 0.2
+_SAMPLE_CHARS = 32
+_PLACES = 4
+"""Pieces after the same path that look alike in their samples and are remembered nevertheless."""
+
+_Key = tuple[int, str, int]
+"""The number of the path before a beginning, a sample of its last piece, and the place among those that look alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,7 @@ class CacheStats:
 
 
 class TokenCache:
-    """Remembers up to `max_bytes` of pieces, least recently used first out. Safe to use from several threads.
+    """Remembers up to `max_bytes`, least recently used first out. Safe to use from several threads.
 
     `block_size` is that of the hashes kept for beginnings.
     """
@@ -64,9 +70,8 @@ class TokenCache:
         self._encode_each = encode_each
         self.cutter = cutter
         self._block_size = block_size
-        beginnings = int(max_bytes * _SHARE_OF_BEGINNINGS)
-        self._pieces: _Lru[str, _Piece] = _Lru(max_bytes - beginnings)
-        self._beginnings: _Lru[tuple[int, int], _Beginning] = _Lru(beginnings)
+        self._pieces: _Lru[str, TokenIds] = _Lru(max_bytes // 2)
+        self._beginnings: _Lru[_Key, _Beginning] = _Lru(max_bytes // 2)
         self._numbers = itertools.count(1)
         self._hits = 0
         self._misses = 0
@@ -92,61 +97,82 @@ class TokenCache:
         The list is meant to be extended as further blocks are hashed; prompts to come profit from it. `before` must be
         the same whenever it is not empty. Raises what `encode_each` raises.
         """
-        texts = self.cutter.cut(text)
+        root = _Beginning(key=(0, "", 0), number=-1 if len(before) else 0, text="", ids=before, tokens=len(before))
         with self._lock:
+            path = self._follow(root, text)
+            texts = self.cutter.cut(text, sum(len(each.text) for each in path))
             found = [self._pieces.get(each) for each in texts]
-        missing = list(dict.fromkeys(each for each, piece in zip(texts, found, strict=True) if piece is None))
+        missing = list(dict.fromkeys(each for each, ids in zip(texts, found, strict=True) if ids is None))
         new = dict(zip(missing, self._encode_each(missing), strict=True))
+        pieces = [new[each] if ids is None else ids for each, ids in zip(texts, found, strict=True)]
+        ids = np.concatenate([*(each.ids for each in path), *pieces, after])
         with self._lock:
-            for each, ids in new.items():
-                if self._pieces.get(each) is None:  # else another thread was faster
-                    self._pieces.put(each, _Piece(next(self._numbers), ids), sys.getsizeof(each) + ids.nbytes)
-            missed = sum(map(len, new))
+            for each in missing:
+                self._pieces.put(each, new[each], _bytes(each, new[each]))
+            missed = sum(map(len, missing))
             self._misses += missed
             self._hits += len(text) - missed
-            pieces = [piece or self._made(each, new) for each, piece in zip(texts, found, strict=True)]
-            hashes = self._known(pieces, len(before))
-        return np.concatenate([before, *(piece.ids for piece in pieces), after]), hashes
+            # The last piece ends where the text does, not at a cut.
+            return ids, self._remember(path, list(zip(texts[:-1], pieces, strict=False)))
 
-    def _made(self, text: str, new: dict[str, TokenIds]) -> _Piece:
-        """A piece just tokenized. One too large to be remembered gets a number that is never met again."""
-        return self._pieces.get(text) or _Piece(next(self._numbers), new[text])
+    def _follow(self, root: _Beginning, text: str) -> list[_Beginning]:
+        """The remembered beginnings of `text`, each a piece longer than the one before."""
+        path = [root]
+        start = 0
+        while found := self._next(path[-1], text, start):
+            path.append(found)
+            start += len(found.text)
+        return path
 
-    def _known(self, pieces: Sequence[_Piece], tokens: int) -> list[int]:
-        """Hashes of the longest remembered beginning of `pieces`, in a list that becomes that of every beginning."""
-        path: list[_Beginning] = []
-        known: _Beginning | None = None
-        number = -1 if tokens else 0
-        for piece in pieces:
-            key = (number, piece.number)
-            tokens += len(piece.ids)
-            beginning = self._beginnings.get(key)
-            if beginning is None:
-                beginning = _Beginning(next(self._numbers), tokens, [])
-                self._beginnings.put(key, beginning, len(piece.ids) // self._block_size * _HASH_BYTES)
-            else:
-                known = beginning
-            path.append(beginning)
-            number = beginning.number
-        hashes = [] if known is None else known.hashes[: known.tokens // self._block_size]
-        for beginning in path:
-            beginning.hashes = hashes
+    def _next(self, last: _Beginning, text: str, start: int) -> _Beginning | None:
+        """The remembered beginning that goes on after `last` as `text` does from `start` on."""
+        sample = self._sample(text, start)
+        for place in range(_PLACES):
+            found = self._beginnings.get((last.number, sample, place))
+            if found is None:
+                return None
+            if text.startswith(found.text, start):
+                return found if self.cutter.cuts(text, start + len(found.text)) else None
+        return None
+
+    def _sample(self, text: str, start: int) -> str:
+        """What tells most pieces apart: their first characters, and the last of those that each of them has."""
+        stop = start + self.cutter.shortest
+        return text[start : min(start + _SAMPLE_CHARS, stop)] + text[max(start, stop - _SAMPLE_CHARS) : stop]
+
+    def _remember(self, path: list[_Beginning], pieces: Sequence[tuple[str, TokenIds]]) -> list[int]:
+        """Go on from `path` with `pieces`. Returns the block hashes known, in a list that all beginnings now share."""
+        known = path[-1]
+        hashes = known.hashes[: known.tokens // self._block_size]
+        for text, ids in pieces:
+            last, number = path[-1], next(self._numbers)
+            keys = [(last.number, self._sample(text, 0), place) for place in range(_PLACES)]
+            key = next((key for key in keys if self._beginnings.get(key) is None), keys[number % _PLACES])
+            path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=last.tokens + len(ids)))
+        for each in reversed(path[1:]):  # so that those which lead to others stay longer
+            each.hashes = hashes
+            if self._beginnings.get(each.key) is not each:
+                size = _bytes(each.text, each.ids) + len(each.ids) // self._block_size * _HASH_BYTES
+                self._beginnings.put(each.key, each, size)
         return hashes
 
 
-@dataclass(slots=True)
-class _Piece:
-    number: int
-    ids: TokenIds
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Beginning:
-    """A path of pieces from a prompt's start, and a list of block hashes that begins with its own."""
+    """A path of pieces from a prompt's start, of which this is the last."""
 
+    key: _Key
     number: int
+    text: str
+    ids: TokenIds
     tokens: int
-    hashes: list[int]
+    """Of the whole path."""
+    hashes: list[int] = field(default_factory=list)
+    """Begins with the hashes of the path's blocks, as far as they are known."""
+
+
+def _bytes(text: str, ids: TokenIds) -> int:
+    return sys.getsizeof(text) + ids.nbytes
 
 
 class _Lru(Generic[K, V]):

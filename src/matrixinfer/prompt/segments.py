@@ -67,16 +67,19 @@ class Cutter:
     def __init__(self, tokens: Sequence[str] = (), *, lines: bool = False, shortest: int = 64) -> None:
         self.tokens = tokens
         self.lines = lines
-        self._shortest = shortest
+        self.shortest = shortest
         self._longest = 2 * shortest  # beyond it a line's end will do
         longest_first = sorted(tokens, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
 
-    def cut(self, text: str) -> list[str]:
-        """The pieces of `text`, none of them empty. A text that goes on after `text` has the same pieces but the last."""
+    def cut(self, text: str, start: int = 0) -> list[str]:
+        """The pieces of `text` from `start` on, where a piece begins; none of them is empty.
+
+        A text that goes on after `text` has the same pieces but the last.
+        """
         pieces: list[str] = []
-        start, end = 0, len(text)
-        token = self._token(text, self._shortest)
+        end = len(text)
+        token = self._token(text, start + self.shortest)
         while start < end:
             stop = token
             if (
@@ -87,9 +90,15 @@ class Cutter:
                 stop = line.end()
             pieces.append(text[start:stop])
             start = stop
-            if token < start + self._shortest:
-                token = self._token(text, start + self._shortest)
+            if token < start + self.shortest:
+                token = self._token(text, start + self.shortest)
         return pieces
+
+    def cuts(self, text: str, at: int) -> bool:
+        """Whether `text` may be cut at `at`, or ends there."""
+        if at == len(text) or (self._tokens is not None and self._tokens.match(text, at)):
+            return True
+        return self.lines and at > 0 and _LINE.match(text, at - 1) is not None
 
     def settled(self, text: str) -> str:
         """The beginning of `text` whose ids do not depend on what follows `text`."""

@@ -111,7 +111,14 @@ def test_a_prompt_that_was_not_hashed_far_takes_nothing_from_others(made: Tokeni
     list(blocks.chain(ids, hashes=hashes))
     tested.encode(other)  # of which no block is hashed beyond those that both begin with
     _, again = tested.encode(first)
-    assert again == list(blocks.chain(ids))
+    assert again == list(blocks.chain(reference(first[: first.rindex("<|im_start|>")])))
+
+
+def test_a_text_that_goes_on_where_another_was_cut_is_not_cut_there(made: Tokenizer) -> None:
+    reference = Reference(made)
+    tested = cache(reference)
+    for text in ("Hello there, <|im_end|>", "Hello there, what?<|im_end|>", "Hello there, "):
+        assert tested.encode(text)[0].tolist() == reference(text).tolist()
 
 
 def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
