@@ -126,7 +126,7 @@ def test_gigatoken_begins_anew_once_it_has_grown_too_large(monkeypatch: pytest.M
     made = tokenizer()
     resident = iter([1000, 1400, 2001, 1200, 1300, 1900])
     monkeypatch.setattr(encoders, "resident_bytes", lambda: next(resident))
-    monkeypatch.setattr(encoders, "_LOOK_CHARS", 10)
+    monkeypatch.setattr(encoders, "_LOOK_BYTES", 10)
     monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", 1000)
     with capture_logs() as logs:
         fast = encoders.Gigatoken(lambda: gigatoken.Tokenizer.from_json(made.to_str()), encoders.Reference(made))

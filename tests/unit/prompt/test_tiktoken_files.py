@@ -78,7 +78,7 @@ def family(
 ) -> tuple[LocalTokenizer, tiktoken.Encoding]:
     name: str = request.param
     file = folder(tmp_path_factory.mktemp(name), rank_lines)
-    local = tiktoken_files.load(file, None, name, where="$.models[0]", cache_bytes=1 << 20)
+    local = tiktoken_files.load(file, None, name, where="$.models[0]", cache_bytes=1 << 22)
     return local, reference(rank_lines, name, reserved=FAMILIES[name].reserved or 7)
 
 
