@@ -144,17 +144,23 @@ class TokenCache:
         """Go on from `path` with `pieces`. Returns the block hashes known, in a list that all beginnings now share."""
         known = path[-1]
         hashes = known.hashes[: known.tokens // self._block_size]
-        for text, ids in pieces:
-            last, number = path[-1], next(self._numbers)
-            keys = [(last.number, self._sample(text, 0), place) for place in range(_PLACES)]
-            key = next((key for key in keys if self._beginnings.get(key) is None), keys[number % _PLACES])
-            path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=last.tokens + len(ids)))
+        for i, (text, ids) in enumerate(pieces):
+            last, sample = path[-1], self._sample(text, 0)
+            place = 0 if i else self._place(last, sample)  # nothing else follows what is new itself
+            tokens = last.tokens + len(ids)
+            key, number = (last.number, sample, place), next(self._numbers)
+            path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=tokens))
         for each in reversed(path[1:]):  # so that those which lead to others stay longer
             each.hashes = hashes
             if self._beginnings.get(each.key) is not each:
                 size = _bytes(each.text, each.ids) + len(each.ids) // self._block_size * _HASH_BYTES
                 self._beginnings.put(each.key, each, size)
         return hashes
+
+    def _place(self, last: _Beginning, sample: str) -> int:
+        """A free place for a beginning after `last`, or any."""
+        free = (place for place in range(_PLACES) if self._beginnings.get((last.number, sample, place)) is None)
+        return next(free, next(self._numbers) % _PLACES)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

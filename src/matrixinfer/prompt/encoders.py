@@ -35,7 +35,7 @@ HARD = (
 
 _MAX_SPECIALS = 64
 
-_SHORT_BYTES = 8 * 1024
+_SHORT_BYTES = 32 * 1024
 _LOOK_BYTES = 32 * 1024 * 1024
 _MAX_GROWTH_BYTES = 512 * 1024 * 1024
 
@@ -96,7 +96,7 @@ class Gigatoken:
 
     name = "gigatoken"
     inline_bytes = 128 * 1024
-    piece_chars = 4 * 1024
+    piece_chars = 8 * 1024
 
     def __init__(self, load: Callable[[], gigatoken.Tokenizer], exact: Encoder) -> None:
         self._load = load
@@ -112,7 +112,7 @@ class Gigatoken:
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
         """See `Encoder`."""
         data = [text.encode() for text in texts]
-        if has_young_characters(b"".join(data)):
+        if not all(map(str.isascii, texts)) and has_young_characters(b"".join(data)):
             return [
                 self._exact.encode(text) if has_young_characters(each) else self._encode(each)
                 for text, each in zip(texts, data, strict=True)
