@@ -59,6 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
     serve.add_argument("--log-json", action=argparse.BooleanOptionalAction, help="JSON log lines (default), or text")
     serve.set_defaults(run=run)
 
+
 SWITCH_SECONDS = 0.0005
 """How long a thread that tokenizes may run Python code before the event loop gets its turn; 5 ms is Python's default."""
 
