@@ -6,19 +6,15 @@ message is continued) is that of `apply_chat_template` in transformers 5.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.content_format import walks_content
+from matrixinfer.prompt.sandbox import Sandbox
 
 CHATML = """\
 {%- macro text(content) %}
@@ -53,6 +49,8 @@ CHATML = """\
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 """What `ChatTemplate.render` passes itself; no request variable may stand for it."""
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
 _FINAL_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -65,18 +63,13 @@ class ChatTemplate:
     def __init__(
         self, source: str, *, now: Callable[[], datetime] = datetime.now, **special_tokens: str | None
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        environment = Sandbox(now=now)
         try:
             tree = environment.parse(source)
             self.content_parts = walks_content(tree)
             """True when the template walks a message's content as a list of parts."""
             self._template = environment.from_string(tree)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
         self.source = source
         self.knows_developers = '"developer"' in source or "'developer'" in source
@@ -102,10 +95,10 @@ class ChatTemplate:
             if add_generation_prompt:
                 raise TokenizeError("a final message cannot be continued and followed by a generation prompt")
             messages, final = self._marked(messages)
-        context = {
+        context: dict[str, Any] = {
             **self._special_tokens,
             **variables,
-            "messages": messages,
+            "messages": [_shaped(message) for message in messages],
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
@@ -132,35 +125,18 @@ class ChatTemplate:
         raise TokenizeError("the final message has no text to continue")
 
 
+def _shaped(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its nulls, its reasoning under all the names that templates read it by."""
+    shaped = {key: value for key, value in message.items() if value is not None}
+    for name in _REASONING:
+        if name in shaped:
+            return {"thinking": shaped[name], **shaped, "reasoning_content": shaped[name]}
+    return shaped
+
+
 def _cut(text: str, final: str) -> str:
     at = text.rfind(_FINAL_MARK.rstrip())
     if at < 0 or final.strip() not in text:
         raise TokenizeError("the chat template drops the final message, so it cannot be continued")
     # A template that trims the message takes the blank off the mark, and would have taken blanks before it too.
     return text[:at] if text.startswith(_FINAL_MARK, at) else text[:at].rstrip()
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks assistant text for training; here it renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class's own declaration
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

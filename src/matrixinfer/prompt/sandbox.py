@@ -1,0 +1,123 @@
+"""The Jinja dialect of chat templates, as Hugging Face transformers 5 sets it up: a sandbox with a few things more.
+
+Jinja's sandbox looks at every attribute that a template asks for, in several steps of Python. Most are keys of
+messages, methods of texts and the state of a loop; for those the outcome is known beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+_ATTRIBUTES_OF_DICTS = frozenset(dir(dict))
+_METHODS_OF_TEXTS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
+"""Those that the sandbox hands out as they are; formatting it wraps."""
+_STATE_OF_LOOPS = frozenset({"depth", "depth0", "first", "index", "index0", "last", "length", "revindex", "revindex0"})
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Compiles chat templates. `now` is the clock behind `strftime_now`."""
+
+    def __init__(self, *, now: Callable[[], datetime]) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.globals |= {
+            "dict": _Dicts(),
+            "namespace": _Variables,
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: now().strftime(form),
+        }
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """See `Environment`: the outcomes are those of the base class, found sooner."""
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _ATTRIBUTES_OF_DICTS:
+                try:
+                    return obj[attribute]
+                except KeyError:
+                    return self.undefined(obj=obj, name=attribute)
+        elif kind is str:
+            if attribute in _METHODS_OF_TEXTS:
+                return getattr(obj, attribute)
+        elif kind is LoopContext:
+            if attribute in _STATE_OF_LOOPS:
+                return getattr(obj, attribute)
+        elif kind is _Variables and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
+class _Variables(Namespace):
+    """Jinja's `namespace`, without names that lead into Python's own."""
+
+    def __init__(*args: Any, **fields: Any) -> None:
+        self, *rest = args
+        fields = dict(*rest, **fields)
+        for name in fields:
+            _check_name(name)
+        Namespace.__init__(self, fields)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace has no room for {name!r}")
+
+
+class _Dicts:
+    """What a template may do with `dict`."""
+
+    def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
+        return dict(*args, **fields)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As of `dict`."""
+        return dict.fromkeys(*args)
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}` marks assistant text for training; here it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call block has a scope of its own, which no loop control reaches out of.
+        return nodes.CallBlock(self.call_method("_rendered"), [], [], body).set_lineno(line)
+
+    def _rendered(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
