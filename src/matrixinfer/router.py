@@ -148,9 +148,7 @@ class Router:
         chain: Sequence[int] = ()
         matches: Matches | None = None
         try:
-            tokenized = await self._tokenizers.tokenize(
-                prompt, model=_base_of(model, pods), urls=[pod.url for pod in pods]
-            )
+            tokenized = await self._tokenizers.tokenize(prompt, model=_base_of(model, pods), engines=pods)
         except TokenizeError as error:
             degraded["tokenize"] = f"not tokenized: {error}"
         else:

@@ -1,10 +1,11 @@
-"""The remote tokenizer against a server that answers as vLLM 0.32 does."""
+"""The remote tokenizer against servers that answer as vLLM 0.32 does."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class Engine:
     handler: Handler = vllm
     bodies: list[Any] = field(default_factory=list)
     url: str = ""
+    engine: str | None = "vllm"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.bodies.append(json.loads(await request.read()))
@@ -66,14 +68,14 @@ def chat(**fields: Any) -> Prompt:
 
 
 async def test_a_text_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    ids = await RemoteTokenizer(session).tokenize(text("hello world"), engine.url, "tiny", timeout_seconds=0.5)
+    ids = await RemoteTokenizer(session).tokenize(text("hello world"), [engine], "tiny", timeout_seconds=0.5)
     assert ids.tolist() == [9707, 1879]
     assert ids.dtype.name == "uint32"
     assert engine.bodies == [{"model": "tiny", "prompt": "hello world", "add_special_tokens": True}]
 
 
 async def test_a_chat_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    await RemoteTokenizer(session).tokenize(chat(), engine.url.rstrip("/"), "tiny", timeout_seconds=0.5)
+    await RemoteTokenizer(session).tokenize(chat(), [engine], "tiny", timeout_seconds=0.5)
     assert engine.bodies == [
         {
             "model": "tiny",
@@ -95,7 +97,7 @@ async def test_everything_that_changes_the_ids_is_passed_on(engine: Engine, sess
         "add_special_tokens": True,
     }
     more = {"chat_template_kwargs": {"mood": 1}, "documents": [{"text": "d"}], "temperature": 1}
-    await RemoteTokenizer(session).tokenize(chat(**fields, **more), engine.url, "tiny", timeout_seconds=0.5)
+    await RemoteTokenizer(session).tokenize(chat(**fields, **more), [engine], "tiny", timeout_seconds=0.5)
     (body,) = engine.bodies
     assert body.pop("chat_template_kwargs") == {"mood": 1, "documents": [{"text": "d"}]}
     assert body == {"model": "tiny", "messages": HELLO} | fields
@@ -172,10 +174,183 @@ async def test_every_failure_is_a_tokenize_error(
     engine.handler = handler
     remote = RemoteTokenizer(session, max_response_bytes=10_000)
     with pytest.raises(TokenizeError):
-        await remote.tokenize(text("x"), engine.url, "tiny", timeout_seconds=0.5)
+        await remote.tokenize(text("x"), [engine], "tiny", timeout_seconds=0.5)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "not a url", "http://[bad"])
 async def test_an_engine_out_of_reach_is_a_tokenize_error(session: aiohttp.ClientSession, url: str) -> None:
     with pytest.raises(TokenizeError):
-        await RemoteTokenizer(session).tokenize(text("x"), url, "tiny", timeout_seconds=0.5)
+        await RemoteTokenizer(session).tokenize(text("x"), [Engine(url=url)], "tiny", timeout_seconds=0.5)
+
+
+@pytest.fixture
+async def engines() -> AsyncIterator[list[Engine]]:
+    async with AsyncExitStack() as stack:
+        made = [Engine() for _ in range(3)]
+        for engine in made:
+            app = web.Application()
+            app.router.add_post("/tokenize", engine.handle)
+            engine.url = str((await stack.enter_async_context(TestServer(app))).make_url(""))
+        yield made
+
+
+def counts(engines: list[Engine]) -> list[int]:
+    return [len(engine.bodies) for engine in engines]
+
+
+async def ids_of(remote: RemoteTokenizer, engines: list[Engine], prompt: Prompt | None = None) -> list[int]:
+    ids = await remote.tokenize(prompt or text("x"), engines, "tiny", timeout_seconds=0.5)
+    return [int(each) for each in ids]
+
+
+async def test_engines_are_asked_in_turn(engines: list[Engine], session: aiohttp.ClientSession) -> None:
+    remote = RemoteTokenizer(session)
+    for _ in range(6):
+        await ids_of(remote, engines)
+    assert counts(engines) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("handler", [answering(500), answering(404), breaking, hanging, answering(200, b"no ids")])
+async def test_the_next_engine_is_asked_when_one_fails(
+    engines: list[Engine], session: aiohttp.ClientSession, handler: Handler
+) -> None:
+    engines[0].handler = handler
+    assert await ids_of(RemoteTokenizer(session), engines) == [9707, 1879]
+    assert counts(engines) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_what_one_engine_refuses_no_other_is_asked(
+    engines: list[Engine], session: aiohttp.ClientSession, status: int
+) -> None:
+    engines[0].handler = answering(status)
+    with pytest.raises(TokenizeError, match=f"refused the prompt with {status}"):
+        await ids_of(RemoteTokenizer(session), engines)
+    assert counts(engines) == [1, 0, 0]
+
+
+async def test_two_engines_are_asked_at_most(engines: list[Engine], session: aiohttp.ClientSession) -> None:
+    for engine in engines:
+        engine.handler = answering(500)
+    with pytest.raises(TokenizeError, match=r"answered 500; .* answered 500$"):
+        await ids_of(RemoteTokenizer(session), engines)
+    assert counts(engines) == [1, 1, 0]
+
+
+async def test_an_engine_that_failed_is_asked_last_for_a_while(
+    engines: list[Engine], session: aiohttp.ClientSession
+) -> None:
+    now = 0.0
+    remote = RemoteTokenizer(session, clock=lambda: now)
+    engines[0].handler = answering(503)
+    for _ in range(4):
+        await ids_of(remote, engines)
+    assert counts(engines)[0] == 1
+    assert await ids_of(remote, engines[1:]) == [9707, 1879]
+    engines[0].handler = vllm
+    assert await ids_of(remote, engines[:1]) == [9707, 1879]  # nobody else is there
+    now = 6.0
+    for _ in range(3):
+        await ids_of(remote, engines)
+    assert counts(engines)[0] == 3
+
+
+async def test_an_engine_without_the_endpoint_is_not_asked_for_a_while(
+    engines: list[Engine], session: aiohttp.ClientSession
+) -> None:
+    now = 0.0
+    remote = RemoteTokenizer(session, clock=lambda: now)
+    engines[0].handler = answering(404)
+    for _ in range(3):
+        with pytest.raises(TokenizeError):
+            await ids_of(remote, engines[:1])
+    assert counts(engines)[0] == 1
+    now = 61.0
+    engines[0].handler = vllm
+    assert await ids_of(remote, engines[:1]) == [9707, 1879]
+
+
+async def test_nobody_to_ask_is_a_tokenize_error(session: aiohttp.ClientSession) -> None:
+    with pytest.raises(TokenizeError, match="no engine"):
+        await ids_of(RemoteTokenizer(session), [])
+
+
+def slowly(release: asyncio.Event) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return await vllm(request)
+
+    return handler
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_equal_questions_at_the_same_time_are_asked_once(engine: Engine, session: aiohttp.ClientSession) -> None:
+    release = asyncio.Event()
+    engine.handler = slowly(release)
+    remote = RemoteTokenizer(session)
+    waiting = [asyncio.create_task(ids_of(remote, [engine])) for _ in range(5)]
+    other = asyncio.create_task(ids_of(remote, [engine], text("other")))
+    await until(lambda: len(engine.bodies) == 2)
+    waiting[0].cancel()  # the others have their answer all the same
+    release.set()
+    assert await asyncio.gather(*waiting[1:], other) == [[9707, 1879]] * 5
+    assert waiting[0].cancelled()
+    assert len(engine.bodies) == 2
+    await ids_of(remote, [engine])
+    assert len(engine.bodies) == 3
+
+
+async def test_a_question_that_nobody_waits_for_is_given_up(engine: Engine, session: aiohttp.ClientSession) -> None:
+    release = asyncio.Event()
+    engine.handler = slowly(release)
+    remote = RemoteTokenizer(session)
+    waiting = asyncio.create_task(ids_of(remote, [engine]))
+    await until(lambda: len(engine.bodies) == 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until(lambda: not remote._under_way)
+    release.set()
+    assert await ids_of(remote, [engine]) == [9707, 1879]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
+        ("/v1/messages", {"messages": HELLO, "system": "s", "max_tokens": 1, "thinking": {"type": "disabled"}}),
+        ("/v1/responses", {"input": [{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}]}),
+    ],
+)
+async def test_what_the_question_cannot_say_is_not_asked(
+    engine: Engine, session: aiohttp.ClientSession, path: str, body: dict[str, Any]
+) -> None:
+    prompt = parse(path, json.dumps({"model": "alias"} | body).encode())
+    with pytest.raises(TokenizeError):
+        await ids_of(RemoteTokenizer(session), [engine], prompt)
+    assert engine.bodies == []
+
+
+async def test_sglang_is_asked_in_its_own_words(engine: Engine, session: aiohttp.ClientSession) -> None:
+    engine.engine = "sglang"
+    remote = RemoteTokenizer(session)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    await ids_of(remote, [engine], text("x"))
+    await ids_of(remote, [engine], chat(tools=tools, chat_template_kwargs={"mood": 1}))
+    assert engine.bodies == [
+        {"model": "tiny", "prompt": "x", "add_special_tokens": True},
+        {
+            "model": "tiny",
+            "messages": HELLO,
+            "continue_final_message": False,
+            "tools": tools,
+            "chat_template_kwargs": {"mood": 1},
+        },
+    ]
+    with pytest.raises(TokenizeError, match="SGLang"):
+        await ids_of(remote, [engine], chat(chat_template="{{ messages }}"))

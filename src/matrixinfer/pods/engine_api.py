@@ -74,6 +74,7 @@ class EngineApi:
 class _Card(msgspec.Struct):
     id: str
     parent: str | None = None
+    owned_by: str | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -89,11 +90,16 @@ def parse_models(body: bytes) -> ServedNames | None:
         cards = msgspec.json.decode(body, type=_Cards).data
     except msgspec.DecodeError:
         return None
-    own = [card.id for card in cards if card.parent is None]
+    own = [card for card in cards if card.parent is None]
     if not own:
         return None
     adapters = {card.id: card.parent for card in cards if card.parent is not None}
-    return ServedNames(base_model=own[0], aliases=frozenset(own), adapters=adapters)
+    return ServedNames(
+        base_model=own[0].id,
+        aliases=frozenset(card.id for card in own),
+        adapters=adapters,
+        engine=own[0].owned_by,
+    )
 
 
 def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:

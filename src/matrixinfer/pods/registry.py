@@ -31,6 +31,8 @@ class ServedNames:
     """Every name of the base model, itself included."""
     adapters: Mapping[str, str]
     """Adapter name to the model below it."""
+    engine: str | None = None
+    """What the engine calls itself as the owner of its models, such as `vllm` or `sglang`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,11 @@ class Pod:
     def url(self) -> str:
         """Base URL of its HTTP API."""
         return self.config.url
+
+    @property
+    def engine(self) -> str | None:
+        """What it calls itself; None until it told."""
+        return None if self.served is None else self.served.engine
 
     @property
     def base_model(self) -> str | None:

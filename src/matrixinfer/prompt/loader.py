@@ -31,7 +31,8 @@ RENDERED_BY_ENGINE: Mapping[str, str] = MappingProxyType(
 """Architectures whose chats vLLM 0.32 writes without a chat template, and the tokenizer mode that it takes for them."""
 
 _HARMONY_TYPE = "gpt_oss"
-"""The model type whose chats vLLM writes in the harmony format, whatever the tokenizer mode."""
+"""The model type whose chats vLLM writes in the harmony format, whatever the tokenizer mode; its `/tokenize` does not."""
+_HARMONY = "the engine writes chats of gpt-oss in the harmony format, without a template"
 
 _MISTRAL_FILE = re.compile(r"tekken\.json|tokenizer\.model\.v.*")
 _MISTRAL_ONLY_FILE = re.compile(r"tekken.*\.json|.*\.model\.v\d+(m\d+)?")
@@ -42,11 +43,15 @@ _LOOKED_FOR = (
 
 
 class TextTokenizer:
-    """A tokenizer for a model whose chats only the engine can write: it encodes texts and refuses chats."""
+    """A tokenizer for a model whose chats only the engine can write: it encodes texts and refuses chats.
 
-    def __init__(self, tokenizer: Tokenizer, reason: str) -> None:
+    `tells` says whether the engine's `/tokenize` writes them as it does for requests.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, reason: str, *, tells: bool) -> None:
         self._tokenizer = tokenizer
         self._reason = reason
+        self.tells = tells
 
     @property
     def name(self) -> str:
@@ -86,7 +91,7 @@ def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: 
             file, model.chat_template, where=where, block_size=block_size, cache_bytes=cache_bytes
         )
     reason = _engine_writes(file.parent, model, where=f"{where}.tokenizer")
-    return tokenizer if reason is None else TextTokenizer(tokenizer, reason)
+    return tokenizer if reason is None else TextTokenizer(tokenizer, reason, tells=reason != _HARMONY)
 
 
 def _mistral(file: Path, *, where: str) -> Tokenizer:
@@ -173,7 +178,7 @@ def _engine_writes(folder: Path, model: ModelConfig, *, where: str) -> str | Non
         return None
     config = read_json(folder / "config.json", where=where)
     if config.get("model_type") == _HARMONY_TYPE:
-        return "the engine writes chats of gpt-oss in the harmony format, without a template"
+        return _HARMONY
     if model.tokenizer_mode != "auto":
         return None
     named = config.get("architectures")

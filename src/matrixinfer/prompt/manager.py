@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,10 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
-from matrixinfer.prompt.conversation import has_media
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 
 _THREADS = 2
-_ENGINES_ASKED = 2
 _INLINE_PIECES = 256
 """Chats of more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
 
@@ -53,7 +50,6 @@ class TokenizerManager:
         self._remote = remote
         self._block_size = block_size
         self._clock = clock
-        self._turns = itertools.count()
         self._local: Mapping[str, Tokenizer] = {}
         self._threads: ThreadPoolExecutor | None = None
 
@@ -74,10 +70,10 @@ class TokenizerManager:
         """What the models' own tokenizers remember, by model."""
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
 
-    async def tokenize(self, prompt: Prompt, *, model: str, urls: Sequence[str]) -> Tokenized:
+    async def tokenize(self, prompt: Prompt, *, model: str, engines: Sequence[Engine]) -> Tokenized:
         """Token ids of `prompt` for `model`, the index's name of it.
 
-        `urls` are base URLs of healthy pods that serve the model; at most two are asked, another one first each time.
+        `engines` serve the model; they are asked where it has no tokenizer of its own here.
         Raises only `TokenizeError`: also when the request is too large or the deadline passes.
         """
         if prompt.inexact is not None:
@@ -89,8 +85,8 @@ class TokenizerManager:
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 tokenizer = self._local.get(model)
-                if tokenizer is None or (prompt.chat is not None and prompt.chat.own_template):
-                    return await self._ask(prompt, model, urls)
+                if tokenizer is None or _is_engines(prompt, tokenizer):
+                    return await self._ask(prompt, model, engines)
                 if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
                     tokens = tokenizer.tokenize(prompt)
                 else:
@@ -112,24 +108,20 @@ class TokenizerManager:
             if model.tokenizer is not None
         }
 
-    async def _ask(self, prompt: Prompt, model: str, urls: Sequence[str]) -> Tokenized:
-        if prompt.chat is not None and has_media(prompt.chat.messages):
-            raise TokenizeError("the prompt carries images, audio or video, and no tokenizer is configured")
-        if self._remote is None or not urls:
+    async def _ask(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+        if self._remote is None or not engines:
             raise TokenizeError(f"no tokenizer is configured for {model}, and no engine can be asked")
         start = self._clock()
-        failures: list[TokenizeError] = []
-        first, count = next(self._turns) % len(urls), min(len(urls), _ENGINES_ASKED)
-        share = self._settings.timeout_seconds / count
-        for i in range(first, first + count):
-            try:
-                ids = await self._remote.tokenize(prompt, urls[i % len(urls)], model, timeout_seconds=share)
-            except TokenizeError as error:
-                failures.append(error)
-            else:
-                took = {"tokenize": (self._clock() - start) * 1e3}
-                return Tokenized(tokens=_kept(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
-        raise TokenizeError("; ".join(map(str, failures)))
+        ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
+        took = {"tokenize": (self._clock() - start) * 1e3}
+        return Tokenized(tokens=_kept(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
+
+
+def _is_engines(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """Whether only an engine can write the prompt, and tells how."""
+    if prompt.chat is None:
+        return False
+    return prompt.chat.own_template or (isinstance(tokenizer, loader.TextTokenizer) and tokenizer.tells)
 
 
 def _kept(tokens: Tokens, prompt: Prompt) -> Tokens:

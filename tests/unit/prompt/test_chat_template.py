@@ -74,7 +74,9 @@ def test_variables_do_not_replace_what_is_rendered() -> None:
 
 
 def test_a_generation_block_renders_its_body() -> None:
-    source = "{% for m in messages %}{% generation %}\n[{{ m.content }}]{{ loop.index }}{% endgeneration %};{% endfor %}"
+    source = (
+        "{% for m in messages %}{% generation %}\n[{{ m.content }}]{{ loop.index }}{% endgeneration %};{% endfor %}"
+    )
     assert render(source, [USER, USER]) == "[hi]1;[hi]2;"
 
 
@@ -83,6 +85,20 @@ def test_no_loop_is_left_out_of_a_generation_block() -> None:
         ChatTemplate("{% for m in messages %}{% generation %}{% continue %}{% endgeneration %}{% endfor %}")
 
 
+PLAIN = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+TRIMMING = PLAIN.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        (PLAIN, "once upon ", "<hi><once upon "),
+        (PLAIN, "", "<hi><"),
+        (PLAIN, "hi", "<hi><hi"),
+        (TRIMMING, "once upon ", "<hi><once upon"),
+        (TRIMMING, " once", "<hi><once"),
+    ],
+)
 def test_a_final_message_is_left_open(source: str, content: str, expected: str) -> None:
     messages = [USER, {"role": "assistant", "content": content}]
     text = render(source, messages, add_generation_prompt=False, continue_final_message=True)

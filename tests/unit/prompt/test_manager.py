@@ -3,8 +3,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
-from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
 
 from .support import folder, tokenizer
@@ -26,23 +27,31 @@ from .support import folder, tokenizer
 Answer = list[int] | TokenizeError | None
 
 
+@dataclass(frozen=True)
+class Pod:
+    url: str = "http://a"
+    engine: str | None = "vllm"
+
+
+PODS = [Pod()]
+
+
 class FakeRemote(RemoteTokenizer):
-    """Answers per URL; None never answers."""
+    """Gives one answer; None is never given."""
 
-    def __init__(self, answers: Mapping[str, Answer]) -> None:
-        self.answers = answers
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
         self.asked: list[tuple[str, str]] = []
-        self.timeouts: list[float] = []
 
-    async def tokenize(self, prompt: Prompt, url: str, model: str, *, timeout_seconds: float) -> TokenIds:
-        self.asked.append((url, model))
-        self.timeouts.append(timeout_seconds)
-        answer = self.answers[url]
-        if answer is None:
+    async def tokenize(
+        self, prompt: Prompt, engines: Sequence[Engine], model: str, *, timeout_seconds: float
+    ) -> TokenIds:
+        self.asked.append((engines[0].url, model))
+        if self.answer is None:
             await asyncio.Event().wait()
-        if isinstance(answer, TokenizeError):
-            raise answer
-        return np.array(answer, dtype=np.uint32)
+        if isinstance(self.answer, TokenizeError):
+            raise self.answer
+        return np.array(self.answer, dtype=np.uint32)
 
 
 def text(value: Any, **fields: Any) -> Prompt:
@@ -70,8 +79,8 @@ def model(tmp_path: Path) -> Path:
 async def test_a_configured_model_is_tokenized_here(model: Path) -> None:
     reference = tokenizer(bos=True)
     async with manager(model) as tokenizers:
-        plain = await tokenizers.tokenize(text("hello"), model="m", urls=[])
-        talk = await tokenizers.tokenize(chat("hello"), model="m", urls=[])
+        plain = await tokenizers.tokenize(text("hello"), model="m", engines=[])
+        talk = await tokenizers.tokenize(chat("hello"), model="m", engines=[])
     assert plain.tokens.ids.tolist() == reference.encode("hello").ids
     assert (plain.source, set(plain.tokens.timings_ms)) == ("local", {"tokenize"})
     rendered = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
@@ -82,14 +91,14 @@ async def test_a_configured_model_is_tokenized_here(model: Path) -> None:
 
 async def test_token_ids_pass_through_without_a_tokenizer() -> None:
     async with manager() as tokenizers:
-        result = await tokenizers.tokenize(text([5, 6]), model="unknown", urls=[])
+        result = await tokenizers.tokenize(text([5, 6]), model="unknown", engines=[])
     assert (result.tokens.ids.tolist(), result.source) == ([5, 6], "request")
 
 
 async def test_a_model_without_a_tokenizer_asks_an_engine() -> None:
-    remote = FakeRemote({"http://a": [1, 2]})
+    remote = FakeRemote([1, 2])
     async with manager(None, remote) as tokenizers:
-        result = await tokenizers.tokenize(chat("hello"), model="index-name", urls=["http://a"])
+        result = await tokenizers.tokenize(chat("hello"), model="index-name", engines=PODS)
     assert (result.tokens.ids.tolist(), result.source, set(result.tokens.timings_ms)) == (
         [1, 2],
         "remote",
@@ -99,52 +108,32 @@ async def test_a_model_without_a_tokenizer_asks_an_engine() -> None:
 
 
 async def test_a_request_with_its_own_template_asks_an_engine(model: Path) -> None:
-    remote = FakeRemote({"http://a": [1]})
+    remote = FakeRemote([1])
     async with manager(model, remote) as tokenizers:
-        result = await tokenizers.tokenize(chat("hello", chat_template="x"), model="m", urls=["http://a"])
+        result = await tokenizers.tokenize(chat("hello", chat_template="x"), model="m", engines=PODS)
     assert result.source == "remote"
 
 
-async def test_two_engines_are_asked_at_most_and_share_the_deadline() -> None:
-    urls = ["http://a", "http://b", "http://c"]
-    remote = FakeRemote(dict.fromkeys(urls, TokenizeError("down")))
-    async with manager(None, remote, timeout_seconds=8) as tokenizers:
-        with pytest.raises(TokenizeError, match="down; down"):
-            await tokenizers.tokenize(text("x"), model="m", urls=urls)
-        remote.answers = {"http://b": [2]}
-        assert (await tokenizers.tokenize(text("x"), model="m", urls=["http://b"])).tokens.ids.tolist() == [2]
-    assert remote.timeouts == [4, 4, 8]
-
-
-async def test_engines_are_asked_in_turn() -> None:
-    urls = ["http://a", "http://b", "http://c"]
-    remote = FakeRemote({"http://a": [1], "http://b": [1], "http://c": TokenizeError("down")})
-    async with manager(None, remote) as tokenizers:
-        for _ in range(4):
-            await tokenizers.tokenize(text("x"), model="m", urls=urls)
-    assert [url[-1] for url, _ in remote.asked] == ["a", "b", "c", "a", "a"]
-
-
 async def test_one_deadline_covers_all_engines() -> None:
-    async with manager(None, FakeRemote({"http://a": None}), timeout_seconds=0.02) as tokenizers:
+    async with manager(None, FakeRemote(None), timeout_seconds=0.02) as tokenizers:
         with pytest.raises(TokenizeError, match=r"within 0\.02 s"):
-            await tokenizers.tokenize(text("x"), model="m", urls=["http://a"])
+            await tokenizers.tokenize(text("x"), model="m", engines=PODS)
 
 
 async def test_nobody_to_ask_is_an_error() -> None:
-    for remote in (None, FakeRemote({})):
+    for remote in (None, FakeRemote([])):
         async with manager(None, remote) as tokenizers:
             with pytest.raises(TokenizeError, match="no engine"):
-                await tokenizers.tokenize(text("x"), model="m", urls=[])
+                await tokenizers.tokenize(text("x"), model="m", engines=[])
 
 
 async def test_a_prompt_above_the_limit_is_not_tokenized(model: Path) -> None:
     async with manager(model, max_prompt_bytes=text("x" * 100).size) as tokenizers:
-        await tokenizers.tokenize(text("x" * 100), model="m", urls=[])
-        await tokenizers.tokenize(text([1] * 200), model="m", urls=[])
+        await tokenizers.tokenize(text("x" * 100), model="m", engines=[])
+        await tokenizers.tokenize(text([1] * 200), model="m", engines=[])
         for larger in (text("x" * 101), chat("x", documents=[{"text": "x" * 100}])):
             with pytest.raises(TokenizeError, match="larger than"):
-                await tokenizers.tokenize(larger, model="m", urls=[])
+                await tokenizers.tokenize(larger, model="m", engines=[])
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
@@ -153,40 +142,52 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
 async def test_of_a_prompt_with_an_image_only_the_beginning_is_known(model: Path) -> None:
     messages = [{"role": "system", "content": "Look well."}, {"role": "user", "content": IMAGE}]
     async with manager(model) as tokenizers:
-        tokens = (await tokenizers.tokenize(conversation(messages), model="m", urls=[])).tokens
+        tokens = (await tokenizers.tokenize(conversation(messages), model="m", engines=[])).tokens
     certain = "<|im_start|>system\nLook well.<|im_end|>\n"
     assert not tokens.complete
     assert tokens.ids.tolist() == tokenizer().encode(certain, add_special_tokens=False).ids
 
 
-async def test_an_engine_is_not_asked_for_the_ids_of_images() -> None:
-    async with manager(None, FakeRemote({"http://a": [1]})) as tokenizers:
-        with pytest.raises(TokenizeError, match="images"):
-            await tokenizers.tokenize(chat(IMAGE), model="m", urls=["http://a"])
+@pytest.mark.parametrize(
+    ("architecture", "asked"),
+    [({"architectures": ["DeepseekV32ForCausalLM"]}, True), ({"model_type": "gpt_oss"}, False)],
+)
+async def test_a_chat_that_only_the_engine_can_write_asks_an_engine_that_tells(
+    model: Path, architecture: dict[str, Any], asked: bool
+) -> None:
+    (model / "config.json").write_text(json.dumps(architecture))
+    remote = FakeRemote([1])
+    async with TokenizerManager(
+        [ModelConfig(name="m", tokenizer=str(model))], TokenizationConfig(), remote
+    ) as tokenizers:
+        assert (await tokenizers.tokenize(text("x"), model="m", engines=PODS)).source == "local"
+        with nullcontext() if asked else pytest.raises(TokenizeError, match="harmony"):
+            assert (await tokenizers.tokenize(chat("x"), model="m", engines=PODS)).source == "remote"
+    assert len(remote.asked) == asked
 
 
 async def test_a_prompt_that_is_truncated_keeps_what_the_engine_keeps(model: Path) -> None:
     async with manager(model, cache_bytes=100_000) as tokenizers:
-        whole = (await tokenizers.tokenize(text("one two three"), model="m", urls=[])).tokens
+        whole = (await tokenizers.tokenize(text("one two three"), model="m", engines=[])).tokens
         for field in ("keep_last", "keep_first"):
             for count in (1, 3, len(whole.ids), 100):
                 sent = text("one two three")
                 prompt = replace(sent, keep_last=count) if field == "keep_last" else replace(sent, keep_first=count)
-                kept = (await tokenizers.tokenize(prompt, model="m", urls=[])).tokens
+                kept = (await tokenizers.tokenize(prompt, model="m", engines=[])).tokens
                 expected = whole.ids[-count:] if field == "keep_last" else whole.ids[:count]
                 assert kept.ids.tolist() == expected.tolist()
                 assert (kept.hashes is None) == (field == "keep_last" and count < len(whole.ids))
         with pytest.raises(TokenizeError, match="truncated"):
-            await tokenizers.tokenize(replace(chat(IMAGE), keep_last=5), model="m", urls=[])
-        cut = await tokenizers.tokenize(replace(text([5, 6, 7]), keep_last=2), model="m", urls=[])
+            await tokenizers.tokenize(replace(chat(IMAGE), keep_last=5), model="m", engines=[])
+        cut = await tokenizers.tokenize(replace(text([5, 6, 7]), keep_last=2), model="m", engines=[])
     assert cut.tokens.ids.tolist() == [6, 7]
 
 
 async def test_a_prompt_that_does_not_follow_from_its_request_is_not_tokenized(model: Path) -> None:
-    async with manager(model, FakeRemote({"http://a": [1]})) as tokenizers:
+    async with manager(model, FakeRemote([1])) as tokenizers:
         with pytest.raises(TokenizeError, match="the engine keeps it"):
             await tokenizers.tokenize(
-                replace(text("x"), text=None, inexact="the engine keeps it"), model="m", urls=["http://a"]
+                replace(text("x"), text=None, inexact="the engine keeps it"), model="m", engines=PODS
             )
 
 
@@ -207,7 +208,7 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
             conversation([{"role": "user"}] * 300),
             conversation([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 300}]),
         ):
-            await tokenizers.tokenize(prompt, model="m", urls=[])
+            await tokenizers.tokenize(prompt, model="m", engines=[])
     assert threads == [True, False, False, False, False]
 
 
@@ -221,7 +222,7 @@ async def test_a_slow_tokenizer_meets_the_deadline(model: Path, monkeypatch: pyt
     monkeypatch.setattr(LocalTokenizer, "render", render)
     async with manager(model, timeout_seconds=0.02) as tokenizers:
         with pytest.raises(TokenizeError, match="within"):
-            await tokenizers.tokenize(chat("x" * 200_000), model="m", urls=[])
+            await tokenizers.tokenize(chat("x" * 200_000), model="m", engines=[])
         release.set()
 
 
@@ -231,7 +232,7 @@ async def test_a_template_that_fails_is_a_tokenize_error(tmp_path: Path) -> None
     models = [ModelConfig(name="m", tokenizer=str(folder(tmp_path / "t", tokenizer())), chat_template=str(template))]
     async with TokenizerManager(models, TokenizationConfig(), None) as tokenizers:
         with pytest.raises(TokenizeError, match="no"):
-            await tokenizers.tokenize(chat("x"), model="m", urls=[])
+            await tokenizers.tokenize(chat("x"), model="m", engines=[])
 
 
 async def test_a_bad_path_fails_the_start_and_names_the_key(tmp_path: Path) -> None:
@@ -244,6 +245,6 @@ async def test_a_bad_path_fails_the_start_and_names_the_key(tmp_path: Path) -> N
 
 async def test_threads_end_with_the_manager(model: Path) -> None:
     async with manager(model) as tokenizers:
-        await tokenizers.tokenize(text("x" * 200_000), model="m", urls=[])
+        await tokenizers.tokenize(text("x" * 200_000), model="m", engines=[])
         assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
     assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())
