@@ -14,6 +14,7 @@ from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
@@ -45,6 +46,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     feeds = {
         name: PodFeed(Ledger(pod=name, model=MODEL, blocks=blocks, index=index), can_replay=False) for name in names
     }
+    metrics = Metrics()
     router = Router(
         registry=registry,
         tokenizers=tokenizers,
@@ -53,7 +55,8 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         feeds=feeds,
         scheduler=schedules,
         load=LoadLedger(time.monotonic, config.assumed_seconds),
-        metrics=Metrics(),
+        metrics=metrics,
+        parity=Parity(metrics, time.monotonic),
         max_prefix_tokens=config.max_prefix_tokens,
     )
     return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)

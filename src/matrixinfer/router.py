@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, TokenizeError
 from matrixinfer.index.base import BlockIndex
-from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.witness import Witness
 from matrixinfer.lookup import LookUp, Matches
+from matrixinfer.parity import Parity, Sample
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
@@ -39,6 +41,11 @@ class _Prepared:
     pods: Sequence[Pod]
     matches: Matches | None
     """What the pods hold of it; None when the index was not asked or could not say."""
+    tokenizer: str | None
+    """The model whose tokenizer made the ids, where they can be compared with the engine's."""
+    ids: TokenIds | None
+    approximate: bool
+    """The ids have lately differed from the engine's: what the index says of them means nothing."""
     degraded: Mapping[str, str]
     """What the decision has to do without, and why."""
     timings_ms: dict[str, float]
@@ -62,6 +69,7 @@ class Router:
         scheduler: Scheduler,
         load: LoadLedger,
         metrics: Metrics,
+        parity: Parity,
         max_prefix_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,6 +81,7 @@ class Router:
         self._scheduler = scheduler
         self._load = load
         self._metrics = metrics
+        self.parity = parity
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
         self._clock = clock
 
@@ -144,19 +153,24 @@ class Router:
         model, pods = self.registry.resolve(prompt.model)
         timings["parse"] = (self._clock() - began) * 1000
 
-        tokens: int | None = None
+        ids: TokenIds | None = None
+        tokenizer: str | None = None
         chain: Sequence[int] = ()
         matches: Matches | None = None
         try:
-            tokenized = await self._tokenizers.tokenize(prompt, model=_base_of(model, pods), engines=pods)
+            base = _base_of(model, pods)
+            tokenized = await self._tokenizers.tokenize(prompt, model=base, engines=pods)
         except TokenizeError as error:
             degraded["tokenize"] = f"not tokenized: {error}"
         else:
             ids = tokenized.tokens.ids
             timings.update(tokenized.tokens.timings_ms)
-            tokens = len(ids)
             if not tokenized.tokens.complete:
-                degraded["media"] = f"only the {tokens} tokens before the first image, audio or video are known"
+                degraded["media"] = f"only the {len(ids)} tokens before the first image, audio or video are known"
+            elif tokenized.source != "request":
+                tokenizer = base
+                if self.parity.is_approximate(base):
+                    degraded["parity"] = "token ids have differed from the engine's; only what was sent here counts"
             began = self._clock()
             chain = self._blocks.chain(
                 ids,
@@ -174,7 +188,7 @@ class Router:
         request = SchedulingRequest(
             id=request_id,
             model=model,
-            prompt_tokens=tokens,
+            prompt_tokens=None if ids is None else len(ids),
             block_size=self._blocks.block_size,
             chain=chain,
             prefix=prompt.prefix,
@@ -182,7 +196,15 @@ class Router:
             now=self._clock(),
         )
         return _Prepared(
-            prompt=prompt, request=request, pods=pods, matches=matches, degraded=degraded, timings_ms=timings
+            prompt=prompt,
+            request=request,
+            pods=pods,
+            matches=matches,
+            tokenizer=tokenizer,
+            ids=ids,
+            approximate="parity" in degraded,
+            degraded=degraded,
+            timings_ms=timings,
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
@@ -192,7 +214,7 @@ class Router:
         for pod in prepared.pods:
             name = pod.name
             metrics = self.registry.metrics_of(pod, now)
-            feed, match, tail = self._look_up.held(pod, matches)
+            feed, match, tail = self._look_up.held(pod, None if prepared.approximate else matches)
             candidates.append(
                 Candidate(
                     name=name,
@@ -222,6 +244,27 @@ class Router:
         size = candidate.engine_block or request.block_size
         return min(held, request.prompt_tokens - 1) // size * size
 
+    def watch(self, prepared: _Prepared, chosen: Candidate) -> Sample | None:
+        """Have the engine's events show its ids of this prompt, where they can."""
+        ids, request = prepared.ids, prepared.request
+        if prepared.tokenizer is None or ids is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
+            return None
+        if not self.parity.sampled():
+            return None
+        pod = next(pod for pod in prepared.pods if pod.name == chosen.name)
+        feed, match, tail = self._look_up.held(pod, prepared.matches)
+        if feed is None or match is None or len(pod.publishers) > 1 or feed.state is not FeedState.COMPLETE:
+            return None
+        size = feed.ledger.block_size
+        if chosen.assumed_blocks or size is None:
+            return None
+        held = min(match * request.block_size + tail, len(ids) - 1) // size * size
+        if held + size > len(ids):
+            return None  # no whole block of the prompt is new
+        model = feed.ledger.model if request.model == prepared.tokenizer else request.model
+        witness = Witness(model, ids, request.chain, held=held)
+        return self.parity.watch(prepared.tokenizer, pod.name, prepared.prompt.path, feed, witness)
+
     def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:
         """Count the request at a pod, with the blocks that it will bring there."""
         return self._load.charge(
@@ -244,7 +287,7 @@ class Router:
 class Route:
     """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
 
-    __slots__ = ("_body", "_charge", "_computed", "_prepared", "_router", "decision", "prompt")
+    __slots__ = ("_body", "_charge", "_computed", "_prepared", "_router", "_sample", "decision", "prompt")
 
     def __init__(self, router: Router, prepared: _Prepared, decision: Decision, body: bytes) -> None:
         self.prompt = prepared.prompt
@@ -253,12 +296,14 @@ class Route:
         self._prepared = prepared
         self._body = body
         self._charge = router.charge(decision.chosen, prepared.request)
+        self._sample = router.watch(prepared, decision.chosen)
         self._computed = False
 
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
         self._charge.cancel()
         self._charge = self._router.charge(pod, self._prepared.request)
+        self._end_sample()
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
@@ -273,12 +318,37 @@ class Route:
         self._computed = True
         self._charge.first_byte()
 
+    @property
+    def compares_counts(self) -> bool:
+        """Whether the engine's count of prompt tokens can be held against ours."""
+        prompt = self._prepared.prompt
+        whole = prompt.keep_first is None and prompt.keep_last is None
+        return self._prepared.tokenizer is not None and prompt.counted and whole
+
+    def counted(self, pod: Candidate, prompt_tokens: int) -> None:
+        """The answer of `pod` says how many tokens the prompt has. Only where `compares_counts`."""
+        prepared = self._prepared
+        if prepared.tokenizer is not None and prepared.ids is not None:
+            self._router.parity.counted(
+                prepared.tokenizer,
+                pod=pod.name,
+                path=prepared.prompt.path,
+                ours=len(prepared.ids),
+                engines=prompt_tokens,
+            )
+
     def finish(self) -> None:
         """The request is over, however it ended."""
         if self._computed:
             self._charge.release()
         else:
             self._charge.cancel()
+        self._end_sample()
+
+    def _end_sample(self) -> None:
+        if self._sample is not None:
+            self._router.parity.finished(self._sample, computed=self._computed)
+            self._sample = None
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""

@@ -18,6 +18,7 @@ from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
@@ -69,6 +70,7 @@ class Service:
                 scheduler=scheduler,
                 load=LoadLedger(clock, config.scheduler.assumed_seconds),
                 metrics=metrics,
+                parity=Parity(metrics, clock),
                 max_prefix_tokens=config.scheduler.max_prefix_tokens,
                 clock=clock,
             )

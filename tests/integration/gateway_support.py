@@ -54,6 +54,13 @@ class FakeRoute:
         self.reports.append(f"answered {pod.name}")
         self.registry.answered(pod.name)
 
+    @property
+    def compares_counts(self) -> bool:
+        return True
+
+    def counted(self, pod: Candidate, prompt_tokens: int) -> None:
+        self.reports.append(f"counted {pod.name} {prompt_tokens}")
+
     def first_byte(self) -> None:
         self.reports.append("first_byte")
 

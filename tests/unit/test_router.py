@@ -25,6 +25,7 @@ from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable,
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
@@ -74,6 +75,7 @@ class World:
             scheduler=Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover()),
             load=self.load,
             metrics=self.metrics,
+            parity=Parity(self.metrics, time.monotonic),
             max_prefix_tokens=1_000,
         )
 

@@ -138,7 +138,11 @@ class Admin:
 
     def routes(self) -> Routes:
         """Paths of the admin listener."""
-        return {"/debug/route": {"POST": self.explain}, "/debug/pods": {"GET": self.pods}}
+        return {
+            "/debug/route": {"POST": self.explain},
+            "/debug/pods": {"GET": self.pods},
+            "/debug/tokenizers": {"GET": self.tokenizers},
+        }
 
     async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
         """Where the body would go if it came on `?path=…`, and why. Changes nothing."""
@@ -154,6 +158,10 @@ class Admin:
         return json_response(
             {"pods": [{**_pod(pod, now), "feeds": self._router.feeds_of(pod)} for pod in registry.pods]}
         )
+
+    async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
+        """How each model's token ids compare with its engines'."""
+        return json_response({"tokenizers": self._router.parity.view()})
 
 
 def json_response(data: object, *, status: int = 200) -> web.Response:

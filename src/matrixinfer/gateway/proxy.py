@@ -24,7 +24,7 @@ from yarl import URL
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
-from matrixinfer.gateway import headers
+from matrixinfer.gateway import headers, usage
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -95,6 +95,8 @@ class Proxy:
             if length is not None and length <= MAX_WHOLE_BYTES:
                 body = await self._read(upstream, pod, whole=True)
                 self._first_byte(exchange, upstream)
+                if _reports(exchange, upstream):
+                    _count(exchange, pod, body)
                 return self._response(exchange, upstream, pod, body)
             chunk = await self._read(upstream, pod, whole=False)
             self._first_byte(exchange, upstream)
@@ -149,7 +151,10 @@ class Proxy:
         writer = cast("StreamWriter", await response.prepare(request))
         protocol = request.protocol
         readany = upstream.content.readany
+        tail = usage.Tail() if _reports(exchange, upstream) else None
         while chunk:
+            if tail is not None:
+                tail.add(chunk)
             await writer.write(chunk, drain=False)
             if protocol.writing_paused:
                 await self._drain(exchange, writer)
@@ -161,6 +166,8 @@ class Proxy:
                     raise self._silent(pod) from error
                 self._metrics.upstream_error(pod.name, "broken")
                 raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
+        if tail is not None:
+            _count(exchange, pod, bytes(tail))
         await response.write_eof()
         return response
 
@@ -204,6 +211,18 @@ class Proxy:
 def _payload(body: bytes) -> bytes | io.BytesIO:
     """The body as the client session takes it: written at once, or piece by piece where it is large."""
     return body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
+
+
+def _reports(exchange: Exchange, upstream: aiohttp.ClientResponse) -> bool:
+    """Whether the answer may tell how many tokens the prompt has, and that is worth knowing."""
+    return upstream.status == 200 and "Content-Encoding" not in upstream.headers and exchange.route.compares_counts
+
+
+def _count(exchange: Exchange, pod: Candidate, answer: bytes) -> None:
+    """Tell what an answer reports at its end, if it does."""
+    counted = usage.prompt_tokens(answer)
+    if counted is not None:
+        exchange.route.counted(pod, counted)
 
 
 def _cut(request: web.BaseRequest) -> None:

@@ -36,6 +36,7 @@ from matrixinfer.kvevents.wire import (
     is_hash_of_tokens_alone,
     tokens_of,
 )
+from matrixinfer.kvevents.witness import Witness
 
 MAX_TOKENS = 64_000_000
 """Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""
@@ -92,6 +93,8 @@ class Ledger:
         """The events do not tell a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
         """The events do not tell a block's adapter."""
+        self.witness: Witness | None = None
+        """Sees new blocks, while somebody wants to know."""
         self._numbers_adapters = (
             False  # they give adapters as numbers, so that blocks of one are at least known as such
         )
@@ -253,6 +256,8 @@ class Ledger:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
         forest.extend(run, ids, tokens)
+        if self.witness is not None:
+            self.witness.see(run, position)
         if parent in forest.cut:
             forest.cut.update(ids)
             return

@@ -70,8 +70,8 @@ class Prompt:
     """The engine drops all but this many tokens at the prompt's beginning. Never 0."""
     reads_cache: bool = True
     """False when the engine computes the whole prompt whatever it has cached, as for log-probabilities of the prompt."""
-    alone: bool = True
-    """False when the request holds further prompts, so that the engine's usage counts more tokens than this one's."""
+    counted: bool = True
+    """False when the engine's usage counts other tokens than these: of further prompts, or of a prompt cut to fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -135,7 +135,7 @@ def prompt(
     inexact: str | None = None,
     truncates: Literal["left", "right"] | None = None,
     reads_cache: bool = True,
-    alone: bool = True,
+    counted: bool = True,
 ) -> Prompt:
     """The prompt of a request of `size` bytes.
 
@@ -172,7 +172,7 @@ def prompt(
         keep_last=keep if side == "left" else None,
         keep_first=keep if side == "right" else None,
         reads_cache=reads_cache,
-        alone=alone,
+        counted=counted and request.truncate_prompt_tokens is None,
     )
 
 

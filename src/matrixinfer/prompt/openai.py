@@ -91,5 +91,5 @@ def completion(path: str, body: bytes) -> Prompt:
         inexact=inexact,
         truncates="left",
         reads_cache=request.prompt_logprobs is None and not echoed,
-        alone=first.alone,
+        counted=first.alone,
     )

@@ -70,7 +70,7 @@ def embeddings(path: str, body: bytes) -> Prompt:
         token_ids=first.token_ids,
         add_special_tokens=request.add_special_tokens is not False,
         truncates="right",
-        alone=first.alone,
+        counted=first.alone,
     )
 
 
@@ -113,7 +113,7 @@ def _chat(path: str, request: _EmbeddingRequest, messages: list[fields.Object], 
         ),
         add_special_tokens=request.add_special_tokens is True,
         truncates="right",
-        alone=count == 1,
+        counted=count == 1,
     )
 
 
@@ -132,5 +132,5 @@ def _query(path: str, request: _ScoringRequest, query: str | fields.Object, size
         add_special_tokens=True,
         inexact=inexact,
         truncates="right",
-        alone=False,
+        counted=False,
     )

@@ -25,6 +25,7 @@ class _Request(fields.Request, kw_only=True):
     previous_response_id: str | None = None
     previous_input_messages: Any = None
     chat_template_kwargs: fields.Object | None = None
+    truncation: Any = None
 
 
 _REQUEST = msgspec.json.Decoder(_Request)
@@ -66,6 +67,7 @@ def response(path: str, body: bytes) -> Prompt:
         chat=chat,
         add_special_tokens=True,
         inexact=inexact,
+        counted=request.truncation != "auto",
     )
 
 

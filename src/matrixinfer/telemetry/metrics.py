@@ -53,6 +53,17 @@ class Metrics:
         )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
         self._degraded = self._counter("degraded", "Decisions that had to do without something.", "reason")
+        self._parity = self._counter(
+            "tokenizer_parity", "Comparisons of our token ids with the engine's.", "model", "check", "result"
+        )
+        self._approximate = _Children(
+            Gauge(
+                "matrixinfer_tokenizer_approximate",
+                "1 while a model is routed without the index, as its token ids differ from the engine's.",
+                ["model"],
+                registry=self.registry,
+            ).labels
+        )
         self._prompt_tokens = self._plain_counter("prompt_tokens", "Tokens of tokenized prompts.")
         self._predicted = self._plain_counter("predicted_hit_tokens", "Of those, tokens expected in the pod's cache.")
 
@@ -104,6 +115,14 @@ class Metrics:
         """A prompt was tokenized, and this much of it is expected in the chosen pod's cache."""
         self._prompt_tokens.inc(prompt_tokens)
         self._predicted.inc(hit_tokens)
+
+    def parity(self, model: str, check: str, result: str) -> None:
+        """Our token ids were compared with the engine's: `agreed`, `mismatch` or `inconclusive`."""
+        self._parity[model, check, result].inc()
+
+    def approximate(self, model: str, is_approximate: bool) -> None:
+        """A model is routed without the index from now on, or with it again."""
+        self._approximate[model,].set(is_approximate)
 
     def _counter(self, name: str, text: str, *labels: str) -> _Children[Counter]:
         return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry).labels)

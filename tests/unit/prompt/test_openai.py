@@ -201,7 +201,7 @@ def test_a_completion_that_echoes_log_probabilities_reads_no_cache(fields: dict[
     ("prompt", "alone"), [("x", True), (["x"], True), (["x", "y"], False), ([1, 2], True), ([[1], [2]], False)]
 )
 def test_a_prompt_among_others_is_not_alone(prompt: Any, alone: bool) -> None:
-    assert completion(prompt).alone is alone
+    assert completion(prompt).counted is alone
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def embedding(**fields: Any) -> Prompt:
 )
 def test_the_first_input_is_embedded_first(value: Any, text: str | None, ids: list[int] | None, alone: bool) -> None:
     prompt = embedding(input=value)
-    assert (prompt.text, prompt.alone, prompt.add_special_tokens) == (text, alone, True)
+    assert (prompt.text, prompt.counted, prompt.add_special_tokens) == (text, alone, True)
     assert (None if prompt.token_ids is None else prompt.token_ids.tolist()) == ids
     assert not embedding(input=value, add_special_tokens=False).add_special_tokens
 
@@ -51,7 +51,7 @@ def test_a_chat_is_embedded_without_a_generation_prompt(fields: dict[str, Any], 
     prompt = embedding(**fields)
     assert prompt.chat is not None
     assert prompt.chat.messages == HELLO
-    assert (prompt.chat.add_generation_prompt, prompt.add_special_tokens, prompt.alone) == (False, False, alone)
+    assert (prompt.chat.add_generation_prompt, prompt.add_special_tokens, prompt.counted) == (False, False, alone)
     prompt = embedding(**fields, add_generation_prompt=True, chat_template_kwargs={"a": 1, "b": None})
     assert prompt.chat is not None
     assert (prompt.chat.add_generation_prompt, prompt.chat.chat_template_kwargs) == (True, {"a": 1})
@@ -66,7 +66,7 @@ def test_engines_that_embed_keep_the_beginning_of_what_is_too_long(value: Any) -
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_a_ranking_begins_with_its_query(path: str) -> None:
     prompt = request(path, query="q", documents=["a", "b"])
-    assert (prompt.path, prompt.text, prompt.alone, prompt.add_special_tokens) == (path, "q", False, True)
+    assert (prompt.path, prompt.text, prompt.counted, prompt.add_special_tokens) == (path, "q", False, True)
     assert prompt.prefix == b"q"
 
 

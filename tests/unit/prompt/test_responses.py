@@ -35,7 +35,7 @@ def test_a_text_is_a_user_s_message_after_the_instructions() -> None:
     assert prompt.chat is not None
     assert prompt.chat.messages == [{"role": "system", "content": "be nice"}, {"role": "user", "content": "hello"}]
     assert (prompt.chat.tools, prompt.chat.add_generation_prompt) == (None, True)
-    assert (prompt.stream, prompt.cache_salt, prompt.alone, prompt.reads_cache) == (True, "s", True, True)
+    assert (prompt.stream, prompt.cache_salt, prompt.counted, prompt.reads_cache) == (True, "s", True, True)
 
 
 def test_the_tokenizer_adds_its_special_tokens() -> None:

@@ -1,0 +1,52 @@
+"""What an engine computes of one prompt, as its events show it: whether its tokens are ours.
+
+An engine that holds the first `held` tokens of a prompt computes the rest and stores it as blocks that follow the block
+which ends there. So while the prompt is under way, a new chain of blocks after exactly those tokens is that prompt's,
+if it is the only one. Its tokens are then the engine's own ids of the prompt. When there is none (the engine held more
+than was known) or more than one (another prompt goes on from the same place), nothing follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matrixinfer.blocks import TokenIds, token_bytes
+from matrixinfer.kvevents.run import Run
+
+
+class Witness:
+    """Looks for blocks of `ids`, shape (n,), that follow the first `held`; `chain` are its block hashes.
+
+    `model` is the index's name of the model. The prompt has neither salt nor media.
+    """
+
+    def __init__(self, model: str, ids: TokenIds | Sequence[int], chain: Sequence[int], *, held: int) -> None:
+        self.chains = 0
+        """New chains seen after those tokens."""
+        self.first_difference: int | None = None
+        """Position in the prompt of the first token that differs in the last chain seen; None when none does."""
+        self._model = model
+        self._tokens = token_bytes(ids)
+        self._chain = chain
+        self._held = held
+
+    def see(self, run: Run, position: int) -> None:
+        """Blocks were appended to `run` from `position` on."""
+        if run.start + position * run.block_size != self._held or run.model != self._model:
+            return
+        blocks, name, rest = run.before(position)
+        if name != (self._chain[blocks - 1] if blocks else None):
+            return
+        start = 4 * self._held
+        if rest != self._tokens[start - len(rest) : start]:
+            return
+        self.chains += 1
+        self.first_difference = self._difference(bytes(run.tokens[start - 4 * run.base :]))
+
+    def _difference(self, theirs: bytes) -> int | None:
+        ours = self._tokens[4 * self._held :]
+        count = min(len(ours), len(theirs))
+        if ours[:count] == theirs[:count]:
+            return None
+        at = next(i for i in range(0, count, 4) if ours[i : i + 4] != theirs[i : i + 4])
+        return self._held + at // 4

@@ -1,0 +1,182 @@
+"""Whether our token ids are the engine's: the canary that tells, and what follows when they are not.
+
+Two things are compared all the time: the count of prompt tokens that answers report, and, on a sample of requests, the
+token ids themselves as the engine's events show them (`kvevents.witness`). After a run of mismatches a model is routed
+approximately, by what this gateway has sent where and not by the index, until it has agreed as often in a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import structlog
+
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.witness import Witness
+from matrixinfer.telemetry.metrics import Metrics
+
+Check: TypeAlias = Literal["usage", "events"]
+
+RUN = 3
+"""Mismatches in a row after which a model is routed approximately, and agreements after which it no longer is."""
+SAMPLED_EVERY = 16
+"""One request in so many has the engine's events compared."""
+_MAX_SAMPLES = 64
+_GRACE_SECONDS = 1.0
+"""Events may come this long after the answer's end."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the comparisons of one kind have said of one model."""
+
+    agreed: int = 0
+    mismatched: int = 0
+    inconclusive: int = 0
+    differing: bool = False
+    """A run of mismatches has not been made up for by one of agreements."""
+    streak: int = 0
+    """The run that is under way: of agreements, or of mismatches where it is negative."""
+
+    def note(self, *, agrees: bool) -> None:
+        """One more comparison."""
+        self.agreed += agrees
+        self.mismatched += not agrees
+        self.streak = max(self.streak, 0) + 1 if agrees else min(self.streak, 0) - 1
+        if abs(self.streak) >= RUN:
+            self.differing = not agrees
+
+    def view(self) -> dict[str, int]:
+        """As JSON-able data."""
+        return {
+            "agreed": self.agreed,
+            "mismatched": self.mismatched,
+            "inconclusive": self.inconclusive,
+            "streak": self.streak,
+        }
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sample:
+    """A request whose blocks are being looked for in the events of the pod that computes it."""
+
+    model: str
+    pod: str
+    path: str
+    feed: PodFeed
+    epoch: int
+    """Of the feed: in a later one old blocks may have come once more."""
+    witness: Witness
+    until: float | None = None
+    """When its time is over; None while the request is under way."""
+    void: bool = False
+
+
+@dataclass(slots=True)
+class _Model:
+    checks: dict[Check, Verdict]
+    approximate: bool = False
+
+    def view(self) -> dict[str, object]:
+        checks: dict[str, object] = {name: check.view() for name, check in self.checks.items()}
+        return {"approximate": self.approximate} | checks
+
+
+class Parity:
+    """Keeps the verdicts of all models. `clock` gives seconds and never goes back."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._models: dict[str, _Model] = {}
+        self._samples: list[Sample] = []
+        self._turns = itertools.count()
+        self._log = structlog.get_logger(__name__)
+
+    def is_approximate(self, model: str) -> bool:
+        """Whether `model`'s token ids have lately differed."""
+        known = self._models.get(model)
+        return known is not None and known.approximate
+
+    def view(self) -> dict[str, object]:
+        """Every model compared so far, as JSON-able data."""
+        self._settle()
+        return {name: model.view() for name, model in self._models.items()}
+
+    def counted(self, model: str, *, pod: str, path: str, ours: int, engines: int) -> None:
+        """An answer of `pod` says that it counted `engines` prompt tokens where we have `ours`."""
+        self._note(model, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
+
+    def sampled(self) -> bool:
+        """Whether this request is one to `watch`."""
+        self._settle()
+        return next(self._turns) % SAMPLED_EVERY == 0
+
+    def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
+        """Look for a prompt in what `pod` stores from now on, unless another one is being looked for there."""
+        if feed.ledger.witness is not None or len(self._samples) >= _MAX_SAMPLES:
+            return None
+        sample = Sample(model=model, pod=pod, path=path, feed=feed, epoch=feed.epoch, witness=witness)
+        feed.ledger.witness = witness
+        self._samples.append(sample)
+        return sample
+
+    def finished(self, sample: Sample, *, computed: bool) -> None:
+        """The request of `sample` is over; its last events may still come."""
+        sample.void = not computed
+        sample.until = self._clock() + _GRACE_SECONDS if computed else self._clock()
+
+    def _settle(self) -> None:
+        """Judge the samples whose time is over."""
+        if not self._samples:
+            return
+        now = self._clock()
+        over = [sample for sample in self._samples if sample.until is not None and sample.until <= now]
+        if over:
+            self._samples = [sample for sample in self._samples if sample not in over]
+        for sample in over:
+            self._judge(sample)
+
+    def _judge(self, sample: Sample) -> None:
+        sample.feed.ledger.witness = None
+        if sample.void or sample.feed.epoch != sample.epoch or sample.witness.chains != 1:
+            self._model(sample.model).checks["events"].inconclusive += 1
+            self._metrics.parity(sample.model, "events", "inconclusive")
+            return
+        position = sample.witness.first_difference
+        self._note(
+            sample.model,
+            "events",
+            agrees=position is None,
+            pod=sample.pod,
+            path=sample.path,
+            first_difference=position,
+        )
+
+    def _note(self, name: str, check: Check, *, agrees: bool, **told: object) -> None:
+        model = self._model(name)
+        verdict = model.checks[check]
+        verdict.note(agrees=agrees)
+        self._metrics.parity(name, check, "agreed" if agrees else "mismatch")
+        if not agrees and _is_worth_a_line(verdict):
+            self._log.warning("tokenizer.differs", model=name, check=check, times=verdict.mismatched, **told)
+        approximate = any(each.differing for each in model.checks.values())
+        if approximate != model.approximate:
+            model.approximate = approximate
+            self._metrics.approximate(name, approximate)
+            self._log.warning("tokenizer.distrusted" if approximate else "tokenizer.trusted", model=name, check=check)
+
+    def _model(self, name: str) -> _Model:
+        known = self._models.get(name)
+        if known is None:
+            checks: dict[Check, Verdict] = {"usage": Verdict(), "events": Verdict()}
+            known = self._models[name] = _Model(checks)
+        return known
+
+
+def _is_worth_a_line(verdict: Verdict) -> bool:
+    """The first mismatches of a run are, and then ever fewer."""
+    return -verdict.streak <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0

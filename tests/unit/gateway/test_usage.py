@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.gateway.usage import Tail, prompt_tokens
+
+USAGE = {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+RESPONSES_USAGE = {
+    "input_tokens": 7,
+    "input_tokens_details": {"cached_tokens": 4, "input_tokens_per_turn": [7]},
+    "output_tokens": 2,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 9,
+}
+ANTHROPIC_USAGE = {"input_tokens": 3, "output_tokens": 2, "cache_read_input_tokens": 4}
+LURE = 'say "usage":{"prompt_tokens":1} and \\"usage\\":{'
+
+
+def compact(data: Any) -> bytes:
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+def stream(*events: Any) -> bytes:
+    return b"".join(b"data: " + compact(event) + b"\n\n" for event in events)
+
+
+ANSWERS = {
+    "chat": compact({"id": "x", "choices": [{"message": {"content": LURE}}], "usage": USAGE, "prompt_logprobs": None}),
+    "indented": json.dumps({"choices": [LURE], "usage": USAGE}, indent=2).encode(),
+    "embeddings": compact({"data": [{"embedding": [0.5] * 5000}], "usage": {"prompt_tokens": 7, "total_tokens": 7}}),
+    "response": compact({"output": [{"text": LURE}], "usage": RESPONSES_USAGE, "user": None}),
+    "message": compact({"content": [{"text": LURE}], "usage": ANTHROPIC_USAGE}),
+    "chat stream": stream({"delta": LURE, "usage": None}, {"choices": [], "usage": USAGE}) + b"data: [DONE]\n\n",
+    "continuous": stream({"usage": {**USAGE, "prompt_tokens": 6}}, {"usage": USAGE}) + b"data: [DONE]\n\n",
+    "response stream": b"event: response.completed\n"
+    + stream({"response": {"output": [LURE], "usage": RESPONSES_USAGE}, "type": "response.completed"}),
+    "message stream": stream({"type": "message_start", "message": {"usage": {"input_tokens": 0}}}, {"delta": LURE})
+    + stream({"type": "message_delta", "usage": ANTHROPIC_USAGE}, {"type": "message_stop"}),
+}
+"""As vLLM 0.32 ends its answers; each prompt has 7 tokens."""
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_count_is_read_from_every_kind_of_answer(name: str) -> None:
+    assert prompt_tokens(ANSWERS[name]) == 7
+
+
+@pytest.mark.parametrize("name", [name for name in ANSWERS if "stream" in name])
+def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> None:
+    answer = stream(*[{"delta": "x" * 50}] * 2000) + ANSWERS[name]
+    for size in (1, 7, 100, 4096, 50_000):
+        tail = Tail()
+        for start in range(0, len(answer), size):
+            tail.add(answer[start : start + size])
+        assert prompt_tokens(bytes(tail)) == 7
+        assert len(bytes(tail)) < 16 * 1024 + size
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"not json",
+        compact({"choices": [{"message": {"content": LURE}}]}),
+        compact({"usage": None}),
+        compact({"usage": {}}),
+        compact({"usage": {"prompt_tokens": "7"}}),
+        compact({"usage": {"prompt_tokens": 7.5}}),
+        b'{"usage":{"prompt_tokens":7',
+        b'{"usage":{"prompt_tokens":\xff}}',
+        compact({"usage": USAGE, "prompt_token_ids": [1000] * 10_000}),
+    ],
+)
+def test_an_answer_without_a_count_that_can_be_read_has_none(answer: bytes) -> None:
+    assert prompt_tokens(answer) is None
+
+
+@given(st.text())
+def test_generated_text_is_never_taken_for_a_report(text: str) -> None:
+    assert prompt_tokens(compact({"choices": [{"text": text + LURE + text}]})) is None
