@@ -56,14 +56,19 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    tokenizer: LocalTokenizer, engine: SimEngineConfig, *, pods: int, scheduler: SchedulerConfig | None = None
+    tokenizer: LocalTokenizer,
+    engine: SimEngineConfig,
+    *,
+    pods: int,
+    scheduler: SchedulerConfig | None = None,
+    chat_template: str = "chatml",
 ) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
         config = Config(
             listen="127.0.0.1:0",
             admin="127.0.0.1:0",
-            models=(ModelConfig(name=engine.model, tokenizer=str(TOKENIZER), chat_template="chatml"),),
+            models=(ModelConfig(name=engine.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
             pods=tuple(
                 PodConfig(
                     name=f"pod-{i}",
