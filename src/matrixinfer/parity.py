@@ -110,23 +110,40 @@ class Parity:
         """An answer of `pod` says that it counted `engines` prompt tokens where we have `ours`."""
         self._note(model, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
 
-    def sampled(self) -> bool:
+    def is_due(self) -> bool:
         """Whether this request is one to `watch`."""
         self._settle()
         return next(self._turns) % SAMPLED_EVERY == 0
 
+    def is_watched(self, feed: PodFeed) -> bool:
+        """Whether a request is being looked for in `feed`, so that others that go to its pod are to be told of."""
+        return feed.ledger.witness is not None
+
     def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
-        """Look for a prompt in what `pod` stores from now on, unless another one is being looked for there."""
-        if feed.ledger.witness is not None or len(self._samples) >= _MAX_SAMPLES:
+        """Look for a prompt in what `pod` stores from now on, unless another one is being looked for there.
+
+        In that case the other one's time is over where its blocks could be taken for those of this one.
+        """
+        if feed.ledger.witness is not None:
+            self._crossed(feed, witness)
+            return None
+        if len(self._samples) >= _MAX_SAMPLES:
             return None
         sample = Sample(model=model, pod=pod, path=path, feed=feed, epoch=feed.epoch, witness=witness)
         feed.ledger.witness = witness
         self._samples.append(sample)
         return sample
 
+    def _crossed(self, feed: PodFeed, witness: Witness) -> None:
+        """A prompt like the one looked for in `feed` goes to the same pod."""
+        for sample in self._samples:
+            if sample.feed is feed and sample.witness.is_like(witness):
+                feed.ledger.witness = None
+                sample.void = sample.void or not sample.witness.chains
+
     def finished(self, sample: Sample, *, computed: bool) -> None:
         """The request of `sample` is over; its last events may still come."""
-        sample.void = not computed
+        sample.void = sample.void or not computed
         sample.until = self._clock() + _GRACE_SECONDS if computed else self._clock()
 
     def _settle(self) -> None:
@@ -141,7 +158,8 @@ class Parity:
             self._judge(sample)
 
     def _judge(self, sample: Sample) -> None:
-        sample.feed.ledger.witness = None
+        if sample.feed.ledger.witness is sample.witness:
+            sample.feed.ledger.witness = None
         if sample.void or sample.feed.epoch != sample.epoch or sample.witness.chains != 1:
             self._model(sample.model).checks["events"].inconclusive += 1
             self._metrics.parity(sample.model, "events", "inconclusive")

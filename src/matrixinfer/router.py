@@ -245,25 +245,29 @@ class Router:
         return min(held, request.prompt_tokens - 1) // size * size
 
     def watch(self, prepared: _Prepared, chosen: Candidate) -> Sample | None:
-        """Have the engine's events show its ids of this prompt, where they can."""
-        ids, request = prepared.ids, prepared.request
-        if prepared.tokenizer is None or ids is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
+        """Have the engine's events show its ids of this prompt, where they can and it is one of the sample."""
+        feed = self._feeds.get(chosen.name)  # of a pod with data-parallel ranks there is none under its own name
+        if feed is None or prepared.tokenizer is None or not (self.parity.is_watched(feed) or self.parity.is_due()):
             return None
-        if not self.parity.sampled():
+        witness = self._witness(prepared, chosen, feed)
+        if witness is None:
+            return None
+        return self.parity.watch(prepared.tokenizer, chosen.name, prepared.prompt.path, feed, witness)
+
+    def _witness(self, prepared: _Prepared, chosen: Candidate, feed: PodFeed) -> Witness | None:
+        """Of the blocks that the prompt is expected to bring to the chosen pod; None where they cannot be told."""
+        ids, request, size = prepared.ids, prepared.request, feed.ledger.block_size
+        if ids is None or size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
         pod = next(pod for pod in prepared.pods if pod.name == chosen.name)
-        feed, match, tail = self._look_up.held(pod, prepared.matches)
-        if feed is None or match is None or len(pod.publishers) > 1 or feed.state is not FeedState.COMPLETE:
+        _, match, tail = self._look_up.held(pod, prepared.matches)
+        if match is None or chosen.assumed_blocks or feed.state is not FeedState.COMPLETE:
             return None
-        size = feed.ledger.block_size
-        if chosen.assumed_blocks or size is None:
-            return None
-        held = min(match * request.block_size + tail, len(ids) - 1) // size * size
+        held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size
         if held + size > len(ids):
             return None  # no whole block of the prompt is new
         model = feed.ledger.model if request.model == prepared.tokenizer else request.model
-        witness = Witness(model, ids, request.chain, held=held)
-        return self.parity.watch(prepared.tokenizer, pod.name, prepared.prompt.path, feed, witness)
+        return Witness(model, ids, request.chain, held=held, block_size=request.block_size)
 
     def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:
         """Count the request at a pod, with the blocks that it will bring there."""

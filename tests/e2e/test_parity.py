@@ -21,6 +21,7 @@ ENGINE = SimEngineConfig(
     model="m", block_size=16, num_blocks=5_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
 )
 GRACE = 0.1
+DISTRUST = "token ids have differed from the engine's; only what was sent here counts"
 
 
 @pytest.fixture(autouse=True)
@@ -74,16 +75,25 @@ async def test_the_same_tokenizer_agrees_in_counts_and_in_events(tokenizer: Loca
     assert found["events"]["mismatched"] == 0
 
 
+async def test_an_empty_prompt_is_the_engines_to_refuse(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, ENGINE, pods=1) as gateway:
+        await gateway.post(CHAT, chat(0))
+        await asyncio.sleep(GRACE)
+        body = {"model": "m", "prompt": "", "max_tokens": 1}
+        async with gateway.session.post(gateway.url + COMPLETIONS, json=body) as response:
+            assert response.status == 400
+
+
 async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_agree(
     tokenizer: LocalTokenizer, tmp_path: Path
 ) -> None:
     other = template(tmp_path, "{%- if tools %}", "You are a river.{%- if tools %}")
     async with fleet(tokenizer, ENGINE, pods=2, chat_template=other) as gateway:
         for number in range(parity.RUN):
-            assert not (await gateway.explain(CHAT, chat(number)))["notes"]
+            assert DISTRUST not in (await gateway.explain(CHAT, chat(number)))["notes"]
             await gateway.post(CHAT, chat(number))
         decision = await gateway.explain(CHAT, chat(0))
-        assert "token ids have differed from the engine's; only what was sent here counts" in decision["notes"]
+        assert DISTRUST in decision["notes"]
         assert {pod["match_blocks"] for pod in decision["pods"].values()} == {None}
         assert (await checks(gateway))["approximate"] is True
         for _ in range(parity.RUN):

@@ -32,7 +32,8 @@ class World:
         return PodFeed(Ledger(pod="p", model="m", blocks=self.blocks, index=MemoryIndex()), can_replay=True)
 
     def witness(self, *, chains: int = 0, first_difference: int | None = None) -> Witness:
-        made = Witness("m", np.arange(8, dtype=np.uint32), self.blocks.chain(range(8)), held=0)
+        ids = np.arange(8, dtype=np.uint32)
+        made = Witness("m", ids, self.blocks.chain(ids), held=0, block_size=4)
         made.chains, made.first_difference = chains, first_difference
         return made
 
@@ -150,19 +151,41 @@ def test_one_request_at_a_time_is_looked_for_at_a_pod_until_its_events_have_come
     world, feed = World(), World().feed()
     sample = world.parity.watch("m", "p", "/", feed, world.witness(chains=1))
     assert sample is not None
-    assert world.parity.watch("m", "p", "/", feed, world.witness()) is None
     world.parity.finished(sample, computed=True)
     world.now += 0.5
-    world.parity.sampled()
+    world.parity.is_due()
     assert feed.ledger.witness is sample.witness
     world.now += 1.0
-    world.parity.sampled()
+    world.parity.is_due()
     assert feed.ledger.witness is None
+
+
+def test_a_prompt_that_goes_on_from_the_same_place_ends_the_time_of_the_one_before() -> None:
+    for chains, agreed in ((1, 1), (0, 0)):
+        world, feed = World(), World().feed()
+        sample = world.parity.watch("m", "p", "/", feed, world.witness(chains=chains))
+        assert sample is not None
+        assert world.parity.is_watched(feed)
+        assert world.parity.watch("m", "p", "/", feed, world.witness()) is None
+        assert not world.parity.is_watched(feed)
+        sample.witness.chains += 1 - chains  # of the other one
+        world.parity.finished(sample, computed=True)
+        assert world.settled()["m"]["events"]["agreed"] == agreed
+
+
+def test_a_prompt_that_goes_on_from_elsewhere_does_not() -> None:
+    world, feed = World(), World().feed()
+    sample = world.parity.watch("m", "p", "/", feed, world.witness())
+    ids = np.arange(8, dtype=np.uint32)
+    other = Witness("m", ids, world.blocks.chain(ids), held=4, block_size=4)
+    assert world.parity.watch("m", "p", "/", feed, other) is None
+    assert sample is not None
+    assert feed.ledger.witness is sample.witness
 
 
 def test_samples_are_few_and_bounded() -> None:
     world = World()
-    assert sum(world.parity.sampled() for _ in range(10 * SAMPLED_EVERY)) == 10
+    assert sum(world.parity.is_due() for _ in range(10 * SAMPLED_EVERY)) == 10
     feeds = [world.feed() for _ in range(100)]
     watched = [world.parity.watch("m", "p", "/", feed, world.witness()) for feed in feeds]
     assert sum(each is not None for each in watched) == 64

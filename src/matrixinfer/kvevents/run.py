@@ -127,17 +127,15 @@ class Run:
         parent = self.names[low - 1] if low else self.seed if self.base else None
         return parent, self.names[low:high].tolist()
 
-    def before(self, position: int) -> tuple[int, int | None, bytes]:
-        """What precedes the block at `position`: full token blocks, the last one's name, and the tokens after it.
+    def before(self, position: int) -> tuple[int | None, bytes]:
+        """What precedes the block at `position`: the name of the last full token block, and the tokens after that.
 
-        The name is the salt's where there is one and no token block, and None at the root.
+        The name is the salt's where there is no full token block, and None at a root without one.
         """
-        end = self._end_of(position - 1)
-        blocks = end // self._blocks.block_size
-        boundary = blocks * self._blocks.block_size
-        inside = (boundary - self.base) // self._blocks.block_size
-        name = self.names[inside - 1] if inside else self.seed
-        return blocks, name, bytes(self.tokens[(boundary - self.base) * 4 : (end - self.base) * 4])
+        end = self._end_of(position - 1) - self.base
+        size = self._blocks.block_size
+        name = self.names[end // size - 1] if end >= size else self.seed
+        return name, bytes(self.tokens[end // size * size * 4 : end * 4])
 
     @property
     def has_tails(self) -> bool:

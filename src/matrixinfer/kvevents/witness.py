@@ -15,33 +15,39 @@ from matrixinfer.kvevents.run import Run
 
 
 class Witness:
-    """Looks for blocks of `ids`, shape (n,), that follow the first `held`; `chain` are its block hashes.
+    """Looks for blocks of `ids`, shape (n,), that follow the first `held`.
 
-    `model` is the index's name of the model. The prompt has neither salt nor media.
+    `chain` are its hashes of blocks of `block_size` tokens, `model` is the index's name of the model. The prompt has
+    neither salt nor media.
     """
 
-    def __init__(self, model: str, ids: TokenIds | Sequence[int], chain: Sequence[int], *, held: int) -> None:
+    def __init__(
+        self, model: str, ids: TokenIds | Sequence[int], chain: Sequence[int], *, held: int, block_size: int
+    ) -> None:
         self.chains = 0
         """New chains seen after those tokens."""
         self.first_difference: int | None = None
         """Position in the prompt of the first token that differs in the last chain seen; None when none does."""
         self._model = model
         self._tokens = token_bytes(ids)
-        self._chain = chain
         self._held = held
+        blocks = held // block_size
+        self._parent = chain[blocks - 1] if blocks else None
 
     def see(self, run: Run, position: int) -> None:
         """Blocks were appended to `run` from `position` on."""
         if run.start + position * run.block_size != self._held or run.model != self._model:
             return
-        blocks, name, rest = run.before(position)
-        if name != (self._chain[blocks - 1] if blocks else None):
-            return
+        parent, rest = run.before(position)
         start = 4 * self._held
-        if rest != self._tokens[start - len(rest) : start]:
+        if parent != self._parent or rest != self._tokens[start - len(rest) : start]:
             return
         self.chains += 1
         self.first_difference = self._difference(bytes(run.tokens[start - 4 * run.base :]))
+
+    def is_like(self, other: Witness) -> bool:
+        """Whether blocks that `other` looks for may be taken for those that this one does."""
+        return (self._model, self._held, self._parent) == (other._model, other._held, other._parent)
 
     def _difference(self, theirs: bytes) -> int | None:
         ours = self._tokens[4 * self._held :]

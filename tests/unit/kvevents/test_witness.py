@@ -38,7 +38,8 @@ class Engine:
         self.ledger.apply(*decode(encode(EventBatch(0.0, [event]))).events)
 
     def witness(self, ids: Sequence[int], held: int) -> Witness:
-        made = Witness("m", np.array(ids, dtype=np.uint32), self.blocks.chain(ids), held=held)
+        size = self.blocks.block_size
+        made = Witness("m", np.array(ids, dtype=np.uint32), self.blocks.chain(ids), held=held, block_size=size)
         self.ledger.witness = made
         return made
 
