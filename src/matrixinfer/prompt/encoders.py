@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -101,7 +102,8 @@ class Gigatoken:
     def __init__(self, load: Callable[[], gigatoken.Tokenizer], exact: Encoder) -> None:
         self._load = load
         self._exact = exact
-        self._tokenizer = load()
+        with _panics():
+            self._tokenizer = load()
         self._bytes = 0
         self._settled = resident_bytes()
 
@@ -112,12 +114,12 @@ class Gigatoken:
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
         """See `Encoder`."""
         data = [text.encode() for text in texts]
-        if not all(map(str.isascii, texts)) and has_young_characters(b"".join(data)):
+        young = not all(map(str.isascii, texts)) and has_young_characters(b"".join(data))
+        with _panics():
             return [
-                self._exact.encode(text) if has_young_characters(each) else self._encode(each)
+                self._exact.encode(text) if young and has_young_characters(each) else self._encode(each)
                 for text, each in zip(texts, data, strict=True)
             ]
-        return [self._encode(each) for each in data]
 
     def _encode(self, utf8: bytes) -> TokenIds:
         self._bytes += len(utf8)
@@ -144,9 +146,20 @@ class Gigatoken:
         self._bytes = 0
         resident = resident_bytes()
         if resident - self._settled > _MAX_GROWTH_BYTES:
-            self._tokenizer = self._load()
+            self._tokenizer = self._load()  # which was good before
             self._settled = resident_bytes()
             structlog.get_logger(__name__).info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """Raise `RuntimeError` for a panic in gigatoken's Rust, which is no `Exception` and would end the process."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(f"gigatoken panicked: {error}") from error
+        raise
 
 
 def choose(
