@@ -53,7 +53,7 @@ async def test_ids_that_are_the_engines_are_counted(
 ) -> None:
     code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", "chatml", "--compare", url)
     assert (code, [set(answer) for answer in answers]) == (0, [{"tokens"}] * 3 + [{"tokens", "complete"}, {"tokens"}])
-    assert told.endswith(b"3 prompts have the engine's ids, 0 differ, 0 it did not tell\n")
+    assert told.endswith(b"3 prompts have the engine's ids, 0 differ, 0 only the engine can tell, 0 it does not tell\n")
 
 
 async def test_ids_that_differ_are_shown(
@@ -65,7 +65,17 @@ async def test_ids_that_differ_are_shown(
     assert (code, set(answers[1])) == (1, {"tokens"})
     first, theirs = answers[0]["first_difference"], answers[0]["engine_tokens"]
     assert theirs[:first] == answers[0]["tokens"][:first]
-    assert told.endswith(b"1 prompts have the engine's ids, 2 differ, 0 it did not tell\n")
+    assert told.endswith(b"1 prompts have the engine's ids, 2 differ, 0 only the engine can tell, 0 it does not tell\n")
+
+
+async def test_what_only_the_engine_can_tell_is_counted(
+    url: str, bodies: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    failing = tmp_path / "failing.jinja"
+    failing.write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", str(failing), "--compare", url)
+    assert (code, set(answers[0])) == (0, {"error", "engine_tokens"})
+    assert told.endswith(b"1 prompts have the engine's ids, 0 differ, 2 only the engine can tell, 1 it does not tell\n")
 
 
 async def test_an_engine_out_of_reach_ends_the_command(bodies: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from matrixinfer.cli import json_lines
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
-from matrixinfer.errors import ConfigError, InvalidRequest, MatrixInferError, TokenizeError
+from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.prompt import fields
@@ -82,16 +82,22 @@ async def _run(args: argparse.Namespace) -> int:
             session = await stack.enter_async_context(client_session(LimitsConfig()))
             comparison = await _comparison(args.compare, EngineApi(session, _TIMEOUT_SECONDS), RemoteTokenizer(session))
         for line in json_lines.read(args.file):
-            try:
-                prompt = _prompt(line, args.path)
-                tokenized = await tokenizers.tokenize(prompt, model=_MODEL, engines=())
-                answer = _answer(tokenized)
-                if comparison is not None:
-                    answer |= await comparison.compare(prompt, answer)
-            except MatrixInferError as error:
-                answer = {"error": str(error)}
-            json_lines.write(answer)
+            json_lines.write(await _answered(line, args.path, tokenizers, comparison))
     return 0 if comparison is None else comparison.tell()
+
+
+async def _answered(
+    line: bytes, path: str | None, tokenizers: TokenizerManager, comparison: _Comparison | None
+) -> dict[str, object]:
+    try:
+        prompt = _prompt(line, path)
+    except InvalidRequest as error:
+        return {"error": str(error)}
+    try:
+        answer = _answer(await tokenizers.tokenize(prompt, model=_MODEL, engines=()))
+    except TokenizeError as error:
+        answer = {"error": str(error)}
+    return answer if comparison is None else answer | await comparison.compare(prompt, answer)
 
 
 def _prompt(line: bytes, path: str | None) -> Prompt:
@@ -136,25 +142,28 @@ class _Comparison:
         self._remote = remote
         self._engine = engine
         self._model = model
-        self._same = self._differing = self._refused = 0
+        self._same = self._differing = self._only_theirs = self._refused = 0
 
     async def compare(self, prompt: Prompt, answer: dict[str, Any]) -> dict[str, object]:
         """What to add to our answer."""
-        if prompt.token_ids is not None or not answer.get("complete", True):
+        if prompt.token_ids is not None or prompt.inexact is not None or not answer.get("complete", True):
             return {}
+        self._progress()
         try:
             ids = await self._remote.tokenize(prompt, [self._engine], self._model, timeout_seconds=_TIMEOUT_SECONDS)
         except TokenizeError as error:
             self._refused += 1
             return {"engine_error": str(error)}
-        theirs, ours = ids.tolist(), answer["tokens"]
+        theirs, ours = ids.tolist(), answer.get("tokens")
         if prompt.keep_last is not None:
             theirs = theirs[-prompt.keep_last :]
         if prompt.keep_first is not None:
             theirs = theirs[: prompt.keep_first]
+        if ours is None:
+            self._only_theirs += 1
+            return {"engine_tokens": theirs}
         self._same += theirs == ours
         self._differing += theirs != ours
-        self._progress()
         if theirs == ours:
             return {}
         return {"first_difference": next(_differences(ours, theirs)), "engine_tokens": theirs}
@@ -162,13 +171,14 @@ class _Comparison:
     def tell(self) -> int:
         """Print the counts; returns the exit code."""
         print(
-            f"{self._same} prompts have the engine's ids, {self._differing} differ, {self._refused} it did not tell",
+            f"{self._same} prompts have the engine's ids, {self._differing} differ, "
+            f"{self._only_theirs} only the engine can tell, {self._refused} it does not tell",
             file=sys.stderr,
         )
         return 1 if self._differing else 0
 
     def _progress(self) -> None:
-        done = self._same + self._differing
+        done = self._same + self._differing + self._only_theirs + self._refused
         if sys.stderr.isatty() and done % _PROGRESS_LINES == 0:
             print(f"\r{done} compared, {self._differing} differ ", end="", file=sys.stderr, flush=True)
 
