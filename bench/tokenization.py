@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import time
@@ -25,6 +26,7 @@ from matrixinfer.prompt.encoders import Encoder, Reference, choose
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
+from matrixinfer.router import Router
 
 T = TypeVar("T")
 
@@ -117,21 +119,32 @@ class _Growing(Generic[T]):
 def _decisions(scale: Scale) -> Iterator[Figure]:
     with tokenizing(str(template_path()), cache_bytes=_CACHE_BYTES) as (runner, manager):
         gateway = fleet(8, manager)
-        loop = runner.get_loop()
-
-        def route(body: bytes) -> None:
-            loop.run_until_complete(gateway.router.route(CHAT_PATH, body, request_id="bench")).finish()
-
         for kib in scale.prompt_kib:
             histories = [_history(kib, session) for session in range(scale.sessions)]
-            for session, history in enumerate(histories):
-                route(_body(history))
-                prompt = loop.run_until_complete(gateway.router.route(CHAT_PATH, _body(history), request_id="bench"))
-                hold_partly(gateway.index, gateway.pods, prompt.decision.request.chain, session)
-                prompt.finish()
-            (times,) = _paired([(route, _Growing(histories, lambda chat: _body(chat.messages)))], scale)
+            bodies = [_body(history) for history in histories]
+            for session, chain in enumerate(runner.run(_routed(gateway.router, bodies))):
+                hold_partly(gateway.index, gateway.pods, chain, session)
+            grown = _Growing(histories, lambda chat: _body(chat.messages))
+            times = []
+            gc.freeze()  # as the gateway does once it has started
+            for _ in range(scale.rounds + 1):
+                bodies = grown()
+                start = time.perf_counter()
+                runner.run(_routed(gateway.router, bodies))
+                times.append((time.perf_counter() - start) / len(bodies) * 1e6)
+            gc.unfreeze()
             aim = _WARM_AIM_US if kib == _WARM_AIM_KIB else None
-            yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times), unit="µs", aim=aim)
+            yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times[1:]), unit="µs", aim=aim)
+
+
+async def _routed(router: Router, bodies: Sequence[bytes]) -> list[Sequence[int]]:
+    """Decide where every body goes, one after the other; returns the block hashes of each."""
+    chains = []
+    for body in bodies:
+        route = await router.route(CHAT_PATH, body, request_id="bench")
+        route.finish()
+        chains.append(route.decision.request.chain)
+    return chains
 
 
 def _paired(
