@@ -6,7 +6,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
   --no-header --no-annotate --upgrade --extra demo
 EXTRAS := --extra mistral --extra tiktoken
 
-.PHONY: help demo test check bench format lock clean
+.PHONY: help demo test check bench traces format lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ check: .venv/dev.stamp ## Format, lint, types, import contracts, unit tests
 
 bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 	$(BIN)/python -m bench
+
+traces: .venv/dev.stamp ## Token ids of public traces in the folder TRACES against transformers and tokenizers (half a minute)
+	MATRIXINFER_TRACES=$(TRACES) $(BIN)/pytest -rs tests/integration/test_traces.py
 
 format: .venv/dev.stamp ## Format the code and mend what can be mended
 	$(BIN)/ruff format .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from matrixinfer.cli import main
 from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.plugin_loader import discover
 from matrixinfer.policies import POLICIES, with_policy
@@ -48,6 +50,18 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 def test_every_shipped_profile_is_built_and_bounds_load(policy: str) -> None:
     assert "bounded-load" in POLICIES[policy].filter.enabled
     build_scheduler(with_policy(SchedulerConfig(), policy))
+
+
+def test_the_rendering_that_is_shown_is_what_comes_out(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (shown,) = blocks(ROOT / "docs" / "tokenization.md", "console")
+    command, expected = shown.split("\n", 1)
+    said = re.fullmatch(r"\$ echo '(.*)' \| matrixinfer (.*)", command)
+    assert said is not None
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said[1].encode())))
+    assert main(said[2].split()) == 0
+    assert capfd.readouterr().out == expected
 
 
 def test_the_plugin_of_the_guide_works() -> None:
