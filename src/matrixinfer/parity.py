@@ -16,6 +16,7 @@ import structlog
 
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.witness import Witness
+from matrixinfer.prompt.base import Prompt
 from matrixinfer.telemetry.metrics import Metrics
 
 Check: TypeAlias = Literal["usage", "events"]
@@ -73,6 +74,38 @@ class Sample:
     until: float | None = None
     """When its time is over; None while the request is under way."""
     void: bool = False
+
+
+class Comparison:
+    """One prompt's token ids, to be held against what its engine tells of them."""
+
+    __slots__ = ("_count", "_model", "_parity", "_prompt", "_sample")
+
+    def __init__(self, parity: Parity, model: str, prompt: Prompt, count: int) -> None:
+        self._parity = parity
+        self._model = model
+        self._prompt = prompt
+        self._count = count
+        self._sample: Sample | None = None
+
+    @property
+    def of_counts(self) -> bool:
+        """Whether the engine's usage counts these tokens and no others."""
+        return self._prompt.counted and self._prompt.keep_first is None and self._prompt.keep_last is None
+
+    def counted(self, pod: str, engines: int) -> None:
+        """The engine's count. Only where `of_counts`."""
+        self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
+
+    def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:
+        """Look for the prompt in the engine's events."""
+        self._sample = self._parity.watch(self._model, pod, self._prompt.path, feed, witness)
+
+    def unwatch(self, *, computed: bool) -> None:
+        """The request is over, or tried elsewhere."""
+        if self._sample is not None:
+            self._parity.finished(self._sample, computed=computed)
+            self._sample = None
 
 
 @dataclass(slots=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import msgspec
+from functools import partial
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, TokenizeError
@@ -21,11 +20,12 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.lookup import LookUp, Matches
-from matrixinfer.parity import Parity, Sample
+from matrixinfer.parity import Comparison, Parity
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.requests import parse
+from matrixinfer.route import Route
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -91,7 +91,14 @@ class Router:
         prepared = await self._prepare(path, body, request_id, session)
         candidates = self._candidates(prepared)
         decision = self._scheduler.schedule(prepared.request, candidates)
-        route = Route(self, prepared, decision, body)
+        route = Route(
+            decision,
+            prepared.prompt,
+            body,
+            registry=self.registry,
+            charge=partial(self._charge, prepared.request),
+            comparison=self._comparison(prepared, decision.chosen),
+        )
         self._observe(prepared, decision, self._clock() - started)
         return route
 
@@ -244,20 +251,32 @@ class Router:
         size = candidate.engine_block or request.block_size
         return min(held, request.prompt_tokens - 1) // size * size
 
-    def watch(self, prepared: _Prepared, chosen: Candidate) -> Sample | None:
-        """Have the engine's events show its ids of this prompt, where they can and it is one of the sample."""
-        feed = self._feeds.get(chosen.name)  # of a pod with data-parallel ranks there is none under its own name
-        if feed is None or prepared.tokenizer is None or not (self.parity.is_watched(feed) or self.parity.is_due()):
-            return None
-        witness = self._witness(prepared, chosen, feed)
-        if witness is None:
-            return None
-        return self.parity.watch(prepared.tokenizer, chosen.name, prepared.prompt.path, feed, witness)
+    def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
+        """Count the request at a pod, with the blocks that it will bring there."""
+        return self._load.charge(
+            pod.name,
+            request.model,
+            hashes=request.chain,
+            start=pod.match_blocks or 0,
+            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
+        )
 
-    def _witness(self, prepared: _Prepared, chosen: Candidate, feed: PodFeed) -> Witness | None:
+    def _comparison(self, prepared: _Prepared, chosen: Candidate) -> Comparison | None:
+        """Of the prompt's tokens with those of the engine, where they were made here or by another engine."""
+        if prepared.tokenizer is None or prepared.ids is None:
+            return None
+        comparison = Comparison(self.parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
+        feed = self._feeds.get(chosen.name)  # of a pod with data-parallel ranks there is none under its own name
+        if feed is not None and (self.parity.is_watched(feed) or self.parity.is_due()):
+            witness = self._witness(prepared, prepared.ids, chosen, feed)
+            if witness is not None:
+                comparison.watch(chosen.name, feed, witness)
+        return comparison
+
+    def _witness(self, prepared: _Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
         """Of the blocks that the prompt is expected to bring to the chosen pod; None where they cannot be told."""
-        ids, request, size = prepared.ids, prepared.request, feed.ledger.block_size
-        if ids is None or size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
+        request, size = prepared.request, feed.ledger.block_size
+        if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
         pod = next(pod for pod in prepared.pods if pod.name == chosen.name)
         _, match, tail = self._look_up.held(pod, prepared.matches)
@@ -269,16 +288,6 @@ class Router:
         model = feed.ledger.model if request.model == prepared.tokenizer else request.model
         return Witness(model, ids, request.chain, held=held, block_size=request.block_size)
 
-    def charge(self, pod: Candidate, request: SchedulingRequest) -> Charge:
-        """Count the request at a pod, with the blocks that it will bring there."""
-        return self._load.charge(
-            pod.name,
-            request.model,
-            hashes=request.chain,
-            start=pod.match_blocks or 0,
-            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
-        )
-
     def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
         request = prepared.request
         self._metrics.decided(decision.chosen.name, seconds, prepared.timings_ms)
@@ -286,82 +295,6 @@ class Router:
             self._metrics.degraded(reason)
         if request.prompt_tokens is not None:
             self._metrics.predicted(request.prompt_tokens, self._predicted(decision.chosen, request))
-
-
-class Route:
-    """One request's hold on the fleet: made when a pod is chosen, finished when the response is."""
-
-    __slots__ = ("_body", "_charge", "_computed", "_prepared", "_router", "_sample", "decision", "prompt")
-
-    def __init__(self, router: Router, prepared: _Prepared, decision: Decision, body: bytes) -> None:
-        self.prompt = prepared.prompt
-        self.decision = decision
-        self._router = router
-        self._prepared = prepared
-        self._body = body
-        self._charge = router.charge(decision.chosen, prepared.request)
-        self._sample = router.watch(prepared, decision.chosen)
-        self._computed = False
-
-    def move(self, pod: Candidate) -> None:
-        """The request is tried at another pod."""
-        self._charge.cancel()
-        self._charge = self._router.charge(pod, self._prepared.request)
-        self._end_sample()
-
-    def failed(self, pod: Candidate) -> None:
-        """The pod could not be reached."""
-        self._router.registry.failed(pod.name)
-
-    def answered(self, pod: Candidate) -> None:
-        """The pod sent response headers."""
-        self._router.registry.answered(pod.name)
-
-    def first_byte(self) -> None:
-        """The prompt has been computed: the pod holds its blocks."""
-        self._computed = True
-        self._charge.first_byte()
-
-    @property
-    def compares_counts(self) -> bool:
-        """Whether the engine's count of prompt tokens can be held against ours."""
-        prompt = self._prepared.prompt
-        whole = prompt.keep_first is None and prompt.keep_last is None
-        return self._prepared.tokenizer is not None and prompt.counted and whole
-
-    def counted(self, pod: Candidate, prompt_tokens: int) -> None:
-        """The answer of `pod` says how many tokens the prompt has. Only where `compares_counts`."""
-        prepared = self._prepared
-        if prepared.tokenizer is not None and prepared.ids is not None:
-            self._router.parity.counted(
-                prepared.tokenizer,
-                pod=pod.name,
-                path=prepared.prompt.path,
-                ours=len(prepared.ids),
-                engines=prompt_tokens,
-            )
-
-    def finish(self) -> None:
-        """The request is over, however it ended."""
-        if self._computed:
-            self._charge.release()
-        else:
-            self._charge.cancel()
-        self._end_sample()
-
-    def _end_sample(self) -> None:
-        if self._sample is not None:
-            self._router.parity.finished(self._sample, computed=self._computed)
-            self._sample = None
-
-    def body_for(self, pod: Candidate) -> bytes:
-        """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
-        name = self._router.registry.name_at(pod.name, self.prompt.model)
-        if name == self.prompt.model:
-            return self._body
-        fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
-        fields["model"] = msgspec.Raw(msgspec.json.encode(name))
-        return msgspec.json.encode(fields)
 
 
 def _base_of(model: str, pods: Sequence[Pod]) -> str:
