@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -16,6 +15,7 @@ from bench.feed import read_text, record
 from bench.measure import Figure, Scale
 from bench.prompts import MODEL
 from bench.publishers import in_process, publish_history, publish_live
+from bench.turns import Turns
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import LogConfig
 from matrixinfer.index.memory import MemoryIndex
@@ -31,64 +31,18 @@ _HISTORY_FRAMES = 9_000  # the engine keeps its last 10,000, as vLLM does
 _TIMEOUT_SECONDS = 60.0
 
 
-class _Turns:
-    """Durations of the turns of the event loop. Whoever wants the loop waits for the turn under way."""
-
-    def __init__(self) -> None:
-        self._wall = array("d")
-        self._cpu = array("d")
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Time every turn within the context by a callback in each, so that the loop never sleeps."""
-        loop, watching = asyncio.get_running_loop(), True
-        wall, cpu = time.perf_counter(), time.thread_time()
-
-        def beat() -> None:
-            nonlocal wall, cpu
-            if not watching:
-                return
-            wall_before, wall, cpu_before, cpu = wall, time.perf_counter(), cpu, time.thread_time()
-            self._wall.append(wall - wall_before)
-            self._cpu.append(cpu - cpu_before)
-            loop.call_soon(beat)
-
-        loop.call_soon(beat)
-        try:
-            yield
-        finally:
-            watching = False
-
-    def longest(self) -> float:
-        """Seconds."""
-        return max(self._wall)
-
-    def longest_on_cpu(self) -> float:
-        """Seconds that the loop's thread worked in one turn; what the machine did in between does not count."""
-        return max(self._cpu)
-
-    def p99(self) -> float:
-        """Seconds: at 99 of 100 random moments the turn under way is no longer."""
-        rarest = sum(self._wall) * 0.01
-        for duration in sorted(self._wall, reverse=True):
-            rarest -= duration
-            if rarest <= 0:
-                return duration
-        return 0.0
-
-
 class _Case:
     """What one case took in each of its rounds."""
 
     def __init__(self, aim: float | None = None) -> None:
         self._aim = aim
-        self._turns: list[_Turns] = []
+        self._turns: list[Turns] = []
         self._rates: list[float] = []
 
     @contextmanager
     def watch(self, subscriber: Subscriber) -> Iterator[None]:
         """One round."""
-        turns = _Turns()
+        turns = Turns()
         before, start = _applied(subscriber), time.perf_counter()
         with turns.watch():
             yield

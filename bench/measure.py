@@ -41,6 +41,8 @@ class Scale:
     """Calls are repeated until a round lasts this long."""
     index_blocks: int = 1_000_000
     prompt_kib: tuple[int, ...] = (1, 8, 64, 256)
+    pause_kib: tuple[int, ...] = (64, 256, 1024, 3500)
+    """Sizes of prompts for whose sake the event loop must not wait."""
     pods: tuple[int, ...] = (8, 64, 256)
     sessions: int = 8
     """Different prompts of each size."""
@@ -66,6 +68,7 @@ QUICK = Scale(
     round_seconds=0.001,
     index_blocks=20_000,
     prompt_kib=(1, 64),
+    pause_kib=(64,),
     pods=(8,),
     sessions=2,
     engine_blocks=3_000,

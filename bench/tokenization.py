@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,10 +22,13 @@ from bench.decision import tokenizing
 from bench.fleet import fleet, hold_partly
 from bench.measure import Figure, Scale, ratio
 from bench.prompts import MODEL, prose, tokenizer_path
+from bench.turns import Turns
+from matrixinfer.cli.serve import SWITCH_SECONDS
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.cache import TokenCache
 from matrixinfer.prompt.encoders import Encoder, Reference, choose
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
 from matrixinfer.router import Router
@@ -34,12 +39,14 @@ _TURN_CHARS = 1_500
 _CACHE_BYTES = 256 * 1024 * 1024
 _COLD_AIM, _TOKENIZERS_AIM = 1.3, 1 / 50
 _WARM_AIM_KIB, _WARM_AIM_US = 64, 500.0
+_PAUSE_AIM_MS = 5.0
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """By prompt size: a prompt never seen, a conversation grown by a turn, and the decision on the latter."""
+    """By prompt size: a prompt never seen, a conversation grown by a turn, the decision on that, and the loop's pauses."""
     yield from _texts(scale)
     yield from _decisions(scale)
+    yield from _pauses(scale)
 
 
 def template_path() -> Path:
@@ -135,6 +142,34 @@ def _decisions(scale: Scale) -> Iterator[Figure]:
             gc.unfreeze()
             aim = _WARM_AIM_US if kib == _WARM_AIM_KIB else None
             yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times[1:]), unit="µs", aim=aim)
+
+
+def _pauses(scale: Scale) -> Iterator[Figure]:
+    """The longest turn of the event loop while it reads and tokenizes a prompt that nobody has seen."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)  # as the gateway does
+    with tokenizing(str(template_path()), cache_bytes=_CACHE_BYTES) as (runner, manager):
+        seeds = itertools.count(10_000)
+        for kib in scale.pause_kib:
+            gc.collect()
+            gc.freeze()
+            longest = []
+            for _ in range(scale.rounds):
+                body = _body(_history(kib, next(seeds)))
+                turns = Turns()
+                runner.run(_read(manager, body, turns))
+                longest.append(turns.longest() * 1e3)
+            gc.unfreeze()
+            yield Figure(case=f"{kib} KiB", name="longest pause", value=min(longest), unit="ms", aim=_PAUSE_AIM_MS)
+    sys.setswitchinterval(interval)
+
+
+async def _read(manager: TokenizerManager, body: bytes, turns: Turns) -> None:
+    await asyncio.sleep(0)
+    with turns.watch():
+        await asyncio.sleep(0)
+        await manager.tokenize(await manager.read(CHAT_PATH, body), model=MODEL, engines=())
+        await asyncio.sleep(0)
 
 
 async def _routed(router: Router, bodies: Sequence[bytes]) -> list[Sequence[int]]:

@@ -24,7 +24,6 @@ from matrixinfer.parity import Comparison, Parity
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.requests import parse
 from matrixinfer.route import Route
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.load import Charge, LoadLedger
@@ -156,7 +155,7 @@ class Router:
         timings: dict[str, float] = {}
         degraded: dict[str, str] = {}
         began = self._clock()
-        prompt = parse(path, body)
+        prompt = await self._tokenizers.read(path, body)
         model, pods = self.registry.resolve(prompt.model)
         timings["parse"] = (self._clock() - began) * 1000
 

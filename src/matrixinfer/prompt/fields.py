@@ -22,6 +22,9 @@ NULL = Raw(b"null")
 
 MESSAGES = msgspec.json.Decoder(Annotated[list[Object], Meta(min_length=1)])
 OBJECTS = msgspec.json.Decoder(list[Object] | None)
+_OBJECT = msgspec.json.Decoder(Object)
+_RAW_LIST = msgspec.json.Decoder(Annotated[list[Raw], Meta(min_length=1)])
+_WHOLE_BYTES = 512 * 1024
 
 _ENGINE_ARGUMENTS = frozenset({"chat_template", "conversation", "messages", "tokenize", "tools"})
 """Names that the engine gives the template itself. Under `chat_template_kwargs` they replace what the request says."""
@@ -82,6 +85,19 @@ def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | Non
         raise InvalidRequest("the body is nested too deeply", param=param) from error
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", param=param) from error
+
+
+def messages(data: Raw) -> list[Object]:
+    """Decode the field `messages`. Raises `InvalidRequest`.
+
+    Long ones are decoded one by one, so that other threads get their turn in between: a decoder keeps it to itself.
+    """
+    if memoryview(data).nbytes > _WHOLE_BYTES:
+        try:
+            return [_OBJECT.decode(each) for each in _RAW_LIST.decode(data)]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # said in full below
+    return decode(MESSAGES, data, "messages")
 
 
 def first(prompts: str | list[Any], param: str) -> First:

@@ -16,8 +16,10 @@ from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
+from matrixinfer.prompt.requests import parse
 
 _THREADS = 2
+_INLINE_BODY_BYTES = 256 * 1024
 _INLINE_PIECES = 256
 """Chats of more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
 
@@ -69,6 +71,12 @@ class TokenizerManager:
     def caches(self) -> Mapping[str, CacheStats]:
         """What the models' own tokenizers remember, by model."""
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
+
+    async def read(self, path: str, body: bytes) -> Prompt:
+        """`parse`, in a thread where the body is large."""
+        if len(body) <= _INLINE_BODY_BYTES:
+            return parse(path, body)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, parse, path, body)
 
     async def tokenize(self, prompt: Prompt, *, model: str, engines: Sequence[Engine]) -> Tokenized:
         """Token ids of `prompt` for `model`, the index's name of it.

@@ -50,7 +50,7 @@ def chat(path: str, body: bytes) -> Prompt:
         len(body),
         prefix=bytes(request.messages) if not tools else bytes(request.tools) + bytes(request.messages),
         chat=Chat(
-            messages=fields.decode(fields.MESSAGES, request.messages, "messages"),
+            messages=fields.messages(request.messages),
             tools=tools,
             documents=request.documents,
             add_generation_prompt=request.add_generation_prompt is not False,

@@ -14,7 +14,8 @@ import pytest
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
-from matrixinfer.errors import ConfigError, TokenizeError
+from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
+from matrixinfer.prompt import manager as prompt_manager
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
@@ -248,3 +249,20 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
         await tokenizers.tokenize(text("x" * 200_000), model="m", engines=[])
         assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
     assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+async def test_a_large_body_is_read_elsewhere(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    threads: list[str] = []
+
+    def noting(path: str, body: bytes) -> Prompt:
+        threads.append(threading.current_thread().name)
+        return parse(path, body)
+
+    monkeypatch.setattr(prompt_manager, "parse", noting)
+    body = json.dumps({"model": "m", "prompt": "x" * size}).encode()
+    async with manager() as tokenizers:
+        assert (await tokenizers.read(COMPLETIONS_PATH, body)).text == "x" * size
+        with pytest.raises(InvalidRequest):
+            await tokenizers.read(COMPLETIONS_PATH, body[:-1])
+    assert [name.startswith("tokenize") for name in threads] == [size > 1000] * 2

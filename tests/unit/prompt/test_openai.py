@@ -243,3 +243,23 @@ def test_what_only_the_engine_can_tokenize_says_so(prompt: Prompt, prefix: bytes
     assert prompt.inexact
     assert (prompt.chat, prompt.text, prompt.token_ids) == (None, None, None)
     assert prompt.prefix == prefix
+
+
+def test_a_long_chat_is_read_as_a_short_one_is() -> None:
+    long: list[Any] = [{"role": "user", "content": "é" * 200_000}, {"content": None, "role": "assistant"}]
+    prompt = parse(CHAT_PATH, json.dumps({"model": "m", "messages": long}).encode())
+    assert prompt.chat is not None
+    assert prompt.chat.messages == long
+    assert list(prompt.chat.messages[1]) == ["content", "role"]
+
+
+@pytest.mark.parametrize("wrong", ["text", None, 5])
+def test_what_is_wrong_in_a_long_chat_is_said_as_in_a_short_one(wrong: object) -> None:
+    told = []
+    for text in ("short", "é" * 200_000):
+        messages = [{"role": "user", "content": text}, wrong]
+        with pytest.raises(InvalidRequest) as refused:
+            parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages}).encode())
+        told.append((refused.value.message, refused.value.param))
+    assert told[0] == told[1]
+    assert told[0][1] == "messages[1]"
