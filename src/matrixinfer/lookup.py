@@ -41,7 +41,7 @@ class LookUp:
         tails: dict[str, int] = {}
         names = {pod.name: pod.index_name(self._registry.name_at(pod.name, requested)) or model for pod in pods}
         for name in set(names.values()):
-            publishers = {each for pod in pods if names[pod.name] == name for each in pod.publishers}
+            publishers = {each.name for pod in pods if names[pod.name] == name for each in pod.endpoints}
             counts = await self._index.match(name, chain)
             found = {publisher: count for publisher, count in counts.items() if publisher in publishers}
             matches.update(found)
@@ -64,16 +64,8 @@ class LookUp:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def held(self, pod: Pod, matches: Matches | None) -> tuple[PodFeed | None, int | None, int]:
-        """The feed that speaks for a pod, and what it says: blocks held, None when that is unknown, and tokens beyond.
-
-        Of several ranks the one that holds most speaks. The engine chooses the rank itself, so of such pods this is the
-        best that can happen.
-        """
-        publishers = pod.publishers
-        name = publishers[0]
-        if matches is not None and len(publishers) > 1:
-            name = max(publishers, key=lambda name: matches.blocks.get(name, 0))
+    def held(self, name: str, matches: Matches | None) -> tuple[PodFeed | None, int | None, int]:
+        """An endpoint's feed, and what it says: blocks held, None when that is unknown, and tokens beyond them."""
         feed = self._feeds.get(name)
         if matches is None or feed is None or feed.untrusted is not None:
             return feed, None, 0

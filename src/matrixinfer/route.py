@@ -49,11 +49,11 @@ class Route:
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
-        self._registry.failed(pod.name)
+        self._registry.failed(pod.pod)
 
     def answered(self, pod: Candidate) -> None:
         """The pod sent response headers."""
-        self._registry.answered(pod.name)
+        self._registry.answered(pod.pod)
 
     def first_byte(self) -> None:
         """The prompt has been computed: the pod holds its blocks."""
@@ -81,7 +81,7 @@ class Route:
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
-        name = self._registry.name_at(pod.name, self.prompt.model)
+        name = self._registry.name_at(pod.pod, self.prompt.model)
         if name == self.prompt.model:
             return self._body
         fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])

@@ -21,7 +21,7 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.parity import Comparison, Parity
-from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, RankMetrics
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.route import Route
@@ -53,8 +53,8 @@ class _Prepared:
 class Router:
     """Decides where requests go, and keeps account of those that are under way.
 
-    `feeds` maps publishers to their KV event feeds (a pod is one, or each of its data-parallel ranks): of a pod without
-    one the index knows nothing.
+    `feeds` maps endpoints (a pod, or each of its data-parallel ranks) to their KV event feeds: of one without a feed the
+    index knows nothing.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Router:
                 "engine_blocks": len(feed.ledger),
                 "engine_block_size": feed.ledger.block_size,
             }
-            for name in pod.publishers
+            for name in (endpoint.name for endpoint in pod.endpoints)
             if (feed := self._feeds.get(name)) is not None
         }
 
@@ -217,19 +217,23 @@ class Router:
         request, matches, load = prepared.request, prepared.matches, self._load
         model, chain, now = request.model, request.chain, request.now
         candidates = []
-        for pod in prepared.pods:
-            name = pod.name
-            metrics = self.registry.metrics_of(pod, now)
-            feed, match, tail = self._look_up.held(pod, None if prepared.approximate else matches)
+        for endpoint in (endpoint for pod in prepared.pods for endpoint in pod.endpoints):
+            name = endpoint.name
+            metrics = self.registry.metrics_of(endpoint.pod, now)
+            shown: EngineMetrics | RankMetrics | None = metrics
+            if metrics is not None and endpoint.rank is not None:
+                shown = metrics.ranks.get(endpoint.rank)
+            feed, match, tail = self._look_up.held(name, None if prepared.approximate else matches)
             candidates.append(
                 Candidate(
                     name=name,
-                    url=pod.url,
+                    url=endpoint.pod.url,
+                    rank=endpoint.rank,
                     in_flight=load.in_flight(name),
                     queued_tokens=load.queued_tokens(name),
-                    running=metrics.running if metrics else None,
-                    waiting=metrics.waiting if metrics else None,
-                    cache_usage=metrics.cache_usage if metrics else None,
+                    running=shown.running if shown else None,
+                    waiting=shown.waiting if shown else None,
+                    cache_usage=shown.cache_usage if shown else None,
                     metrics_age=now - metrics.read_at if metrics else None,
                     feed=None if feed is None else feed.state.value,
                     engine_block=None if feed is None else feed.ledger.block_size,
@@ -265,7 +269,7 @@ class Router:
         if prepared.tokenizer is None or prepared.ids is None:
             return None
         comparison = Comparison(self.parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
-        feed = self._feeds.get(chosen.name)  # of a pod with data-parallel ranks there is none under its own name
+        feed = self._feeds.get(chosen.name)
         if feed is not None and (self.parity.is_watched(feed) or self.parity.is_due()):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
@@ -277,8 +281,7 @@ class Router:
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
-        pod = next(pod for pod in prepared.pods if pod.name == chosen.name)
-        _, match, tail = self._look_up.held(pod, prepared.matches)
+        _, match, tail = self._look_up.held(chosen.name, prepared.matches)
         if match is None or chosen.assumed_blocks or feed.state is not FeedState.COMPLETE:
             return None
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size

@@ -96,7 +96,7 @@ async def test_every_rank_has_a_feed_of_its_own_that_goes_when_the_rank_does(sub
     follow = EventFollower(subscriber, ONE_MODEL)
     engine = pod(sources=(SOURCE, OTHER_SOURCE))
     follow(engine)
-    assert list(subscriber.feeds) == list(engine.publishers) == ["a@dp0", "a@dp1"]
+    assert list(subscriber.feeds) == [endpoint.name for endpoint in engine.endpoints] == ["a@dp0", "a@dp1"]
     assert subscriber.feeds["a@dp0"].ledger is not subscriber.feeds["a@dp1"].ledger
     follow(pod())
     assert list(subscriber.feeds) == ["a"]

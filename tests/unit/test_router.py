@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
-from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
+from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Services
@@ -283,15 +283,55 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
 SOURCE = KvEventsConfig(endpoint="tcp://b:1")
 
 
-async def test_of_several_ranks_the_one_that_holds_most_speaks_for_the_pod() -> None:
+def ranked(*held: int) -> World:
+    """A fleet in which the pod `b` has data-parallel ranks that hold so many tokens each."""
     world = World()
-    world.registry.told("b", kv_sources=(SOURCE, SOURCE))
-    for rank, tokens in enumerate((8, 32)):
+    world.registry.told("b", kv_sources=(SOURCE,) * len(held))
+    for rank, tokens in enumerate(held):
         world.feeds[f"b@dp{rank}"] = world.feeds["b"]
         world.holds(f"b@dp{rank}", tokens)
+    return world
+
+
+async def test_every_rank_is_a_candidate_of_its_own() -> None:
+    world = ranked(8, 32)
     decision = await world.explain()
-    assert field_of(decision, "match_blocks") == {"a": 0, "b": 8, "c": 0}
+    assert field_of(decision, "match_blocks") == {"a": 0, "b@dp0": 2, "b@dp1": 8, "c": 0}
+    assert decision["chosen"] == "b@dp1"
     assert list(world.router.feeds_of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
+
+
+async def test_the_chosen_rank_is_charged_and_its_pod_told_of() -> None:
+    world = ranked(8, 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    chosen = route.decision.chosen
+    assert (chosen.name, chosen.pod, chosen.rank, chosen.url) == ("b@dp1", "b", 1, "http://b")
+    assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
+    route.failed(chosen)
+    assert world.registry.pods[1].failures == 1
+    route.answered(chosen)
+    assert world.registry.pods[1].failures == 0
+    assert route.body_for(chosen) == request()
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_pod_that_cannot_be_reached_is_tried_once_however_many_ranks_it_has() -> None:
+    route = await ranked(8, 32, 16).router.route(PATH, request(), request_id="r")
+    assert len(route.decision.ranked) == 5
+    first, *others = route.decision.attempts
+    assert first.name == "b@dp1"
+    assert sorted(other.name for other in others) == ["a", "c"]
+
+
+async def test_a_rank_has_the_load_that_the_engine_tells_of_it() -> None:
+    world = ranked(8, 8)
+    ranks = {0: RankMetrics(running=5, waiting=1), 1: RankMetrics(running=0, waiting=0)}
+    whole = EngineMetrics(running=5, waiting=1, cache_usage=None, read_at=time.monotonic(), ranks=ranks)
+    world.registry.measured("b", whole)
+    assert field_of(await world.explain(), "waiting") == {"a": None, "b@dp0": 1, "b@dp1": 0, "c": None}
+    world.registry.measured("b", replace(whole, ranks={}))
+    assert field_of(await world.explain(), "waiting") == {"a": None, "b@dp0": None, "b@dp1": None, "c": None}
 
 
 @pytest.mark.parametrize(("prompt", "hit"), [(TOKENS, 12), ([*TOKENS[:10], 99, 99, 99], 6), (TOKENS[:13], 12)])

@@ -11,6 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
 SESSION = "x-session-id"
+RANK = "x-data-parallel-rank"
 
 _HOP_BY_HOP = (
     "connection",
@@ -42,10 +43,15 @@ def session_id(headers: Mapping[str, str]) -> str | None:
     return given if given and len(given) <= _MAX_SESSION_CHARS else None
 
 
-def to_pod(headers: CIMultiDictProxy[str], identity: str) -> CIMultiDict[str]:
-    """A client's headers as a pod gets them; host and length are set when they are sent."""
+def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> CIMultiDict[str]:
+    """A client's headers as a pod gets them; host and length are set when they are sent.
+
+    `rank` is the data-parallel rank chosen, which the pod must take; None where the pod is one cache.
+    """
     kept = _without(headers, _REPLACED)
     kept[REQUEST_ID] = identity
+    if rank is not None:
+        kept[RANK] = str(rank)
     return kept
 
 

@@ -111,7 +111,7 @@ class Proxy:
         # Of an absolute-form target (RFC 9112, 3.2.2) only path and query are the pod's.
         url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
         body = exchange.route.body_for(pod)
-        sent_headers = headers.to_pod(request.headers, exchange.id)
+        sent_headers = headers.to_pod(request.headers, exchange.id, pod.rank)
         for fresh in (False, True):
             try:
                 return await self._session.post(url, data=_payload(body), headers=sent_headers, allow_redirects=False)

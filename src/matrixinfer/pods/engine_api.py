@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,7 +12,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.config import KvEventsConfig
-from matrixinfer.pods.registry import EngineMetrics, ServedNames
+from matrixinfer.pods.registry import EngineMetrics, RankMetrics, ServedNames
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Longer answers are refused. vLLM's `/metrics`, the longest, has some 200 KB."""
@@ -18,6 +20,10 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
 _CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
+_RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
+"""vLLM's label of data-parallel ranks, and SGLang's."""
+_Sample = tuple[int | None, float]
+"""Rank and value."""
 _ANY_HOST = ("*", "0.0.0.0", "[::]")  # noqa: S104 - read from engines, never bound
 
 
@@ -145,24 +151,40 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
     Looks for the few names it needs instead of parsing the text: 30 µs for 200 KB.
     """
     running, waiting, usage = (_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE))
+    whole = _summed(running, waiting, usage)
+    ranks = sorted({rank for rank, _ in (*running, *waiting, *usage) if rank is not None})
     return EngineMetrics(
-        running=round(sum(running)) if running else None,
-        waiting=round(sum(waiting)) if waiting else None,
-        cache_usage=max(usage) if usage else None,
+        running=whole.running,
+        waiting=whole.waiting,
+        cache_usage=whole.cache_usage,
         read_at=read_at,
+        ranks={
+            rank: _summed(*([each for each in series if each[0] == rank] for series in (running, waiting, usage)))
+            for rank in (ranks if len(ranks) > 1 else ())
+        },
     )
 
 
-def _values(text: bytes, names: tuple[bytes, ...]) -> list[float]:
-    """Every series' value of the first of `names` that the text has."""
+def _summed(running: Sequence[_Sample], waiting: Sequence[_Sample], usage: Sequence[_Sample]) -> RankMetrics:
+    return RankMetrics(
+        running=round(sum(value for _, value in running)) if running else None,
+        waiting=round(sum(value for _, value in waiting)) if waiting else None,
+        cache_usage=max(value for _, value in usage) if usage else None,
+    )
+
+
+def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:
+    """Every series' value, and the rank that it is of, of the first of `names` that the text has."""
     for name in names:
         values = []
         start = -1
         while (start := text.find(name, start + 1)) >= 0:
             end = text.find(b"\n", start)
-            value = _value(text, start, start + len(name), len(text) if end < 0 else end)
+            stop = len(text) if end < 0 else end
+            value = _value(text, start, start + len(name), stop)
             if value is not None:
-                values.append(value)
+                rank = _RANK.search(text, start, stop)
+                values.append((int(rank[1]) if rank else None, value))
         if values:
             return values
     return []

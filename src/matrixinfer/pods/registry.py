@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import NoPodAvailable, UnknownModel
@@ -19,6 +19,27 @@ class EngineMetrics:
     """Share of KV blocks in use, 0 to 1."""
     read_at: float
     """Seconds on the registry's clock."""
+    ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
+    """The same of each data-parallel rank, where the engine tells them apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMetrics:
+    """What `EngineMetrics` has of one data-parallel rank."""
+
+    running: int | None = None
+    waiting: int | None = None
+    cache_usage: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a request can go: a pod, or one data-parallel rank of it, each of which is a cache of its own."""
+
+    name: str
+    """The pod's, or `pod@dp0`, `pod@dp1`, …; so the index and the feeds name it, too."""
+    pod: Pod
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +79,11 @@ class Pod:
     """Failures in a row."""
     healthy: bool = False
     """False until it answered once, and after too many failures in a row."""
+    endpoints: Sequence[Endpoint] = ()
+    """Itself, or each of its data-parallel ranks where it publishes the events of several."""
+
+    def __post_init__(self) -> None:
+        self.publishes(self.kv_sources)
 
     @property
     def name(self) -> str:
@@ -79,11 +105,14 @@ class Pod:
         """The engine's own name of its model; None until it told."""
         return None if self.served is None else self.served.base_model
 
-    @property
-    def publishers(self) -> Sequence[str]:
-        """What the index calls its caches: by the pod's name, or `name@dp0`, `name@dp1` where each rank has its own."""
-        ranks = len(self.kv_sources or ())
-        return (self.name,) if ranks < 2 else [f"{self.name}@dp{rank}" for rank in range(ranks)]
+    def publishes(self, sources: tuple[KvEventsConfig, ...] | None) -> None:
+        """Where it publishes KV events is known, or not any more."""
+        self.kv_sources = sources
+        ranks = len(sources or ())
+        self.endpoints = tuple(
+            Endpoint(name=self.name if rank is None else f"{self.name}@dp{rank}", pod=self, rank=rank)
+            for rank in (range(ranks) if ranks > 1 else (None,))
+        )
 
     def index_name(self, name: str) -> str | None:
         """The index's name of a model that this engine is known to serve, else None."""
@@ -183,7 +212,7 @@ class PodRegistry:
         if served is not None:
             state.served = served
         if kv_sources is not None:
-            state.kv_sources = kv_sources
+            state.publishes(kv_sources)
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
         """The pod's metrics were read."""

@@ -42,13 +42,16 @@ class SchedulingRequest:
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One pod at the moment of the decision. None means unknown, which is not zero.
+    """One pod, or one data-parallel rank of it, at the moment of the decision. None means unknown, which is not zero.
 
     A struct because hundreds are made per decision, and it is made in a third of a dataclass's time.
     """
 
     name: str
+    """The pod's, or `pod@dp0` for a rank of it."""
     url: str
+    rank: int | None = None
+    """Data-parallel rank; None for a pod that is one cache."""
     in_flight: int = 0
     """Requests that this gateway has in flight there."""
     queued_tokens: int = 0
@@ -69,6 +72,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens held beyond those blocks, to the end of an engine block that reaches over the last one's end."""
     assumed_blocks: int = 0
     """Further consecutive blocks that requests in flight, or just finished, are bringing there."""
+
+    @property
+    def pod(self) -> str:
+        """Name of the pod that it is, or that it is a rank of."""
+        return self.name if self.rank is None else self.name.removesuffix(f"@dp{self.rank}")
 
     @property
     def load(self) -> int:
@@ -119,8 +127,14 @@ class Decision:
 
     @property
     def attempts(self) -> Sequence[Candidate]:
-        """Every pod worth trying, in order: the ranked ones and, as a last resort, those that filters removed."""
-        return [*self.ranked, *(pod for pod in self.candidates if pod.name in self.filtered)]
+        """Every pod worth trying, in order: the ranked ones and, as a last resort, those that filters removed.
+
+        Of each pod its best rank: the others are behind the same address.
+        """
+        best: dict[str, Candidate] = {}
+        for candidate in (*self.ranked, *(each for each in self.candidates if each.name in self.filtered)):
+            best.setdefault(candidate.pod, candidate)
+        return list(best.values())
 
 
 class Plugin(Protocol):

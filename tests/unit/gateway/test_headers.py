@@ -16,7 +16,9 @@ def multi(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
 
 @pytest.mark.parametrize("name", [*HOP_BY_HOP, "Proxy-Authorization", "Host", "Content-Length", "Expect"])
 def test_a_header_of_one_connection_or_of_its_body_does_not_reach_the_pod(name: str) -> None:
-    assert headers.to_pod(multi((name.upper(), "x"), ("A", "1")), "id") == CIMultiDict({"A": "1", "x-request-id": "id"})
+    assert headers.to_pod(multi((name.upper(), "x"), ("A", "1")), "id", None) == CIMultiDict(
+        {"A": "1", "x-request-id": "id"}
+    )
 
 
 @pytest.mark.parametrize("name", [*HOP_BY_HOP, "Proxy-Authenticate"])
@@ -26,8 +28,14 @@ def test_a_header_of_one_connection_does_not_reach_the_client(name: str) -> None
 
 
 def test_what_the_connection_header_names_stays_too() -> None:
-    passed = headers.to_pod(multi(("Connection", "close, X-One ,x-two"), ("X-One", "1"), ("X-TWO", "2")), "id")
+    passed = headers.to_pod(multi(("Connection", "close, X-One ,x-two"), ("X-One", "1"), ("X-TWO", "2")), "id", None)
     assert list(passed) == ["x-request-id"]
+
+
+def test_the_rank_chosen_replaces_the_one_that_the_client_names() -> None:
+    sent = multi(("X-Data-Parallel-Rank", "7"))
+    assert headers.to_pod(sent, "id", 1).getall("x-data-parallel-rank") == ["1"]
+    assert headers.to_pod(sent, "id", None).getall("x-data-parallel-rank") == ["7"]
 
 
 def test_repeated_headers_and_their_order_are_kept() -> None:

@@ -53,6 +53,13 @@ def test_load_is_read_under_every_engine_s_names(text: bytes, expected: tuple[ob
     assert metrics.read_at == 5.0
 
 
+def test_ranks_are_told_apart_where_there_are_several() -> None:
+    ranks = parse_metrics(VLLM, read_at=0.0).ranks
+    assert {rank: (each.waiting, each.cache_usage) for rank, each in ranks.items()} == {0: (0, 0.25), 1: (2, 0.5)}
+    assert parse_metrics(SGLANG, read_at=0.0).ranks == {}
+    assert parse_metrics(b'vllm:num_requests_running{engine="0"} 3', read_at=0.0).ranks == {}
+
+
 @pytest.mark.parametrize(
     "text",
     [
