@@ -11,6 +11,7 @@ from typing import Protocol
 from bench.prompts import MODEL
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.drift import Drift
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
@@ -57,6 +58,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         load=LoadLedger(time.monotonic, config.assumed_seconds),
         metrics=metrics,
         parity=Parity(metrics, time.monotonic),
+        drift=Drift(metrics, lambda name, *, replay: None, time.monotonic),
         max_prefix_tokens=config.max_prefix_tokens,
     )
     return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)

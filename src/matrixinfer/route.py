@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from matrixinfer.drift import Prediction
 from matrixinfer.parity import Comparison
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
@@ -16,10 +17,21 @@ from matrixinfer.scheduler.load import Charge
 class Route:
     """What the proxy tells of a request's way is passed on to whom it concerns.
 
-    `charge` counts the request at a pod; `comparison` holds its tokens against the engine's, where that can be done.
+    `charge` counts the request at a pod; `comparison` holds its tokens against the engine's and `prediction` the hit
+    that the index foretells, where these can be told.
     """
 
-    __slots__ = ("_body", "_charge", "_charge_at", "_comparison", "_computed", "_registry", "decision", "prompt")
+    __slots__ = (
+        "_body",
+        "_charge",
+        "_charge_at",
+        "_comparison",
+        "_computed",
+        "_prediction",
+        "_registry",
+        "decision",
+        "prompt",
+    )
 
     def __init__(
         self,
@@ -30,6 +42,7 @@ class Route:
         registry: PodRegistry,
         charge: Callable[[Candidate], Charge],
         comparison: Comparison | None,
+        prediction: Prediction | None,
     ) -> None:
         self.prompt = prompt
         self.decision = decision
@@ -38,6 +51,7 @@ class Route:
         self._charge_at = charge
         self._charge = charge(decision.chosen)
         self._comparison = comparison
+        self._prediction = prediction
         self._computed = False
 
     def move(self, pod: Candidate) -> None:
@@ -46,6 +60,7 @@ class Route:
         self._charge = self._charge_at(pod)
         if self._comparison is not None:
             self._comparison.unwatch(computed=False)
+        self._end_prediction()
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
@@ -61,14 +76,16 @@ class Route:
         self._charge.first_byte()
 
     @property
-    def compares_counts(self) -> bool:
-        """Whether it is worth knowing how many tokens the engine says that the prompt has."""
-        return self._comparison is not None and self._comparison.of_counts
+    def wants_usage(self) -> bool:
+        """Whether it is worth knowing how many prompt tokens the engine has counted."""
+        return self.prompt.counted and (self._comparison is not None or self._prediction is not None)
 
-    def counted(self, pod: Candidate, prompt_tokens: int) -> None:
-        """The answer of `pod` says how many tokens the prompt has. Only where `compares_counts`."""
-        if self._comparison is not None:
+    def used(self, pod: Candidate, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """The answer of `pod` says how many tokens the prompt has, and how many were cached. Only if `wants_usage`."""
+        if self._comparison is not None and self._comparison.of_counts:
             self._comparison.counted(pod.name, prompt_tokens)
+        if self._prediction is not None:
+            self._prediction.reported(cached_tokens)
 
     def finish(self) -> None:
         """The request is over, however it ended."""
@@ -78,6 +95,12 @@ class Route:
             self._charge.cancel()
         if self._comparison is not None:
             self._comparison.unwatch(computed=self._computed)
+        self._end_prediction()
+
+    def _end_prediction(self) -> None:
+        if self._prediction is not None:
+            self._prediction.end()
+            self._prediction = None
 
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes; only where the pod knows the model under another name is that field rewritten."""

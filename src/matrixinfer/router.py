@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.drift import Drift, Prediction
 from matrixinfer.errors import IndexUnavailable, TokenizeError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
@@ -69,6 +70,7 @@ class Router:
         load: LoadLedger,
         metrics: Metrics,
         parity: Parity,
+        drift: Drift,
         max_prefix_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,6 +83,7 @@ class Router:
         self._load = load
         self._metrics = metrics
         self.parity = parity
+        self._drift = drift
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
         self._clock = clock
 
@@ -97,6 +100,7 @@ class Router:
             registry=self.registry,
             charge=partial(self._charge, prepared.request),
             comparison=self._comparison(prepared, decision.chosen),
+            prediction=self._prediction(prepared, decision.chosen),
         )
         self._observe(prepared, decision, self._clock() - started)
         return route
@@ -275,6 +279,18 @@ class Router:
             if witness is not None:
                 comparison.watch(chosen.name, feed, witness)
         return comparison
+
+    def _prediction(self, prepared: _Prepared, chosen: Candidate) -> Prediction | None:
+        """Of what the chosen pod will find in its cache, where the index can tell and the answer may."""
+        feed, size, request = self._feeds.get(chosen.name), chosen.engine_block, prepared.request
+        if feed is None or size is None or chosen.match_blocks is None or feed.state is not FeedState.COMPLETE:
+            return None
+        if not (prepared.prompt.counted and prepared.prompt.reads_cache and request.prompt_tokens):
+            return None
+        held = chosen.match_blocks * request.block_size  # what is held beyond can go without a block of ours being gone
+        tokens = min(held, request.prompt_tokens - 1) // size * size
+        last = request.chain[-(-tokens // request.block_size) - 1] if tokens else None
+        return Prediction(self._drift, chosen.name, tokens, feed.ledger.supports, last)
 
     def _witness(self, prepared: _Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
         """Of the blocks that the prompt is expected to bring to the chosen pod; None where they cannot be told."""

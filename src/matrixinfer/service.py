@@ -13,6 +13,7 @@ import structlog
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.drift import Drift
 from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
@@ -71,6 +72,7 @@ class Service:
                 load=LoadLedger(clock, config.scheduler.assumed_seconds),
                 metrics=metrics,
                 parity=Parity(metrics, clock),
+                drift=Drift(metrics, subscriber.resync, clock),
                 max_prefix_tokens=config.scheduler.max_prefix_tokens,
                 clock=clock,
             )

@@ -55,11 +55,11 @@ class FakeRoute:
         self.registry.answered(pod.name)
 
     @property
-    def compares_counts(self) -> bool:
+    def wants_usage(self) -> bool:
         return True
 
-    def counted(self, pod: Candidate, prompt_tokens: int) -> None:
-        self.reports.append(f"counted {pod.name} {prompt_tokens}")
+    def used(self, pod: Candidate, prompt_tokens: int, cached_tokens: int | None) -> None:
+        self.reports.append(f"used {pod.name} {prompt_tokens} {cached_tokens}")
 
     def first_byte(self) -> None:
         self.reports.append("first_byte")

@@ -21,6 +21,7 @@ from matrixinfer.config import (
     SchedulerConfig,
     TokenizationConfig,
 )
+from matrixinfer.drift import Drift
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
@@ -76,6 +77,7 @@ class World:
             load=self.load,
             metrics=self.metrics,
             parity=Parity(self.metrics, time.monotonic),
+            drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
             max_prefix_tokens=1_000,
         )
 

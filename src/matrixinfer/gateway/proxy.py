@@ -214,15 +214,15 @@ def _payload(body: bytes) -> bytes | io.BytesIO:
 
 
 def _reports(exchange: Exchange, upstream: aiohttp.ClientResponse) -> bool:
-    """Whether the answer may tell how many tokens the prompt has, and that is worth knowing."""
-    return upstream.status == 200 and "Content-Encoding" not in upstream.headers and exchange.route.compares_counts
+    """Whether the answer may tell how many prompt tokens there were, and that is worth knowing."""
+    return upstream.status == 200 and "Content-Encoding" not in upstream.headers and exchange.route.wants_usage
 
 
 def _count(exchange: Exchange, pod: Candidate, answer: bytes) -> None:
     """Tell what an answer reports at its end, if it does."""
-    counted = usage.prompt_tokens(answer)
+    counted = usage.usage(answer)
     if counted is not None:
-        exchange.route.counted(pod, counted)
+        exchange.route.used(pod, counted.prompt, counted.cached)
 
 
 def _cut(request: web.BaseRequest) -> None:

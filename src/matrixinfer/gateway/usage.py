@@ -1,4 +1,4 @@
-"""How many prompt tokens an engine says it has counted, read from the end of its answer.
+"""How many prompt tokens an engine says it has counted and found in its cache, read from the end of its answer.
 
 Every API reports `usage` as the last thing of an answer, or of a stream that has it. Within JSON text every quote is
 escaped, so the bytes that begin the report cannot be part of generated text.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from dataclasses import dataclass
 
 import msgspec
 
@@ -15,16 +16,31 @@ _TAIL_BYTES = 16 * 1024
 _REPORT = re.compile(rb'"usage":\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
 
-class _Usage(msgspec.Struct):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Prompt tokens, as the engine counts them."""
+
+    prompt: int
+    cached: int | None
+    """Those that it found in its cache; None where it does not tell. vLLM leaves out a count of 0."""
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Report(msgspec.Struct):
     """OpenAI's fields, those of its responses, and Anthropic's, which count cached tokens apart."""
 
     prompt_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
     input_tokens: int | None = None
+    input_tokens_details: _Details | None = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
 
 
-_USAGE = msgspec.json.Decoder(_Usage)
+_DECODER = msgspec.json.Decoder(_Report)
 
 
 class Tail:
@@ -47,18 +63,24 @@ class Tail:
         return b"".join(self._chunks)
 
 
-def prompt_tokens(answer: bytes) -> int | None:
-    """The count in the last report of `answer`, or of the end of it; None when there is none that can be read."""
+def usage(answer: bytes) -> Usage | None:
+    """What the last report of `answer`, or of the end of it, says; None when there is none that can be read."""
     tail = answer[-_TAIL_BYTES:]
-    report = None
-    for found in _REPORT.finditer(tail):
-        report = found
-    if report is None:
+    found = None
+    for each in _REPORT.finditer(tail):
+        found = each
+    if found is None:
         return None
     try:
-        usage = _USAGE.decode(report[1])
+        report = _DECODER.decode(found[1])
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    if usage.prompt_tokens is not None or usage.input_tokens is None:
-        return usage.prompt_tokens
-    return usage.input_tokens + (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+    if report.prompt_tokens is not None:
+        details = report.prompt_tokens_details
+        return Usage(prompt=report.prompt_tokens, cached=None if details is None else details.cached_tokens)
+    if report.input_tokens is None:
+        return None
+    details, read = report.input_tokens_details, report.cache_read_input_tokens
+    if details is not None:
+        return Usage(prompt=report.input_tokens, cached=details.cached_tokens)
+    return Usage(prompt=report.input_tokens + (read or 0) + (report.cache_creation_input_tokens or 0), cached=read)

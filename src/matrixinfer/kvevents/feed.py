@@ -194,6 +194,12 @@ class PodFeed:
             self._whole = True
             self._ask()
 
+    def purge(self) -> None:
+        """What is indexed has turned out untrue, also after a replay: clear it, and go on from live as partly known."""
+        self._void()
+        self._lose()
+        self._given_up = False
+
     def spoiled(self) -> None:
         """Applying a frame broke off in the middle: what the ledger says cannot be trusted."""
         self.stats.malformed += 1

@@ -99,7 +99,7 @@ class Ledger:
             False  # they give adapters as numbers, so that blocks of one are at least known as such
         )
         self._blocks = blocks
-        self._supports = Supports(pod, index)
+        self.supports = Supports(pod, index)
         self._forests: dict[_Place, Forest] = {}
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class Ledger:
     def clear(self) -> None:
         """The engine holds nothing, or nothing is known of it any more."""
         self._forests.clear()
-        self._supports.clear()
+        self.supports.clear()
 
     def reset(self) -> None:
         """Another engine comes: as `clear`, and nothing is known of its sizes and its layout."""
@@ -283,11 +283,11 @@ class Ledger:
     def _support(self, run: Run, first: int, last: int) -> None:
         """The blocks [first, last) of a run can be reached."""
         parent, names = run.completed(first, last)
-        self._supports.add(run.model, names, parent)
+        self.supports.add(run.model, names, parent)
         if run.has_tails:
             for before, tail in run.tails(first, last):
                 self.has_tails = True
-                self._supports.add(run.model, [tail], before)
+                self.supports.add(run.model, [tail], before)
 
     # Removed
 
@@ -310,7 +310,7 @@ class Ledger:
             run.truncate()
         for block in left:
             self._remove_inner(forest, block)
-        self._supports.flush()
+        self.supports.flush()
 
     def _drop_copies(self, forest: Forest, blocks: Sequence[int]) -> list[int]:
         """Remove one copy of blocks with several, and blocks that are not indexed; returns the others."""
@@ -350,9 +350,9 @@ class Ledger:
     def _unsupport(self, run: Run, first: int, last: int) -> None:
         """The blocks [first, last) of a run cannot be reached any more."""
         if run.has_tails:
-            self._supports.remove(run.model, [tail for _, tail in run.tails(first, last)])
+            self.supports.remove(run.model, [tail for _, tail in run.tails(first, last)])
         _, names = run.completed(first, last)
-        self._supports.remove(run.model, reversed(names))
+        self.supports.remove(run.model, reversed(names))
 
 
 def _place(medium: str | None, group: int | None) -> _Place:

@@ -70,6 +70,11 @@ class Subscriber:
         self.feeds[name] = feed
         return feed
 
+    def resync(self, name: str, *, replay: bool) -> None:
+        """What is indexed of a publisher has turned out untrue: fetch its history anew, or forget it. Returns at once."""
+        if name in self._followed:
+            self._followed[name][0].resync(replay=replay)
+
     def unfollow(self, name: str) -> None:
         """Stop to follow a publisher and forget what it held. Nothing happens when it is not followed."""
         if name not in self._followed:

@@ -124,6 +124,14 @@ class Subscription:
                 await self._replay()
                 self._note_state()
 
+    def resync(self, *, replay: bool) -> None:
+        """What is indexed has turned out untrue: fetch the engine's history anew, or forget it and go on from live."""
+        if replay:
+            self._safely(self.feed.start_over)
+        else:
+            self._safely(self.feed.purge)
+        self._note_state()
+
     def _on_frame(self, parts: list[bytes]) -> None:
         stats = self.feed.stats
         if self.closed:

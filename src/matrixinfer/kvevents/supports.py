@@ -7,6 +7,16 @@ from collections.abc import Iterable, Sequence
 from matrixinfer.index.base import BlockIndex
 
 
+class Watch:
+    """Whether a token block has lost its support since somebody began to watch."""
+
+    __slots__ = ("gone", "name")
+
+    def __init__(self, name: int) -> None:
+        self.name = name
+        self.gone = False
+
+
 class Supports:
     """Counts supports, and tells the index of token blocks that gain their first or lose their last.
 
@@ -18,6 +28,7 @@ class Supports:
         self._index = index
         self._counts: dict[str, dict[int, int]] = {}  # by model
         self._gone: dict[str, list[int]] = {}
+        self._watches: dict[int, list[Watch]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
@@ -44,6 +55,8 @@ class Supports:
             else:
                 del counts[name]
                 self._gone.setdefault(model, []).append(name)
+                for watch in self._watches.pop(name, ()) if self._watches else ():
+                    watch.gone = True
         if not counts:
             self._counts.pop(model, None)  # adapters come and go
 
@@ -57,4 +70,22 @@ class Supports:
         """Nothing is supported any more."""
         self._counts.clear()
         self._gone.clear()
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.gone = True
+        self._watches.clear()
         self._index.clear(self._pod)
+
+    def watch(self, name: int) -> Watch:
+        """Begin to watch a token block that is supported; end it with `unwatch`."""
+        watch = Watch(name)
+        self._watches.setdefault(name, []).append(watch)
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        """Nobody wants to know any more."""
+        watches = self._watches.get(watch.name, [])
+        if watch in watches:
+            watches.remove(watch)
+            if not watches:
+                del self._watches[watch.name]

@@ -64,6 +64,14 @@ class Metrics:
                 registry=self.registry,
             ).labels
         )
+        self._drift = self._counter(
+            "drift", "Answers that tell of cached tokens, against what the index said.", "pod", "result"
+        )
+        self._reported = self._counter(
+            "reported_hit_tokens", "Prompt tokens that engines found in their caches.", "pod"
+        )
+        self._expected = self._counter("expected_hit_tokens", "What the index said of the same prompts.", "pod")
+        self._resyncs = self._counter("kv_resyncs", "Times that a pod was indexed anew because of drift.", "pod")
         self._prompt_tokens = self._plain_counter("prompt_tokens", "Tokens of tokenized prompts.")
         self._predicted = self._plain_counter("predicted_hit_tokens", "Of those, tokens expected in the pod's cache.")
 
@@ -119,6 +127,16 @@ class Metrics:
     def parity(self, model: str, check: str, result: str) -> None:
         """Our token ids were compared with the engine's: `agreed`, `mismatch` or `inconclusive`."""
         self._parity[model, check, result].inc()
+
+    def drift(self, pod: str, result: str, predicted: int, cached: int) -> None:
+        """An answer told of cached tokens: `exact`, `more`, `fewer`, or fewer as some were `evicted` meanwhile."""
+        self._drift[pod, result].inc()
+        self._reported[pod,].inc(cached)
+        self._expected[pod,].inc(predicted)
+
+    def resynced(self, pod: str) -> None:
+        """What is indexed of a pod is cleared."""
+        self._resyncs[pod,].inc()
 
     def approximate(self, model: str, is_approximate: bool) -> None:
         """A model is routed without the index from now on, or with it again."""

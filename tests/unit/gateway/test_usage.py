@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.gateway.usage import Tail, prompt_tokens
+from matrixinfer.gateway.usage import Tail, Usage, usage
 
 USAGE = {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
 RESPONSES_USAGE = {
@@ -42,12 +42,12 @@ ANSWERS = {
     "message stream": stream({"type": "message_start", "message": {"usage": {"input_tokens": 0}}}, {"delta": LURE})
     + stream({"type": "message_delta", "usage": ANTHROPIC_USAGE}, {"type": "message_stop"}),
 }
-"""As vLLM 0.32 ends its answers; each prompt has 7 tokens."""
+"""As vLLM 0.32 ends its answers; each prompt has 7 tokens, of which 4 were cached."""
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_count_is_read_from_every_kind_of_answer(name: str) -> None:
-    assert prompt_tokens(ANSWERS[name]) == 7
+def test_the_counts_are_read_from_every_kind_of_answer(name: str) -> None:
+    assert usage(ANSWERS[name]) == Usage(prompt=7, cached=None if name == "embeddings" else 4)
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWERS if "stream" in name])
@@ -57,7 +57,7 @@ def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> Non
         tail = Tail()
         for start in range(0, len(answer), size):
             tail.add(answer[start : start + size])
-        assert prompt_tokens(bytes(tail)) == 7
+        assert usage(bytes(tail)) == Usage(prompt=7, cached=4)
         assert len(bytes(tail)) < 16 * 1024 + size
 
 
@@ -77,9 +77,9 @@ def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> Non
     ],
 )
 def test_an_answer_without_a_count_that_can_be_read_has_none(answer: bytes) -> None:
-    assert prompt_tokens(answer) is None
+    assert usage(answer) is None
 
 
 @given(st.text())
 def test_generated_text_is_never_taken_for_a_report(text: str) -> None:
-    assert prompt_tokens(compact({"choices": [{"text": text + LURE + text}]})) is None
+    assert usage(compact({"choices": [{"text": text + LURE + text}]})) is None

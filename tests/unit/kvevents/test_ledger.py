@@ -374,7 +374,7 @@ def test_an_engine_that_numbers_its_adapters_does_not_hide_them(same: Follower) 
 
 def test_what_an_adapter_left_behind_is_given_back(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4], lora_name="poet", lora_id=1), removed([11]))
-    assert same.ledger._supports._counts == {}
+    assert same.ledger.supports._counts == {}
 
 
 @pytest.mark.parametrize("parent", [None, 11])

@@ -216,7 +216,7 @@ def test_nothing_is_kept_once_every_block_is_removed_in_any_order(
             follower.apply(removed([block], medium=place[0], group_idx=place[1]))
     ledger = follower.ledger
     assert follower.total == len(ledger) == 0
-    assert not len(ledger._supports)
+    assert not len(ledger.supports)
     for trees in ledger._forests.values():
         assert not any((len(trees), trees.copies, trees.branches, trees.cut, trees.ended))
         assert not any(trees._runs)

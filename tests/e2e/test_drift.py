@@ -1,0 +1,55 @@
+"""A pod of which the index claims what is not there: the answers tell, and the pod is indexed anew."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from matrixinfer.drift import RUN
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.model import Timing
+
+from .fleet import Fleet, fleet, until
+
+COMPLETIONS = "/v1/completions"
+ENGINE = SimEngineConfig(
+    model="m", block_size=128, num_blocks=5_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
+)
+
+
+def body(number: int) -> dict[str, Any]:
+    return {"model": "m", "prompt": [number] * 300, "max_tokens": 1}
+
+
+async def predicted(gateway: Fleet, number: int) -> int:
+    decision = await gateway.explain(COMPLETIONS, body(number))
+    hit: int = decision["pods"]["pod-0"]["predicted_hit_tokens"]
+    return hit
+
+
+def claim(gateway: Fleet, *numbers: int) -> None:
+    """Have the index hold prompts that the engine has never seen."""
+    router = gateway.service.router
+    for number in numbers:
+        chain = router._blocks.chain([number] * 300)
+        router._feeds["pod-0"].ledger.supports.add("m", list(chain), None)
+
+
+async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, ENGINE, pods=1) as gateway:
+        for _ in range(2):  # the second answer has cached tokens, so that the pod is known to tell of them
+            await gateway.post(COMPLETIONS, body(1))
+            await asyncio.sleep(0.1)
+        claim(gateway, *range(2, 12))
+        assert await predicted(gateway, 9) == 256
+        for number in range(2, 2 + RUN):
+            await gateway.post(COMPLETIONS, body(number))
+        feed = gateway.service.router._feeds["pod-0"]
+        await until(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
+        assert await predicted(gateway, 9) == 0
+        assert await predicted(gateway, 1) == 256
+        async with gateway.session.get(f"{gateway.url}/metrics") as response:
+            assert 'matrixinfer_kv_resyncs_total{pod="pod-0"} 1.0' in await response.text()
+        answer, _ = await gateway.post(COMPLETIONS, body(1))
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 256}
