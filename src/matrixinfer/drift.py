@@ -1,17 +1,22 @@
-"""Whether engines find in their caches what the index says that they hold.
+"""Whether engines find in their caches what the index says that they hold, and publish what they must have stored.
 
 Where an answer tells how many prompt tokens the engine found in its cache, that is held against what the index said of the
-pod when it was chosen. Fewer means that the index claims blocks that are not there: an engine that lost them and did not say
-so, or events that went missing unnoticed. A block that was evicted while the request waited is no fault: the events told of
-it. After a run of such answers what is indexed of the pod is cleared and its history fetched anew; if that does not help, it
-is cleared and built up from what comes; each time again only after a pause twice as long.
+pod when it was chosen, or when the answer began, whichever is less: a block that was evicted while the request waited is no
+fault. Fewer means that the index claims blocks that are not there: an engine that lost them and did not say so, or events
+that went missing unnoticed. After a run of such answers what is indexed of the pod is cleared and its history fetched
+anew; if that does not help, it is cleared and built up from what comes; each time again only after a pause twice as long,
+and meanwhile the pod is doubted. Engines with several kinds of attention may well find less than their full-attention
+blocks say: those are counted, and never cleared.
 
 More than was predicted is no fault either: another gateway's requests, and blocks whose events are on their way.
+
+A prompt that was computed leaves its new blocks behind, and events that tell of them. After a run of requests whose last
+block is still not indexed some seconds later, the feed is doubted until one is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -23,7 +28,10 @@ from matrixinfer.telemetry.metrics import Metrics
 Outcome: TypeAlias = Literal["exact", "more", "fewer", "evicted"]
 
 RUN = 3
-"""Answers in a row with fewer cached tokens than predicted after which a pod is looked at anew."""
+"""Answers in a row with fewer cached tokens than predicted after which a pod is looked at anew; and requests in a row
+that stored nothing after which it is doubted."""
+STORED_WITHIN_SECONDS = 5.0
+"""From the end of an answer to the events that tell of the prompt's blocks."""
 _FIRST_PAUSE_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 600.0
 
@@ -45,6 +53,11 @@ class _Endpoint:
     pause: float = _FIRST_PAUSE_SECONDS
     replays: bool = True
     """The next time its history is fetched anew; after that it is not."""
+    awaited: Callable[[], bool] | None = None
+    """Whether what a request must have stored is indexed, to be asked from `awaited_until` on."""
+    awaited_until: float = 0.0
+    missed: int = 0
+    """Requests in a row that should have stored something and did not."""
 
 
 class Drift:
@@ -56,26 +69,53 @@ class Drift:
         self._clock = clock
         self._endpoints: dict[str, _Endpoint] = {}
 
-    def reported(self, name: str, *, predicted: int, cached: int | None, evicted: bool) -> None:
-        """An answer of the endpoint tells that it found `cached` tokens in its cache; None says nothing, or none."""
-        endpoint = self._endpoints.setdefault(name, _Endpoint())
+    def doubts(self, name: str) -> bool:
+        """Whether its answers have lately told otherwise than the index, or its events told nothing of its requests."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            return False
+        if endpoint.awaited is not None and self._clock() >= endpoint.awaited_until:
+            self._settle(name, endpoint, is_stored=endpoint.awaited())
+        return endpoint.streak >= RUN or endpoint.missed >= RUN
+
+    def reported(self, name: str, *, least: int, most: int, cached: int | None, purges: bool = True) -> None:
+        """An answer of the endpoint tells that it found `cached` tokens in its cache; None says nothing, or none.
+
+        The index had foretold `most` when the pod was chosen, and `least` when the answer began.
+        """
+        endpoint = self._of(name)
         if cached is None and not endpoint.tells:
             return
         endpoint.tells = True
-        outcome = _outcome(predicted, cached or 0, evicted=evicted)
-        self._metrics.drift(name, outcome, predicted, cached or 0)
-        if outcome == "evicted":
-            return
+        found = cached or 0
+        outcome = _outcome(least, most, found)
+        self._metrics.drift(name, outcome, min(max(found, least), most), found)
         if outcome != "fewer":
             endpoint.streak = 0
-            return
-        endpoint.streak += 1
-        if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
-            self._heal(name, endpoint)
+        elif purges:
+            endpoint.streak += 1
+            if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
+                self._heal(name, endpoint)
+
+    def awaits(self, name: str, is_stored: Callable[[], bool]) -> None:
+        """The endpoint has computed a prompt with a block that was not indexed. One at a time is looked after."""
+        self.doubts(name)
+        endpoint = self._of(name)
+        if endpoint.awaited is None:
+            endpoint.awaited, endpoint.awaited_until = is_stored, self._clock() + STORED_WITHIN_SECONDS
 
     def forget(self, name: str) -> None:
         """The endpoint is gone."""
         self._endpoints.pop(name, None)
+
+    def _of(self, name: str) -> _Endpoint:
+        return self._endpoints.setdefault(name, _Endpoint())
+
+    def _settle(self, name: str, endpoint: _Endpoint, *, is_stored: bool) -> None:
+        endpoint.awaited = None
+        endpoint.missed = 0 if is_stored else endpoint.missed + 1
+        if endpoint.missed == RUN:
+            structlog.get_logger(__name__).warning("kv_events_missing", pod=name)
 
     def _heal(self, name: str, endpoint: _Endpoint) -> None:
         structlog.get_logger(__name__).warning("kv_events_drift", pod=name, replay=endpoint.replays)
@@ -91,33 +131,78 @@ class Drift:
 
 
 class Prediction:
-    """What the index says that an endpoint will find of one prompt, in whole engine blocks."""
+    """What the index says that an endpoint will find of one prompt, in whole engine blocks.
 
-    __slots__ = ("_drift", "_name", "_supports", "_watch", "tokens")
+    `held` are the token blocks, of `token_block` tokens each, that `tokens` reach into: of `model` in `supports`. `stored` is a further one that must be there once the prompt is computed; None for none. With `purges` false an answer
+    that tells of less is only counted.
+    """
 
-    def __init__(self, drift: Drift, name: str, tokens: int, supports: Supports, last: int | None) -> None:
-        """`last` is the last token block predicted, which is gone as soon as any before it is."""
-        self.tokens = tokens
+    __slots__ = (
+        "_at_first_byte",
+        "_drift",
+        "_held",
+        "_model",
+        "_name",
+        "_purges",
+        "_stored",
+        "_supports",
+        "_token_block",
+        "_watch",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        drift: Drift,
+        name: str,
+        *,
+        tokens: int,
+        supports: Supports,
+        model: str,
+        held: Sequence[int],
+        token_block: int,
+        stored: int | None,
+        purges: bool,
+    ) -> None:
+        self.tokens = self._at_first_byte = tokens
         self._drift = drift
         self._name = name
         self._supports = supports
-        self._watch: Watch | None = None if last is None else supports.watch(last)
+        self._model = model
+        self._held = held
+        self._token_block = token_block
+        self._stored = stored
+        self._purges = purges
+        self._watch: Watch | None = supports.watch(held[-1]) if held else None
+
+    def first_byte(self) -> None:
+        """The answer begins: what was evicted before was not to be found any more."""
+        if self._watch is not None and self._watch.gone:
+            self._at_first_byte = min(self.tokens, self._supports.held(self._model, self._held) * self._token_block)
+        self._unwatch()
 
     def reported(self, cached: int | None) -> None:
         """The answer tells of `cached` tokens."""
-        evicted = self._watch is not None and self._watch.gone
-        self._drift.reported(self._name, predicted=self.tokens, cached=cached, evicted=evicted)
+        self._drift.reported(
+            self._name, least=self._at_first_byte, most=self.tokens, cached=cached, purges=self._purges
+        )
 
-    def end(self) -> None:
-        """The request is over, or tried elsewhere."""
+    def end(self, *, computed: bool) -> None:
+        """The request is over (`computed`: the engine has answered), or tried elsewhere."""
+        self._unwatch()
+        stored, supports, model = self._stored, self._supports, self._model
+        if computed and stored is not None:
+            self._drift.awaits(self._name, lambda: supports.held(model, (stored,)) > 0)
+
+    def _unwatch(self) -> None:
         if self._watch is not None:
             self._supports.unwatch(self._watch)
             self._watch = None
 
 
-def _outcome(predicted: int, cached: int, *, evicted: bool) -> Outcome:
-    if cached == predicted:
-        return "exact"
-    if cached > predicted:
+def _outcome(least: int, most: int, cached: int) -> Outcome:
+    if cached < least:
+        return "fewer"
+    if cached > most:
         return "more"
-    return "evicted" if evicted else "fewer"
+    return "exact" if least == most else "evicted"

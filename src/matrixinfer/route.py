@@ -60,7 +60,7 @@ class Route:
         self._charge = self._charge_at(pod)
         if self._comparison is not None:
             self._comparison.unwatch(computed=False)
-        self._end_prediction()
+        self._end_prediction(computed=False)
 
     def failed(self, pod: Candidate) -> None:
         """The pod could not be reached."""
@@ -74,6 +74,8 @@ class Route:
         """The prompt has been computed: the pod holds its blocks."""
         self._computed = True
         self._charge.first_byte()
+        if self._prediction is not None:
+            self._prediction.first_byte()
 
     @property
     def wants_usage(self) -> bool:
@@ -95,11 +97,11 @@ class Route:
             self._charge.cancel()
         if self._comparison is not None:
             self._comparison.unwatch(computed=self._computed)
-        self._end_prediction()
+        self._end_prediction(computed=self._computed)
 
-    def _end_prediction(self) -> None:
+    def _end_prediction(self, *, computed: bool) -> None:
         if self._prediction is not None:
-            self._prediction.end()
+            self._prediction.end(computed=computed)
             self._prediction = None
 
     def body_for(self, pod: Candidate) -> bytes:

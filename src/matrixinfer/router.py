@@ -30,6 +30,7 @@ from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingReque
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.trust import trust_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class _Prepared:
     pods: Sequence[Pod]
     matches: Matches | None
     """What the pods hold of it; None when the index was not asked or could not say."""
+    base: str
+    """The model that the engines run below it."""
     tokenizer: str | None
     """The model whose tokenizer made the ids, where they can be compared with the engine's."""
     ids: TokenIds | None
@@ -49,6 +52,10 @@ class _Prepared:
     degraded: Mapping[str, str]
     """What the decision has to do without, and why."""
     timings_ms: dict[str, float]
+
+
+_TELLING = (FeedState.COMPLETE, FeedState.PARTIAL)
+"""In these states what is indexed is meant to be true."""
 
 
 class Router:
@@ -120,6 +127,7 @@ class Router:
             "ranked": [candidate.name for candidate in decision.ranked],
             "pods": {
                 candidate.name: {
+                    "trust": candidate.trust,
                     "feed": candidate.feed,
                     "match_blocks": candidate.match_blocks,
                     "assumed_blocks": candidate.assumed_blocks,
@@ -145,6 +153,7 @@ class Router:
         return {
             name: {
                 "state": feed.state.value,
+                "trust": trust_in(feed, doubted=self._drift.doubts(name)),
                 "untrusted": feed.untrusted,
                 "hides_salts": feed.ledger.hides_salts,
                 "frames": feed.stats.frames,
@@ -164,11 +173,11 @@ class Router:
         timings["parse"] = (self._clock() - began) * 1000
 
         ids: TokenIds | None = None
+        base = _base_of(model, pods)
         tokenizer: str | None = None
         chain: Sequence[int] = ()
         matches: Matches | None = None
         try:
-            base = _base_of(model, pods)
             tokenized = await self._tokenizers.tokenize(prompt, model=base, engines=pods)
         except TokenizeError as error:
             degraded["tokenize"] = f"not tokenized: {error}"
@@ -210,6 +219,7 @@ class Router:
             request=request,
             pods=pods,
             matches=matches,
+            base=base,
             tokenizer=tokenizer,
             ids=ids,
             approximate="parity" in degraded,
@@ -240,6 +250,7 @@ class Router:
                     cache_usage=shown.cache_usage if shown else None,
                     metrics_age=now - metrics.read_at if metrics else None,
                     feed=None if feed is None else feed.state.value,
+                    trust="none" if prepared.approximate else trust_in(feed, doubted=self._drift.doubts(name)),
                     engine_block=None if feed is None else feed.ledger.block_size,
                     match_blocks=match,
                     match_tail=tail,
@@ -283,14 +294,29 @@ class Router:
     def _prediction(self, prepared: _Prepared, chosen: Candidate) -> Prediction | None:
         """Of what the chosen pod will find in its cache, where the index can tell and the answer may."""
         feed, size, request = self._feeds.get(chosen.name), chosen.engine_block, prepared.request
-        if feed is None or size is None or chosen.match_blocks is None or feed.state is not FeedState.COMPLETE:
+        tokens, match, block = request.prompt_tokens, chosen.match_blocks, request.block_size
+        if feed is None or size is None or match is None or not tokens or feed.state not in _TELLING:
             return None
-        if not (prepared.prompt.counted and prepared.prompt.reads_cache and request.prompt_tokens):
+        if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and feed.ledger.hides_salts):
             return None
-        held = chosen.match_blocks * request.block_size  # what is held beyond can go without a block of ours being gone
-        tokens = min(held, request.prompt_tokens - 1) // size * size
-        last = request.chain[-(-tokens // request.block_size) - 1] if tokens else None
-        return Prediction(self._drift, chosen.name, tokens, feed.ledger.supports, last)
+        # What is held beyond whole token blocks can go without one of them being gone.
+        foretold = min(match * block, tokens - 1) // size * size
+        last = tokens // size * size // block  # token blocks that the prompt leaves behind
+        return Prediction(
+            self._drift,
+            chosen.name,
+            tokens=foretold,
+            supports=feed.ledger.supports,
+            model=self._name_at(feed, prepared),
+            held=request.chain[: -(-foretold // block)],
+            token_block=block,
+            stored=request.chain[last - 1] if last > match and not chosen.assumed_blocks else None,
+            purges=not feed.ledger.is_hybrid,
+        )
+
+    def _name_at(self, feed: PodFeed, prepared: _Prepared) -> str:
+        """What the index calls the model of a request at one pod, whose engine may name it differently."""
+        return feed.ledger.model if prepared.request.model == prepared.base else prepared.request.model
 
     def _witness(self, prepared: _Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
         """Of the blocks that the prompt is expected to bring to the chosen pod; None where they cannot be told."""
@@ -303,8 +329,7 @@ class Router:
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size
         if held + size > len(ids):
             return None  # no whole block of the prompt is new
-        model = feed.ledger.model if request.model == prepared.tokenizer else request.model
-        return Witness(model, ids, request.chain, held=held, block_size=request.block_size)
+        return Witness(self._name_at(feed, prepared), ids, request.chain, held=held, block_size=request.block_size)
 
     def _observe(self, prepared: _Prepared, decision: Decision, seconds: float) -> None:
         request = prepared.request

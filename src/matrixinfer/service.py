@@ -62,6 +62,7 @@ class Service:
             )
             await stack.enter_async_context(tokenizers)
             subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks))
+            drift = Drift(metrics, subscriber.resync, clock)
             self.router = Router(
                 registry=registry,
                 tokenizers=tokenizers,
@@ -72,12 +73,12 @@ class Service:
                 load=LoadLedger(clock, config.scheduler.assumed_seconds),
                 metrics=metrics,
                 parity=Parity(metrics, clock),
-                drift=Drift(metrics, subscriber.resync, clock),
+                drift=drift,
                 max_prefix_tokens=config.scheduler.max_prefix_tokens,
                 clock=clock,
             )
             metrics.register(IndexCollector(index))
-            metrics.register(FeedCollector(subscriber.feeds))
+            metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
             metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
 

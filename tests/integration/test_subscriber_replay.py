@@ -211,3 +211,36 @@ async def test_each_gap_among_held_frames_is_given_up_after_as_many_attempts(
         await subscription._replay()
     assert (feed.state, feed.backlog, feed.given_up) == (FeedState.PARTIAL, 0, True)
     assert naps == [0.4, 0.8] * 3
+
+
+async def test_a_frame_lost_before_a_silence_is_found_by_the_heartbeat(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)
+    async with Engine() as engine:
+        feed = subscriber.follow(engine.source())
+        await until(lambda: complete(feed))
+        engine.publish(stored(0, 1))
+        await until(lambda: held(index) == 1)
+        publisher = engine.publisher
+        publisher._buffer.append((publisher._next, encode(EventBatch(0.0, [stored(1, 2)]))))
+        publisher._next += 1
+        await until(lambda: held(index) == 2 and complete(feed))
+        assert (feed.stats.lost_in_silence, feed.stats.gaps) == (1, 0)
+        beats = feed.stats.heartbeats
+        await until(lambda: feed.stats.heartbeats > beats + 1)
+        assert feed.stats.lost_in_silence == 1
+
+
+async def test_an_engine_whose_replay_endpoint_falls_silent_is_told_of(
+    subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.1)
+    async with Engine() as engine:
+        feed = subscriber.follow(engine.source())
+        await until(lambda: feed.stats.heartbeats > 0)
+        engine.lose_in_replays([{END}] * 100)
+        await until(lambda: feed.is_silent)
+        engine.publish(stored(0, 1))
+        await until(lambda: not feed.is_silent)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from structlog.testing import capture_logs
 
-from matrixinfer.drift import RUN, Drift, Prediction
+from matrixinfer.drift import RUN, STORED_WITHIN_SECONDS, Drift, Prediction
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.telemetry.metrics import Metrics
@@ -19,9 +19,9 @@ class World:
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append((name, replay))
 
-    def report(self, *cached: int | None, predicted: int = 64, evicted: bool = False, name: str = "a") -> None:
+    def report(self, *cached: int | None, least: int = 64, name: str = "a", purges: bool = True) -> None:
         for each in cached:
-            self.drift.reported(name, predicted=predicted, cached=each, evicted=evicted)
+            self.drift.reported(name, least=least, most=64, cached=each, purges=purges)
 
     def count(self, result: str) -> float:
         return self.metrics.registry.get_sample_value("matrixinfer_drift_total", {"pod": "a", "result": result}) or 0
@@ -30,11 +30,11 @@ class World:
 def test_answers_are_counted_by_what_they_say_of_the_prediction() -> None:
     world = World()
     world.report(64, 80, 32)
-    world.report(32, evicted=True)
-    assert [world.count(result) for result in ("exact", "more", "fewer", "evicted")] == [1, 1, 1, 1]
+    world.report(32, 48, 64, 80, 16, least=32)
+    assert [world.count(result) for result in ("exact", "more", "fewer", "evicted")] == [1, 2, 2, 3]
     value = world.metrics.registry.get_sample_value
-    assert value("matrixinfer_reported_hit_tokens_total", {"pod": "a"}) == 208
-    assert value("matrixinfer_expected_hit_tokens_total", {"pod": "a"}) == 256
+    assert value("matrixinfer_reported_hit_tokens_total", {"pod": "a"}) == 64 + 80 + 32 + 32 + 48 + 64 + 80 + 16
+    assert value("matrixinfer_expected_hit_tokens_total", {"pod": "a"}) == 64 + 64 + 64 + 32 + 48 + 64 + 64 + 32
 
 
 def test_silence_means_none_once_an_engine_has_told() -> None:
@@ -56,12 +56,28 @@ def test_a_run_of_fewer_has_the_pod_indexed_anew() -> None:
     assert world.metrics.registry.get_sample_value("matrixinfer_kv_resyncs_total", {"pod": "a"}) == 1
 
 
-def test_evictions_neither_excuse_nor_accuse() -> None:
+def test_what_was_evicted_before_the_answer_began_is_no_fault() -> None:
     world = World()
-    for _ in range(RUN):
-        world.report(32)
-        world.report(32, evicted=True)
+    world.report(*[32] * RUN, least=32)
+    assert world.resyncs == []
+    world.report(*[16] * RUN, least=32)
     assert world.resyncs == [("a", True)]
+
+
+def test_an_engine_with_several_kinds_of_attention_is_never_cleared_nor_doubted() -> None:
+    world = World()
+    world.report(*[0] * RUN, purges=False)
+    assert (world.resyncs, world.drift.doubts("a"), world.count("fewer")) == ([], False, RUN)
+
+
+def test_what_cannot_be_healed_yet_is_doubted_until_an_answer_is_as_foretold() -> None:
+    world = World()
+    world.report(*[0] * RUN)
+    assert not world.drift.doubts("a")
+    world.report(*[0] * RUN)
+    assert world.drift.doubts("a")
+    world.report(64)
+    assert not world.drift.doubts("a")
 
 
 def test_what_a_replay_did_not_heal_is_forgotten_and_each_time_after_a_longer_pause() -> None:
@@ -100,26 +116,78 @@ def test_one_endpoint_says_nothing_of_another() -> None:
     assert world.resyncs == []
 
 
-@pytest.mark.parametrize(("removed", "result"), [([3], "evicted"), ([4], "fewer"), (None, "evicted")])
-def test_a_prediction_is_excused_by_the_loss_of_its_last_block(removed: list[int] | None, result: str) -> None:
-    world, index = World(), MemoryIndex()
-    supports = Supports("a", index)
+def prediction_of(world: World, supports: Supports, *, stored: int | None = None) -> Prediction:
+    """Of 48 tokens in the token blocks 1, 2 and 3."""
+    return Prediction(
+        world.drift,
+        "a",
+        tokens=48,
+        supports=supports,
+        model="m",
+        held=[1, 2, 3],
+        token_block=16,
+        stored=stored,
+        purges=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("removed", "cached", "result"),
+    [
+        ([3], 32, "evicted"),
+        ([3], 16, "fewer"),
+        ([3, 2], 16, "evicted"),
+        ([3, 2], 48, "evicted"),
+        ([4], 32, "fewer"),
+        ([4], 48, "exact"),
+        (None, 0, "evicted"),
+        (None, 64, "more"),
+    ],
+)
+def test_a_prediction_is_what_is_left_of_it_when_the_answer_begins(
+    removed: list[int] | None, cached: int, result: str
+) -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
     supports.add("m", [1, 2, 3, 4], None)
-    prediction = Prediction(world.drift, "a", 48, supports, 3)
+    prediction = prediction_of(world, supports)
     if removed is None:
         supports.clear()
     else:
         supports.remove("m", removed)
-    prediction.reported(16)
-    prediction.end()
-    prediction.end()
+    prediction.first_byte()
+    supports.clear()  # too late to matter
+    prediction.reported(cached)
+    prediction.end(computed=True)
     assert world.count(result) == 1
 
 
 def test_nothing_is_watched_for_requests_that_are_over() -> None:
     world, supports = World(), Supports("a", MemoryIndex())
-    supports.add("m", [1, 2], None)
-    predictions = [Prediction(world.drift, "a", 16, supports, 2) for _ in range(3)]
+    supports.add("m", [1, 2, 3], None)
+    predictions = [prediction_of(world, supports) for _ in range(3)]
+    predictions[0].first_byte()
     for prediction in predictions:
-        prediction.end()
+        prediction.end(computed=False)
+        prediction.end(computed=False)
     assert not supports._watches
+
+
+def test_a_feed_that_never_tells_what_requests_stored_is_doubted_until_it_does() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    with capture_logs() as logs:
+        for _ in range(RUN):
+            assert not world.drift.doubts("a")
+            prediction_of(world, supports, stored=4).end(computed=True)
+            prediction_of(world, supports, stored=5).end(computed=True)  # one at a time is looked after
+            world.now += STORED_WITHIN_SECONDS
+        assert world.drift.doubts("a")
+    assert logs == [{"event": "kv_events_missing", "log_level": "warning", "pod": "a"}]
+    prediction_of(world, supports, stored=4).end(computed=False)
+    prediction_of(world, supports).end(computed=True)
+    world.now += STORED_WITHIN_SECONDS
+    assert world.drift.doubts("a")
+    prediction_of(world, supports, stored=4).end(computed=True)
+    supports.add("m", [4], 3)
+    world.now += STORED_WITHIN_SECONDS
+    assert not world.drift.doubts("a")

@@ -272,6 +272,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
     assert world.router.feeds_of(a) == {
         "a": {
             "state": "partial",
+            "trust": "partial",
             "untrusted": None,
             "hides_salts": False,
             "frames": 0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -10,7 +11,9 @@ from prometheus_client.registry import Collector
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.trust import trust_in
 
 _STATS = (
     "malformed",
@@ -22,6 +25,9 @@ _STATS = (
     "truncated",
     "replays",
     "overflows",
+    "heartbeats",
+    "missed_heartbeats",
+    "lost_in_silence",
 )
 
 
@@ -69,13 +75,17 @@ class TokenCacheCollector(Collector):
 class FeedCollector(Collector):
     """What each pod's KV events brought."""
 
-    def __init__(self, feeds: Mapping[str, PodFeed]) -> None:
+    def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool]) -> None:
         self._feeds = feeds
+        self._doubts = doubts
 
     def collect(self) -> Iterator[Metric]:
         """One reading."""
         state = GaugeMetricFamily(
             "matrixinfer_kv_feed_state", "1 for the state that the pod's feed is in.", labels=["pod", "state"]
+        )
+        trust = GaugeMetricFamily(
+            "matrixinfer_kv_trust", "1 for how far the pod's events are believed.", labels=["pod", "trust"]
         )
         blocks = GaugeMetricFamily("matrixinfer_kv_engine_blocks", "Engine blocks known at the pod.", labels=["pod"])
         events = CounterMetricFamily(
@@ -100,6 +110,9 @@ class FeedCollector(Collector):
         for pod, feed in list(self._feeds.items()):
             for each in FeedState:
                 state.add_metric([pod, each.value], float(feed.state is each))
+            believed = trust_in(feed, doubted=self._doubts(pod))
+            for level in get_args(Trust):
+                trust.add_metric([pod, level], float(level == believed))
             blocks.add_metric([pod], len(feed.ledger))
             ledger, stats = feed.ledger.stats, feed.stats
             for outcome in ("stored", "removed", "copies", "orphans", "unknown_removed", "ended"):
@@ -115,7 +128,7 @@ class FeedCollector(Collector):
                 frames.add_metric([pod, kind], getattr(stats, kind))
             for kind in ("clears", "other_attention", "misfits"):
                 frames.add_metric([pod, kind], getattr(ledger, kind))
-        yield from (state, blocks, events, frames, received, held, last, lag)
+        yield from (state, trust, blocks, events, frames, received, held, last, lag)
 
 
 class PluginCollector(Collector):

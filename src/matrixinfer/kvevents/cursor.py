@@ -20,6 +20,7 @@ Before the first frame there is nothing to prove: number 0 is applied, and a rep
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
 
 REMEMBERED = 10_000
@@ -84,6 +85,10 @@ class Cursor:
     def lacks_last(self) -> bool:
         """Whether a replay that ends whole here comes from an engine that never published what was applied last."""
         return self.next > 0 and not self.proven
+
+    def is_last(self, frames: Sequence[tuple[int, int]]) -> bool:
+        """Whether `frames`, pairs of number and digest, are just the last frame applied; none before the first."""
+        return list(frames) == ([(self.next - 1, self._digests[-1])] if self._digests else [])
 
     def advance(self, source: Source, seq: int, digest: int) -> Verdict:
         """The verdict on frame `seq` with `digest`; the cursor moves past a frame to apply.

@@ -15,6 +15,7 @@ AllBlocksCleared: from there on the feed is complete again.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,6 +25,8 @@ from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
 
 MAX_HELD_FRAMES = 20_000
 MAX_HELD_BYTES = 256 * 1024 * 1024
+MAX_MISSED_HEARTBEATS = 3
+"""In a row, after which silence is no proof any more."""
 
 
 class FeedState(Enum):
@@ -61,6 +64,12 @@ class FeedStats:
     replays: int = 0
     overflows: int = 0
     """Times that held frames had to be given up."""
+    heartbeats: int = 0
+    """Times that the engine was asked, while it was silent, whether anything was lost, and answered."""
+    missed_heartbeats: int = 0
+    """Times that it did not answer."""
+    lost_in_silence: int = 0
+    """Times that its answer told of frames that had not come."""
     last_frame_at: float | None = None
     """Unix time in seconds at which the last live frame came."""
     last_batch_at: float | None = None
@@ -87,6 +96,7 @@ class PodFeed:
         self._whole = can_replay  # nothing is lost so far
         self._stale = False
         self._given_up = False
+        self._unanswered = 0  # heartbeats in a row
         self._held: deque[tuple[int, bytes]] = deque()
         self._held_bytes = 0
 
@@ -113,6 +123,18 @@ class PodFeed:
         return self._given_up and not self._stale
 
     @property
+    def heartbeat_from(self) -> int | None:
+        """The number from which to ask whether anything was lost; None where that cannot be told or is known."""
+        if self._cursor is None or not self._can_replay or self._replaying or self._held or self._stale:
+            return None
+        return None if self.untrusted is not None else self._cursor.replay_from
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the engine does not even answer heartbeats any more."""
+        return self._unanswered >= MAX_MISSED_HEARTBEATS
+
+    @property
     def backlog(self) -> int:
         """Live frames held."""
         return len(self._held)
@@ -122,6 +144,7 @@ class PodFeed:
     def live(self, seq: int, payload: bytes) -> None:
         """A frame from the live socket."""
         self._count(payload)
+        self._unanswered = 0
         if self._replaying or self._held:
             self._hold(seq, payload)
         elif not self._stale:  # else it is left over from the lost connection, or the replay will bring it
@@ -167,6 +190,26 @@ class PodFeed:
         self._take(Source.LIVE, seq, payload)
         return True
 
+    # Heartbeat
+
+    def heartbeat(self, frames: Sequence[tuple[int, bytes]]) -> None:
+        """A silent engine was asked for what it has from `heartbeat_from` on, and nothing came live meanwhile.
+
+        The last frame alone, with the bytes known of it, proves that nothing was lost; anything else asks for a replay.
+        """
+        if self._cursor is None:
+            return
+        self.stats.heartbeats += 1
+        self._unanswered = 0
+        if not self._cursor.is_last([(seq, hash(payload)) for seq, payload in frames]):
+            self.stats.lost_in_silence += 1
+            self._ask()
+
+    def heartbeat_missed(self) -> None:
+        """The engine did not answer."""
+        self.stats.missed_heartbeats += 1
+        self._unanswered += 1
+
     # Faults
 
     def disconnected(self) -> None:
@@ -186,6 +229,7 @@ class PodFeed:
     def start_over(self) -> None:
         """Forget everything and fetch the engine's history from its beginning, where that can be had."""
         self._void()
+        self._unanswered = 0
         self._lose()
         self.ledger.reset()
         self._given_up = False

@@ -102,6 +102,11 @@ class Ledger:
         self.supports = Supports(pod, index)
         self._forests: dict[_Place, Forest] = {}
 
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the engine has several kinds of attention, so that less may be found than full attention holds."""
+        return self.stats.other_attention > 0 or any(group for _, group in self._forests)
+
     def __len__(self) -> int:
         """Distinct engine blocks present."""
         return sum(map(len, self._forests.values()))

@@ -34,6 +34,10 @@ REPLAY_ATTEMPTS = 3
 """Rounds in a row without progress after which a replay is given up."""
 RETRY_SECONDS = 30.0
 """Time after which a replay that was given up is tried again."""
+HEARTBEAT_SECONDS = 10.0
+"""Silence after which the engine is asked whether anything was lost, and again after as long."""
+MAX_HEARTBEATS = 4
+"""Engines asked at a time."""
 RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
 
 _Step = ParamSpec("_Step")
@@ -70,6 +74,7 @@ class Shared:
         self.applying = asyncio.Lock()
         """One replay is applied at a time, so that their slices do not add up."""
         self.replaying = asyncio.Semaphore(MAX_REPLAYS)
+        self.asking = asyncio.Semaphore(MAX_HEARTBEATS)
 
 
 class Subscription:
@@ -190,20 +195,45 @@ class Subscription:
 
     async def _until_replay_wanted(self) -> None:
         while True:
-            waits_to_connect = not (self._connected or self._broken)
-            wait = CONNECT_SECONDS if waits_to_connect else RETRY_SECONDS if self.feed.given_up else None
+            live, wait = self.feed.stats.last_frame_at, self._patience
             try:
                 async with asyncio.timeout(wait):
                     await self._replay_wanted.wait()
             except TimeoutError:
-                if not waits_to_connect:
-                    await self._try_again()
-                elif not self._connected:
+                if not (self._connected or self._broken):
                     self._log.warning("kv_events_not_connected", endpoint=self.source.endpoint)
                     self._lost()
+                elif self.feed.given_up:
+                    await self._try_again()
+                elif self._connected and self.feed.stats.last_frame_at == live:
+                    await self._heartbeat()
             else:
                 self._replay_wanted.clear()
                 return
+
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait for something to happen before something is done."""
+        if not (self._connected or self._broken):
+            return CONNECT_SECONDS
+        return RETRY_SECONDS if self.feed.given_up else HEARTBEAT_SECONDS
+
+    async def _heartbeat(self) -> None:
+        """Ask a silent engine for what it has after the last frame: that alone comes back where nothing was lost."""
+        start, live = self.feed.heartbeat_from, self.feed.stats.last_frame_at
+        if start is None:
+            return
+        epoch = self.feed.epoch
+        async with self._shared.asking:
+            reply = await self._fetch(start)
+        if self.feed.epoch != epoch or self.feed.stats.last_frame_at != live:
+            return  # the silence is over
+        if reply.whole:
+            self._safely(self.feed.heartbeat, reply.frames)
+        else:
+            self.feed.heartbeat_missed()
+            self._log.warning("kv_events_heartbeat_missed", endpoint=self.source.replay_endpoint)
+        self._note_state()
 
     async def _try_again(self) -> None:
         """Start a feed over whose replay was given up, but only once the engine answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
 
@@ -32,6 +33,11 @@ class Supports:
 
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
+
+    def held(self, model: str, names: Iterable[int]) -> int:
+        """How many of `names` are supported, up to the first that is not."""
+        counts = self._counts.get(model, {})
+        return sum(1 for _ in takewhile(counts.__contains__, names))
 
     def add(self, model: str, names: Sequence[int], parent: int | None) -> None:
         """One more engine block, or several in a row, supports `names`, which follow the token block `parent`."""

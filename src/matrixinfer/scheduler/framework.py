@@ -13,11 +13,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
 from matrixinfer.config import Section
+
+Trust: TypeAlias = Literal["exact", "partial", "stale", "none"]
+"""How far what the index says of an endpoint is believed: all and only that is cached; true, but more may be; may be
+untrue; says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Seconds since those metrics were read."""
     feed: str | None = None
     """State of the pod's KV events: `complete`, or why more or less may be cached than indexed; None without a feed."""
+    trust: Trust = "none"
     engine_block: int | None = None
     """Tokens per block of the engine's cache; None until its events told."""
     match_blocks: int | None = None

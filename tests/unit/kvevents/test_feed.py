@@ -651,3 +651,71 @@ def test_without_replay_distrust_ends_with_the_first_frame_of_a_new_engine(monke
     feed.reconnected()
     feed.hear([0, 1], RESTARTED)
     assert (feed.state, feed.held_of_other) == (COMPLETE, 2)
+
+
+# Heartbeats
+
+
+def followed(*, frames: int = 3) -> Feed:
+    """A feed that has replayed `frames` frames and is complete."""
+    feed = Feed()
+    feed.replay(range(frames))
+    assert feed.state is COMPLETE
+    return feed
+
+
+def test_the_last_frame_alone_proves_that_nothing_was_lost_in_silence() -> None:
+    feed = followed()
+    assert feed.heartbeat_from == 2
+    feed.heartbeat([(2, FRAMES[2])])
+    assert (feed.state, feed.replay_from, feed.stats.heartbeats) == (COMPLETE, None, 1)
+
+
+def test_an_engine_without_frames_proves_it_by_the_bare_end() -> None:
+    feed = followed(frames=0)
+    assert feed.heartbeat_from == 0
+    feed.heartbeat([])
+    assert feed.state is COMPLETE
+    feed.heartbeat([(0, FRAMES[0])])
+    feed.replay([0])
+    assert (feed.state, feed.stats.lost_in_silence, feed.follower.held(PROMPT)) == (COMPLETE, 1, 1)
+
+
+def test_frames_that_were_lost_in_silence_are_replayed() -> None:
+    feed = followed()
+    feed.heartbeat([(2, FRAMES[2]), (3, FRAMES[3])])
+    assert (feed.state, feed.replay_from) == (SYNCING, 2)
+    feed.replay([2, 3])
+    assert (feed.state, feed.follower.held(PROMPT)) == (COMPLETE, 4)
+
+
+@pytest.mark.parametrize("answer", [[], [(2, RESTARTED[2])]], ids=["nothing yet", "other bytes"])
+def test_an_engine_that_restarted_in_silence_is_found_out(answer: list[tuple[int, bytes]]) -> None:
+    feed = followed()
+    feed.heartbeat(answer)
+    feed.replay([number for number, _ in answer], RESTARTED)
+    assert feed.stats.restarts == 1
+    feed.replay(range(3) if answer else [], RESTARTED)
+    assert (feed.follower.held(PROMPT), feed.follower.held(OTHER)) == (0, 3 if answer else 0)
+
+
+def test_an_engine_that_does_not_answer_is_silent_until_it_is_heard_again() -> None:
+    feed = followed()
+    for _ in range(feed_module.MAX_MISSED_HEARTBEATS):
+        assert not feed.is_silent
+        feed.heartbeat_missed()
+    assert feed.is_silent
+    feed.hear([3])
+    assert not feed.is_silent
+    for _ in range(feed_module.MAX_MISSED_HEARTBEATS):
+        feed.heartbeat_missed()
+    feed.heartbeat([(3, FRAMES[3])])
+    assert not feed.is_silent
+
+
+def test_nothing_is_asked_where_it_cannot_be_told_or_is_under_way() -> None:
+    assert Feed().heartbeat_from is None  # its first replay is under way
+    assert Feed(can_replay=False).heartbeat_from is None
+    feed = followed()
+    feed.disconnected()
+    assert feed.heartbeat_from is None
