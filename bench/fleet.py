@@ -21,6 +21,7 @@ from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Candidate, Services
+from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
@@ -45,8 +46,10 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     blocks, index = TokenBlockProcessor(), MemoryIndex()
     schedules = Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover())
     feeds = {
-        name: PodFeed(Ledger(pod=name, model=MODEL, blocks=blocks, index=index), can_replay=False) for name in names
+        name: PodFeed(Ledger(pod=name, model=MODEL, blocks=blocks, index=index), can_replay=True) for name in names
     }
+    for feed in feeds.values():
+        feed.replay_ended()  # an engine without a past
     metrics = Metrics()
     router = Router(
         registry=registry,
@@ -59,7 +62,8 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         metrics=metrics,
         parity=Parity(metrics, time.monotonic),
         drift=Drift(metrics, lambda name, *, replay: None, time.monotonic),
-        max_prefix_tokens=config.max_prefix_tokens,
+        history=RoutingHistory(),
+        config=config,
     )
     return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)
 

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 
 
 def described(description: str) -> Meta:
@@ -139,6 +140,17 @@ class PluginArgs(Section, frozen=True):
     args: Annotated[dict[str, Any], described("Its arguments; see the plugin's own table.")] = {}
 
 
+class WeightsConfig(Section, frozen=True):
+    """What a block counts for that a pod holds, where it is worth less than one in the device's memory."""
+
+    host: Annotated[Share, described("Off-loaded to the host's memory.")] = 0.8
+    storage: Annotated[Share, described("Off-loaded further: to disk, or to another machine.")] = 0.5
+    unproven: Annotated[
+        Share,
+        described("Indexed while the pod's events are doubted, or not indexed but sent there by this gateway."),
+    ] = 0.75
+
+
 class SchedulerConfig(Section, frozen=True):
     """How a pod is chosen."""
 
@@ -161,6 +173,13 @@ class SchedulerConfig(Section, frozen=True):
         Annotated[float, Meta(ge=0)],
         described("How long after a request ends its prefix still counts as held by its pod without an event."),
     ] = 2.0
+    weights: Annotated[WeightsConfig, described("What blocks count for that are off-loaded or doubted.")] = (
+        WeightsConfig()
+    )
+    decisions_kept: Annotated[
+        Annotated[int, Meta(ge=0)],
+        described("Decisions kept for `/debug/decisions` and `matrixinfer explain`; some 5 kB each, without prompts."),
+    ] = 1000
     seed: Annotated[int, described("Seed of the generator that breaks ties.")] = 0
 
 

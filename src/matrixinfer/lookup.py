@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from matrixinfer.blocks import BlockChain
 from matrixinfer.index.base import BlockIndex
@@ -19,6 +20,18 @@ class Matches:
     """Consecutive token blocks held from the start; publishers that hold none are absent."""
     tails: Mapping[str, int]
     """Tokens held beyond those blocks, where engine blocks straddle them; absent for none."""
+
+
+class Held(NamedTuple):
+    """What one endpoint holds of a prompt."""
+
+    feed: PodFeed | None
+    blocks: int | None
+    """Consecutive token blocks from the start; None when that is unknown."""
+    tail: int
+    """Tokens beyond those blocks."""
+    tiers: Sequence[int]
+    """How many of the blocks, from the start, are on the device; on the device or the host. None where all are."""
 
 
 class LookUp:
@@ -64,9 +77,11 @@ class LookUp:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def held(self, name: str, matches: Matches | None) -> tuple[PodFeed | None, int | None, int]:
-        """An endpoint's feed, and what it says: blocks held, None when that is unknown, and tokens beyond them."""
+    def held(self, name: str, matches: Matches | None) -> Held:
+        """What an endpoint's feed and the index say of it."""
         feed = self._feeds.get(name)
         if matches is None or feed is None or feed.untrusted is not None:
-            return feed, None, 0
-        return feed, matches.blocks.get(name, 0), matches.tails.get(name, 0)
+            return Held(feed, None, 0, ())
+        blocks = matches.blocks
+        tiers = [blocks.get(tier, 0) for tier in names] if (names := feed.ledger.tiers.names) else ()
+        return Held(feed, blocks.get(name, 0), matches.tails.get(name, 0), tiers)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from matrixinfer.decisions import Record
 from matrixinfer.drift import Prediction
 from matrixinfer.parity import Comparison
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.scheduler.framework import Candidate, Decision
+from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import Charge
 
 
@@ -27,7 +29,10 @@ class Route:
         "_charge_at",
         "_comparison",
         "_computed",
+        "_history",
+        "_pod",
         "_prediction",
+        "_record",
         "_registry",
         "decision",
         "prompt",
@@ -41,6 +46,8 @@ class Route:
         *,
         registry: PodRegistry,
         charge: Callable[[Candidate], Charge],
+        history: RoutingHistory,
+        record: Record,
         comparison: Comparison | None,
         prediction: Prediction | None,
     ) -> None:
@@ -49,7 +56,10 @@ class Route:
         self._body = body
         self._registry = registry
         self._charge_at = charge
+        self._pod = decision.chosen
         self._charge = charge(decision.chosen)
+        self._history = history
+        self._record = record
         self._comparison = comparison
         self._prediction = prediction
         self._computed = False
@@ -57,7 +67,9 @@ class Route:
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
         self._charge.cancel()
+        self._pod = pod
         self._charge = self._charge_at(pod)
+        self._record.attempts.append(pod.name)
         if self._comparison is not None:
             self._comparison.unwatch(computed=False)
         self._end_prediction(computed=False)
@@ -66,9 +78,11 @@ class Route:
         """The pod could not be reached."""
         self._registry.failed(pod.pod)
 
-    def answered(self, pod: Candidate) -> None:
+    def answered(self, pod: Candidate, status: int) -> None:
         """The pod sent response headers."""
-        self._registry.answered(pod.pod)
+        self._record.status = status
+        if status < 500:  # else it is alive, but not well
+            self._registry.answered(pod.pod)
 
     def first_byte(self) -> None:
         """The prompt has been computed: the pod holds its blocks."""
@@ -79,11 +93,12 @@ class Route:
 
     @property
     def wants_usage(self) -> bool:
-        """Whether it is worth knowing how many prompt tokens the engine has counted."""
-        return self.prompt.counted and (self._comparison is not None or self._prediction is not None)
+        """Whether the answer may say how many tokens the prompt has."""
+        return self.prompt.counted
 
     def used(self, pod: Candidate, prompt_tokens: int, cached_tokens: int | None) -> None:
-        """The answer of `pod` says how many tokens the prompt has, and how many were cached. Only if `wants_usage`."""
+        """The answer of `pod` says how many tokens the prompt has, and how many were cached."""
+        self._record.counted, self._record.cached = prompt_tokens, cached_tokens
         if self._comparison is not None and self._comparison.of_counts:
             self._comparison.counted(pod.name, prompt_tokens)
         if self._prediction is not None:
@@ -93,11 +108,20 @@ class Route:
         """The request is over, however it ended."""
         if self._computed:
             self._charge.release()
+            self._remember()
         else:
             self._charge.cancel()
         if self._comparison is not None:
             self._comparison.unwatch(computed=self._computed)
         self._end_prediction(computed=self._computed)
+
+    def _remember(self) -> None:
+        """What was sent stands in for what the pod's events do not tell."""
+        pod, request = self._pod, self.decision.request
+        if pod.trust != "exact":
+            self._history.sent(pod.name, request.model, request.chain)
+        elif pod.name in self._history:
+            self._history.forget(pod.name)
 
     def _end_prediction(self, *, computed: bool) -> None:
         if self._prediction is not None:

@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from functools import partial
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.config import SchedulerConfig
+from matrixinfer.decisions import DecisionLog, record
 from matrixinfer.drift import Drift, Prediction
 from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.fleet import Fleet
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.parity import Comparison, Parity
-from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, RankMetrics
+from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.route import Route
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
@@ -78,7 +82,8 @@ class Router:
         metrics: Metrics,
         parity: Parity,
         drift: Drift,
-        max_prefix_tokens: int,
+        history: RoutingHistory,
+        config: SchedulerConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = registry
@@ -91,21 +96,34 @@ class Router:
         self._metrics = metrics
         self.parity = parity
         self._drift = drift
-        self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
+        self._history = history
+        self.decisions = DecisionLog(config.decisions_kept)
+        self._fleet = Fleet(
+            registry=registry,
+            look_up=self._look_up,
+            load=load,
+            history=history,
+            drift=drift,
+            weights=config.weights,
+        )
+        self._max_blocks = max(1, config.max_prefix_tokens // blocks.block_size)
         self._clock = clock
 
     async def route(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Route:
         """Choose a pod and charge it. Raises `RequestError` or `RoutingError`."""
         started = self._clock()
         prepared = await self._prepare(path, body, request_id, session)
-        candidates = self._candidates(prepared)
-        decision = self._scheduler.schedule(prepared.request, candidates)
+        decision = self._scheduler.schedule(prepared.request, self._candidates(prepared))
+        kept = record(decision, path, list(prepared.degraded.values()), prepared.timings_ms)
+        self.decisions.add(kept)
         route = Route(
             decision,
             prepared.prompt,
             body,
             registry=self.registry,
             charge=partial(self._charge, prepared.request),
+            history=self._history,
+            record=kept,
             comparison=self._comparison(prepared, decision.chosen),
             prediction=self._prediction(prepared, decision.chosen),
         )
@@ -116,37 +134,10 @@ class Router:
         """What `route` would decide now, as JSON-able data; changes nothing. Raises as `route` does."""
         prepared = await self._prepare(path, body, "dry-run", None)
         started = self._clock()
-        candidates = self._candidates(prepared)
-        decision = self._scheduler.schedule(prepared.request, candidates, dry_run=True)
+        decision = self._scheduler.schedule(prepared.request, self._candidates(prepared), dry_run=True)
         prepared.timings_ms["schedule"] = (self._clock() - started) * 1000
-        return {
-            "model": prepared.request.model,
-            "tokens": prepared.request.prompt_tokens,
-            "blocks": len(prepared.request.chain),
-            "chosen": decision.chosen.name,
-            "ranked": [candidate.name for candidate in decision.ranked],
-            "pods": {
-                candidate.name: {
-                    "trust": candidate.trust,
-                    "feed": candidate.feed,
-                    "match_blocks": candidate.match_blocks,
-                    "assumed_blocks": candidate.assumed_blocks,
-                    "filtered": decision.filtered.get(candidate.name),
-                    "scores": {name: scores.get(candidate.name) for name, scores in decision.scores.items()},
-                    "total": decision.totals.get(candidate.name),
-                    "predicted_hit_tokens": self._predicted(candidate, prepared.request),
-                    "in_flight": candidate.in_flight,
-                    "waiting": candidate.waiting,
-                    "metrics_age_s": candidate.metrics_age,
-                }
-                for candidate in candidates
-            },
-            "notes": [*prepared.degraded.values(), *decision.notes],
-            "timings_ms": {
-                stage: round(milliseconds, 4)
-                for stage, milliseconds in {**prepared.timings_ms, **decision.timings_ms}.items()
-            },
-        }
+        notes = list(prepared.degraded.values())
+        return record(decision, path, notes, prepared.timings_ms, pods=None).view()
 
     def feeds_of(self, pod: Pod) -> dict[str, dict[str, object]]:
         """State of the KV events of each publisher of a pod, as JSON-able data; empty where none are followed."""
@@ -228,46 +219,13 @@ class Router:
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
-        request, matches, load = prepared.request, prepared.matches, self._load
-        model, chain, now = request.model, request.chain, request.now
-        candidates = []
-        for endpoint in (endpoint for pod in prepared.pods for endpoint in pod.endpoints):
-            name = endpoint.name
-            metrics = self.registry.metrics_of(endpoint.pod, now)
-            shown: EngineMetrics | RankMetrics | None = metrics
-            if metrics is not None and endpoint.rank is not None:
-                shown = metrics.ranks.get(endpoint.rank)
-            feed, match, tail = self._look_up.held(name, None if prepared.approximate else matches)
-            candidates.append(
-                Candidate(
-                    name=name,
-                    url=endpoint.pod.url,
-                    rank=endpoint.rank,
-                    in_flight=load.in_flight(name),
-                    queued_tokens=load.queued_tokens(name),
-                    running=shown.running if shown else None,
-                    waiting=shown.waiting if shown else None,
-                    cache_usage=shown.cache_usage if shown else None,
-                    metrics_age=now - metrics.read_at if metrics else None,
-                    feed=None if feed is None else feed.state.value,
-                    trust="none" if prepared.approximate else trust_in(feed, doubted=self._drift.doubts(name)),
-                    engine_block=None if feed is None else feed.ledger.block_size,
-                    match_blocks=match,
-                    match_tail=tail,
-                    assumed_blocks=load.assumed(name, model, chain, match or 0) if prepared.prompt.reads_cache else 0,
-                )
-            )
-        return candidates
-
-    def _predicted(self, candidate: Candidate, request: SchedulingRequest) -> int:
-        """Prompt tokens that the pod will find in its cache: whole engine blocks, and never the last token."""
-        if not request.prompt_tokens:
-            return 0
-        held = (candidate.match_blocks or 0) * request.block_size + candidate.match_tail
-        if candidate.assumed_blocks:
-            held = ((candidate.match_blocks or 0) + candidate.assumed_blocks) * request.block_size
-        size = candidate.engine_block or request.block_size
-        return min(held, request.prompt_tokens - 1) // size * size
+        return self._fleet.candidates(
+            prepared.request,
+            prepared.pods,
+            prepared.matches,
+            reads_cache=prepared.prompt.reads_cache,
+            approximate=prepared.approximate,
+        )
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
         """Count the request at a pod, with the blocks that it will bring there."""
@@ -276,7 +234,7 @@ class Router:
             request.model,
             hashes=request.chain,
             start=pod.match_blocks or 0,
-            queued_tokens=(request.prompt_tokens or 0) - self._predicted(pod, request),
+            queued_tokens=(request.prompt_tokens or 0) - pod.expected_hit(request.prompt_tokens, request.block_size),
         )
 
     def _comparison(self, prepared: _Prepared, chosen: Candidate) -> Comparison | None:
@@ -323,7 +281,7 @@ class Router:
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
-        _, match, tail = self._look_up.held(chosen.name, prepared.matches)
+        _, match, tail, _ = self._look_up.held(chosen.name, prepared.matches)
         if match is None or chosen.assumed_blocks or feed.state is not FeedState.COMPLETE:
             return None
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size
@@ -337,7 +295,9 @@ class Router:
         for reason in prepared.degraded:
             self._metrics.degraded(reason)
         if request.prompt_tokens is not None:
-            self._metrics.predicted(request.prompt_tokens, self._predicted(decision.chosen, request))
+            self._metrics.predicted(
+                request.prompt_tokens, decision.chosen.expected_hit(request.prompt_tokens, request.block_size)
+            )
 
 
 def _base_of(model: str, pods: Sequence[Pod]) -> str:

@@ -27,6 +27,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.profile import arguments_of
@@ -54,14 +55,14 @@ class Service:
         blocks = TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
         index = MemoryIndex(max_blocks=config.index.max_blocks, prefix_closed=blocks.scheme == "prefix")
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
-        metrics = Metrics()
+        metrics, history = Metrics(), RoutingHistory()
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(config.limits))
             tokenizers = TokenizerManager(
                 config.models, config.tokenization, RemoteTokenizer(session), block_size=blocks.block_size
             )
             await stack.enter_async_context(tokenizers)
-            subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks))
+            subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks, history=history))
             drift = Drift(metrics, subscriber.resync, clock)
             self.router = Router(
                 registry=registry,
@@ -74,7 +75,8 @@ class Service:
                 metrics=metrics,
                 parity=Parity(metrics, clock),
                 drift=drift,
-                max_prefix_tokens=config.scheduler.max_prefix_tokens,
+                history=history,
+                config=config.scheduler,
                 clock=clock,
             )
             metrics.register(IndexCollector(index))

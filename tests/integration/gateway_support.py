@@ -50,9 +50,10 @@ class FakeRoute:
         self.reports.append(f"failed {pod.name}")
         self.registry.failed(pod.name)
 
-    def answered(self, pod: Candidate) -> None:
-        self.reports.append(f"answered {pod.name}")
-        self.registry.answered(pod.name)
+    def answered(self, pod: Candidate, status: int) -> None:
+        if status < 500:
+            self.reports.append(f"answered {pod.name}")
+            self.registry.answered(pod.name)
 
     @property
     def wants_usage(self) -> bool:

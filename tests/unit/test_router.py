@@ -32,6 +32,7 @@ from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, S
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
@@ -53,6 +54,7 @@ class World:
     feeds: dict[str, PodFeed] = field(default_factory=dict)
     load: LoadLedger = field(default_factory=lambda: LoadLedger(time.monotonic, 60.0))
     metrics: Metrics = field(default_factory=Metrics)
+    history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
 
@@ -78,7 +80,8 @@ class World:
             metrics=self.metrics,
             parity=Parity(self.metrics, time.monotonic),
             drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
-            max_prefix_tokens=1_000,
+            history=self.history,
+            config=config,
         )
 
     def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
@@ -253,7 +256,7 @@ async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
     world.feeds["a"].live(0, encode(EventBatch(ts=0.0, events=[])))
     decision = await world.explain()
     assert field_of(decision, "feed") == {"a": "complete", "b": "partial", "c": "partial"}
-    assert "kvcache-aware: the KV events of 2 of 3 pods are not complete" in decision["notes"]
+    assert "kvcache-aware: what the index says of 2 of 3 pods is partial" in decision["notes"]
 
 
 async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
@@ -312,7 +315,9 @@ async def test_the_chosen_rank_is_charged_and_its_pod_told_of() -> None:
     assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
     route.failed(chosen)
     assert world.registry.pods[1].failures == 1
-    route.answered(chosen)
+    route.answered(chosen, 503)
+    assert world.registry.pods[1].failures == 1
+    route.answered(chosen, 400)
     assert world.registry.pods[1].failures == 0
     assert route.body_for(chosen) == request()
     route.finish()
@@ -365,3 +370,67 @@ async def test_pods_that_filters_removed_are_the_last_resort() -> None:
     assert [pod.name for pod in decision.attempts][-1] == "a"
     assert "a" in decision.filtered
     assert sorted(pod.name for pod in decision.attempts) == ["a", "b", "c"]
+
+
+async def sent(world: World, **body: object) -> str:
+    """Send a request that is computed; returns its pod."""
+    route = await world.router.route(PATH, request(**body), request_id="r")
+    route.first_byte()
+    route.finish()
+    return route.decision.chosen.name
+
+
+async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    pod = await sent(world)
+    decision = await world.explain()
+    assert field_of(decision, "trust") == dict.fromkeys("abc", "partial")
+    assert field_of(decision, "sent_blocks") == {**dict.fromkeys("abc", 0), pod: 10}
+    assert (decision["chosen"], field_of(decision, "held_blocks")[pod]) == (pod, 7.5)
+    world.holds(pod, 16)
+    assert field_of(await world.explain(), "held_blocks")[pod] == 4 + 0.75 * 6
+    assert field_of(await world.explain(model="lora"), "sent_blocks") == dict.fromkeys("abc", 0)
+
+
+async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    pod = await sent(world)
+    world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
+    world.holds(pod, 16)
+    decision = await world.explain()
+    assert (field_of(decision, "trust")[pod], field_of(decision, "sent_blocks")[pod]) == ("exact", 0)
+    assert pod in world.history
+    assert await sent(world) == pod
+    assert pod not in world.history
+
+
+async def test_a_request_that_was_not_computed_leaves_nothing_behind() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    route = await world.router.route(PATH, request(), request_id="r")
+    route.finish()
+    assert len(world.history) == 0
+
+
+async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device() -> None:
+    world = World()
+    for pod in "ab":
+        world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
+        world.feeds[pod].ledger.tiers.open(1, lambda _: [])
+        world.holds(pod, 32)
+    world.holds("b~device", 32)
+    decision = await world.explain()
+    assert field_of(decision, "tiers") == {"a": [0], "b": [8], "c": []}
+    assert field_of(decision, "held_blocks") == {"a": pytest.approx(6.4), "b": 8, "c": 0}
+    assert decision["chosen"] == "b"
+
+
+async def test_decisions_are_kept_with_what_came_of_them() -> None:
+    world = World()
+    route = await world.router.route(PATH, request(), request_id="r-1")
+    first, second = route.decision.attempts[:2]
+    route.failed(first)
+    route.move(second)
+    route.answered(second, 200)
+    route.used(second, 40, 8)
+    (record,) = world.router.decisions.newest(request_id="r-1")
+    assert (record.attempts, record.status, record.counted, record.cached) == ([first.name, second.name], 200, 40, 8)

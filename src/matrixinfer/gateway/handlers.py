@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +14,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import read_body
 from matrixinfer.gateway.errors import response_to
@@ -140,6 +141,7 @@ class Admin:
         """Paths of the admin listener."""
         return {
             "/debug/route": {"POST": self.explain},
+            "/debug/decisions": {"GET": self.decisions},
             "/debug/pods": {"GET": self.pods},
             "/debug/tokenizers": {"GET": self.tokenizers},
         }
@@ -150,6 +152,15 @@ class Admin:
         limits = self._limits
         body = await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
         return json_response(await self._router.explain(path, body))
+
+    async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that took it."""
+        query = request.rel_url.query
+        limit = query.get("limit", "100")
+        if not limit.isdecimal():
+            raise InvalidRequest(f"limit: expected a number, got `{limit}`", param="limit")
+        found = self._router.decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
+        return json_response({"decisions": [record.view() for record in islice(found, int(limit))]})
 
     async def pods(self, _: web.BaseRequest) -> web.StreamResponse:
         """Every pod as last seen."""

@@ -89,8 +89,7 @@ class Proxy:
     async def _attempt(self, exchange: Exchange, pod: Candidate) -> web.StreamResponse:
         upstream = await self._open(exchange, pod)
         try:
-            if upstream.status < 500:  # else it is alive, but not well
-                exchange.route.answered(pod)
+            exchange.route.answered(pod, upstream.status)
             length = upstream.content_length
             if length is not None and length <= MAX_WHOLE_BYTES:
                 body = await self._read(upstream, pod, whole=True)

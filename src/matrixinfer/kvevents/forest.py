@@ -14,9 +14,11 @@ class Forest:
     An engine's hash names a block by all that precedes it too, so a block is nobody's child but its parent's.
     """
 
-    __slots__ = ("_free", "_runs", "_table", "branches", "copies", "cut", "ended")
+    __slots__ = ("_free", "_runs", "_table", "branches", "copies", "cut", "ended", "tier")
 
-    def __init__(self) -> None:
+    def __init__(self, tier: int = 0) -> None:
+        self.tier = tier
+        """Of the medium (`matrixinfer.kvevents.tiers`)."""
         self._table = BlockTable()  # block -> number of its run
         self._runs: list[Run | None] = []
         self._free: list[int] = []
@@ -93,8 +95,8 @@ class Forest:
             self._table.pop(block)
         self._table.add(rest, rest.number)
 
-    def below(self, block: int) -> Iterator[tuple[Run, int, int]]:
-        """Every present block in the runs that branch off `block`, parents first, as (run, position, block).
+    def below(self, block: int | None) -> Iterator[tuple[Run, int, int]]:
+        """Every present block in the runs that branch off `block` (None: the root), parents first: (run, position, block).
 
         Raises `ValueError` for blocks that follow themselves, which only events that contradict each other make.
         """

@@ -25,6 +25,7 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.supports import Supports
+from matrixinfer.kvevents.tiers import DEVICE, Supported, Tiers, tier_of
 from matrixinfer.kvevents.wire import (
     AllBlocksCleared,
     BlockRemoved,
@@ -37,11 +38,12 @@ from matrixinfer.kvevents.wire import (
     tokens_of,
 )
 from matrixinfer.kvevents.witness import Witness
+from matrixinfer.scheduler.history import RoutingHistory
 
 MAX_TOKENS = 64_000_000
 """Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""
 _MAX_PLACES = 16
-_Place: TypeAlias = tuple[str | None, int | None]
+_Place: TypeAlias = tuple[str, int]
 """A cache medium and an attention group."""
 
 
@@ -81,7 +83,15 @@ class Ledger:
     `model` is the index's name for the engine's base model; blocks of an adapter go under the adapter's name.
     """
 
-    def __init__(self, *, pod: str, model: str, blocks: TokenBlockProcessor, index: BlockIndex) -> None:
+    def __init__(
+        self,
+        *,
+        pod: str,
+        model: str,
+        blocks: TokenBlockProcessor,
+        index: BlockIndex,
+        history: RoutingHistory | None = None,
+    ) -> None:
         self.pod = pod
         self.model = model
         self.stats = LedgerStats()
@@ -99,8 +109,14 @@ class Ledger:
             False  # they give adapters as numbers, so that blocks of one are at least known as such
         )
         self._blocks = blocks
-        self.supports = Supports(pod, index)
+        self._history = history
+        self.tiers = Tiers(pod, index, history)
         self._forests: dict[_Place, Forest] = {}
+
+    @property
+    def supports(self) -> Supports:
+        """What supports the token blocks, on whatever tier."""
+        return self.tiers.all
 
     @property
     def is_hybrid(self) -> bool:
@@ -122,11 +138,13 @@ class Ledger:
     def clear(self) -> None:
         """The engine holds nothing, or nothing is known of it any more."""
         self._forests.clear()
-        self.supports.clear()
+        self.tiers.clear()
 
     def reset(self) -> None:
         """Another engine comes: as `clear`, and nothing is known of its sizes and its layout."""
         self.clear()
+        self.tiers.reset()
+        self._forget_sent()
         self.block_size = None
         self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
 
@@ -134,26 +152,32 @@ class Ledger:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
         removed: list[EngineHash] = []
-        place: _Place = (None, None)
+        place: tuple[str | None, int | None] = (None, None)
         for event in events:
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, one event each: neighbours are taken together.
                 if removed and place != (event.medium, event.group_idx):
-                    self._remove(place, removed)
+                    self._remove(_place(*place), removed)
                     removed = []
                 place = (event.medium, event.group_idx)
                 removed += event.block_hashes
                 continue
             if removed:
-                self._remove(place, removed)
+                self._remove(_place(*place), removed)
                 removed = []
             if isinstance(event, BlockStored):
                 self._store(event)
             elif isinstance(event, AllBlocksCleared):
                 self.stats.clears += 1
                 self.clear()
+                self._forget_sent()
         if removed:
-            self._remove(place, removed)
+            self._remove(_place(*place), removed)
+
+    def _forget_sent(self) -> None:
+        """The engine holds nothing, of whatever was sent to it."""
+        if self._history is not None:
+            self._history.forget(self.pod)
 
     # Stored
 
@@ -168,11 +192,16 @@ class Ledger:
         place = _place(event.medium, event.group_idx)
         forest = self._forests.get(place)
         tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
-        if tokens is None or (forest is None and len(self._forests) >= _MAX_PLACES):
+        is_bare = tokens is None and event.block_hashes and not event.block_size and tier_of(place[0]) != DEVICE
+        if (tokens is None and not is_bare) or (forest is None and len(self._forests) >= _MAX_PLACES):
             self.stats.misfits += 1
             return
         if forest is None:
-            forest = self._forests[place] = Forest()
+            forest = self._forests[place] = Forest(tier_of(place[0]))
+            self.tiers.open(forest.tier, self._present)
+        if tokens is None:
+            self._store_copies(forest, place, block_ids(event.block_hashes))
+            return
         self.block_size = max(event.block_size, self.block_size or 0)
         ids = block_ids(event.block_hashes)
         self.stats.stored += len(ids)
@@ -263,12 +292,37 @@ class Ledger:
         forest.extend(run, ids, tokens)
         if self.witness is not None:
             self.witness.see(run, position)
+        self._reach(forest, run, position, ids, parent)
+
+    def _reach(self, forest: Forest, run: Run, position: int, ids: Sequence[int], parent: int | None) -> None:
+        """The new blocks `ids`, from `position` of a run, can be reached unless `parent` cannot."""
         if parent in forest.cut:
             forest.cut.update(ids)
             return
-        self._support(run, position, len(run))
+        self._support(forest, run, position, len(run))
         if forest.cut:
             self._rejoin(forest, ids)
+
+    def _store_copies(self, forest: Forest, place: _Place, ids: Sequence[int]) -> None:
+        """Off-loaded blocks that are named without their tokens: what they hold is known from another tier."""
+        others = [other for at, other in self._forests.items() if at[1] == place[1] and other is not forest]
+        self.stats.stored += len(ids)
+        for block in ids:
+            if block in forest:
+                forest.copies[block] = forest.copies.get(block, 0) + 1
+                self.stats.copies += 1
+                continue
+            source = next((run for other in others if (run := other.run_of(block)) is not None), None)
+            position = 0 if source is None else source.position(block)
+            parent = None if source is None else source[position - 1] if position else source.parent
+            above = None if parent is None else forest.run_of(parent)
+            if source is None or (parent is not None and above is None):
+                self.stats.orphans += 1
+                continue
+            run = source.like(above, parent)
+            start = len(run)
+            forest.extend(run, [block], source.tokens_of(position))
+            self._reach(forest, run, start, [block], parent)
 
     def _root(self, event: BlockStored, salt: str | None) -> Run:
         return Run(
@@ -283,21 +337,26 @@ class Ledger:
         for block in ids:
             for run, position, child in forest.below(block):
                 forest.cut.discard(child)
-                self._support(run, position, position + 1)
+                self._support(forest, run, position, position + 1)
 
-    def _support(self, run: Run, first: int, last: int) -> None:
+    def _support(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """The blocks [first, last) of a run can be reached."""
-        parent, names = run.completed(first, last)
-        self.supports.add(run.model, names, parent)
-        if run.has_tails:
-            for before, tail in run.tails(first, last):
-                self.has_tails = True
-                self.supports.add(run.model, [tail], before)
+        for model, names, parent in _supported(run, first, last):
+            self.tiers.add(forest.tier, model, names, parent)
+        self.has_tails = self.has_tails or run.has_tails
+
+    def _present(self, tier: int) -> Iterator[Supported]:
+        """What can be reached of the blocks on tiers up to `tier`, parents first."""
+        for forest in self._forests.values():
+            if forest.tier <= tier:
+                for run, position, block in forest.below(None):
+                    if block not in forest.cut:
+                        yield from _supported(run, position, position + 1)
 
     # Removed
 
     def _remove(self, place: _Place, hashes: Sequence[EngineHash]) -> None:
-        forest = self._forests.get(_place(*place))
+        forest = self._forests.get(place)
         if forest is None:
             self.stats.unknown_removed += len(hashes)
             return
@@ -311,11 +370,11 @@ class Ledger:
             left = forest.pop_last(forest.pop_last(left, shrunk)[::-1], shrunk)
         self.stats.removed += present - len(left)
         for run in shrunk:
-            self._unsupport(run, len(run), run.recorded)
+            self._unsupport(forest, run, len(run), run.recorded)
             run.truncate()
         for block in left:
             self._remove_inner(forest, block)
-        self.supports.flush()
+        self.tiers.flush()
 
     def _drop_copies(self, forest: Forest, blocks: Sequence[int]) -> list[int]:
         """Remove one copy of blocks with several, and blocks that are not indexed; returns the others."""
@@ -347,17 +406,26 @@ class Ledger:
         else:
             for below, position, child in forest.below(block):
                 forest.cut.add(child)
-                self._unsupport(below, position, position + 1)
-            self._unsupport(run, last, last + 1)
+                self._unsupport(forest, below, position, position + 1)
+            self._unsupport(forest, run, last, last + 1)
         forest.drop_last(run, block)
         run.truncate()
 
-    def _unsupport(self, run: Run, first: int, last: int) -> None:
+    def _unsupport(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """The blocks [first, last) of a run cannot be reached any more."""
         if run.has_tails:
-            self.supports.remove(run.model, [tail for _, tail in run.tails(first, last)])
+            self.tiers.remove(forest.tier, run.model, [tail for _, tail in run.tails(first, last)])
         _, names = run.completed(first, last)
-        self.supports.remove(run.model, reversed(names))
+        self.tiers.remove(forest.tier, run.model, names[::-1])
+
+
+def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
+    """What the blocks [first, last) of a run support."""
+    parent, names = run.completed(first, last)
+    yield run.model, names, parent
+    if run.has_tails:
+        for before, tail in run.tails(first, last):
+            yield run.model, [tail], before
 
 
 def _place(medium: str | None, group: int | None) -> _Place:

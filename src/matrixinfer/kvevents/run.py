@@ -99,6 +99,19 @@ class Run:
         run.tokens += self.tokens[(run.base - self.base) * 4 : (start - self.base) * 4]
         return run
 
+    def like(self, above: Run | None, parent: int | None) -> Run:
+        """The run elsewhere that takes copies of this one's blocks, after `parent` in the run `above`; None at a root."""
+        if above is None or parent is None:
+            return Run(self._blocks, model=self.model, block_size=self.block_size, seed=self.seed)
+        if above.block_size == self.block_size and above.ends_with(parent):
+            return above
+        return above.branch(above.position(parent), self.block_size)
+
+    def tokens_of(self, position: int) -> bytes:
+        """The tokens of one block."""
+        end = self._end_of(position) - self.base
+        return bytes(self.tokens[(end - self.block_size) * 4 : end * 4])
+
     def split(self, position: int) -> Run:
         """Keep the blocks up to `position`; returns those behind it as a run that follows."""
         rest = self.branch(position, self.block_size)

@@ -16,6 +16,8 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
+from matrixinfer.kvevents.tiers import publishers
+from matrixinfer.scheduler.history import RoutingHistory
 
 __all__ = ["FeedSource", "Subscriber"]
 
@@ -26,8 +28,11 @@ class Subscriber:
     Use as an async context manager; `follow` and `unfollow` at any time within it.
     """
 
-    def __init__(self, *, index: BlockIndex, blocks: TokenBlockProcessor) -> None:
+    def __init__(
+        self, *, index: BlockIndex, blocks: TokenBlockProcessor, history: RoutingHistory | None = None
+    ) -> None:
         self._index = index
+        self._history = history
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each followed publisher by its name; for reading."""
@@ -62,7 +67,7 @@ class Subscriber:
             if self._followed[name][0].source == source:
                 return self.feeds[name]
             self.unfollow(name)
-        ledger = Ledger(pod=name, model=source.model, blocks=self._blocks, index=self._index)
+        ledger = Ledger(pod=name, model=source.model, blocks=self._blocks, index=self._index, history=self._history)
         feed = PodFeed(ledger, can_replay=source.replay_endpoint is not None)
         subscription = Subscription(self._shared, source, feed)
         task = self._group.create_task(subscription.run(), name=f"kv-events {name}")
@@ -83,4 +88,5 @@ class Subscriber:
         del self.feeds[name]
         subscription.closed = True
         task.cancel()
-        self._index.forget(name)
+        for publisher in publishers(name):
+            self._index.forget(publisher)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.scheduler.history import RoutingHistory
 
 
 class Watch:
@@ -24,9 +25,11 @@ class Supports:
     Removals reach the index with `flush`, so that many of them are one call.
     """
 
-    def __init__(self, pod: str, index: BlockIndex) -> None:
+    def __init__(self, pod: str, index: BlockIndex, history: RoutingHistory | None = None) -> None:
+        """`history` is told what is gone, as it must not be believed to be there any more."""
         self._pod = pod
         self._index = index
+        self._history = history
         self._counts: dict[str, dict[int, int]] = {}  # by model
         self._gone: dict[str, list[int]] = {}
         self._watches: dict[int, list[Watch]] = {}
@@ -70,6 +73,8 @@ class Supports:
         """Tell the index what is gone."""
         for model, names in self._gone.items():
             self._index.remove(model, self._pod, names)
+            if self._history is not None:
+                self._history.refuted(self._pod, model, names)
         self._gone.clear()
 
     def clear(self) -> None:
@@ -81,6 +86,10 @@ class Supports:
                 watch.gone = True
         self._watches.clear()
         self._index.clear(self._pod)
+
+    def forget(self) -> None:
+        """There will be none any more."""
+        self._index.forget(self._pod)
 
     def watch(self, name: int) -> Watch:
         """Begin to watch a token block that is supported; end it with `unwatch`."""

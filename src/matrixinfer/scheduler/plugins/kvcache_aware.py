@@ -15,7 +15,9 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 class KvCacheAware(Plugin):
     """Scores consecutive blocks that a pod holds from the prompt's start, as a share of the blocks considered.
 
-    Blocks that requests in flight are bringing to a pod count as held. Considered are the prompt's full blocks, at most
+    Blocks that requests in flight are bringing to a pod count as held. Blocks on slower tiers, blocks indexed from events
+    that are doubted, and blocks that were sent where no events tell, count for less (`scheduler.weights`): what is not
+    known of a pod is not taken for nothing. Considered are the prompt's full blocks, at most
     `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere.
     """
 
@@ -45,9 +47,7 @@ class KvCacheAware(Plugin):
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
             return Scores(values=[0.0] * len(candidates), note=_why_no_blocks(request))
-        values = [
-            100.0 * min((pod.match_blocks or 0) + pod.assumed_blocks, considered) / considered for pod in candidates
-        ]
+        values = [100.0 * min(pod.held_blocks, considered) / considered for pod in candidates]
         return Scores(values=values, note=_what_is_unknown(candidates))
 
 
@@ -56,9 +56,10 @@ def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
     unknown = [pod.match_blocks for pod in candidates].count(None)
     if unknown:
         notes.append(f"the index could not say what {unknown} of {len(candidates)} pods hold")
-    doubtful = sum(pod.match_blocks is not None and pod.feed not in (None, "complete") for pod in candidates)
-    if doubtful:
-        notes.append(f"the KV events of {doubtful} of {len(candidates)} pods are not complete")
+    for trust in ("partial", "stale"):
+        doubtful = sum(pod.match_blocks is not None and pod.trust == trust for pod in candidates)
+        if doubtful:
+            notes.append(f"what the index says of {doubtful} of {len(candidates)} pods is {trust}")
     return "; ".join(notes) or None
 
 

@@ -1,0 +1,170 @@
+"""`matrixinfer explain`: why requests went where they went, asked of a running gateway."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+from rich.table import Table
+
+from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.errors import MatrixInferError
+from matrixinfer.prompt.openai import CHAT_PATH
+
+TIMEOUT_SECONDS = 10.0
+Json = Mapping[str, Any]
+
+
+class CannotExplain(MatrixInferError):
+    """The gateway cannot be asked, or does not know."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="why a request went to its pod",
+        description="Ask a running gateway for its last decisions, for one by its request id, or for what it would decide "
+        "of a body now: every pod's match, trust, load and scores, what was predicted and what the engine reported.",
+    )
+    parser.add_argument("id", nargs="?", metavar="ID", help="the x-request-id of an answer; without it the last ones")
+    parser.add_argument(
+        "--admin", default="http://127.0.0.1:8081", metavar="URL", help="the gateway's admin address (%(default)s)"
+    )
+    parser.add_argument("--last", type=int, default=20, metavar="N", help="how many decisions to list (%(default)s)")
+    parser.add_argument("--pod", metavar="NAME", help="only those that this pod took")
+    parser.add_argument(
+        "--body",
+        type=Path,
+        metavar="FILE",
+        help="decide on this request body now, without sending it; - for standard input",
+    )
+    parser.add_argument("--path", default=CHAT_PATH, metavar="PATH", help="the API path of --body (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print what the gateway tells as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and print. Raises `CannotExplain`."""
+    answer = asyncio.run(_ask(args))
+    if args.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    if args.body is not None or args.id is not None:
+        for decision in [answer] if args.body is not None else answer["decisions"]:
+            _print_one(console, decision)
+    else:
+        _print_list(console, answer["decisions"])
+    return 0
+
+
+async def _ask(args: argparse.Namespace) -> Any:
+    base = args.admin if "://" in args.admin else f"http://{args.admin}"
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+    try:
+        async with aiohttp.ClientSession(base.rstrip("/"), timeout=timeout) as session:
+            if args.body is not None:
+                body = await asyncio.to_thread(_read, args.body)
+                async with session.post("/debug/route", params={"path": args.path}, data=body) as response:
+                    return await _answer(response)
+            query = {"limit": str(args.last), "id": args.id, "pod": args.pod}
+            chosen = {key: value for key, value in query.items() if value is not None}
+            async with session.get("/debug/decisions", params=chosen) as response:
+                answer = await _answer(response)
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        raise CannotExplain(f"cannot ask {base}: {str(error) or type(error).__name__}") from error
+    if args.id is not None and not answer["decisions"]:
+        raise CannotExplain(f"the gateway keeps no decision on the request `{args.id}`")
+    return answer
+
+
+async def _answer(response: aiohttp.ClientResponse) -> Any:
+    answer = await response.json(content_type=None)
+    if response.status != 200:
+        message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
+        raise CannotExplain(message or f"the gateway answered {response.status}")
+    return answer
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise CannotExplain(f"cannot read {path}: {error.strerror}") from error
+
+
+def _print_list(console: Console, decisions: Sequence[Json]) -> None:
+    table = Table("time", "request", "model", "tokens", "pod", "trust", "predicted", "cached", "status", box=None)
+    for decision in decisions:
+        pod, reported = decision["pods"][decision["chosen"]], decision["reported"]
+        table.add_row(
+            _time(decision["at"]),
+            decision["id"],
+            decision["model"],
+            _shown(decision["tokens"]),
+            reported["attempts"][-1],
+            pod["trust"],
+            _shown(decision["predicted_hit_tokens"]),
+            _shown(reported["cached_tokens"]),
+            _shown(reported["status"]),
+        )
+    console.print(table)
+
+
+def _print_one(console: Console, decision: Json) -> None:
+    reported = decision["reported"]
+    console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
+    console.print(f"prompt: {_shown(decision['tokens'])} tokens, {decision['blocks']} full blocks")
+    console.print(f"predicted hit: {decision['predicted_hit_tokens']} tokens at {decision['chosen']}")
+    if reported["status"] is not None:
+        way = " then ".join(reported["attempts"])
+        counts = f"{_shown(reported['cached_tokens'])} of {_shown(reported['prompt_tokens'])} tokens cached"
+        console.print(f"answered: {reported['status']} by {way}; the engine reported {counts}")
+    scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
+    table = Table(
+        "pod", "trust", "match", "coming", "sent", "counts", "load", "waiting", *scorers, "total", "", box=None
+    )
+    for name, pod in decision["pods"].items():
+        table.add_row(
+            name,
+            pod["trust"],
+            _match(pod),
+            str(pod["assumed_blocks"]),
+            str(pod["sent_blocks"]),
+            f"{pod['held_blocks']:g}",
+            str(pod["in_flight"]),
+            _shown(pod["waiting"]),
+            *(_shown(pod["scores"].get(scorer)) for scorer in scorers),
+            _shown(pod["total"]),
+            "chosen" if name == decision["chosen"] else pod["filtered"] or "",
+        )
+    console.print(table)
+    if len(decision["pods"]) < decision["candidates"]:
+        console.print(f"… and {decision['candidates'] - len(decision['pods'])} more")
+    for note in decision["notes"]:
+        console.print(f"note: {note}")
+
+
+def _match(pod: Json) -> str:
+    """Blocks that the index says are held, and how many of them on faster tiers where there are several."""
+    faster = "".join(f"{count}/" for count in pod["tiers"])
+    return faster + _shown(pod["match_blocks"])
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"

@@ -1,0 +1,150 @@
+"""The last decisions, kept to say why a request went where it went. No prompt, no token ids."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from matrixinfer.scheduler.framework import Candidate, Decision
+
+PODS_KEPT = 16
+"""Of a decision among more pods, the best ones, and then filtered ones."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """One decision, and what came of it."""
+
+    id: str
+    at: float
+    """Unix time in seconds."""
+    path: str
+    model: str
+    prompt_tokens: int | None
+    block_size: int
+    blocks: int
+    """Full blocks of the prompt."""
+    pods: int
+    """How many could have been chosen."""
+    kept: Sequence[Candidate]
+    """Best first."""
+    scores: Mapping[str, Mapping[str, float]]
+    """Scorer to pod to score, before weights."""
+    totals: Mapping[str, float]
+    filtered: Mapping[str, str]
+    notes: Sequence[str]
+    timings_ms: Mapping[str, float]
+    attempts: list[str]
+    """Pods that it was sent to, in order."""
+    status: int | None = None
+    """Of the answer; None while there is none."""
+    counted: int | None = None
+    """Prompt tokens, as the engine counts them."""
+    cached: int | None = None
+    """Of those, what it found in its cache; None where it does not tell."""
+
+    def view(self) -> dict[str, object]:
+        """As JSON-able data."""
+        chosen = self.kept[0]
+        return {
+            "id": self.id,
+            "at": self.at,
+            "path": self.path,
+            "model": self.model,
+            "tokens": self.prompt_tokens,
+            "blocks": self.blocks,
+            "chosen": chosen.name,
+            "ranked": [candidate.name for candidate in self.kept if candidate.name not in self.filtered],
+            "predicted_hit_tokens": self._predicted(chosen),
+            "reported": {
+                "attempts": list(self.attempts),
+                "status": self.status,
+                "prompt_tokens": self.counted,
+                "cached_tokens": self.cached,
+            },
+            "candidates": self.pods,
+            "pods": {candidate.name: self._pod(candidate) for candidate in self.kept},
+            "notes": list(self.notes),
+            "timings_ms": {stage: round(milliseconds, 4) for stage, milliseconds in self.timings_ms.items()},
+        }
+
+    def _predicted(self, candidate: Candidate) -> int:
+        return candidate.expected_hit(self.prompt_tokens, self.block_size)
+
+    def _pod(self, candidate: Candidate) -> dict[str, object]:
+        name = candidate.name
+        return {
+            "trust": candidate.trust,
+            "feed": candidate.feed,
+            "match_blocks": candidate.match_blocks,
+            "tiers": list(candidate.tiers),
+            "assumed_blocks": candidate.assumed_blocks,
+            "sent_blocks": candidate.sent_blocks,
+            "held_blocks": round(candidate.held_blocks, 2),
+            "filtered": self.filtered.get(name),
+            "scores": {scorer: scores.get(name) for scorer, scores in self.scores.items()},
+            "total": self.totals.get(name),
+            "predicted_hit_tokens": self._predicted(candidate),
+            "in_flight": candidate.in_flight,
+            "waiting": candidate.waiting,
+            "metrics_age_s": candidate.metrics_age,
+        }
+
+
+def record(
+    decision: Decision,
+    path: str,
+    notes: Sequence[str],
+    timings_ms: Mapping[str, float],
+    *,
+    pods: int | None = PODS_KEPT,
+) -> Record:
+    """What is worth keeping of a decision: of at most so many `pods`; None keeps all."""
+    request = decision.request
+    removed = (candidate for candidate in decision.candidates if candidate.name in decision.filtered)
+    kept = tuple(islice((*decision.ranked, *removed), pods))
+    names = [candidate.name for candidate in kept]
+    return Record(
+        id=request.id,
+        at=time.time(),
+        path=path,
+        model=request.model,
+        prompt_tokens=request.prompt_tokens,
+        block_size=request.block_size,
+        blocks=len(request.chain),
+        pods=len(decision.candidates),
+        kept=kept,
+        scores={scorer: _of(scores, names) for scorer, scores in decision.scores.items()},
+        totals=_of(decision.totals, names),
+        filtered={name: reason for name in names if (reason := decision.filtered.get(name)) is not None},
+        notes=(*notes, *decision.notes),
+        timings_ms={**timings_ms, **decision.timings_ms},
+        attempts=[decision.chosen.name],
+    )
+
+
+def _of(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    return {name: values[name] for name in names if name in values}
+
+
+class DecisionLog:
+    """The last `size` records, newest last."""
+
+    def __init__(self, size: int) -> None:
+        self._records: deque[Record] = deque(maxlen=size)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, record: Record) -> None:
+        """Keep a record, and drop the oldest."""
+        self._records.append(record)
+
+    def newest(self, *, request_id: str | None = None, pod: str | None = None) -> Iterator[Record]:
+        """Newest first: all, those of one request, or those that went to one pod."""
+        for each in reversed(self._records):
+            if (request_id is None or each.id == request_id) and (pod is None or each.attempts[-1] == pod):
+                yield each

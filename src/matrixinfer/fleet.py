@@ -1,0 +1,100 @@
+"""The snapshot that a decision is taken on: every endpoint of a model, what it holds of the prompt, how loaded it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matrixinfer.config import WeightsConfig
+from matrixinfer.drift import Drift
+from matrixinfer.lookup import LookUp, Matches
+from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
+from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
+from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.worth import worth
+from matrixinfer.trust import trust_in
+
+
+class Fleet:
+    """Puts candidates together from what each part knows of them. Nothing here waits, and nothing changes."""
+
+    def __init__(
+        self,
+        *,
+        registry: PodRegistry,
+        look_up: LookUp,
+        load: LoadLedger,
+        history: RoutingHistory,
+        drift: Drift,
+        weights: WeightsConfig,
+    ) -> None:
+        self._registry = registry
+        self._look_up = look_up
+        self._load = load
+        self._history = history
+        self._drift = drift
+        self._weights = weights
+
+    def candidates(
+        self,
+        request: SchedulingRequest,
+        pods: Sequence[Pod],
+        matches: Matches | None,
+        *,
+        reads_cache: bool,
+        approximate: bool,
+    ) -> list[Candidate]:
+        """The endpoints of `pods` at this moment.
+
+        `matches` is what the index says of the prompt, None when it could not be asked. With `approximate` its token ids
+        are not the engines', so that only what was sent counts; one that does not read caches (`reads_cache`) gains
+        nothing from either.
+        """
+        endpoints = (endpoint for pod in pods for endpoint in pod.endpoints)
+        if approximate:
+            matches = None
+        return [self._candidate(endpoint, request, matches, reads_cache, approximate) for endpoint in endpoints]
+
+    def _candidate(
+        self,
+        endpoint: Endpoint,
+        request: SchedulingRequest,
+        matches: Matches | None,
+        reads_cache: bool,
+        approximate: bool,
+    ) -> Candidate:
+        name, load = endpoint.name, self._load
+        feed, match, tail, tiers = self._look_up.held(name, matches)
+        trust = "none" if approximate else trust_in(feed, doubted=self._drift.doubts(name))
+        assumed = load.assumed(name, request.model, request.chain, match or 0) if reads_cache else 0
+        sent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
+        shown, age = self._metrics(endpoint, request.now)
+        return Candidate(
+            name=name,
+            url=endpoint.pod.url,
+            rank=endpoint.rank,
+            in_flight=load.in_flight(name),
+            queued_tokens=load.queued_tokens(name),
+            running=shown.running if shown else None,
+            waiting=shown.waiting if shown else None,
+            cache_usage=shown.cache_usage if shown else None,
+            metrics_age=age,
+            feed=None if feed is None else feed.state.value,
+            trust=trust,
+            engine_block=None if feed is None else feed.ledger.block_size,
+            match_blocks=match,
+            match_tail=tail,
+            tiers=tiers,
+            assumed_blocks=assumed,
+            sent_blocks=sent,
+            worth=None
+            if trust == "exact" and not tiers
+            else worth(trust, self._weights, match=match or 0, tiers=tiers, assumed=assumed, sent=sent),
+        )
+
+    def _metrics(self, endpoint: Endpoint, now: float) -> tuple[EngineMetrics | RankMetrics | None, float | None]:
+        metrics = self._registry.metrics_of(endpoint.pod, now)
+        if metrics is None:
+            return None, None
+        age = now - metrics.read_at
+        return (metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)), age

@@ -1,0 +1,77 @@
+"""Why requests went where they went, by what the gateway keeps of them and the command that asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matrixinfer.cli import main
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.config import SimEngineConfig
+
+from .fleet import Fleet, fleet
+
+COMPLETIONS = "/v1/completions"
+ENGINE = SimEngineConfig(model="m", block_size=16, num_blocks=5_000)
+BODY = {"model": "m", "prompt": list(range(300)), "max_tokens": 1}
+
+
+async def decisions(gateway: Fleet, **query: str) -> list[Any]:
+    url = f"{gateway.service.gateway.admin_url}/debug/decisions"
+    async with gateway.session.get(url, params=query) as response:
+        assert response.status == 200
+        found: list[Any] = (await response.json())["decisions"]
+        return found
+
+
+async def explain(gateway: Fleet, *arguments: str) -> int:
+    return await asyncio.to_thread(main, ["explain", "--admin", gateway.service.gateway.admin_url or "", *arguments])
+
+
+async def test_what_was_predicted_is_shown_beside_what_the_engine_reported(
+    tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async with fleet(tokenizer, ENGINE, pods=2) as gateway:
+        for number in range(2):
+            headers = {"x-request-id": f"request-{number}"}
+            async with gateway.session.post(gateway.url + COMPLETIONS, json=BODY, headers=headers) as response:
+                assert response.status == 200
+                pod = response.headers["x-matrixinfer-pod"]
+            await asyncio.sleep(0.2)
+        second, first = await decisions(gateway)
+        assert (first["predicted_hit_tokens"], second["predicted_hit_tokens"]) == (0, 256)
+        reported = {"attempts": [pod], "status": 200, "prompt_tokens": 300, "cached_tokens": 288}
+        assert second["reported"] == reported | {"cached_tokens": 288}
+        assert second["pods"][pod]["trust"] == "exact"
+        assert [each["id"] for each in await decisions(gateway, limit="1")] == ["request-1"]
+        assert await decisions(gateway, id="nobody") == await decisions(gateway, pod="nobody") == []
+
+        capsys.readouterr()
+        assert await explain(gateway) == 0
+        assert capsys.readouterr().out.count("request-") == 2
+        assert await explain(gateway, "request-1") == 0
+        told = capsys.readouterr().out
+        assert "answered: 200" in told
+        assert "288 of 300 tokens cached" in told
+        assert await explain(gateway, "request-1", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["decisions"] == await decisions(gateway, id="request-1")
+        body = tmp_path / "body.json"
+        body.write_text(json.dumps(BODY))
+        assert await explain(gateway, "--body", str(body), "--path", COMPLETIONS) == 0
+        assert f"tokens at {pod}" in capsys.readouterr().out
+        assert len(await decisions(gateway)) == 2  # a dry run is no decision
+
+        assert await explain(gateway, "nobody") == 2
+        assert "keeps no decision on the request `nobody`" in capsys.readouterr().err
+        assert await explain(gateway, "--body", str(tmp_path / "absent")) == 2
+        assert await explain(gateway, "--body", str(body), "--path", "/v1/nothing") == 2
+        assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_gateway_that_is_not_there_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--admin", "127.0.0.1:9"]) == 2
+    assert "cannot ask http://127.0.0.1:9" in capsys.readouterr().err
