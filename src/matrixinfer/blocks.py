@@ -15,7 +15,7 @@ Redis. Equal blocks after different prefixes collide, so matches are hints; salt
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Literal, TypeAlias, overload
 
@@ -67,12 +67,12 @@ class TokenBlockProcessor:
         *,
         salt: str | None = None,
         max_blocks: int | None = None,
-        hashes: list[int] | None = None,
+        hashes: SharedHashes | None = None,
     ) -> BlockChain:
         """The prompt's block hashes, computed only as far as they are read.
 
         `max_blocks` bounds the chain. Under scheme `block` a salted prompt has no blocks, as it can match none.
-        `hashes` are those of its first blocks, as far as they are known; the list is extended by what is computed.
+        `hashes` are those of its first blocks, as far as they are known; they are extended by what is computed.
         """
         blocks = len(tokens) // self.block_size
         if max_blocks is not None:
@@ -85,7 +85,7 @@ class TokenBlockProcessor:
             token_bytes(used),
             blocks,
             None if salt is None else salt_parent(salt),
-            [] if hashes is None else hashes,
+            SharedHashes(limit=blocks) if hashes is None else hashes,
         )
 
     def overhang(self, blocks: int, engine_block: int) -> int | None:
@@ -122,21 +122,32 @@ class TokenBlockProcessor:
         return out
 
 
+class SharedHashes(list[int]):
+    """The first block hashes of prompts that begin alike, which each of them extends, up to `limit`."""
+
+    __slots__ = ("limit",)
+
+    def __init__(self, known: Iterable[int] = (), *, limit: int) -> None:
+        super().__init__(known)
+        self.limit = limit
+
+
 class BlockChain(Sequence[int]):
     """A prompt's block hashes as a sequence that hashes a block when it is first read.
 
     Look-ups stop at the first block that nobody holds, and so does the hashing.
     """
 
-    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_size")
+    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_shared", "_size")
 
     def __init__(
-        self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None, hashes: list[int]
+        self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None, hashes: SharedHashes
     ) -> None:
         self._processor = processor
         self._data = data
         self._salt_parent = salt_parent
-        self._hashes = hashes
+        self._hashes: list[int] = hashes
+        self._shared = hashes.limit
         self._size = size
 
     def __len__(self) -> int:
@@ -186,6 +197,11 @@ class BlockChain(Sequence[int]):
         known = len(self._hashes)
         if count <= known:
             return
+        if known < self._shared < count:
+            self._extend(self._shared)
+            known = self._shared
+        if count > self._shared:
+            self._hashes, self._shared = list(self._hashes), self._size  # what follows is this prompt's own
         size = self._processor.block_size * 4
         parent = self._hashes[-1] if known else self._salt_parent
         self._hashes += self._processor.hashes(memoryview(self._data)[known * size : count * size], parent)

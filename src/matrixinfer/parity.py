@@ -88,13 +88,8 @@ class Comparison:
         self._count = count
         self._sample: Sample | None = None
 
-    @property
-    def of_counts(self) -> bool:
-        """Whether the engine's usage counts these tokens and no others."""
-        return self._prompt.counted and self._prompt.keep_first is None and self._prompt.keep_last is None
-
     def counted(self, pod: str, engines: int) -> None:
-        """The engine's count. Only where `of_counts`."""
+        """The engine's count. Only where the prompt is `counted`."""
         self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
 
     def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:
@@ -145,11 +140,11 @@ class Parity:
 
     def is_due(self) -> bool:
         """Whether this request is one to `watch`."""
-        self._settle()
         return next(self._turns) % SAMPLED_EVERY == 0
 
     def is_watched(self, feed: PodFeed) -> bool:
         """Whether a request is being looked for in `feed`, so that others that go to its pod are to be told of."""
+        self._settle()
         return feed.ledger.witness is not None
 
     def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
@@ -229,5 +224,5 @@ class Parity:
 
 
 def _is_worth_a_line(verdict: Verdict) -> bool:
-    """The first mismatches of a run are, and then ever fewer."""
-    return -verdict.streak <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0
+    """The first mismatches are, and then ever fewer."""
+    return verdict.mismatched <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0

@@ -99,7 +99,7 @@ class Route:
     def used(self, pod: Candidate, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer of `pod` says how many tokens the prompt has, and how many were cached."""
         self._record.counted, self._record.cached = prompt_tokens, cached_tokens
-        if self._comparison is not None and self._comparison.of_counts:
+        if self._comparison is not None:
             self._comparison.counted(pod.name, prompt_tokens)
         if self._prediction is not None:
             self._prediction.reported(cached_tokens)

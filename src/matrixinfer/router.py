@@ -165,11 +165,12 @@ class Router:
 
         ids: TokenIds | None = None
         base = _base_of(model, pods)
+        configured = self.registry.configured_name(base, pods)
         tokenizer: str | None = None
         chain: Sequence[int] = ()
         matches: Matches | None = None
         try:
-            tokenized = await self._tokenizers.tokenize(prompt, model=base, engines=pods)
+            tokenized = await self._tokenizers.tokenize(prompt, model=configured, engines=pods)
         except TokenizeError as error:
             degraded["tokenize"] = f"not tokenized: {error}"
         else:
@@ -178,8 +179,8 @@ class Router:
             if not tokenized.tokens.complete:
                 degraded["media"] = f"only the {len(ids)} tokens before the first image, audio or video are known"
             elif tokenized.source != "request":
-                tokenizer = base
-                if self.parity.is_approximate(base):
+                tokenizer = configured
+                if self.parity.is_approximate(configured):
                     degraded["parity"] = "token ids have differed from the engine's; only what was sent here counts"
             began = self._clock()
             chain = self._blocks.chain(

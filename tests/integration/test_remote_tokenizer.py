@@ -37,6 +37,10 @@ class Engine:
     bodies: list[Any] = field(default_factory=list)
     url: str = ""
     engine: str | None = "vllm"
+    names: dict[str, str] = field(default_factory=dict)
+
+    def index_name(self, name: str) -> str | None:
+        return self.names.get(name)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.bodies.append(json.loads(await request.read()))
@@ -317,6 +321,54 @@ async def test_a_question_that_nobody_waits_for_is_given_up(engine: Engine, sess
     await until(lambda: not remote._under_way)
     release.set()
     assert await ids_of(remote, [engine]) == [9707, 1879]
+
+
+async def test_a_question_that_is_being_given_up_is_not_joined(engine: Engine, session: aiohttp.ClientSession) -> None:
+    release = asyncio.Event()
+    engine.handler = slowly(release)
+    remote = RemoteTokenizer(session)
+    first = asyncio.create_task(ids_of(remote, [engine]))
+    await until(lambda: len(engine.bodies) == 1)
+    first.cancel()
+    await asyncio.sleep(0)  # the question is on its way out
+    second = asyncio.create_task(ids_of(remote, [engine]))
+    await until(lambda: len(engine.bodies) == 2)
+    release.set()
+    assert await second == [9707, 1879]
+    assert not remote._under_way
+
+
+async def test_who_joins_a_question_keeps_a_deadline_of_its_own(engine: Engine, session: aiohttp.ClientSession) -> None:
+    engine.handler = slowly(asyncio.Event())
+    remote = RemoteTokenizer(session)
+    first = asyncio.create_task(remote.tokenize(text("hello"), [engine], "tiny", timeout_seconds=60))
+    await until(lambda: len(engine.bodies) == 1)
+    with pytest.raises(TokenizeError, match="no engine answered within"):
+        await remote.tokenize(text("hello"), [engine], "tiny", timeout_seconds=0.05)
+    assert len(engine.bodies) == 1
+    first.cancel()
+
+
+async def test_an_engine_is_asked_under_its_own_name_of_the_model(
+    engine: Engine, session: aiohttp.ClientSession
+) -> None:
+    engine.names = {"alias": "as it is called there"}
+    await RemoteTokenizer(session).tokenize(text("hello"), [engine], "as others call it", timeout_seconds=5)
+    assert engine.bodies[0]["model"] == "as it is called there"
+
+
+async def test_a_long_answer_is_decoded_as_well(engine: Engine, session: aiohttp.ClientSession) -> None:
+    engine.handler = answering(body=json.dumps({"tokens": list(range(50_000))}).encode())
+    assert await ids_of(RemoteTokenizer(session), [engine]) == list(range(50_000))
+
+
+async def test_engines_that_do_not_rest_are_asked_on(engine: Engine, session: aiohttp.ClientSession) -> None:
+    engine.handler = answering(404)
+    remote = RemoteTokenizer(session, rests=False)
+    for asked in (1, 2):
+        with pytest.raises(TokenizeError):
+            await ids_of(remote, [engine])
+        assert len(engine.bodies) == asked
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ async def test_what_only_the_engine_can_tell_is_counted(
     assert told.endswith(b"1 prompts have the engine's ids, 0 differ, 2 only the engine can tell, 1 it does not tell\n")
 
 
+async def test_a_comparison_of_nothing_proves_nothing(
+    url: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    failing = tmp_path / "failing.jinja"
+    failing.write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [USER]}))
+    code, answers, _ = await tokenized(capfdbinary, str(chat), "--chat-template", str(failing), "--compare", url)
+    assert (code, set(answers[0])) == (3, {"error", "engine_tokens"})
+
+
 async def test_an_engine_out_of_reach_ends_the_command(bodies: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     code, answers, told = await tokenized(
         capfdbinary, bodies, "--chat-template", "chatml", "--compare", "http://127.0.0.1:1"

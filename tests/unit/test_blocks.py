@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.blocks import Scheme, TokenBlockProcessor, salt_parent, token_bytes
+from matrixinfer.blocks import Scheme, SharedHashes, TokenBlockProcessor, salt_parent, token_bytes
 
 TOP_BIT_CLEARED = 2**63 - 1
 SALT = "tenant-ä"
@@ -156,14 +156,21 @@ def test_ids_that_are_no_unsigned_integers_are_refused(tokens: Any) -> None:
         TokenBlockProcessor(1).chain(tokens)
 
 
-@given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 5), st.integers(0, 40), st.integers(0, 12))
-def test_hashes_known_already_are_taken_and_further_ones_are_added(
-    tokens: list[int], size: int, known: int, max_blocks: int
+@given(
+    st.lists(st.integers(0, 2**32 - 1), max_size=40),
+    st.integers(1, 5),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.integers(0, 12),
+)
+def test_hashes_known_already_are_taken_and_further_ones_are_added_up_to_a_limit(
+    tokens: list[int], size: int, known: int, more: int, max_blocks: int
 ) -> None:
     blocks = TokenBlockProcessor(size)
     expected = list(blocks.chain(tokens))
-    hashes = expected[:known]
+    hashes = SharedHashes(expected[:known], limit=len(expected[:known]) + more)
     chain = blocks.chain(tokens, max_blocks=max_blocks, hashes=hashes)
     assert chain.hashed == min(known, len(chain))
     assert list(chain) == expected[:max_blocks]
-    assert hashes == expected[: max(known, len(chain))]
+    assert [chain[i] for i in range(len(chain))] == expected[:max_blocks]
+    assert hashes == expected[: max(len(expected[:known]), min(len(chain), hashes.limit))]

@@ -101,6 +101,10 @@ def test_a_long_run_is_told_ever_more_seldom() -> None:
     with capture_logs() as logs:
         world.count(*[11] * 1000)
     assert 10 <= len(logs) <= 15
+    world = World()
+    with capture_logs() as logs:
+        world.count(*[11, 10] * 1000)
+    assert 10 <= len(logs) <= 15
 
 
 def test_ids_that_agree_and_differ_in_the_events_are_counted() -> None:
@@ -153,10 +157,10 @@ def test_one_request_at_a_time_is_looked_for_at_a_pod_until_its_events_have_come
     assert sample is not None
     world.parity.finished(sample, computed=True)
     world.now += 0.5
-    world.parity.is_due()
+    assert world.parity.is_watched(feed)
     assert feed.ledger.witness is sample.witness
     world.now += 1.0
-    world.parity.is_due()
+    assert not world.parity.is_watched(feed)
     assert feed.ledger.witness is None
 
 
@@ -181,6 +185,17 @@ def test_a_prompt_that_goes_on_from_elsewhere_does_not() -> None:
     assert world.parity.watch("m", "p", "/", feed, other) is None
     assert sample is not None
     assert feed.ledger.witness is sample.witness
+
+
+def test_a_sample_whose_time_is_over_makes_way_for_the_next_though_nobody_asks() -> None:
+    world, feed = World(), World().feed()
+    for _ in range(5):
+        assert not world.parity.is_watched(feed)
+        world.sample(feed, chains=1)
+        assert world.parity.is_watched(feed)
+        world.now += 2.0
+    assert not world.parity.is_watched(feed)
+    assert world.metric("parity_total", model="m", check="events", result="agreed") == 5
 
 
 def test_samples_are_few_and_bounded() -> None:

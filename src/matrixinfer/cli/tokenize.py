@@ -56,7 +56,9 @@ def add_parser(subparsers: Subparsers) -> None:
         + ", ".join(f"{path} for those with `{key}`" for key, path in _PATHS.items()),
     )
     parser.add_argument(
-        "--compare", metavar="URL", help="an engine whose /tokenize is asked, too; exit code 1 when any ids differ"
+        "--compare",
+        metavar="URL",
+        help="an engine whose /tokenize is asked, too; exit code 1 when any ids differ, 3 when none could be compared",
     )
     parser.set_defaults(run=run)
 
@@ -80,7 +82,9 @@ async def _run(args: argparse.Namespace) -> int:
         comparison: _Comparison | None = None
         if args.compare is not None:
             session = await stack.enter_async_context(client_session(LimitsConfig()))
-            comparison = await _comparison(args.compare, EngineApi(session, _TIMEOUT_SECONDS), RemoteTokenizer(session))
+            comparison = await _comparison(
+                args.compare, EngineApi(session, _TIMEOUT_SECONDS), RemoteTokenizer(session, rests=False)
+            )
         for line in json_lines.read(args.file):
             json_lines.write(await _answered(line, args.path, tokenizers, comparison))
     return 0 if comparison is None else comparison.tell()
@@ -122,6 +126,10 @@ def _answer(tokenized: Tokenized) -> dict[str, object]:
 class _AskedEngine:
     url: str
     engine: str | None
+
+    def index_name(self, _: str) -> str | None:
+        """One name serves."""
+        return None
 
 
 async def _comparison(url: str, api: EngineApi, remote: RemoteTokenizer) -> _Comparison:
@@ -175,7 +183,9 @@ class _Comparison:
             f"{self._only_theirs} only the engine can tell, {self._refused} it does not tell",
             file=sys.stderr,
         )
-        return 1 if self._differing else 0
+        if self._differing:
+            return 1
+        return 0 if self._same else 3
 
     def _progress(self) -> None:
         done = self._same + self._differing + self._only_theirs + self._refused

@@ -159,6 +159,15 @@ class PodRegistry:
             index_name, pods = name, untold
         return index_name, [pod for pod in pods if pod.healthy] or pods
 
+    def configured_name(self, model: str, pods: Sequence[Pod]) -> str:
+        """The name under which a model that `pods` serve is configured, which may be one of its aliases; else its own."""
+        if model in self._configured:
+            return self._configured[model]
+        aliases = {
+            alias for pod in pods if pod.served is not None and pod.base_model == model for alias in pod.served.aliases
+        }
+        return next((self._configured[alias] for alias in sorted(aliases) if alias in self._configured), model)
+
     def models(self) -> list[ServedModel]:
         """Every name that `resolve` finds pods for, by name."""
         found: dict[str, str | None] = {}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
-from matrixinfer.blocks import TokenIds
+from matrixinfer.blocks import SharedHashes, TokenIds
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
@@ -81,7 +81,7 @@ class Tokens:
     ids: TokenIds
     complete: bool = True
     """False when they are only the beginning: what comes before the first image, audio or video."""
-    hashes: list[int] | None = None
+    hashes: SharedHashes | None = None
     """Hashes of the first blocks, where earlier prompts began with the same ids. Whoever hashes further blocks extends
     the list in place, for prompts to come; it is that of prompts without a cache salt. None: nothing is remembered."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from matrixinfer.blocks import TokenIds
+from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.prompt.segments import Cutter
 
 K = TypeVar("K", bound=Hashable)
@@ -91,13 +91,14 @@ class TokenCache:
 
     def encode(
         self, text: str, *, before: TokenIds = NO_TOKENS, after: TokenIds = NO_TOKENS
-    ) -> tuple[TokenIds, list[int]]:
+    ) -> tuple[TokenIds, SharedHashes]:
         """The ids of `text` between `before` and `after`, shape (n,), and the block hashes known of their beginning.
 
         The list is meant to be extended as further blocks are hashed; prompts to come profit from it. `before` must be
         the same whenever it is not empty. Raises what `encode_each` raises.
         """
-        root = _Beginning(key=(0, "", 0), number=-1 if len(before) else 0, text="", ids=before, tokens=len(before))
+        key = (0, "", 0)
+        root = _Beginning(key=key, before=key, number=-1 if len(before) else 0, text="", ids=before, tokens=len(before))
         with self._lock:
             path = self._follow(root, text)
             texts = self.cutter.cut(text, sum(len(each.text) for each in path))
@@ -140,22 +141,31 @@ class TokenCache:
         stop = start + self.cutter.shortest
         return text[start : min(start + _SAMPLE_CHARS, stop)] + text[max(start, stop - _SAMPLE_CHARS) : stop]
 
-    def _remember(self, path: list[_Beginning], pieces: Sequence[tuple[str, TokenIds]]) -> list[int]:
-        """Go on from `path` with `pieces`. Returns the block hashes known, in a list that all beginnings now share."""
-        known = path[-1]
-        hashes = known.hashes[: known.tokens // self._block_size]
+    def _remember(self, path: list[_Beginning], pieces: Sequence[tuple[str, TokenIds]]) -> SharedHashes:
+        """Go on from `path` with `pieces`. Returns the block hashes known, which all beginnings on the way now share."""
+        known = path[-1].hashes[: path[-1].tokens // self._block_size]
         for i, (text, ids) in enumerate(pieces):
             last, sample = path[-1], self._sample(text, 0)
             place = 0 if i else self._place(last, sample)  # nothing else follows what is new itself
             tokens = last.tokens + len(ids)
             key, number = (last.number, sample, place), next(self._numbers)
-            path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=tokens))
+            path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=tokens, before=last.key))
+        hashes = SharedHashes(known, limit=path[-1].tokens // self._block_size)
         for each in reversed(path[1:]):  # so that those which lead to others stay longer
             each.hashes = hashes
             if self._beginnings.get(each.key) is not each:
                 size = _bytes(each.text, each.ids) + len(each.ids) // self._block_size * _HASH_BYTES
-                self._beginnings.put(each.key, each, size)
+                for evicted in self._beginnings.put(each.key, each, size):
+                    self._shorten(evicted)
         return hashes
+
+    def _shorten(self, evicted: _Beginning) -> None:
+        """What leads to an evicted beginning keeps no hashes beyond its own."""
+        shared, before = evicted.hashes, self._beginnings.peek(evicted.before)
+        kept = shared[: before.tokens // self._block_size] if before is not None else []
+        while before is not None and before.hashes is shared:
+            before.hashes = kept
+            before = self._beginnings.peek(before.before)
 
     def _place(self, last: _Beginning, sample: str) -> int:
         """A free place for a beginning after `last`, or any."""
@@ -173,6 +183,8 @@ class _Beginning:
     ids: TokenIds
     tokens: int
     """Of the whole path."""
+    before: _Key
+    """That of the path before; its own at a root."""
     hashes: list[int] = field(default_factory=list)
     """Begins with the hashes of the path's blocks, as far as they are known."""
 
@@ -200,17 +212,29 @@ class _Lru(Generic[K, V]):
         self._entries.move_to_end(key)
         return entry[0]
 
-    def put(self, key: K, value: V, size: int) -> None:
-        """Keep `value`, which takes `size` bytes and the entry itself; one that is too large is not kept."""
+    def peek(self, key: K) -> V | None:
+        """As `get`, without making it young."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry[0]
+
+    def put(self, key: K, value: V, size: int) -> list[V]:
+        """Keep `value`, which takes `size` bytes and the entry itself; one that is too large is not kept.
+
+        Returns what had to go for it.
+        """
         cost = size + _ENTRY_BYTES
         if cost > self._max_bytes:
-            return
+            return []
+        gone = []
         old = self._entries.pop(key, None)
         if old is not None:
+            gone.append(old[0])
             self.bytes -= old[1]
         self._entries[key] = value, cost
         self.bytes += cost
         while self.bytes > self._max_bytes:
-            _, (_, freed) = self._entries.popitem(last=False)
+            _, (value, freed) = self._entries.popitem(last=False)
+            gone.append(value)
             self.bytes -= freed
             self.evicted += 1
+        return gone

@@ -113,6 +113,8 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
         """The messages with a mark after the text that is to be continued, and that text."""
+        if not messages:
+            raise TokenizeError("there is no message to continue")
         *before, last = messages
         content = last.get("content")
         if self._reads_content and isinstance(content, str):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import gigatoken
 import numpy as np
@@ -14,7 +15,10 @@ import structlog
 import tokenizers
 
 from matrixinfer.blocks import TokenIds
+from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.young_characters import has_young_characters
+
+T = TypeVar("T")
 
 HARD = (
     "",
@@ -36,9 +40,15 @@ HARD = (
 
 _MAX_SPECIALS = 64
 
+_INLINE_EXACT_BYTES = 2 * 1024
+
 _SHORT_BYTES = 32 * 1024
 _LOOK_BYTES = 32 * 1024 * 1024
 _MAX_GROWTH_BYTES = 512 * 1024 * 1024
+
+
+class TakesLong(TokenizeError):
+    """This text is not to be encoded on an event loop: it would stand still for long."""
 
 
 class Encoder(Protocol):
@@ -46,7 +56,7 @@ class Encoder(Protocol):
 
     name: str
     inline_bytes: int
-    """Text up to this long is encoded in well under a millisecond."""
+    """Text up to this long takes a millisecond at most; one of a single endless word takes ten times that."""
     piece_chars: int
     """Pieces of this length are worth remembering: shorter ones are as well encoded anew."""
 
@@ -91,8 +101,8 @@ class Reference:
 class Gigatoken:
     """64 KB in half a millisecond; byte-level and SentencePiece BPE only.
 
-    Texts with characters on which it may differ go to `exact`. `load` makes one, and may be called again; what it raises
-    is raised.
+    Texts with characters on which it may differ go to `exact`: on an event loop short ones only, longer ones raise
+    `TakesLong`. `load` makes one, and may be called again; what it raises the first time is raised.
     """
 
     name = "gigatoken"
@@ -115,6 +125,8 @@ class Gigatoken:
         """See `Encoder`."""
         data = [text.encode() for text in texts]
         young = not all(map(str.isascii, texts)) and has_young_characters(b"".join(data))
+        if young and sum(map(len, data)) > _INLINE_EXACT_BYTES and _on_loop():
+            raise TakesLong("a character is too young for gigatoken")
         with _panics():
             return [
                 self._exact.encode(text) if young and has_young_characters(each) else self._encode(each)
@@ -141,14 +153,35 @@ class Gigatoken:
     def _look(self) -> None:
         """Begin anew where it has grown too large: it remembers every word that it has met, without bound.
 
-        A text of random words costs 9 bytes a byte; 110 MB of source code have cost 9 MB. A new one takes 0.4 s.
+        A text of random words costs 9 bytes a byte; 110 MB of source code have cost 9 MB. A new one takes 0.4 s, for which
+        it holds the interpreter, so it is made seldom. A file that has changed meanwhile is not taken.
         """
         self._bytes = 0
         resident = resident_bytes()
-        if resident - self._settled > _MAX_GROWTH_BYTES:
-            self._tokenizer = self._load()  # which was good before
-            self._settled = resident_bytes()
-            structlog.get_logger(__name__).info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
+        if resident - self._settled <= _MAX_GROWTH_BYTES:
+            return
+        log = structlog.get_logger(__name__)
+        try:
+            with _panics():
+                renewed = self._load()
+        except (RuntimeError, ValueError, OSError) as error:
+            log.warning("tokenizer.not_renewed", reason=str(error).partition("\n")[0])
+        else:
+            if all(agree(self._tokenizer.encode, renewed.encode, text.encode()) for text in HARD):
+                self._tokenizer = renewed
+            else:
+                log.warning("tokenizer.not_renewed", reason="its file has changed")
+        self._settled = resident_bytes()
+        log.info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
+
+
+def _on_loop() -> bool:
+    """Whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -195,7 +228,7 @@ def resident_bytes() -> int:
     return pages * mmap.PAGESIZE
 
 
-def agree(one: Callable[[str], TokenIds], other: Callable[[str], TokenIds], text: str) -> bool:
+def agree(one: Callable[[T], TokenIds], other: Callable[[T], TokenIds], text: T) -> bool:
     """True when both encode `text` to the same ids. A text that one of them cannot encode is a disagreement."""
     try:
         return np.array_equal(one(text), other(text))

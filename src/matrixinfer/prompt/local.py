@@ -15,7 +15,7 @@ import numpy as np
 import structlog
 import tokenizers
 
-from matrixinfer.blocks import TokenIds
+from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
@@ -182,11 +182,13 @@ class LocalTokenizer:
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not decode the ids: {type(error).__name__}") from error
 
-    def _encode(self, text: str, *, before: bool, after: bool) -> tuple[TokenIds, list[int]]:
+    def _encode(self, text: str, *, before: bool, after: bool) -> tuple[TokenIds, SharedHashes]:
         try:
             return self._cache.encode(
                 text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
             )
+        except encoders.TakesLong:
+            raise
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
 

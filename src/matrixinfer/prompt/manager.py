@@ -14,11 +14,14 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
+from matrixinfer.prompt.encoders import TakesLong
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
 
 _THREADS = 2
+_MAX_QUEUED = 256
+"""Prompts that wait for a thread, or are in one."""
 _INLINE_BODY_BYTES = 256 * 1024
 _INLINE_PIECES = 256
 """Chats of more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
@@ -54,17 +57,22 @@ class TokenizerManager:
         self._clock = clock
         self._local: Mapping[str, Tokenizer] = {}
         self._threads: ThreadPoolExecutor | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._queued = 0
 
     async def __aenter__(self) -> Self:
         """Load the configured tokenizers. Raises `ConfigError` when one cannot be loaded."""
         self._local = await asyncio.to_thread(self._load)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        # Of its own, as no request can be routed that waits to be read behind others that are tokenized.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._threads is not None:
-            await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
-            self._threads = None
+        for pool in (self._threads, self._reader):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        self._threads = self._reader = None
         self._local = {}
 
     @property
@@ -76,7 +84,7 @@ class TokenizerManager:
         """`parse`, in a thread where the body is large."""
         if len(body) <= _INLINE_BODY_BYTES:
             return parse(path, body)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, parse, path, body)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, parse, path, body)
 
     async def tokenize(self, prompt: Prompt, *, model: str, engines: Sequence[Engine]) -> Tokenized:
         """Token ids of `prompt` for `model`, the index's name of it.
@@ -95,11 +103,7 @@ class TokenizerManager:
                 tokenizer = self._local.get(model)
                 if tokenizer is None or _is_engines(prompt, tokenizer):
                     return await self._ask(prompt, model, engines)
-                if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
-                    tokens = tokenizer.tokenize(prompt)
-                else:
-                    loop = asyncio.get_running_loop()
-                    tokens = await loop.run_in_executor(self._threads, tokenizer.tokenize, prompt)
+                tokens = await self._run(tokenizer, prompt)
                 return Tokenized(tokens=_kept(tokens, prompt), source="local")
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
@@ -115,6 +119,23 @@ class TokenizerManager:
             for i, model in enumerate(self._models)
             if model.tokenizer is not None
         }
+
+    async def _run(self, tokenizer: Tokenizer, prompt: Prompt) -> Tokens:
+        """Tokenize here where that takes no time worth speaking of, else in a thread."""
+        if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
+            try:
+                return tokenizer.tokenize(prompt)
+            except TakesLong:
+                pass
+        if self._queued >= _MAX_QUEUED:
+            raise TokenizeError(f"{_MAX_QUEUED} prompts wait for their token ids already")
+        job = asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.tokenize, prompt)
+        self._queued += 1
+        job.add_done_callback(self._dequeued)
+        return await job
+
+    def _dequeued(self, _: asyncio.Future[Tokens]) -> None:
+        self._queued -= 1
 
     async def _ask(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         if self._remote is None or not engines:

@@ -14,7 +14,7 @@ from typing import Any
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Chat
-from matrixinfer.prompt.conversation import engine_messages, is_media
+from matrixinfer.prompt.conversation import engine_messages, has_media, is_media
 
 _Message = dict[str, Any]
 _Write = Callable[[list[_Message]], str]
@@ -36,7 +36,7 @@ def before_media(chat: Chat, write: _Write, *, parts: bool) -> str:
     `write` is given messages as `engine_messages` shapes them, `parts` says in which form, and returns the template's
     text. A tokenizer may join the last characters with what follows. Raises `TokenizeError`.
     """
-    first = next((i for i, message in enumerate(chat.messages) if _has_media(message)), None)
+    first = next((i for i, message in enumerate(chat.messages) if has_media([message])), None)
     if first is None:
         raise TokenizeError("the prompt carries no images, audio or video")
 
@@ -53,14 +53,9 @@ def before_media(chat: Chat, write: _Write, *, parts: bool) -> str:
     return _common(_before_mark(write(shaped(marked))), real)
 
 
-def _has_media(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    return isinstance(content, list) and any(is_media(part) for part in content)
-
-
 def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with marks for media."""
-    if not _has_media(message):
+    if not has_media([message]):
         return message
     return {**message, "content": [_text(_MARK) if is_media(part) else part for part in message["content"]]}
 
@@ -73,7 +68,7 @@ def _media_first(message: Mapping[str, Any]) -> object:
 def _with_media(messages: Sequence[Mapping[str, Any]], shaped: list[_Message]) -> list[_Message]:
     """The shaped messages with the parts that the template is really given for media."""
     return [
-        {**after, "content": _parts(before["content"])} if _has_media(before) else after
+        {**after, "content": _parts(before["content"])} if has_media([before]) else after
         for before, after in zip(messages, shaped, strict=True)
     ]
 

@@ -27,6 +27,8 @@ _MAX_QUESTIONS = 1024
 """Different questions under way at once."""
 _REST_SECONDS = 5.0
 """An engine that failed is asked last for this long."""
+_INLINE_BYTES = 64 * 1024
+"""Longer answers are decoded in a thread: it takes 8 ms per MiB."""
 _ABSENT_SECONDS = 60.0
 """An engine without the endpoint is not asked for this long."""
 
@@ -44,12 +46,20 @@ class Engine(Protocol):
         """What it calls itself, such as `vllm`; None until it told."""
         ...
 
+    def index_name(self, name: str) -> str | None:
+        """Its own name of a model that a client asks for; None when it is not known to serve it."""
+        ...
+
 
 class _Reply(msgspec.Struct):
     tokens: list[TokenId]
 
 
 _REPLY = msgspec.json.Decoder(_Reply)
+
+
+def _ids(answer: bytes) -> TokenIds:
+    return np.array(_REPLY.decode(answer).tokens, dtype=np.uint32)
 
 
 class _Failed(TokenizeError):
@@ -69,17 +79,19 @@ class _Asked:
 
 
 class RemoteTokenizer:
-    """Asks engines. Every wait has a deadline: the caller's."""
+    """Asks engines. Every wait has a deadline: the caller's. With `rests` false those that failed are asked on."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         *,
         max_response_bytes: int = 32 * 1024 * 1024,
+        rests: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
         self._max_response_bytes = max_response_bytes
+        self._rests = rests
         self._clock = clock
         self._turns = itertools.count()
         self._under_way: dict[bytes, _Asked] = {}
@@ -93,7 +105,10 @@ class RemoteTokenizer:
         Raises `TokenizeError` when they refuse, fail, answer nonsense or take longer than `timeout_seconds`.
         """
         chosen = self._chosen(engines)
-        bodies = [msgspec.json.encode(question(prompt, model, engine.engine)) for engine in chosen]
+        bodies = [
+            msgspec.json.encode(question(prompt, engine.index_name(prompt.model) or model, engine.engine))
+            for engine in chosen
+        ]
         asked = self._under_way.get(bodies[0])
         if asked is None:
             if len(self._under_way) >= _MAX_QUESTIONS:
@@ -103,16 +118,24 @@ class RemoteTokenizer:
             asked.task.add_done_callback(lambda task: self._answered(bodies[0], task))
         asked.waiting += 1
         try:
-            return await asyncio.shield(asked.task)
+            async with asyncio.timeout(timeout_seconds):
+                return await asyncio.shield(asked.task)
+        except TimeoutError as error:
+            raise TokenizeError(f"no engine answered within {timeout_seconds} s") from error
         finally:
             asked.waiting -= 1
             if not asked.waiting:
+                self._leave(bodies[0], asked.task)  # nobody may join what is about to end
                 asked.task.cancel()  # of no effect when it is done
 
     def _answered(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
-        del self._under_way[body]
+        self._leave(body, task)
         if not task.cancelled():
             task.exception()  # whoever waited has it; when nobody does any more, it is of no interest
+
+    def _leave(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
+        if body in self._under_way and self._under_way[body].task is task:
+            del self._under_way[body]
 
     def _chosen(self, engines: Sequence[Engine]) -> list[Engine]:
         """Whom to ask, in this order. Raises `TokenizeError` when there is nobody."""
@@ -132,7 +155,8 @@ class RemoteTokenizer:
                 return await self._post(url, body, timeout_seconds)
             except _Failed as error:
                 rest = _ABSENT_SECONDS if error.absent else _REST_SECONDS
-                self._resting[url] = self._clock() + rest, error.absent
+                if self._rests:
+                    self._resting[url] = self._clock() + rest, error.absent
                 failures.append(str(error))
         raise TokenizeError("; ".join(failures))
 
@@ -157,7 +181,7 @@ class RemoteTokenizer:
         except (aiohttp.ClientError, OSError) as error:
             raise _Failed(f"{url}/tokenize is out of reach: {type(error).__name__}") from error
         try:
-            return np.array(_REPLY.decode(answer).tokens, dtype=np.uint32)
+            return _ids(answer) if len(answer) <= _INLINE_BYTES else await asyncio.to_thread(_ids, answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _Failed(f"{url}/tokenize answered something else than token ids") from error
 

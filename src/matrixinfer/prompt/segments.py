@@ -102,7 +102,7 @@ class Cutter:
 
     def settled(self, text: str) -> str:
         """The beginning of `text` whose ids do not depend on what follows `text`."""
-        return text[: max((text.rfind(token) for token in self.tokens), default=0)]
+        return text[: max((0, *(text.rfind(token) for token in self.tokens)))]
 
     def _token(self, text: str, start: int) -> int:
         """Where the first token from `start` on begins; the text's end if there is none."""
@@ -125,8 +125,7 @@ def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str], *, shortes
     sources = "".join(templates)
     written = [token for token in tokens if token in sources]
     in_use = [token for token in tokens if not any(map(str.isdigit, token))]
-    # An added token may hold a line break itself; then nothing is certain of lines.
-    lines = _is_linewise(normalizers, pre_tokenizers) and not any("\n" in token["content"] for token in added)
+    lines = _is_linewise(normalizers, pre_tokenizers) and not any(map(_takes_line_breaks, added))
     return Cutter((written or in_use)[:_MAX_TOKENS], lines=lines, shortest=shortest)
 
 
@@ -185,6 +184,11 @@ def _is_linewise(normalizers: Sequence[Mapping[str, Any]], pre_tokenizers: Seque
 
 def _ends_lines_first(alternatives: Sequence[str]) -> bool:
     return all(_LINE_END in alternatives[: alternatives.index(each)] for each in _BLANKS if each in alternatives)
+
+
+def _takes_line_breaks(token: Mapping[str, Any]) -> bool:
+    """Whether an added token may take in a line break before a letter: one of its own, or what it strips before it."""
+    return "\n" in token["content"] or (token["lstrip"] and token["content"][:1].isalpha())
 
 
 def _alternatives(split: Mapping[str, Any]) -> list[str]:

@@ -49,7 +49,9 @@ def read_vocabulary(file: Path, *, where: str) -> TokenizerFiles:
     template = folder / "chat_template.jinja"
     templates = _named_templates(config.get("chat_template"))
     if template.is_file():
-        templates = {"default": read_text(template, where=where)}
+        named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        templates = {file.stem: read_text(file, where=where) for file in named}
+        templates["default"] = read_text(template, where=where)
     return TokenizerFiles(
         path=file,
         data=_bytes(file, where),

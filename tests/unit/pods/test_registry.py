@@ -130,3 +130,15 @@ def test_event_sources_are_unknown_only_where_the_engine_must_be_asked() -> None
     assert fleet.pods[0].kv_sources == (endpoint,)
     fleet.told("asked", served=TINY)
     assert fleet.pods[0].kv_sources == (endpoint,)
+
+
+def test_a_model_may_be_configured_under_any_name_that_its_engines_know() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny-x"), ModelConfig(name="huge", aliases=("big",))))
+    fleet.told("a", served=TINY)
+    fleet.told("b", served=BIG)
+    assert [fleet.configured_name(model, fleet.pods) for model in ("tiny", "tiny-x", "big", "other")] == [
+        "tiny-x",
+        "tiny-x",
+        "huge",
+        "other",
+    ]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
-from matrixinfer.prompt.cache import TokenCache
+from matrixinfer.prompt.cache import TokenCache, _Lru
 from matrixinfer.prompt.segments import Cutter
 from tests.unit.prompt.support import tokenizer
 
@@ -133,6 +136,20 @@ def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
     assert stats.hit_chars > stats.miss_chars  # each was there three times, and the end mark always
 
 
+def test_hashes_are_kept_only_as_far_as_they_are_counted(made: Tokenizer) -> None:
+    reference, blocks = Reference(made), TokenBlockProcessor(4)
+    tested = cache(reference, max_bytes=40_000)
+    for i in range(40):  # long last pieces are not remembered, and their hashes neither
+        for length in (1, 3, 6):
+            text = f"<|im_start|>user {i}" + "<|im_end|>what was that" * length + "<|im_start|>" + f"tail {i} " * 200
+            ids, hashes = tested.encode(text)
+            list(blocks.chain(ids, hashes=hashes))
+    kept = {id(each.hashes): len(each.hashes) for each, _ in tested._beginnings._entries.values()}
+    owned = sum(len(each.ids) for each, _ in tested._beginnings._entries.values()) // 4
+    assert tested.stats.evicted > 0
+    assert 0 < sum(kept.values()) <= owned + len(tested._beginnings)
+
+
 def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
     reference = Reference(made)
     tested = cache(reference, max_bytes=10_000)
@@ -142,24 +159,48 @@ def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
     assert tested.stats.hit_chars == len(small)
 
 
-def test_several_threads_may_encode_at_once(made: Tokenizer) -> None:
+def hurried(put: Callable[..., Any]) -> Callable[..., Any]:
+    """As `put`, but other threads run in the middle of it: between what it reads of the sum and what it writes."""
+
+    def slow(self: _Lru[Any, Any], key: object, value: object, size: int) -> Any:
+        held = self.bytes
+        time.sleep(0)
+        if self.bytes != held:
+            raise AssertionError("two threads are in the cache at once")
+        return put(self, key, value, size)
+
+    return slow
+
+
+def test_several_threads_may_encode_at_once(made: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, failures = Reference(made), []
     tested = cache(reference, max_bytes=6_000)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(_Lru, "put", hurried(_Lru.put))
     texts = ["".join(f"<|im_start|>user {i * j % 17}<|im_end|>" for i in range(20)) for j in range(1, 9)]
     expected = {text: reference(text).tolist() for text in texts}
 
     def run(offset: int) -> None:
         for turn in range(60):
             text = texts[(turn + offset) % len(texts)]
-            if tested.encode(text)[0].tolist() != expected[text]:
-                failures.append(text)
+            try:
+                if tested.encode(text)[0].tolist() != expected[text]:
+                    failures.append(text)
+            except (AssertionError, KeyError, RuntimeError) as error:
+                failures.append(repr(error))
 
     threads = [threading.Thread(target=run, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert not failures
+    for lru in (tested._pieces, tested._beginnings):
+        assert lru.bytes == sum(cost for _, cost in lru._entries.values())
 
 
 def test_an_encoder_that_fails_leaves_the_cache_as_it_was(made: Tokenizer) -> None:

@@ -203,3 +203,8 @@ LOOP = "{% for m in messages %}"
 )
 def test_the_form_of_content_is_read_off_the_template(source: str, parts: bool) -> None:
     assert ChatTemplate(source).content_parts is parts
+
+
+def test_an_empty_conversation_cannot_be_continued() -> None:
+    with pytest.raises(TokenizeError, match="no message to continue"):
+        ChatTemplate("{{ messages }}").render([], None, None, add_generation_prompt=False, continue_final_message=True)

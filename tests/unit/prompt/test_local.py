@@ -281,3 +281,43 @@ def test_a_path_that_does_not_exist_is_a_config_error(tmp_path: Path) -> None:
         LocalTokenizer.load(tmp_path / "gpt2", None)
     with pytest.raises(ConfigError, match="cannot read"):
         LocalTokenizer.load(folder(tmp_path, tokenizer()), str(tmp_path / "no.jinja"))
+
+
+def test_named_templates_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    path = folder(tmp_path / "model", tokenizer())
+    (path / "chat_template.jinja").write_text("plain {{ messages[0].content }}")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ messages[0].content }}")
+    made = LocalTokenizer.load(path, None)
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert made.render(Chat(messages=messages)) == "plain hi"
+    assert made.render(Chat(messages=messages, tools=tools)) == "tools hi"
+
+
+def test_a_tokenizer_that_has_grown_is_made_anew_from_what_it_was_made_of(
+    deepseek_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (deepseek_folder / "tokenizer.json").read_bytes()
+    made: list[str] = []
+
+    def load() -> gigatoken.Tokenizer:
+        made.append("first" if not made else "again")
+        if len(made) == 3:
+            raise ValueError("it is gone")
+        source = data if len(made) < 3 else tokenizer().to_str().encode()
+        return gigatoken.Tokenizer.from_json(source)
+
+    exact = encoders.Reference(tokenizers.Tokenizer.from_buffer(data))
+    encoder = encoders.Gigatoken(load, exact)
+    monkeypatch.setattr(encoders, "_LOOK_BYTES", 0)
+    monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", -(1 << 60))
+    expected = exact.encode("Hello there").tolist()
+    with capture_logs() as logs:
+        for _ in range(3):  # renewed, gone, another one
+            assert encoder.encode("Hello there").tolist() == expected
+    assert len(made) == 4
+    assert [log.get("reason") for log in logs if log["event"] == "tokenizer.not_renewed"] == [
+        "it is gone",
+        "its file has changed",
+    ]

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.encoders import Reference
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
@@ -32,6 +34,9 @@ Answer = list[int] | TokenizeError | None
 class Pod:
     url: str = "http://a"
     engine: str | None = "vllm"
+
+    def index_name(self, _: str) -> str | None:
+        return None
 
 
 PODS = [Pod()]
@@ -192,6 +197,41 @@ async def test_a_prompt_that_does_not_follow_from_its_request_is_not_tokenized(m
             )
 
 
+async def test_a_prompt_is_read_however_many_are_being_tokenized(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(LocalTokenizer, "tokenize", lambda self, prompt: release.wait(30))
+    monkeypatch.setattr("matrixinfer.prompt.manager._MAX_QUEUED", 3)
+    long = text("word " * 50_000)
+    async with manager(model, timeout_seconds=0.1) as tokenizers:
+        waiting = [asyncio.create_task(tokenizers.tokenize(long, model="m", engines=[])) for _ in range(4)]
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [str(error) for error in errors].count("3 prompts wait for their token ids already") == 1
+        assert [str(error) for error in errors].count("no token ids within 0.1 s") == 3
+        body = json.dumps({"model": "m", "prompt": "word " * 100_000}).encode()
+        assert (await tokenizers.read(COMPLETIONS_PATH, body)).size == len(body)
+        release.set()
+
+
+async def test_a_long_text_with_a_character_too_young_is_left_to_a_thread(
+    deepseek_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Tokenizer.from_file(str(deepseek_folder / "tokenizer.json"))
+    threads: list[bool] = []
+    honest = Reference.encode
+
+    def encode(self: Reference, text: str) -> TokenIds:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return honest(self, text)
+
+    monkeypatch.setattr(Reference, "encode", encode)
+    async with manager(deepseek_folder) as tokenizers:
+        threads.clear()
+        for prompt in (text("short \U0001f6d8"), text("long \U0001f6d8" * 1000)):
+            tokens = (await tokenizers.tokenize(prompt, model="m", engines=[])).tokens
+            assert tokens.ids.tolist() == reference.encode(prompt.text or "").ids
+    assert threads == [True, False]
+
+
 async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[bool] = []
     honest = LocalTokenizer.render
@@ -248,7 +288,9 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
     async with manager(model) as tokenizers:
         await tokenizers.tokenize(text("x" * 200_000), model="m", engines=[])
         assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
-    assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())
+    async with asyncio.timeout(5):
+        while any(thread.name.startswith(("tokenize", "read")) for thread in threading.enumerate()):
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
@@ -265,4 +307,4 @@ async def test_a_large_body_is_read_elsewhere(monkeypatch: pytest.MonkeyPatch, s
         assert (await tokenizers.read(COMPLETIONS_PATH, body)).text == "x" * size
         with pytest.raises(InvalidRequest):
             await tokenizers.read(COMPLETIONS_PATH, body[:-1])
-    assert [name.startswith("tokenize") for name in threads] == [size > 1000] * 2
+    assert [name.startswith("read") for name in threads] == [size > 1000] * 2

@@ -201,3 +201,26 @@ def test_patterns_that_look_across_lines_are_not_cut_at_lines() -> None:
 def test_an_added_token_with_a_line_break_forbids_cuts_at_lines() -> None:
     tokenizer = made(PATTERNS["qwen2"], None, AddedToken("\nAnswer", normalized=False))
     assert not cutter_of(spec(tokenizer), []).lines
+
+
+@pytest.mark.parametrize("pattern", ["qwen2", "gpt-oss"])
+@given(text=texts, more=texts)
+def test_what_is_settled_does_not_depend_on_what_follows(pattern: str, text: str, more: str) -> None:
+    tokenizer = made(PATTERNS[pattern], None, AddedToken("<|im_start|>", normalized=False))
+    settled = cutter_of(json.loads(tokenizer.to_str()), ()).settled(text)
+    assert text.startswith(settled)
+    ids = tokenizer.encode(settled).ids
+    assert tokenizer.encode(text + more).ids[: len(ids)] == ids
+
+
+def test_nothing_is_settled_before_the_first_token() -> None:
+    assert Cutter(("<image>",)).settled("USER: Hello") == ""
+    assert Cutter().settled("USER: Hello") == ""
+    assert Cutter(("<image>", "<s>")).settled("<s>USER<image>Hello") == "<s>USER"
+
+
+def test_lines_are_not_cut_where_a_token_takes_in_the_line_break_before_it() -> None:
+    for token in (AddedToken("Answer", lstrip=True), AddedToken("\nA")):
+        assert not cutter_of(json.loads(made(PATTERNS["qwen2"], None, token).to_str()), ()).lines
+    for token in (AddedToken("Answer"), AddedToken("<|x|>", lstrip=True)):
+        assert cutter_of(json.loads(made(PATTERNS["qwen2"], None, token).to_str()), ()).lines
