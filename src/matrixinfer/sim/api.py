@@ -9,6 +9,7 @@ import msgspec
 
 from matrixinfer.errors import InvalidRequest, RequestError, UnknownModel
 from matrixinfer.prompt.base import Chat
+from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.reply import Reply
 
 Json: TypeAlias = dict[str, Any]
@@ -127,10 +128,16 @@ class Exchange:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
 
-def models(names: tuple[str, ...], root: str, max_model_len: int, created: int) -> Json:
-    """List the served names: `/v1/models`."""
-    shared = {"object": "model", "created": created, "owned_by": "vllm", "root": root, "parent": None}
-    return {"object": "list", "data": [{"id": name, **shared, "max_model_len": max_model_len} for name in names]}
+def models(config: SimEngineConfig, created: int) -> Json:
+    """List the served names, then the adapters: `/v1/models`."""
+    shared = {"object": "model", "created": created, "owned_by": "vllm"}
+    base = {"root": config.model, "parent": None, "max_model_len": config.context_length}
+    adapter = {"parent": config.names[0], "max_model_len": None}
+    served = [{"id": name, **shared, **base} for name in config.names]
+    return {
+        "object": "list",
+        "data": served + [{"id": name, **shared, "root": name, **adapter} for name in config.loras],
+    }
 
 
 def error(failure: RequestError) -> tuple[int, Json]:

@@ -12,20 +12,32 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 from hashlib import sha256
+from typing import NamedTuple
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter. Blocks computed with one serve only requests with the same."""
+
+    number: int
+    """From 1."""
+    name: str
+
+
 class Sequence:
     """One request's tokens, the hashes of its full blocks, and the blocks that it holds."""
 
-    __slots__ = ("_block_bytes", "block_size", "blocks", "hashes", "salt", "stored", "tokens")
+    __slots__ = ("adapter", "block_size", "blocks", "hashes", "salt", "stored", "tokens")
 
-    def __init__(self, tokens: TokenIds, block_size: int, salt: str | None = None) -> None:
+    def __init__(
+        self, tokens: TokenIds, block_size: int, salt: str | None = None, adapter: Adapter | None = None
+    ) -> None:
         self.tokens = array("I", tokens.astype("u4", copy=False).tobytes())
         self.block_size = block_size
         self.salt = salt
+        self.adapter = adapter
         self.hashes: list[int] = []
         self.blocks: list[int] = []
         """Ids of the blocks held, in the order of the tokens."""
@@ -39,15 +51,24 @@ class Sequence:
         if len(self.tokens) % self.block_size == 0:
             self._hash_full_blocks()
 
+    def extra_keys(self, first: int, last: int) -> list[tuple[str, ...] | None]:
+        """Give what the hashes of the blocks [first, last) cover besides tokens: the adapter, and the salt on the first."""
+        adapter = () if self.adapter is None else (self.adapter.name,)
+        salt = () if self.salt is None else (self.salt,)
+        return [(adapter + salt if block == 0 else adapter) or None for block in range(first, last)]
+
     def _hash_full_blocks(self) -> None:
         size, first = self.block_size, len(self.hashes)
         data = memoryview(self.tokens[first * size :].tobytes())
-        parent = self.hashes[-1].to_bytes(8, "little") if first else (self.salt or "").encode()
+        parent = self.hashes[-1].to_bytes(8, "little") if first else self._seed()
         for start in range(0, len(data) - size * 4 + 1, size * 4):
             state = sha256(parent)
             state.update(data[start : start + size * 4])
             parent = state.digest()[:8]
             self.hashes.append(int.from_bytes(parent, "little"))
+
+    def _seed(self) -> bytes:
+        return b"" if self.salt is None and self.adapter is None else repr((self.adapter, self.salt)).encode()
 
 
 class PagedPrefixCache:
@@ -166,15 +187,14 @@ class PagedPrefixCache:
         for block, block_hash in zip(sequence.blocks[first:full], hashes, strict=True):
             self._hashes[block] = block_hash
             self._copies.setdefault(block_hash, []).append(block)
-        extra_keys: list[tuple[str, ...] | None] = [None] * len(hashes)
-        if sequence.salt is not None and not first:
-            extra_keys[0] = (sequence.salt,)
         event = BlockStored(
             block_hashes=hashes,
             parent_block_hash=sequence.hashes[first - 1] if first else None,
             token_ids=sequence.tokens[first * size : full * size].tolist(),
             block_size=size,
-            extra_keys=extra_keys,
+            extra_keys=sequence.extra_keys(first, full),
+            lora_id=None if sequence.adapter is None else sequence.adapter.number,
+            lora_name=None if sequence.adapter is None else sequence.adapter.name,
         )
         self._events.append(event)
         sequence.stored = full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from matrixinfer.sim.cache import Adapter
 from matrixinfer.sim.model import Timing
 
 
@@ -15,6 +16,10 @@ class SimEngineConfig:
     """The model's path or name: the `root` in `/v1/models`."""
     served_model_names: tuple[str, ...] = ()
     """Names that requests may use, the first being the engine's own. Empty: the model's."""
+    loras: tuple[str, ...] = ()
+    """Names of LoRA adapters. Requests for one compute blocks of its own."""
+    data_parallel_size: int = 1
+    """Ranks, each with a cache of its own."""
     block_size: int = 16
     num_blocks: int = 8192
     max_model_len: int | None = None
@@ -28,7 +33,7 @@ class SimEngineConfig:
     port: int = 0
     kv_port: int = 0
     replay_port: int = 0
-    """Ports; 0 takes a free one."""
+    """Ports; 0 takes a free one. Rank n publishes n ports above those given for the KV events."""
     topic: str = ""
     """Topic of the KV events."""
     seed: int = 0
@@ -38,6 +43,11 @@ class SimEngineConfig:
         sizes = (self.block_size, self.max_batched_tokens, self.max_sequences, self.default_max_tokens)
         if min(sizes) < 1 or self.cache_tokens < 2:
             raise ValueError("blocks, steps and replies need room for a token, the cache for two")
+        if self.data_parallel_size < 1:
+            raise ValueError("an engine has at least one rank")
+        names = (*self.names, *self.loras)
+        if len(set(names)) < len(names):
+            raise ValueError("two models of one name")
         if self.context_length > self.cache_tokens:
             raise ValueError(f"max_model_len {self.max_model_len} exceeds the cache of {self.cache_tokens} tokens")
 
@@ -45,6 +55,10 @@ class SimEngineConfig:
     def names(self) -> tuple[str, ...]:
         """Names that requests may use."""
         return self.served_model_names or (self.model,)
+
+    def adapter(self, name: str) -> Adapter | None:
+        """Give the adapter that a request for `name` uses."""
+        return Adapter(self.loras.index(name) + 1, name) if name in self.loras else None
 
     @property
     def cache_tokens(self) -> int:

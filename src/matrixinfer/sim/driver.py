@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 
 from matrixinfer.blocks import TokenIds
+from matrixinfer.sim.cache import Adapter
 from matrixinfer.sim.events import Event
 from matrixinfer.sim.model import EngineModel, EngineRequest, Output, StepResult
 
@@ -56,10 +57,12 @@ class EngineDriver:
         return len(self._tickets)
 
     @contextmanager
-    def request(self, prompt: TokenIds, reply: Items[int], salt: str | None) -> Iterator[Ticket]:
+    def request(
+        self, prompt: TokenIds, reply: Items[int], *, salt: str | None = None, adapter: Adapter | None = None
+    ) -> Iterator[Ticket]:
         """Submit a request; leaving the context aborts what is left of it. Raises `ValueError` as `submit` does."""
         key = next(self._ids)
-        self.model.submit(EngineRequest(id=key, prompt=prompt, reply=reply, salt=salt))
+        self.model.submit(EngineRequest(id=key, prompt=prompt, reply=reply, salt=salt, adapter=adapter))
         ticket = self._tickets[key] = Ticket()
         self._work.set()
         try:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import msgspec
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
 from matrixinfer.sim.events import Event
+from matrixinfer.sim.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class EngineRequest:
     """Token ids, at least one."""
     salt: str | None = None
     """Only requests of the same salt share blocks."""
+    adapter: Adapter | None = None
+    """Only requests of the same adapter do, or of none."""
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -63,22 +66,6 @@ class StepResult:
     events: list[Event]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Gauges and totals, named as vLLM's metrics."""
-
-    running: int
-    waiting: int
-    cache_usage: float
-    """Share of blocks that requests hold, 0 to 1; 0 when idle."""
-    prefix_queries: int
-    prefix_hits: int
-    """Prompt tokens looked up and found, over all requests."""
-    prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-
-
 class _Run:
     """A request's progress."""
 
@@ -86,7 +73,7 @@ class _Run:
 
     def __init__(self, request: EngineRequest, block_size: int) -> None:
         self.request = request
-        self.sequence = Sequence(request.prompt, block_size, request.salt)
+        self.sequence = Sequence(request.prompt, block_size, request.salt, request.adapter)
         self.computed = 0
         self.generated = 0
         self.cached: int | None = None

@@ -64,6 +64,20 @@ class EventPublisher:
         """Where to ask for past batches."""
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    def source(self) -> dict[str, object]:
+        """Describe it as one entry of vLLM's `/kv_event_sources`."""
+        publish, replay = (f"tcp://*:{end.rpartition(':')[2]}" for end in (self.endpoint, self.replay_endpoint))
+        return {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": publish,
+            "replay_endpoint": replay,
+            "buffer_steps": self._buffer.maxlen,
+            "hwm": HIGH_WATER_MARK,
+            "max_queue_size": HIGH_WATER_MARK,
+            "topic": self._topic.decode(),
+        }
+
     def publish(self, payload: bytes) -> None:
         """Send one batch. Never waits: a subscriber that is too slow loses messages."""
         self._pub.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload], zmq.NOBLOCK)

@@ -9,25 +9,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 SIZE = 2
 
 
-def sequence(tokens: Iterable[int], salt: str | None = None) -> Sequence:
-    return Sequence(np.array(list(tokens), dtype=np.uint32), SIZE, salt)
+def sequence(tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None) -> Sequence:
+    return Sequence(np.array(list(tokens), dtype=np.uint32), SIZE, salt, adapter)
 
 
-def put(cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None) -> Sequence:
+def put(
+    cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None
+) -> Sequence:
     """Run a prompt through the cache, up to the point where its blocks are held."""
-    held = sequence(tokens, salt)
+    held = sequence(tokens, salt, adapter)
     assert cache.allocate(held, len(held.tokens), cache.lookup(held))
     return held
 
 
-def hit(cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None) -> int:
-    return len(cache.lookup(sequence(tokens, salt))) * SIZE
+def hit(cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None) -> int:
+    return len(cache.lookup(sequence(tokens, salt, adapter))) * SIZE
 
 
 def test_a_repeated_prompt_hits_all_but_the_block_of_its_last_token() -> None:
@@ -88,6 +90,22 @@ def test_a_salt_parts_the_prompts_and_marks_the_first_block_only() -> None:
     assert hit(cache, [1, 2, 3, 4, 5], salt="a") == 4
     assert hit(cache, [1, 2, 3, 4, 5], salt="b") == 0
     assert hit(cache, [1, 2, 3, 4, 5]) == 0
+
+
+def test_an_adapter_parts_the_prompts_and_marks_every_block_and_the_salt_comes_after_it() -> None:
+    cache = PagedPrefixCache(32, SIZE)
+    french, terse = Adapter(1, "french"), Adapter(2, "terse")
+    put(cache, [1, 2, 3, 4, 5], adapter=french)
+    put(cache, [1, 2, 3, 4, 5], salt="a", adapter=french)
+    plain, salted = cache.take_events()
+    assert isinstance(plain, BlockStored)
+    assert isinstance(salted, BlockStored)
+    assert plain.extra_keys == [("french",), ("french",)]
+    assert salted.extra_keys == [("french", "a"), ("french",)]
+    assert (plain.lora_id, plain.lora_name) == (salted.lora_id, salted.lora_name) == (1, "french")
+    assert hit(cache, [1, 2, 3, 4, 5], adapter=french) == 4
+    assert hit(cache, [1, 2, 3, 4, 5], adapter=terse) == hit(cache, [1, 2, 3, 4, 5]) == 0
+    assert hit(cache, [1, 2, 3, 4, 5], salt="french") == 0
 
 
 def test_a_reset_is_refused_while_a_block_is_in_use() -> None:

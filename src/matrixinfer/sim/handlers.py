@@ -1,0 +1,198 @@
+"""The simulated engine's HTTP API: vLLM's paths around the ranks' models.
+
+Replies are made up, one choice per request; of a list of prompts the first is answered.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
+from matrixinfer.prompt import openai, requests
+from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim import api
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.driver import Ticket
+from matrixinfer.sim.metrics import EngineMetrics
+from matrixinfer.sim.rank import Balancer, EngineRank
+from matrixinfer.sim.reply import ReplyWriter
+
+_VERSION = "0.32.0"
+"""The vLLM release whose API and event layout this is."""
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+_RANK_HEADER = "X-data-parallel-rank"
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class EngineHandlers:
+    """Answers requests with what the ranks compute."""
+
+    def __init__(self, config: SimEngineConfig, tokenizer: LocalTokenizer, ranks: Sequence[EngineRank]) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._ranks = tuple(ranks)
+        self._balancer = Balancer(self._ranks)
+        self._writer = ReplyWriter(tokenizer, config.seed)
+        self._metrics = EngineMetrics(config, self._ranks)
+        self._created = int(time.time())
+
+    def application(self) -> web.Application:
+        """Give the paths and what answers them."""
+        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_refusals])
+        app.add_routes(
+            [
+                web.post(openai.CHAT_PATH, self._generate),
+                web.post(openai.COMPLETIONS_PATH, self._generate),
+                web.post("/tokenize", self._tokenize),
+                web.post("/reset_prefix_cache", self._reset),
+                web.get("/v1/models", self._models),
+                web.get("/kv_event_sources", self._event_sources),
+                web.get("/metrics", self._expose_metrics),
+                web.get("/load", self._load),
+                web.get("/health", self._health),
+                web.get("/version", self._version),
+            ]
+        )
+        return app
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        came = time.monotonic()
+        body = await request.read()
+        prompt = requests.parse(request.path, body)
+        options = api.decode(body, api.GenerateOptions)
+        self._check_model(prompt.model)
+        if options.n not in (None, 1):
+            raise InvalidRequest("this engine gives one choice per request", param="n")
+        ids = prompt.token_ids
+        if ids is None:
+            ids = self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens)
+        reply = self._writer.write(ids, self._reply_length(len(ids), options.limit))
+        exchange = api.Exchange(
+            chat=prompt.chat is not None,
+            request_id=request.headers.get("x-request-id") or uuid.uuid4().hex,
+            created=int(time.time()),
+            model=prompt.model,
+            prompt_tokens=len(ids),
+            reply=reply,
+            finish_reason="stop" if options.limit is None else "length",
+            include_usage=options.stream_options is not None and options.stream_options.include_usage,
+        )
+        rank = self._rank(request)
+        with rank.driver.request(
+            ids, reply.ids, salt=prompt.cache_salt, adapter=self._config.adapter(prompt.model)
+        ) as ticket:
+            if prompt.stream:
+                return await self._stream(request, exchange, ticket, rank, came)
+            seen = await ticket.wait(0)
+            self._metrics.first_token(rank, time.monotonic() - came)
+            while seen < len(reply.ids):
+                seen = await ticket.wait(seen)
+            return _json(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
+
+    async def _stream(
+        self, request: web.Request, exchange: api.Exchange, ticket: Ticket, rank: EngineRank, came: float
+    ) -> web.StreamResponse:
+        headers = {"content-type": "text/event-stream; charset=utf-8", **exchange.headers}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        seen = 0
+        while seen < len(exchange.reply.ids):
+            generated = await ticket.wait(seen)
+            if not seen:
+                self._metrics.first_token(rank, time.monotonic() - came)
+            await response.write(exchange.chunks(seen, generated, ticket.cached_tokens))
+            seen = generated
+        await response.write_eof()
+        return response
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        query = api.decode(await request.read(), api.TokenizeRequest)
+        if query.model is not None:
+            self._check_model(query.model)
+        chat = query.chat
+        special = query.add_special_tokens
+        ids = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
+        length = self._config.context_length
+        return _json({"count": len(ids), "max_model_len": length, "tokens": ids.tolist(), "token_strs": None})
+
+    async def _reset(self, _: web.Request) -> web.Response:
+        done = [rank.driver.model.reset_prefix_cache() for rank in self._ranks]
+        return _json({"success": all(done)})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return _json(api.models(self._config, self._created))
+
+    async def _event_sources(self, _: web.Request) -> web.Response:
+        return _json({str(rank.number): rank.publisher.source() for rank in self._ranks})
+
+    async def _expose_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
+
+    async def _load(self, _: web.Request) -> web.Response:
+        return _json({"server_load": sum(rank.driver.in_flight for rank in self._ranks)})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return _json({"version": _VERSION})
+
+    def _rank(self, request: web.Request) -> EngineRank:
+        """Take the rank that the request is pinned to; as with vLLM, what is no number pins it to none."""
+        try:
+            pinned = int(request.headers.get(_RANK_HEADER, ""))
+        except ValueError:
+            return self._balancer.choose()
+        if not 0 <= pinned < len(self._ranks):
+            raise InvalidRequest(f"data_parallel_rank {pinned} is out of range [0, {len(self._ranks)}).")
+        return self._ranks[pinned]
+
+    def _check_model(self, name: str) -> None:
+        if name not in self._config.names and name not in self._config.loras:
+            raise UnknownModel(f"The model `{name}` does not exist.", param="model")
+
+    def _encode(self, chat: Chat | None, text: str | None, *, add_special_tokens: bool) -> TokenIds:
+        if chat is not None:
+            text = self._tokenizer.render(chat)
+        if text is None:
+            raise InvalidRequest("expected `prompt` or `messages`")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _reply_length(self, prompt_tokens: int, limit: int | None) -> int:
+        if limit is not None and limit < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, got {limit}.", param="max_tokens")
+        if not prompt_tokens:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        room = self._config.context_length - prompt_tokens
+        if room < (limit or 1):
+            raise InvalidRequest(
+                f"This model's maximum context length is {self._config.context_length} tokens, but {prompt_tokens} "
+                f"tokens of prompt and {limit or 1} of reply were requested.",
+                param="input_tokens",
+            )
+        return min(self._config.default_max_tokens, room) if limit is None else limit
+
+
+@web.middleware
+async def _refusals(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except RequestError as failure:
+        status, body = api.error(failure)
+    except TokenizeError as failure:
+        status, body = api.error(InvalidRequest(str(failure)))
+    return _json(body, status=status)
+
+
+def _json(data: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(data), status=status, headers={"content-type": "application/json", **(headers or {})}
+    )
