@@ -52,6 +52,21 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add("--kv-replay-port", type=int, default=0, metavar="PORT", help="ROUTER port, likewise (default: free ones)")
     add("--topic", default=defaults.topic, help="topic of the KV events (default: none)")
+    add(
+        "--kv-buffer-batches",
+        type=int,
+        default=defaults.buffer_batches,
+        metavar="BATCHES",
+        help="batches of KV events that can be replayed (default: %(default)s)",
+    )
+    add(
+        "--lose-frames",
+        type=float,
+        default=defaults.lose_frames,
+        metavar="SHARE",
+        help="share of KV event batches that are only replayed, never sent live, 0 to 1 (default: %(default)s)",
+    )
+    add("--seed", type=int, default=defaults.seed, help="of the replies and of the frames lost (default: %(default)s)")
     add("--block-size", type=int, default=defaults.block_size, help="tokens per block (default: %(default)s)")
     add(
         "--num-gpu-blocks-override",
@@ -59,6 +74,13 @@ def add_parser(subparsers: Subparsers) -> None:
         default=defaults.num_blocks,
         metavar="BLOCKS",
         help="blocks of the cache (default: %(default)s)",
+    )
+    add(
+        "--cpu-blocks",
+        type=int,
+        default=defaults.cpu_blocks,
+        metavar="BLOCKS",
+        help="blocks kept on the CPU after they had to leave the cache (default: none)",
     )
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and reply together (default: the whole cache)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_batched_tokens, metavar="TOKENS", help="per step")
@@ -72,6 +94,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=timing.attention_pair,
         help="per computed token and token before it (default: %(default)s)",
     )
+    add("--load-seconds", type=float, default=timing.load_block, help="per block from the CPU (default: %(default)s)")
     add("--json", action="store_true", help="print the endpoints as JSON")
     parser.set_defaults(run=run)
 
@@ -123,6 +146,7 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
         data_parallel_size=args.data_parallel_size,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
+        cpu_blocks=args.cpu_blocks,
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_num_batched_tokens,
         max_sequences=args.max_num_seqs,
@@ -131,10 +155,14 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
             prefill_token=args.prefill_seconds,
             decode_sequence=args.decode_seconds,
             attention_pair=args.attention_seconds,
+            load_block=args.load_seconds,
         ),
         host=args.host,
         port=args.port,
         kv_port=args.kv_events_port,
         replay_port=args.kv_replay_port,
         topic=args.topic,
+        buffer_batches=args.kv_buffer_batches,
+        lose_frames=args.lose_frames,
+        seed=args.seed,
     )

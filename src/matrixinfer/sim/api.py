@@ -29,6 +29,12 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     max_completion_tokens: int | None = None
     n: int | None = None
     stream_options: StreamOptions | None = None
+    vllm_xargs: Json | None = None
+
+    @property
+    def reports_hits(self) -> bool:
+        """Whether the KV events are to tell of reused blocks, too."""
+        return self.vllm_xargs is not None and self.vllm_xargs.get("kv_cache_report_mode") == "full"
 
     @property
     def limit(self) -> int | None:

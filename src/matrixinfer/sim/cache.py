@@ -3,7 +3,8 @@
 What is copied is behaviour, down to the order of evictions: a block is named by a hash of all tokens up to its end; a
 request takes the cached blocks of its prefix and fresh ones for the rest; full blocks become reusable when they are
 scheduled, prompt and reply alike; a block that two requests compute at once is kept twice under one hash; blocks
-nobody uses wait in a queue from whose head they are reused, last use first, a request's tail before its head.
+nobody uses wait in a queue from whose head they are reused, last use first, a request's tail before its head. Below it
+there may be a CPU tier: what leaves the GPU goes there, and is loaded back when a prompt needs it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 from hashlib import sha256
+from itertools import takewhile
 from typing import NamedTuple
 
 from matrixinfer.blocks import TokenIds
+from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 
@@ -51,11 +54,19 @@ class Sequence:
         if len(self.tokens) % self.block_size == 0:
             self._hash_full_blocks()
 
-    def extra_keys(self, first: int, last: int) -> list[tuple[str, ...] | None]:
-        """Give what the hashes of the blocks [first, last) cover besides tokens: the adapter, and the salt on the first."""
-        adapter = () if self.adapter is None else (self.adapter.name,)
+    def stored_event(self, first: int, last: int) -> BlockStored:
+        """Tell that the blocks [first, last) are stored."""
+        name = () if self.adapter is None else (self.adapter.name,)
         salt = () if self.salt is None else (self.salt,)
-        return [(adapter + salt if block == 0 else adapter) or None for block in range(first, last)]
+        return BlockStored(
+            block_hashes=self.hashes[first:last],
+            parent_block_hash=self.hashes[first - 1] if first else None,
+            token_ids=self.tokens[first * self.block_size : last * self.block_size].tolist(),
+            block_size=self.block_size,
+            lora_id=None if self.adapter is None else self.adapter.number,
+            lora_name=None if self.adapter is None else self.adapter.name,
+            extra_keys=[(name if block else name + salt) or None for block in range(first, last)],
+        )
 
     def _hash_full_blocks(self) -> None:
         size, first = self.block_size, len(self.hashes)
@@ -74,7 +85,7 @@ class Sequence:
 class PagedPrefixCache:
     """`num_blocks` blocks of `block_size` tokens, of which block 0 is never handed out (vLLM's null block)."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, cpu: CpuTier | None = None) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ValueError(f"need at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
@@ -83,6 +94,8 @@ class PagedPrefixCache:
         self._hashes: list[int | None] = [None] * num_blocks
         self._copies: dict[int, list[int]] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._cpu = cpu
+        self._contents: dict[int, BlockStored] = {}  # of every block here, where a tier below may want it
         self._events: list[Event] = []
 
     @property
@@ -107,6 +120,20 @@ class PagedPrefixCache:
                 break
             found.append(copies[0])
         return found
+
+    def load(self, sequence: Sequence, found: int) -> int:
+        """Count the blocks after the first `found` that come back from the CPU tier once they are allocated."""
+        if self._cpu is None:
+            return 0
+        last = (len(sequence.tokens) - 1) // self.block_size
+        held = list(takewhile(self._cpu.__contains__, sequence.hashes[found:last]))
+        self._cpu.use(held)
+        return len(held)
+
+    def report(self, sequence: Sequence, found: int) -> None:
+        """Tell of the first `found` blocks, which are here, as if they were stored now."""
+        if found:
+            self._events.append(sequence.stored_event(0, found))
 
     def fits(self, sequence: Sequence, hit: Items[int]) -> bool:
         """Whether all of `sequence` can get slots now, given the blocks `hit` of a look-up."""
@@ -149,6 +176,9 @@ class PagedPrefixCache:
         if len(self._free) < self.num_blocks - 1:
             return False
         self._copies.clear()
+        self._contents.clear()
+        if self._cpu is not None:
+            self._cpu.clear()
         self._hashes = [None] * self.num_blocks
         self._events.append(AllBlocksCleared())
         return True
@@ -178,23 +208,18 @@ class PagedPrefixCache:
             copies.remove(block)
             if not copies:
                 del self._copies[block_hash]
+                if self._cpu is not None:
+                    self._events += self._cpu.keep(self._contents.pop(block_hash))
             self._events.append(BlockRemoved(block_hashes=[block_hash]))
         return block
 
     def _store(self, sequence: Sequence, full: int) -> None:
-        first, size = sequence.stored, self.block_size
-        hashes = sequence.hashes[first:full]
-        for block, block_hash in zip(sequence.blocks[first:full], hashes, strict=True):
+        first = sequence.stored
+        for position in range(first, full):
+            block, block_hash = sequence.blocks[position], sequence.hashes[position]
             self._hashes[block] = block_hash
             self._copies.setdefault(block_hash, []).append(block)
-        event = BlockStored(
-            block_hashes=hashes,
-            parent_block_hash=sequence.hashes[first - 1] if first else None,
-            token_ids=sequence.tokens[first * size : full * size].tolist(),
-            block_size=size,
-            extra_keys=sequence.extra_keys(first, full),
-            lora_id=None if sequence.adapter is None else sequence.adapter.number,
-            lora_name=None if sequence.adapter is None else sequence.adapter.name,
-        )
-        self._events.append(event)
+            if self._cpu is not None:
+                self._contents[block_hash] = sequence.stored_event(position, position + 1)
+        self._events.append(sequence.stored_event(first, full))
         sequence.stored = full

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from matrixinfer.sim.cache import Adapter
 from matrixinfer.sim.model import Timing
+from matrixinfer.sim.publisher import BUFFER_BATCHES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,10 @@ class SimEngineConfig:
     """Ranks, each with a cache of its own."""
     block_size: int = 16
     num_blocks: int = 8192
+    cpu_blocks: int = 0
+    """Blocks that are kept on the CPU after they had to leave the GPU."""
+    bare_cpu_events: bool = False
+    """KV events of the CPU tier name its blocks without their tokens."""
     max_model_len: int | None = None
     """Tokens of prompt and reply together. None: as many as the cache holds."""
     max_batched_tokens: int = 2048
@@ -36,8 +41,12 @@ class SimEngineConfig:
     """Ports; 0 takes a free one. Rank n publishes n ports above those given for the KV events."""
     topic: str = ""
     """Topic of the KV events."""
+    buffer_batches: int = BUFFER_BATCHES
+    """Batches of KV events that can be replayed."""
+    lose_frames: float = 0.0
+    """Share of batches that are never sent live, only replayed; 0 to 1."""
     seed: int = 0
-    """Of the replies. Replicas with the same seed give the same reply to the same prompt."""
+    """Of the replies, and of the frames lost. Replicas with the same seed give the same reply to the same prompt."""
 
     def __post_init__(self) -> None:
         sizes = (self.block_size, self.max_batched_tokens, self.max_sequences, self.default_max_tokens)
@@ -45,6 +54,8 @@ class SimEngineConfig:
             raise ValueError("blocks, steps and replies need room for a token, the cache for two")
         if self.data_parallel_size < 1:
             raise ValueError("an engine has at least one rank")
+        if min(self.cpu_blocks, self.buffer_batches) < 0 or not 0 <= self.lose_frames <= 1:
+            raise ValueError("tiers and buffers have no less than nothing, and at most all frames can be lost")
         names = (*self.names, *self.loras)
         if len(set(names)) < len(names):
             raise ValueError("two models of one name")

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from itertools import count
 
-from matrixinfer.blocks import TokenIds
-from matrixinfer.sim.cache import Adapter
 from matrixinfer.sim.events import Event
 from matrixinfer.sim.model import EngineModel, EngineRequest, Output, StepResult
 
@@ -42,13 +38,12 @@ class Ticket:
 
 
 class EngineDriver:
-    """Owns a model. `run` is its one task; `publish` gets the events of each step that has any, when it ends."""
+    """Steps a model. `run` is its one task; `publish` gets the events of each step that has any, when it ends."""
 
     def __init__(self, model: EngineModel, publish: Callable[[list[Event]], None]) -> None:
         self.model = model
         self._publish = publish
         self._tickets: dict[int, Ticket] = {}
-        self._ids = count()
         self._work = asyncio.Event()
 
     @property
@@ -57,20 +52,17 @@ class EngineDriver:
         return len(self._tickets)
 
     @contextmanager
-    def request(
-        self, prompt: TokenIds, reply: Items[int], *, salt: str | None = None, adapter: Adapter | None = None
-    ) -> Iterator[Ticket]:
+    def request(self, request: EngineRequest) -> Iterator[Ticket]:
         """Submit a request; leaving the context aborts what is left of it. Raises `ValueError` as `submit` does."""
-        key = next(self._ids)
-        self.model.submit(EngineRequest(id=key, prompt=prompt, reply=reply, salt=salt, adapter=adapter))
-        ticket = self._tickets[key] = Ticket()
+        self.model.submit(request)
+        ticket = self._tickets[request.id] = Ticket()
         self._work.set()
         try:
             yield ticket
         finally:
-            del self._tickets[key]
-            if ticket.generated < len(reply):
-                self.model.abort(key)
+            del self._tickets[request.id]
+            if ticket.generated < len(request.reply):
+                self.model.abort(request.id)
 
     async def run(self) -> None:
         """Step whenever there is work, until cancelled."""

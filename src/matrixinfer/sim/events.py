@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+Medium: TypeAlias = Literal["GPU", "CPU"]
+
 
 class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockStored"):
     """Consecutive blocks of one chain became reusable. `token_ids` holds the tokens of all of them."""
@@ -18,19 +20,19 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     token_ids: list[int]
     block_size: int
     lora_id: int | None = None
-    medium: str = "GPU"
+    medium: Medium = "GPU"
     lora_name: str | None = None
-    extra_keys: list[tuple[str, ...] | None]
+    extra_keys: list[tuple[str, ...] | None] | None
     """One entry per block: what its hash covers besides tokens. A cache salt marks the first block only."""
     group_idx: int = 0
-    kv_cache_spec_kind: Literal["full_attention"] = "full_attention"
+    kv_cache_spec_kind: Literal["full_attention"] | None = "full_attention"
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
     """One copy of each of these blocks was evicted. Other copies may still serve hits."""
 
     block_hashes: list[int]
-    medium: str = "GPU"
+    medium: Medium = "GPU"
     group_idx: int = 0
 
 

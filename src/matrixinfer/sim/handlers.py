@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from matrixinfer.sim import api
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.driver import Ticket
 from matrixinfer.sim.metrics import EngineMetrics
+from matrixinfer.sim.model import EngineRequest
 from matrixinfer.sim.rank import Balancer, EngineRank
 from matrixinfer.sim.reply import ReplyWriter
 
@@ -43,6 +45,7 @@ class EngineHandlers:
         self._writer = ReplyWriter(tokenizer, config.seed)
         self._metrics = EngineMetrics(config, self._ranks)
         self._created = int(time.time())
+        self._ids = count()
 
     def application(self) -> web.Application:
         """Give the paths and what answers them."""
@@ -86,9 +89,15 @@ class EngineHandlers:
             include_usage=options.stream_options is not None and options.stream_options.include_usage,
         )
         rank = self._rank(request)
-        with rank.driver.request(
-            ids, reply.ids, salt=prompt.cache_salt, adapter=self._config.adapter(prompt.model)
-        ) as ticket:
+        work = EngineRequest(
+            id=next(self._ids),
+            prompt=ids,
+            reply=reply.ids,
+            salt=prompt.cache_salt,
+            adapter=self._config.adapter(prompt.model),
+            reports_hits=options.reports_hits,
+        )
+        with rank.driver.request(work) as ticket:
             if prompt.stream:
                 return await self._stream(request, exchange, ticket, rank, came)
             seen = await ticket.wait(0)

@@ -20,6 +20,7 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
 _TOTALS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_queries),
     "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_hits),
+    "vllm:external_prefix_cache_hits": ("Prompt tokens loaded from the CPU tier.", lambda stats: stats.loaded_tokens),
     "vllm:prompt_tokens": ("Prompt tokens processed.", lambda stats: stats.prompt_tokens),
     "vllm:generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens),
     "vllm:num_preemptions": ("Requests pushed out of the cache while running.", lambda stats: stats.preemptions),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,6 +31,8 @@ class Timing:
     """Each sequence that gets one more token."""
     attention_pair: float = 0.0
     """Each pair of a computed token and a token before it."""
+    load_block: float = 0.00005
+    """Each block that comes back from the CPU tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,8 @@ class EngineRequest:
     """Only requests of the same salt share blocks."""
     adapter: Adapter | None = None
     """Only requests of the same adapter do, or of none."""
+    reports_hits: bool = False
+    """Events tell of the blocks that it finds in the cache as if they were stored anew."""
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -53,7 +58,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generated: int
     """Tokens of the reply so far."""
     cached_tokens: int
-    """Prompt tokens that the cache held when the request was first scheduled."""
+    """Prompt tokens that the cache held, on any tier, when the request was first scheduled."""
     finished: bool
 
 
@@ -64,6 +69,16 @@ class StepResult:
     duration: float
     outputs: list[Output]
     events: list[Event]
+
+
+class _Work(NamedTuple):
+    """A request's part of a step."""
+
+    run: _Run
+    tokens: int
+    """To compute."""
+    loaded: int = 0
+    """Blocks from the CPU tier."""
 
 
 class _Run:
@@ -100,7 +115,7 @@ class EngineModel:
         self._running: list[_Run] = []
         self._waiting: deque[_Run] = deque()
         self._full = False
-        self._prefix_queries = self._prefix_hits = 0
+        self._prefix_queries = self._prefix_hits = self._loaded_tokens = 0
         self._prompt_tokens = self._generated_tokens = self._preemptions = 0
 
     @property
@@ -117,6 +132,7 @@ class EngineModel:
             cache_usage=self._cache.usage,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            loaded_tokens=self._loaded_tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
@@ -149,16 +165,16 @@ class EngineModel:
 
     def step(self) -> StepResult:
         """Compute one batch."""
-        batch: list[tuple[_Run, int]] = []
+        batch: list[_Work] = []
         budget = self._schedule_running(batch)
         self._schedule_waiting(batch, budget)
         duration = self._duration(batch)
-        outputs = [output for run, count in batch if (output := self._advance(run, count)) is not None]
+        outputs = [output for work in batch if (output := self._advance(work.run, work.tokens)) is not None]
         if any(output.finished for output in outputs):
             self._running = [run for run in self._running if not run.finished]
         return StepResult(duration=duration, outputs=outputs, events=self._cache.take_events())
 
-    def _schedule_running(self, batch: list[tuple[_Run, int]]) -> int:
+    def _schedule_running(self, batch: list[_Work]) -> int:
         """Return the tokens left of the step's budget; none when a request had to be preempted."""
         budget = self._max_tokens
         preempted = False
@@ -167,7 +183,7 @@ class EngineModel:
             run = self._running[position]
             count = min(len(run.sequence.tokens) - run.computed, budget)
             if self._cache.allocate(run.sequence, run.computed + count):
-                batch.append((run, count))
+                batch.append(_Work(run, count))
                 budget -= count
                 position += 1
             else:
@@ -175,7 +191,7 @@ class EngineModel:
                 preempted = True
         return 0 if preempted else budget
 
-    def _schedule_waiting(self, batch: list[tuple[_Run, int]], budget: int) -> None:
+    def _schedule_waiting(self, batch: list[_Work], budget: int) -> None:
         while budget and self._waiting and not self._full and len(self._running) < self._max_sequences:
             run = self._waiting[0]
             hit = self._cache.lookup(run.sequence)
@@ -183,15 +199,19 @@ class EngineModel:
                 # Only a release frees blocks: until one does, looking again is work for nothing.
                 self._full = True
                 return
-            run.computed = len(hit) * self._cache.block_size
+            if run.request.reports_hits:
+                self._cache.report(run.sequence, len(hit))
+            loaded = self._cache.load(run.sequence, len(hit))
+            run.computed = (len(hit) + loaded) * self._cache.block_size
             count = min(len(run.sequence.tokens) - run.computed, budget)
             self._cache.allocate(run.sequence, run.computed + count, hit)
             if run.cached is None:
                 run.cached = run.computed
                 self._prefix_queries += len(run.sequence.tokens)
-                self._prefix_hits += run.computed
+                self._prefix_hits += len(hit) * self._cache.block_size
+                self._loaded_tokens += loaded * self._cache.block_size
             self._running.append(self._waiting.popleft())
-            batch.append((run, count))
+            batch.append(_Work(run, count, loaded))
             budget -= count
 
     def _advance(self, run: _Run, count: int) -> Output | None:
@@ -222,10 +242,11 @@ class EngineModel:
         self._cache.release(run.sequence)
         self._full = False
 
-    def _duration(self, batch: list[tuple[_Run, int]]) -> float:
-        prefill = decode = 0
+    def _duration(self, batch: list[_Work]) -> float:
+        prefill = decode = loads = 0
         pairs = 0.0
-        for run, count in batch:
+        for run, count, loaded in batch:
+            loads += loaded
             if run.generated and count == 1:
                 decode += 1
             else:
@@ -237,4 +258,5 @@ class EngineModel:
             + prefill * timing.prefill_token
             + decode * timing.decode_sequence
             + pairs * timing.attention_pair
+            + loads * timing.load_block
         )

@@ -8,6 +8,7 @@ the end marker `["", "", ff×8, ""]`. A request of any other form gets no answer
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from contextlib import ExitStack
 from types import TracebackType
@@ -27,12 +28,26 @@ class EventPublisher:
     The ROUTER keeps ZMQ's default high-water mark, so a slow reader loses frames of a long replay, as with vLLM.
     """
 
-    def __init__(self, host: str, *, port: int = 0, replay_port: int = 0, topic: str = "") -> None:
+    def __init__(
+        self,
+        host: str,
+        *,
+        port: int = 0,
+        replay_port: int = 0,
+        topic: str = "",
+        buffer_batches: int = BUFFER_BATCHES,
+        loss: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """`loss` is the share of batches that are not sent, chosen by `seed`; a replay has them all the same."""
         self._host = host
         self._ports = (port, replay_port)
         self._topic = topic.encode()
         self._next = 0
-        self._buffer: deque[tuple[int, bytes]] = deque(maxlen=BUFFER_BATCHES)
+        self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
+        self._loss = loss
+        self._draw = random.Random(seed)
+        self._to_lose = 0
         self._stack = ExitStack()
 
     async def __aenter__(self) -> Self:
@@ -80,9 +95,21 @@ class EventPublisher:
 
     def publish(self, payload: bytes) -> None:
         """Send one batch. Never waits: a subscriber that is too slow loses messages."""
-        self._pub.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload], zmq.NOBLOCK)
+        if self._to_lose:
+            self._to_lose -= 1
+        elif self._draw.random() >= self._loss:
+            self._pub.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload], zmq.NOBLOCK)
         self._buffer.append((self._next, payload))
         self._next += 1
+
+    def lose(self, batches: int) -> None:
+        """Do not send the next batches, as if they were lost on their way."""
+        self._to_lose = batches
+
+    def restart(self) -> None:
+        """Begin anew, as a new engine behind the same endpoints does: no history, and the next batch is number 0."""
+        self._next = 0
+        self._buffer.clear()
 
     async def serve(self) -> None:
         """Answer replay requests, one after the other."""

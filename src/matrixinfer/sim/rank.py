@@ -10,6 +10,7 @@ from typing import Self
 
 from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.driver import EngineDriver
 from matrixinfer.sim.events import Event, EventBatch, encode
 from matrixinfer.sim.model import EngineModel
@@ -22,18 +23,16 @@ class EngineRank:
 
     def __init__(self, config: SimEngineConfig, number: int) -> None:
         self.number = number
-        model = EngineModel(
-            PagedPrefixCache(config.num_blocks, config.block_size),
-            config.timing,
-            max_tokens=config.max_batched_tokens,
-            max_sequences=config.max_sequences,
-        )
-        self.driver = EngineDriver(model, self._publish)
+        self._config = config
+        self.driver = EngineDriver(self._new_model(), self._publish)
         self.publisher = EventPublisher(
             config.host,
             port=config.kv_port and config.kv_port + number,
             replay_port=config.replay_port and config.replay_port + number,
             topic=config.topic,
+            buffer_batches=config.buffer_batches,
+            loss=config.lose_frames,
+            seed=config.seed + number,
         )
         self._stack = AsyncExitStack()
 
@@ -57,6 +56,23 @@ class EngineRank:
     def stats(self) -> EngineStats:
         """What the rank counts."""
         return self.driver.model.stats
+
+    def restart(self) -> None:
+        """Begin anew with an empty cache and no history, on the same endpoints. Raises `RuntimeError` unless idle."""
+        if self.driver.in_flight:
+            raise RuntimeError("requests are under way")
+        self.driver.model = self._new_model()
+        self.publisher.restart()
+
+    def _new_model(self) -> EngineModel:
+        config = self._config
+        cpu = CpuTier(config.cpu_blocks, bare_events=config.bare_cpu_events) if config.cpu_blocks else None
+        return EngineModel(
+            PagedPrefixCache(config.num_blocks, config.block_size, cpu),
+            config.timing,
+            max_tokens=config.max_batched_tokens,
+            max_sequences=config.max_sequences,
+        )
 
     def _publish(self, events: list[Event]) -> None:
         self.publisher.publish(encode(EventBatch(time.time(), events, self.number)))

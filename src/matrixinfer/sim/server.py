@@ -72,3 +72,8 @@ class SimEngine:
     def stats(self) -> EngineStats:
         """What the ranks count, together."""
         return EngineStats.over(rank.stats for rank in self.ranks)
+
+    def restart(self) -> None:
+        """Begin anew on the same endpoints, as a new process would. Raises `RuntimeError` unless idle."""
+        for rank in self.ranks:
+            rank.restart()

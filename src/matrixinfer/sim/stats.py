@@ -17,6 +17,8 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     """Prompt tokens looked up and found, over all requests."""
+    loaded_tokens: int
+    """Prompt tokens found in the CPU tier besides those."""
     prompt_tokens: int
     generated_tokens: int
     preemptions: int

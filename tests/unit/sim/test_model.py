@@ -57,6 +57,16 @@ def test_cached_tokens_take_no_time() -> None:
     assert (engine.stats.prefix_queries, engine.stats.prefix_hits) == (100, 48)
 
 
+def test_hits_are_told_as_stored_from_the_root_on_where_a_request_wants_it() -> None:
+    engine = model()
+    engine.submit(request(1, range(10)))
+    (first,) = (event for step in drain(engine) for event in step.events)
+    for key, reports in enumerate((False, True)):
+        prompt = np.arange(10, dtype=np.uint32)
+        engine.submit(EngineRequest(id=key, prompt=prompt, reply=[9], reports_hits=reports))
+        assert [event for step in drain(engine) for event in step.events] == ([first] if reports else [])
+
+
 def test_attention_takes_time_for_each_pair_of_tokens() -> None:
     engine = model(timing=Timing(step=0, prefill_token=0, decode_sequence=0, attention_pair=1))
     engine.submit(request(1, range(10), reply=2))
