@@ -105,11 +105,12 @@ async def test_an_adapter_and_its_model_share_no_hits(tokenizer: LocalTokenizer)
 async def test_lost_frames_are_replayed(tokenizer: LocalTokenizer) -> None:
     lossy = replace(ENGINE, lose_frames=0.2, seed=1, num_blocks=60)
     async with fleet(tokenizer, lossy, pods=2, scheduler=SCHEDULER) as target:
+        await target.settled()
         for prompt in prompts(60, seed=1):
             await target.post(COMPLETIONS, body(prompt))
         assert not wrong(await serve(target, 60))
         stats = [feed.stats for feed in target.service.router._feeds.values()]
-        assert sum(each.gaps for each in stats) > 2
+        assert sum(each.gaps for each in stats) > 0
         assert sum(each.lost_in_silence for each in stats) > 2
         assert {answer.cached > 0 for answer in await serve(target, 20)} == {False, True}
 
