@@ -195,10 +195,21 @@ async def test_claims_that_hits_told_as_stored_have_left_are_purged(
         assert not wrong(await serve(target, 60))
 
 
-async def test_blocks_that_left_for_the_cpu_are_never_foretold_beyond_what_is_there(tokenizer: LocalTokenizer) -> None:
-    tiers = replace(ENGINE, num_blocks=30, cpu_blocks=60)
+@pytest.mark.parametrize(("cpu_blocks", "bare"), [(60, False), (60, True), (1_000, False)])
+async def test_blocks_on_the_cpu_are_foretold_also_where_events_only_name_them(
+    tokenizer: LocalTokenizer, cpu_blocks: int, bare: bool
+) -> None:
+    tiers = replace(ENGINE, num_blocks=30, cpu_blocks=cpu_blocks, bare_cpu_events=bare)
+    async with fleet(tokenizer, tiers, pods=1, scheduler=SCHEDULER) as target:
+        assert not wrong(await serve(target, 100, families=6))
+        assert target.engines[0].stats.loaded_tokens > 20 * BLOCK
+
+
+async def test_no_more_is_foretold_than_there_is_where_tails_reach_the_cpu_before_their_heads(
+    tokenizer: LocalTokenizer,
+) -> None:
+    tiers = replace(ENGINE, num_blocks=30, cpu_blocks=60, lazy_offload=True)
     async with fleet(tokenizer, tiers, pods=1, scheduler=SCHEDULER) as target:
         answers = await serve(target, 100, families=6)
-        assert target.engines[0].stats.loaded_tokens > 20 * BLOCK
         assert all(answer.predicted <= answer.cached for answer in answers)
-        assert sum(answer.predicted for answer in answers) > 20 * BLOCK
+        assert target.engines[0].stats.loaded_tokens > 20 * BLOCK

@@ -80,8 +80,9 @@ def add_parser(subparsers: Subparsers) -> None:
         type=int,
         default=defaults.cpu_blocks,
         metavar="BLOCKS",
-        help="blocks kept on the CPU after they had to leave the cache (default: none)",
+        help="blocks kept on the CPU, also after they had to leave the cache (default: none)",
     )
+    add("--lazy-offload", action="store_true", help="copy blocks to the CPU only when they have to leave the cache")
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and reply together (default: the whole cache)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_batched_tokens, metavar="TOKENS", help="per step")
     add("--max-num-seqs", type=int, default=defaults.max_sequences, metavar="REQUESTS", help="running at once")
@@ -147,6 +148,7 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
         cpu_blocks=args.cpu_blocks,
+        lazy_offload=args.lazy_offload,
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_num_batched_tokens,
         max_sequences=args.max_num_seqs,

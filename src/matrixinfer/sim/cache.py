@@ -4,7 +4,7 @@ What is copied is behaviour, down to the order of evictions: a block is named by
 request takes the cached blocks of its prefix and fresh ones for the rest; full blocks become reusable when they are
 scheduled, prompt and reply alike; a block that two requests compute at once is kept twice under one hash; blocks
 nobody uses wait in a queue from whose head they are reused, last use first, a request's tail before its head. Below it
-there may be a CPU tier: what leaves the GPU goes there, and is loaded back when a prompt needs it.
+there may be a CPU tier, from which what has left the GPU is loaded back when a prompt needs it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ class PagedPrefixCache:
         self._copies: dict[int, list[int]] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._cpu = cpu
-        self._contents: dict[int, BlockStored] = {}  # of every block here, where a tier below may want it
         self._events: list[Event] = []
 
     @property
@@ -176,7 +175,6 @@ class PagedPrefixCache:
         if len(self._free) < self.num_blocks - 1:
             return False
         self._copies.clear()
-        self._contents.clear()
         if self._cpu is not None:
             self._cpu.clear()
         self._hashes = [None] * self.num_blocks
@@ -209,7 +207,7 @@ class PagedPrefixCache:
             if not copies:
                 del self._copies[block_hash]
                 if self._cpu is not None:
-                    self._events += self._cpu.keep(self._contents.pop(block_hash))
+                    self._events += self._cpu.evicted(block_hash)
             self._events.append(BlockRemoved(block_hashes=[block_hash]))
         return block
 
@@ -219,7 +217,8 @@ class PagedPrefixCache:
             block, block_hash = sequence.blocks[position], sequence.hashes[position]
             self._hashes[block] = block_hash
             self._copies.setdefault(block_hash, []).append(block)
-            if self._cpu is not None:
-                self._contents[block_hash] = sequence.stored_event(position, position + 1)
         self._events.append(sequence.stored_event(first, full))
+        if self._cpu is not None:
+            blocks = [sequence.stored_event(position, position + 1) for position in range(first, full)]
+            self._events += self._cpu.stored(blocks)
         sequence.stored = full

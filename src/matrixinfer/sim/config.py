@@ -24,7 +24,9 @@ class SimEngineConfig:
     block_size: int = 16
     num_blocks: int = 8192
     cpu_blocks: int = 0
-    """Blocks that are kept on the CPU after they had to leave the GPU."""
+    """Blocks kept on the CPU, also after they had to leave the GPU."""
+    lazy_offload: bool = False
+    """They are copied there only when they have to leave."""
     bare_cpu_events: bool = False
     """KV events of the CPU tier name its blocks without their tokens."""
     max_model_len: int | None = None

@@ -1,9 +1,12 @@
-"""The tier below the GPU's cache: blocks evicted there stay here, until others push them out."""
+"""The tier below the GPU's cache, as vLLM's off-loading to the CPU: what had to leave the GPU is still there.
+
+Blocks are copied as soon as they are stored on the GPU, or, where that is `lazy`, when they have to leave it.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -11,43 +14,58 @@ from matrixinfer.sim.events import BlockRemoved, BlockStored, Event
 
 
 class CpuTier:
-    """Keeps `num_blocks` blocks, of which the least recently used goes first.
+    """Keeps `num_blocks` blocks, of which the least recently used goes first, a request's tail before its head.
 
     With `bare_events` its events name blocks without their tokens, as some of vLLM's off-load connectors do.
     """
 
-    def __init__(self, num_blocks: int, *, bare_events: bool = False) -> None:
+    def __init__(self, num_blocks: int, *, lazy: bool = False, bare_events: bool = False) -> None:
         self._num_blocks = num_blocks
+        self._lazy = lazy
         self._bare = bare_events
         self._blocks: OrderedDict[int, None] = OrderedDict()
+        self._above: dict[int, BlockStored] = {}  # the GPU's blocks, where they will be copied from there
 
     def __contains__(self, block_hash: int) -> bool:
         return block_hash in self._blocks
 
-    def use(self, block_hashes: Iterable[int]) -> None:
-        """Note that blocks that it holds are read."""
-        for block_hash in block_hashes:
-            self._blocks.move_to_end(block_hash)
+    def use(self, block_hashes: Sequence[int]) -> None:
+        """Note that the blocks of one prompt are read, or have just come."""
+        for block_hash in reversed(block_hashes):
+            if block_hash in self._blocks:
+                self._blocks.move_to_end(block_hash)
 
-    def keep(self, block: BlockStored) -> list[Event]:
-        """Take one block that leaves the GPU, told as it was stored there. Returns what that changes."""
-        (block_hash,) = block.block_hashes
-        if not self._num_blocks:
+    def stored(self, blocks: Sequence[BlockStored]) -> list[Event]:
+        """Blocks, told one by one, are on the GPU from now on. Returns what changes here."""
+        if self._lazy:
+            self._above.update((block.block_hashes[0], block) for block in blocks)
             return []
-        if block_hash in self._blocks:
-            self._blocks.move_to_end(block_hash)
-            return []
-        events: list[Event] = []
-        if len(self._blocks) == self._num_blocks:
-            oldest, _ = self._blocks.popitem(last=False)
-            events.append(BlockRemoved(block_hashes=[oldest], medium="CPU"))
-        self._blocks[block_hash] = None
-        events.append(self._told(block))
+        events = self._keep(blocks)
+        self.use([block.block_hashes[0] for block in blocks])
         return events
+
+    def evicted(self, block_hash: int) -> list[Event]:
+        """The last copy of a block leaves the GPU. Returns what changes here."""
+        return self._keep([self._above.pop(block_hash)]) if self._lazy else []
 
     def clear(self) -> None:
         """Drop everything."""
         self._blocks.clear()
+        self._above.clear()
+
+    def _keep(self, blocks: Iterable[BlockStored]) -> list[Event]:
+        events: list[Event] = []
+        for block in blocks:
+            (block_hash,) = block.block_hashes
+            if block_hash in self._blocks:
+                self._blocks.move_to_end(block_hash)
+                continue
+            if len(self._blocks) == self._num_blocks:
+                oldest, _ = self._blocks.popitem(last=False)
+                events.append(BlockRemoved(block_hashes=[oldest], medium="CPU"))
+            self._blocks[block_hash] = None
+            events.append(self._told(block))
+        return events
 
     def _told(self, block: BlockStored) -> BlockStored:
         if not self._bare:

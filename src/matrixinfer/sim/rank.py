@@ -66,7 +66,9 @@ class EngineRank:
 
     def _new_model(self) -> EngineModel:
         config = self._config
-        cpu = CpuTier(config.cpu_blocks, bare_events=config.bare_cpu_events) if config.cpu_blocks else None
+        cpu = None
+        if config.cpu_blocks:
+            cpu = CpuTier(config.cpu_blocks, lazy=config.lazy_offload, bare_events=config.bare_cpu_events)
         return EngineModel(
             PagedPrefixCache(config.num_blocks, config.block_size, cpu),
             config.timing,

@@ -15,8 +15,8 @@ SIZE = 2
 A, B = [1, 2, 3, 4], [5, 6, 7, 8]
 
 
-def tiers(gpu: int, cpu: int, *, bare: bool = False) -> PagedPrefixCache:
-    return PagedPrefixCache(gpu + 1, SIZE, CpuTier(cpu, bare_events=bare))
+def tiers(gpu: int, cpu: int, *, lazy: bool = True, bare: bool = False) -> PagedPrefixCache:
+    return PagedPrefixCache(gpu + 1, SIZE, CpuTier(cpu, lazy=lazy, bare_events=bare))
 
 
 def sequence(tokens: Iterable[int], adapter: Adapter | None = None) -> Sequence:
@@ -64,6 +64,23 @@ def test_what_leaves_the_gpu_stays_on_the_cpu_and_is_told_whole() -> None:
     assert isinstance(tail, BlockStored)
     assert (tail.block_hashes, tail.parent_block_hash) == (stored.block_hashes[1:], stored.block_hashes[0])
     assert (tail.token_ids, tail.block_size, tail.lora_name, tail.extra_keys) == ([3, 4], SIZE, "x", [("x",)])
+
+
+def test_what_is_stored_on_the_gpu_is_copied_at_once_unless_that_is_lazy() -> None:
+    cache = tiers(2, 8, lazy=False)
+    stored, *copied = run(cache, A)
+    assert isinstance(stored, BlockStored)
+    assert told(copied) == [("BlockStored", "CPU", 1)] * 2
+    assert [event.block_hashes[0] for event in copied if isinstance(event, BlockStored)] == stored.block_hashes
+    assert told(run(cache, B))[:2] == [("BlockRemoved", "GPU", 1)] * 2
+    assert found(cache, [*A, 0]) == (0, 2)
+
+
+def test_a_prompts_tail_leaves_the_cpu_before_its_head() -> None:
+    cache = tiers(2, 3, lazy=False)
+    run(cache, A)
+    run(cache, B)
+    assert (found(cache, [*A, 0]), found(cache, [*B, 0])) == ((0, 1), (2, 0))
 
 
 def test_blocks_come_back_and_are_stored_on_the_gpu_again() -> None:
@@ -128,9 +145,10 @@ def test_a_reset_clears_both_tiers() -> None:
     assert found(cache, [*A, 0]) == found(cache, [*B, 0]) == (0, 0)
 
 
-def test_events_tell_what_each_tier_holds() -> None:
+@pytest.mark.parametrize("lazy", [False, True])
+def test_events_tell_what_each_tier_holds(lazy: bool) -> None:
     draw = random.Random(1)
-    cache = tiers(12, 10)
+    cache = tiers(12, 10, lazy=lazy)
     held: dict[str, list[int]] = {"GPU": [], "CPU": []}
     prompts = [[draw.randrange(3) for _ in range(draw.randrange(2, 12))] for _ in range(40)]
     for _ in range(600):
