@@ -267,6 +267,8 @@ async def test_the_command_prints_its_endpoints_and_stops_on_sigterm() -> None:
         "engine.add_parser(parser.add_subparsers()); args = parser.parse_args(sys.argv[1:]); sys.exit(args.run(args))"
     )
     flags = ["--json", "--port", "0", "--served-model-name", "a", "b", "--block-size", "32", "--max-model-len", "500"]
+    flags += ["--lora", "c", "--lora", "d", "--data-parallel-size", "2", "--kv-buffer-batches", "7", "--seed", "3"]
+    flags += ["--cpu-blocks", "9", "--lazy-offload", "--load-seconds", "0.001", "--lose-frames", "0.5"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", script, "engine", *flags, stdout=asyncio.subprocess.PIPE
     )
@@ -277,16 +279,18 @@ async def test_the_command_prints_its_endpoints_and_stops_on_sigterm() -> None:
             async with session.get("/v1/models") as response:
                 models = (await response.json())["data"]
             async with session.get("/kv_event_sources") as response:
-                source = (await response.json())["0"]
+                sources = await response.json()
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 5) == 0
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert [(model["id"], model["max_model_len"]) for model in models] == [("a", 500), ("b", 500)]
+    named = [("a", 500), ("b", 500), ("c", None), ("d", None)]
+    assert [(model["id"], model["max_model_len"]) for model in models] == named
     assert ready["model"] == "a"
-    assert ready["kv_events"].endswith(source["endpoint"].removeprefix("tcp://*"))
+    assert ready["kv_events"].endswith(sources["0"]["endpoint"].removeprefix("tcp://*"))
+    assert [source["buffer_steps"] for source in sources.values()] == [7, 7]
 
 
 @pytest.mark.parametrize("sizes", [{"max_model_len": 145}, {"block_size": 0}, {"num_blocks": 1}, {"max_sequences": 0}])

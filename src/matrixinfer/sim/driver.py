@@ -73,10 +73,12 @@ class EngineDriver:
                 self._work.clear()
                 await self._work.wait()
                 due = clock()
-            result = self.model.step()
+            model = self.model
+            result = model.step()
             due = max(due, clock() - _MAX_LAG_SECONDS) + result.duration
             await asyncio.sleep(due - clock())
-            self._deliver(result)
+            if model is self.model:  # else the engine has restarted meanwhile
+                self._deliver(result)
 
     def _deliver(self, result: StepResult) -> None:
         if result.events:
