@@ -173,11 +173,23 @@ async def test_a_history_that_is_cut_short_foretells_less_and_never_more(tokeniz
             assert wrong(answers[:10])
 
 
+async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(tokenizer: LocalTokenizer) -> None:
+    draw = random.Random(5)
+    async with fleet(tokenizer, replace(ENGINE, num_blocks=60), pods=1, scheduler=SCHEDULER) as target:
+        answers = []
+        for prompt in prompts(150, families=8):
+            await target.settled()
+            more = FULL if draw.random() < 0.2 else {}
+            answers.append(await target.ask(COMPLETIONS, body(prompt, **more)))
+        assert target.service.router._feeds["pod-0"].ledger.stats.told_again > 20
+        assert {answer.predicted - answer.cached for answer in answers} <= {0, BLOCK}
+
+
 async def test_claims_that_hits_told_as_stored_have_left_are_purged(
     tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.05)
-    old = [[number] * (4 * BLOCK + 1) for number in range(14)]
+    old = [[number] * (BLOCK + 1) for number in range(14)]  # hits of one block are taken for copies
     fresh = [[number] * (4 * BLOCK + 1) for number in range(100, 115)]
     async with fleet(tokenizer, replace(ENGINE, num_blocks=60), pods=1, scheduler=SCHEDULER) as target:
         for prompt in (*old, *fresh):
@@ -190,7 +202,7 @@ async def test_claims_that_hits_told_as_stored_have_left_are_purged(
             answers.append(await target.ask(COMPLETIONS, body(prompt)))
         # First its history is fetched anew, which tells the same once more; then what it claims is dropped.
         assert await target.metric('matrixinfer_kv_resyncs_total{pod="pod-0"}') == 2
-        assert [answer.predicted for answer in answers[:3]] == [4 * BLOCK] * 3
+        assert [answer.predicted for answer in answers[:3]] == [BLOCK] * 3
         assert not wrong(answers[2 * drift.RUN :])
         assert not wrong(await serve(target, 60))
 

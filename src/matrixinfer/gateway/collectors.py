@@ -115,7 +115,7 @@ class FeedCollector(Collector):
                 trust.add_metric([pod, level], float(level == believed))
             blocks.add_metric([pod], len(feed.ledger))
             ledger, stats = feed.ledger.stats, feed.stats
-            for outcome in ("stored", "removed", "copies", "orphans", "unknown_removed", "ended"):
+            for outcome in ("stored", "removed", "copies", "told_again", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
             received.add_metric([pod], stats.bytes)
             held.add_metric([pod], feed.backlog)

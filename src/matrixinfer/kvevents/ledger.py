@@ -65,6 +65,8 @@ class LedgerStats:
     """AllBlocksCleared events."""
     copies: int = 0
     """Stored again while present."""
+    told_again: int = 0
+    """Told as stored when a request found them in the cache (vLLM's `kv_cache_report_mode`): no copies."""
     orphans: int = 0
     """Dropped because their parent was never seen."""
     unknown_removed: int = 0
@@ -210,6 +212,9 @@ class Ledger:
         doubtful = event.extra_keys is UNSET and ids[0] in forest
         if not doubtful and _all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
+            return
+        if _is_told_again(forest, event, ids):
+            self.stats.told_again += len(ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
             stretch = tokens[first * event.block_size * 4 : last * event.block_size * 4]
@@ -441,6 +446,18 @@ def _all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequenc
     if forest.cut or forest.ended or (above is None and parent is not None):
         return False
     return not forest.has_child(parent, above, ids[0]) and len(set(ids)) == len(ids)
+
+
+def _is_told_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -> bool:
+    """Whether the event tells of blocks that a request found, as it may ask vLLM for, and not of copies.
+
+    That cannot be told for sure. But what is found begins at the root and is all there, and copies begin where a look-up
+    ended: copies of several blocks from the root on come from requests that do not read the cache, which are rare, and
+    to miss one foretells less, not more. One block alone is a prompt of exactly that block, sent twice.
+    """
+    if event.parent_block_hash is not None or event.extra_keys is UNSET or forest.tier != DEVICE or len(ids) < 2:
+        return False
+    return len(set(ids)) == len(ids) and all(block in forest for block in ids)
 
 
 def _usable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tuple[int, str | None]:

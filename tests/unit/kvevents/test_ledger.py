@@ -49,6 +49,19 @@ def test_copies_inside_a_longer_event_are_counted_and_the_rest_is_taken(same: Fo
     assert same.ledger.stats.copies == 2
 
 
+def test_hits_told_as_stored_are_no_copies(same: Follower) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12]), *[stored([11, 12], PROMPT[:8])] * 3)
+    assert (same.ledger.stats.copies, same.ledger.stats.told_again) == (0, 6)
+    same.apply(removed([13, 12]))
+    assert same.held(PROMPT) == 4
+
+
+def test_one_block_of_the_root_and_off_loaded_ones_told_twice_are_copies(same: Follower) -> None:
+    same.apply(*[stored([11], PROMPT[:4])] * 2, *[stored([11, 12], PROMPT[:8], medium="CPU")] * 2)
+    same.apply(removed([11]), removed([12, 11], medium="CPU"))
+    assert (same.held(PROMPT), same.ledger.stats.copies) == (8, 3)
+
+
 def test_one_event_may_store_a_block_twice(same: Follower) -> None:
     same.apply(stored([11, 12, 12], PROMPT[:8] + PROMPT[4:8]))
     same.apply(removed([12]))

@@ -72,13 +72,8 @@ def path_to(forest: Forest, block: int) -> list[int]:
         at = parent
 
 
-def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
-    """What the engine publishes: consecutive blocks of one size share an event."""
-    if isinstance(step, Clear):
-        return [CLEARED]
-    medium, group = step.place
-    if isinstance(step, Remove):
-        return [removed(step.blocks, medium=medium, group_idx=group)]
+def told_together(forest: Forest, step: Store) -> list[list[int]]:
+    """The blocks of each event: consecutive ones of one size share it."""
     groups: list[list[int]] = []
     for block in path_to(forest, step.block)[step.skip :]:
         last = groups[-1] if groups else []
@@ -86,6 +81,16 @@ def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
             last.append(block)
         else:
             groups.append([block])
+    return groups
+
+
+def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
+    """What the engine publishes."""
+    if isinstance(step, Clear):
+        return [CLEARED]
+    medium, group = step.place
+    if isinstance(step, Remove):
+        return [removed(step.blocks, medium=medium, group_idx=group)]
     return [
         stored(
             blocks,
@@ -98,7 +103,7 @@ def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
             group_idx=group,
             kv_cache_spec_kind="full_attention",
         )
-        for blocks in groups
+        for blocks in told_together(forest, step)
     ]
 
 
@@ -119,10 +124,14 @@ class Reference:
             for block in step.blocks:
                 copies[block] -= copies[block] > 0
             return
-        for block in path_to(self.forest, step.block)[step.skip :]:
-            parent = self.forest[block].parent
-            if parent is None or copies[parent] or copies[block]:
-                copies[block] += 1
+        for blocks in told_together(self.forest, step):
+            is_root = self.forest[blocks[0]].parent is None
+            if is_root and len(blocks) > 1 and step.place[0] != "CPU" and all(copies[block] for block in blocks):
+                continue  # hits told again
+            for block in blocks:
+                parent = self.forest[block].parent
+                if parent is None or copies[parent] or copies[block]:
+                    copies[block] += 1
 
     def contents(self) -> dict[str, set[int]]:
         """The token blocks that an unbroken path of present, indexable engine blocks covers."""
