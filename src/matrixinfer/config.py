@@ -198,6 +198,18 @@ class TokenizationConfig(Section, frozen=True):
     ] = 256 * 1024 * 1024
 
 
+class DriftConfig(Section, frozen=True):
+    """How what engines find in their caches is held against what the index says."""
+
+    inject_usage: Annotated[
+        bool,
+        described(
+            "Ask for usage in streams whose client does not (`stream_options.include_usage`), and keep the chunk that "
+            "brings it from the client. Without it such streams say nothing of what was cached."
+        ),
+    ] = False
+
+
 class LimitsConfig(Section, frozen=True):
     """Bounds on requests."""
 
@@ -250,6 +262,7 @@ class Config(Section, frozen=True):
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
     tokenization: Annotated[TokenizationConfig, described("Limits of tokenizing prompts.")] = TokenizationConfig()
+    drift: Annotated[DriftConfig, described("Holding what engines find against what the index says.")] = DriftConfig()
     limits: Annotated[LimitsConfig, described("Bounds on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()

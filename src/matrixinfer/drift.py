@@ -10,6 +10,9 @@ blocks say: those are counted, and never cleared.
 
 More than was predicted is no fault either: another gateway's requests, and blocks whose events are on their way.
 
+Where answers do not tell, the engine's own count of hits does, if less sharply: what it has grown by between two readings must
+cover what was foretold of the requests that were sent and answered in between.
+
 A prompt that was computed leaves its new blocks behind, and events that tell of them. After a run of requests whose last
 block is still not indexed some seconds later, the feed is doubted until one is.
 """
@@ -17,7 +20,7 @@ block is still not indexed some seconds later, the feed is doubted until one is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 import structlog
@@ -32,8 +35,11 @@ RUN = 3
 that stored nothing after which it is doubted."""
 STORED_WITHIN_SECONDS = 5.0
 """From the end of an answer to the events that tell of the prompt's blocks."""
+WINDOW_SECONDS = 5.0
+"""Between two readings of an engine's hits that are held against each other."""
 _FIRST_PAUSE_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 600.0
+_MAX_FORETOLD = 10_000
 
 
 class Resync(Protocol):
@@ -58,6 +64,11 @@ class _Endpoint:
     awaited_until: float = 0.0
     missed: int = 0
     """Requests in a row that should have stored something and did not."""
+    hits: int | None = None
+    """The engine's own count at the last reading."""
+    hits_read_at: float = float("inf")
+    foretold: list[tuple[float, int]] = field(default_factory=list)
+    """When answers began to requests sent since then, and the hits that they must have had. Few: see `_MAX_FORETOLD`."""
 
 
 class Drift:
@@ -68,6 +79,10 @@ class Drift:
         self._resync = resync
         self._clock = clock
         self._endpoints: dict[str, _Endpoint] = {}
+
+    def now(self) -> float:
+        """The time, in seconds."""
+        return self._clock()
 
     def doubts(self, name: str) -> bool:
         """Whether its answers have lately told otherwise than the index, or its events told nothing of its requests."""
@@ -90,12 +105,31 @@ class Drift:
         found = cached or 0
         outcome = _outcome(least, most, found)
         self._metrics.drift(name, outcome, min(max(found, least), most), found)
-        if outcome != "fewer":
-            endpoint.streak = 0
-        elif purges:
-            endpoint.streak += 1
-            if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
-                self._heal(name, endpoint)
+        if purges or outcome != "fewer":
+            self._count(name, endpoint, is_fewer=outcome == "fewer")
+
+    def began(self, name: str, *, sent_at: float, least: int) -> None:
+        """An answer begins to a request that must have found `least` tokens."""
+        endpoint = self._of(name)
+        if least and sent_at >= endpoint.hits_read_at and len(endpoint.foretold) < _MAX_FORETOLD:
+            endpoint.foretold.append((self._clock(), least))
+
+    def measured(self, name: str, hits: int, *, began_at: float) -> None:
+        """The engine's count of tokens found in its cache was read, between `began_at` and now."""
+        endpoint, now = self._of(name), self._clock()
+        if endpoint.hits is not None and hits >= endpoint.hits:
+            if began_at < endpoint.hits_read_at + WINDOW_SECONDS:
+                return
+            least = sum(tokens for at, tokens in endpoint.foretold if at <= began_at)
+            if least:
+                self._weigh(name, endpoint, is_short=hits - endpoint.hits < least)
+        endpoint.hits, endpoint.hits_read_at = hits, now
+        endpoint.foretold.clear()
+
+    def _weigh(self, name: str, endpoint: _Endpoint, *, is_short: bool) -> None:
+        self._metrics.drift_window(name, "short" if is_short else "covered")
+        if not endpoint.tells:
+            self._count(name, endpoint, is_fewer=is_short)
 
     def awaits(self, name: str, is_stored: Callable[[], bool]) -> None:
         """The endpoint has computed a prompt with a block that was not indexed. One at a time is looked after."""
@@ -107,6 +141,11 @@ class Drift:
     def forget(self, name: str) -> None:
         """The endpoint is gone."""
         self._endpoints.pop(name, None)
+
+    def _count(self, name: str, endpoint: _Endpoint, *, is_fewer: bool) -> None:
+        endpoint.streak = endpoint.streak + 1 if is_fewer else 0
+        if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
+            self._heal(name, endpoint)
 
     def _of(self, name: str) -> _Endpoint:
         return self._endpoints.setdefault(name, _Endpoint())
@@ -144,6 +183,7 @@ class Prediction:
         "_model",
         "_name",
         "_purges",
+        "_sent_at",
         "_stored",
         "_supports",
         "_token_block",
@@ -173,6 +213,7 @@ class Prediction:
         self._token_block = token_block
         self._stored = stored
         self._purges = purges
+        self._sent_at = drift.now()
         self._watch: Watch | None = supports.watch(held[-1]) if held else None
 
     def first_byte(self) -> None:
@@ -180,6 +221,8 @@ class Prediction:
         if self._watch is not None and self._watch.gone:
             self._at_first_byte = min(self.tokens, self._supports.held(self._model, self._held) * self._token_block)
         self._unwatch()
+        if self._purges:
+            self._drift.began(self._name, sent_at=self._sent_at, least=self._at_first_byte)
 
     def reported(self, cached: int | None) -> None:
         """The answer tells of `cached` tokens."""

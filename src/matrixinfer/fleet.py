@@ -68,7 +68,13 @@ class Fleet:
         trust = "none" if approximate else trust_in(feed, doubted=self._drift.doubts(name))
         assumed = load.assumed(name, request.model, request.chain, match or 0) if reads_cache else 0
         sent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
-        shown, age = self._metrics(endpoint, request.now)
+        metrics = self._registry.metrics_of(endpoint.pod, request.now)
+        shown: EngineMetrics | RankMetrics | None = metrics
+        if metrics is not None and endpoint.rank is not None:
+            shown = metrics.ranks.get(endpoint.rank)
+        engine_block = None if feed is None else feed.ledger.block_size
+        if engine_block is None and metrics is not None:
+            engine_block = metrics.block_size
         return Candidate(
             name=name,
             url=endpoint.pod.url,
@@ -78,10 +84,10 @@ class Fleet:
             running=shown.running if shown else None,
             waiting=shown.waiting if shown else None,
             cache_usage=shown.cache_usage if shown else None,
-            metrics_age=age,
+            metrics_age=request.now - metrics.read_at if metrics else None,
             feed=None if feed is None else feed.state.value,
             trust=trust,
-            engine_block=None if feed is None else feed.ledger.block_size,
+            engine_block=engine_block,
             match_blocks=match,
             match_tail=tail,
             tiers=tiers,
@@ -91,10 +97,3 @@ class Fleet:
             if trust == "exact" and not tiers
             else worth(trust, self._weights, match=match or 0, tiers=tiers, assumed=assumed, sent=sent),
         )
-
-    def _metrics(self, endpoint: Endpoint, now: float) -> tuple[EngineMetrics | RankMetrics | None, float | None]:
-        metrics = self._registry.metrics_of(endpoint.pod, now)
-        if metrics is None:
-            return None, None
-        age = now - metrics.read_at
-        return (metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)), age

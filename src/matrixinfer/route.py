@@ -11,6 +11,7 @@ from matrixinfer.drift import Prediction
 from matrixinfer.parity import Comparison
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import Charge
@@ -35,6 +36,7 @@ class Route:
         "_record",
         "_registry",
         "decision",
+        "injects_usage",
         "prompt",
     )
 
@@ -50,6 +52,7 @@ class Route:
         record: Record,
         comparison: Comparison | None,
         prediction: Prediction | None,
+        injects_usage: bool = False,
     ) -> None:
         self.prompt = prompt
         self.decision = decision
@@ -63,6 +66,8 @@ class Route:
         self._comparison = comparison
         self._prediction = prediction
         self._computed = False
+        self.injects_usage = injects_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
+        """Usage is asked for that the client did not ask for, and must not see; certain once `body_for` was called."""
 
     def move(self, pod: Candidate) -> None:
         """The request is tried at another pod."""
@@ -129,10 +134,15 @@ class Route:
             self._prediction = None
 
     def body_for(self, pod: Candidate) -> bytes:
-        """The client's bytes; only where the pod knows the model under another name is that field rewritten."""
+        """The client's bytes, unless the pod knows the model under another name, or usage is asked for."""
         name = self._registry.name_at(pod.pod, self.prompt.model)
-        if name == self.prompt.model:
+        if name == self.prompt.model and not self.injects_usage:
             return self._body
         fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+        if self.injects_usage:
+            options = msgspec.json.decode(fields.get("stream_options", b"null")) or {}
+            self.injects_usage = isinstance(options, dict) and options.get("include_usage") is not True
+            if self.injects_usage:
+                fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options | {"include_usage": True}))
         return msgspec.json.encode(fields)

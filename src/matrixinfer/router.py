@@ -84,6 +84,7 @@ class Router:
         drift: Drift,
         history: RoutingHistory,
         config: SchedulerConfig,
+        injects_usage: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = registry
@@ -96,6 +97,7 @@ class Router:
         self._metrics = metrics
         self.parity = parity
         self._drift = drift
+        self._injects_usage = injects_usage
         self._history = history
         self.decisions = DecisionLog(config.decisions_kept)
         self._fleet = Fleet(
@@ -126,6 +128,7 @@ class Router:
             record=kept,
             comparison=self._comparison(prepared, decision.chosen),
             prediction=self._prediction(prepared, decision.chosen),
+            injects_usage=self._injects_usage,
         )
         self._observe(prepared, decision, self._clock() - started)
         return route

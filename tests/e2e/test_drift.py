@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from matrixinfer.config import DriftConfig
 from matrixinfer.drift import RUN
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -53,3 +54,21 @@ async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer:
             assert 'matrixinfer_kv_resyncs_total{pod="pod-0"} 1.0' in await response.text()
         answer, _ = await gateway.post(COMPLETIONS, body(1))
         assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 256}
+
+
+async def test_usage_is_asked_for_in_streams_and_kept_from_clients_who_did_not_ask(tokenizer: LocalTokenizer) -> None:
+    async with fleet(tokenizer, ENGINE, pods=1, drift=DriftConfig(inject_usage=True)) as gateway:
+        for number, options in (
+            (0, {}),
+            (1, {"stream_options": {"include_usage": True}}),
+            (2, {"stream_options": None}),
+        ):
+            for _ in range(2):
+                await gateway.settled()
+                sent = body(number) | {"stream": True, "max_tokens": 3} | options
+                async with gateway.session.post(gateway.url + COMPLETIONS, json=sent) as response:
+                    told = await response.text()
+                assert told.endswith("data: [DONE]\n\n")
+                assert told.count('"finish_reason":"length"') == 1
+                assert ('"usage":{' in told) == (number == 1)
+        assert await gateway.metric('matrixinfer_drift_total{pod="pod-0",result="exact"}') == 6

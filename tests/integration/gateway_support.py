@@ -55,6 +55,8 @@ class FakeRoute:
             self.reports.append(f"answered {pod.name}")
             self.registry.answered(pod.name)
 
+    injects_usage = False
+
     @property
     def wants_usage(self) -> bool:
         return True

@@ -151,10 +151,14 @@ class Proxy:
         protocol = request.protocol
         readany = upstream.content.readany
         tail = usage.Tail() if _reports(exchange, upstream) else None
+        stripper = usage.Stripper() if exchange.route.injects_usage else None
         while chunk:
             if tail is not None:
                 tail.add(chunk)
-            await writer.write(chunk, drain=False)
+            if stripper is not None:
+                chunk = stripper.strip(chunk)
+            if chunk:
+                await writer.write(chunk, drain=False)
             if protocol.writing_paused:
                 await self._drain(exchange, writer)
             try:
@@ -167,6 +171,8 @@ class Proxy:
                 raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
         if tail is not None:
             _count(exchange, pod, bytes(tail))
+        if stripper is not None and (chunk := stripper.rest()):
+            await writer.write(chunk, drain=False)
         await response.write_eof()
         return response
 

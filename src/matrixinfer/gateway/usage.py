@@ -25,6 +25,10 @@ class Usage:
     """Those that it found in its cache; None where it does not tell. vLLM leaves out a count of 0."""
 
 
+_NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
+_EVENT_END = b"\n\n"
+
+
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
@@ -61,6 +65,36 @@ class Tail:
 
     def __bytes__(self) -> bytes:
         return b"".join(self._chunks)
+
+
+class Stripper:
+    """Takes the chunk that only reports usage out of a stream of server-sent events.
+
+    What comes is passed on as it comes, but for an event's beginning, which waits for its end: engines send them whole.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def strip(self, chunk: bytes) -> bytes:
+        """What can be passed on of the bytes so far; it may be nothing."""
+        data = self._held + chunk if self._held else chunk
+        if len(data) > _TAIL_BYTES and _EVENT_END not in data:
+            self._held = b""  # no event that reports usage is so long
+            return data
+        *events, self._held = data.split(_EVENT_END)
+        return b"".join(event + _EVENT_END for event in events if not _reports_only_usage(event))
+
+    def rest(self) -> bytes:
+        """What is left at the stream's end."""
+        held, self._held = self._held, b""
+        return held
+
+
+def _reports_only_usage(event: bytes) -> bool:
+    return _REPORT.search(event) is not None and _NO_CHOICES.search(event) is not None
 
 
 def usage(answer: bytes) -> Usage | None:

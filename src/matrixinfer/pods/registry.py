@@ -18,7 +18,11 @@ class EngineMetrics:
     cache_usage: float | None
     """Share of KV blocks in use, 0 to 1."""
     read_at: float
-    """Seconds on the registry's clock."""
+    """Seconds on the registry's clock, when the reading began."""
+    prefix_hits: int | None = None
+    """Prompt tokens that the engine has found in its cache since it started."""
+    block_size: int | None = None
+    """Tokens per block of its cache."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
     """The same of each data-parallel rank, where the engine tells them apart."""
 
@@ -30,6 +34,7 @@ class RankMetrics:
     running: int | None = None
     waiting: int | None = None
     cache_usage: float | None = None
+    prefix_hits: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

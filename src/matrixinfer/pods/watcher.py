@@ -13,7 +13,7 @@ import structlog
 
 from matrixinfer.config import PodWatchConfig
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
-from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 
 MAX_BACK_OFF_SECONDS = 5.0
 """A pod that is down is looked at no less often, unless the interval itself is longer."""
@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 class PodWatcher:
     """One task per pod while the context is open.
 
-    `on_discovered` is called with a pod whenever what it tells about itself is new. A pod that was down is asked anew as
+    `on_discovered` is called with a pod whenever what it tells about itself is new, and `on_measured` at every reading. A pod that was down is asked anew as
     soon as it answers: it may be another engine.
     """
 
@@ -35,11 +35,13 @@ class PodWatcher:
         config: PodWatchConfig,
         *,
         on_discovered: Callable[[Pod], None] | None = None,
+        on_measured: Callable[[Pod, EngineMetrics], None] | None = None,
     ) -> None:
         self._registry = registry
         self._api = EngineApi(session, config.scrape_timeout_seconds)
         self._config = config
         self._on_discovered = on_discovered
+        self._on_measured = on_measured
         self._announced: dict[str, object] = {}
         self._silent = {pod.name for pod in registry.pods}
         self._all_answered = asyncio.Event()
@@ -85,7 +87,10 @@ class PodWatcher:
                     discover_at = clock() + self._config.discovery_interval_seconds
                 # Its metrics answer even where the engine behind the API has died.
                 await self._api.check(pod.url)
-                self._registry.measured(pod.name, await self._api.metrics(pod.url, now=clock()))
+                metrics = await self._api.metrics(pod.url, now=clock())
+                self._registry.measured(pod.name, metrics)
+                if self._on_measured is not None:
+                    self._on_measured(pod, metrics)
                 self._answered(pod)
             except EngineDown as error:
                 reason = str(error)

@@ -71,6 +71,9 @@ class Metrics:
             "reported_hit_tokens", "Prompt tokens that engines found in their caches.", "pod"
         )
         self._expected = self._counter("expected_hit_tokens", "What the index said of the same prompts.", "pod")
+        self._windows = self._counter(
+            "drift_windows", "Growths of engines' own counts of hits, against what the index said.", "pod", "result"
+        )
         self._resyncs = self._counter("kv_resyncs", "Times that a pod was indexed anew because of drift.", "pod")
         self._prompt_tokens = self._plain_counter("prompt_tokens", "Tokens of tokenized prompts.")
         self._predicted = self._plain_counter("predicted_hit_tokens", "Of those, tokens expected in the pod's cache.")
@@ -133,6 +136,10 @@ class Metrics:
         self._drift[pod, result].inc()
         self._reported[pod,].inc(cached)
         self._expected[pod,].inc(predicted)
+
+    def drift_window(self, pod: str, result: str) -> None:
+        """An engine's own count has grown by what was foretold at least (`covered`), or by less (`short`)."""
+        self._windows[pod, result].inc()
 
     def resynced(self, pod: str) -> None:
         """What is indexed of a pod is cleared."""

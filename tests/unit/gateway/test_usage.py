@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.gateway.usage import Tail, Usage, usage
+from matrixinfer.gateway.usage import Stripper, Tail, Usage, usage
 
 USAGE = {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
 RESPONSES_USAGE = {
@@ -83,3 +84,33 @@ def test_an_answer_without_a_count_that_can_be_read_has_none(answer: bytes) -> N
 @given(st.text())
 def test_generated_text_is_never_taken_for_a_report(text: str) -> None:
     assert usage(compact({"choices": [{"text": text + LURE + text}]})) is None
+
+
+CHUNKS = [
+    b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n',
+    b'data: {"choices":[{"delta":{"content":"\\"usage\\":{} \\"choices\\":[]"}}],"usage":null}\n\n',
+    b'data: {"choices":[{"delta":{}}],"usage":{"prompt_tokens":7}}\n\n',
+    b": a comment\n\n",
+    b"data: [DONE]\n\n",
+]
+REPORT = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":7,"total_tokens":9}}\n\n'
+
+
+@given(st.lists(st.integers(0, 400), max_size=30), st.booleans())
+def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(cuts: list[int], cut_short: bool) -> None:
+    stream = b"".join([*CHUNKS[:-1], REPORT, CHUNKS[-1]])
+    if cut_short:
+        stream = stream[:-1]
+    bounds = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    stripper = Stripper()
+    passed = [stripper.strip(stream[start:end]) for start, end in pairwise(bounds)]
+    whole = b"".join([*passed, stripper.rest()])
+    assert whole == b"".join(CHUNKS)[: -1 if cut_short else None]
+
+
+def test_whole_events_are_passed_on_at_once_and_what_is_no_event_does_not_pile_up() -> None:
+    stripper = Stripper()
+    for chunk in CHUNKS:
+        assert stripper.strip(chunk) == chunk
+    assert stripper.strip(b"x" * 100_000) == b"x" * 100_000
+    assert stripper.rest() == b""

@@ -165,3 +165,19 @@ def test_only_wildcard_addresses_are_replaced_by_the_pod_s_host(endpoint: str, e
 def test_sources_that_publish_nothing_are_left_out(answer: object) -> None:
     assert parse_kv_sources(msgspec.json.encode(answer), host="h") == ()
     assert parse_kv_sources(b"\xff", host="h") == ()
+
+
+def test_hits_and_block_size_are_read_where_they_are_told() -> None:
+    text = b"""\
+# TYPE vllm:prefix_cache_hits_total counter
+vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 96.0
+vllm:prefix_cache_hits_total{engine="1",model_name="tiny"} 4.0
+# TYPE vllm:prefix_cache_hits_created gauge
+vllm:prefix_cache_hits_created{engine="0",model_name="tiny"} 1.7e+09
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blocks="100"} 1.0
+"""
+    metrics = parse_metrics(text, read_at=0.0)
+    assert (metrics.prefix_hits, metrics.block_size) == (100, 32)
+    assert {rank: each.prefix_hits for rank, each in metrics.ranks.items()} == {0: 96, 1: 4}
+    assert (parse_metrics(VLLM, read_at=0.0).prefix_hits, parse_metrics(VLLM, read_at=0.0).block_size) == (None, None)

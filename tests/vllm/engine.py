@@ -1,0 +1,209 @@
+"""Real vLLM engines as processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from .model import tokenizer_of
+
+START_SECONDS = 300.0
+STOP_SECONDS = 20.0
+NAME = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an engine is started."""
+
+    block_size: int = 32
+    blocks: int = 400
+    """Of the KV cache: it is full after as many, and evicts."""
+    ranks: int = 1
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Names and folders."""
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One engine, which can be killed and started again on the same ports."""
+
+    executable: Path
+    model: Path
+    options: Options
+    folder: Path
+    """For its log and caches."""
+    core: int
+    ports: Sequence[int] = field(default_factory=list)
+    """Of the API, the events and the replays."""
+    process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL of the API."""
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def events(self) -> str:
+        """Where it publishes KV events."""
+        return f"tcp://127.0.0.1:{self.ports[1]}"
+
+    @property
+    def replays(self) -> str:
+        """Where it replays them."""
+        return f"tcp://127.0.0.1:{self.ports[2]}"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder / f"engine-{self.ports[0]}.log"
+
+    async def start(self) -> None:
+        """Start it and wait until it is healthy. Raises `RuntimeError` when that does not come about."""
+        if not self.ports:
+            self.ports = free_ports(self.options.ranks)
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                str(self.executable),
+                *self._arguments(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        began = time.monotonic()
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
+            while not await _is_healthy(session, self.url):
+                if self.process.returncode is not None or time.monotonic() - began > START_SECONDS:
+                    tail = self.log.read_text(errors="replace")[-3000:]
+                    await self.stop(signal.SIGKILL)
+                    raise RuntimeError(f"the engine did not start:\n{tail}")
+                await asyncio.sleep(0.5)
+        print(f"engine on port {self.ports[0]} up after {time.monotonic() - began:.0f} s", flush=True)
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it with all its processes."""
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        for each in (how, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, each)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS):
+                    await process.wait()
+        while _group_lives(process.pid):
+            await asyncio.sleep(0.05)
+
+    def _arguments(self) -> Iterator[str]:
+        options, (api, events, replays) = self.options, self.ports
+        told = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "topic": "kv-events",
+            "endpoint": f"tcp://*:{events}",
+            "replay_endpoint": f"tcp://*:{replays}",
+        }
+        values: dict[str, Any] = {
+            "served-model-name": NAME,
+            "tokenizer": tokenizer_of(self.model),
+            "host": "127.0.0.1",
+            "port": api,
+            "block-size": options.block_size,
+            "num-gpu-blocks-override": options.blocks,
+            "max-model-len": min(8192, options.block_size * (options.blocks - 2)),
+            "max-num-seqs": 16,
+            "kv-events-config": json.dumps(told),
+        }
+        if options.ranks > 1:
+            values["data-parallel-size"] = options.ranks
+        yield from (
+            "serve",
+            str(self.model),
+            "--enable-prefix-caching",
+            "--enable-prompt-tokens-details",
+            "--enforce-eager",
+        )
+        for name, value in values.items():
+            yield from (f"--{name}", str(value))
+        if options.adapters:
+            modules = (f"{name}={folder}" for name, folder in options.adapters)
+            yield from ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", *modules)
+
+    def _environment(self) -> dict[str, str]:
+        binding = "|".join(map(str, range(self.options.ranks))) if self.options.ranks > 1 else str(self.core)
+        return os.environ | {
+            "VLLM_CACHE_ROOT": str(self.folder / "cache"),
+            "VLLM_CONFIG_ROOT": str(self.folder / "config"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": binding,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+
+@asynccontextmanager
+async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
+    """Start engines at the same time, and end them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for engine in engines:
+                group.create_task(engine.start())
+        yield engines
+    finally:
+        for engine in engines:
+            await engine.stop()
+
+
+def free_ports(ranks: int) -> list[int]:
+    """A free port for the API, and two from which on `ranks` ports in a row are free."""
+    with ExitStack() as stack:
+
+        def bound(port: int) -> int:
+            made = stack.enter_context(socket.socket())
+            made.bind(("127.0.0.1", port))
+            number: int = made.getsockname()[1]
+            return number
+
+        def base() -> int:
+            while True:
+                try:
+                    first = bound(0)
+                    for rank in range(1, ranks):
+                        bound(first + rank)
+                except OSError:
+                    continue
+                return first
+
+        return [bound(0), base(), base()]
+
+
+async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(f"{url}/health") as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

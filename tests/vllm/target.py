@@ -1,0 +1,156 @@
+"""A gateway in front of real engines, whose predictions are held against what the engines report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from matrixinfer.config import (
+    Config,
+    KvEventsConfig,
+    ModelConfig,
+    PluginArgs,
+    PodConfig,
+    SchedulerConfig,
+)
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.service import Service
+
+from .engine import NAME, Engine
+from .model import tokenizer_of
+from .results import Tally
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SILENCE_SECONDS = 0.12
+"""An engine that has published nothing for so long after an answer has told of it all."""
+Json = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What one request came to."""
+
+    predicted: int
+    """Tokens, at the endpoint that took it."""
+    cached: int
+    """Tokens, as the engine says."""
+    endpoint: str
+    best: int
+    """The longest hit that was foretold of any endpoint."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The gateway, and a client of it. Pods are named `pod-0`, `pod-1`, …"""
+
+    service: Service
+    session: aiohttp.ClientSession
+
+    @property
+    def feeds(self) -> Mapping[str, PodFeed]:
+        """By endpoint."""
+        return self.service.router._feeds
+
+    async def ask(self, tally: Tally, path: str, body: Json) -> Answer:
+        """Send a request whose prediction counts: every event of those before it has come."""
+        body = {"model": NAME, "temperature": 0, "max_tokens": 4, **body}
+        await self.quiet()
+        decision = await self.explain(path, body)
+        async with self.session.post(self.service.gateway.url + path, json=body) as response:
+            assert response.status == 200, await response.text()
+            endpoint = response.headers["x-matrixinfer-pod"]
+            text, usage = await (_streamed if body.get("stream") else _whole)(response)
+        assert usage["prompt_tokens"] == decision["tokens"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        hits = {name: pod["predicted_hit_tokens"] for name, pod in decision["pods"].items()}
+        tally.note(hits[endpoint], cached)
+        return Answer(hits[endpoint], cached, endpoint, max(hits.values()), text)
+
+    async def explain(self, path: str, body: Json) -> Json:
+        """What would be decided now."""
+        url = f"{self.service.gateway.admin_url}/debug/route"
+        async with self.session.post(url, params={"path": path}, json=body) as response:
+            assert response.status == 200, await response.text()
+            decision: Json = await response.json()
+            return decision
+
+    async def abort(self, path: str, body: Json, *, after: int) -> None:
+        """Send a request and go away after so many events of its stream."""
+        body = {"model": NAME, "temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream": True, **body}
+        async with self.session.post(self.service.gateway.url + path, json=body) as response:
+            assert response.status == 200
+            for _ in range(after):
+                await response.content.readuntil(b"\n\n")
+            response.close()
+
+    async def quiet(self) -> None:
+        """Wait until no more events come."""
+        frames = -1
+        while frames != (frames := sum(feed.stats.frames for feed in self.feeds.values())):
+            await asyncio.sleep(SILENCE_SECONDS)
+
+    async def complete(self, count: int) -> None:
+        """Wait until so many feeds know all."""
+        await until(lambda: [feed.state.value for feed in self.feeds.values()] == ["complete"] * count)
+
+
+async def _whole(response: aiohttp.ClientResponse) -> tuple[str, Json]:
+    answer = await response.json()
+    choice = answer["choices"][0]
+    return choice.get("text") or (choice.get("message") or {}).get("content") or "", answer["usage"]
+
+
+async def _streamed(response: aiohttp.ClientResponse) -> tuple[str, Json]:
+    text = ""
+    usage: Json = {}
+    async for line in response.content:
+        data = line.removeprefix(b"data: ").strip()
+        if not data or data == b"[DONE]":
+            continue
+        chunk = json.loads(data)
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    return text, usage
+
+
+@asynccontextmanager
+async def gateway(
+    engines: Sequence[Engine], *, hashed: int = 32, events: Mapping[int, str] | None = None
+) -> AsyncIterator[Target]:
+    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number."""
+    pods = []
+    for number, engine in enumerate(engines):
+        through = KvEventsConfig(
+            endpoint=(events or {}).get(number, engine.events), replay_endpoint=engine.replays, topic="kv-events"
+        )
+        discovered = engine.options.ranks > 1
+        pods.append(PodConfig(name=f"pod-{number}", url=engine.url, kv_events="discover" if discovered else through))
+    config = Config(
+        listen="127.0.0.1:0",
+        admin="127.0.0.1:0",
+        models=(ModelConfig(name=NAME, tokenizer=str(tokenizer_of(engines[0].model))),),
+        pods=tuple(pods),
+        scheduler=SchedulerConfig(
+            plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": hashed, "maxBlocksToMatch": 0}),),
+            assumed_seconds=0.0,
+        ),
+    )
+    connector = aiohttp.TCPConnector(limit=0)
+    async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
+        target = Target(service=service, session=session)
+        await target.complete(sum(engine.options.ranks for engine in engines))
+        yield target
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something. Raises `TimeoutError`."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)

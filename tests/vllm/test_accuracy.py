@@ -1,0 +1,79 @@
+"""What the index foretells is what real engines find: request by request, none of them at the same time as another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from . import workload
+from .conftest import ADAPTERS, Makers
+from .engine import NAME, Engine, Options, running
+from .results import Results
+from .target import COMPLETIONS, gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_requests_of_many_kinds_are_foretold_exactly(engines: Sequence[Engine], results: Results) -> None:
+    draw, total = random.Random(1), 0
+    async with gateway(engines) as target:
+        for kind in (
+            workload.texts,
+            workload.conversations,
+            workload.tools,
+            workload.salts,
+            workload.multiples,
+            workload.aborts,
+            workload.evictions,
+        ):
+            tally = results.of(kind.__name__)
+            answers = await kind(target, tally, draw)
+            assert tally.exact == tally.compared == len(answers)
+            assert all(answer.predicted == answer.best for answer in answers), "another pod was warmer"
+            assert any(answer.cached for answer in answers)
+            total += len(answers)
+    assert total >= 200
+
+
+async def test_adapters_share_nothing_with_their_model_nor_with_each_other(
+    engines: Sequence[Engine], results: Results
+) -> None:
+    draw, tally = random.Random(2), results.of("adapters")
+    seen: set[tuple[str, str | None]] = set()
+    async with gateway(engines) as target:
+        prompt = workload.text(draw, 200)
+        for _ in range(40):
+            model, salt = draw.choice((NAME, *ADAPTERS)), draw.choice((None, None, "s"))
+            body = {"model": model, "prompt": prompt} | ({"cache_salt": salt} if salt else {})
+            answer = await target.ask(tally, COMPLETIONS, body)
+            assert (answer.cached > 0) == ((model, salt) in seen)
+            seen.add((model, salt))
+    assert len(seen) == 6
+    assert tally.exact == tally.compared
+
+
+@pytest.mark.parametrize("hashed", [16, 64, 128])
+async def test_blocks_of_another_size_than_the_engines(
+    engines: Sequence[Engine], results: Results, hashed: int
+) -> None:
+    draw, tally = random.Random(hashed), results.of(f"engine 32, hashed {hashed}")
+    async with gateway(engines, hashed=hashed) as target:
+        for _ in range(3):
+            await workload.multiples(target, tally, draw)
+        answers = await workload.evictions(target, tally, draw, count=30)
+    assert any(answer.cached for answer in answers)
+    assert tally.over == 0
+    assert tally.largest_error < (1 if hashed <= 32 else hashed)  # a match ends with a whole block
+
+
+async def test_engine_blocks_of_128_tokens(make: Makers, results: Results) -> None:
+    async with running(make(1, Options(block_size=128, blocks=100))) as engines:
+        for hashed in (16, 64, 128, 96):
+            draw, tally = random.Random(hashed), results.of(f"engine 128, hashed {hashed}")
+            async with gateway(engines, hashed=hashed) as target:
+                await workload.multiples(target, tally, draw, block=128)
+                answers = await workload.evictions(target, tally, draw, count=30)
+            assert any(answer.cached for answer in answers)
+            assert tally.exact == tally.compared

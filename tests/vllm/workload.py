@@ -1,0 +1,134 @@
+"""Requests of many kinds, one after the other. Each function asks for some and returns the answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import Any
+
+from .results import Tally
+from .target import CHAT, COMPLETIONS, Answer, Target
+
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "winter",
+    "seven",
+    "orange",
+    "silent",
+    "market",
+    "bridge",
+    "paper",
+    "cloud",
+    "engine",
+    "violet",
+    "corner",
+    "harbor",
+    "tale",
+]
+ODD = (
+    "naïve café \u0065\u0301 日本語のテキスト " * 12,
+    "<|im_start|>system\nno<|im_end|>\n" * 8,
+    "😀👩‍👩‍👧 \u200b\u00a0  \n\n\t " * 20,
+    "a\r\nb \r\n" * 30,
+)
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "nothing"}},
+]
+
+
+def text(draw: random.Random, words: int) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+def ids(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(1000, 90_000) for _ in range(count)]
+
+
+async def texts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
+    """Each three times, the last time with more behind."""
+    prompts = [*ODD, *(text(draw, words) for words in (5, 20, 31, 64, 100, 300, 900))]
+    return [
+        await target.ask(tally, COMPLETIONS, {"prompt": prompt + more})
+        for prompt in prompts
+        for more in ("", "", " " + text(draw, 40))
+    ]
+
+
+async def conversations(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
+    """Chats of several turns that carry on with what was generated; half of them streamed."""
+    answers = []
+    for number in range(6):
+        messages = [{"role": "system", "content": text(draw, 60)}] if number % 2 else []
+        for turn in range(5):
+            messages.append({"role": "user", "content": text(draw, draw.randrange(5, 80))})
+            body: dict[str, Any] = {"messages": messages, "max_tokens": draw.randrange(10, 80)}
+            if turn % 2:
+                body |= {"stream": True, "stream_options": {"include_usage": True}}
+            answers.append(await target.ask(tally, CHAT, body))
+            messages.append({"role": "assistant", "content": answers[-1].text})
+    return answers
+
+
+async def tools(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
+    """Tools, calls and their results; each twice."""
+    question = [{"role": "user", "content": text(draw, 40)}]
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln", "n": 2.0}'}}
+    called = [
+        *question,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "rain " * 20},
+    ]
+    bodies: list[dict[str, Any]] = [
+        {"messages": question, "tools": TOOLS},
+        {"messages": question, "tools": TOOLS[:1], "tool_choice": "none"},
+        {"messages": called, "tools": TOOLS},
+        {"messages": called},
+    ]
+    return [await target.ask(tally, CHAT, body) for body in bodies for _ in range(2)]
+
+
+async def salts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
+    """One prompt under several salts and none."""
+    prompt = text(draw, 150)
+    names = ("A", "A", "B", None, None, "A", "B", "a long salt " * 20, "a long salt " * 20, "ü", "ü", None)
+    answers = [
+        await target.ask(tally, COMPLETIONS, {"prompt": prompt} | ({"cache_salt": name} if name else {}))
+        for name in names
+    ]
+    assert [answer.cached > 0 for answer in answers] == [name in names[:i] for i, name in enumerate(names)]
+    return answers
+
+
+async def multiples(target: Target, tally: Tally, draw: random.Random, *, block: int = 32) -> list[Answer]:
+    """Prompts of whole blocks, whose last block is stored twice, and of one token more or less."""
+    prompts = [ids(draw, blocks * block) for blocks in (1, 2, 4, 8, 20)]
+    return [
+        await target.ask(tally, COMPLETIONS, {"prompt": each, "max_tokens": draw.choice([1, 4])})
+        for prompt in prompts
+        for each in (*repeat(prompt, 3), [*prompt, 5], prompt[:-1])
+    ]
+
+
+async def aborts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
+    """The client goes away in mid-stream; what was computed stays."""
+    answers = []
+    for after in (1, 2, 20, 70) * 2:
+        prompt = ids(draw, draw.randrange(40, 300))
+        await target.abort(COMPLETIONS, {"prompt": prompt}, after=after)
+        answers.append(await target.ask(tally, COMPLETIONS, {"prompt": prompt}))
+    return answers
+
+
+async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 60) -> list[Answer]:
+    """More prefixes than the caches hold, so that what is asked for again may be gone, wholly or in part."""
+    prefixes = [ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
+    return [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in _cut(draw, prefixes, count)]
+
+
+def _cut(draw: random.Random, prefixes: list[list[int]], count: int) -> Iterator[list[int]]:
+    for prefix in chain(prefixes, (draw.choice(prefixes) for _ in range(count - len(prefixes)))):
+        yield [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *ids(draw, draw.randrange(1, 100))]
