@@ -122,15 +122,19 @@ def _cut(text: TokenIds, draw: random.Random, tokens: int) -> TokenIds:
 
 
 def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[Event]]:
-    """Compute prompts and replies; the events of each engine step that has any."""
-    computed = []
-    for sequence in running:
-        hit = cache.lookup(sequence)
-        computed.append(len(hit) * cache.block_size)
-        _allocate(cache, sequence, computed[-1], hit)
+    """Compute prompts and replies; the events of each engine step that has any.
+
+    As in vLLM, blocks can be found from the step on that computes them, so the second of two equal prompts finds what
+    the first one's first step stores.
+    """
+    computed: list[int] = []
     ends = [len(sequence.tokens) + _REPLY_TOKENS for sequence in running]
     while computed != ends:
         for i, sequence in enumerate(running):
+            if i == len(computed):
+                hit = cache.lookup(sequence)
+                computed.append(len(hit) * cache.block_size)
+                _allocate(cache, sequence, computed[i], hit)
             prompt = ends[i] - _REPLY_TOKENS
             if computed[i] < prompt:
                 computed[i] = min(computed[i] + _STEP_TOKENS, prompt)
