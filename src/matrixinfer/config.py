@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,10 +98,98 @@ class PodConfig(Section, frozen=True):
 class IndexConfig(Section, frozen=True):
     """The index of which pod holds which block."""
 
-    kind: Annotated[Literal["memory"], described("`memory` keeps the index in the gateway's own process.")] = "memory"
+    kind: Annotated[
+        Literal["memory", "redis"],
+        described(
+            "`memory` keeps the index in the gateway's own process. `redis` looks blocks up in the Redis or Valkey server of "
+            "`$.redis`, one round trip per request."
+        ),
+    ] = "memory"
     max_blocks: Annotated[
-        Count, described("Most distinct blocks kept; beyond it the least recently stored are evicted, children first.")
+        Count,
+        described(
+            "Most distinct blocks kept in memory; beyond it the least recently stored are evicted, children first."
+        ),
     ] = 4_000_000
+    writer: Annotated[
+        Literal["gateway", "agents", "none"],
+        described(
+            "Who writes what engines publish into Redis. `gateway`: this process follows the engines and writes, unless "
+            "another one already does for a pod. `agents`: `matrixinfer agent` beside the engines. `none`: writers of other "
+            "projects, or nobody."
+        ),
+    ] = "agents"
+    warm_start: Annotated[
+        bool,
+        described("With kind `memory`: begin with what Redis knows, until each engine has told its own history."),
+    ] = False
+    max_age_seconds: Annotated[
+        Seconds, described("Entries in Redis of pods without a living writer count for so long after their stamp.")
+    ] = 86_400.0
+    reclaim_keys_per_second: Annotated[
+        Annotated[int, Meta(ge=0)],
+        described("How many keys a writer looks through per second for entries that count no more; 0 for none."),
+    ] = 1_000
+
+
+class TlsConfig(Section, frozen=True):
+    """TLS to Redis."""
+
+    ca_file: Annotated[str | None, described("Certificates that are trusted; the system's by default.")] = None
+    cert_file: Annotated[str | None, described("This client's certificate.")] = None
+    key_file: Annotated[str | None, described("Its key.")] = None
+    verify: Annotated[bool, described("Whether the server's certificate and name are checked.")] = True
+
+
+class RedisConfig(Section, frozen=True):
+    """A Redis or Valkey server, group of them behind Sentinel, or Cluster, in which processes share what they know."""
+
+    host: Annotated[
+        str | None, described("Host name or address. Default: the environment's `REDIS_HOST`, else `127.0.0.1`.")
+    ] = None
+    port: Annotated[
+        Annotated[int, Meta(ge=1, le=65_535)] | None,
+        described("Default: the environment's `REDIS_PORT`, else 6379."),
+    ] = None
+    socket: Annotated[str | None, described("Path of a Unix socket, instead of host and port.")] = None
+    sentinels: Annotated[
+        tuple[str, ...], described("`host:port` of Sentinels, which tell the master, instead of host and port.")
+    ] = ()
+    sentinel_service: Annotated[str, described("What the Sentinels call the master.")] = "mymaster"
+    cluster: Annotated[bool, described("Host and port are of a node of a Redis Cluster.")] = False
+    db: Annotated[Annotated[int, Meta(ge=0)], described("Number of the database; 0 on Cluster.")] = 0
+    username: Annotated[str | None, described("User of the server's access list.")] = None
+    password: Annotated[
+        str | None, described("Its password, never shown. Default: the environment's `REDIS_PASSWORD`.")
+    ] = None
+    tls: Annotated[TlsConfig | None, described("TLS to the server, and to Sentinels; `{}` with the defaults.")] = None
+    connections: Annotated[Count, described("Connections at most, to each server.")] = 32
+    deadline_seconds: Annotated[
+        Seconds, described("Deadline of a look-up; past it the request is routed without the index.")
+    ] = 0.02
+    scripts: Annotated[
+        bool,
+        described(
+            "Look up by a script in the server, in a fifth of the time. `false`, on Cluster, and where the server refuses "
+            "scripts: by a pipeline of reads."
+        ),
+    ] = True
+    share_load: Annotated[
+        bool, described("Tell other gateways at the same server what was sent where, and listen to them.")
+    ] = True
+
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"RedisConfig({self.where})"
+
+    @property
+    def where(self) -> str:
+        """Which server, for people."""
+        if self.socket is not None:
+            return f"unix://{self.socket}"
+        if self.sentinels:
+            return f"{self.sentinel_service} of {', '.join(self.sentinels)}"
+        return f"{self.host}:{self.port}"
 
 
 class PluginRef(Section, frozen=True):
@@ -260,6 +349,9 @@ class Config(Section, frozen=True):
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
+    redis: Annotated[
+        RedisConfig | None, described("Redis or Valkey; needed by `index.kind: redis` and by `matrixinfer agent`.")
+    ] = None
     scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
     tokenization: Annotated[TokenizationConfig, described("Limits of tokenizing prompts.")] = TokenizationConfig()
     drift: Annotated[DriftConfig, described("Holding what engines find against what the index says.")] = DriftConfig()
@@ -346,7 +438,34 @@ def checked(config: Config) -> Config:
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
     bare = tuple(msgspec.structs.replace(pod, url=pod.url.rstrip("/")) for pod in config.pods)
-    return msgspec.structs.replace(config, pods=bare)
+    return msgspec.structs.replace(config, pods=bare, redis=_checked_redis(config))
+
+
+def _checked_redis(config: Config) -> RedisConfig | None:
+    """The server, where one is named or needed, with what the environment says of it."""
+    redis = config.redis
+    if redis is None:
+        needed = config.index.kind == "redis" or config.index.warm_start
+        return _with_environment(RedisConfig(), os.environ) if needed else None
+    for i, address in enumerate(redis.sentinels):
+        split_address(address, path=f"$.redis.sentinels[{i}]")
+    if sum((redis.socket is not None, bool(redis.sentinels), redis.cluster)) > 1:
+        raise ConfigError("$.redis", "expected one of `socket`, `sentinels` and `cluster` at most")
+    if redis.cluster and redis.db:
+        raise ConfigError("$.redis.db", "a Cluster has the database 0 only")
+    return _with_environment(redis, os.environ)
+
+
+def _with_environment(redis: RedisConfig, environment: Mapping[str, str]) -> RedisConfig:
+    port = environment.get("REDIS_PORT") or "6379"
+    if redis.port is None and not (port.isdecimal() and 0 < int(port) < 65_536):
+        raise ConfigError("$.redis.port", f"expected a port in the environment's REDIS_PORT, got `{port}`")
+    return msgspec.structs.replace(
+        redis,
+        host=redis.host or environment.get("REDIS_HOST") or "127.0.0.1",
+        port=redis.port or int(port),
+        password=redis.password or environment.get("REDIS_PASSWORD") or None,
+    )
 
 
 def _check_url(url: str, *, path: str) -> None:

@@ -1,0 +1,128 @@
+"""What one pod holds, and what of it is still to be written, in order. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Sign: TypeAlias = Literal["+", "-"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Blocks that are to be added or removed."""
+
+    model: str
+    sign: Sign
+    blocks: list[int]
+
+
+class Clear:
+    """Everything is to be cleared."""
+
+
+CLEAR = Clear()
+
+
+class Outbox:
+    """One pod's. At most `bound` blocks wait to be written; beyond it `overflowed` says that all must be written anew."""
+
+    def __init__(self, bound: int) -> None:
+        self.overflowed = False
+        self._bound = bound
+        self._held: dict[str, dict[int, None]] = {}
+        self._changes: deque[Change | Clear] = deque()
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        """Entries held: blocks, each counted once per model."""
+        return sum(map(len, self._held.values()))
+
+    @property
+    def waiting(self) -> int:
+        """Blocks that wait to be written; at least one when anything does."""
+        return max(self._waiting, bool(self._changes))
+
+    @property
+    def held(self) -> Iterator[tuple[str, list[int]]]:
+        """The blocks held of each model, oldest first."""
+        return ((model, list(blocks)) for model, blocks in self._held.items())
+
+    def blocks_of(self, model: str) -> Iterable[int]:
+        """What is held of one model."""
+        return self._held.get(model, {}).keys()
+
+    @property
+    def models(self) -> list[str]:
+        """Of which anything is held."""
+        return list(self._held)
+
+    def add(self, model: str, hashes: Sequence[int]) -> None:
+        """The pod now holds `hashes`."""
+        held = self._held.setdefault(model, {})
+        if held.keys().isdisjoint(hashes):
+            new = list(dict.fromkeys(hashes))
+        else:
+            new = [block for block in dict.fromkeys(hashes) if block not in held]
+        held.update(dict.fromkeys(new))
+        self._note(Change(model, "+", new))
+
+    def remove(self, model: str, hashes: Iterable[int]) -> None:
+        """The pod no longer holds `hashes`."""
+        held = self._held.get(model, {})
+        gone = [block for block in hashes if held.pop(block, 0) is None]
+        if not held:
+            self._held.pop(model, None)
+        self._note(Change(model, "-", gone))
+
+    def clear(self) -> None:
+        """The pod holds nothing."""
+        self._held.clear()
+        self._changes.clear()
+        self._waiting = 0
+        self._changes.append(CLEAR)
+
+    def take(self, count: int) -> list[Change] | Clear | None:
+        """What comes next: changes of about `count` blocks, or a clear; None when nothing waits."""
+        if not self._changes:
+            return None
+        if isinstance(self._changes[0], Clear):
+            self._changes.popleft()
+            return CLEAR
+        taken: list[Change] = []
+        while self._changes and count > 0:
+            change = self._changes[0]
+            if isinstance(change, Clear):
+                break
+            self._changes.popleft()
+            if len(change.blocks) > count:
+                self._changes.appendleft(Change(change.model, change.sign, change.blocks[count:]))
+                change = Change(change.model, change.sign, change.blocks[:count])
+            count -= len(change.blocks)
+            self._waiting -= len(change.blocks)
+            taken.append(change)
+        return taken
+
+    def put_back(self, taken: list[Change] | Clear) -> None:
+        """What was taken could not be written: it comes first again."""
+        if isinstance(taken, Clear):
+            self._changes.appendleft(taken)
+            return
+        self._changes.extendleft(reversed(taken))
+        self._waiting += sum(len(change.blocks) for change in taken)
+
+    def drop(self) -> None:
+        """All that is held is about to be written anew: nothing else waits."""
+        self._changes.clear()
+        self._waiting, self.overflowed = 0, False
+
+    def _note(self, change: Change) -> None:
+        if not change.blocks or self.overflowed:
+            return
+        self._changes.append(change)
+        self._waiting += len(change.blocks)
+        if self._waiting > self._bound:
+            self.drop()
+            self.overflowed = True

@@ -1,0 +1,136 @@
+"""Look-ups in Redis: one round trip, within a deadline, behind a circuit breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import structlog
+
+from matrixinfer.errors import IndexUnavailable
+from matrixinfer.index.redis import layout, scripts
+from matrixinfer.index.redis.circuit import Circuit, State
+from matrixinfer.index.redis.store import Script, ScriptsRefused, Store, unavailable
+
+CHUNK = 512
+"""Blocks per round trip: longer prompts take another one only if some pod holds all of these."""
+
+log = structlog.get_logger(__name__)
+
+
+OUTCOMES = ("answered", "late", "failed", "refused")
+"""`late`: past the deadline; `refused`: not asked, as the circuit was open."""
+
+
+@dataclass(slots=True)
+class ReaderStats:
+    """Look-ups since the start, by what came of them."""
+
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    seconds: float = 0.0
+    """That all of them took together."""
+
+
+class BlockReader:
+    """Counts consecutive blocks per pod. `clock` is Unix time in seconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_age: float,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stats = ReaderStats()
+        self._store = store
+        self._max_age = max_age
+        self._clock = clock
+        self._monotonic = monotonic
+        self._circuit = Circuit(monotonic)
+        self._scripted = store.config.scripts and not store.is_cluster
+        self._script = Script(scripts.MATCH)
+
+    @property
+    def circuit(self) -> State:
+        """Whether the server is asked."""
+        return self._circuit.state
+
+    async def match(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        """How many of `hashes` each pod holds consecutively from the start. Raises `IndexUnavailable`."""
+        if not hashes:
+            return {}
+        if not self._circuit.admits():
+            self.stats.outcomes["refused"] += 1
+            raise IndexUnavailable(f"not asked, as {self._store.config.where} failed before")
+        began = self._monotonic()
+        try:
+            async with asyncio.timeout(self._store.config.deadline_seconds):
+                counts = await self._count(model, hashes)
+        except TimeoutError as error:
+            self._failed("late")
+            milliseconds = self._store.config.deadline_seconds * 1000
+            raise IndexUnavailable(f"no answer of {self._store.config.where} within {milliseconds:g} ms") from error
+        except IndexUnavailable:
+            self._failed("failed")
+            raise
+        except asyncio.CancelledError:
+            self._circuit.abandoned()
+            raise
+        finally:
+            self.stats.seconds += self._monotonic() - began
+        if self._circuit.state != "closed":
+            log.info("redis_circuit_closed", server=self._store.config.where)
+        self._circuit.succeeded()
+        self.stats.outcomes["answered"] += 1
+        return counts
+
+    def _failed(self, outcome: str) -> None:
+        self.stats.outcomes[outcome] += 1
+        was_open = self._circuit.state != "closed"
+        self._circuit.failed()
+        if not was_open and self._circuit.state != "closed":
+            log.warning("redis_circuit_opened", server=self._store.config.where)
+
+    async def _count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for start in range(0, len(hashes), CHUNK):
+            asked = hashes[start : start + CHUNK]
+            found = await self._ask(model, asked)
+            going_on = {pod: held for pod, held in found.items() if counts.get(pod, 0) == start}
+            counts.update((pod, start + held) for pod, held in going_on.items())
+            if max(going_on.values(), default=0) < len(asked):
+                break
+        return counts
+
+    async def _ask(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        if self._scripted:
+            try:
+                return await self._by_script(model, hashes)
+            except ScriptsRefused as error:
+                log.warning("redis_scripts_refused", server=self._store.config.where, error=str(error))
+                self._scripted = False
+        return await self._by_pipeline(model, hashes)
+
+    async def _by_script(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        now = self._clock()
+        args = (layout.prefix_of(model), now, int(now - self._max_age), " ".join(map(str, hashes)))
+        found = await self._store.run(self._script, (layout.EPOCHS, layout.LEASES), args)
+        with unavailable():
+            return layout.pairs(found)
+
+    async def _by_pipeline(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        """As the script does, with every block fetched: on Cluster each server is asked for those of its slots."""
+        now, prefix = self._clock(), layout.prefix_of(model)
+        with unavailable():
+            pipeline: Any = self._store.client.pipeline(transaction=False)
+            pipeline.hgetall(layout.EPOCHS)
+            pipeline.hgetall(layout.LEASES)
+            for block in hashes:
+                pipeline.hgetall(f"{prefix}{block}")
+            epochs, leases, *blocks = await pipeline.execute()
+            floors = layout.floors(epochs, leases, now=now, max_age=self._max_age)
+            return layout.count(cast("list[layout.Entries]", blocks), floors, int(now - self._max_age))

@@ -1,0 +1,190 @@
+"""The connection to Redis or Valkey: one client per process, with an owner, whatever stands behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+
+from matrixinfer.config import RedisConfig, split_address
+from matrixinfer.errors import IndexUnavailable
+
+CONNECT_SECONDS = 2.0
+REPLY_SECONDS = 5.0
+"""Deadline of one reply where the caller has none of its own."""
+
+T = TypeVar("T")
+Client = Redis | RedisCluster
+
+
+class ScriptsRefused(IndexUnavailable):
+    """The server does not run scripts for this user."""
+
+
+class Script:
+    """Lua for the server, loaded when it is first needed, and again when the server has lost it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha: str | None = None
+
+
+class Store:
+    """Owns the client. Use as an async context manager; it connects when it is first asked something.
+
+    Nothing is tried again here: whoever asks knows whether there is time for that.
+    """
+
+    def __init__(self, config: RedisConfig) -> None:
+        self.config = config
+        self.client: Client = _client(config)
+
+    @property
+    def is_cluster(self) -> bool:
+        """Keys are spread over servers, so that a script reaches those of one slot only."""
+        return self.config.cluster
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with unavailable():
+            await self.client.aclose()
+
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float | bytes]) -> Any:
+        """What a script returns. Raises `IndexUnavailable`; `ScriptsRefused` where none may run."""
+        with unavailable():
+            try:
+                if script.sha is None:
+                    script.sha = await self._load(script)
+                try:
+                    return await self._answer(self.client.evalsha(script.sha, len(keys), *keys, *args))
+                except NoScriptError:  # the server has been restarted, or is another one
+                    script.sha = await self._load(script)
+                    return await self._answer(self.client.evalsha(script.sha, len(keys), *keys, *args))
+            except NoPermissionError as error:
+                raise ScriptsRefused(str(error)) from error
+            except ResponseError as error:
+                if "unknown command" in str(error).lower():
+                    raise ScriptsRefused(str(error)) from error
+                raise
+
+    async def ask(self, answer: Awaitable[T]) -> T:
+        """An answer of the client. Raises `IndexUnavailable`."""
+        with unavailable():
+            return cast("T", await self._answer(answer))
+
+    async def server_id(self) -> str | None:
+        """What tells this server process from others; None where that cannot be told. Raises `IndexUnavailable`."""
+        if self.is_cluster:
+            return None
+        try:
+            info = await self.ask(cast("Redis", self.client).info("server"))
+        except IndexUnavailable as error:
+            if isinstance(error.__cause__, ResponseError):
+                return None
+            raise
+        return str(info["run_id"]) if "run_id" in info else None
+
+    async def _load(self, script: Script) -> str:
+        if self.is_cluster:
+            await self._answer(cast("RedisCluster", self.client).initialize())
+        return str(await self._answer(self.client.script_load(script.source)))
+
+    async def _answer(self, answer: Any) -> Any:
+        async with asyncio.timeout(REPLY_SECONDS):
+            return await answer
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns what the client raises into `IndexUnavailable`, without what the server was told."""
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise IndexUnavailable(_said(error)) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        # The client reads replies as they should be; one that is not like that surfaces as such.
+        raise IndexUnavailable(f"malformed reply: {type(error).__name__}") from error
+
+
+def _said(error: BaseException) -> str:
+    """One line; servers repeat the arguments of a command that they do not take."""
+    return (str(error) or type(error).__name__).partition("\n")[0].partition(", with args")[0][:200]
+
+
+def _client(config: RedisConfig) -> Client:
+    common: dict[str, Any] = {
+        "username": config.username,
+        "password": config.password,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": REPLY_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    tls = _tls(config)
+    if config.cluster:
+        return RedisCluster(
+            host=config.host,
+            port=cast("int", config.port),
+            max_connections=config.connections,
+            cluster_error_retry_attempts=1,
+            require_full_coverage=False,
+            ssl=config.tls is not None,
+            **{name: value for name, value in common.items() if name != "retry"},
+            **tls,
+        )
+    if config.sentinels:
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            [split_address(address, path="$.redis.sentinels") for address in config.sentinels],
+            sentinel_kwargs={
+                "socket_connect_timeout": CONNECT_SECONDS,
+                "socket_timeout": REPLY_SECONDS,
+                "retry": Retry(NoBackoff(), 0),
+                "ssl": config.tls is not None,
+                **tls,
+            },
+        )
+        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
+            config.sentinel_service,
+            sentinel,
+            db=config.db,
+            ssl=config.tls is not None,
+            max_connections=config.connections,
+            **common,
+            **tls,
+        )
+        return Redis(connection_pool=pool)
+    if config.socket is not None:
+        where: dict[str, Any] = {"connection_class": UnixDomainSocketConnection, "path": config.socket}
+    else:
+        kind = Connection if config.tls is None else SSLConnection
+        where = {"connection_class": kind, "host": config.host, "port": config.port, "socket_keepalive": True}
+    return Redis.from_pool(
+        BlockingConnectionPool(
+            max_connections=config.connections, timeout=REPLY_SECONDS, db=config.db, **where, **common, **tls
+        )
+    )
+
+
+def _tls(config: RedisConfig) -> dict[str, Any]:
+    if config.tls is None:
+        return {}
+    return {
+        "ssl_ca_certs": config.tls.ca_file,
+        "ssl_certfile": config.tls.cert_file,
+        "ssl_keyfile": config.tls.key_file,
+        "ssl_cert_reqs": "required" if config.tls.verify else "none",
+        "ssl_check_hostname": config.tls.verify,
+    }
