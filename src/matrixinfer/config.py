@@ -23,6 +23,9 @@ from matrixinfer.errors import ConfigError
 
 T = TypeVar("T")
 
+CLUSTER_SUFFIX = ".svc.cluster.local"
+"""What some write behind a pod's name, and others do not."""
+
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
@@ -87,7 +90,13 @@ class KvEventsConfig(Section, frozen=True):
 class PodConfig(Section, frozen=True):
     """One engine replica."""
 
-    name: Annotated[str, described("Unique name, shown in headers, metrics and decisions.")]
+    name: Annotated[
+        str,
+        described(
+            "Unique name, shown in headers, metrics and decisions, and known in Redis: on Kubernetes `pod.namespace`. "
+            "`.svc.cluster.local` at its end is dropped."
+        ),
+    ]
     url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`; a slash at its end is dropped.")]
     kv_events: Annotated[
         KvEventsConfig | Literal["discover", "none"],
@@ -429,15 +438,19 @@ def checked(config: Config) -> Config:
             seen[name] = f"$.models[{i}]"
     pods: dict[str, str] = {}
     for i, pod in enumerate(config.pods):
-        if pod.name in pods:
-            raise ConfigError(f"$.pods[{i}].name", f"the name `{pod.name}` is already taken by {pods[pod.name]}")
-        pods[pod.name] = f"$.pods[{i}]"
+        name = pod.name.removesuffix(CLUSTER_SUFFIX)
+        if name in pods:
+            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {pods[name]}")
+        pods[name] = f"$.pods[{i}]"
         _check_url(pod.url, path=f"$.pods[{i}].url")
         if isinstance(pod.kv_events, KvEventsConfig):
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
-    bare = tuple(msgspec.structs.replace(pod, url=pod.url.rstrip("/")) for pod in config.pods)
+    bare = tuple(
+        msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
+        for pod in config.pods
+    )
     return msgspec.structs.replace(config, pods=bare, redis=_checked_redis(config))
 
 

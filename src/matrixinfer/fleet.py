@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matrixinfer.config import WeightsConfig
-from matrixinfer.drift import Drift
 from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.worth import worth
-from matrixinfer.trust import trust_in
 
 
 class Fleet:
@@ -25,14 +23,12 @@ class Fleet:
         look_up: LookUp,
         load: LoadLedger,
         history: RoutingHistory,
-        drift: Drift,
         weights: WeightsConfig,
     ) -> None:
         self._registry = registry
         self._look_up = look_up
         self._load = load
         self._history = history
-        self._drift = drift
         self._weights = weights
 
     def candidates(
@@ -64,15 +60,15 @@ class Fleet:
         approximate: bool,
     ) -> Candidate:
         name, load = endpoint.name, self._load
-        feed, match, tail, tiers = self._look_up.held(name, matches)
-        trust = "none" if approximate else trust_in(feed, doubted=self._drift.doubts(name))
+        cache, match, tail, tiers = self._look_up.held(name, matches)
+        trust = "none" if approximate or cache is None else cache.trust
         assumed = load.assumed(name, request.model, request.chain, match or 0) if reads_cache else 0
         sent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         shown: EngineMetrics | RankMetrics | None = metrics
         if metrics is not None and endpoint.rank is not None:
             shown = metrics.ranks.get(endpoint.rank)
-        engine_block = None if feed is None else feed.ledger.block_size
+        engine_block = None if cache is None else cache.engine_block
         if engine_block is None and metrics is not None:
             engine_block = metrics.block_size
         return Candidate(
@@ -85,7 +81,7 @@ class Fleet:
             waiting=shown.waiting if shown else None,
             cache_usage=shown.cache_usage if shown else None,
             metrics_age=request.now - metrics.read_at if metrics else None,
-            feed=None if feed is None else feed.state.value,
+            feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=engine_block,
             match_blocks=match,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from matrixinfer.blocks import BlockChain
+from matrixinfer.caches import Caches, CacheView
 from matrixinfer.index.base import BlockIndex
-from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod, PodRegistry
 
 
@@ -25,7 +25,7 @@ class Matches:
 class Held(NamedTuple):
     """What one endpoint holds of a prompt."""
 
-    feed: PodFeed | None
+    cache: CacheView | None
     blocks: int | None
     """Consecutive token blocks from the start; None when that is unknown."""
     tail: int
@@ -37,10 +37,10 @@ class Held(NamedTuple):
 class LookUp:
     """Asks the index for a prompt's blocks and, where engine blocks straddle those, for the tail that decides."""
 
-    def __init__(self, registry: PodRegistry, index: BlockIndex, feeds: Mapping[str, PodFeed]) -> None:
+    def __init__(self, registry: PodRegistry, index: BlockIndex, caches: Caches) -> None:
         self._registry = registry
         self._index = index
-        self._feeds = feeds
+        self._caches = caches
 
     async def match(self, model: str, requested: str, pods: Sequence[Pod], chain: BlockChain) -> Matches:
         """What each publisher holds of a prompt. Raises `IndexUnavailable`.
@@ -65,10 +65,10 @@ class LookUp:
         """Where engine blocks straddle token blocks: how much of the one at the end of each match is held beyond it."""
         ends: dict[tuple[int, int], list[str]] = {}
         for name, count in matches.items():
-            feed = self._feeds.get(name)
-            if feed is None or not feed.ledger.has_tails or feed.ledger.block_size is None:
+            cache = self._caches.of(name)
+            if cache is None or not cache.has_tails or cache.engine_block is None:
                 continue
-            tail = chain.tail(count, feed.ledger.block_size)
+            tail = chain.tail(count, cache.engine_block)
             if tail is not None:
                 ends.setdefault(tail, []).append(name)
         tails: dict[str, int] = {}
@@ -78,10 +78,10 @@ class LookUp:
         return tails
 
     def held(self, name: str, matches: Matches | None) -> Held:
-        """What an endpoint's feed and the index say of it."""
-        feed = self._feeds.get(name)
-        if matches is None or feed is None or feed.untrusted is not None:
-            return Held(feed, None, 0, ())
+        """What an endpoint's events and the index say of it."""
+        cache = self._caches.of(name)
+        if matches is None or cache is None or cache.trust == "none":
+            return Held(cache, None, 0, ())
         blocks = matches.blocks
-        tiers = [blocks.get(tier, 0) for tier in names] if (names := feed.ledger.tiers.names) else ()
-        return Held(feed, blocks.get(name, 0), matches.tails.get(name, 0), tiers)
+        tiers = [blocks.get(tier, 0) for tier in cache.tiers]
+        return Held(cache, blocks.get(name, 0), matches.tails.get(name, 0), tiers)

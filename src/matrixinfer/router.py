@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.caches import Caches, CacheView, FeedCaches
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.decisions import DecisionLog, record
 from matrixinfer.drift import Drift, Prediction
@@ -34,7 +35,6 @@ from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
-from matrixinfer.trust import trust_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Router:
     """Decides where requests go, and keeps account of those that are under way.
 
     `feeds` maps endpoints (a pod, or each of its data-parallel ranks) to their KV event feeds: of one without a feed the
-    index knows nothing.
+    index knows nothing, unless `caches` does, which tells of the caches that others follow.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Router:
         drift: Drift,
         history: RoutingHistory,
         config: SchedulerConfig,
+        caches: Caches | None = None,
         injects_usage: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,7 +92,8 @@ class Router:
         self._tokenizers = tokenizers
         self._blocks = blocks
         self._feeds = feeds
-        self._look_up = LookUp(registry, index, feeds)
+        self._caches = caches or FeedCaches(feeds, drift)
+        self._look_up = LookUp(registry, index, self._caches)
         self._scheduler = scheduler
         self._load = load
         self._metrics = metrics
@@ -105,7 +107,6 @@ class Router:
             look_up=self._look_up,
             load=load,
             history=history,
-            drift=drift,
             weights=config.weights,
         )
         self._max_blocks = max(1, config.max_prefix_tokens // blocks.block_size)
@@ -143,20 +144,24 @@ class Router:
         return record(decision, path, notes, prepared.timings_ms, pods=None).view()
 
     def feeds_of(self, pod: Pod) -> dict[str, dict[str, object]]:
-        """State of the KV events of each publisher of a pod, as JSON-able data; empty where none are followed."""
+        """State of the KV events of each publisher of a pod, as JSON-able data; empty where nobody follows them."""
         return {
-            name: {
-                "state": feed.state.value,
-                "trust": trust_in(feed, doubted=self._drift.doubts(name)),
-                "untrusted": feed.untrusted,
-                "hides_salts": feed.ledger.hides_salts,
-                "frames": feed.stats.frames,
-                "engine_blocks": len(feed.ledger),
-                "engine_block_size": feed.ledger.block_size,
-            }
-            for name in (endpoint.name for endpoint in pod.endpoints)
-            if (feed := self._feeds.get(name)) is not None
+            endpoint.name: self._told(endpoint.name, cache)
+            for endpoint in pod.endpoints
+            if (cache := self._caches.of(endpoint.name)) is not None
         }
+
+    def _told(self, name: str, cache: CacheView) -> dict[str, object]:
+        feed = self._feeds.get(name)
+        told: dict[str, object] = {
+            "state": cache.feed,
+            "trust": cache.trust,
+            "hides_salts": cache.hides_salts,
+            "engine_block_size": cache.engine_block,
+        }
+        if feed is not None:
+            told |= {"untrusted": feed.untrusted, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+        return told
 
     async def _prepare(self, path: str, body: bytes, request_id: str, session: str | None) -> _Prepared:
         timings: dict[str, float] = {}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import structlog
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.backend import Backend, token_blocks
 from matrixinfer.config import Config, SchedulerConfig
 from matrixinfer.drift import Drift
+from matrixinfer.follower import EventFollower
 from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.gateway.redis_collector import RedisCollector
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
-from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
@@ -30,8 +30,6 @@ from matrixinfer.router import Router
 from matrixinfer.scheduler.framework import Services
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
-from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
-from matrixinfer.scheduler.profile import arguments_of
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -52,10 +50,9 @@ class Service:
         """Start every part. Raises `ConfigError`, and `OSError` when an address is taken."""
         config, clock = self.config, time.monotonic
         scheduler = build_scheduler(config.scheduler)
-        hashing = cast("KvCacheAware.Args", arguments_of(config.scheduler, KvCacheAware))
-        blocks = TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
-        index = MemoryIndex(max_blocks=config.index.max_blocks, prefix_closed=blocks.scheme == "prefix")
+        blocks = token_blocks(config.scheduler)
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
+        backend = Backend(config, blocks, models=registry.base_models)
         metrics, history = Metrics(), RoutingHistory()
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(config.limits))
@@ -63,14 +60,19 @@ class Service:
                 config.models, config.tokenization, RemoteTokenizer(session), block_size=blocks.block_size
             )
             await stack.enter_async_context(tokenizers)
-            subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks, history=history))
+            subscriber = await stack.enter_async_context(
+                Subscriber(index=backend.index, blocks=blocks, history=history)
+            )
             drift = Drift(metrics, subscriber.resync, clock)
+            caches = backend.knows(subscriber.feeds, drift)
+            await stack.enter_async_context(backend)
             self.router = Router(
                 registry=registry,
                 tokenizers=tokenizers,
                 blocks=blocks,
-                index=index,
+                index=backend.index,
                 feeds=subscriber.feeds,
+                caches=caches,
                 scheduler=scheduler,
                 load=LoadLedger(clock, config.scheduler.assumed_seconds),
                 metrics=metrics,
@@ -81,19 +83,21 @@ class Service:
                 injects_usage=config.drift.inject_usage,
                 clock=clock,
             )
-            metrics.register(IndexCollector(index))
+            metrics.register(IndexCollector(backend.index))
+            if backend.redis is not None:
+                metrics.register(RedisCollector(backend.redis, backend.states))
             metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
             metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
 
-            follow = EventFollower(subscriber, config)
+            follow = EventFollower(subscriber, config, backend.follow) if backend.follows else None
             watcher = PodWatcher(
                 registry, session, config.pod_watch, on_discovered=follow, on_measured=partial(_measured, drift)
             )
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in registry.pods:
-                if pod.served is None:  # it may never tell, and then it is never discovered
+                if follow is not None and pod.served is None:  # it may never tell, and then it is never discovered
                     follow(pod)
             self.gateway = await stack.enter_async_context(Gateway(config, self.router, metrics, session))
             self._stack = stack.pop_all()
@@ -118,46 +122,3 @@ def build_scheduler(config: SchedulerConfig) -> Scheduler:
     """The scheduler with built-in and installed plugins. Raises `ConfigError` or `PluginError`."""
     generator = random.Random(config.seed)  # noqa: S311 - breaks ties, protects nothing
     return Scheduler(config, Services(clock=time.perf_counter, rng=generator), discover())
-
-
-class EventFollower:
-    """Follows the KV events of pods by what they tell; call it with a pod whenever that may have changed."""
-
-    def __init__(self, subscriber: Subscriber, config: Config) -> None:
-        self._subscriber = subscriber
-        self._models = [model.name for model in config.models]
-        scorers = config.scheduler.plugins.score.enabled
-        self._wanted = any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers)
-        self._warned: set[str] = set()
-        self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
-
-    def __call__(self, pod: Pod) -> None:
-        """Follow the pod where it publishes now, under the model that it serves now."""
-        sources = {source.name: source for source in self._sources(pod)}
-        for name in self._following.get(pod.name, frozenset()) - sources.keys():
-            self._subscriber.unfollow(name)
-        for source in sources.values():
-            self._subscriber.follow(source)
-        self._following[pod.name] = frozenset(sources)
-        if not sources and self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
-            self._warned.add(pod.name)
-            reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
-            log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
-
-    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
-        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
-
-        A pod that does not tell its model (it may want an API key) has the only configured one.
-        """
-        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
-        if not pod.kv_sources or model is None:
-            return
-        for rank, source in enumerate(pod.kv_sources):
-            yield FeedSource(
-                pod=pod.name,
-                rank=rank if len(pod.kv_sources) > 1 else None,
-                model=model,
-                endpoint=source.endpoint,
-                replay_endpoint=source.replay_endpoint,
-                topic=source.topic,
-            )

@@ -17,10 +17,10 @@ from matrixinfer.config import (
     PodConfig,
     SchedulerConfig,
 )
+from matrixinfer.follower import EventFollower
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import Pod, ServedNames
-from matrixinfer.service import EventFollower
 
 SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1", replay_endpoint="tcp://127.0.0.1:2")
 OTHER_SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:3")

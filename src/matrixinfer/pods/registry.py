@@ -188,6 +188,10 @@ class PodRegistry:
                 found.setdefault(alias, None)
         return [ServedModel(name=name, parent=found[name]) for name in sorted(found)]
 
+    def base_models(self) -> list[str]:
+        """The index's names of the models that engines have told of, without adapters."""
+        return sorted({pod.base_model for pod in self.pods if pod.base_model is not None})
+
     def any_healthy(self) -> bool:
         """Whether at least one pod is healthy."""
         return any(pod.healthy for pod in self.pods)

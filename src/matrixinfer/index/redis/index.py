@@ -34,13 +34,10 @@ class RedisIndex:
         *,
         max_age: float,
         clock: Callable[[], float] = time.time,
-        state_of: Callable[[str], str | None] = lambda _: None,
         name: str | None = None,
     ) -> None:
         self.reader = BlockReader(store, max_age=max_age, clock=clock)
-        self.writer = BlockWriter(
-            store, meta=scheme_of(blocks), max_age=max_age, state_of=state_of, clock=clock, name=name
-        )
+        self.writer = BlockWriter(store, meta=scheme_of(blocks), max_age=max_age, clock=clock, name=name)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from matrixinfer.config import CLUSTER_SUFFIX
+
 BLOCKS = "matrix:kv:block:"
 META = "matrix:kv:meta:"
 EPOCHS = "{matrix:kv}:epochs"
@@ -32,7 +34,7 @@ WRITERS = "{matrix:kv}:writers"
 LEASES = "{matrix:kv}:leases"
 STATES = "{matrix:kv}:states"
 
-SUFFIX = ".svc.cluster.local"
+SUFFIX = CLUSTER_SUFFIX
 """What some writers add to a pod's name, and others do not."""
 
 Entries = Mapping[bytes, bytes]

@@ -73,6 +73,8 @@ class _Pod:
         self.state: str | None = None
         """As last told."""
         self.leaving = False
+        self.waits = False
+        """It is not known yet what the pod holds."""
         self.restamping: Iterator[tuple[str, int]] = iter(())
         self.restamp_at = float("inf")
         self.pace = BATCH
@@ -82,7 +84,7 @@ class _Pod:
     def pending(self) -> bool:
         """Whether its writer has something to do for the pod now."""
         return self.hold is not None and (
-            self.outbox.waiting > 0 or self.doubtful or self.outbox.overflowed or self.leaving
+            self.outbox.waiting > 0 or (self.doubtful and not self.waits) or self.outbox.overflowed or self.leaving
         )
 
     def lose(self) -> None:
@@ -93,7 +95,7 @@ class _Pod:
 class BlockWriter:
     """Owns one task that writes. Use as an async context manager; the calls that change pods return at once.
 
-    `state_of` gives what is to be told of a pod, as JSON; None: nothing. `clock` is Unix time in seconds.
+    `clock` is Unix time in seconds.
     """
 
     def __init__(
@@ -102,13 +104,15 @@ class BlockWriter:
         *,
         meta: dict[str, str],
         max_age: float,
-        state_of: Callable[[str], str | None] = lambda _: None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
     ) -> None:
         self.stats = WriterStats()
         self.name = name or uuid.uuid4().hex
-        self.state_of = state_of
+        self.state_of: Callable[[str], str | None] = lambda _: None
+        """What is to be told of a pod, as JSON; None for nothing."""
+        self.is_known: Callable[[str], bool] = lambda _: True
+        """Whether what was added here is what the pod holds. Until then what is in Redis stays as it is."""
         self._store = store
         self._commands = Commands(store, meta)
         self._told_models: set[str] = set()
@@ -286,7 +290,10 @@ class BlockWriter:
         if pod.outbox.overflowed:
             self.stats.overflows += 1
             pod.doubtful = True
-        if pod.doubtful:
+        pod.waits = pod.doubtful and not self.is_known(hold.pod)
+        if pod.waits:
+            pod.outbox.drop()
+        elif pod.doubtful:
             await self._resync(pod, hold)
         await self._write_changes(pod, hold)
         state = self.state_of(hold.pod)

@@ -1,0 +1,114 @@
+"""What is known of every endpoint's cache, whoever follows its events: this process, or an agent that tells in Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+from matrixinfer.drift import Drift
+from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.scheduler.framework import Trust
+from matrixinfer.trust import trust_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheView:
+    """One endpoint's cache, as its events tell of it."""
+
+    trust: Trust
+    feed: str
+    """State of the feed."""
+    engine_block: int | None
+    """Tokens per engine block; None before the first."""
+    has_tails: bool
+    """Engine blocks straddle token blocks, so that a look-up has to ask for tails."""
+    tiers: Sequence[str]
+    """The index's names of what is on each faster tier, the fastest first; none where there is but one."""
+    hides_salts: bool
+
+
+class Caches(Protocol):
+    """Knows the caches."""
+
+    def of(self, name: str) -> CacheView | None:
+        """What is known of an endpoint's cache now; None where nobody follows it."""
+        ...
+
+
+class FeedCaches:
+    """Caches whose events this process follows. `warming` tells of those that are known from elsewhere until then."""
+
+    def __init__(
+        self, feeds: Mapping[str, PodFeed], drift: Drift, *, warming: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        self._feeds = feeds
+        self._drift = drift
+        self._warming = warming
+
+    def of(self, name: str) -> CacheView | None:
+        """By its feed."""
+        feed = self._feeds.get(name)
+        if feed is None:
+            return None
+        ledger = feed.ledger
+        trust = trust_in(feed, doubted=self._drift.doubts(name) or self._warming(name))
+        return CacheView(
+            trust=trust,
+            feed=feed.state.value,
+            engine_block=ledger.block_size,
+            has_tails=ledger.has_tails,
+            tiers=ledger.tiers.names,
+            hides_salts=ledger.hides_salts,
+        )
+
+
+class ToldCaches:
+    """Caches whose events agents follow, and tell of in Redis.
+
+    A pod of which nobody tells is unknown; with `unvouched` it is taken for partly known, as of writers who tell nothing.
+    """
+
+    def __init__(self, states: States, *, unvouched: bool = False) -> None:
+        self._states = states
+        self._unvouched = unvouched
+
+    def of(self, name: str) -> CacheView | None:
+        """By what its agent told last; `stale` when that agent is not heard of any more."""
+        state = self._states.of(name)
+        if state is None:
+            return _UNVOUCHED if self._unvouched else None
+        trust: Trust = state.trust if state.trust in get_args(Trust) else "none"  # type: ignore[assignment]
+        if trust != "none" and not self._states.is_alive(name):
+            trust = "stale"
+        return CacheView(
+            trust=trust,
+            feed=state.feed,
+            engine_block=state.engine_block,
+            has_tails=state.has_tails,
+            tiers=state.tiers,
+            hides_salts=state.hides_salts,
+        )
+
+
+_UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
+
+
+def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
+    """What is told in Redis of a feed that this process follows."""
+    if feed is None:
+        return None
+    ledger = feed.ledger
+    return encode(
+        PodState(
+            trust=trust_in(feed, doubted=doubted),
+            feed=feed.state.value,
+            model=ledger.model,
+            engine_block=ledger.block_size,
+            tiers=tuple(ledger.tiers.names),
+            has_tails=ledger.has_tails,
+            hides_salts=ledger.hides_salts,
+            reason=feed.untrusted,
+        )
+    )

@@ -1,0 +1,59 @@
+"""Which KV events are followed, by what the pods tell of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import structlog
+
+from matrixinfer.config import Config
+from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.pods.registry import Pod
+from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+
+log = structlog.get_logger(__name__)
+
+
+class EventFollower:
+    """Follows the KV events of pods by what they tell; call it with a pod whenever that may have changed."""
+
+    def __init__(self, subscriber: Subscriber, config: Config, on_followed: Callable[[], None] = lambda: None) -> None:
+        self._subscriber = subscriber
+        self._on_followed = on_followed
+        self._models = [model.name for model in config.models]
+        scorers = config.scheduler.plugins.score.enabled
+        self._wanted = any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers)
+        self._warned: set[str] = set()
+        self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
+
+    def __call__(self, pod: Pod) -> None:
+        """Follow the pod where it publishes now, under the model that it serves now."""
+        sources = {source.name: source for source in self._sources(pod)}
+        for name in self._following.get(pod.name, frozenset()) - sources.keys():
+            self._subscriber.unfollow(name)
+        for source in sources.values():
+            self._subscriber.follow(source)
+        self._following[pod.name] = frozenset(sources)
+        self._on_followed()
+        if not sources and self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
+            self._warned.add(pod.name)
+            reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
+            log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
+
+    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
+        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
+
+        A pod that does not tell its model (it may want an API key) has the only configured one.
+        """
+        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
+        if not pod.kv_sources or model is None:
+            return
+        for rank, source in enumerate(pod.kv_sources):
+            yield FeedSource(
+                pod=pod.name,
+                rank=rank if len(pod.kv_sources) > 1 else None,
+                model=model,
+                endpoint=source.endpoint,
+                replay_endpoint=source.replay_endpoint,
+                topic=source.topic,
+            )

@@ -1,0 +1,83 @@
+"""Every block in Redis, page by page: for starting warm, for operators, and for what counts no more. Never for a request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, NamedTuple
+
+from matrixinfer.index.redis import layout
+from matrixinfer.index.redis.store import Store, unavailable
+
+PAGE = 500
+"""Keys that the server looks at for one page."""
+
+
+class Block(NamedTuple):
+    """One block and who holds it."""
+
+    key: str
+    model: str
+    hash: int
+    stamps: Mapping[str, int]
+    """By canonical pod name; what is no stamp is left out."""
+
+
+async def pages(
+    store: Store, *, model: str | None = None, keys_per_second: float | None = None
+) -> AsyncIterator[list[Block]]:
+    """All blocks, of one model or of every one, some of them perhaps twice. Raises `IndexUnavailable`."""
+    pattern = f"{layout.BLOCKS}{'*' if model is None else _literally(model) + '@*'}"
+    for node in _nodes(store):
+        cursor = 0
+        while True:
+            began = time.monotonic()
+            cursor, keys = await store.ask(_scan(store, node, cursor, pattern))
+            if keys:
+                yield await _fetch(store, keys)
+            if cursor == 0:
+                break
+            if keys_per_second is not None:
+                await asyncio.sleep(max(0.0, PAGE / keys_per_second - (time.monotonic() - began)))
+
+
+async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = time.time) -> dict[str, int]:
+    """The least stamp that counts, of every pod that has an epoch or a lease. Raises `IndexUnavailable`."""
+    client: Any = store.client
+    epochs = await store.ask(client.hgetall(layout.EPOCHS))
+    leases = await store.ask(client.hgetall(layout.LEASES))
+    return layout.floors(epochs, leases, now=clock(), max_age=max_age)
+
+
+def _nodes(store: Store) -> list[Any]:
+    client: Any = store.client
+    return client.get_primaries() if store.is_cluster else [None]
+
+
+async def _scan(store: Store, node: Any, cursor: int, pattern: str) -> tuple[int, list[bytes]]:
+    client: Any = store.client
+    if node is None:
+        found = await client.scan(cursor, match=pattern, count=PAGE)
+        return int(found[0]), found[1]
+    cursors, keys = await client.scan(cursor, match=pattern, count=PAGE, target_nodes=node)
+    return int(next(iter(cursors.values()))), keys
+
+
+async def _fetch(store: Store, keys: list[bytes]) -> list[Block]:
+    with unavailable():
+        pipeline: Any = store.client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hgetall(key)
+        answers = await store.ask(pipeline.execute(raise_on_error=False))
+    found = []
+    for key, entries in zip(keys, answers, strict=True):
+        name = layout.block_of(key.decode("utf-8", "replace"))
+        if name is not None and isinstance(entries, dict):
+            found.append(Block(key.decode(), *name, layout.named(entries)))
+    return found
+
+
+def _literally(text: str) -> str:
+    """For a pattern of SCAN."""
+    return "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in text)
