@@ -55,7 +55,7 @@ class Backend:
         self._unvouched = index.writer == "none"
         self._feeds: Mapping[str, PodFeed] = {}
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
-            self.redis = RedisIndex(self.store, blocks, max_age=index.max_age_seconds)
+            self.redis = RedisIndex(self.store, blocks, max_age=index.max_age_seconds, lease=index.lease_seconds)
             self._reclaimer = Reclaimer(
                 self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
             )

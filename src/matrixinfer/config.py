@@ -135,6 +135,13 @@ class IndexConfig(Section, frozen=True):
     max_age_seconds: Annotated[
         Seconds, described("Entries in Redis of pods without a living writer count for so long after their stamp.")
     ] = 86_400.0
+    lease_seconds: Annotated[
+        Annotated[float, Meta(ge=1)],
+        described(
+            "From a writer's last sign of life until another one may take its place, and until what it wrote is doubted. "
+            "Clocks of processes may differ by half of it."
+        ),
+    ] = 15.0
     reclaim_keys_per_second: Annotated[
         Annotated[int, Meta(ge=0)],
         described("How many keys a writer looks through per second for entries that count no more; 0 for none."),

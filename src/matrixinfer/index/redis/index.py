@@ -12,7 +12,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.redis.writer import BlockWriter
+from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
 
 VERSION = "1"
 """Of the layout."""
@@ -33,11 +33,12 @@ class RedisIndex:
         blocks: TokenBlockProcessor,
         *,
         max_age: float,
+        lease: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
     ) -> None:
         self.reader = BlockReader(store, max_age=max_age, clock=clock)
-        self.writer = BlockWriter(store, meta=scheme_of(blocks), max_age=max_age, clock=clock, name=name)
+        self.writer = BlockWriter(store, meta=scheme_of(blocks), max_age=max_age, lease=lease, clock=clock, name=name)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

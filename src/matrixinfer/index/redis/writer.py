@@ -33,8 +33,9 @@ BATCH = 1_000
 WAITING_MAX = 200_000
 """Blocks of one pod that may wait to be written."""
 LEASE_SECONDS = 15.0
-"""From a sign of life of a writer until it is taken for dead."""
-RENEW_SECONDS = 5.0
+"""From a sign of life of a writer until it is taken for dead; there are three in that time."""
+RELEASE_SECONDS = 2.0
+"""For giving all pods to the next writer, at the end."""
 TICK_SECONDS = 1.0
 RECONCILE_SECONDS = 60.0
 """On Cluster, from one stamping of all that is held to the next."""
@@ -104,6 +105,7 @@ class BlockWriter:
         *,
         meta: dict[str, str],
         max_age: float,
+        lease: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
     ) -> None:
@@ -117,6 +119,7 @@ class BlockWriter:
         self._commands = Commands(store, meta)
         self._told_models: set[str] = set()
         self._clock = clock
+        self._lease = lease
         self._restamp_seconds = min(RECONCILE_SECONDS if store.is_cluster else float("inf"), 0.9 * max_age / 3)
         self._pods: dict[str, _Pod] = {}
         self._wanted = asyncio.Event()
@@ -137,7 +140,7 @@ class BlockWriter:
             self._task.cancel()
             await asyncio.wait([self._task])
         with suppress(IndexUnavailable, TimeoutError):
-            async with asyncio.timeout(RENEW_SECONDS):
+            async with asyncio.timeout(RELEASE_SECONDS):
                 for pod in self._pods.values():
                     if pod.hold is not None:
                         await self._commands.release(pod.hold)
@@ -281,10 +284,10 @@ class BlockWriter:
 
     async def _acquire(self, name: str, pod: _Pod) -> None:
         now = self._clock()
-        hold = await self._commands.acquire(name, self.name, now=now, lease=LEASE_SECONDS)
+        hold = await self._commands.acquire(name, self.name, now=now, lease=self._lease)
         if hold is None or pod.hold is None or hold.token != pod.hold.token:
             pod.lose()
-        pod.hold, pod.renew_at = hold, now + RENEW_SECONDS
+        pod.hold, pod.renew_at = hold, now + self._lease / 3
 
     async def _bring_up_to_date(self, pod: _Pod, hold: Hold) -> None:
         if pod.outbox.overflowed:
