@@ -27,8 +27,8 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from tests.servers import Server
 
-from ..servers import Server
 from .fleet import TOKENIZER
 
 BLOCK = 128
@@ -132,14 +132,20 @@ class Wire:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        ends = [writer]
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
+            ends.append(back)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pass(reader, back))
                 group.create_task(self._replies(there, writer))
         except (OSError, ExceptionGroup):
-            writer.transport.abort()
+            pass  # both ends go below
         finally:
+            for end in ends:
+                end.transport.abort()
+                with suppress(OSError):
+                    await end.wait_closed()
             self._tasks.discard(task)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

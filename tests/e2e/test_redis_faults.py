@@ -8,19 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from matrixinfer.prompt.local import LocalTokenizer
+from tests.servers import free_port, server
 
-from ..servers import Server, free_port, server
 from .shared import LEASE_SECONDS, Load, World, world
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 FAULT_SECONDS = 2.0
 
 
@@ -35,6 +36,12 @@ class Report:
         sent, answered = self.before.sent + self.during.sent, self.before.answered + self.during.answered
         added = max(0.0, self.during.p99 - self.before.p99)
         return f"| {fault} | {sent} | {answered} | {added:.0f} ms | {self.seconds_to_heal:.1f} s | {self.wrong} |"
+
+
+def keep(row: str) -> None:
+    if file := os.environ.get("REDIS_FAULTS"):
+        with Path(file).open("a") as table:
+            table.write(row + "\n")
 
 
 @asynccontextmanager
@@ -68,11 +75,10 @@ async def strike(
     healed = await there.heals()
     report = Report(before=before, during=during, seconds_to_heal=healed, wrong=await there.wrong())
     print(report.row(fault))
-    if file := os.environ.get("REDIS_FAULTS"):
-        with Path(file).open("a") as table:
-            table.write(report.row(fault) + "\n")
-    assert before.answered == before.sent > 20
-    assert during.answered == during.sent > 20
+    await asyncio.to_thread(keep, report.row(fault))
+    assert before.answered == before.sent
+    assert during.answered == during.sent
+    assert min(before.sent, during.sent) > 20
     assert report.wrong == 0
     return report
 
@@ -89,141 +95,135 @@ async def degraded(there: World, reason: str = "index") -> float:
     return total
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Server]:
-    with server(tmp_path / "redis") as made:
-        yield made
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def there(tmp_path_factory: pytest.TempPathFactory, tokenizer: LocalTokenizer) -> AsyncIterator[World]:
+    """Two engines, two agents, two gateways; each fault leaves it as it was."""
+    folder = tmp_path_factory.mktemp("faults")
+    with server(folder / "redis") as redis:
+        async with world(folder, tokenizer, redis, gateways=2, agents=2) as made:
+            yield made
 
 
-async def test_redis_is_killed_and_comes_back_empty(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
+async def test_redis_is_killed_and_comes_back_empty(there: World) -> None:
+    before = await degraded(there)
 
-        async def kill() -> None:
-            redis.kill()
+    async def kill() -> None:
+        there.server.kill()
 
-        async def start() -> None:
-            await asyncio.to_thread(redis.start)
+    async def start() -> None:
+        await asyncio.to_thread(there.server.start)
 
-        await strike(there, "Redis killed, restarted empty", kill, start)
-        assert await degraded(there) > 0
-
-
-async def test_redis_is_frozen(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
-
-        async def freeze() -> None:
-            redis.freeze()
-
-        async def thaw() -> None:
-            redis.thaw()
-
-        await strike(there, "Redis frozen", freeze, thaw)
-        assert await degraded(there) > 0
+    await strike(there, "Redis killed, restarted empty", kill, start)
+    assert await degraded(there) > before
 
 
-async def test_redis_comes_back_as_a_replica_that_takes_no_writes(
-    tmp_path: Path, tokenizer: LocalTokenizer, redis: Server
-) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
+async def test_redis_is_frozen(there: World) -> None:
+    before = await degraded(there)
 
-        async def demote() -> None:
-            redis.kill()
-            redis.options = ("--replicaof", "127.0.0.1", str(free_port()))
-            await asyncio.to_thread(redis.start)
+    async def freeze() -> None:
+        there.server.freeze()
 
-        async def promote() -> None:
-            with redis.client() as client:
-                client.execute_command("REPLICAOF", "NO", "ONE")
+    async def thaw() -> None:
+        there.server.thaw()
 
-        await strike(there, "Redis restarted as replica", demote, promote)
+    await strike(there, "Redis frozen", freeze, thaw)
+    assert await degraded(there) > before
 
 
-async def test_redis_takes_no_writes(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
-        await strike(
-            there,
-            "Redis read-only",
-            setting(redis, "min-replicas-to-write", "1"),
-            setting(redis, "min-replicas-to-write", "0"),
-        )
+async def test_redis_comes_back_as_a_replica_that_takes_no_writes(there: World) -> None:
+    async def demote() -> None:
+        there.server.kill()
+        there.server.options = ("--replicaof", "127.0.0.1", str(free_port()))
+        await asyncio.to_thread(there.server.start)
+
+    async def promote() -> None:
+        with there.server.client() as client:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+        there.server.options = ()
+
+    await strike(there, "Redis restarted as replica", demote, promote)
 
 
-async def test_redis_is_out_of_memory(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
-        await strike(there, "Redis out of memory", setting(redis, "maxmemory", "1mb"), setting(redis, "maxmemory", "0"))
+async def test_redis_takes_no_writes(there: World) -> None:
+    name = "min-replicas-to-write"
+    await strike(there, "Redis read-only", setting(there, name, "1"), setting(there, name, "0"))
 
 
-async def test_redis_is_slow(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
-
-        async def slow() -> None:
-            there.wire.delay = 0.2
-
-        async def quick() -> None:
-            there.wire.delay = 0.0
-
-        report = await strike(there, "Redis slow (200 ms a reply)", slow, quick)
-        assert await degraded(there) > 0
-        assert report.during.p99 < report.before.p99 + 150, "requests waited for Redis beyond the deadline"
+async def test_redis_is_out_of_memory(there: World) -> None:
+    await strike(there, "Redis out of memory", setting(there, "maxmemory", "1mb"), setting(there, "maxmemory", "0"))
 
 
-async def test_connections_are_reset_in_mid_reply(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
+async def test_redis_is_slow(there: World) -> None:
+    before = await degraded(there)
 
-        async def cut() -> None:
-            there.wire.resets_after = 3
+    async def slow() -> None:
+        there.wire.delay = 0.2
 
-        async def mend() -> None:
-            there.wire.resets_after = None
+    async def quick() -> None:
+        there.wire.delay = 0.0
 
-        await strike(there, "connections reset in mid-reply", cut, mend)
-        assert await degraded(there) > 0
-
-
-async def test_an_agent_is_killed_and_another_takes_over(
-    tmp_path: Path, tokenizer: LocalTokenizer, redis: Server
-) -> None:
-    async with world(tmp_path, tokenizer, redis, agents=2) as there:
-        await strike(there, "agent killed, another takes over", there.agents[0].end, nothing, seconds=LEASE_SECONDS + 2)
+    await strike(there, "Redis slow (200 ms a reply)", slow, quick)
+    assert await degraded(there) > before
 
 
-async def test_an_agent_is_paused_and_wakes_up_after_another_took_over(
-    tmp_path: Path, tokenizer: LocalTokenizer, redis: Server
-) -> None:
-    async with world(tmp_path, tokenizer, redis, agents=2) as there:
-        agent = there.agents[0]
+async def test_connections_are_reset_in_mid_reply(there: World) -> None:
+    before = await degraded(there)
 
-        async def pause() -> None:
+    async def cut() -> None:
+        there.wire.resets_after = 3
+
+    async def mend() -> None:
+        there.wire.resets_after = None
+
+    await strike(there, "connections reset in mid-reply", cut, mend)
+    assert await degraded(there) > before
+
+
+async def test_an_agent_is_killed_and_another_takes_over(there: World) -> None:
+    await strike(there, "agent killed, another takes over", there.agents[0].end, nothing, seconds=LEASE_SECONDS + 2)
+    await there.agents[0].start("agent")
+
+
+async def test_an_agent_is_paused_and_wakes_up_after_another_took_over(there: World) -> None:
+    async def pause() -> None:
+        for agent in there.agents[:1]:
             agent.send(signal.SIGSTOP)
 
-        async def resume() -> None:
+    async def resume() -> None:
+        for agent in there.agents[:1]:
             agent.send(signal.SIGCONT)
 
-        await strike(there, "agent paused, another takes over, resumed", pause, resume, seconds=LEASE_SECONDS + 2)
+    await there.agents[1].end()  # so that the first one is the writer
+    await there.heals()
+    await there.agents[1].start("agent")
+    await strike(there, "agent paused, another takes over, resumed", pause, resume, seconds=LEASE_SECONDS + 2)
 
 
-async def test_the_only_agent_is_killed_and_restarted(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis) as there:
+async def test_all_agents_are_killed_and_restarted(there: World) -> None:
+    async def kill() -> None:
+        for agent in there.agents:
+            await agent.end()
 
-        async def restart() -> None:
-            await there.agents[0].start("agent")
+    async def restart() -> None:
+        for agent in there.agents:
+            await agent.start("agent")
 
-        await strike(there, "agent killed and restarted", there.agents[0].end, restart)
-
-
-async def test_a_gateway_is_killed_under_load(tmp_path: Path, tokenizer: LocalTokenizer, redis: Server) -> None:
-    async with world(tmp_path, tokenizer, redis, gateways=2) as there:
-
-        async def kill() -> None:
-            await there.gateways[0].end()
-            there.admins.pop(0)
-
-        await strike(there, "gateway killed (clients try the other)", kill, nothing)
+    await strike(there, "all agents killed, restarted", kill, restart)
 
 
-def setting(redis: Server, name: str, value: str) -> Callable[[], Awaitable[None]]:
+async def test_a_gateway_is_killed_under_load(there: World) -> None:
+    """The last one, as it does not come back."""
+
+    async def kill() -> None:
+        await there.gateways[0].end()
+        there.admins.pop(0)
+
+    await strike(there, "gateway killed (clients try the other)", kill, nothing)
+
+
+def setting(there: World, name: str, value: str) -> Callable[[], Awaitable[None]]:
     async def change() -> None:
-        with redis.client() as client:
+        with there.server.client() as client:
             client.config_set(name, value)
 
     return change
