@@ -20,7 +20,7 @@ from matrixinfer.gateway.handlers import Status
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.gateway.redis_collector import RedisCollector
 from matrixinfer.gateway.session import client_session
-from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.dry_run import DryRunIndex
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
@@ -39,7 +39,7 @@ class Agent:
     there instead, and Redis is not asked.
     """
 
-    def __init__(self, config: Config, *, listen: str | None, dry_run: BlockIndex | None = None) -> None:
+    def __init__(self, config: Config, *, listen: str | None, dry_run: DryRunIndex | None = None) -> None:
         index = msgspec.structs.replace(config.index, kind="redis", writer="gateway", warm_start=False)
         self.config = msgspec.structs.replace(config, index=index)
         self._listen = listen
@@ -63,8 +63,7 @@ class Agent:
             self.feeds = subscriber.feeds
             drift = Drift(metrics, subscriber.resync, clock)
             self.backend.knows(subscriber.feeds, drift)
-            if self._dry_run is None:
-                await stack.enter_async_context(self.backend)
+            await stack.enter_async_context(self._dry_run or self.backend)
             follow = EventFollower(subscriber, config, self.backend.follow)
             watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)
             await stack.enter_async_context(watcher)

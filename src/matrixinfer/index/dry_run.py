@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
 
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.redis import layout
 
 
 class DryRunIndex:
-    """A `BlockIndex` that hands the commands which would be sent, as text, to `say`. Nothing matches."""
+    """A `BlockIndex` that hands the commands which would be sent, as text, to `say`. Nothing matches.
+
+    Use as an async context manager: as with a connection, nothing is said before and after.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+        self._to = say
+        self._open = False
+
+    async def __aenter__(self) -> Self:
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+
+    def _say(self, line: str) -> None:
+        if self._open:
+            self._to(line)
 
     @property
     def prefix_closed(self) -> bool:

@@ -1,0 +1,267 @@
+"""Gateways and agents around a real Redis, before simulated engines: who reads and writes what in which mode."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+
+from matrixinfer.agent import Agent
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import (
+    Config,
+    IndexConfig,
+    ModelConfig,
+    PluginArgs,
+    PodConfig,
+    RedisConfig,
+    SchedulerConfig,
+    checked,
+)
+from matrixinfer.index.dry_run import DryRunIndex
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.service import Service
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.server import SimEngine
+from tests.e2e.fleet import TOKENIZER
+from tests.servers import Server, server
+
+PATH = "/v1/completions"
+PROMPT = list(range(1000, 1700))
+"""Five blocks of 128 tokens, and some more."""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("redis")) as made:
+        yield made
+
+
+@pytest.fixture
+def redis(running: Server) -> Server:
+    with running.client() as client:
+        client.flushall()
+    return running
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> LocalTokenizer:
+    return LocalTokenizer.load(TOKENIZER, "chatml")
+
+
+@pytest.fixture
+async def engines(tokenizer: LocalTokenizer) -> AsyncIterator[Sequence[SimEngine]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(SimEngine(SimEngineConfig(), tokenizer)) for _ in range(2)]
+
+
+def config(engines: Sequence[SimEngine], redis: Server, **index: Any) -> Config:
+    return checked(
+        Config(
+            listen="127.0.0.1:0",
+            admin="127.0.0.1:0",
+            models=(ModelConfig(name="sim", tokenizer=str(TOKENIZER), chat_template="chatml"),),
+            pods=tuple(PodConfig(name=f"pod-{n}.test", url=engine.url) for n, engine in enumerate(engines)),
+            index=IndexConfig(lease_seconds=2.0, **index),
+            redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=2.0, share_load=False),
+            scheduler=SchedulerConfig(
+                plugin_config=(PluginArgs(name="kvcache-aware", args=dict(SCHEME)),), assumed_seconds=0.0
+            ),
+        )
+    )
+
+
+SCHEME: dict[str, Any] = {"maxBlocksToMatch": 0}
+
+
+class Client:
+    def __init__(self, session: aiohttp.ClientSession, service: Service) -> None:
+        self._session = session
+        self._service = service
+
+    async def explain(self, prompt: Sequence[int] = PROMPT) -> dict[str, Any]:
+        """What would be decided."""
+        async with self._session.post(
+            f"{self._service.gateway.admin_url}/debug/route",
+            params={"path": PATH},
+            json={"model": "sim", "prompt": list(prompt)},
+        ) as response:
+            assert response.status == 200, await response.text()
+            told: dict[str, Any] = await response.json()
+            return told
+
+    async def ask(self, prompt: Sequence[int] = PROMPT) -> str:
+        """Send it; the pod that answered."""
+        body = {"model": "sim", "prompt": list(prompt), "max_tokens": 2}
+        async with self._session.post(self._service.gateway.url + PATH, json=body) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+            return response.headers["x-matrixinfer-pod"]
+
+    async def metric(self, series: str) -> float:
+        async with self._session.get(f"{self._service.gateway.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return next((float(line.removeprefix(series)) for line in lines if line.startswith(f"{series} ")), 0.0)
+
+    async def holds(self, pod: str, blocks: int, trust: str = "exact") -> dict[str, Any]:
+        """Wait until the gateway knows that much of a pod."""
+        async with asyncio.timeout(20):
+            while True:
+                told = await self.explain()
+                if (told["pods"][pod]["match_blocks"], told["pods"][pod]["trust"]) == (blocks, trust):
+                    return told
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def gateway(settings: Config) -> AsyncIterator[Client]:
+    async with Service(settings) as service, aiohttp.ClientSession() as session:
+        yield Client(session, service)
+
+
+async def test_what_an_agent_writes_all_gateways_read(engines: Sequence[SimEngine], redis: Server) -> None:
+    settings = config(engines, redis, kind="redis")
+    async with Agent(settings, listen="127.0.0.1:0") as agent, gateway(settings) as one, gateway(settings) as other:
+        pod = await one.ask()
+        await one.holds(pod, 5)
+        told = await other.holds(pod, 5)
+        assert told["chosen"] == pod == await other.ask()
+        async with aiohttp.ClientSession() as session, session.get(f"{agent.url}/metrics") as response:
+            text = await response.text()
+        assert f'matrixinfer_redis_writer{{pod="{pod}"}} 1.0' in text
+        assert f'matrixinfer_kv_trust{{pod="{pod}",trust="exact"}} 1.0' in text
+        with redis.client() as client:
+            block = TokenBlockProcessor(128).hashes(memoryview(b"".join(t.to_bytes(4, "big") for t in PROMPT)))[0]
+            ((name, stamp),) = client.hgetall(f"matrix:kv:block:sim@{block}").items()
+            assert name == pod
+            assert abs(int(stamp) - time.time()) < 60
+            assert client.hgetall("matrix:kv:meta:sim") == {
+                "block_size": "128",
+                "hash_scheme": "prefix",
+                "version": "1",
+            }
+
+
+async def test_an_agent_that_is_gone_leaves_what_it_knew_but_less_trusted(
+    engines: Sequence[SimEngine], redis: Server
+) -> None:
+    settings = config(engines, redis, kind="redis")
+    async with gateway(settings) as client:
+        async with Agent(settings, listen=None):
+            pod = await client.ask()
+            await client.holds(pod, 5)
+        await client.holds(pod, 5, trust="stale")
+        async with Agent(settings, listen=None):
+            await client.holds(pod, 5)
+
+
+async def test_the_gateway_may_write_and_only_one_does_for_a_pod(engines: Sequence[SimEngine], redis: Server) -> None:
+    settings = config(engines, redis, kind="redis", writer="gateway")
+    async with gateway(settings) as one, gateway(settings) as other:
+        pod = await other.ask()
+        await one.holds(pod, 5)
+        await other.holds(pod, 5)
+        series = f'matrixinfer_redis_writer{{pod="{pod}"}}'
+        assert sorted([await one.metric(series), await other.metric(series)]) == [0.0, 1.0]
+
+
+async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis: Server) -> None:
+    async with gateway(config(engines, redis, writer="gateway")) as first:
+        pod = await first.ask()
+        await first.holds(pod, 5)
+        with redis.client() as client:
+            async with asyncio.timeout(10):
+                while not client.keys("matrix:kv:block:*"):
+                    await asyncio.sleep(0.02)
+    silent = tuple(
+        PodConfig(name=f"pod-{n}.test", url=engine.url, kv_events="none") for n, engine in enumerate(engines)
+    )
+    cold = config(engines, redis)
+    async with gateway(
+        Config(**{name: getattr(cold, name) for name in cold.__struct_fields__} | {"pods": silent})
+    ) as blind:
+        assert (await blind.explain())["pods"][pod]["match_blocks"] is None
+    async with gateway(config(engines, redis, warm_start=True)) as warm:
+        told = await warm.holds(pod, 5)
+        assert told["chosen"] == pod
+
+
+async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[SimEngine], redis: Server) -> None:
+    SCHEME["hashScheme"] = "block"
+    try:
+        settings = config(engines, redis, kind="redis", writer="none")
+    finally:
+        del SCHEME["hashScheme"]
+    data = memoryview(b"".join(token.to_bytes(4, "big") for token in PROMPT))
+    with redis.client() as client:
+        for block in TokenBlockProcessor(128, "block").hashes(data)[:4]:
+            key = f"matrix:kv:block:sim@{block}"
+            client.hset(key, "pod-1.test.svc.cluster.local", str(int(time.time()) - 60))
+            client.hset(key, "pod-0.test.svc.cluster.local", str(int(time.time()) - 90_000))
+    async with gateway(settings) as client_:
+        told = await client_.holds("pod-1.test", 4, trust="partial")
+        assert told["pods"]["pod-0.test"]["match_blocks"] == 0, "older than a day"
+        assert await client_.ask() == "pod-1.test"
+
+
+async def test_blocks_that_are_made_otherwise_are_told_of_loudly(engines: Sequence[SimEngine], redis: Server) -> None:
+    with redis.client() as client:
+        client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
+    with structlog.testing.capture_logs() as logs:
+        async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
+            while not await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}'):
+                await asyncio.sleep(0.05)
+    assert [row["there"]["block_size"] for row in logs if row["event"] == "redis_scheme_differs"] == ["16"]
+
+
+async def test_without_redis_requests_are_routed_by_load_and_say_why(
+    engines: Sequence[SimEngine], redis: Server
+) -> None:
+    settings = config(engines, redis, kind="redis")
+    nowhere = Config(
+        **{name: getattr(settings, name) for name in settings.__struct_fields__}
+        | {"redis": RedisConfig(host="127.0.0.1", port=1)}
+    )
+    async with gateway(nowhere) as client:
+        assert await client.ask() in ("pod-0.test", "pod-1.test")
+        told = await client.explain()
+        assert any(note.startswith("index unavailable: ") for note in told["notes"])
+        assert await client.metric('matrixinfer_degraded_total{reason="index"}') > 0
+
+
+async def test_a_dry_run_says_what_would_be_written(engines: Sequence[SimEngine], redis: Server) -> None:
+    lines: list[str] = []
+    settings = config(engines[:1], redis, kind="redis")
+    async with (
+        Agent(settings, listen=None, dry_run=DryRunIndex(lines.append)),
+        aiohttp.ClientSession() as session,
+        session.post(engines[0].url + PATH, json={"model": "sim", "prompt": PROMPT, "max_tokens": 1}) as response,
+        asyncio.timeout(10),
+    ):
+        assert response.status == 200
+        while len(lines) < 5:
+            await asyncio.sleep(0.02)
+    assert all(line.startswith("HSET matrix:kv:block:sim@") for line in lines)
+    with redis.client() as client:
+        assert client.dbsize() == 0
+
+
+async def test_passwords_are_nowhere_to_be_seen(engines: Sequence[SimEngine], redis: Server, tmp_path: Path) -> None:
+    settings = config(engines, redis, kind="redis")
+    secret = Config(
+        **{name: getattr(settings, name) for name in settings.__struct_fields__}
+        | {"redis": RedisConfig(host="127.0.0.1", port=redis.port, username="me", password="hunter2")}
+    )
+    with structlog.testing.capture_logs() as logs:
+        async with gateway(secret) as client:
+            told = await client.explain()
+    assert any("index unavailable" in note for note in told["notes"])
+    assert "hunter2" not in json.dumps(told) + json.dumps(logs, default=str) + repr(secret)

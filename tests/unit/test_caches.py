@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.caches import ToldCaches, state_of
+from matrixinfer.config import RedisConfig
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.store import Store
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+
+
+def told(trust: str, *, alive: bool = True) -> States:
+    states = States(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
+    states._states["pod-a"] = PodState(
+        trust=trust, feed="complete", model="m", engine_block=16, tiers=("pod-a~device",)
+    )
+    states._leases["pod-a"] = 100 if alive else 99
+    return states
+
+
+@pytest.mark.parametrize(
+    ("trust", "alive", "believed"),
+    [
+        ("exact", True, "exact"),
+        ("partial", True, "partial"),
+        ("exact", False, "stale"),
+        ("partial", False, "stale"),
+        ("none", False, "none"),
+        ("of a newer version", True, "none"),
+    ],
+)
+def test_what_an_agent_tells_is_believed_while_it_lives(trust: str, alive: bool, believed: str) -> None:
+    cache = ToldCaches(told(trust, alive=alive)).of("pod-a")
+    assert cache is not None
+    assert cache.trust == believed
+    assert (cache.engine_block, cache.tiers) == (16, ("pod-a~device",))
+
+
+def test_a_pod_of_which_nobody_tells_is_unknown_unless_writers_never_tell() -> None:
+    states = told("exact")
+    assert ToldCaches(states).of("pod-b") is None
+    cache = ToldCaches(states, unvouched=True).of("pod-b")
+    assert cache is not None
+    assert cache.trust == "partial"
+
+
+def test_what_is_told_of_a_feed() -> None:
+    assert state_of(None) is None
+    ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=False)
+    assert state_of(feed) == encode(PodState(trust="partial", feed="partial", model="m"))
+    assert state_of(feed, doubted=True) == encode(PodState(trust="stale", feed="partial", model="m"))
