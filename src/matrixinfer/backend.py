@@ -32,6 +32,7 @@ from matrixinfer.index.warm import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.profile import arguments_of
+from matrixinfer.tasks import ended
 
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
@@ -98,7 +99,7 @@ class Backend:
                 await stack.enter_async_context(self.states)
             if self.store is not None and self.warm is not None:
                 task = asyncio.create_task(self._fill(self.warm, self.store), name="redis-warm-start")
-                stack.push_async_callback(_ended, task)
+                stack.push_async_callback(ended, task)
             self._stack = stack.pop_all()
         return self
 
@@ -132,8 +133,3 @@ def token_blocks(scheduler: SchedulerConfig) -> TokenBlockProcessor:
     """How prompts and caches are cut into blocks, as the arguments of `kvcache-aware` say. Raises `ConfigError`."""
     hashing = cast("KvCacheAware.Args", arguments_of(scheduler, KvCacheAware))
     return TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

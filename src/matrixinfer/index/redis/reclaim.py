@@ -13,6 +13,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scan, scripts
 from matrixinfer.index.redis.store import Script, Store
+from matrixinfer.tasks import ended
 
 LOCK = "{matrix:kv}:reclaimer"
 LOCK_SECONDS = 60
@@ -53,9 +54,7 @@ class Reclaimer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await ended(self._task)
 
     async def once(self) -> int:
         """Look through all keys; returns how many entries were deleted. Raises `IndexUnavailable`."""

@@ -14,6 +14,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.store import Store, unavailable
+from matrixinfer.tasks import ended
 
 POLL_SECONDS = 1.0
 MAX_PODS = 10_000
@@ -73,9 +74,7 @@ class States:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await ended(self._task)
 
     def of(self, pod: str) -> PodState | None:
         """What is told of a pod."""

@@ -27,6 +27,7 @@ from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.commands import Commands, Fenced, Hold
 from matrixinfer.index.redis.outbox import Change, Clear, Outbox
 from matrixinfer.index.redis.store import Store
+from matrixinfer.tasks import ended
 
 BATCH = 1_000
 """Blocks per write, which the server does in about a millisecond."""
@@ -136,9 +137,7 @@ class BlockWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await ended(self._task)
         with suppress(IndexUnavailable, TimeoutError):
             async with asyncio.timeout(RELEASE_SECONDS):
                 for pod in self._pods.values():
