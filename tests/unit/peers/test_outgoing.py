@@ -4,7 +4,6 @@ from matrixinfer.peers.message import MAX_PROMPTS, Load, Message, decode
 from matrixinfer.peers.outgoing import AT_LEAST_EVERY_SECONDS, REPEAT_SECONDS, Outgoing
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import Charge, LoadLedger
-
 from tests.unit.scheduler.support import FakeClock
 
 CHAIN = [11, 12, 13]
