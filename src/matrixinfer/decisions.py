@@ -89,6 +89,7 @@ class Record:
             "total": self.totals.get(name),
             "predicted_hit_tokens": self._predicted(candidate),
             "in_flight": candidate.in_flight,
+            "peers_in_flight": candidate.peers_in_flight,
             "waiting": candidate.waiting,
             "metrics_age_s": candidate.metrics_age,
         }

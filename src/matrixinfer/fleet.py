@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.lookup import LookUp, Matches
+from matrixinfer.peers.heard import PeerLoads
+from matrixinfer.peers.message import Load
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.history import RoutingHistory
@@ -24,12 +26,14 @@ class Fleet:
         load: LoadLedger,
         history: RoutingHistory,
         weights: WeightsConfig,
+        peers: PeerLoads,
     ) -> None:
         self._registry = registry
         self._look_up = look_up
         self._load = load
         self._history = history
         self._weights = weights
+        self._peers = peers
 
     def candidates(
         self,
@@ -49,7 +53,11 @@ class Fleet:
         endpoints = (endpoint for pod in pods for endpoint in pod.endpoints)
         if approximate:
             matches = None
-        return [self._candidate(endpoint, request, matches, reads_cache, approximate) for endpoint in endpoints]
+        others = self._peers.totals(request.now)
+        return [
+            self._candidate(endpoint, request, matches, reads_cache, approximate, others.get(endpoint.name, _NONE))
+            for endpoint in endpoints
+        ]
 
     def _candidate(
         self,
@@ -58,6 +66,7 @@ class Fleet:
         matches: Matches | None,
         reads_cache: bool,
         approximate: bool,
+        others: Load,
     ) -> Candidate:
         name, load = endpoint.name, self._load
         cache, match, tail, tiers = self._look_up.held(name, matches)
@@ -75,8 +84,9 @@ class Fleet:
             name=name,
             url=endpoint.pod.url,
             rank=endpoint.rank,
-            in_flight=load.in_flight(name),
-            queued_tokens=load.queued_tokens(name),
+            in_flight=load.in_flight(name) + others.in_flight,
+            queued_tokens=load.queued_tokens(name) + others.queued_tokens,
+            peers_in_flight=others.in_flight,
             running=shown.running if shown else None,
             waiting=shown.waiting if shown else None,
             cache_usage=shown.cache_usage if shown else None,
@@ -93,3 +103,6 @@ class Fleet:
             if trust == "exact" and not tiers
             else worth(trust, self._weights, match=match or 0, tiers=tiers, assumed=assumed, sent=sent),
         )
+
+
+_NONE = Load(0, 0)

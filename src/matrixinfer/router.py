@@ -26,6 +26,7 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.lookup import LookUp, Matches
 from matrixinfer.parity import Comparison, Parity
+from matrixinfer.peers.heard import PeerLoads
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
@@ -66,7 +67,8 @@ class Router:
     """Decides where requests go, and keeps account of those that are under way.
 
     `feeds` maps endpoints (a pod, or each of its data-parallel ranks) to their KV event feeds: of one without a feed the
-    index knows nothing, unless `caches` does, which tells of the caches that others follow.
+    index knows nothing, unless `caches` does, which tells of the caches that others follow. `peers` is what
+    other gateways have in flight.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Router:
         history: RoutingHistory,
         config: SchedulerConfig,
         caches: Caches | None = None,
+        peers: PeerLoads | None = None,
         injects_usage: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -108,6 +111,7 @@ class Router:
             load=load,
             history=history,
             weights=config.weights,
+            peers=peers or PeerLoads(),
         )
         self._max_blocks = max(1, config.max_prefix_tokens // blocks.block_size)
         self._clock = clock

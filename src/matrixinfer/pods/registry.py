@@ -192,6 +192,11 @@ class PodRegistry:
         """The index's names of the models that engines have told of, without adapters."""
         return sorted({pod.base_model for pod in self.pods if pod.base_model is not None})
 
+    def is_endpoint(self, name: str) -> bool:
+        """Whether it is the name of a pod, or of a rank of one."""
+        pod = self._by_name.get(name) or self._by_name.get(name.rpartition("@dp")[0])
+        return pod is not None and any(endpoint.name == name for endpoint in pod.endpoints)
+
     def any_healthy(self) -> bool:
         """Whether at least one pod is healthy."""
         return any(pod.healthy for pod in self.pods)

@@ -57,9 +57,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     rank: int | None = None
     """Data-parallel rank; None for a pod that is one cache."""
     in_flight: int = 0
-    """Requests that this gateway has in flight there."""
+    """Requests that this gateway, and others that it hears, have in flight there."""
     queued_tokens: int = 0
-    """Prompt tokens of those requests that the pod has yet to compute, as far as this gateway knows."""
+    """Prompt tokens of those requests that the pod has yet to compute, as far as the gateways know."""
+    peers_in_flight: int = 0
+    """How many of `in_flight` are of other gateways."""
     running: int | None = None
     waiting: int | None = None
     cache_usage: float | None = None
@@ -111,7 +113,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def load(self) -> int:
-        """Requests at the pod: this gateway's own, or the engine's count where others send to it as well."""
+        """Requests at the pod: those that gateways tell of, or the engine's count where others send to it as well."""
         engine = (self.running or 0) + (self.waiting or 0)
         return engine if engine > self.in_flight else self.in_flight  # noqa: FURB136  # twice as fast as max() here
 

@@ -1,4 +1,4 @@
-"""What this gateway has sent to endpoints whose events cannot say all that they hold: a guess at their caches.
+"""What this gateway, and others that it hears, have sent to endpoints whose events cannot say all that they hold: a guess at their caches.
 
 It fills in for feeds that are partial, stale or missing. An engine may have evicted what it was sent, so what is remembered
 counts for less than what events tell; and events that tell otherwise have it forgotten.
@@ -6,7 +6,7 @@ counts for less than what events tell; and events that tell otherwise have it fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 
 
@@ -21,6 +21,8 @@ class RoutingHistory:
         self._max_blocks = max_blocks
         self._sent: dict[str, dict[int, None]] = {}  # endpoint -> blocks, oldest first
         self._masks: dict[str, int] = {}  # model -> what tells its blocks from those of others
+        self.on_sent: Callable[[str, str, Sequence[int]], None] | None = None
+        """Told of each prompt, as `sent` is."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._sent
@@ -30,6 +32,12 @@ class RoutingHistory:
         return sum(map(len, self._sent.values()))
 
     def sent(self, name: str, model: str, chain: Sequence[int]) -> None:
+        """An endpoint has computed a prompt that was sent from here."""
+        self.heard(name, model, chain)
+        if self.on_sent is not None:
+            self.on_sent(name, model, chain)
+
+    def heard(self, name: str, model: str, chain: Sequence[int]) -> None:
         """An endpoint has computed a prompt."""
         if not chain:
             return

@@ -1,4 +1,7 @@
-"""What this gateway has sent to each pod and has not seen finished: the load and the prefixes that are on their way."""
+"""What this gateway has sent to each pod and has not seen finished: the load and the prefixes that are on their way.
+
+Prefixes that other gateways tell of count as well, for some time (`LoadLedger.assume`).
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ class LoadLedger:
         self._assumed: dict[tuple[str, str], _Assumed] = {}
         self._fading: deque[tuple[float, _Assumed, list[int]]] = deque()
         self._remembered = 0
+        self.on_charge: Callable[[str, str, Sequence[int], int, Charge], None] | None = None
+        """Told of each request that brings blocks: pod, model, hashes and start as charged, and its charge."""
 
     def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
         """Count a request that goes to `pod` now.
@@ -46,7 +51,21 @@ class LoadLedger:
             self._remembered += len(blocks)
             assumed = self._assumed.setdefault((pod, model), _Assumed((pod, model)))
             assumed.hold(blocks)
-        return Charge(self, pod, load, assumed, blocks, queued_tokens)
+        charge = Charge(self, pod, load, assumed, blocks, queued_tokens)
+        if wanted and self.on_charge is not None:
+            self.on_charge(pod, model, hashes, start, charge)
+        return charge
+
+    def assume(self, pod: str, model: str, hashes: Sequence[int]) -> None:
+        """Take `hashes` for what a request elsewhere is bringing to `pod`, for `assumed_seconds` from now on."""
+        self._drain(2 * len(hashes) + _DRAINED_PER_CHARGE)
+        blocks = list(hashes[: self._max_assumed_blocks - self._remembered])
+        if not blocks:
+            return
+        self._remembered += len(blocks)
+        assumed = self._assumed.setdefault((pod, model), _Assumed((pod, model)))
+        assumed.hold(blocks)
+        self._let_fade(assumed, blocks)
 
     def in_flight(self, pod: str) -> int:
         """Count the requests in flight at `pod`."""
@@ -57,6 +76,10 @@ class LoadLedger:
         """Sum the prompt tokens of requests at `pod` whose first byte has not come."""
         load = self._pods.get(pod)
         return 0 if load is None else load.queued_tokens
+
+    def loads(self) -> dict[str, tuple[int, int]]:
+        """Requests in flight and queued tokens of each pod that has any."""
+        return {pod: (load.in_flight, load.queued_tokens) for pod, load in self._pods.items()}
 
     def total(self) -> int:
         """Count the requests in flight at all pods."""
@@ -85,13 +108,16 @@ class LoadLedger:
         if assumed is None:
             return
         if computed:
-            until = self._clock() + self._assumed_seconds
-            assumed.fade(blocks, until)
-            self._fading.append((until, assumed, blocks))
+            self._let_fade(assumed, blocks)
         else:
             assumed.let_go(blocks)
             self._remembered -= len(blocks)
             self._drop_if_empty(assumed)
+
+    def _let_fade(self, assumed: _Assumed, blocks: list[int]) -> None:
+        until = self._clock() + self._assumed_seconds
+        assumed.fade(blocks, until)
+        self._fading.append((until, assumed, blocks))
 
     def _drop_if_empty(self, assumed: _Assumed) -> None:
         if assumed.empty and self._assumed.get(assumed.key) is assumed:
@@ -118,7 +144,7 @@ class LoadLedger:
 class Charge:
     """One request's hold on a pod. Its methods may be called at any time, any number of times."""
 
-    __slots__ = ("_assumed", "_blocks", "_ledger", "_load", "_pod", "_queued_tokens", "_released")
+    __slots__ = ("_assumed", "_blocks", "_ledger", "_load", "_pod", "_queued_tokens", "_released", "waits")
 
     def __init__(
         self,
@@ -136,11 +162,14 @@ class Charge:
         self._blocks = blocks
         self._queued_tokens = queued_tokens
         self._released = False
+        self.waits = True
+        """Whether the answer has yet to begin."""
 
     def first_byte(self) -> None:
         """Note that the answer began, so the prompt is computed."""
         self._load.queued_tokens -= self._queued_tokens
         self._queued_tokens = 0
+        self.waits = False
 
     def release(self) -> None:
         """End the hold: the request is over, and its prompt was computed."""

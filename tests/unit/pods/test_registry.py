@@ -48,6 +48,13 @@ def test_a_pod_that_has_not_told_is_taken_only_for_a_configured_model_that_no_ot
     assert resolve(fleet, "small") == ("tiny", ["a"])
 
 
+def test_endpoints_are_pods_or_their_ranks() -> None:
+    fleet = registry("a", "b")
+    fleet.told("b", kv_sources=(KvEventsConfig(endpoint="tcp://b:1"), KvEventsConfig(endpoint="tcp://b:2")))
+    names = ("a", "a@dp0", "b", "b@dp1", "b@dp2", "c")
+    assert [name for name in names if fleet.is_endpoint(name)] == ["a", "b@dp1"]
+
+
 def test_a_name_is_unknown_only_once_every_pod_has_told() -> None:
     fleet = registry("a", "b")
     fleet.told("a", served=TINY)

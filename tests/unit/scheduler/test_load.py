@@ -79,6 +79,34 @@ def test_a_block_that_another_request_brings_does_not_fade() -> None:
     assert ledger.assumed("a", "m", [1, 2], 0) == 1
 
 
+def test_what_is_assumed_of_others_is_no_load_and_fades() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0, max_assumed_blocks=5)
+    ledger.assume("a", "m", [1, 2, 3])
+    assert (ledger.in_flight("a"), ledger.queued_tokens("a"), ledger.loads()) == (0, 0, {})
+    assert ledger.assumed("a", "m", [1, 2, 3, 4], 0) == 3
+    ledger.assume("b", "m", [1, 2, 3])
+    assert ledger.assumed("b", "m", [1, 2, 3], 0) == 2
+    clock.now = 1.5
+    ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0).release()
+    clock.now = 2.0
+    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
+    ledger.assume("a", "m", [1])  # what has faded makes room
+    assert ledger.assumed("a", "m", [1, 2], 0) == 1
+    assert ledger._remembered == 1
+
+
+def test_a_request_in_flight_keeps_what_is_assumed_of_others() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+    charge = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
+    ledger.assume("a", "m", [1, 2, 3])
+    clock.now = 50.0
+    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 2
+    charge.cancel()
+    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
+
+
 def test_each_block_fades_at_its_own_time() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
