@@ -80,6 +80,10 @@ class Drift:
         self._clock = clock
         self._endpoints: dict[str, _Endpoint] = {}
 
+    def __len__(self) -> int:
+        """Endpoints of which account is kept."""
+        return len(self._endpoints)
+
     def now(self) -> float:
         """The time, in seconds."""
         return self._clock()

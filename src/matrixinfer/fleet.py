@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from matrixinfer.config import WeightsConfig
 from matrixinfer.drift import Drift
 from matrixinfer.lookup import LookUp, Matches
+from matrixinfer.parity import Parity
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.worth import worth
+from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust import trust_in
 
 
 class Fleet:
-    """Puts candidates together from what each part knows of them. Nothing here waits, and nothing changes."""
+    """Puts candidates together from what each part knows of them, and has all parts forget those that are gone."""
 
     def __init__(
         self,
@@ -26,6 +28,8 @@ class Fleet:
         load: LoadLedger,
         history: RoutingHistory,
         drift: Drift,
+        parity: Parity,
+        metrics: Metrics,
         weights: WeightsConfig,
     ) -> None:
         self._registry = registry
@@ -33,6 +37,8 @@ class Fleet:
         self._load = load
         self._history = history
         self._drift = drift
+        self._parity = parity
+        self._metrics = metrics
         self._weights = weights
 
     def candidates(
@@ -44,16 +50,35 @@ class Fleet:
         reads_cache: bool,
         approximate: bool,
     ) -> list[Candidate]:
-        """The endpoints of `pods` at this moment.
+        """The endpoints of `pods` at this moment, of those pods that have not left meanwhile. Nothing changes.
 
         `matches` is what the index says of the prompt, None when it could not be asked. With `approximate` its token ids
         are not the engines', so that only what was sent counts; one that does not read caches (`reads_cache`) gains
         nothing from either.
         """
-        endpoints = (endpoint for pod in pods for endpoint in pod.endpoints)
+        endpoints = (endpoint for pod in pods if not pod.gone for endpoint in pod.endpoints)
         if approximate:
             matches = None
         return [self._candidate(endpoint, request, matches, reads_cache, approximate) for endpoint in endpoints]
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint is gone: what was counted and remembered of it goes too."""
+        self._load.forget(endpoint)
+        self._history.forget(endpoint)
+        self._drift.forget(endpoint)
+        self._metrics.forget_pod(endpoint)
+
+    def keep_models(self) -> None:
+        """Models that nobody serves any more are forgotten."""
+        served = self._registry.names()
+        self._parity.keep_models(served)
+        self._metrics.keep_models(served)
+
+    def finished(self, tried: Sequence[Candidate]) -> None:
+        """A request is over that was at these endpoints: what its answer has left behind of those that are gone goes."""
+        for each in tried:
+            if not self._registry.has(each.pod, each.name):
+                self.forget(each.name)
 
     def _candidate(
         self,

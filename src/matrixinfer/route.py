@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -21,7 +21,7 @@ class Route:
     """What the proxy tells of a request's way is passed on to whom it concerns.
 
     `charge` counts the request at a pod; `comparison` holds its tokens against the engine's and `prediction` the hit
-    that the index foretells, where these can be told.
+    that the index foretells, where these can be told. `finished` is told at the end where the request has been.
     """
 
     __slots__ = (
@@ -30,11 +30,13 @@ class Route:
         "_charge_at",
         "_comparison",
         "_computed",
+        "_finished",
         "_history",
         "_pod",
         "_prediction",
         "_record",
         "_registry",
+        "_tried",
         "decision",
         "injects_usage",
         "prompt",
@@ -52,6 +54,7 @@ class Route:
         record: Record,
         comparison: Comparison | None,
         prediction: Prediction | None,
+        finished: Callable[[Sequence[Candidate]], None],
         injects_usage: bool = False,
     ) -> None:
         self.prompt = prompt
@@ -60,6 +63,8 @@ class Route:
         self._registry = registry
         self._charge_at = charge
         self._pod = decision.chosen
+        self._tried = [decision.chosen]
+        self._finished = finished
         self._charge = charge(decision.chosen)
         self._history = history
         self._record = record
@@ -73,6 +78,7 @@ class Route:
         """The request is tried at another pod."""
         self._charge.cancel()
         self._pod = pod
+        self._tried.append(pod)
         self._charge = self._charge_at(pod)
         self._record.attempts.append(pod.name)
         if self._comparison is not None:
@@ -119,6 +125,7 @@ class Route:
         if self._comparison is not None:
             self._comparison.unwatch(computed=self._computed)
         self._end_prediction(computed=self._computed)
+        self._finished(self._tried)
 
     def _remember(self) -> None:
         """What was sent stands in for what the pod's events do not tell."""

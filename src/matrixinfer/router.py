@@ -100,12 +100,14 @@ class Router:
         self._injects_usage = injects_usage
         self._history = history
         self.decisions = DecisionLog(config.decisions_kept)
-        self._fleet = Fleet(
+        self.fleet = Fleet(
             registry=registry,
             look_up=self._look_up,
             load=load,
             history=history,
             drift=drift,
+            parity=parity,
+            metrics=metrics,
             weights=config.weights,
         )
         self._max_blocks = max(1, config.max_prefix_tokens // blocks.block_size)
@@ -128,6 +130,7 @@ class Router:
             record=kept,
             comparison=self._comparison(prepared, decision.chosen),
             prediction=self._prediction(prepared, decision.chosen),
+            finished=self.fleet.finished,
             injects_usage=self._injects_usage,
         )
         self._observe(prepared, decision, self._clock() - started)
@@ -223,7 +226,7 @@ class Router:
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
-        return self._fleet.candidates(
+        return self.fleet.candidates(
             prepared.request,
             prepared.pods,
             prepared.matches,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -13,13 +12,20 @@ from typing import Self, cast
 import structlog
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.drift import Drift
-from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.follower import EventFollower
+from matrixinfer.gateway.collectors import (
+    FeedCollector,
+    IndexCollector,
+    KeptCollector,
+    PluginCollector,
+    TokenCacheCollector,
+)
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
+from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.parity import Parity
 from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
@@ -64,7 +70,8 @@ class Service:
             )
             await stack.enter_async_context(tokenizers)
             subscriber = await stack.enter_async_context(Subscriber(index=index, blocks=blocks, history=history))
-            drift = Drift(metrics, subscriber.resync, clock)
+            drift, parity = Drift(metrics, subscriber.resync, clock), Parity(metrics, clock)
+            load = LoadLedger(clock, config.scheduler.assumed_seconds)
             self.router = Router(
                 registry=registry,
                 tokenizers=tokenizers,
@@ -72,9 +79,9 @@ class Service:
                 index=index,
                 feeds=subscriber.feeds,
                 scheduler=scheduler,
-                load=LoadLedger(clock, config.scheduler.assumed_seconds),
+                load=load,
                 metrics=metrics,
-                parity=Parity(metrics, clock),
+                parity=parity,
                 drift=drift,
                 history=history,
                 config=config.scheduler,
@@ -83,12 +90,24 @@ class Service:
             )
             metrics.register(IndexCollector(index))
             metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
+            kept = {
+                "decisions": self.router.decisions.__len__,
+                "sent_blocks": history.__len__,
+                "assumed_blocks": load.__len__,
+                "drift_endpoints": drift.__len__,
+                "parity_samples": parity.__len__,
+            }
+            metrics.register(KeptCollector(kept))
             metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
 
-            follow = EventFollower(subscriber, config)
-            watcher = PodWatcher(
-                registry, session, config.pod_watch, on_discovered=follow, on_measured=partial(_measured, drift)
+            self._follow = follow = EventFollower(subscriber, config, on_gone=self.router.fleet.forget)
+            self._watcher = watcher = PodWatcher(
+                registry,
+                session,
+                config.pod_watch,
+                on_discovered=self._discovered,
+                on_measured=partial(_measured, drift),
             )
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)
@@ -105,6 +124,25 @@ class Service:
     ) -> bool | None:
         return await self._stack.__aexit__(kind, error, trace)
 
+    def join(self, config: PodConfig) -> None:
+        """A pod comes. Raises `ValueError` where there is one of its name."""
+        pod = self.router.registry.join(config)
+        if pod.kv_sources is not None:  # it may never tell more
+            self._follow(pod)
+        self._watcher.watch(pod)
+
+    def leave(self, name: str) -> None:
+        """A pod goes, and what is kept of it; requests that are there may end. Nothing happens where there is none."""
+        pod = self.router.registry.leave(name)
+        if pod is not None:
+            self._watcher.unwatch(name)
+            self._follow.leave(pod)
+            self.router.fleet.keep_models()
+
+    def _discovered(self, pod: Pod) -> None:
+        self._follow(pod)
+        self.router.fleet.keep_models()
+
 
 def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:
     """Hold every rank's own count of hits against what the index has said of it."""
@@ -118,46 +156,3 @@ def build_scheduler(config: SchedulerConfig) -> Scheduler:
     """The scheduler with built-in and installed plugins. Raises `ConfigError` or `PluginError`."""
     generator = random.Random(config.seed)  # noqa: S311 - breaks ties, protects nothing
     return Scheduler(config, Services(clock=time.perf_counter, rng=generator), discover())
-
-
-class EventFollower:
-    """Follows the KV events of pods by what they tell; call it with a pod whenever that may have changed."""
-
-    def __init__(self, subscriber: Subscriber, config: Config) -> None:
-        self._subscriber = subscriber
-        self._models = [model.name for model in config.models]
-        scorers = config.scheduler.plugins.score.enabled
-        self._wanted = any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers)
-        self._warned: set[str] = set()
-        self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
-
-    def __call__(self, pod: Pod) -> None:
-        """Follow the pod where it publishes now, under the model that it serves now."""
-        sources = {source.name: source for source in self._sources(pod)}
-        for name in self._following.get(pod.name, frozenset()) - sources.keys():
-            self._subscriber.unfollow(name)
-        for source in sources.values():
-            self._subscriber.follow(source)
-        self._following[pod.name] = frozenset(sources)
-        if not sources and self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
-            self._warned.add(pod.name)
-            reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
-            log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
-
-    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
-        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
-
-        A pod that does not tell its model (it may want an API key) has the only configured one.
-        """
-        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
-        if not pod.kv_sources or model is None:
-            return
-        for rank, source in enumerate(pod.kv_sources):
-            yield FeedSource(
-                pod=pod.name,
-                rank=rank if len(pod.kv_sources) > 1 else None,
-                model=model,
-                endpoint=source.endpoint,
-                replay_endpoint=source.replay_endpoint,
-                topic=source.topic,
-            )

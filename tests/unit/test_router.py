@@ -424,6 +424,23 @@ async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device()
     assert decision["chosen"] == "b"
 
 
+async def test_what_an_answer_leaves_behind_of_a_pod_that_has_left_is_forgotten() -> None:
+    world = World(load=LoadLedger(time.monotonic, 60.0))
+    world.holds("b", 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    world.registry.leave("b")
+    world.router.fleet.forget("b")
+    decision = await world.explain()
+    assert sorted(decision["pods"]) == ["a", "c"]
+    route.first_byte()
+    route.used(route.decision.chosen, 40, 8)
+    assert b'pod="b"' in world.metrics.render()
+    route.finish()
+    assert b'pod="b"' not in world.metrics.render()
+    assert (len(world.history), len(world.load), len(world.router._drift)) == (0, 0, 0)
+
+
 async def test_decisions_are_kept_with_what_came_of_them() -> None:
     world = World()
     route = await world.router.route(PATH, request(), request_id="r-1")

@@ -74,15 +74,13 @@ class Proxy:
             if attempt:
                 self._metrics.retry(kind)
                 route.move(pod)
-            self._metrics.sent(pod.name)
             try:
-                return await self._attempt(exchange, pod)
+                with self._metrics.at(pod.name):
+                    return await self._attempt(exchange, pod)
             except _Unreached as error:
                 kind = str(error)
                 self._metrics.upstream_error(pod.name, kind)
                 route.failed(pod)
-            finally:
-                self._metrics.returned(pod.name)
         names = ", ".join(pod.name for pod in pods)
         raise PodUnreachable(f"No pod could be reached (tried {names}; last failure: {kind}).")
 
