@@ -143,13 +143,29 @@ class Route:
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes, unless the pod knows the model under another name, or usage is asked for."""
         name = self._registry.name_at(pod.pod, self.prompt.model)
+        fields: dict[str, msgspec.Raw] = {}
+        if self.injects_usage or name != self.prompt.model:
+            fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
+        if self.injects_usage:
+            options = _asking_for_usage(fields.get("stream_options"))
+            self.injects_usage = options is not None
+            if options is not None:
+                fields["stream_options"] = options
         if name == self.prompt.model and not self.injects_usage:
             return self._body
-        fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
-        if self.injects_usage:
-            options = msgspec.json.decode(fields.get("stream_options", b"null")) or {}
-            self.injects_usage = isinstance(options, dict) and options.get("include_usage") is not True
-            if self.injects_usage:
-                fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options | {"include_usage": True}))
         return msgspec.json.encode(fields)
+
+
+def _asking_for_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:
+    """A request's `stream_options`, so that usage is reported once, at the end; None where the client's own must stay.
+
+    They must where they ask for usage, and where the engine will refuse them.
+    """
+    given = None if options is None else msgspec.json.decode(options)
+    if given is None:
+        given = {}
+    if not isinstance(given, dict) or given.get("include_usage") not in (None, False):
+        return None
+    kept = {key: value for key, value in given.items() if key != "continuous_usage_stats"}
+    return msgspec.Raw(msgspec.json.encode(kept | {"include_usage": True}))

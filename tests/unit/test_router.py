@@ -57,6 +57,7 @@ class World:
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+    injects_usage: bool = False
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -82,6 +83,7 @@ class World:
             drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
             history=self.history,
             config=config,
+            injects_usage=self.injects_usage,
         )
 
     def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
@@ -210,6 +212,34 @@ async def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name
         sent = route.body_for(route.decision.chosen)
         assert json.loads(sent) == {**json.loads(body), "model": expected}
         assert (sent is body) == (name == expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, {"include_usage": True}),
+        ({"include_usage": False, "odd": 1}, {"include_usage": True, "odd": 1}),
+        ({"continuous_usage_stats": True}, {"include_usage": True}),
+        ({"include_usage": True, "continuous_usage_stats": True}, None),
+        ({"include_usage": "true"}, None),
+        (False, None),
+        ([], None),
+    ],
+)
+async def test_usage_is_asked_for_once_at_the_end_unless_the_client_asks_or_errs(options: Any, asked: Any) -> None:
+    world = World(injects_usage=True)
+    for name, model in (("m", "m"), ("nice", "m")):
+        body = request(model=name, stream=True, stream_options=options)
+        route = await world.router.route(PATH, body, request_id="r")
+        sent = route.body_for(route.decision.chosen)
+        assert json.loads(sent) == {**json.loads(body), "model": model, "stream_options": asked or options}
+        assert (sent is body) == (asked is None and name == model)
+        assert route.injects_usage == (asked is not None)
+        assert route.body_for(route.decision.ranked[1]) == sent
+    body = request(stream_options=None)
+    route = await world.router.route(PATH, body, request_id="r")
+    assert route.body_for(route.decision.chosen) is body
+    assert not route.injects_usage
 
 
 async def test_stale_metrics_are_unknown() -> None:
