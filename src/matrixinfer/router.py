@@ -271,6 +271,7 @@ class Router:
             self._drift,
             chosen.name,
             tokens=foretold,
+            prompt_tokens=tokens,
             supports=feed.ledger.supports,
             model=self._name_at(feed, prepared),
             held=request.chain[: -(-foretold // block)],

@@ -13,7 +13,7 @@ import structlog
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
-from matrixinfer.drift import Drift
+from matrixinfer.drift import Drift, Lookups
 from matrixinfer.follower import EventFollower
 from matrixinfer.gateway.collectors import (
     FeedCollector,
@@ -145,11 +145,12 @@ class Service:
 
 
 def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:
-    """Hold every rank's own count of hits against what the index has said of it."""
+    """Hold every rank's own counts against what the index has said of it."""
     for endpoint in pod.endpoints:
         shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
         if shown is not None and shown.prefix_hits is not None:
-            drift.measured(endpoint.name, shown.prefix_hits, began_at=metrics.read_at)
+            counted = Lookups(shown.prefix_hits, shown.prefix_queries)
+            drift.measured(endpoint.name, counted, began_at=metrics.read_at)
 
 
 def build_scheduler(config: SchedulerConfig) -> Scheduler:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.drift import Lookups
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.route import Route
@@ -58,7 +59,7 @@ class World:
             feed.live(start, self.frame(range(1, 9), "GPU"))
             feed.live(start + 1, self.frame(range(9, 13), "CPU"))
             feed.live(start + 2, encode(EventBatch(0.0, [BlockRemoved(block_hashes=[12], medium="CPU", group_idx=0)])))
-            service.router._drift.measured(endpoint.name, 0, began_at=0.0)
+            service.router._drift.measured(endpoint.name, Lookups(0, 0), began_at=0.0)
 
     def frame(self, blocks: range, medium: Medium) -> bytes:
         """As many new blocks that follow each other."""

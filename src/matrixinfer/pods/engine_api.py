@@ -21,6 +21,9 @@ _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
 _CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
 _PREFIX_HITS = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_total")
+_LOADED = (b"vllm:external_prefix_cache_hits_total",)
+"""Found on slower tiers, and counted apart."""
+_PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
 _BLOCK_SIZE = re.compile(rb'\n(?:vllm|sglang):cache_config_info\{[^\n]*?\b(?:block|page)_size="(\d{1,9})"')
 _RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
 """vLLM's label of data-parallel ranks, and SGLang's."""
@@ -152,7 +155,9 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
 
     Looks for the few names it needs instead of parsing the text: 30 µs for 200 KB.
     """
-    series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS)]
+    series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS, _PREFIX_QUERIES)]
+    if series[3]:
+        series[3] += _values(text, _LOADED)
     whole = _summed(*series)
     ranks = sorted({rank for values in series for rank, _ in values if rank is not None})
     block_size = _BLOCK_SIZE.search(text)
@@ -162,6 +167,7 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
         cache_usage=whole.cache_usage,
         read_at=read_at,
         prefix_hits=whole.prefix_hits,
+        prefix_queries=whole.prefix_queries,
         block_size=int(block_size[1]) if block_size else None,
         ranks={
             rank: _summed(*([each for each in values if each[0] == rank] for values in series))
@@ -171,14 +177,23 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
 
 
 def _summed(
-    running: Sequence[_Sample], waiting: Sequence[_Sample], usage: Sequence[_Sample], hits: Sequence[_Sample]
+    running: Sequence[_Sample],
+    waiting: Sequence[_Sample],
+    usage: Sequence[_Sample],
+    hits: Sequence[_Sample],
+    queries: Sequence[_Sample],
 ) -> RankMetrics:
     return RankMetrics(
-        running=round(sum(value for _, value in running)) if running else None,
-        waiting=round(sum(value for _, value in waiting)) if waiting else None,
+        running=_sum(running),
+        waiting=_sum(waiting),
         cache_usage=max(value for _, value in usage) if usage else None,
-        prefix_hits=round(sum(value for _, value in hits)) if hits else None,
+        prefix_hits=_sum(hits),
+        prefix_queries=_sum(queries),
     )
+
+
+def _sum(samples: Sequence[_Sample]) -> int | None:
+    return round(sum(value for _, value in samples)) if samples else None
 
 
 def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:

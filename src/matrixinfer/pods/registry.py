@@ -20,7 +20,9 @@ class EngineMetrics:
     read_at: float
     """Seconds on the registry's clock, when the reading began."""
     prefix_hits: int | None = None
-    """Prompt tokens that the engine has found in its cache since it started."""
+    """Prompt tokens that the engine has found in its cache since it started, on whatever tier."""
+    prefix_queries: int | None = None
+    """Prompt tokens that it has looked up there."""
     block_size: int | None = None
     """Tokens per block of its cache."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class RankMetrics:
     waiting: int | None = None
     cache_usage: float | None = None
     prefix_hits: int | None = None
+    prefix_queries: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,7 +168,7 @@ class Metrics:
         self._expected[pod,].inc(predicted)
 
     def drift_window(self, pod: str, result: str) -> None:
-        """An engine's own count has grown by what was foretold at least (`covered`), or by less (`short`)."""
+        """An engine's own count has grown by what was foretold at least (`covered`), by less (`short`), or not yet."""
         self._windows[pod, result].inc()
 
     def resynced(self, pod: str) -> None:

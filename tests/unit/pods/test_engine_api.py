@@ -180,4 +180,10 @@ vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blo
     metrics = parse_metrics(text, read_at=0.0)
     assert (metrics.prefix_hits, metrics.block_size) == (100, 32)
     assert {rank: each.prefix_hits for rank, each in metrics.ranks.items()} == {0: 96, 1: 4}
+    loaded = b'vllm:external_prefix_cache_hits_total{engine="1"} 32.0\n'
+    looked_up = b'vllm:prefix_cache_queries_total{engine="0"} 200\nvllm:prefix_cache_queries_total{engine="1"} 50\n'
+    metrics = parse_metrics(text + loaded + looked_up, read_at=0.0)
+    assert (metrics.prefix_hits, metrics.prefix_queries) == (132, 250)
+    assert (metrics.ranks[1].prefix_hits, metrics.ranks[1].prefix_queries) == (36, 50)
+    assert parse_metrics(loaded, read_at=0.0).prefix_hits is None
     assert (parse_metrics(VLLM, read_at=0.0).prefix_hits, parse_metrics(VLLM, read_at=0.0).block_size) == (None, None)
