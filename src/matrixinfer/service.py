@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -133,7 +133,7 @@ class EventFollower:
 
     def __call__(self, pod: Pod) -> None:
         """Follow the pod where it publishes now, under the model that it serves now."""
-        sources = {source.name: source for source in self._sources(pod)}
+        sources = {source.name: source for source in feed_sources(pod, self._models)}
         for name in self._following.get(pod.name, frozenset()) - sources.keys():
             self._subscriber.unfollow(name)
         for source in sources.values():
@@ -144,20 +144,21 @@ class EventFollower:
             reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
             log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
 
-    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
-        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
 
-        A pod that does not tell its model (it may want an API key) has the only configured one.
-        """
-        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
-        if not pod.kv_sources or model is None:
-            return
-        for rank, source in enumerate(pod.kv_sources):
-            yield FeedSource(
-                pod=pod.name,
-                rank=rank if len(pod.kv_sources) > 1 else None,
-                model=model,
-                endpoint=source.endpoint,
-                replay_endpoint=source.replay_endpoint,
-                topic=source.topic,
-            )
+def feed_sources(pod: Pod, models: Sequence[str]) -> Iterator[FeedSource]:
+    """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
+
+    A pod that does not tell its model (it may want an API key) has the only one of `models`, those configured.
+    """
+    model = pod.base_model or (models[0] if len(models) == 1 else None)
+    if not pod.kv_sources or model is None:
+        return
+    for rank, source in enumerate(pod.kv_sources):
+        yield FeedSource(
+            pod=pod.name,
+            rank=rank if len(pod.kv_sources) > 1 else None,
+            model=model,
+            endpoint=source.endpoint,
+            replay_endpoint=source.replay_endpoint,
+            topic=source.topic,
+        )
