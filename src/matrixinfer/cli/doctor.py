@@ -15,11 +15,12 @@ from rich.text import Text
 
 from matrixinfer.cli import engines
 from matrixinfer.cli.arguments import Subparsers, duration
-from matrixinfer.config import Config
+from matrixinfer.config import Config, LogConfig
 from matrixinfer.doctor.diagnose import diagnose
 from matrixinfer.doctor.examine import examine
 from matrixinfer.doctor.facts import FleetFacts
 from matrixinfer.doctor.findings import Finding, Level, Summary, sum_up
+from matrixinfer.telemetry.log import configure
 
 PROGRESS_AFTER_SECONDS = 1.0
 _STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "blind": "bold red"}
@@ -51,6 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Examine, print, and give the exit code. Raises `ConfigError`."""
     config = engines.configuration(args)
+    configure(LogConfig(level="error", format="console"))  # the findings say it all
     fleet = asyncio.run(_examine(config, args))
     findings = diagnose(fleet)
     summary = sum_up(findings, len(fleet.pods))

@@ -13,6 +13,8 @@ _EVENTS_FIX = (
     'start the engine with --kv-events-config \'{"enable_kv_cache_events":true,"publisher":"zmq",'
     '"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}\''
 )
+_SURE = 2
+"""Tokens of a probe, whose beginning is unlike any other prompt's, by which events are known to be about it."""
 _ENDPOINT_FIX = "name its PUB endpoint as kvEvents.endpoint"
 
 
@@ -43,13 +45,13 @@ def ports(pod: PodFacts) -> Iterator[Verdict]:
     """Whether ranks get in each other's way: rank n binds both base ports plus n."""
     used: dict[str, list[str]] = defaultdict(list)
     for feed in pod.feeds:
-        used[_port(feed.source.endpoint)].append(f"publisher{_of(pod, feed, ' of ')}")
+        used[_address(feed.source.endpoint)].append(f"publisher{_of(pod, feed, ' of ')}")
         if feed.source.replay_endpoint is not None:
-            used[_port(feed.source.replay_endpoint)].append(f"replays{_of(pod, feed, ' of ')}")
-    for port, users in used.items():
+            used[_address(feed.source.replay_endpoint)].append(f"replays{_of(pod, feed, ' of ')}")
+    for address, users in used.items():
         if len(users) > 1:
             yield blind(
-                f"port {port} is meant for {' and '.join(users)}",
+                f"port {address.rpartition(':')[2]} is meant for {' and '.join(users)}",
                 f"keep the ports of endpoint and replay_endpoint at least {len(pod.feeds)} apart, one for each rank",
             )
 
@@ -165,7 +167,7 @@ def _untold(pod: PodFacts, feed: FeedFacts, sent: ProbeFacts) -> Iterator[Verdic
             f"{where}the events of {prompt} came from {sent.elsewhere} instead",
             "name each rank's own endpoints; the engine must take the header X-data-parallel-rank",
         )
-    elif sent.first_difference is not None:
+    elif (sent.first_difference or 0) >= _SURE:
         yield blind(
             f"{where}its events tell of {prompt} with other tokens than here, from token {sent.first_difference} on",
             "give the model the tokenizer that the engine uses, or none, so that the engine's /tokenize is asked",
@@ -173,7 +175,7 @@ def _untold(pod: PodFacts, feed: FeedFacts, sent: ProbeFacts) -> Iterator[Verdic
     elif feed.frames:
         yield blind(
             f"{where}events come, but none tells of {prompt}",
-            "the endpoint may be another engine's: name this one's in kvEvents.endpoint",
+            "the endpoint may be another engine's: name this one's in kvEvents.endpoint; or the engine's token ids differ",
         )
     elif feed.connected and pod.prefix_caching is not False:
         yield blind(
@@ -201,12 +203,12 @@ def _status(status: int | None) -> str:
     return "" if status is None else f", HTTP {status}"
 
 
-def _port(endpoint: str) -> str:
-    return endpoint.rpartition(":")[2]
+def _address(endpoint: str) -> str:
+    return endpoint.partition("://")[2]
 
 
 def _host(endpoint: str) -> str:
-    return endpoint.partition("://")[2].rpartition(":")[0].strip("[]")
+    return _address(endpoint).rpartition(":")[0].strip("[]")
 
 
 def _is_local(host: str) -> bool:
