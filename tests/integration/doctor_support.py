@@ -20,7 +20,7 @@ from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 
 FAST = SimEngineConfig(timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0), num_blocks=1000)
-PATIENCE = "1"
+PATIENCE = "2"
 Change = Callable[[int, bytes], tuple[int, bytes]]
 """Status and body of an answer as they are, and as they are to be."""
 

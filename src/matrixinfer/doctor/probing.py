@@ -111,7 +111,9 @@ class Prober:
             tokenized = await self._tokenizers.tokenize(read, model=configured, engines=[endpoint.pod])
         except TokenizeError as error:
             raise Refused(f"it has no token ids here: {error}") from error
-        ids = tokenized.tokens.ids
+        ids, block = tokenized.tokens.ids, max(self._blocks.block_size, engine_block or 1)
+        if len(ids) <= block:
+            raise Refused(f"what fits the engine fills no block of {block} tokens")
         return Sent(body=body, ids=ids, chain=self._blocks.chain(ids))
 
     async def _send(self, endpoint: Endpoint, sent: Sent) -> int | None:
