@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 
@@ -34,7 +34,7 @@ class EventFollower:
 
     def __call__(self, pod: Pod) -> None:
         """Follow the pod where it publishes now, under the model that it serves now."""
-        sources = {source.name: source for source in self._sources(pod)}
+        sources = {source.name: source for source in feed_sources(pod, self._models)}
         self._unfollow(self._following.get(pod.name, frozenset()) - sources.keys())
         for source in sources.values():
             self._subscriber.follow(source)
@@ -59,20 +59,21 @@ class EventFollower:
         for name in names:
             self._subscriber.unfollow(name)
 
-    def _sources(self, pod: Pod) -> Iterator[FeedSource]:
-        """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
 
-        A pod that does not tell its model (it may want an API key) has the only configured one.
-        """
-        model = pod.base_model or (self._models[0] if len(self._models) == 1 else None)
-        if not pod.kv_sources or model is None:
-            return
-        for rank, source in enumerate(pod.kv_sources):
-            yield FeedSource(
-                pod=pod.name,
-                rank=rank if len(pod.kv_sources) > 1 else None,
-                model=model,
-                endpoint=source.endpoint,
-                replay_endpoint=source.replay_endpoint,
-                topic=source.topic,
-            )
+def feed_sources(pod: Pod, models: Sequence[str]) -> Iterator[FeedSource]:
+    """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
+
+    A pod that does not tell its model (it may want an API key) has the only one of `models`, those configured.
+    """
+    model = pod.base_model or (models[0] if len(models) == 1 else None)
+    if not pod.kv_sources or model is None:
+        return
+    for rank, source in enumerate(pod.kv_sources):
+        yield FeedSource(
+            pod=pod.name,
+            rank=rank if len(pod.kv_sources) > 1 else None,
+            model=model,
+            endpoint=source.endpoint,
+            replay_endpoint=source.replay_endpoint,
+            topic=source.topic,
+        )

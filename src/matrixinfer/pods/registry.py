@@ -25,6 +25,8 @@ class EngineMetrics:
     """Prompt tokens that it has looked up there."""
     block_size: int | None = None
     """Tokens per block of its cache."""
+    prefix_caching: bool | None = None
+    """Whether it keeps the blocks of prompts for those that begin alike."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
     """The same of each data-parallel rank, where the engine tells them apart."""
 
@@ -62,6 +64,8 @@ class ServedNames:
     """Adapter name to the model below it."""
     engine: str | None = None
     """What the engine calls itself as the owner of its models, such as `vllm` or `sglang`."""
+    context_length: int | None = None
+    """Most tokens of prompt and reply together; None where it does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
