@@ -64,7 +64,7 @@ class Agent:
             drift = Drift(metrics, subscriber.resync, clock)
             self.backend.knows(subscriber.feeds, drift)
             await stack.enter_async_context(self._dry_run or self.backend)
-            follow = EventFollower(subscriber, config, self.backend.follow)
+            follow = EventFollower(subscriber, config, on_followed=self.backend.follow)
             watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)

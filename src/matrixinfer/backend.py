@@ -85,7 +85,9 @@ class Backend:
         if self.states is not None and not self.follows:
             return ToldCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
-        return FeedCaches(feeds, drift) if warm is None else FeedCaches(feeds, drift, warming=warm.is_warming)
+        if warm is None:
+            return FeedCaches(feeds, drift.doubts)
+        return FeedCaches(feeds, lambda name: drift.doubts(name) or warm.is_warming(name))
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

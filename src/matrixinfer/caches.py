@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
-from matrixinfer.drift import Drift
 from matrixinfer.index.redis.states import PodState, States, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
@@ -38,14 +37,11 @@ class Caches(Protocol):
 
 
 class FeedCaches:
-    """Caches whose events this process follows. `warming` tells of those that are known from elsewhere until then."""
+    """Caches whose events this process follows. `doubts` tells of those that are not to be believed now."""
 
-    def __init__(
-        self, feeds: Mapping[str, PodFeed], drift: Drift, *, warming: Callable[[str], bool] = lambda _: False
-    ) -> None:
+    def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool] = lambda _: False) -> None:
         self._feeds = feeds
-        self._drift = drift
-        self._warming = warming
+        self._doubts = doubts
 
     def of(self, name: str) -> CacheView | None:
         """By its feed."""
@@ -53,7 +49,7 @@ class FeedCaches:
         if feed is None:
             return None
         ledger = feed.ledger
-        trust = trust_in(feed, doubted=self._drift.doubts(name) or self._warming(name))
+        trust = trust_in(feed, doubted=self._doubts(name))
         return CacheView(
             trust=trust,
             feed=feed.state.value,
@@ -79,7 +75,7 @@ class ToldCaches:
         state = self._states.of(name)
         if state is None:
             return _UNVOUCHED if self._unvouched else None
-        trust: Trust = state.trust if state.trust in get_args(Trust) else "none"  # type: ignore[assignment]
+        trust = _TRUST.get(state.trust, "none")
         if trust != "none" and not self._states.is_alive(name):
             trust = "stale"
         return CacheView(
@@ -92,6 +88,7 @@ class ToldCaches:
         )
 
 
+_TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
 _UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
 
 

@@ -10,8 +10,9 @@ blocks say: those are counted, and never cleared.
 
 More than was predicted is no fault either: another gateway's requests, and blocks whose events are on their way.
 
-Where answers do not tell, the engine's own count of hits does, if less sharply: what it has grown by between two readings must
-cover what was foretold of the requests that were sent and answered in between.
+Where answers do not tell, the engine's own counts of tokens looked up and found do, if less sharply: what was found between
+two readings must cover what was foretold of the requests that were sent and answered in between. Where not even their
+prompts have been looked up, as far as the engine has counted, it says nothing yet.
 
 A prompt that was computed leaves its new blocks behind, and events that tell of them. After a run of requests whose last
 block is still not indexed some seconds later, the feed is doubted until one is.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
@@ -29,6 +30,7 @@ from matrixinfer.kvevents.supports import Supports, Watch
 from matrixinfer.telemetry.metrics import Metrics
 
 Outcome: TypeAlias = Literal["exact", "more", "fewer", "evicted"]
+Window: TypeAlias = Literal["covered", "short", "uncounted"]
 
 RUN = 3
 """Answers in a row with fewer cached tokens than predicted after which a pod is looked at anew; and requests in a row
@@ -50,6 +52,13 @@ class Resync(Protocol):
         ...
 
 
+class Lookups(NamedTuple):
+    """Prompt tokens that were found in a cache, and of how many; None where that is not told."""
+
+    hits: int
+    queries: int | None
+
+
 @dataclass(slots=True)
 class _Endpoint:
     tells: bool = False
@@ -64,11 +73,11 @@ class _Endpoint:
     awaited_until: float = 0.0
     missed: int = 0
     """Requests in a row that should have stored something and did not."""
-    hits: int | None = None
-    """The engine's own count at the last reading."""
-    hits_read_at: float = float("inf")
-    foretold: list[tuple[float, int]] = field(default_factory=list)
-    """When answers began to requests sent since then, and the hits that they must have had. Few: see `_MAX_FORETOLD`."""
+    counted: Lookups | None = None
+    """The engine's own counts at the last reading."""
+    counted_at: float = float("inf")
+    foretold: list[tuple[float, Lookups]] = field(default_factory=list)
+    """When answers began to requests sent since then, and what they must have had. Few: see `_MAX_FORETOLD`."""
 
 
 class Drift:
@@ -79,6 +88,10 @@ class Drift:
         self._resync = resync
         self._clock = clock
         self._endpoints: dict[str, _Endpoint] = {}
+
+    def __len__(self) -> int:
+        """Endpoints of which account is kept."""
+        return len(self._endpoints)
 
     def now(self) -> float:
         """The time, in seconds."""
@@ -108,28 +121,29 @@ class Drift:
         if purges or outcome != "fewer":
             self._count(name, endpoint, is_fewer=outcome == "fewer")
 
-    def began(self, name: str, *, sent_at: float, least: int) -> None:
-        """An answer begins to a request that must have found `least` tokens."""
+    def began(self, name: str, *, sent_at: float, least: int, tokens: int) -> None:
+        """An answer begins to a request that must have found `least` of its `tokens`."""
         endpoint = self._of(name)
-        if least and sent_at >= endpoint.hits_read_at and len(endpoint.foretold) < _MAX_FORETOLD:
-            endpoint.foretold.append((self._clock(), least))
+        if least and sent_at >= endpoint.counted_at and len(endpoint.foretold) < _MAX_FORETOLD:
+            endpoint.foretold.append((self._clock(), Lookups(least, tokens)))
 
-    def measured(self, name: str, hits: int, *, began_at: float) -> None:
-        """The engine's count of tokens found in its cache was read, between `began_at` and now."""
+    def measured(self, name: str, counted: Lookups, *, began_at: float) -> None:
+        """The engine's counts since its start were read, between `began_at` and now."""
         endpoint, now = self._of(name), self._clock()
-        if endpoint.hits is not None and hits >= endpoint.hits:
-            if began_at < endpoint.hits_read_at + WINDOW_SECONDS:
+        before = endpoint.counted
+        if before is not None and counted.hits >= before.hits:
+            if began_at < endpoint.counted_at + WINDOW_SECONDS:
                 return
-            least = sum(tokens for at, tokens in endpoint.foretold if at <= began_at)
-            if least:
-                self._weigh(name, endpoint, is_short=hits - endpoint.hits < least)
-        endpoint.hits, endpoint.hits_read_at = hits, now
+            foretold = [each for at, each in endpoint.foretold if at <= began_at]
+            if foretold:
+                self._weigh(name, endpoint, _window(before, counted, foretold))
+        endpoint.counted, endpoint.counted_at = counted, now
         endpoint.foretold.clear()
 
-    def _weigh(self, name: str, endpoint: _Endpoint, *, is_short: bool) -> None:
-        self._metrics.drift_window(name, "short" if is_short else "covered")
-        if not endpoint.tells:
-            self._count(name, endpoint, is_fewer=is_short)
+    def _weigh(self, name: str, endpoint: _Endpoint, window: Window) -> None:
+        self._metrics.drift_window(name, window)
+        if not endpoint.tells and window != "uncounted":
+            self._count(name, endpoint, is_fewer=window == "short")
 
     def awaits(self, name: str, is_stored: Callable[[], bool]) -> None:
         """The endpoint has computed a prompt with a block that was not indexed. One at a time is looked after."""
@@ -172,8 +186,9 @@ class Drift:
 class Prediction:
     """What the index says that an endpoint will find of one prompt, in whole engine blocks.
 
-    `held` are the token blocks, of `token_block` tokens each, that `tokens` reach into: of `model` in `supports`. `stored` is a further one that must be there once the prompt is computed; None for none. With `purges` false an answer
-    that tells of less is only counted.
+    `tokens` of `prompt_tokens` are foretold. `held` are the token blocks, of `token_block` tokens each, that they reach
+    into: of `model` in `supports`. `stored` is a further one that must be there once the prompt is computed; None for
+    none. With `purges` false an answer that tells of less is only counted.
     """
 
     __slots__ = (
@@ -182,6 +197,7 @@ class Prediction:
         "_held",
         "_model",
         "_name",
+        "_prompt_tokens",
         "_purges",
         "_sent_at",
         "_stored",
@@ -197,6 +213,7 @@ class Prediction:
         name: str,
         *,
         tokens: int,
+        prompt_tokens: int,
         supports: Supports,
         model: str,
         held: Sequence[int],
@@ -205,6 +222,7 @@ class Prediction:
         purges: bool,
     ) -> None:
         self.tokens = self._at_first_byte = tokens
+        self._prompt_tokens = prompt_tokens
         self._drift = drift
         self._name = name
         self._supports = supports
@@ -222,7 +240,8 @@ class Prediction:
             self._at_first_byte = min(self.tokens, self._supports.held(self._model, self._held) * self._token_block)
         self._unwatch()
         if self._purges:
-            self._drift.began(self._name, sent_at=self._sent_at, least=self._at_first_byte)
+            tokens = self._prompt_tokens
+            self._drift.began(self._name, sent_at=self._sent_at, least=self._at_first_byte, tokens=tokens)
 
     def reported(self, cached: int | None) -> None:
         """The answer tells of `cached` tokens."""
@@ -249,3 +268,11 @@ def _outcome(least: int, most: int, cached: int) -> Outcome:
     if cached > most:
         return "more"
     return "exact" if least == most else "evicted"
+
+
+def _window(before: Lookups, now: Lookups, foretold: Sequence[Lookups]) -> Window:
+    """What an engine's counts say of requests that were foretold between two readings of them."""
+    looked_up = None if before.queries is None or now.queries is None else now.queries - before.queries
+    if looked_up is not None and looked_up < sum(each.queries or 0 for each in foretold):
+        return "uncounted"
+    return "short" if now.hits - before.hits < sum(each.hits for each in foretold) else "covered"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matrixinfer.config import WeightsConfig
+from matrixinfer.drift import Drift
 from matrixinfer.lookup import LookUp, Matches
+from matrixinfer.parity import Parity
 from matrixinfer.peers.heard import PeerLoads
 from matrixinfer.peers.message import Load
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
@@ -13,10 +15,11 @@ from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.scheduler.worth import worth
+from matrixinfer.telemetry.metrics import Metrics
 
 
 class Fleet:
-    """Puts candidates together from what each part knows of them. Nothing here waits, and nothing changes."""
+    """Puts candidates together from what each part knows of them, and has all parts forget those that are gone."""
 
     def __init__(
         self,
@@ -25,6 +28,9 @@ class Fleet:
         look_up: LookUp,
         load: LoadLedger,
         history: RoutingHistory,
+        drift: Drift,
+        parity: Parity,
+        metrics: Metrics,
         weights: WeightsConfig,
         peers: PeerLoads,
     ) -> None:
@@ -32,6 +38,9 @@ class Fleet:
         self._look_up = look_up
         self._load = load
         self._history = history
+        self._drift = drift
+        self._parity = parity
+        self._metrics = metrics
         self._weights = weights
         self._peers = peers
 
@@ -44,13 +53,13 @@ class Fleet:
         reads_cache: bool,
         approximate: bool,
     ) -> list[Candidate]:
-        """The endpoints of `pods` at this moment.
+        """The endpoints of `pods` at this moment, of those pods that have not left meanwhile. Nothing changes.
 
         `matches` is what the index says of the prompt, None when it could not be asked. With `approximate` its token ids
         are not the engines', so that only what was sent counts; one that does not read caches (`reads_cache`) gains
         nothing from either.
         """
-        endpoints = (endpoint for pod in pods for endpoint in pod.endpoints)
+        endpoints = (endpoint for pod in pods if not pod.gone for endpoint in pod.endpoints)
         if approximate:
             matches = None
         others = self._peers.totals(request.now)
@@ -58,6 +67,25 @@ class Fleet:
             self._candidate(endpoint, request, matches, reads_cache, approximate, others.get(endpoint.name, _NONE))
             for endpoint in endpoints
         ]
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint is gone: what was counted and remembered of it goes too."""
+        self._load.forget(endpoint)
+        self._history.forget(endpoint)
+        self._drift.forget(endpoint)
+        self._metrics.forget_pod(endpoint)
+
+    def keep_models(self) -> None:
+        """Models that nobody serves any more are forgotten."""
+        served = self._registry.names()
+        self._parity.keep_models(served)
+        self._metrics.keep_models(served)
+
+    def finished(self, tried: Sequence[Candidate]) -> None:
+        """A request is over that was at these endpoints: what its answer has left behind of those that are gone goes."""
+        for each in tried:
+            if not self._registry.has(each.pod, each.name):
+                self.forget(each.name)
 
     def _candidate(
         self,

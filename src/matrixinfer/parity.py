@@ -8,7 +8,7 @@ approximately, by what this gateway has sent where and not by the index, until i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -124,6 +124,10 @@ class Parity:
         self._turns = itertools.count()
         self._log = structlog.get_logger(__name__)
 
+    def __len__(self) -> int:
+        """Requests that are being looked for in events."""
+        return len(self._samples)
+
     def is_approximate(self, model: str) -> bool:
         """Whether `model`'s token ids have lately differed."""
         known = self._models.get(model)
@@ -133,6 +137,11 @@ class Parity:
         """Every model compared so far, as JSON-able data."""
         self._settle()
         return {name: model.view() for name, model in self._models.items()}
+
+    def keep_models(self, models: Container[str]) -> None:
+        """Forget models that are not among these."""
+        self._settle()
+        self._models = {name: model for name, model in self._models.items() if name in models}
 
     def counted(self, model: str, *, pod: str, path: str, ours: int, engines: int) -> None:
         """An answer of `pod` says that it counted `engines` prompt tokens where we have `ours`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -21,7 +21,7 @@ class Route:
     """What the proxy tells of a request's way is passed on to whom it concerns.
 
     `charge` counts the request at a pod; `comparison` holds its tokens against the engine's and `prediction` the hit
-    that the index foretells, where these can be told.
+    that the index foretells, where these can be told. `finished` is told at the end where the request has been.
     """
 
     __slots__ = (
@@ -30,11 +30,13 @@ class Route:
         "_charge_at",
         "_comparison",
         "_computed",
+        "_finished",
         "_history",
         "_pod",
         "_prediction",
         "_record",
         "_registry",
+        "_tried",
         "decision",
         "injects_usage",
         "prompt",
@@ -52,6 +54,7 @@ class Route:
         record: Record,
         comparison: Comparison | None,
         prediction: Prediction | None,
+        finished: Callable[[Sequence[Candidate]], None],
         injects_usage: bool = False,
     ) -> None:
         self.prompt = prompt
@@ -60,6 +63,8 @@ class Route:
         self._registry = registry
         self._charge_at = charge
         self._pod = decision.chosen
+        self._tried = [decision.chosen]
+        self._finished = finished
         self._charge = charge(decision.chosen)
         self._history = history
         self._record = record
@@ -73,6 +78,7 @@ class Route:
         """The request is tried at another pod."""
         self._charge.cancel()
         self._pod = pod
+        self._tried.append(pod)
         self._charge = self._charge_at(pod)
         self._record.attempts.append(pod.name)
         if self._comparison is not None:
@@ -119,6 +125,7 @@ class Route:
         if self._comparison is not None:
             self._comparison.unwatch(computed=self._computed)
         self._end_prediction(computed=self._computed)
+        self._finished(self._tried)
 
     def _remember(self) -> None:
         """What was sent stands in for what the pod's events do not tell."""
@@ -136,13 +143,29 @@ class Route:
     def body_for(self, pod: Candidate) -> bytes:
         """The client's bytes, unless the pod knows the model under another name, or usage is asked for."""
         name = self._registry.name_at(pod.pod, self.prompt.model)
+        fields: dict[str, msgspec.Raw] = {}
+        if self.injects_usage or name != self.prompt.model:
+            fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
+        if self.injects_usage:
+            options = _asking_for_usage(fields.get("stream_options"))
+            self.injects_usage = options is not None
+            if options is not None:
+                fields["stream_options"] = options
         if name == self.prompt.model and not self.injects_usage:
             return self._body
-        fields = msgspec.json.decode(self._body, type=dict[str, msgspec.Raw])
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
-        if self.injects_usage:
-            options = msgspec.json.decode(fields.get("stream_options", b"null")) or {}
-            self.injects_usage = isinstance(options, dict) and options.get("include_usage") is not True
-            if self.injects_usage:
-                fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options | {"include_usage": True}))
         return msgspec.json.encode(fields)
+
+
+def _asking_for_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:
+    """A request's `stream_options`, so that usage is reported once, at the end; None where the client's own must stay.
+
+    They must where they ask for usage, and where the engine will refuse them.
+    """
+    given = None if options is None else msgspec.json.decode(options)
+    if given is None:
+        given = {}
+    if not isinstance(given, dict) or given.get("include_usage") not in (None, False):
+        return None
+    kept = {key: value for key, value in given.items() if key != "continuous_usage_stats"}
+    return msgspec.Raw(msgspec.json.encode(kept | {"include_usage": True}))

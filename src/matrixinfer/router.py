@@ -95,7 +95,7 @@ class Router:
         self._tokenizers = tokenizers
         self._blocks = blocks
         self._feeds = feeds
-        self._caches = caches or FeedCaches(feeds, drift)
+        self._caches = caches or FeedCaches(feeds, drift.doubts)
         self._look_up = LookUp(registry, index, self._caches)
         self._scheduler = scheduler
         self._load = load
@@ -105,11 +105,14 @@ class Router:
         self._injects_usage = injects_usage
         self._history = history
         self.decisions = DecisionLog(config.decisions_kept)
-        self._fleet = Fleet(
+        self.fleet = Fleet(
             registry=registry,
             look_up=self._look_up,
             load=load,
             history=history,
+            drift=drift,
+            parity=parity,
+            metrics=metrics,
             weights=config.weights,
             peers=peers or PeerLoads(),
         )
@@ -133,6 +136,7 @@ class Router:
             record=kept,
             comparison=self._comparison(prepared, decision.chosen),
             prediction=self._prediction(prepared, decision.chosen),
+            finished=self.fleet.finished,
             injects_usage=self._injects_usage,
         )
         self._observe(prepared, decision, self._clock() - started)
@@ -232,7 +236,7 @@ class Router:
         )
 
     def _candidates(self, prepared: _Prepared) -> list[Candidate]:
-        return self._fleet.candidates(
+        return self.fleet.candidates(
             prepared.request,
             prepared.pods,
             prepared.matches,
@@ -277,6 +281,7 @@ class Router:
             self._drift,
             chosen.name,
             tokens=foretold,
+            prompt_tokens=tokens,
             supports=feed.ledger.supports,
             model=self._name_at(feed, prepared),
             held=request.chain[: -(-foretold // block)],

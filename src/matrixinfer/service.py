@@ -13,10 +13,16 @@ import structlog
 
 from matrixinfer.backend import Backend, token_blocks
 from matrixinfer.caches import Caches
-from matrixinfer.config import Config, SchedulerConfig
-from matrixinfer.drift import Drift
+from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.drift import Drift, Lookups
 from matrixinfer.follower import EventFollower
-from matrixinfer.gateway.collectors import FeedCollector, IndexCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.gateway.collectors import (
+    FeedCollector,
+    IndexCollector,
+    KeptCollector,
+    PluginCollector,
+    TokenCacheCollector,
+)
 from matrixinfer.gateway.peers_collector import PeersCollector
 from matrixinfer.gateway.redis_collector import RedisCollector
 from matrixinfer.gateway.server import Gateway
@@ -58,7 +64,6 @@ class Service:
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         backend = Backend(config, blocks, models=registry.base_models)
         metrics, history, peer_loads = Metrics(), RoutingHistory(), PeerLoads()
-        load = LoadLedger(clock, config.scheduler.assumed_seconds)
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(config.limits))
             tokenizers = TokenizerManager(
@@ -68,9 +73,10 @@ class Service:
             subscriber = await stack.enter_async_context(
                 Subscriber(index=backend.index, blocks=blocks, history=history)
             )
-            drift = Drift(metrics, subscriber.resync, clock)
+            drift, parity = Drift(metrics, subscriber.resync, clock), Parity(metrics, clock)
             caches = backend.knows(subscriber.feeds, drift)
             await stack.enter_async_context(backend)
+            load = LoadLedger(clock, config.scheduler.assumed_seconds)
             self.router = Router(
                 registry=registry,
                 tokenizers=tokenizers,
@@ -82,7 +88,7 @@ class Service:
                 load=load,
                 peers=peer_loads,
                 metrics=metrics,
-                parity=Parity(metrics, clock),
+                parity=parity,
                 drift=drift,
                 history=history,
                 config=config.scheduler,
@@ -97,17 +103,35 @@ class Service:
             if backend.redis is not None:
                 metrics.register(RedisCollector(backend.redis, backend.states))
             metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
+            kept = {
+                "decisions": self.router.decisions.__len__,
+                "sent_blocks": history.__len__,
+                "assumed_blocks": load.__len__,
+                "drift_endpoints": drift.__len__,
+                "parity_samples": parity.__len__,
+            }
+            metrics.register(KeptCollector(kept))
             metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
 
-            follow = EventFollower(subscriber, config, backend.follow) if backend.follows else None
-            watcher = PodWatcher(
-                registry, session, config.pod_watch, on_discovered=follow, on_measured=partial(_measured, drift)
+            self._follow = follow = EventFollower(
+                subscriber,
+                config,
+                on_gone=self.router.fleet.forget,
+                on_followed=backend.follow,
+                listens=backend.follows,
+            )
+            self._watcher = watcher = PodWatcher(
+                registry,
+                session,
+                config.pod_watch,
+                on_discovered=self._discovered,
+                on_measured=partial(_measured, drift),
             )
             await stack.enter_async_context(watcher)
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in registry.pods:
-                if follow is not None and pod.served is None:  # it may never tell, and then it is never discovered
+                if pod.served is None:  # it may never tell, and then it is never discovered
                     follow(pod)
             self.gateway = await stack.enter_async_context(Gateway(config, self.router, metrics, session))
             self._stack = stack.pop_all()
@@ -119,6 +143,25 @@ class Service:
     ) -> bool | None:
         return await self._stack.__aexit__(kind, error, trace)
 
+    def join(self, config: PodConfig) -> None:
+        """A pod comes. Raises `ValueError` where there is one of its name."""
+        pod = self.router.registry.join(config)
+        if pod.kv_sources is not None:  # it may never tell more
+            self._follow(pod)
+        self._watcher.watch(pod)
+
+    def leave(self, name: str) -> None:
+        """A pod goes, and what is kept of it; requests that are there may end. Nothing happens where there is none."""
+        pod = self.router.registry.leave(name)
+        if pod is not None:
+            self._watcher.unwatch(name)
+            self._follow.leave(pod)
+            self.router.fleet.keep_models()
+
+    def _discovered(self, pod: Pod) -> None:
+        self._follow(pod)
+        self.router.fleet.keep_models()
+
 
 def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:
     """How far an endpoint's events are believed; None where there is no such endpoint."""
@@ -129,11 +172,12 @@ def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:
 
 
 def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:
-    """Hold every rank's own count of hits against what the index has said of it."""
+    """Hold every rank's own counts against what the index has said of it."""
     for endpoint in pod.endpoints:
         shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
         if shown is not None and shown.prefix_hits is not None:
-            drift.measured(endpoint.name, shown.prefix_hits, began_at=metrics.read_at)
+            counted = Lookups(shown.prefix_hits, shown.prefix_queries)
+            drift.measured(endpoint.name, counted, began_at=metrics.read_at)
 
 
 def build_scheduler(config: SchedulerConfig) -> Scheduler:

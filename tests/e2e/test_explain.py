@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matrixinfer.sim.config import SimEngineConfig
 
 from .fleet import Fleet, fleet
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 COMPLETIONS = "/v1/completions"
 ENGINE = SimEngineConfig(model="m", block_size=16, num_blocks=5_000)
 BODY = {"model": "m", "prompt": list(range(300)), "max_tokens": 1}
@@ -70,6 +72,31 @@ async def test_what_was_predicted_is_shown_beside_what_the_engine_reported(
         assert await explain(gateway, "--body", str(tmp_path / "absent")) == 2
         assert await explain(gateway, "--body", str(body), "--path", "/v1/nothing") == 2
         assert "cannot read" in capsys.readouterr().err
+
+
+async def test_what_the_guide_shows_is_what_comes_out(
+    tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = re.findall(r"```console\n\$ matrixinfer explain(.*)\n((?:.*\n)*?)```", GUIDE.read_text())
+    assert len(shown) == 2
+    engine = SimEngineConfig(model="Qwen/Qwen3-8B", block_size=16, num_blocks=5_000)
+    async with fleet(tokenizer, engine, pods=2) as gateway:
+        await gateway.settled()
+        for turn, tokens in ((1, 2000), (2, 2300)):
+            body = {"model": "Qwen/Qwen3-8B", "prompt": list(range(tokens)), "max_tokens": 1}
+            headers = {"x-request-id": f"chat-7-turn-{turn}"}
+            async with gateway.session.post(gateway.url + COMPLETIONS, json=body, headers=headers) as response:
+                assert response.status == 200
+                await response.read()
+            await gateway.settled()
+        for arguments, expected in shown:
+            capsys.readouterr()
+            assert await explain(gateway, *arguments.split()) == 0
+            assert without_times(capsys.readouterr().out) == without_times(expected)
+
+
+def without_times(text: str) -> list[str]:
+    return [re.sub(r"\d\d:\d\d:\d\d", "", line).rstrip() for line in text.splitlines()]
 
 
 def test_a_gateway_that_is_not_there_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:

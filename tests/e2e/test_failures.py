@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from matrixinfer import drift
-from matrixinfer.config import PluginArgs, SchedulerConfig
+from matrixinfer.config import PluginArgs, PodConfig, SchedulerConfig
 from matrixinfer.kvevents import subscription
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -139,6 +139,26 @@ async def test_an_engine_that_goes_and_comes_back_is_indexed_anew(tokenizer: Loc
         answers = await serve(back, 30)
         assert not wrong(answers)
         assert answers[0].cached == 0
+
+
+async def test_an_engine_that_joins_is_used_and_one_that_leaves_is_not_remembered(tokenizer: LocalTokenizer) -> None:
+    async with AsyncExitStack() as stack:
+        first, second = [await stack.enter_async_context(SimEngine(ENGINE, tokenizer)) for _ in range(2)]
+        target = await stack.enter_async_context(gateway([first], scheduler=SCHEDULER))
+        assert not wrong(await serve(target, 10))
+        target.service.join(PodConfig(name="pod-1", url=second.url))
+        both = replace(target, engines=[first, second])
+        await both.settled()
+        answers = await serve(both, 30, seed=1)
+        assert not wrong(answers)
+        assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}
+        target.service.leave("pod-0")
+        answers = await serve(replace(target, engines=[]), 10, seed=1)
+        assert {answer.endpoint for answer in answers} == {"pod-1"}
+        async with target.session.get(f"{target.url}/metrics") as response:
+            told = await response.text()
+        assert 'pod="pod-1"' in told
+        assert 'pod="pod-0"' not in told
 
 
 async def test_a_reset_of_an_idle_engine_costs_a_few_wrong_predictions(tokenizer: LocalTokenizer) -> None:

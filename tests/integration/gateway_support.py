@@ -38,6 +38,7 @@ class FakeRoute:
     decision: Decision
     body: bytes
     registry: PodRegistry
+    injects_usage: bool = False
     reports: list[str] = field(default_factory=list)
 
     def body_for(self, pod: Candidate) -> bytes:
@@ -54,8 +55,6 @@ class FakeRoute:
         if status < 500:
             self.reports.append(f"answered {pod.name}")
             self.registry.answered(pod.name)
-
-    injects_usage = False
 
     @property
     def wants_usage(self) -> bool:
@@ -78,6 +77,7 @@ class FakeRouter:
         self.registry = registry
         self.routes: list[FakeRoute] = []
         self.sessions: list[str | None] = []
+        self.injects_usage = False
         self.removed: set[str] = set()
         """Pods that a filter removes."""
 
@@ -91,7 +91,8 @@ class FakeRouter:
         model, pods = self.registry.resolve(requested)
         candidates = [Candidate(name=pod.name, url=pod.url) for pod in pods]
         self.sessions.append(session)
-        self.routes.append(FakeRoute(decision(request_id, model, candidates, self.removed), body, self.registry))
+        chosen = decision(request_id, model, candidates, self.removed)
+        self.routes.append(FakeRoute(chosen, body, self.registry, self.injects_usage))
         return self.routes[-1]
 
     async def explain(self, path: str, body: bytes) -> dict[str, object]:

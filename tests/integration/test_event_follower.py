@@ -102,3 +102,15 @@ async def test_every_rank_has_a_feed_of_its_own_that_goes_when_the_rank_does(sub
     assert list(subscriber.feeds) == ["a"]
     follow(pod(sources=()))
     assert not subscriber.feeds
+
+
+async def test_endpoints_that_a_pod_has_no_more_are_told_of(subscriber: Subscriber) -> None:
+    gone: list[str] = []
+    follow = EventFollower(subscriber, ONE_MODEL, on_gone=gone.append)
+    follow(pod())
+    follow(pod(sources=(SOURCE, OTHER_SOURCE)))
+    assert gone == ["a"]
+    follow.leave(pod(sources=(SOURCE, OTHER_SOURCE)))
+    assert (sorted(gone), subscriber.feeds) == (["a", "a@dp0", "a@dp1"], {})
+    follow.leave(pod(sources=()))
+    assert len(gone) == 4  # a pod that was never followed is an endpoint, too

@@ -200,3 +200,19 @@ async def test_an_endless_answer_is_refused() -> None:
     async with pod(endless) as url, client_session(LimitsConfig()) as session:
         with pytest.raises(EngineDown, match="more than"):
             await EngineApi(session, 5.0).metrics(url, now=0.0)
+
+
+async def test_pods_that_come_are_watched_until_they_go() -> None:
+    found: list[Pod] = []
+    engine = Engine()
+    async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
+        await watcher.first_round(3.0)
+        late = registry.join(PodConfig(name="late", url=url))
+        watcher.watch(late)
+        await eventually(lambda: late.healthy and late.metrics is not None)
+        assert found[-1] is late
+        registry.leave("late")
+        watcher.unwatch("late")
+        watcher.unwatch("late")
+        await asyncio.sleep(0)
+        assert list(watcher._tasks) == list(watcher._announced) == ["pod-0"]

@@ -6,17 +6,28 @@ import io
 import random
 import re
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from matrixinfer.cli import main
-from matrixinfer.config import SchedulerConfig, parse
+from matrixinfer.config import SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.gateway.collectors import (
+    FeedCollector,
+    IndexCollector,
+    KeptCollector,
+    PluginCollector,
+    TokenCacheCollector,
+)
+from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.plugin_loader import discover
 from matrixinfer.policies import POLICIES, with_policy
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.reference import configuration_page
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.service import build_scheduler
+from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +73,31 @@ def test_the_rendering_that_is_shown_is_what_comes_out(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said[1].encode())))
     assert main(said[2].split()) == 0
     assert capfd.readouterr().out == expected
+
+
+def test_the_architecture_lists_every_module_and_the_layers_as_they_are_enforced() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page[page.index("| package |") : page.index("## What must hold")]
+    for module in (ROOT / "src" / "matrixinfer").iterdir():
+        name = f"{module.name}/" if module.is_dir() else module.name
+        assert name.startswith(("__", "py.typed")) or f"`{name}`" in table, name
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    enforced = [set(layer.split(" | ")) for layer in contracts[0]["layers"]]
+    (shown,) = (text for text in blocks(ROOT / "docs" / "architecture.md", "") if text.startswith("cli ->"))
+    assert [set(re.split(r",\s+", layer.strip())) for layer in shown.split("->")] == enforced[1:]
+
+
+def test_every_metric_is_explained_to_operators() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    shown = re.findall(r"(?:matrixinfer|…)_([a-z_]+?)(?:_total)?[`{ ]", page)
+    metrics = Metrics()
+    metrics.register(IndexCollector(MemoryIndex()))
+    metrics.register(FeedCollector({}, lambda _: False))
+    metrics.register(KeptCollector({}))
+    metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
+    metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    for name in [family.name for family in metrics.registry.collect()]:
+        assert any(name.endswith(f"_{end}") for end in shown), name
 
 
 def test_the_plugin_of_the_guide_works() -> None:

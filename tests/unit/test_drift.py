@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from structlog.testing import capture_logs
 
-from matrixinfer.drift import RUN, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Prediction
+from matrixinfer.drift import RUN, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Lookups, Prediction
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.telemetry.metrics import Metrics
@@ -122,6 +122,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         world.drift,
         "a",
         tokens=48,
+        prompt_tokens=60,
         supports=supports,
         model="m",
         held=[1, 2, 3],
@@ -200,15 +201,15 @@ def windows(world: World, result: str) -> float:
 
 def window(world: World, *, foretold: int, grown: int, total: int) -> int:
     """A reading, a request and its answer, and the next reading; returns the engine's count."""
-    world.drift.began("a", sent_at=world.now, least=foretold)
+    world.drift.began("a", sent_at=world.now, least=foretold, tokens=100)
     world.now += WINDOW_SECONDS
-    world.drift.measured("a", total + grown, began_at=world.now)
+    world.drift.measured("a", Lookups(total + grown, None), began_at=world.now)
     return total + grown
 
 
 def test_what_the_engine_counts_itself_must_cover_what_was_foretold() -> None:
     world, total = World(), 1000
-    world.drift.measured("a", total, began_at=0.0)
+    world.drift.measured("a", Lookups(total, None), began_at=0.0)
     for foretold, grown in ((64, 64), (64, 640), (0, 0)):
         total = window(world, foretold=foretold, grown=grown, total=total)
     assert (windows(world, "covered"), windows(world, "short")) == (2, 0)
@@ -220,25 +221,40 @@ def test_what_the_engine_counts_itself_must_cover_what_was_foretold() -> None:
 
 def test_only_what_was_sent_and_answered_between_two_readings_is_counted() -> None:
     world = World()
-    world.drift.began("a", sent_at=-1.0, least=64)  # nothing has been read yet
+    world.drift.began("a", sent_at=-1.0, least=64, tokens=100)  # nothing has been read yet
     world.now = 1.0
-    world.drift.measured("a", 0, began_at=0.5)
-    world.drift.began("a", sent_at=0.9, least=64)  # sent before the reading was over
+    world.drift.measured("a", Lookups(0, None), began_at=0.5)
+    world.drift.began("a", sent_at=0.9, least=64, tokens=100)  # sent before the reading was over
     world.now = 3.0
-    world.drift.measured("a", 0, began_at=3.0)  # too soon to mean anything
+    world.drift.measured("a", Lookups(0, None), began_at=3.0)  # too soon to mean anything
     world.now = 7.0
-    world.drift.began("a", sent_at=6.0, least=64)  # answered after the next reading had begun
-    world.drift.measured("a", 0, began_at=6.9)
+    world.drift.began("a", sent_at=6.0, least=64, tokens=100)  # answered after the next reading had begun
+    world.drift.measured("a", Lookups(0, None), began_at=6.9)
     assert windows(world, "covered") == windows(world, "short") == 0
-    world.drift.began("a", sent_at=7.0, least=64)
+    world.drift.began("a", sent_at=7.0, least=64, tokens=100)
     world.now = 20.0
-    world.drift.measured("a", 0, began_at=20.0)
+    world.drift.measured("a", Lookups(0, None), began_at=20.0)
     assert windows(world, "short") == 1
+
+
+@pytest.mark.parametrize(
+    ("hits", "queries", "result"),
+    [(64, 100, "covered"), (48, 100, "short"), (48, 99, "uncounted"), (64, 99, "uncounted"), (48, 5000, "short")],
+)
+def test_what_the_engine_has_not_looked_up_yet_by_its_count_says_nothing(hits: int, queries: int, result: str) -> None:
+    world = World()
+    world.drift.measured("a", Lookups(1000, 3000), began_at=0.0)
+    for turn in range(1, RUN + 1):
+        world.drift.began("a", sent_at=world.now, least=64, tokens=100)
+        world.now += WINDOW_SECONDS
+        world.drift.measured("a", Lookups(1000 + turn * hits, 3000 + turn * queries), began_at=world.now)
+    assert windows(world, result) == RUN
+    assert bool(world.resyncs) == (result == "short")
 
 
 def test_an_engine_that_counts_from_the_beginning_again_says_nothing_of_what_was_before() -> None:
     world = World()
-    world.drift.measured("a", 500, began_at=0.0)
+    world.drift.measured("a", Lookups(500, None), began_at=0.0)
     assert window(world, foretold=64, grown=-400, total=500) == 100
     assert windows(world, "short") == 0
     window(world, foretold=64, grown=64, total=100)
@@ -249,7 +265,7 @@ def test_where_answers_tell_the_count_is_only_shown() -> None:
     world = World()
     world.report(64)
     total = 0
-    world.drift.measured("a", total, began_at=0.0)
+    world.drift.measured("a", Lookups(total, None), began_at=0.0)
     for _ in range(2 * RUN):
         total = window(world, foretold=64, grown=0, total=total)
     assert (windows(world, "short"), world.resyncs) == (2 * RUN, [])
@@ -258,10 +274,10 @@ def test_where_answers_tell_the_count_is_only_shown() -> None:
 def test_a_prediction_is_part_of_the_window_that_its_request_falls_into() -> None:
     world, supports = World(), Supports("a", MemoryIndex())
     supports.add("m", [1, 2, 3], None)
-    world.drift.measured("a", 0, began_at=0.0)
+    world.drift.measured("a", Lookups(0, None), began_at=0.0)
     prediction = prediction_of(world, supports)
     supports.remove("m", [3])
     prediction.first_byte()
     world.now = WINDOW_SECONDS
-    world.drift.measured("a", 32, began_at=world.now)
+    world.drift.measured("a", Lookups(32, None), began_at=world.now)
     assert windows(world, "covered") == 1

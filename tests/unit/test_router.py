@@ -60,6 +60,7 @@ class World:
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+    injects_usage: bool = False
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -86,6 +87,7 @@ class World:
             history=self.history,
             peers=self.peers,
             config=config,
+            injects_usage=self.injects_usage,
         )
 
     def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
@@ -214,6 +216,34 @@ async def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name
         sent = route.body_for(route.decision.chosen)
         assert json.loads(sent) == {**json.loads(body), "model": expected}
         assert (sent is body) == (name == expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, {"include_usage": True}),
+        ({"include_usage": False, "odd": 1}, {"include_usage": True, "odd": 1}),
+        ({"continuous_usage_stats": True}, {"include_usage": True}),
+        ({"include_usage": True, "continuous_usage_stats": True}, None),
+        ({"include_usage": "true"}, None),
+        (False, None),
+        ([], None),
+    ],
+)
+async def test_usage_is_asked_for_once_at_the_end_unless_the_client_asks_or_errs(options: Any, asked: Any) -> None:
+    world = World(injects_usage=True)
+    for name, model in (("m", "m"), ("nice", "m")):
+        body = request(model=name, stream=True, stream_options=options)
+        route = await world.router.route(PATH, body, request_id="r")
+        sent = route.body_for(route.decision.chosen)
+        assert json.loads(sent) == {**json.loads(body), "model": model, "stream_options": asked or options}
+        assert (sent is body) == (asked is None and name == model)
+        assert route.injects_usage == (asked is not None)
+        assert route.body_for(route.decision.ranked[1]) == sent
+    body = request(stream_options=None)
+    route = await world.router.route(PATH, body, request_id="r")
+    assert route.body_for(route.decision.chosen) is body
+    assert not route.injects_usage
 
 
 async def test_stale_metrics_are_unknown() -> None:
@@ -426,6 +456,23 @@ async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device()
     assert field_of(decision, "tiers") == {"a": [0], "b": [8], "c": []}
     assert field_of(decision, "held_blocks") == {"a": pytest.approx(6.4), "b": 8, "c": 0}
     assert decision["chosen"] == "b"
+
+
+async def test_what_an_answer_leaves_behind_of_a_pod_that_has_left_is_forgotten() -> None:
+    world = World(load=LoadLedger(time.monotonic, 60.0))
+    world.holds("b", 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    world.registry.leave("b")
+    world.router.fleet.forget("b")
+    decision = await world.explain()
+    assert sorted(decision["pods"]) == ["a", "c"]
+    route.first_byte()
+    route.used(route.decision.chosen, 40, 8)
+    assert b'pod="b"' in world.metrics.render()
+    route.finish()
+    assert b'pod="b"' not in world.metrics.render()
+    assert (len(world.history), len(world.load), len(world.router._drift)) == (0, 0, 0)
 
 
 async def test_decisions_are_kept_with_what_came_of_them() -> None:

@@ -83,6 +83,18 @@ def add_parser(subparsers: Subparsers) -> None:
         help="blocks kept on the CPU, also after they had to leave the cache (default: none)",
     )
     add("--lazy-offload", action="store_true", help="copy blocks to the CPU only when they have to leave the cache")
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.prefix_caching,
+        help="keep the blocks of prompts, and tell of them in KV events (default: yes)",
+    )
+    add(
+        "--enable-prompt-tokens-details",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.prompt_tokens_details,
+        help="tell in usage how many prompt tokens were cached (default: yes)",
+    )
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and reply together (default: the whole cache)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_batched_tokens, metavar="TOKENS", help="per step")
     add("--max-num-seqs", type=int, default=defaults.max_sequences, metavar="REQUESTS", help="running at once")
@@ -149,6 +161,8 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
         num_blocks=args.num_gpu_blocks_override,
         cpu_blocks=args.cpu_blocks,
         lazy_offload=args.lazy_offload,
+        prefix_caching=args.enable_prefix_caching,
+        prompt_tokens_details=args.enable_prompt_tokens_details,
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_num_batched_tokens,
         max_sequences=args.max_num_seqs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import re
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 
-from matrixinfer.cli.arguments import at_least_one
+from matrixinfer.cli.arguments import at_least_one, duration
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
         "past batches, in the order of the endpoints: starts with the engine's history, and fills gaps")  # fmt: skip
     add("--topic", help="take only this exact topic (default: every topic)")
     add("--count", type=at_least_one, metavar="N", help=f"stop after N {unit}")
-    add("--seconds", type=_duration, metavar="S", help="stop after S seconds")
+    add("--seconds", type=duration, metavar="S", help="stop after S seconds")
 
 
 def address(text: str) -> str:
@@ -97,13 +96,3 @@ def _endpoint(text: str) -> str:
     if not re.match(r"(tcp://[^*/]+:\d+|ipc://.+)$", text):
         raise argparse.ArgumentTypeError(f"expected `tcp://host:port`, got `{text}`")
     return text
-
-
-def _duration(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got `{text}`")
-    return seconds

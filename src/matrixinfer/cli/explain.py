@@ -20,6 +20,8 @@ from matrixinfer.errors import MatrixInferError
 from matrixinfer.prompt.openai import CHAT_PATH
 
 TIMEOUT_SECONDS = 10.0
+WIDTH = 1000
+"""Columns of a table at most: rather lines that wrap than names cut short."""
 Json = Mapping[str, Any]
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=2))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=WIDTH)
     if args.body is not None or args.id is not None:
         for decision in [answer] if args.body is not None else answer["decisions"]:
             _print_one(console, decision)

@@ -7,16 +7,14 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import uvloop
 
+from matrixinfer.cli import engines
 from matrixinfer.cli.arguments import Subparsers
-from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, checked, convert, load
+from matrixinfer.config import Config, checked, convert
 from matrixinfer.errors import ConfigError
 from matrixinfer.policies import POLICIES, with_policy
 from matrixinfer.service import Service
@@ -30,26 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
         help="run the gateway",
         description="Run the gateway, from a config file or from a list of engines. Flags override the file.",
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file; see docs/configuration.md")
-    serve.add_argument("--worker-urls", nargs="+", default=[], metavar="URL", help="base URLs of the engines")
-    serve.add_argument(
-        "--kv-event-source",
-        action="append",
-        default=[],
-        metavar="URL=tcp://…",
-        help="where the engine at URL publishes its KV events (default: its own /kv_event_sources says)",
-    )
-    serve.add_argument(
-        "--kv-event-replay-source",
-        action="append",
-        default=[],
-        metavar="URL=tcp://…",
-        help="where the engine at URL replays them",
-    )
+    engines.add_arguments(serve)
     serve.add_argument("--policy", choices=sorted(POLICIES), help="ready-made scheduler profile (default: kv_aware)")
-    serve.add_argument("--model", metavar="NAME", help="with --tokenizer-path: the engines' name of their model")
-    serve.add_argument("--tokenizer-path", type=Path, metavar="PATH", help="directory or tokenizer.json of that model")
-    serve.add_argument("--chat-template", metavar="FILE", help="its chat template, or `chatml`")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on")
     serve.add_argument("--admin", metavar="HOST:PORT", help="address of /debug, or `none`")
@@ -89,23 +69,7 @@ async def _serve(config: Config) -> None:
 
 def configuration(args: argparse.Namespace) -> Config:
     """The config file, if any, with the flags applied. Raises `ConfigError`."""
-    config = load(args.config) if args.config else Config()
-    if args.worker_urls:
-        if config.pods:
-            raise ConfigError("--worker-urls", "the config file names pods already")
-        pods = _pods(args.worker_urls, args.kv_event_source, args.kv_event_replay_source)
-        config = msgspec.structs.replace(config, pods=pods)
-    elif args.kv_event_source or args.kv_event_replay_source:
-        raise ConfigError("--kv-event-source", "goes with --worker-urls; in a config file use `kvEvents`")
-    if not config.pods:
-        raise ConfigError("$.pods", "no engines: name them in --config FILE or with --worker-urls URL …")
-    if args.tokenizer_path or args.chat_template:
-        if not (args.model and args.tokenizer_path):
-            raise ConfigError("--tokenizer-path", "needs --model NAME, the engines' name of their model")
-        model = ModelConfig(name=args.model, tokenizer=str(args.tokenizer_path), chat_template=args.chat_template)
-        others = tuple(other for other in config.models if other.name != model.name)
-        config = msgspec.structs.replace(config, models=(*others, model))
-    return _with_flags(config, args)
+    return _with_flags(engines.configuration(args), args)
 
 
 def _with_flags(config: Config, args: argparse.Namespace) -> Config:
@@ -127,33 +91,3 @@ def _with_flags(config: Config, args: argparse.Namespace) -> Config:
         log = replace(log, format="json" if args.log_json else "console")
     config = replace(config, limits=limits, log=log)
     return checked(convert(msgspec.to_builtins(config), Config, path="$"))
-
-
-def _pods(urls: Sequence[str], sources: Sequence[str], replays: Sequence[str]) -> tuple[PodConfig, ...]:
-    urls = [url.rstrip("/") for url in urls]
-    endpoints = _by_url(sources, "--kv-event-source", urls)
-    replay_endpoints = _by_url(replays, "--kv-event-replay-source", endpoints)
-    return tuple(
-        PodConfig(
-            name=urlsplit(url).netloc,
-            url=url,
-            kv_events=KvEventsConfig(endpoint=endpoints[url], replay_endpoint=replay_endpoints.get(url))
-            if url in endpoints
-            else "discover",
-        )
-        for url in urls
-    )
-
-
-def _by_url(pairs: Sequence[str], flag: str, known: Sequence[str] | dict[str, str]) -> dict[str, str]:
-    """`URL=tcp://…` pairs as a mapping; each URL must be in `known`."""
-    mapping = {}
-    for pair in pairs:
-        url, separator, endpoint = pair.partition("=tcp://")
-        if not separator:
-            raise ConfigError(flag, f"expected URL=tcp://HOST:PORT, got `{pair}`")
-        url = url.rstrip("/")
-        if url not in known:
-            raise ConfigError(flag, f"`{url}` is not among {', '.join(known) or 'the engines given'}")
-        mapping[url] = f"tcp://{endpoint}"
-    return mapping

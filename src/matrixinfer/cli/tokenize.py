@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.prompt import fields
-from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.base import Prompt, first_difference
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
@@ -174,7 +173,7 @@ class _Comparison:
         self._differing += theirs != ours
         if theirs == ours:
             return {}
-        return {"first_difference": next(_differences(ours, theirs)), "engine_tokens": theirs}
+        return {"first_difference": first_difference(ours, theirs), "engine_tokens": theirs}
 
     def tell(self) -> int:
         """Print the counts; returns the exit code."""
@@ -191,9 +190,3 @@ class _Comparison:
         done = self._same + self._differing + self._only_theirs + self._refused
         if sys.stderr.isatty() and done % _PROGRESS_LINES == 0:
             print(f"\r{done} compared, {self._differing} differ ", end="", file=sys.stderr, flush=True)
-
-
-def _differences(ours: list[int], theirs: list[int]) -> Iterator[int]:
-    """Positions where the two differ, the shorter one's end at last."""
-    yield from (i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
-    yield min(len(ours), len(theirs))

@@ -47,6 +47,20 @@ class IndexCollector(Collector):
         )
 
 
+class KeptCollector(Collector):
+    """How much the parts keep that remember something; each has a bound of its own."""
+
+    def __init__(self, parts: Mapping[str, Callable[[], int]]) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        kept = GaugeMetricFamily("matrixinfer_kept_entries", "What a part remembers, in entries.", labels=["part"])
+        for part, count in self._parts.items():
+            kept.add_metric([part], count())
+        yield kept
+
+
 class TokenCacheCollector(Collector):
     """What each model's tokenizer remembers."""
 
@@ -88,6 +102,9 @@ class FeedCollector(Collector):
             "matrixinfer_kv_trust", "1 for how far the pod's events are believed.", labels=["pod", "trust"]
         )
         blocks = GaugeMetricFamily("matrixinfer_kv_engine_blocks", "Engine blocks known at the pod.", labels=["pod"])
+        memory = GaugeMetricFamily(
+            "matrixinfer_kv_ledger_bytes", "Memory of what is known of the pod's blocks, estimated.", labels=["pod"]
+        )
         events = CounterMetricFamily(
             "matrixinfer_kv_blocks", "Engine blocks in events, by what became of them.", labels=["pod", "outcome"]
         )
@@ -114,6 +131,7 @@ class FeedCollector(Collector):
             for level in get_args(Trust):
                 trust.add_metric([pod, level], float(level == believed))
             blocks.add_metric([pod], len(feed.ledger))
+            memory.add_metric([pod], feed.ledger.memory_bytes)
             ledger, stats = feed.ledger.stats, feed.stats
             for outcome in ("stored", "removed", "copies", "told_again", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
@@ -128,7 +146,7 @@ class FeedCollector(Collector):
                 frames.add_metric([pod, kind], getattr(stats, kind))
             for kind in ("clears", "other_attention", "misfits"):
                 frames.add_metric([pod, kind], getattr(ledger, kind))
-        yield from (state, trust, blocks, events, frames, received, held, last, lag)
+        yield from (state, trust, blocks, memory, events, frames, received, held, last, lag)
 
 
 class PluginCollector(Collector):

@@ -74,15 +74,13 @@ class Proxy:
             if attempt:
                 self._metrics.retry(kind)
                 route.move(pod)
-            self._metrics.sent(pod.name)
             try:
-                return await self._attempt(exchange, pod)
+                with self._metrics.at(pod.name):
+                    return await self._attempt(exchange, pod)
             except _Unreached as error:
                 kind = str(error)
                 self._metrics.upstream_error(pod.name, kind)
                 route.failed(pod)
-            finally:
-                self._metrics.returned(pod.name)
         names = ", ".join(pod.name for pod in pods)
         raise PodUnreachable(f"No pod could be reached (tried {names}; last failure: {kind}).")
 
@@ -90,7 +88,7 @@ class Proxy:
         upstream = await self._open(exchange, pod)
         try:
             exchange.route.answered(pod, upstream.status)
-            length = upstream.content_length
+            length = _length(exchange, upstream)
             if length is not None and length <= MAX_WHOLE_BYTES:
                 body = await self._read(upstream, pod, whole=True)
                 self._first_byte(exchange, upstream)
@@ -111,6 +109,8 @@ class Proxy:
         url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
         body = exchange.route.body_for(pod)
         sent_headers = headers.to_pod(request.headers, exchange.id, pod.rank)
+        if exchange.route.injects_usage:
+            sent_headers["accept-encoding"] = "identity"  # what is compressed could not be kept from the client
         for fresh in (False, True):
             try:
                 return await self._session.post(url, data=_payload(body), headers=sent_headers, allow_redirects=False)
@@ -151,7 +151,7 @@ class Proxy:
         protocol = request.protocol
         readany = upstream.content.readany
         tail = usage.Tail() if _reports(exchange, upstream) else None
-        stripper = usage.Stripper() if exchange.route.injects_usage else None
+        stripper = usage.Stripper() if _is_stripped(exchange, upstream) else None
         while chunk:
             if tail is not None:
                 tail.add(chunk)
@@ -190,14 +190,16 @@ class Proxy:
     ) -> web.StreamResponse:
         """The answer to the client, not yet begun: with its whole body, or to be streamed."""
         passed = headers.to_client(upstream.headers, exchange.id, pod.name)
-        status, reason = upstream.status, upstream.reason
+        status, reason, length = upstream.status, upstream.reason, _length(exchange, upstream)
+        if length is None:
+            passed.popall("content-length", None)
         response: web.StreamResponse
-        if body is None and upstream.content_length is None and exchange.request.version < HttpVersion11:
+        if body is None and length is None and exchange.request.version < HttpVersion11:
             response = web.StreamResponse(status=status, reason=reason, headers=passed)
         else:
             # Unlike `StreamResponse`, it sends its headers together with the first byte.
             response = web.Response(status=status, reason=reason, headers=passed, body=body)
-            if body is None and upstream.content_length is None:
+            if body is None and length is None:
                 response.enable_chunked_encoding()
         if self._draining.is_set():
             response.force_close()
@@ -221,6 +223,17 @@ def _payload(body: bytes) -> bytes | io.BytesIO:
 def _reports(exchange: Exchange, upstream: aiohttp.ClientResponse) -> bool:
     """Whether the answer may tell how many prompt tokens there were, and that is worth knowing."""
     return upstream.status == 200 and "Content-Encoding" not in upstream.headers and exchange.route.wants_usage
+
+
+def _is_stripped(exchange: Exchange, upstream: aiohttp.ClientResponse) -> bool:
+    """Whether the answer is a stream of events from which the report that the gateway asked for is taken out."""
+    is_plain = upstream.status == 200 and "Content-Encoding" not in upstream.headers
+    return is_plain and exchange.route.injects_usage and upstream.content_type == "text/event-stream"
+
+
+def _length(exchange: Exchange, upstream: aiohttp.ClientResponse) -> int | None:
+    """Bytes of the answer as the client gets it; None where that is not known beforehand."""
+    return None if _is_stripped(exchange, upstream) else upstream.content_length
 
 
 def _count(exchange: Exchange, pod: Candidate, answer: bytes) -> None:

@@ -26,7 +26,7 @@ class Usage:
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
-_EVENT_END = b"\n\n"
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 
 class _Details(msgspec.Struct):
@@ -71,6 +71,7 @@ class Stripper:
     """Takes the chunk that only reports usage out of a stream of server-sent events.
 
     What comes is passed on as it comes, but for an event's beginning, which waits for its end: engines send them whole.
+    Lines may end in LF or CRLF.
     """
 
     __slots__ = ("_held",)
@@ -80,17 +81,22 @@ class Stripper:
 
     def strip(self, chunk: bytes) -> bytes:
         """What can be passed on of the bytes so far; it may be nothing."""
-        data = self._held + chunk if self._held else chunk
-        if len(data) > _TAIL_BYTES and _EVENT_END not in data:
-            self._held = b""  # no event that reports usage is so long
-            return data
-        *events, self._held = data.split(_EVENT_END)
-        return b"".join(event + _EVENT_END for event in events if not _reports_only_usage(event))
+        data = self._held + chunk
+        passed, start = [], 0
+        for end in _EVENT_END.finditer(data):
+            event = data[start : end.end()]
+            start = end.end()
+            if not _reports_only_usage(event):
+                passed.append(event)
+        self._held = data[start:]
+        if len(self._held) > _TAIL_BYTES:  # no event that reports usage is so long
+            passed.append(self.rest())
+        return b"".join(passed)
 
     def rest(self) -> bytes:
         """What is left at the stream's end."""
         held, self._held = self._held, b""
-        return held
+        return b"" if _reports_only_usage(held) else held
 
 
 def _reports_only_usage(event: bytes) -> bool:

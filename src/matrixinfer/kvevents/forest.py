@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from matrixinfer.kvevents.run import Run, pack_id
 from matrixinfer.kvevents.table import BlockTable
 
+_TABLE_BYTES = 2_048 * 70
+_BLOCK_BYTES = 20
+_RUN_BYTES = 360
+
 
 class Forest:
     """The engine blocks of one medium and attention group.
@@ -36,6 +40,11 @@ class Forest:
 
     def __contains__(self, block: int) -> bool:
         return self._table.get(block) is not None or block in self.ended
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory without the blocks' tokens, estimated."""
+        return _TABLE_BYTES + _BLOCK_BYTES * len(self) + _RUN_BYTES * (len(self._runs) - len(self._free))
 
     def run_of(self, block: int) -> Run | None:
         """The run that `block` is in; None also for blocks that are not indexed."""

@@ -43,6 +43,7 @@ from matrixinfer.scheduler.history import RoutingHistory
 MAX_TOKENS = 64_000_000
 """Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""
 _MAX_PLACES = 16
+_SUPPORT_BYTES = 130
 _Place: TypeAlias = tuple[str, int]
 """A cache medium and an attention group."""
 
@@ -128,6 +129,12 @@ class Ledger:
     def __len__(self) -> int:
         """Distinct engine blocks present."""
         return sum(map(len, self._forests.values()))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory, estimated: tables, tokens, and the supports of token blocks."""
+        forests = sum(forest.memory_bytes for forest in self._forests.values())
+        return forests + 4 * (self.block_size or 0) * len(self) + _SUPPORT_BYTES * len(self.supports)
 
     def apply(self, *events: Event) -> None:
         """Apply events in order. Raises `UntrustedEvents`, after which the ledger must be cleared."""

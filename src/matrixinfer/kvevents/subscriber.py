@@ -88,5 +88,6 @@ class Subscriber:
         del self.feeds[name]
         subscription.closed = True
         task.cancel()
+        subscription.feed.ledger.clear()  # requests that are there may look at it to their end
         for publisher in publishers(name):
             self._index.forget(publisher)

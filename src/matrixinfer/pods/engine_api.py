@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,12 @@ _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
 _CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
 _PREFIX_HITS = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_total")
-_BLOCK_SIZE = re.compile(rb'\n(?:vllm|sglang):cache_config_info\{[^\n]*?\b(?:block|page)_size="(\d{1,9})"')
+_LOADED = (b"vllm:external_prefix_cache_hits_total",)
+"""Found on slower tiers, and counted apart."""
+_PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
+_CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
+_BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="(\d{1,9})"')
+_PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
 _RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
 """vLLM's label of data-parallel ranks, and SGLang's."""
 _Sample = tuple[int | None, float]
@@ -31,6 +37,16 @@ _ANY_HOST = ("*", "0.0.0.0", "[::]")  # noqa: S104 - read from engines, never bo
 
 class EngineDown(Exception):
     """The engine cannot be reached, does not answer in time, or answers with a server error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What an engine answered to a GET, other than a server error."""
+
+    status: int
+    body: bytes
+    date: str | None
+    """Its `Date` header: the time on its clock, to the second."""
 
 
 class EngineApi:
@@ -60,19 +76,25 @@ class EngineApi:
 
     async def _get(self, url: str) -> bytes | None:
         """The body of a 200; None for any answer that says: not here, not for you."""
+        answer = await self.ask(url)
+        return answer.body if answer.status == 200 else None
+
+    async def ask(self, url: str) -> Answer:
+        """GET a whole `url`. The body of an answer other than 200 is not read."""
         try:
             async with self._session.get(url, timeout=self._timeout, allow_redirects=False) as response:
                 if response.status >= 500:
                     raise EngineDown(f"{url} answered {response.status}")
+                date = response.headers.get("Date")
                 if response.status != 200:
-                    return None
+                    return Answer(status=response.status, body=b"", date=date)
                 chunks, size = [], 0
                 async for chunk in response.content.iter_any():
                     size += len(chunk)
                     if size > MAX_BODY_BYTES:
                         raise EngineDown(f"{url} answered with more than {MAX_BODY_BYTES} bytes")
                     chunks.append(chunk)
-                return b"".join(chunks)
+                return Answer(status=200, body=b"".join(chunks), date=date)
         except TimeoutError as error:
             raise EngineDown(f"{url} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -83,6 +105,11 @@ class _Card(msgspec.Struct):
     id: str
     parent: str | None = None
     owned_by: str | None = None
+    max_model_len: Any = None
+
+
+class _Version(msgspec.Struct):
+    version: str
 
 
 class _Cards(msgspec.Struct):
@@ -107,7 +134,16 @@ def parse_models(body: bytes) -> ServedNames | None:
         aliases=frozenset(card.id for card in own),
         adapters=adapters,
         engine=own[0].owned_by,
+        context_length=length if isinstance(length := own[0].max_model_len, int) else None,
     )
+
+
+def parse_version(body: bytes) -> str | None:
+    """The version in an engine's `/version`; None when it cannot be read."""
+    try:
+        return msgspec.json.decode(body, type=_Version).version
+    except msgspec.DecodeError:
+        return None
 
 
 def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:
@@ -152,17 +188,23 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
 
     Looks for the few names it needs instead of parsing the text: 30 µs for 200 KB.
     """
-    series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS)]
+    series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS, _PREFIX_QUERIES)]
+    if series[3]:
+        series[3] += _values(text, _LOADED)
     whole = _summed(*series)
     ranks = sorted({rank for values in series for rank, _ in values if rank is not None})
-    block_size = _BLOCK_SIZE.search(text)
+    cache = _CACHE.search(text)
+    block_size = _BLOCK_SIZE.search(cache[1]) if cache else None
+    caching = _PREFIX_CACHING.search(cache[1]) if cache else None
     return EngineMetrics(
         running=whole.running,
         waiting=whole.waiting,
         cache_usage=whole.cache_usage,
         read_at=read_at,
         prefix_hits=whole.prefix_hits,
+        prefix_queries=whole.prefix_queries,
         block_size=int(block_size[1]) if block_size else None,
+        prefix_caching=caching[1] == b"True" if caching else None,
         ranks={
             rank: _summed(*([each for each in values if each[0] == rank] for values in series))
             for rank in (ranks if len(ranks) > 1 else ())
@@ -171,14 +213,23 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
 
 
 def _summed(
-    running: Sequence[_Sample], waiting: Sequence[_Sample], usage: Sequence[_Sample], hits: Sequence[_Sample]
+    running: Sequence[_Sample],
+    waiting: Sequence[_Sample],
+    usage: Sequence[_Sample],
+    hits: Sequence[_Sample],
+    queries: Sequence[_Sample],
 ) -> RankMetrics:
     return RankMetrics(
-        running=round(sum(value for _, value in running)) if running else None,
-        waiting=round(sum(value for _, value in waiting)) if waiting else None,
+        running=_sum(running),
+        waiting=_sum(waiting),
         cache_usage=max(value for _, value in usage) if usage else None,
-        prefix_hits=round(sum(value for _, value in hits)) if hits else None,
+        prefix_hits=_sum(hits),
+        prefix_queries=_sum(queries),
     )
+
+
+def _sum(samples: Sequence[_Sample]) -> int | None:
+    return round(sum(value for _, value in samples)) if samples else None
 
 
 def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:

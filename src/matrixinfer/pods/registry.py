@@ -20,9 +20,13 @@ class EngineMetrics:
     read_at: float
     """Seconds on the registry's clock, when the reading began."""
     prefix_hits: int | None = None
-    """Prompt tokens that the engine has found in its cache since it started."""
+    """Prompt tokens that the engine has found in its cache since it started, on whatever tier."""
+    prefix_queries: int | None = None
+    """Prompt tokens that it has looked up there."""
     block_size: int | None = None
     """Tokens per block of its cache."""
+    prefix_caching: bool | None = None
+    """Whether it keeps the blocks of prompts for those that begin alike."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
     """The same of each data-parallel rank, where the engine tells them apart."""
 
@@ -35,6 +39,7 @@ class RankMetrics:
     waiting: int | None = None
     cache_usage: float | None = None
     prefix_hits: int | None = None
+    prefix_queries: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,8 @@ class ServedNames:
     """Adapter name to the model below it."""
     engine: str | None = None
     """What the engine calls itself as the owner of its models, such as `vllm` or `sglang`."""
+    context_length: int | None = None
+    """Most tokens of prompt and reply together; None where it does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +91,8 @@ class Pod:
     """Failures in a row."""
     healthy: bool = False
     """False until it answered once, and after too many failures in a row."""
+    gone: bool = False
+    """It has left: nothing is sent there any more."""
     endpoints: Sequence[Endpoint] = ()
     """Itself, or each of its data-parallel ranks where it publishes the events of several."""
 
@@ -129,7 +138,10 @@ class Pod:
 
 
 class PodRegistry:
-    """Every pod of the fleet. Whoever reads metrics stamps them with `clock`, in seconds."""
+    """Every pod of the fleet, which may come and go. Whoever reads metrics stamps them with `clock`, in seconds.
+
+    What is reported of pods that have left says nothing any more.
+    """
 
     def __init__(
         self,
@@ -138,11 +150,32 @@ class PodRegistry:
         watch: PodWatchConfig,
         clock: Callable[[], float],
     ) -> None:
-        self.pods: Sequence[Pod] = tuple(Pod(config=pod, kv_sources=_configured_sources(pod)) for pod in pods)
-        self._by_name = {pod.name: pod for pod in self.pods}
+        self._by_name = {pod.name: Pod(config=pod, kv_sources=_configured_sources(pod)) for pod in pods}
+        self.pods: Sequence[Pod] = tuple(self._by_name.values())
         self._watch = watch
         self.clock = clock
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
+
+    def join(self, config: PodConfig) -> Pod:
+        """A pod comes, under a name that no other has. Raises `ValueError` where one has."""
+        if config.name in self._by_name:
+            raise ValueError(f"there is a pod `{config.name}` already")
+        pod = self._by_name[config.name] = Pod(config=config, kv_sources=_configured_sources(config))
+        self.pods = (*self.pods, pod)
+        return pod
+
+    def leave(self, name: str) -> Pod | None:
+        """A pod goes; None where there is none of that name."""
+        pod = self._by_name.pop(name, None)
+        if pod is not None:
+            pod.gone = True
+            self.pods = tuple(self._by_name.values())
+        return pod
+
+    def has(self, pod: str, endpoint: str) -> bool:
+        """Whether `endpoint` is one of the pod's."""
+        state = self._by_name.get(pod)
+        return state is not None and any(each.name == endpoint for each in state.endpoints)
 
     def resolve(self, requested: str) -> tuple[str, list[Pod]]:
         """The index's name of a model and the pods that may serve it.
@@ -197,6 +230,11 @@ class PodRegistry:
         pod = self._by_name.get(name) or self._by_name.get(name.rpartition("@dp")[0])
         return pod is not None and any(endpoint.name == name for endpoint in pod.endpoints)
 
+    def names(self) -> set[str]:
+        """Every name of a model that is served now, and every one that is configured."""
+        served = [pod.served for pod in self.pods if pod.served is not None]
+        return set(self._configured).union(*(each.aliases for each in served), *(each.adapters for each in served))
+
     def any_healthy(self) -> bool:
         """Whether at least one pod is healthy."""
         return any(pod.healthy for pod in self.pods)
@@ -210,28 +248,34 @@ class PodRegistry:
 
     def name_at(self, pod: str, requested: str) -> str:
         """The name to ask a pod for: the requested one where the pod may know it, else the one it is an alias of."""
-        if self._by_name[pod].index_name(requested) is not None:
+        state = self._by_name.get(pod)
+        if state is not None and state.index_name(requested) is not None:
             return requested
         return self._configured.get(requested, requested)
 
     def failed(self, pod: str) -> None:
         """The pod refused or broke a connection, or did not answer a read in time."""
-        state = self._by_name[pod]
+        state = self._by_name.get(pod)
+        if state is None:
+            return
         state.failures += 1
         if state.failures >= self._watch.unhealthy_after_failures:
             state.healthy = False
 
     def answered(self, pod: str) -> None:
         """The pod answered something other than a server error."""
-        state = self._by_name[pod]
-        state.failures = 0
-        state.healthy = True
+        state = self._by_name.get(pod)
+        if state is not None:
+            state.failures = 0
+            state.healthy = True
 
     def told(
         self, pod: str, *, served: ServedNames | None = None, kv_sources: tuple[KvEventsConfig, ...] | None = None
     ) -> None:
         """The pod told what it serves or where it publishes; None leaves what was known."""
-        state = self._by_name[pod]
+        state = self._by_name.get(pod)
+        if state is None:
+            return
         if served is not None:
             state.served = served
         if kv_sources is not None:
@@ -239,7 +283,9 @@ class PodRegistry:
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
         """The pod's metrics were read."""
-        self._by_name[pod].metrics = metrics
+        state = self._by_name.get(pod)
+        if state is not None:
+            state.metrics = metrics
 
     def _serving(self, name: str) -> tuple[str, list[Pod]]:
         """Pods known to serve a name. Where engines name the same model differently, the first pod's name counts."""

@@ -22,10 +22,10 @@ log = structlog.get_logger(__name__)
 
 
 class PodWatcher:
-    """One task per pod while the context is open.
+    """One task per pod while the context is open; `watch` and `unwatch` as pods come and go within it.
 
-    `on_discovered` is called with a pod whenever what it tells about itself is new, and `on_measured` at every reading. A pod that was down is asked anew as
-    soon as it answers: it may be another engine.
+    `on_discovered` is called with a pod whenever what it tells about itself is new, and `on_measured` at every reading.
+    A pod that was down is asked anew as soon as it answers: it may be another engine.
     """
 
     def __init__(
@@ -46,21 +46,34 @@ class PodWatcher:
         self._silent = {pod.name for pod in registry.pods}
         self._all_answered = asyncio.Event()
         self._group = asyncio.TaskGroup()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
         """Start watching."""
         await self._group.__aenter__()
-        self._tasks = [self._group.create_task(self._watch(pod)) for pod in self._registry.pods]
+        for pod in self._registry.pods:
+            self.watch(pod)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
         # The group must not see the caller's error: it would wrap it in an exception group.
         await self._group.__aexit__(None, None, None)
+
+    def watch(self, pod: Pod) -> None:
+        """Look at a pod from now on, which is not looked at yet."""
+        self._tasks[pod.name] = self._group.create_task(self._watch(pod), name=f"watch {pod.name}")
+
+    def unwatch(self, name: str) -> None:
+        """A pod has left the registry. Nothing happens where it is not looked at."""
+        if name not in self._tasks:
+            return
+        self._tasks.pop(name).cancel()
+        self._announced.pop(name, None)
+        self._heard(name)
 
     async def first_round(self, seconds: float) -> bool:
         """Wait until every pod has answered once, at most `seconds`. False when some have not."""
@@ -118,7 +131,11 @@ class PodWatcher:
 
     def _answered(self, pod: Pod) -> None:
         self._registry.answered(pod.name)
-        self._silent.discard(pod.name)
+        self._heard(pod.name)
+
+    def _heard(self, name: str) -> None:
+        """Nobody need wait for a pod any more."""
+        self._silent.discard(name)
         if not self._silent:
             self._all_answered.set()
 

@@ -6,7 +6,7 @@ tokenizer offers; `Tokens` is what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -107,3 +107,10 @@ class Tokenizer(Protocol):
         `keep_last` is left to the caller.
         """
         ...
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """The first position where two prompts' ids differ, which may be the shorter one's end; None where none does."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    end = None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+    return next((i for i, (one, other) in pairs if one != other), end)

@@ -6,12 +6,14 @@ counts for less than what events tell; and events that tell otherwise have it fo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from heapq import nlargest
 
 
 class RoutingHistory:
-    """The newest blocks sent to each endpoint; at most `max_blocks` over all of them, in equal shares.
+    """The newest blocks sent to each endpoint; at most `max_blocks` over all of them: the one with the most gives way.
 
     Blocks that are sent again are young again, and a prompt's blocks are younger than those that follow them: what
     remains of a prompt is a prefix of it.
@@ -19,7 +21,8 @@ class RoutingHistory:
 
     def __init__(self, max_blocks: int = 1_000_000) -> None:
         self._max_blocks = max_blocks
-        self._sent: dict[str, dict[int, None]] = {}  # endpoint -> blocks, oldest first
+        self._sent: dict[str, OrderedDict[int, None]] = {}  # endpoint -> blocks, oldest first
+        self._blocks = 0
         self._masks: dict[str, int] = {}  # model -> what tells its blocks from those of others
         self.on_sent: Callable[[str, str, Sequence[int]], None] | None = None
         """Told of each prompt, as `sent` is."""
@@ -29,7 +32,7 @@ class RoutingHistory:
 
     def __len__(self) -> int:
         """Blocks remembered, over all endpoints."""
-        return sum(map(len, self._sent.values()))
+        return self._blocks
 
     def sent(self, name: str, model: str, chain: Sequence[int]) -> None:
         """An endpoint has computed a prompt that was sent from here."""
@@ -41,13 +44,14 @@ class RoutingHistory:
         """An endpoint has computed a prompt."""
         if not chain:
             return
-        blocks, mask = self._sent.setdefault(name, {}), self._mask(model)
-        share = max(1, self._max_blocks // len(self._sent))
-        for block in reversed(chain[:share]):
-            blocks.pop(block ^ mask, None)
+        blocks, mask = self._sent.setdefault(name, OrderedDict()), self._mask(model)
+        before = len(blocks)
+        for block in reversed(chain[: self._max_blocks]):
             blocks[block ^ mask] = None
-        for oldest in list(blocks)[: max(0, len(blocks) - share)]:
-            del blocks[oldest]
+            blocks.move_to_end(block ^ mask)
+        self._blocks += len(blocks) - before
+        while self._blocks > self._max_blocks:
+            self._give_way()
 
     def match(self, name: str, model: str, chain: Sequence[int]) -> int:
         """How many blocks of a prompt, consecutive from its start, the endpoint was sent and may still hold."""
@@ -65,13 +69,25 @@ class RoutingHistory:
         """The endpoint's events tell that it has dropped `blocks`."""
         known = self._sent.get(name)
         if known:
-            mask = self._mask(model)
+            mask, before = self._mask(model), len(known)
             for block in blocks:
                 known.pop(block ^ mask, None)
+            self._blocks += len(known) - before
+            if not known:
+                del self._sent[name]
 
     def forget(self, name: str) -> None:
         """The endpoint holds nothing, tells all that it holds, or is gone."""
-        self._sent.pop(name, None)
+        self._blocks -= len(self._sent.pop(name, ()))
+
+    def _give_way(self) -> None:
+        """Drop the oldest blocks of the endpoint that has the most: what is too much, or until another one has more."""
+        most, *others = nlargest(2, self._sent.values(), key=len)
+        ahead = len(most) - len(others[0]) if others else len(most)
+        count = min(self._blocks - self._max_blocks, max(ahead, len(most) // 16, 1))
+        for _ in range(count):
+            most.popitem(last=False)
+        self._blocks -= count
 
     def _mask(self, model: str) -> int:
         mask = self._masks.get(model)

@@ -85,6 +85,10 @@ class LoadLedger:
         """Count the requests in flight at all pods."""
         return sum(load.in_flight for load in self._pods.values())
 
+    def __len__(self) -> int:
+        """Blocks remembered, counted per request; those whose time is over go with later requests."""
+        return self._remembered
+
     def assumed(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
         """Count the further consecutive blocks, from position `start` on, that are assumed at `pod`.
 
@@ -98,6 +102,10 @@ class LoadLedger:
         self._pods.pop(pod, None)
         for key in [key for key in self._assumed if key[0] == pod]:
             del self._assumed[key]
+        fading = [each for each in self._fading if each[1].key[0] == pod]
+        if fading:
+            self._remembered -= sum(len(blocks) for _, _, blocks in fading)
+            self._fading = deque(each for each in self._fading if each[1].key[0] != pod)
 
     def _release(
         self, pod: str, load: _PodLoad, assumed: _Assumed | None, blocks: list[int], *, computed: bool

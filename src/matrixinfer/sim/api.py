@@ -82,6 +82,8 @@ class Exchange:
     reply: Reply
     finish_reason: str
     include_usage: bool
+    tells_cached: bool = True
+    """Usage tells how many tokens were cached."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -126,7 +128,7 @@ class Exchange:
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + generated,
             "completion_tokens": generated,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens} if self.tells_cached else None,
         }
 
     @property

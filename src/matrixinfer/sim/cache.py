@@ -85,7 +85,9 @@ class Sequence:
 class PagedPrefixCache:
     """`num_blocks` blocks of `block_size` tokens, of which block 0 is never handed out (vLLM's null block)."""
 
-    def __init__(self, num_blocks: int, block_size: int, cpu: CpuTier | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, cpu: CpuTier | None = None, *, prefix_caching: bool = True
+    ) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ValueError(f"need at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
@@ -95,6 +97,7 @@ class PagedPrefixCache:
         self._copies: dict[int, list[int]] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._cpu = cpu
+        self._prefix_caching = prefix_caching
         self._events: list[Event] = []
 
     @property
@@ -154,7 +157,7 @@ class PagedPrefixCache:
         for _ in range(-(-computed // self.block_size) - len(sequence.blocks)):
             sequence.blocks.append(self._take())
         full = computed // self.block_size
-        if full > sequence.stored:
+        if self._prefix_caching and full > sequence.stored:
             self._store(sequence, full)
         return True
 

@@ -29,6 +29,10 @@ class SimEngineConfig:
     """They are copied there only when they have to leave."""
     bare_cpu_events: bool = False
     """KV events of the CPU tier name its blocks without their tokens."""
+    prefix_caching: bool = True
+    """Without it nothing is kept of a prompt, and no event tells of one."""
+    prompt_tokens_details: bool = True
+    """Usage tells how many prompt tokens the cache held."""
     max_model_len: int | None = None
     """Tokens of prompt and reply together. None: as many as the cache holds."""
     max_batched_tokens: int = 2048

@@ -87,6 +87,7 @@ class EngineHandlers:
             reply=reply,
             finish_reason="stop" if options.limit is None else "length",
             include_usage=options.stream_options is not None and options.stream_options.include_usage,
+            tells_cached=self._config.prompt_tokens_details,
         )
         rank = self._rank(request)
         work = EngineRequest(

@@ -71,7 +71,7 @@ class EngineMetrics:
     def _cache_config(self) -> Metric:
         labels = {
             "block_size": str(self._config.block_size),
-            "enable_prefix_caching": "True",
+            "enable_prefix_caching": str(self._config.prefix_caching),
             "num_gpu_blocks": str(self._config.num_blocks),
         }
         info = GaugeMetricFamily("vllm:cache_config_info", "Information of the cache.", labels=("engine", *labels))

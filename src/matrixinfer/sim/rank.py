@@ -70,7 +70,7 @@ class EngineRank:
         if config.cpu_blocks:
             cpu = CpuTier(config.cpu_blocks, lazy=config.lazy_offload, bare_events=config.bare_cpu_events)
         return EngineModel(
-            PagedPrefixCache(config.num_blocks, config.block_size, cpu),
+            PagedPrefixCache(config.num_blocks, config.block_size, cpu, prefix_caching=config.prefix_caching),
             config.timing,
             max_tokens=config.max_batched_tokens,
             max_sequences=config.max_sequences,

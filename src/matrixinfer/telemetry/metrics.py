@@ -5,13 +5,14 @@ Every label comes from a bounded set: pods and models that exist, stages, kinds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
+from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.registry import Collector
 
-M = TypeVar("M")
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 UNKNOWN_MODEL = "unknown"
 """Model label of requests whose model was not found, whatever name they gave."""
@@ -23,13 +24,19 @@ _DECISION_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
 class _Children(dict[tuple[str, ...], M], Generic[M]):
     """A metric's children by label values. Kept here because `labels()` costs more than the observation itself."""
 
-    def __init__(self, make: Callable[..., M]) -> None:
+    def __init__(self, metric: M) -> None:
         super().__init__()
-        self._make = make
+        self._metric: M = metric
 
     def __missing__(self, labels: tuple[str, ...]) -> M:
-        child = self[labels] = self._make(*labels)
+        child = self[labels] = self._metric.labels(*labels)
         return child
+
+    def forget(self, first: str) -> None:
+        """Drop the children whose first label is `first`."""
+        for labels in [labels for labels in self if labels[0] == first]:
+            del self[labels]
+            self._metric.remove(*labels)
 
 
 class Metrics:
@@ -41,7 +48,7 @@ class Metrics:
         self._duration = self._histogram("request_duration_seconds", "From request to end of response.")
         self._first_byte = self._histogram("time_to_first_byte_seconds", "From request to first byte of the response.")
         self._in_flight = _Children(
-            Gauge("matrixinfer_in_flight", "Requests at a pod now.", ["pod"], registry=self.registry).labels
+            Gauge("matrixinfer_in_flight", "Requests at a pod now.", ["pod"], registry=self.registry)
         )
         self._retries = self._counter("retries", "Requests sent again before their first byte.", "reason")
         self._upstream_errors = self._counter("upstream_errors", "Requests that a pod did not answer.", "pod", "kind")
@@ -49,7 +56,7 @@ class Metrics:
         self._stages = _Children(
             self._histogram(
                 "decision_stage_seconds", "Time of one stage of the decision.", "stage", buckets=_DECISION_BUCKETS
-            ).labels
+            )
         )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
         self._degraded = self._counter("degraded", "Decisions that had to do without something.", "reason")
@@ -62,7 +69,7 @@ class Metrics:
                 "1 while a model is routed without the index, as its token ids differ from the engine's.",
                 ["model"],
                 registry=self.registry,
-            ).labels
+            )
         )
         self._drift = self._counter(
             "drift", "Answers that tell of cached tokens, against what the index said.", "pod", "result"
@@ -77,6 +84,21 @@ class Metrics:
         self._resyncs = self._counter("kv_resyncs", "Times that a pod was indexed anew because of drift.", "pod")
         self._prompt_tokens = self._plain_counter("prompt_tokens", "Tokens of tokenized prompts.")
         self._predicted = self._plain_counter("predicted_hit_tokens", "Of those, tokens expected in the pod's cache.")
+        self._of_pods: tuple[_Children[Counter] | _Children[Gauge], ...] = (
+            self._in_flight,
+            self._upstream_errors,
+            self._routed,
+            self._drift,
+            self._reported,
+            self._expected,
+            self._windows,
+            self._resyncs,
+        )
+        self._of_models: tuple[_Children[Counter] | _Children[Gauge], ...] = (
+            self._requests,
+            self._parity,
+            self._approximate,
+        )
 
     def register(self, collector: Collector) -> None:
         """Add a collector whose metrics are exposed with these."""
@@ -95,13 +117,21 @@ class Metrics:
         """The first byte of a response came, `seconds` after its request."""
         self._first_byte.observe(seconds)
 
-    def sent(self, pod: str) -> None:
-        """A request goes to a pod."""
-        self._in_flight[pod,].inc()
+    def forget_pod(self, pod: str) -> None:
+        """Drop every series of a pod, which is gone."""
+        for children in self._of_pods:
+            children.forget(pod)
 
-    def returned(self, pod: str) -> None:
-        """It is no longer there."""
-        self._in_flight[pod,].dec()
+    def keep_models(self, models: Container[str]) -> None:
+        """Drop every series of models that are not among these."""
+        for children in self._of_models:
+            for model in {labels[0] for labels in children}:
+                if model not in models and model != UNKNOWN_MODEL:
+                    children.forget(model)
+
+    def at(self, pod: str) -> AbstractContextManager[None]:
+        """A request is at a pod within this context. Of a pod that is gone at its end nothing is counted."""
+        return self._in_flight[pod,].track_inprogress()
 
     def retry(self, reason: str) -> None:
         """A request is sent again."""
@@ -138,7 +168,7 @@ class Metrics:
         self._expected[pod,].inc(predicted)
 
     def drift_window(self, pod: str, result: str) -> None:
-        """An engine's own count has grown by what was foretold at least (`covered`), or by less (`short`)."""
+        """An engine's own count has grown by what was foretold at least (`covered`), by less (`short`), or not yet."""
         self._windows[pod, result].inc()
 
     def resynced(self, pod: str) -> None:
@@ -150,7 +180,7 @@ class Metrics:
         self._approximate[model,].set(is_approximate)
 
     def _counter(self, name: str, text: str, *labels: str) -> _Children[Counter]:
-        return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry).labels)
+        return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry))
 
     def _plain_counter(self, name: str, text: str) -> Counter:
         return Counter(f"matrixinfer_{name}", text, registry=self.registry)

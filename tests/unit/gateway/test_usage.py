@@ -96,16 +96,50 @@ CHUNKS = [
 REPORT = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":7,"total_tokens":9}}\n\n'
 
 
-@given(st.lists(st.integers(0, 400), max_size=30), st.booleans())
-def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(cuts: list[int], cut_short: bool) -> None:
-    stream = b"".join([*CHUNKS[:-1], REPORT, CHUNKS[-1]])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@given(cuts=st.lists(st.integers(0, 400), max_size=30), cut_short=st.booleans())
+def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(
+    cuts: list[int], cut_short: bool, end: bytes
+) -> None:
+    stream = b"".join([*CHUNKS[:-1], REPORT, CHUNKS[-1]]).replace(b"\n", end)
     if cut_short:
         stream = stream[:-1]
     bounds = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    assert stripped(stream, bounds) == b"".join(CHUNKS).replace(b"\n", end)[: -1 if cut_short else None]
+
+
+def stripped(stream: bytes, bounds: list[int]) -> bytes:
     stripper = Stripper()
     passed = [stripper.strip(stream[start:end]) for start, end in pairwise(bounds)]
-    whole = b"".join([*passed, stripper.rest()])
-    assert whole == b"".join(CHUNKS)[: -1 if cut_short else None]
+    return b"".join([*passed, stripper.rest()])
+
+
+CHAT_OF_TWO = [
+    {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+    {"choices": [{"index": 1, "delta": {"role": "assistant", "content": ""}}]},
+    {"choices": [{"index": 1, "delta": {"content": LURE}}], "usage": None},
+    {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"arguments": LURE}}]}}]},
+    {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    {"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]},
+]
+TEXT = [{"choices": [{"index": 0, "text": LURE, "logprobs": None}]}, {"choices": [{"index": 0, "text": ""}]}]
+BROKEN = [{"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": LURE, "code": 500}}]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("events", [CHAT_OF_TWO, TEXT, BROKEN], ids=["two choices", "completion", "error"])
+def test_it_does_not_matter_at_which_byte_a_stream_is_split(events: list[Any], end: bytes) -> None:
+    tail = b"data: [DONE]\n\n"
+    whole = (stream(*events, {"choices": [], "usage": USAGE}) + tail).replace(b"\n", end)
+    expected = (stream(*events) + tail).replace(b"\n", end)
+    size = len(whole)
+    assert stripped(whole, list(range(size + 1))) == expected
+    for at in range(size):
+        assert stripped(whole, [0, at, size]) == expected
+
+
+def test_a_report_without_its_end_is_kept_from_the_client_too() -> None:
+    assert stripped(b"".join(CHUNKS) + REPORT[:-2], [0, 9, 1000]) == b"".join(CHUNKS)
 
 
 def test_whole_events_are_passed_on_at_once_and_what_is_no_event_does_not_pile_up() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from matrixinfer.config import KvEventsConfig
-from matrixinfer.pods.engine_api import parse_kv_sources, parse_metrics, parse_models
+from matrixinfer.pods.engine_api import parse_kv_sources, parse_metrics, parse_models, parse_version
 
 VLLM = b"""\
 # HELP python_gc_objects_collected_total Objects collected during gc
@@ -180,4 +180,40 @@ vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blo
     metrics = parse_metrics(text, read_at=0.0)
     assert (metrics.prefix_hits, metrics.block_size) == (100, 32)
     assert {rank: each.prefix_hits for rank, each in metrics.ranks.items()} == {0: 96, 1: 4}
+    loaded = b'vllm:external_prefix_cache_hits_total{engine="1"} 32.0\n'
+    looked_up = b'vllm:prefix_cache_queries_total{engine="0"} 200\nvllm:prefix_cache_queries_total{engine="1"} 50\n'
+    metrics = parse_metrics(text + loaded + looked_up, read_at=0.0)
+    assert (metrics.prefix_hits, metrics.prefix_queries) == (132, 250)
+    assert (metrics.ranks[1].prefix_hits, metrics.ranks[1].prefix_queries) == (36, 50)
+    assert parse_metrics(loaded, read_at=0.0).prefix_hits is None
     assert (parse_metrics(VLLM, read_at=0.0).prefix_hits, parse_metrics(VLLM, read_at=0.0).block_size) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (b'block_size="16",enable_prefix_caching="True"', (16, True)),
+        (b'enable_prefix_caching="False",block_size="32"', (32, False)),
+        (b'page_size="64"', (64, None)),
+        (b'block_size="None",enable_prefix_caching="None"', (None, None)),
+    ],
+)
+def test_the_cache_s_settings_are_read_from_its_info(labels: bytes, expected: tuple[object, ...]) -> None:
+    text = (
+        b"# HELP x\nvllm:cache_config_info{" + labels + b'} 1.0\nother{block_size="8",enable_prefix_caching="True"} 1\n'
+    )
+    metrics = parse_metrics(text, read_at=0.0)
+    assert (metrics.block_size, metrics.prefix_caching) == expected
+
+
+@pytest.mark.parametrize(("told", "expected"), [(8192, 8192), (None, None), ("8192", None)])
+def test_the_context_s_length_is_that_of_the_first_name(told: object, expected: int | None) -> None:
+    served = parse_models(msgspec.json.encode({"data": [{"id": "m", "max_model_len": told}, {"id": "n"}]}))
+    assert served is not None
+    assert served.context_length == expected
+
+
+def test_a_version_is_read_where_there_is_one() -> None:
+    assert parse_version(b'{"version":"0.32.0"}') == "0.32.0"
+    assert parse_version(b"{}") is None
+    assert parse_version(b"404") is None

@@ -149,3 +149,29 @@ def test_a_model_may_be_configured_under_any_name_that_its_engines_know() -> Non
         "huge",
         "other",
     ]
+
+
+def test_pods_come_and_go_and_nothing_is_said_of_those_that_have_left() -> None:
+    fleet = registry("a", models=(ModelConfig(name="tiny"),))
+    fleet.told("a", served=TINY)
+    pod = fleet.join(PodConfig(name="b", url="http://b"))
+    with pytest.raises(ValueError, match="`b` already"):
+        fleet.join(PodConfig(name="b", url="http://other"))
+    fleet.told("b", served=BIG)
+    assert resolve(fleet, "big") == ("big", ["b"])
+    assert fleet.has("b", "b")
+    assert not fleet.has("b", "b@dp0")
+    assert fleet.names() == {"tiny", "tiny-x", "lora", "big"}
+    assert fleet.leave("b") is pod
+    assert pod.gone
+    assert fleet.leave("b") is None
+    assert not fleet.has("b", "b")
+    assert fleet.names() == {"tiny", "tiny-x", "lora"}
+    fleet.failed("b")
+    fleet.answered("b")
+    fleet.told("b", served=TINY)
+    fleet.measured("b", EngineMetrics(running=1, waiting=0, cache_usage=None, read_at=0.0))
+    assert (pod.failures, pod.served, pod.metrics) == (0, BIG, None)
+    assert fleet.name_at("b", "tiny-x") == "tiny-x"
+    with pytest.raises(UnknownModel):
+        fleet.resolve("big")

@@ -60,8 +60,16 @@ def test_it_is_bounded_over_all_endpoints_and_keeps_prefixes(sent: list[tuple[st
     for name, prompt, length in sent:
         chain = [100 * prompt + block for block in range(length)]
         history.sent(name, "m", chain)
-        assert history.match(name, "m", chain) == min(length, 30 // len(history._sent) if length else 0)
-    for name in "abc":  # shares shrink when endpoints come, at their next prompt
-        if name in history:
-            history.sent(name, "m", [7])
-    assert len(history) <= 30
+        assert history.match(name, "m", chain) >= min(length, 10)
+        assert len(history) == sum(map(len, history._sent.values())) <= 30
+
+
+def test_endpoints_that_come_take_from_the_one_that_has_the_most() -> None:
+    history = RoutingHistory(max_blocks=12)
+    history.sent("a", "m", range(12))
+    for name in "bcd":
+        history.sent(name, "m", range(3))
+    assert [history.match(name, "m", range(12)) for name in "abcd"] == [3, 3, 3, 3]
+    history.refuted("b", "m", range(3))
+    assert "b" not in history
+    assert len(history) == 9

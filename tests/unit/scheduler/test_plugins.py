@@ -81,6 +81,15 @@ class TestKvCacheAware:
         answer = score("kvcache-aware", [pod("a", assumed_blocks=1), pod("b", match_blocks=4)])
         assert answer == Scores(values=[25.0, 100.0], note="the index could not say what 1 of 2 pods hold")
 
+    @pytest.mark.parametrize(("tokens", "size", "says"), [(64, 64, True), (64, None, False), (65, 64, False)])
+    def test_a_prompt_within_one_block_of_every_engine_is_said_to_hit_nothing(
+        self, tokens: int, size: int | None, says: bool
+    ) -> None:
+        candidates = [pod("a", engine_block=128, match_blocks=4), pod("b", engine_block=size, match_blocks=4)]
+        answer = score("kvcache-aware", candidates, request(prompt_tokens=tokens))
+        assert (answer.values == [0.0, 0.0]) == says
+        assert ("64 tokens in its cache: they fit into one block" in (answer.note or "")) == says
+
     @pytest.mark.parametrize(
         ("tokens", "words"),
         [(None, "not tokenized"), (9, "9 tokens are fewer than one block of 10"), (50, "no block that an index")],

@@ -41,6 +41,12 @@ def test_a_repeated_prompt_hits_all_but_the_block_of_its_last_token() -> None:
     assert hit(cache, [9, 2, 3, 4, 5]) == 0
 
 
+def test_without_prefix_caching_nothing_is_kept_and_nothing_told() -> None:
+    cache = PagedPrefixCache(16, SIZE, prefix_caching=False)
+    cache.release(put(cache, [1, 2, 3, 4, 5]))
+    assert (hit(cache, [1, 2, 3, 4, 5]), cache.take_events()) == (0, [])
+
+
 def test_a_prompt_of_whole_blocks_sent_twice_keeps_its_last_block_twice() -> None:
     cache = PagedPrefixCache(16, SIZE)
     first, second = put(cache, [1, 2, 3, 4]), put(cache, [1, 2, 3, 4])

@@ -11,9 +11,9 @@ def test_everything_observed_is_exposed_under_its_documented_name() -> None:
     metrics.request("tiny", 200, 0.5)
     metrics.request(None, 404, 0.1)
     metrics.first_byte(0.2)
-    metrics.sent("a")
-    metrics.sent("a")
-    metrics.returned("a")
+    with metrics.at("a"):
+        pass
+    metrics.at("a").__enter__()
     metrics.retry("connect")
     metrics.upstream_error("a", "connect")
     metrics.decided("a", 0.001, {"match": 0.5, "tokenize": 2.0})
@@ -58,3 +58,32 @@ def test_a_registered_collector_is_exposed_with_the_rest() -> None:
     metrics = Metrics()
     metrics.register(Gauge("extra", "One more.", registry=None))
     assert b"\nextra 0.0\n" in metrics.render()
+
+
+def test_the_series_of_a_pod_that_is_gone_go_with_it_also_while_a_request_is_there() -> None:
+    metrics = Metrics()
+    empty = metrics.render()
+    with metrics.at("a"):
+        metrics.decided("a", 0.001, {})
+        metrics.upstream_error("a", "connect")
+        metrics.drift("a", "exact", 64, 64)
+        metrics.drift_window("a", "covered")
+        metrics.resynced("a")
+        metrics.decided("b", 0.001, {})
+        assert b'pod="a"' in metrics.render()
+        metrics.forget_pod("a")
+    assert b'pod="a"' not in metrics.render()
+    assert b'pod="b"' in metrics.render()
+    metrics.request("m", 200, 0.1)
+    metrics.parity("m", "usage", "agreed")
+    metrics.approximate("m", True)
+    metrics.request(None, 404, 0.1)
+    metrics.keep_models({"m"})
+    assert b'model="m"' in metrics.render()
+    metrics.keep_models({"n"})
+    metrics.forget_pod("b")
+    shown = metrics.render()
+    assert b'model="m"' not in shown
+    assert b'model="unknown"' in shown
+    assert b"pod=" not in shown
+    assert b"pod=" not in empty

@@ -18,7 +18,8 @@ class KvCacheAware(Plugin):
     Blocks that requests in flight are bringing to a pod count as held. Blocks on slower tiers, blocks indexed from events
     that are doubted, and blocks that were sent where no events tell, count for less (`scheduler.weights`): what is not
     known of a pod is not taken for nothing. Considered are the prompt's full blocks, at most
-    `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere.
+    `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere, as does one that is no longer than a block of
+    every engine.
     """
 
     name: ClassVar[str] = "kvcache-aware"
@@ -47,6 +48,11 @@ class KvCacheAware(Plugin):
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
             return Scores(values=[0.0] * len(candidates), note=_why_no_blocks(request))
+        if _is_too_short(request, candidates):
+            note = (
+                f"no engine can find the prompt's {request.prompt_tokens} tokens in its cache: they fit into one block"
+            )
+            return Scores(values=[0.0] * len(candidates), note=note)
         values = [100.0 * min(pod.held_blocks, considered) / considered for pod in candidates]
         return Scores(values=values, note=_what_is_unknown(candidates))
 
@@ -61,6 +67,14 @@ def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
         if doubtful:
             notes.append(f"what the index says of {doubtful} of {len(candidates)} pods is {trust}")
     return "; ".join(notes) or None
+
+
+def _is_too_short(request: SchedulingRequest, candidates: Sequence[Candidate]) -> bool:
+    """Whether no engine can find anything: only whole blocks are found, and never the last token."""
+    tokens = request.prompt_tokens
+    if tokens is None:
+        return False
+    return all(pod.engine_block is not None and tokens <= pod.engine_block for pod in candidates)
 
 
 def _why_no_blocks(request: SchedulingRequest) -> str:

@@ -1,0 +1,220 @@
+"""Gathers the facts: asks every engine over HTTP, listens to its events, and probes it. Every wait has a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TypeAlias, cast
+from urllib.parse import urlsplit
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import Config, KvEventsConfig
+from matrixinfer.doctor import samples
+from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
+from matrixinfer.doctor.listening import Ear, listening, replays
+from matrixinfer.doctor.probing import Prober
+from matrixinfer.follower import feed_sources
+from matrixinfer.gateway.session import client_session
+from matrixinfer.pods.engine_api import (
+    Answer,
+    EngineApi,
+    EngineDown,
+    parse_kv_sources,
+    parse_metrics,
+    parse_models,
+    parse_version,
+)
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+from matrixinfer.scheduler.profile import arguments_of
+
+MAX_PODS = 8
+"""Pods examined at a time."""
+
+OnStep: TypeAlias = Callable[[str, str], None]
+"""Told of each pod what is being done with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What an engine answered to the questions that the gateway asks, too."""
+
+    version: str | None
+    models_status: int | None
+    sources_status: int | None
+    sources: tuple[KvEventsConfig, ...]
+    metrics: EngineMetrics
+    clock_ahead: float | None
+
+
+async def examine(config: Config, *, probes: bool, patience: float, on_step: OnStep) -> FleetFacts:
+    """The facts of every pod. An answer, a connection and an event may each take `patience` seconds.
+
+    Raises `ConfigError` when a configured tokenizer cannot be loaded.
+    """
+    hashing = cast("KvCacheAware.Args", arguments_of(config.scheduler, KvCacheAware))
+    blocks = TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
+    registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=time.monotonic)
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session(config.limits))
+        remote = RemoteTokenizer(session, rests=False)
+        tokenizers = await stack.enter_async_context(
+            TokenizerManager(config.models, config.tokenization, remote, block_size=blocks.block_size)
+        )
+        api = EngineApi(session, patience)
+        prober = Prober(
+            session=session, api=api, tokenizers=tokenizers, registry=registry, blocks=blocks, patience=patience
+        )
+        examiner = _Examiner(
+            config=config,
+            registry=registry,
+            api=api,
+            tokenizers=tokenizers,
+            remote=remote,
+            prober=prober if probes else None,
+            blocks=blocks,
+            patience=patience,
+            on_step=on_step,
+        )
+        turns = asyncio.Semaphore(MAX_PODS)
+
+        async def in_turn(pod: Pod) -> PodFacts:
+            async with turns:
+                return await examiner.examine(pod)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(in_turn(pod)) for pod in registry.pods]
+    return FleetFacts(models=config.models, pods=[task.result() for task in tasks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examiner:
+    config: Config
+    registry: PodRegistry
+    api: EngineApi
+    tokenizers: TokenizerManager
+    remote: RemoteTokenizer
+    prober: Prober | None
+    blocks: TokenBlockProcessor
+    patience: float
+    on_step: OnStep
+
+    async def examine(self, pod: Pod) -> PodFacts:
+        """Everything about one pod."""
+        kv_events = pod.config.kv_events
+        following: Following = kv_events if isinstance(kv_events, str) else "configured"
+        self.on_step(pod.name, "asking")
+        try:
+            told = await self._ask(pod)
+        except EngineDown as error:
+            return PodFacts(
+                name=pod.name,
+                url=pod.url,
+                host=_host(pod),
+                token_block=self.blocks.block_size,
+                following=following,
+                down=str(error),
+            )
+        configured = self.registry.configured_name(pod.base_model or self._only_model, [pod])
+        self.on_step(pod.name, "comparing token ids")
+        compared = await samples.compare(
+            self.tokenizers, self.remote, pod, configured=configured, seconds=self.patience
+        )
+        feeds = await self._feeds(pod, told.metrics.block_size)
+        self.on_step(pod.name, "done")
+        return PodFacts(
+            name=pod.name,
+            url=pod.url,
+            host=_host(pod),
+            token_block=self.blocks.block_size,
+            following=following,
+            version=told.version,
+            served=pod.served,
+            models_status=told.models_status,
+            sources_status=told.sources_status,
+            told=told.sources,
+            ranks=max(1, len(told.metrics.ranks)),
+            prefix_caching=told.metrics.prefix_caching,
+            block_size=told.metrics.block_size,
+            clock_ahead=told.clock_ahead,
+            samples=compared,
+            feeds=feeds,
+        )
+
+    @property
+    def _only_model(self) -> str:
+        """What a pod serves that does not tell."""
+        return self.config.models[0].name if len(self.config.models) == 1 else ""
+
+    async def _ask(self, pod: Pod) -> _Told:
+        """What the engine tells of itself, which the registry learns, too. Raises `EngineDown`."""
+        before = time.time()
+        health = await self.api.ask(f"{pod.url}/health")
+        clock_ahead = ahead(health.date, before, time.time())
+        self.registry.answered(pod.name)
+        paths = ("version", "v1/models", "kv_event_sources", "metrics")
+        version, models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
+        told = parse_kv_sources(sources.body, host=_host(pod))
+        discovered = told if pod.config.kv_events == "discover" else None
+        self.registry.told(pod.name, served=parse_models(models.body), kv_sources=discovered)
+        return _Told(
+            version=parse_version(version.body),
+            models_status=models.status or None,
+            sources_status=sources.status or None,
+            sources=told,
+            metrics=parse_metrics(metrics.body, read_at=self.registry.clock()),
+            clock_ahead=clock_ahead,
+        )
+
+    async def _answer(self, url: str) -> Answer:
+        """An answer, which is empty, with status 0, where none comes."""
+        try:
+            return await self.api.ask(url)
+        except EngineDown:
+            return Answer(status=0, body=b"", date=None)
+
+    async def _feeds(self, pod: Pod, engine_block: int | None) -> Sequence[FeedFacts]:
+        """Its publishers: connected to, probed one after the other, and asked for a replay."""
+        sources = list(feed_sources(pod, [model.name for model in self.config.models]))
+        if not sources:
+            return ()
+        self.on_step(pod.name, "connecting to its events")
+        async with listening(sources, self.blocks, self.patience) as ear:
+            probed = {}
+            if self.prober is not None:
+                self.on_step(pod.name, "probing")
+                for endpoint, source in zip(pod.endpoints, sources, strict=True):
+                    probed[endpoint.name] = await self.prober.probe(endpoint, source.model, ear, engine_block)
+            self.on_step(pod.name, "asking for a replay")
+            return [await self._facts(ear, source.name, probed) for source in sources]
+
+    async def _facts(self, ear: Ear, name: str, probed: dict[str, ProbeFacts]) -> FeedFacts:
+        heard = ear.heard[name]
+        replay = await replays(heard, self.patience)
+        return heard.facts(connected=ear.is_connected(name), replay=replay, probe=probed.get(name))
+
+
+def ahead(date: str | None, before: float, after: float) -> float | None:
+    """Seconds by which a clock that showed `date` between `before` and `after` is at least ahead; negative: behind.
+
+    The header has whole seconds, rounded down.
+    """
+    if date is None:
+        return None
+    try:
+        shown = parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+    if shown > after:
+        return shown - after
+    return min(0.0, shown + 1 - before)
+
+
+def _host(pod: Pod) -> str:
+    return urlsplit(pod.url).hostname or ""

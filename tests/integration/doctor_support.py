@@ -1,0 +1,102 @@
+"""The doctor as a command, and engines with one thing wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+
+from matrixinfer.cli import main
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.model import Timing
+from matrixinfer.sim.server import SimEngine
+
+FAST = SimEngineConfig(timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0), num_blocks=1000)
+PATIENCE = "2"
+Change = Callable[[int, bytes], tuple[int, bytes]]
+"""Status and body of an answer as they are, and as they are to be."""
+
+
+class Patient:
+    """Fleets to be examined, in a config file."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+
+    async def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        code = await asyncio.to_thread(main, ("doctor", "--patience", PATIENCE, *arguments))
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def config(self, *pods: Mapping[str, Any], **more: Any) -> str:
+        file = self.folder / "gateway.yaml"
+        file.write_text(yaml.safe_dump({"pods": list(pods), **more}))
+        return str(file)
+
+    async def examine(self, *pods: Mapping[str, Any], arguments: tuple[str, ...] = (), **more: Any) -> Examined:
+        code, out, err = await self.run("--config", self.config(*pods, **more), "--json", *arguments)
+        assert err == ""
+        return Examined(code, json.loads(out))
+
+
+class Examined:
+    """What the command said as JSON."""
+
+    def __init__(self, code: int, answer: dict[str, Any]) -> None:
+        self.code = code
+        self.findings: list[dict[str, Any]] = answer["findings"]
+        self.summary: dict[str, int] = answer["summary"]
+        assert self.summary["exit_code"] == code
+
+    def only(self, check: str, level: str) -> dict[str, Any]:
+        """The one finding that is not ok; the rest must be, and the exit code must fit."""
+        (bad,) = [finding for finding in self.findings if finding["level"] != "ok"] or [{}]
+        assert (bad.get("check"), bad.get("level")) == (check, level), self.findings
+        assert self.code == {"warning": 1, "blind": 2}[level]
+        assert bad["fix"]
+        return bad
+
+    def of(self, check: str) -> list[dict[str, Any]]:
+        return [finding for finding in self.findings if finding["check"] == check]
+
+
+@asynccontextmanager
+async def altered(engine: SimEngine, changes: Mapping[str, Change], *, date: str | None = None) -> AsyncIterator[str]:
+    """The URL of a proxy of `engine` that changes its answers, by path."""
+    async with aiohttp.ClientSession(engine.url) as session:
+
+        async def answer(request: web.Request) -> web.Response:
+            rank = request.headers.get("X-data-parallel-rank")
+            headers = {"Content-Type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": rank})
+            async with session.request(
+                request.method, request.path, data=await request.read(), headers=headers
+            ) as response:
+                status, body = response.status, await response.read()
+            if request.path in changes:
+                status, body = changes[request.path](status, body)
+            return web.Response(status=status, body=body, headers={} if date is None else {"Date": date})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+
+def says(value: object, status: int = 200) -> Change:
+    """Whatever the engine answers, this is put in its place."""
+    return lambda _, __: (status, json.dumps(value).encode())
