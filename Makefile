@@ -22,7 +22,7 @@ check: .venv/dev.stamp ## Format, lint, types, import contracts, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q tests/unit tests/conformance
+	$(BIN)/pytest -q -m "not server" tests/unit tests/conformance
 
 bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 	$(BIN)/python -m bench

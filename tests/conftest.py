@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
+
+from . import servers
 
 # A busy machine may take any time for one example; how fast the code is, the benchmarks say.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A server that tests share; each begins with `flush`."""
+    with servers.server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server

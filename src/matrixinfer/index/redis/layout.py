@@ -80,20 +80,21 @@ def floor_of(*, now: float, epoch: int, lease: float, max_age: float) -> int:
 
 
 def number(text: bytes | str | None) -> int | None:
-    """A count or a stamp as Redis holds it; None for what is no decimal number."""
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        return None
+    """A count or a stamp as Redis holds it; None for what is not 1 to 19 digits, as everywhere in `scripts`."""
+    digits = text.encode() if isinstance(text, str) else text
+    return int(digits) if digits and digits.isdigit() and len(digits) < 20 else None
+
+
+def text_of(name: bytes) -> str:
+    """A pod's name; names that are no UTF-8 stay different from each other."""
+    return name.decode("utf-8", "backslashreplace")
 
 
 def named(entries: Entries) -> dict[str, int]:
     """The newest stamp of each pod at one block, by canonical name. What is no stamp is left out."""
     stamps: dict[str, int] = {}
     for name, text in entries.items():
-        pod, value = canonical(name.decode("utf-8", "replace")), number(text)
+        pod, value = canonical(text_of(name)), number(text)
         if value is not None:
             stamps[pod] = max(value, stamps.get(pod, value))
     return stamps
@@ -119,7 +120,7 @@ def floors(
 ) -> dict[str, int]:
     """The least stamp that counts of every pod that has an epoch or a lease."""
     return {
-        pod.decode(): floor_of(
+        text_of(pod): floor_of(
             now=now, epoch=number(epochs.get(pod)) or 0, lease=number(leases.get(pod)) or 0, max_age=max_age
         )
         for pod in {*epochs, *leases}
@@ -127,12 +128,12 @@ def floors(
 
 
 def pairs(flat: Sequence[bytes | int]) -> dict[str, int]:
-    """Names and counts that came as one list, by canonical name. Raises `ValueError` for what is no such list."""
+    """Names and counts that came as one list. Raises `ValueError` for what is no such list."""
     if len(flat) % 2:
         raise ValueError("names and counts do not pair up")
     counts: dict[str, int] = {}
     for name, value in zip(flat[::2], flat[1::2], strict=True):
         if not isinstance(name, bytes) or not isinstance(value, int):
             raise ValueError("neither name nor count")  # noqa: TRY004 - it is what came that is wrong
-        counts[name.decode("utf-8", "replace")] = value
+        counts[text_of(name)] = value
     return counts

@@ -61,12 +61,13 @@ class Outbox:
 
     def add(self, model: str, hashes: Sequence[int]) -> None:
         """The pod now holds `hashes`."""
-        held = self._held.setdefault(model, {})
+        held = self._held.get(model, {})
         if held.keys().isdisjoint(hashes):
             new = list(dict.fromkeys(hashes))
         else:
             new = [block for block in dict.fromkeys(hashes) if block not in held]
-        held.update(dict.fromkeys(new))
+        if new:
+            self._held.setdefault(model, held).update(dict.fromkeys(new))
         self._note(Change(model, "+", new))
 
     def remove(self, model: str, hashes: Iterable[int]) -> None:

@@ -77,7 +77,7 @@ class BlockReader:
         except IndexUnavailable:
             self._failed("failed")
             raise
-        except asyncio.CancelledError:
+        except BaseException:
             self._circuit.abandoned()
             raise
         finally:

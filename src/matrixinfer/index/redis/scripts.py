@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from matrixinfer.index.redis.layout import SUFFIX
 
+_NUMBER = """
+local known = {}
+local function number(text)
+  -- As `layout.number`, with -1 for what is none. Most stamps of a prompt are equal: each is looked at once.
+  if not text then return -1 end
+  if not known[text] then
+    known[text] = #text < 20 and string.match(text, '^%d+$') and tonumber(text) or -1
+  end
+  return known[text]
+end
+"""
+
 MATCH = f"""
 -- How many of the given blocks each pod holds consecutively from the start.
 -- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by blanks
 -- Returns pod, count, pod, count, ...
+{_NUMBER}
 local prefix, now, oldest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local suffix = '{SUFFIX}'
 local pods, floors, found = {{}}, {{}}, {{}}
@@ -21,8 +34,8 @@ local function first(entries)
   for i = 1, #entries, 2 do
     local name = entries[i]
     if #name > #suffix and string.sub(name, -#suffix) == suffix then name = string.sub(name, 1, -#suffix - 1) end
-    local at = tonumber(entries[i + 1])
-    if at then
+    local at = number(entries[i + 1])
+    if at >= 0 then
       if not seen[name] then names[#names + 1] = name end
       if not seen[name] or seen[name] < at then seen[name] = at end
     end
@@ -32,8 +45,8 @@ local function first(entries)
     local epochs = redis.call('HMGET', KEYS[1], unpack(some))
     local leases = redis.call('HMGET', KEYS[2], unpack(some))
     for i, name in ipairs(some) do
-      local floor = tonumber(epochs[i] or 0) or 0
-      if (tonumber(leases[i] or 0) or 0) < now and floor < oldest then floor = oldest end
+      local floor = math.max(number(epochs[i]), 0)
+      if math.max(number(leases[i]), 0) < now and floor < oldest then floor = oldest end
       if seen[name] >= floor then
         pods[#pods + 1], floors[#floors + 1] = name, floor
       end
@@ -46,7 +59,7 @@ local function newest(key, names)
   for from = 1, #names, 4000 do
     local upto = math.min(from + 3999, #names)
     for i, at in ipairs(redis.call('HMGET', key, unpack(names, from, upto))) do
-      stamps[from + i - 1] = tonumber(at or nil) or -1
+      stamps[from + i - 1] = number(at)
     end
   end
   return stamps
@@ -92,12 +105,12 @@ return found
 
 ACQUIRE = """
 -- Become the writer of a pod, or stay it.
--- KEYS tokens, writers, leases, epochs, stamps  ARGV pod, writer, now, lease in seconds
+-- KEYS tokens, writers, leases, epochs, stamps  ARGV pod, writer, now, lease in seconds, 1 for a new token
 -- Returns the fencing token, and the least epoch above all that was stamped; nothing while another writer lives.
 local pod, now = ARGV[1], tonumber(ARGV[3])
 local owner, lease = redis.call('HGET', KEYS[2], pod), tonumber(redis.call('HGET', KEYS[3], pod) or 0) or 0
 local token = redis.call('HGET', KEYS[1], pod)
-if owner ~= ARGV[2] or not token then
+if owner ~= ARGV[2] or not token or ARGV[5] == '1' then
   if owner and owner ~= ARGV[2] and lease >= now then return {} end
   token = redis.call('HINCRBY', KEYS[1], pod, 1)
   redis.call('HSET', KEYS[2], pod, ARGV[2])
@@ -170,17 +183,22 @@ return tonumber(stamp)
 """
 )
 
-RECLAIM = """
+RECLAIM = (
+    """
 -- Delete the entries of one block that do not count. KEYS block  ARGV default floor, suffix, then `pod, floor` again and again
 -- Returns how many.
+"""
+    + _NUMBER
+    + """
 local floors, suffix, gone = {}, ARGV[2], {}
 for i = 3, #ARGV, 2 do floors[ARGV[i]] = tonumber(ARGV[i + 1]) end
 local entries = redis.call('HGETALL', KEYS[1])
 for i = 1, #entries, 2 do
-  local name, at = entries[i], tonumber(entries[i + 1])
+  local name, at = entries[i], number(entries[i + 1])
   if #name > #suffix and string.sub(name, -#suffix) == suffix then name = string.sub(name, 1, -#suffix - 1) end
-  if not at or at < (floors[name] or tonumber(ARGV[1])) then gone[#gone + 1] = entries[i] end
+  if at < 0 or at < (floors[name] or tonumber(ARGV[1])) then gone[#gone + 1] = entries[i] end
 end
 for _, name in ipairs(gone) do redis.call('HDEL', KEYS[1], name) end
 return #gone
 """
+)

@@ -70,6 +70,8 @@ class _Pod:
         self.least = 0
         """Stamp of what is written now."""
         self.renew_at = float("-inf")
+        self.unanswered = False
+        """What was sent last may be done yet, whenever it reaches the server."""
         self.state: str | None = None
         """As last told."""
         self.leaving = False
@@ -222,6 +224,8 @@ class BlockWriter:
                 if not self._broken:
                     log.warning("redis_writes_failed", server=self._store.config.where, error=str(error))
                 self._broken = True
+                for pod in self._pods.values():
+                    pod.renew_at, pod.unanswered = float("-inf"), True
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_MAX_SECONDS)
             except Exception:
@@ -245,7 +249,7 @@ class BlockWriter:
 
     async def _know_server(self) -> None:
         """After a failure, and now and then: is it the same server process? Another one may lack the last writes."""
-        if not self._broken and not any(self._clock() >= pod.renew_at for pod in self._pods.values()):
+        if not self._broken and not any(map(self._is_due, self._pods.values())):
             return
         server = await self._store.server_id()
         if (self._server is not None and server != self._server) or (server is None and self._broken):
@@ -263,7 +267,7 @@ class BlockWriter:
 
     async def _write_pod(self, name: str, pod: _Pod) -> None:
         try:
-            if self._clock() >= pod.renew_at:
+            if self._is_due(pod):
                 await self._acquire(name, pod)
             if pod.hold is None:
                 pod.outbox.drop()
@@ -273,18 +277,25 @@ class BlockWriter:
             await self._bring_up_to_date(pod, pod.hold)
             if pod.leaving and not pod.outbox.waiting:
                 await self._commands.release(pod.hold)
-                del self._pods[name]
+                pod.lose()
+                if pod.leaving:  # it may have come back meanwhile
+                    del self._pods[name]
         except Fenced:
             log.warning("redis_writer_fenced", pod=name)
             self.stats.fenced += 1
             pod.lose()
 
+    def _is_due(self, pod: _Pod) -> bool:
+        """Whether its lease is to be renewed: it is time, or the clock has been set back."""
+        return not pod.renew_at - 2 * RENEW_SECONDS < self._clock() < pod.renew_at
+
     async def _acquire(self, name: str, pod: _Pod) -> None:
-        now = self._clock()
-        hold = await self._commands.acquire(name, self.name, now=now, lease=LEASE_SECONDS)
-        if hold is None or pod.hold is None or hold.token != pod.hold.token:
+        """Take or renew the pod's token; a new one where a late write with the old one must not be done any more."""
+        now, anew = self._clock(), pod.unanswered
+        hold = await self._commands.acquire(name, self.name, now=now, lease=LEASE_SECONDS, anew=anew)
+        if hold is None or pod.hold is None or hold.token != pod.hold.token + anew:
             pod.lose()
-        pod.hold, pod.renew_at = hold, now + RENEW_SECONDS
+        pod.hold, pod.renew_at, pod.unanswered = hold, now + RENEW_SECONDS, False
 
     async def _bring_up_to_date(self, pod: _Pod, hold: Hold) -> None:
         if pod.outbox.overflowed:
@@ -294,7 +305,7 @@ class BlockWriter:
         if pod.waits:
             pod.outbox.drop()
         elif pod.doubtful:
-            await self._resync(pod, hold)
+            hold = await self._resync(pod, hold.pod)
         await self._write_changes(pod, hold)
         state = self.state_of(hold.pod)
         if state is not None and state != pod.state:
@@ -302,9 +313,12 @@ class BlockWriter:
             pod.state = state
         await self._restamp(pod, hold)
 
-    async def _resync(self, pod: _Pod, hold: Hold) -> None:
+    async def _resync(self, pod: _Pod, name: str) -> Hold:
         """Write all that the pod holds anew, and let what is not part of it count no more."""
         self.stats.resyncs += 1
+        await self._acquire(name, pod)  # the epoch to come has to be above whatever has been stamped until now
+        if (hold := pod.hold) is None:
+            raise Fenced
         pod.outbox.drop()
         pod.least = hold.next_epoch
         for model, blocks in list(pod.outbox.held):
@@ -313,6 +327,7 @@ class BlockWriter:
         await self._commands.set_epoch(hold, pod.least, now=self._clock())
         pod.doubtful = False
         pod.restamping, pod.restamp_at = iter(()), self._clock() + self._restamp_seconds
+        return hold
 
     async def _write_changes(self, pod: _Pod, hold: Hold) -> None:
         while (taken := pod.outbox.take(BATCH)) is not None:
@@ -340,10 +355,13 @@ class BlockWriter:
             pod.restamp_at = now + self._restamp_seconds
             pod.restamping = ((model, block) for model, blocks in list(pod.outbox.held) for block in blocks)
             pod.pace = max(BATCH, int(2 * len(pod.outbox) * TICK_SECONDS / self._restamp_seconds))
-        by_model: dict[str, list[int]] = {}
-        for model, block in islice(pod.restamping, pod.pace):
-            if block in pod.outbox.blocks_of(model):
-                by_model.setdefault(model, []).append(block)
-        if by_model:
-            await self._write(pod, hold, [Change(model, "+", blocks) for model, blocks in by_model.items()])
-            self.stats.restamped += sum(map(len, by_model.values()))
+        left = pod.pace
+        while left > 0 and (some := list(islice(pod.restamping, BATCH))):
+            left -= len(some)
+            by_model: dict[str, list[int]] = {}
+            for model, block in some:
+                if block in pod.outbox.blocks_of(model):
+                    by_model.setdefault(model, []).append(block)
+            if by_model:
+                await self._write(pod, hold, [Change(model, "+", blocks) for model, blocks in by_model.items()])
+                self.stats.restamped += sum(map(len, by_model.values()))

@@ -1,0 +1,133 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.index.redis import layout
+
+LONG = b"pod-a.ns.svc.cluster.local"
+
+
+def test_keys_are_those_of_the_documented_layout() -> None:
+    assert layout.prefix_of("org/model") + "12345678901234567890" == "matrix:kv:block:org/model@12345678901234567890"
+    assert layout.meta_key("org/model") == "matrix:kv:meta:org/model"
+
+
+@given(model=st.text(min_size=1), block=st.integers(0, 2**64 - 1))
+def test_a_block_is_read_back_from_its_key(model: str, block: int) -> None:
+    assert layout.block_of(f"{layout.prefix_of(model)}{block}") == (model, block)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "matrix:kv:block:", "matrix:kv:block:m@", "matrix:kv:block:m@1x", "matrix:kv:block:7", "other:m@7"]
+)
+def test_other_keys_name_no_block(key: str) -> None:
+    assert layout.block_of(key) is None
+
+
+def test_names_are_compared_without_the_clusters_domain() -> None:
+    assert layout.canonical("pod-a.ns.svc.cluster.local") == layout.canonical("pod-a.ns") == "pod-a.ns"
+    assert layout.canonical("svc.cluster.local.pod") == "svc.cluster.local.pod"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(b"0", 0), (b"007", 7), ("1703123456", 1_703_123_456), (b"9" * 19, 10**19 - 1)],
+)
+def test_numbers_are_digits(text: bytes | str, number: int) -> None:
+    assert layout.number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        b"",
+        b"-1",
+        b"+1",
+        b" 1",
+        b"1\n",
+        b"1.5",
+        b"1e9",
+        b"0x10",
+        b"1_000",
+        b"inf",
+        b"nan",
+        b"\xff",
+        "٣",
+        b"1" * 20,
+    ],
+)
+def test_everything_else_is_no_number(text: bytes | str | None) -> None:
+    assert layout.number(text) is None
+
+
+def test_of_two_spellings_the_newest_stamp_counts_and_garbage_does_not() -> None:
+    assert layout.named({LONG: b"9", b"pod-a.ns": b"5", b"pod-b.ns": b"soon"}) == {"pod-a.ns": 9}
+    assert layout.named({LONG: b"soon", b"pod-a.ns": b"5"}) == {"pod-a.ns": 5}
+
+
+def test_names_that_are_no_text_stay_different() -> None:
+    assert len(layout.named({b"\xff": b"1", b"\xfe": b"1"})) == 2
+    assert len(layout.floors({b"\xff": b"1"}, {b"\xfe": b"1"}, now=5, max_age=1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("epoch", "lease", "floor"),
+    [
+        (0, 0, 900),  # nobody vouches for it: by age
+        (0, 999, 900),
+        (0, 1000, 0),  # a living writer does
+        (950, 1000, 950),
+        (950, 0, 950),
+        (800, 0, 900),
+    ],
+)
+def test_the_least_stamp_that_counts(epoch: int, lease: int, floor: int) -> None:
+    assert layout.floor_of(now=1000, epoch=epoch, lease=lease, max_age=100) == floor
+    epochs, leases = {b"pod-a": str(epoch).encode()}, {b"pod-a": str(lease).encode()}
+    assert layout.floors(epochs, leases, now=1000, max_age=100) == {"pod-a": floor}
+
+
+def test_tables_that_lack_a_pod_or_hold_garbage_say_nothing_of_it() -> None:
+    assert layout.floors({b"pod-a": b"950"}, {b"pod-b": b"soon"}, now=1000, max_age=100) == {"pod-a": 950, "pod-b": 900}
+
+
+@given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))
+def test_a_clear_puts_the_epoch_above_all_stamps_and_stamps_at_least_there(
+    now: int, epoch: int, last: int, later: int
+) -> None:
+    cleared = layout.next_epoch(now, epoch, last)
+    assert cleared > last
+    assert cleared > layout.stamp(now, epoch)
+    assert layout.stamp(later, cleared) >= cleared
+
+
+PODS = ("a", "b", "c")
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(PODS), st.integers(0, 4)), max_size=6),
+    st.dictionaries(st.sampled_from(PODS), st.integers(0, 4)),
+    st.integers(0, 4),
+)
+def test_counts_are_of_consecutive_blocks_whose_stamps_reach_the_floor(
+    blocks: list[dict[str, int]], floors: dict[str, int], default: int
+) -> None:
+    expected = {}
+    for pod in PODS:
+        good = [block.get(pod, -1) >= floors.get(pod, default) for block in blocks]
+        if held := [*good, False].index(False):
+            expected[pod] = held
+    entries = [{pod.encode(): str(at).encode() for pod, at in block.items()} for block in blocks]
+    assert layout.count(entries, floors, default) == expected
+
+
+def test_pairs_come_as_one_list() -> None:
+    assert layout.pairs([b"a", 3, b"b", 1]) == {"a": 3, "b": 1}
+    assert layout.pairs([]) == {}
+
+
+@pytest.mark.parametrize("flat", [[b"a"], [b"a", b"3"], [3, b"a"], [b"a", 3, b"b"], [None, None]])
+def test_what_does_not_pair_up_is_refused(flat: list[bytes | int]) -> None:
+    with pytest.raises(ValueError, match=r"pair up|neither name nor count"):
+        layout.pairs(flat)
