@@ -147,6 +147,18 @@ if new > epoch then redis.call('HSET', KEYS[2], pod, string.format('%d', new)) e
 return math.max(new, epoch)
 """
 
+PURGE = """
+-- Let nothing of a pod count, whoever wrote it; a living writer finds its token gone, and writes anew what the pod holds.
+-- KEYS tokens, epochs, stamps  ARGV pod, now
+-- Returns the epoch.
+local pod = ARGV[1]
+local epoch, last = tonumber(redis.call('HGET', KEYS[2], pod) or 0) or 0, tonumber(redis.call('HGET', KEYS[3], pod) or 0) or 0
+local new = math.max(math.floor(tonumber(ARGV[2])), epoch, last) + 1
+redis.call('HSET', KEYS[2], pod, string.format('%d', new))
+if redis.call('HEXISTS', KEYS[1], pod) == 1 then redis.call('HINCRBY', KEYS[1], pod, 1) end
+return new
+"""
+
 _STAMP = """
 local pod = ARGV[1]
 if redis.call('HGET', KEYS[1], pod) ~= ARGV[2] then return 0 end

@@ -139,10 +139,9 @@ def _client(config: RedisConfig) -> Client:
             host=config.host,
             port=cast("int", config.port),
             max_connections=config.connections,
-            cluster_error_retry_attempts=1,
             require_full_coverage=False,
             ssl=config.tls is not None,
-            **{name: value for name, value in common.items() if name != "retry"},
+            **{**common, "retry": Retry(NoBackoff(), 1)},  # once: the table of slots may be an old one
             **tls,
         )
     if config.sentinels:
