@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -59,8 +59,12 @@ class Store:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with unavailable():
-            await self.client.aclose()
+        clients: list[Client] = [self.client]
+        if isinstance(self.client, Redis) and isinstance(self.client.connection_pool, SentinelConnectionPool):
+            clients += self.client.connection_pool.sentinel_manager.sentinels
+        for client in clients:
+            with suppress(RedisError, OSError):
+                await client.aclose()
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float | bytes]) -> Any:
         """What a script returns. Raises `IndexUnavailable`; `ScriptsRefused` where none may run."""
@@ -141,7 +145,7 @@ def _client(config: RedisConfig) -> Client:
             max_connections=config.connections,
             require_full_coverage=False,
             ssl=config.tls is not None,
-            **{**common, "retry": Retry(NoBackoff(), 1)},  # once: the table of slots may be an old one
+            **{**common, "retry": Retry(NoBackoff(), 1)},  # slots may have moved
             **tls,
         )
     if config.sentinels:
@@ -164,7 +168,7 @@ def _client(config: RedisConfig) -> Client:
             **common,
             **tls,
         )
-        return Redis(connection_pool=pool)
+        return Redis.from_pool(pool)
     if config.socket is not None:
         where: dict[str, Any] = {"connection_class": UnixDomainSocketConnection, "path": config.socket}
     else:

@@ -1,0 +1,192 @@
+"""A logical clock in stamps of seconds: whatever the clock and the writers do, what counts is what the holder holds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from matrixinfer.index.redis import scripts
+from matrixinfer.index.redis.commands import Commands, Fenced, Hold
+from matrixinfer.index.redis.outbox import Change
+from matrixinfer.index.redis.reader import BlockReader
+from matrixinfer.index.redis.store import Store
+from tests.servers import Server
+
+pytestmark = pytest.mark.server
+
+RUNS, STEPS, BLOCKS = 200, 16, range(1, 5)
+LEASE, MAX_AGE = 3.0, 1e6
+META = {"block_size": "128", "hash_scheme": "prefix", "version": "1"}
+
+
+class Clock:
+    """Seconds, of which many steps share one, and which now and then go back."""
+
+    def __init__(self, random: random.Random) -> None:
+        self.now = 1_700_000_000
+        self._random = random
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self) -> None:
+        self.now += self._random.choice((0, 0, 0, 0, 0, 0, 1, 1, 2, -1, -5))
+
+
+class Writers:
+    """Two writers of one pod, as `BlockWriter` has them act, and what the present one holds."""
+
+    def __init__(self, commands: Commands, clock: Clock, random: random.Random) -> None:
+        self.held: set[int] = set()
+        self._commands = commands
+        self._clock = clock
+        self._random = random
+        self._holds: dict[str, Hold] = {}
+        self._holder = ""
+        self._least = 0
+
+    async def step(self) -> None:
+        self._clock.step()
+        act = self._random.choices(
+            (self._add, self._remove, self._clear, self._take_over, self._late), weights=(6, 3, 2, 1, 1)
+        )[0]
+        if self._holder:
+            await act()
+        else:
+            await self._take_over()
+
+    async def _add(self) -> None:
+        blocks = self._some()
+        self.held.update(blocks)
+        await self._write("+", blocks)
+
+    async def _remove(self) -> None:
+        blocks = self._some()
+        self.held.difference_update(blocks)
+        await self._write("-", blocks)
+
+    async def _clear(self) -> None:
+        self.held.clear()
+        await self._commands.set_epoch(self._holds[self._holder], 0, now=self._clock())
+
+    async def _take_over(self) -> None:
+        """The other one writes all that it holds anew, which is something else, and then begins its epoch."""
+        if self._holder and self._random.random() < 0.5:
+            await self._commands.release(self._holds[self._holder])
+        self._holder = "b" if self._holder == "a" else "a"
+        while (hold := await self._acquire()) is None:
+            self._clock.now += 1  # until the other one's lease is over
+        self._holds[self._holder] = hold
+        self._least = hold.next_epoch
+        self.held = set(self._some())
+        for block in self.held:
+            self._clock.step()
+            await self._write("+", [block])
+        self._clock.step()
+        await self._commands.set_epoch(hold, self._least, now=self._clock())
+
+    async def _acquire(self) -> Hold | None:
+        return await self._commands.acquire("pod-a", self._holder, now=self._clock(), lease=LEASE)
+
+    async def _late(self) -> None:
+        """The one that had been taken over from wakes up."""
+        late = next((hold for name, hold in self._holds.items() if name != self._holder), None)
+        if late is None:
+            return
+        with pytest.raises(Fenced):
+            await self._commands.write(late, [self._change("+", list(BLOCKS))], now=self._clock(), least=0)
+        with pytest.raises(Fenced):
+            await self._commands.write(late, [self._change("-", list(BLOCKS))], now=self._clock(), least=0)
+        with pytest.raises(Fenced):
+            await self._commands.set_epoch(late, 0, now=self._clock())
+
+    async def _write(self, sign: str, blocks: list[int]) -> None:
+        change = self._change(sign, blocks)
+        await self._commands.write(self._holds[self._holder], [change], now=self._clock(), least=self._least)
+
+    def _change(self, sign: str, blocks: list[int]) -> Change:
+        return Change("llama", "+" if sign == "+" else "-", blocks)
+
+    def _some(self) -> list[int]:
+        return self._random.sample(BLOCKS, self._random.randint(1, len(BLOCKS)))
+
+
+async def errors_in(run: int, server: Server, store: Store, *, scripted: bool = True) -> int:
+    """How often a look-up of each block alone tells something else than the holder holds."""
+    server.flush()
+    chance = random.Random(run)
+    clock = Clock(chance)
+    writers = Writers(Commands(store, META), clock, chance)
+    asked = BlockReader(store, max_age=MAX_AGE, clock=clock)
+    asked._scripted = scripted
+    errors = 0
+    for _ in range(STEPS):
+        await writers.step()
+        answers = await asyncio.gather(*(asked.match("llama", [block]) for block in BLOCKS))
+        found = {block for block, answer in zip(BLOCKS, answers, strict=True) if answer}
+        errors += found != writers.held
+    return errors
+
+
+@pytest.fixture
+async def store(valkey: Server) -> AsyncIterator[Store]:
+    async with Store(valkey.config()) as store:
+        yield store
+
+
+async def test_two_hundred_histories_without_an_error(valkey: Server, store: Store) -> None:
+    assert sum([await errors_in(run, valkey, store) for run in range(RUNS)]) == 0
+
+
+async def test_nor_by_pipeline(valkey: Server, store: Store) -> None:
+    assert sum([await errors_in(run, valkey, store, scripted=False) for run in range(RUNS // 10)]) == 0
+
+
+def clears_at_now(source: str) -> str:
+    """An epoch of the present second, which entries of the same second reach."""
+    return mutated(source, "new = math.max(math.floor(tonumber(ARGV[4])), epoch, last) + 1", "new = tonumber(ARGV[4])")
+
+
+def clears_after_now(source: str) -> str:
+    """An epoch of the next second, which entries of this second do not reach that are written after the clear."""
+    return mutated(
+        source, "new = math.max(math.floor(tonumber(ARGV[4])), epoch, last) + 1", "new = tonumber(ARGV[4]) + 1"
+    )
+
+
+def stamps_with_now(source: str) -> str:
+    """Stamps of the clock alone."""
+    return mutated(source, "math.max(math.floor(tonumber(ARGV[3])), tonumber(ARGV[4]), epoch)", "tonumber(ARGV[3])")
+
+
+def counts_above(source: str) -> str:
+    """Only what is stamped after the epoch."""
+    return mutated(source, "if seen[name] >= floor then", "if seen[name] > floor then")
+
+
+def mutated(source: str, old: str, new: str) -> str:
+    assert old in source
+    return source.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("script", "mutate"),
+    [
+        pytest.param("EPOCH", clears_at_now, id="`>=` on seconds"),
+        pytest.param("MATCH", counts_above, id="`>` on seconds"),
+        pytest.param("EPOCH", clears_after_now, id="a second later"),
+        pytest.param("WRITE", stamps_with_now, id="stamps of the clock alone"),
+    ],
+)
+async def test_a_plain_comparison_of_seconds_would_err(
+    valkey: Server,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    mutate: Callable[[str], str],
+) -> None:
+    monkeypatch.setattr(scripts, script, mutate(getattr(scripts, script)))
+    assert sum([await errors_in(run, valkey, store) for run in range(5)]) > 0

@@ -1,0 +1,195 @@
+"""What others write, by a plain client as they write it: read by script and by pipeline alike, and they read ours."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.index.redis import layout
+from matrixinfer.index.redis.index import RedisIndex
+from matrixinfer.index.redis.reader import CHUNK, BlockReader
+from matrixinfer.index.redis.store import Store
+from tests.servers import Server
+
+pytestmark = pytest.mark.server
+
+MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+NOW, MAX_AGE = 1_703_200_000, 86_400
+SUFFIX = ".svc.cluster.local"
+
+PODS = [f"pod-name-{n}.ns" for n in range(4)]
+names = st.sampled_from([spelling for pod in PODS for spelling in (pod, pod + SUFFIX)] + [b"\xff\xfe", "pod\u2028"])
+garbage = st.sampled_from(
+    [
+        "",
+        "soon",
+        "-5",
+        "+9999999999",
+        " 1703199999",
+        "1703199999.5",
+        "17e8",
+        "0x7fffffff",
+        "inf",
+        "nan",
+        "1_703_199_999",
+        "9" * 30,
+        b"\xff",
+        "2023-12-21T10:00:00Z",
+        "٣",
+    ]
+)
+at_edges = st.one_of(
+    st.integers(NOW - MAX_AGE - 1, NOW - MAX_AGE + 1), st.integers(NOW - 2, NOW + 3), st.just(0), st.just(10**18)
+)
+stamps = st.one_of(at_edges.map(str), at_edges.map(str), at_edges.map(str), garbage)
+entries = st.dictionaries(names, stamps, max_size=8)
+tables = st.dictionaries(names, stamps, max_size=6)
+
+
+def chain(count: int) -> list[int]:
+    """Hashes of 64 bits, as some have them whose hash keeps the top bit."""
+    return [int.from_bytes(hashlib.sha256(str(n).encode()).digest()[:8], "big") for n in range(count)]
+
+
+def fill(
+    server: Server, blocks: list[dict[str | bytes, str | bytes]], **tables: dict[str | bytes, str | bytes]
+) -> None:
+    with redis.Redis(port=server.port) as client, client.pipeline() as pipeline:
+        pipeline.flushall()
+        for block, fields in zip(chain(len(blocks)), blocks, strict=True):
+            if fields:
+                pipeline.hset(f"matrix:kv:block:{MODEL}@{block}", mapping=fields)
+        for name, fields in tables.items():
+            if fields:
+                pipeline.hset(f"{{matrix:kv}}:{name}", mapping=fields)
+        pipeline.execute()
+
+
+async def both_ways(server: Server, hashes: list[int], *, now: float = NOW, max_age: float = MAX_AGE) -> dict[str, int]:
+    """The answer, which is the same by script and by pipeline."""
+    answers = []
+    for scripts in (True, False):
+        async with Store(server.config(scripts=scripts)) as store:
+            reader = BlockReader(store, max_age=max_age, clock=lambda: now)
+            answers.append(await reader.match(MODEL, hashes))
+            assert reader._scripted is scripts
+    assert answers[0] == answers[1]
+    return answers[0]
+
+
+@settings(max_examples=120)
+@given(
+    blocks=st.lists(entries, max_size=6),
+    epochs=tables,
+    leases=tables,
+    now=st.sampled_from([NOW, NOW + 0.7, 0.0]),
+    max_age=st.sampled_from([MAX_AGE, 0.5, 1e12]),
+)
+async def test_script_and_pipeline_give_the_same_answer(
+    valkey: Server,
+    blocks: list[dict[str | bytes, str | bytes]],
+    epochs: dict[str | bytes, str | bytes],
+    leases: dict[str | bytes, str | bytes],
+    now: float,
+    max_age: float,
+) -> None:
+    fill(valkey, blocks, epochs=epochs, leases=leases)
+    await both_ways(valkey, chain(len(blocks)), now=now, max_age=max_age)
+
+
+@settings(max_examples=5)
+@given(spread=st.lists(st.integers(0, 3), min_size=3, max_size=3), seed=st.integers(1, 100))
+async def test_also_with_thousands_of_pods(valkey: Server, spread: list[int], seed: int) -> None:
+    blocks: list[dict[str | bytes, str | bytes]] = [
+        {
+            f"pod-{n}.ns{SUFFIX if (n * seed + skew) % 3 == 0 else ''}": str(NOW - n * 40)
+            for n in range(4_500)
+            if (n * seed) % (position + 2) >= min(skew, position)
+        }
+        for position, skew in enumerate(spread)
+    ]
+    epochs: dict[str | bytes, str | bytes] = {f"pod-{n}.ns": str(NOW - 3_000) for n in range(0, 4_500, 7)}
+    leases: dict[str | bytes, str | bytes] = {f"pod-{n}.ns": str(NOW + 5) for n in range(0, 4_500, 5)}
+    fill(valkey, blocks, epochs=epochs, leases=leases)
+    found = await both_ways(valkey, chain(3))
+    assert 1_000 < len(found) < 4_500
+
+
+async def test_both_spellings_of_a_pod_at_alternate_blocks_are_one_pod(valkey: Server) -> None:
+    fill(valkey, [{f"pod-a.ns{SUFFIX if n % 2 else ''}": str(NOW)} for n in range(9)])
+    assert await both_ways(valkey, chain(9)) == {"pod-a.ns": 9}
+
+
+async def test_a_chain_over_several_round_trips(valkey: Server) -> None:
+    held = {"pod-a.ns": 2 * CHUNK + 1, "pod-b.ns": 2 * CHUNK, "pod-c.ns": CHUNK, "pod-d.ns": CHUNK - 1, "pod-e.ns": 1}
+    held["pod-f.ns"] = 3 * CHUNK
+    fill(valkey, [{pod: str(NOW) for pod, count in held.items() if n < count} for n in range(3 * CHUNK)])
+    assert await both_ways(valkey, chain(3 * CHUNK)) == held
+
+
+def old_hash(tokens: list[int]) -> int:
+    """The documented hash of a block alone: SHA-256 of the tokens as 4 bytes each, big endian."""
+    digest = hashlib.sha256(b"".join(struct.pack(">I", token) for token in tokens)).digest()
+    return int.from_bytes(digest[:8], "big") & (2**63 - 1)
+
+
+TOKENS = list(range(1000, 1000 + 5 * 128))
+BLOCKS = TokenBlockProcessor(128, "block")
+OLD_KEYS = [f"matrix:kv:block:{MODEL}@{old_hash(TOKENS[at : at + 128])}" for at in range(0, 5 * 128, 128)]
+
+
+@pytest.fixture
+async def index(valkey: Server) -> AsyncIterator[RedisIndex]:
+    valkey.flush()
+    async with (
+        Store(valkey.config()) as store,
+        RedisIndex(store, BLOCKS, max_age=MAX_AGE, clock=lambda: NOW + 0.9) as index,
+    ):
+        yield index
+
+
+async def test_what_existing_writers_store_is_read(valkey: Server, index: RedisIndex) -> None:
+    with valkey.client() as client:
+        for n, key in enumerate(OLD_KEYS):
+            client.hset(key, "pod-name-1.namespace.svc.cluster.local", str(NOW - 60))
+            if n != 2:
+                client.hset(key, "pod-name-2.namespace", str(NOW - 30))
+            client.hset(key, "pod-name-3.namespace.svc.cluster.local", str(NOW - MAX_AGE - 1))
+    expected = {"pod-name-1.namespace": 5, "pod-name-2.namespace": 2}
+    assert await index.match(MODEL, BLOCKS.chain(TOKENS)) == expected
+    assert await index.match(MODEL, BLOCKS.chain(TOKENS, salt="secret")) == {}
+
+
+async def test_what_is_written_is_read_by_the_documented_layout(valkey: Server, index: RedisIndex) -> None:
+    index.add(MODEL, "pod-name-1.namespace", BLOCKS.chain(TOKENS)[:], None)
+    index.remove(MODEL, "pod-name-1.namespace", BLOCKS.chain(TOKENS)[4:])
+    await index.flush()
+    with valkey.client() as client:
+        for key in OLD_KEYS[:4]:
+            assert set(client.hgetall(key)) == {"pod-name-1.namespace"}
+            stamp = client.hget(key, "pod-name-1.namespace")
+            assert str(stamp).isdecimal()
+            assert NOW <= int(str(stamp)) <= NOW + 5
+        assert not client.exists(OLD_KEYS[4])
+        scheme = {"block_size": "128", "hash_scheme": "block", "version": "1"}
+        assert client.hgetall(layout.meta_key(MODEL)) == scheme
+        assert set(client.scan_iter("matrix:kv:block:*")) == set(OLD_KEYS[:4])
+
+
+async def test_pods_of_others_stay_beside_ours(valkey: Server, index: RedisIndex) -> None:
+    theirs = "pod-name-2.namespace.svc.cluster.local"
+    with valkey.client() as client:
+        client.hset(OLD_KEYS[0], theirs, str(NOW - 60))
+        index.add(MODEL, "pod-name-1.namespace", BLOCKS.chain(TOKENS)[:], None)
+        await index.flush()
+        index.clear("pod-name-1.namespace")
+        await index.flush()
+        assert client.hget(OLD_KEYS[0], theirs) == str(NOW - 60)
+    assert await index.match(MODEL, BLOCKS.chain(TOKENS)) == {"pod-name-2.namespace": 1}
