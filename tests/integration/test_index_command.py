@@ -19,6 +19,8 @@ from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import BlockWriter
 from tests import servers
 
+pytestmark = pytest.mark.server
+
 META = {"block_size": "128", "hash_scheme": "prefix", "version": "1"}
 DAY = 86_400.0
 Ask = Callable[..., Any]
