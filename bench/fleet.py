@@ -94,9 +94,9 @@ class Writable(Protocol):
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None: ...
 
 
-def fill(index: Writable, pods: Sequence[str], blocks: int) -> None:
+def fill(index: Writable, pods: Sequence[str], blocks: int, *, seed: int = 1) -> None:
     """Store `blocks` distinct blocks: sessions of 32 to 512 blocks, each held by one to three pods."""
-    draw = random.Random(1)
+    draw = random.Random(seed)
     while blocks > 0:
         session = [draw.getrandbits(63) for _ in range(min(blocks, draw.randint(32, 512)))]
         for pod in draw.sample(pods, draw.randint(1, 3)):

@@ -52,7 +52,7 @@ def run(scale: Scale) -> Iterator[Figure]:
     walk, gallop, sets = MemoryIndex(prefix_closed=False), MemoryIndex(), SetIndex()
     for index in (walk, gallop, sets):
         fill(index, _PODS, scale.index_blocks)
-        _hold_queries(index)
+        hold_queries(index, _PODS, queries())
     yield from _look_ups(
         {"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale
     )
@@ -66,8 +66,8 @@ def run(scale: Scale) -> Iterator[Figure]:
 
 def _look_ups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) -> Iterator[Figure]:
     """Cold: other prompts between two look-ups of the same. Warm: the same prompt again, so that the CPU caches it."""
-    queries = _queries()
-    for state, prompts in (("warm", queries[:1] * _QUERIES), ("cold", queries)):
+    asked = queries()
+    for state, prompts in (("warm", asked[:1] * _QUERIES), ("cold", asked)):
         calls = [each(partial(index.count, MODEL), prompts) for index, _ in indexes.values()]
         times = rounds_of(*calls, scale=scale)
         for (index, (_, aim)), seconds in zip(indexes.items(), times, strict=True):
@@ -76,18 +76,19 @@ def _look_ups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) 
             yield Figure(case=case, name="of dict of sets", value=ratio(seconds, times[-1]), unit="×")
 
 
-def _queries() -> list[list[int]]:
+def queries(count: int = _QUERIES) -> list[list[int]]:
+    """Prompts, as block hashes."""
     draw = random.Random(3)
-    return [[draw.getrandbits(63) for _ in range(_BLOCKS)] for _ in range(_QUERIES)]
+    return [[draw.getrandbits(63) for _ in range(_BLOCKS)] for _ in range(count)]
 
 
-def _hold_queries(index: _Index) -> None:
+def hold_queries(index: Writable, pods: Sequence[str], chains: Sequence[Sequence[int]]) -> None:
     """Of each chain all pods hold 15 blocks, eight 40, two 100, and one all."""
     draw = random.Random(4)
-    for chain in _queries():
-        for pod in _PODS:
+    for chain in chains:
+        for pod in pods:
             index.add(MODEL, pod, chain[:15], None)
-        for pod, count in zip(draw.sample(_PODS, 11), (40,) * 8 + (100, 100, 128), strict=True):
+        for pod, count in zip(draw.sample(pods, 11), (40,) * 8 + (100, 100, 128), strict=True):
             index.add(MODEL, pod, chain[:count], None)
 
 

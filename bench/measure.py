@@ -61,6 +61,13 @@ class Scale:
     """Streams per round through each proxy."""
     chunks: int = 100
     """Chunks per stream."""
+    redis_keys: int = 1_000_000
+    redis_look_ups: int = 200
+    """Look-ups per round of each kind."""
+    redis_writes: int = 200_000
+    """Blocks that an agent writes as fast as it can."""
+    redis_lags: int = 400
+    """Frames of a steady rate."""
 
 
 QUICK = Scale(
@@ -79,6 +86,10 @@ QUICK = Scale(
     requests=20,
     streams=2,
     chunks=10,
+    redis_keys=2_000,
+    redis_look_ups=20,
+    redis_writes=2_000,
+    redis_lags=20,
 )
 """Runs everything once, to see that it runs. Its figures mean nothing."""
 

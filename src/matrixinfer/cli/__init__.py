@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from matrixinfer import __version__
 from matrixinfer.errors import MatrixInferError
 
-_COMMANDS = ("serve", "agent", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
+_COMMANDS = ("serve", "agent", "index", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ where no living writer vouches for the pod, at most `max_age` seconds old.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from matrixinfer.config import CLUSTER_SUFFIX
 
@@ -131,9 +132,7 @@ def pairs(flat: Sequence[bytes | int]) -> dict[str, int]:
     """Names and counts that came as one list. Raises `ValueError` for what is no such list."""
     if len(flat) % 2:
         raise ValueError("names and counts do not pair up")
-    counts: dict[str, int] = {}
-    for name, value in zip(flat[::2], flat[1::2], strict=True):
-        if not isinstance(name, bytes) or not isinstance(value, int):
-            raise ValueError("neither name nor count")  # noqa: TRY004 - it is what came that is wrong
-        counts[text_of(name)] = value
-    return counts
+    names, values = flat[::2], flat[1::2]
+    if {*map(type, names)} - {bytes} or {*map(type, values)} - {int}:
+        raise ValueError("neither name nor count")
+    return dict(zip(map(text_of, cast("Sequence[bytes]", names)), cast("Sequence[int]", values), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matrixinfer.index.redis import layout
@@ -28,18 +28,32 @@ async def pages(
     store: Store, *, model: str | None = None, keys_per_second: float | None = None
 ) -> AsyncIterator[list[Block]]:
     """All blocks, of one model or of every one, some of them perhaps twice. Raises `IndexUnavailable`."""
+    async for keys in key_pages(store, model=model, keys_per_second=keys_per_second):
+        if keys:
+            yield await fetch(store, keys)
+
+
+async def key_pages(
+    store: Store, *, model: str | None = None, keys_per_second: float | None = None
+) -> AsyncIterator[list[bytes]]:
+    """As `pages`, but keys only, and also pages without any: the server has looked at `PAGE` keys for each."""
     pattern = f"{layout.BLOCKS}{'*' if model is None else _literally(model) + '@*'}"
     for node in _nodes(store):
         cursor = 0
         while True:
             began = time.monotonic()
             cursor, keys = await store.ask(_scan(store, node, cursor, pattern))
-            if keys:
-                yield await _fetch(store, keys)
+            yield keys
             if cursor == 0:
                 break
             if keys_per_second is not None:
                 await asyncio.sleep(max(0.0, PAGE / keys_per_second - (time.monotonic() - began)))
+
+
+async def size(store: Store) -> int:
+    """How many keys there are, of whatever kind. Raises `IndexUnavailable`."""
+    client: Any = store.client
+    return int(await store.ask(client.dbsize()))
 
 
 async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = time.time) -> dict[str, int]:
@@ -48,6 +62,21 @@ async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = t
     epochs = await store.ask(client.hgetall(layout.EPOCHS))
     leases = await store.ask(client.hgetall(layout.LEASES))
     return layout.floors(epochs, leases, now=clock(), max_age=max_age)
+
+
+async def fetch(store: Store, keys: Sequence[bytes]) -> list[Block]:
+    """The blocks of these keys; keys that are none are left out. Raises `IndexUnavailable`."""
+    with unavailable():
+        pipeline: Any = store.client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hgetall(key)
+        answers = await store.ask(pipeline.execute(raise_on_error=False))
+    found = []
+    for key, entries in zip(keys, answers, strict=True):
+        name = layout.block_of(key.decode("utf-8", "replace"))
+        if name is not None and isinstance(entries, dict):
+            found.append(Block(key.decode(), *name, layout.named(entries)))
+    return found
 
 
 def _nodes(store: Store) -> list[Any]:
@@ -62,20 +91,6 @@ async def _scan(store: Store, node: Any, cursor: int, pattern: str) -> tuple[int
         return int(found[0]), found[1]
     cursors, keys = await client.scan(cursor, match=pattern, count=PAGE, target_nodes=node)
     return int(next(iter(cursors.values()))), keys
-
-
-async def _fetch(store: Store, keys: list[bytes]) -> list[Block]:
-    with unavailable():
-        pipeline: Any = store.client.pipeline(transaction=False)
-        for key in keys:
-            pipeline.hgetall(key)
-        answers = await store.ask(pipeline.execute(raise_on_error=False))
-    found = []
-    for key, entries in zip(keys, answers, strict=True):
-        name = layout.block_of(key.decode("utf-8", "replace"))
-        if name is not None and isinstance(entries, dict):
-            found.append(Block(key.decode(), *name, layout.named(entries)))
-    return found
 
 
 def _literally(text: str) -> str:

@@ -27,70 +27,127 @@ MATCH = f"""
 {_NUMBER}
 local prefix, now, oldest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local suffix = '{SUFFIX}'
-local pods, floors, found = {{}}, {{}}, {{}}
+local call = redis.call
+local pods, floors, kept, found, size, highest = {{}}, {{}}, {{}}, {{}}, 0, 0
 
-local function first(entries)
+local function canonical(name)
+  if #name > #suffix and string.sub(name, -#suffix) == suffix then return string.sub(name, 1, -#suffix - 1) end
+  return name
+end
+
+-- The newest stamp of each pod of a block, by canonical name, and those names.
+local function all(entries)
   local seen, names = {{}}, {{}}
   for i = 1, #entries, 2 do
-    local name = entries[i]
-    if #name > #suffix and string.sub(name, -#suffix) == suffix then name = string.sub(name, 1, -#suffix - 1) end
-    local at = number(entries[i + 1])
+    local name, at = canonical(entries[i]), number(entries[i + 1])
     if at >= 0 then
       if not seen[name] then names[#names + 1] = name end
       if not seen[name] or seen[name] < at then seen[name] = at end
     end
   end
-  for from = 1, #names, 1000 do
-    local some = {{unpack(names, from, math.min(from + 999, #names))}}
-    local epochs = redis.call('HMGET', KEYS[1], unpack(some))
-    local leases = redis.call('HMGET', KEYS[2], unpack(some))
-    for i, name in ipairs(some) do
-      local floor = math.max(number(epochs[i]), 0)
-      if math.max(number(leases[i]), 0) < now and floor < oldest then floor = oldest end
-      if seen[name] >= floor then
-        pods[#pods + 1], floors[#floors + 1] = name, floor
+  return seen, names
+end
+
+-- What a table says of pods: all of it where that is less than to ask for each.
+local function told(key, names)
+  local values = {{}}
+  if call('HLEN', key) <= 4 * #names then
+    local flat = call('HGETALL', key)
+    for i = 1, #flat, 2 do values[flat[i]] = flat[i + 1] end
+  else
+    for from = 1, #names, 4000 do
+      local upto = math.min(from + 3999, #names)
+      for i, value in ipairs(call('HMGET', key, unpack(names, from, upto))) do values[names[from + i - 1]] = value end
+    end
+  end
+  return values
+end
+
+local function first(entries)
+  local seen, names = all(entries)
+  local epochs, leases = told(KEYS[1], names), told(KEYS[2], names)
+  size = #entries / 2
+  for i = 1, #names do
+    local name = names[i]
+    local floor = math.max(number(epochs[name]), 0)
+    if number(leases[name]) < now and floor < oldest then floor = oldest end
+    if seen[name] >= floor then
+      pods[#pods + 1], floors[name] = name, floor
+      if floor > highest then highest = floor end
+    end
+  end
+end
+
+-- Whether entries have every pod, in this order, as those of one prompt's next block mostly have.
+local function alike(entries)
+  local next, pod, good = 1, pods[1], nil
+  for i = 1, #entries, 2 do
+    if entries[i] == pod then
+      local text = entries[i + 1]
+      if text ~= good then
+        local at = number(text)
+        if at < floors[pod] then return false end
+        if at >= highest then good = text end
       end
+      next = next + 1
+      pod = pods[next]
+      if not pod then return true end
     end
   end
+  return false
 end
 
-local function newest(key, names)
-  local stamps = {{}}
-  for from = 1, #names, 4000 do
-    local upto = math.min(from + 3999, #names)
-    for i, at in ipairs(redis.call('HMGET', key, unpack(names, from, upto))) do
-      stamps[from + i - 1] = number(at)
+-- Keep those of `names` that are left, whose stamps count.
+local function keep(names, seen, block)
+  local left = {{}}
+  for i = 1, #names do
+    local name = names[i]
+    local floor = floors[name]
+    if floor and seen[name] >= floor then
+      left[#left + 1], kept[name] = name, block
     end
   end
-  return stamps
+  for i = 1, #pods do
+    local name = pods[i]
+    if kept[name] ~= block then
+      found[#found + 1], found[#found + 2], floors[name] = name, block, nil
+    end
+  end
+  pods = left
 end
 
+-- Few pods among many are asked for by name, others are looked for among all.
 local function narrow(key, block)
-  local stamps, doubtful, long = newest(key, pods), {{}}, {{}}
-  for i, at in ipairs(stamps) do
-    if at < floors[i] then
-      doubtful[#doubtful + 1], long[#long + 1] = i, pods[i] .. suffix
+  if #pods * 4 >= size or #pods > 1000 then
+    local entries = call('HGETALL', key)
+    size = #entries / 2
+    if not alike(entries) then
+      local seen, names = all(entries)
+      keep(names, seen, block)
+    end
+    return
+  end
+  local stamps, missing, long = call('HMGET', key, unpack(pods)), {{}}, {{}}
+  for i = 1, #pods do
+    if number(stamps[i]) < floors[pods[i]] then
+      missing[#missing + 1], long[#long + 1] = i, pods[i] .. suffix
     end
   end
-  if #doubtful == 0 then return end
-  for i, at in ipairs(newest(key, long)) do
-    stamps[doubtful[i]] = math.max(at, stamps[doubtful[i]])
+  if #missing == 0 then return end
+  local seen = {{}}
+  for i = 1, #pods do seen[pods[i]] = number(stamps[i]) end
+  stamps = call('HMGET', key, unpack(long))
+  for i = 1, #missing do
+    local pod = pods[missing[i]]
+    seen[pod] = math.max(seen[pod], number(stamps[i]))
   end
-  local left, kept = {{}}, {{}}
-  for i, name in ipairs(pods) do
-    if stamps[i] >= floors[i] then
-      left[#left + 1], kept[#kept + 1] = name, floors[i]
-    else
-      found[#found + 1], found[#found + 2] = name, block
-    end
-  end
-  pods, floors = left, kept
+  keep(pods, seen, block)
 end
 
 local block = 0
 for hash in string.gmatch(ARGV[4], '%d+') do
   if block == 0 then
-    first(redis.call('HGETALL', prefix .. hash))
+    first(call('HGETALL', prefix .. hash))
   else
     narrow(prefix .. hash, block)
   end
@@ -145,6 +202,18 @@ local new = tonumber(ARGV[3])
 if new == 0 then new = math.max(math.floor(tonumber(ARGV[4])), epoch, last) + 1 end
 if new > epoch then redis.call('HSET', KEYS[2], pod, string.format('%d', new)) end
 return math.max(new, epoch)
+"""
+
+PURGE = """
+-- Let nothing of a pod count, whoever wrote it; a living writer finds its token gone, and writes anew what the pod holds.
+-- KEYS tokens, epochs, stamps  ARGV pod, now
+-- Returns the epoch.
+local pod = ARGV[1]
+local epoch, last = tonumber(redis.call('HGET', KEYS[2], pod) or 0) or 0, tonumber(redis.call('HGET', KEYS[3], pod) or 0) or 0
+local new = math.max(math.floor(tonumber(ARGV[2])), epoch, last) + 1
+redis.call('HSET', KEYS[2], pod, string.format('%d', new))
+if redis.call('HEXISTS', KEYS[1], pod) == 1 then redis.call('HINCRBY', KEYS[1], pod, 1) end
+return new
 """
 
 _STAMP = """

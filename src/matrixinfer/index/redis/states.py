@@ -91,7 +91,7 @@ class States:
             states = await self._store.ask(client.hgetall(layout.STATES))
             leases = await self._store.ask(client.hgetall(layout.LEASES))
             self._states = {
-                pod.decode(): state for pod, text in list(states.items())[:MAX_PODS] if (state := _read(text))
+                pod.decode(): state for pod, text in list(states.items())[:MAX_PODS] if (state := decode(text))
             }
             self._leases = {pod.decode(): layout.number(text) or 0 for pod, text in leases.items()}
             for model in self._models():
@@ -125,7 +125,8 @@ def encode(state: PodState) -> str:
     return msgspec.json.encode(state).decode()
 
 
-def _read(text: bytes) -> PodState | None:
+def decode(text: bytes) -> PodState | None:
+    """What a writer told; None for what is no such thing."""
     try:
         return msgspec.json.decode(text, type=PodState)
     except msgspec.MsgspecError:

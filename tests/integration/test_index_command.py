@@ -1,0 +1,204 @@
+"""`matrixinfer index` against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matrixinfer.cli import main
+from matrixinfer.index.redis import layout
+from matrixinfer.index.redis.reader import BlockReader
+from matrixinfer.index.redis.states import PodState, encode
+from matrixinfer.index.redis.store import Store
+from matrixinfer.index.redis.writer import BlockWriter
+from tests import servers
+
+pytestmark = pytest.mark.server
+
+META = {"block_size": "128", "hash_scheme": "prefix", "version": "1"}
+DAY = 86_400.0
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def ask(valkey: servers.Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    """Run `matrixinfer index`; returns what it prints, as JSON where that was asked for."""
+    valkey.flush()
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(valkey.port))
+
+    def run(*arguments: str, exit_code: int = 0) -> Any:
+        capfd.readouterr()
+        assert main(["index", *arguments]) == exit_code
+        said = capfd.readouterr()
+        assert not (said.err if exit_code < 2 else said.out)
+        return json.loads(said.out) if "--json" in arguments else said.out + said.err
+
+    return run
+
+
+def write(server: servers.Server, model: str, pod: str, blocks: range | list[int], at: float | None = None) -> None:
+    """As a writer of another project does."""
+    with server.client() as client:
+        for block in blocks:
+            client.hset(f"{layout.prefix_of(model)}{block}", pod, str(int(time.time() if at is None else at)))
+
+
+def test_stats_count_what_counts_by_model_and_pod(valkey: servers.Server, ask: Ask) -> None:
+    write(valkey, "qwen", "a", range(600))
+    write(valkey, "qwen", "b.svc.cluster.local", range(100))
+    write(valkey, "llama", "b", range(7), at=time.time() - 2 * DAY)
+    with valkey.client() as client:
+        client.hset(layout.meta_key("qwen"), mapping=META)
+        client.hset(layout.EPOCHS, "b", str(int(time.time()) - 60))
+        client.hset(layout.STATES, "b", encode(PodState(trust="exact", feed="complete", model="qwen")))
+        client.set("somebody-else's", "1")
+    found = ask("stats", "--json")
+    assert found["complete"]
+    assert found["keys"] == 600 + 7 + 4
+    qwen, llama = found["models"]["qwen"], found["models"]["llama"]
+    assert (qwen["blocks"], qwen["entries"], qwen["stale"]) == (600, 700, 0)
+    assert qwen["pods"] == {"a": 600, "b": 100}
+    assert qwen["scheme"] == META
+    assert 50 < qwen["bytes_per_block"] < 500
+    assert (llama["blocks"], llama["entries"], llama["stale"], llama["pods"]) == (7, 0, 7, {})
+    assert (found["pods"]["b"]["alive"], found["pods"]["b"]["state"]["trust"]) == (False, "exact")
+    told = ask("stats")
+    assert "qwen" in told
+    assert "--limit" not in told
+
+
+def test_stats_say_that_the_scan_was_cut_short(valkey: servers.Server, ask: Ask) -> None:
+    write(valkey, "qwen", "a", range(3_000))
+    found = ask("stats", "--limit", "1000", "--json")
+    assert not found["complete"]
+    assert 0 < found["models"]["qwen"]["blocks"] < 3_000
+    assert "Only about 1,000 keys were looked at (--limit)" in ask("stats", "--limit", "1000")
+
+
+def test_stats_of_an_empty_server(ask: Ask) -> None:
+    assert ask("stats", "--json")["models"] == {}
+    assert " 0 keys" in ask("stats")
+
+
+def test_a_block_is_shown_with_who_holds_it_and_why_some_do_not_count(valkey: servers.Server, ask: Ask) -> None:
+    now = time.time()
+    write(valkey, "qwen", "young", [5])
+    write(valkey, "qwen", "old", [5], at=now - 2 * DAY)
+    write(valkey, "qwen", "cleared", [5], at=now - 60)
+    with valkey.client() as client:
+        client.hset(layout.EPOCHS, "cleared", str(int(now)))
+    holders = ask("show", "qwen", "5", "--json")["holders"]
+    assert {pod: holder["counts"] for pod, holder in holders.items()} == {"young": True, "old": False, "cleared": False}
+    told = ask("show", "qwen", "5")
+    assert "no: too old, and no writer vouches for the pod" in told
+    assert f"no: stamped before the pod's epoch {int(now)}" in told
+    with valkey.client() as client:
+        client.hset(layout.LEASES, "old", str(int(now) + 15))
+    assert ask("show", "qwen", "5", "--json")["holders"]["old"]["counts"]
+    assert "nobody holds it" in ask("show", "qwen", "6", exit_code=1)
+
+
+def test_a_pod_is_shown_with_its_ranks_and_tiers(valkey: servers.Server, ask: Ask) -> None:
+    for pod in ("a", "a@dp0", "a~device", "a-2"):
+        write(valkey, "qwen", pod, range(10))
+    with valkey.client() as client:
+        client.hset(layout.TOKENS, "a@dp0", "3")
+        client.hset(layout.STATES, "a@dp0", "no JSON")
+    assert list(ask("show", "--pod", "a", "--json")["pods"]) == ["a", "a@dp0", "a~device"]
+    told = ask("show", "--pod", "a")
+    assert "a: holds 10 of 10 blocks" in told
+    assert "token 3" in told
+    assert "no writer has told of it" in ask("show", "--pod", "nobody", exit_code=1)
+
+
+@pytest.mark.parametrize("arguments", [(), ("qwen",), ("qwen", "x"), ("qwen", "5", "--pod", "a")])
+def test_what_to_show_must_be_clear(arguments: tuple[str, ...], ask: Ask) -> None:
+    ask("show", *arguments, exit_code=2)
+
+
+def test_a_pod_without_a_writer_is_purged(valkey: servers.Server, ask: Ask) -> None:
+    write(valkey, "qwen", "a", range(10))
+    write(valkey, "qwen", "b", range(10))
+    assert "give --yes" in ask("purge", "--pod", "a", exit_code=2)
+    assert "would count no more" in ask("purge", "--pod", "a", "--dry-run")
+    assert ask("stats", "--json")["models"]["qwen"]["pods"] == {"a": 10, "b": 10}
+    purged = ask("purge", "--pod", "a.svc.cluster.local", "--yes", "--json")
+    assert purged["living_writers"] == []
+    assert purged["epochs"]["a"] > int(time.time())
+    assert ask("stats", "--json")["models"]["qwen"]["pods"] == {"b": 10}
+
+
+def test_a_model_is_purged_and_no_other(valkey: servers.Server, ask: Ask) -> None:
+    for model in ("qwen", "qwen@v2", "q*"):
+        write(valkey, model, "a", range(1_200))
+    with valkey.client() as client:
+        client.hset(layout.meta_key("q*"), mapping=META)
+    assert "1,200 blocks would be deleted" in ask("purge", "--model", "q*", "--dry-run")
+    assert ask("purge", "--model", "q*", "--yes", "--json")["blocks"] == 1_200
+    assert "qwen: 1,200 blocks were deleted" in ask("purge", "--model", "qwen", "--yes")
+    assert list(ask("stats", "--json")["models"]) == ["qwen@v2"]
+    with valkey.client() as client:
+        assert client.dbsize() == 1_200
+
+
+@pytest.mark.parametrize("what", [("--pod", "a"), ("--model", "qwen")])
+async def test_a_living_writer_writes_anew_what_was_purged(
+    what: tuple[str, str], valkey: servers.Server, ask: Ask
+) -> None:
+    async with Store(valkey.config()) as store, BlockWriter(store, meta=META, max_age=DAY) as writer:
+        writer.add("qwen", "a", list(range(10)))
+        await writer.flush()
+        purged = await asyncio.to_thread(ask, "purge", *what, "--yes", "--json")
+        assert purged["living_writers"] == ["a"]
+        reader = BlockReader(store, max_age=DAY)
+        assert await reader.match("qwen", list(range(11))) == {}
+        writer.add("qwen", "a", [10])  # its next write, or its next sign of life: then it finds out
+        async with asyncio.timeout(10):
+            while await reader.match("qwen", list(range(11))) != {"a": 11}:
+                await asyncio.sleep(0.05)
+        stats = await asyncio.to_thread(ask, "stats", "--json")
+        assert stats["models"]["qwen"]["scheme"] == META
+        assert stats["pods"]["a"]["alive"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("stats",), ("show", "qwen", "1"), ("show", "--pod", "a"), ("purge", "--pod", "a", "--yes")]
+)
+def test_a_server_that_is_not_there_is_told_in_a_sentence_without_the_password(
+    arguments: tuple[str, ...], tmp_path: Path, ask: Ask
+) -> None:
+    port = servers.free_port()
+    config = tmp_path / "gateway.yaml"
+    config.write_text(f"redis: {{port: {port}, password: hunter2, username: me}}")
+    said = ask(*arguments, "--config", str(config), exit_code=2)
+    assert said.startswith(f"matrixinfer: Redis at 127.0.0.1:{port} does not answer: ")
+    assert said.count("\n") == 1
+    assert "hunter2" not in said
+
+
+def test_the_same_on_a_cluster(tmp_path: Path, ask: Ask) -> None:
+    with servers.server(tmp_path / "server", "--cluster-enabled", "yes") as server:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            while "cluster_state:ok" not in str(client.execute_command("CLUSTER", "INFO")):
+                time.sleep(0.02)
+        write(server, "qwen", "a", range(700))
+        config = tmp_path / "gateway.yaml"
+        config.write_text(f"redis: {{port: {server.port}, cluster: true}}")
+        where = ("--config", str(config))
+        stats = ask("stats", "--json", *where)
+        assert stats["server"].startswith("valkey ")
+        assert stats["used_bytes"] > 0
+        assert stats["models"]["qwen"]["pods"] == {"a": 700}
+        assert ask("show", "--pod", "a", "--json", *where)["pods"]["a"]["blocks"] == 700
+        ask("purge", "--pod", "a", "--yes", *where)
+        assert ask("stats", "--json", *where)["models"]["qwen"]["stale"] == 700
+        assert ask("purge", "--model", "qwen", "--yes", "--json", *where)["blocks"] == 700
+        assert ask("stats", "--json", *where)["models"] == {}
