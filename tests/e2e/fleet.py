@@ -80,6 +80,12 @@ class Fleet:
             lines = (await response.text()).splitlines()
         return next((float(line.removeprefix(series)) for line in lines if line.startswith(f"{series} ")), 0.0)
 
+    async def has_peers(self, count: int, seconds: float = 20.0) -> None:
+        """Wait until the gateway hears of so many others."""
+        async with asyncio.timeout(seconds):
+            while await self.metric("matrixinfer_peers") != count:
+                await asyncio.sleep(0.05)
+
     async def settled(self) -> None:
         """Wait until the gateway has seen every batch that the engines have published."""
         await until(lambda: all(map(self._has_seen_all, range(len(self.engines)))))

@@ -30,7 +30,7 @@ from matrixinfer.scheduler.load import LoadLedger
 CHANNEL = "matrix:kv:gateways"
 INTERVAL_SECONDS = 0.25
 """From one message to the next, at least."""
-DEADLINE_SECONDS = 1.0
+DEADLINE_SECONDS = 2.0
 """Of one publication."""
 RETRY_SECONDS, RETRY_MAX_SECONDS = 0.25, 5.0
 _SLICE_BLOCKS = 4096
@@ -153,12 +153,13 @@ class Peers:
         channel = client.pubsub()
         try:
             await self._store.ask(channel.subscribe(CHANNEL))
-            while True:
-                message = await self._store.ask(channel.get_message(timeout=SILENT_SECONDS))
-                if message is None:  # what is told here would come back
-                    raise IndexUnavailable("nothing is heard")
-                if message["type"] == "message":
+            silent = 0
+            while silent < 2:  # in a row, as this process may have stood still itself
+                message = await self._store.ask(channel.get_message(timeout=SILENT_SECONDS / 2))
+                silent = silent + 1 if message is None else 0
+                if message is not None and message["type"] == "message":
                     await self._receive(message["data"])
+            raise IndexUnavailable("nothing is heard")  # not even what is told here, which comes back
         finally:
             with suppress(IndexUnavailable):
                 await self._store.ask(channel.aclose())
