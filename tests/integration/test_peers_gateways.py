@@ -65,7 +65,7 @@ def body(tokens: list[int], max_tokens: int = 1) -> Json:
 def others_of(fleet: Fleet) -> int:
     """What a gateway hears that others have in flight."""
     router = fleet.service.router
-    return sum(load.in_flight for load in router._fleet._peers.totals(router._clock()).values())
+    return sum(load.in_flight for load in router.fleet._peers.totals(router._clock()).values())
 
 
 # Bursts of equal prompts
