@@ -465,7 +465,7 @@ def _checked_redis(config: Config) -> RedisConfig | None:
     """The server, where one is named or needed, with what the environment says of it."""
     redis = config.redis
     if redis is None:
-        needed = config.index.kind == "redis" or config.index.warm_start
+        needed = config.index.kind == "redis" or config.index.warm_start or config.index.writer == "gateway"
         return _with_environment(RedisConfig(), os.environ) if needed else None
     for i, address in enumerate(redis.sentinels):
         split_address(address, path=f"$.redis.sentinels[{i}]")

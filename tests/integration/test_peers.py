@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import structlog
 
 from matrixinfer.config import RedisConfig
+from matrixinfer.index.redis.store import Store
 from matrixinfer.peers.heard import PeerLoads
 from matrixinfer.peers.link import CHANNEL, Peers
 from matrixinfer.peers.message import Load, Prompt, encode
@@ -29,11 +30,11 @@ SECONDS = 15.0
 class End:
     """One gateway's part."""
 
-    def __init__(self, config: RedisConfig) -> None:
+    def __init__(self, store: Store) -> None:
         self.load = LoadLedger(time.monotonic, 60.0)
         self.history = RoutingHistory()
         self.loads = PeerLoads()
-        self.peers = Peers(config, loads=self.loads, load=self.load, history=self.history, trust_of=TRUST.get)
+        self.peers = Peers(store, loads=self.loads, load=self.load, history=self.history, trust_of=TRUST.get)
 
     def totals(self) -> dict[str, Load]:
         return dict(self.loads.totals(time.monotonic()))
@@ -52,8 +53,10 @@ def config_of(valkey: Server, *, cluster: bool = False) -> RedisConfig:
 @asynccontextmanager
 async def ends(config: RedisConfig) -> AsyncIterator[tuple[End, End]]:
     """Two that have heard each other."""
-    one, other = End(config), End(config)
-    async with one.peers, other.peers:
+    async with Store(config) as here, Store(config) as there, AsyncExitStack() as stack:
+        one, other = End(here), End(there)
+        await stack.enter_async_context(one.peers)
+        await stack.enter_async_context(other.peers)
         await eventually(lambda: one.peers.count() == other.peers.count() == 1, SECONDS)
         yield one, other
 
@@ -122,7 +125,7 @@ async def test_a_server_that_freezes_is_left_in_time(valkey: Server) -> None:
 
 
 async def test_no_server_at_all_is_no_error(tmp_path: Path) -> None:
-    end = End(RedisConfig(socket=str(tmp_path / "nobody")))
+    end = End(Store(RedisConfig(socket=str(tmp_path / "nobody"))))
     async with end.peers:
         end.load.charge("sure", "m", hashes=CHAIN, start=0, queued_tokens=1).release()
         await asyncio.sleep(0.1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
-from matrixinfer.doctor import engine_checks, event_checks
+from matrixinfer.doctor import engine_checks, event_checks, redis_checks
 from matrixinfer.doctor.facts import FleetFacts, PodFacts
 from matrixinfer.doctor.findings import Finding, Verdict, blind, ok, warning
 
@@ -126,8 +126,30 @@ def _publishers(fleet: FleetFacts) -> Iterator[Verdict]:
             )
 
 
+def _redis(fleet: FleetFacts) -> Iterator[Verdict]:
+    if fleet.redis is not None:
+        yield from redis_checks.server(fleet.redis)
+
+
+def _scheme(fleet: FleetFacts) -> Iterator[Verdict]:
+    if fleet.redis is not None:
+        yield from redis_checks.scheme(fleet.redis)
+
+
+def _writers(fleet: FleetFacts) -> Iterator[Verdict]:
+    if fleet.redis is not None:
+        yield from redis_checks.writers(fleet.redis, fleet.endpoints)
+
+
 FLEET_CHECKS: Mapping[str, FleetCheck] = MappingProxyType(
-    {"models": _models, "block sizes": _sizes, "publishers": _publishers}
+    {
+        "models": _models,
+        "block sizes": _sizes,
+        "publishers": _publishers,
+        "redis": _redis,
+        "scheme": _scheme,
+        "writers": _writers,
+    }
 )
 CHECKS = ("health", "model", *POD_CHECKS, *FLEET_CHECKS)
 """The names of all checks."""

@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TypeAlias, cast
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
+from matrixinfer.backend import token_blocks
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, KvEventsConfig
 from matrixinfer.doctor import samples
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
 from matrixinfer.doctor.listening import Ear, listening, replays
 from matrixinfer.doctor.probing import Prober
+from matrixinfer.doctor.redis import ask
 from matrixinfer.follower import feed_sources
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import (
@@ -31,8 +33,6 @@ from matrixinfer.pods.engine_api import (
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
-from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
-from matrixinfer.scheduler.profile import arguments_of
 
 MAX_PODS = 8
 """Pods examined at a time."""
@@ -58,8 +58,7 @@ async def examine(config: Config, *, probes: bool, patience: float, on_step: OnS
 
     Raises `ConfigError` when a configured tokenizer cannot be loaded.
     """
-    hashing = cast("KvCacheAware.Args", arguments_of(config.scheduler, KvCacheAware))
-    blocks = TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
+    blocks = token_blocks(config.scheduler)
     registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=time.monotonic)
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session(config.limits))
@@ -90,7 +89,17 @@ async def examine(config: Config, *, probes: bool, patience: float, on_step: OnS
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(in_turn(pod)) for pod in registry.pods]
-    return FleetFacts(models=config.models, pods=[task.result() for task in tasks])
+    redis = None
+    if config.redis is not None:
+        on_step("Redis", "asking")
+        redis = await ask(config, config.redis, blocks, registry.base_models(), patience)
+        on_step("Redis", "done")
+    return FleetFacts(
+        models=config.models,
+        pods=[task.result() for task in tasks],
+        redis=redis,
+        endpoints=[endpoint.name for pod in registry.pods for endpoint in pod.endpoints],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.pods.registry import ServedNames
@@ -124,8 +124,38 @@ class PodFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RedisFacts:
+    """The server of the shared index, and what this config wants of it."""
+
+    where: str
+    looks_up: bool
+    """Look-ups go there; else it is written to, or only for starting warm."""
+    writer: str
+    scheme: Mapping[str, str]
+    """How blocks are made here."""
+    error: str | None = None
+    """Why it cannot be asked."""
+    slow: bool = False
+    refuses_scripts: bool = False
+    clock_ahead: float | None = None
+    """Seconds by which its clock is ahead of the one here."""
+    schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Models whose blocks there are made otherwise, and how."""
+    vouched: frozenset[str] = frozenset()
+    """Endpoints whose writer is alive."""
+
+    def but(self, **changes: Any) -> RedisFacts:
+        """The same but for some."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetFacts:
     """Every pod, and what the config says of all of them."""
 
     models: Sequence[ModelConfig]
     pods: Sequence[PodFacts]
+    redis: RedisFacts | None = None
+    """None where none is configured."""
+    endpoints: Sequence[str] = ()
+    """Names of all pods, or of their ranks."""

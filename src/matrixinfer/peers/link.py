@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import structlog
 
-from matrixinfer.config import RedisConfig
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.store import Store
 from matrixinfer.peers.heard import SILENT_SECONDS, PeerLoads
@@ -26,6 +24,7 @@ from matrixinfer.peers.outgoing import Outgoing
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.history import RoutingHistory
 from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.tasks import ended
 
 CHANNEL = "matrix:kv:gateways"
 INTERVAL_SECONDS = 0.25
@@ -52,7 +51,7 @@ class PeerStats:
 
 
 class Peers:
-    """Use as an async context manager; it owns two tasks, and connections that nobody else waits for.
+    """Use as an async context manager; it owns two tasks, and keeps one of the connections of `store` while it listens.
 
     What `load` and `history` learn from requests of this gateway is told; what others tell goes there, and into `loads`.
     `trust_of` says how far an endpoint's events are believed; None for endpoints that are not known here.
@@ -60,7 +59,7 @@ class Peers:
 
     def __init__(
         self,
-        config: RedisConfig,
+        store: Store,
         *,
         loads: PeerLoads,
         load: LoadLedger,
@@ -71,7 +70,7 @@ class Peers:
         self.stats = PeerStats()
         self.outgoing = Outgoing(uuid.uuid4().hex)
         self.loads = loads
-        self._store = Store(msgspec.structs.replace(config, connections=2))
+        self._store = store
         self._load = load
         self._history = history
         self._trust_of = trust_of
@@ -82,10 +81,9 @@ class Peers:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._store)
             for name, work in (("publish", self._publish), ("listen", self._listen)):
                 task = asyncio.create_task(self._supervised(work), name=f"peers-{name}")
-                stack.push_async_callback(_ended, task)
+                stack.push_async_callback(ended, task)
             self._load.on_charge, self._history.on_sent = self._charged, self.outgoing.holds
             self._stack = stack.pop_all()
         return self
@@ -132,6 +130,7 @@ class Peers:
             pause = RETRY_SECONDS if lasted else min(2 * pause, RETRY_MAX_SECONDS)
 
     async def _publish(self) -> None:
+        await self._store.ready()
         client: Any = self._store.client
         self.outgoing.lost()
         while True:
@@ -149,6 +148,7 @@ class Peers:
                         await self._wanted.wait()
 
     async def _listen(self) -> None:
+        await self._store.ready()
         client: Any = self._store.client
         channel = client.pubsub()
         try:
@@ -196,8 +196,3 @@ class Peers:
         if sent.computed and trust != "exact":
             self._history.heard(sent.endpoint, sent.model, blocks)
         return len(blocks)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

@@ -10,7 +10,7 @@ import pytest
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.doctor.diagnose import diagnose
 from matrixinfer.doctor.examine import ahead
-from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, SampleFacts
+from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts, SampleFacts
 from matrixinfer.doctor.findings import Finding, sum_up
 from matrixinfer.pods.registry import ServedNames
 
@@ -230,3 +230,50 @@ def test_the_worst_finding_decides_the_exit_code() -> None:
 def test_a_clock_is_read_to_the_second(date: str | None, expected: float | None) -> None:
     measured = ahead(date, 1000.2, 1000.4)
     assert measured == (None if expected is None else pytest.approx(expected))
+
+
+REDIS = RedisFacts(
+    where="10.0.0.9:6379",
+    looks_up=True,
+    writer="agents",
+    scheme={"block_size": "128", "hash_scheme": "prefix"},
+    clock_ahead=0.0,
+    vouched=frozenset({"a"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "level", "says"),
+    [
+        ({"error": "Connection refused"}, "redis", "blind", "cannot be asked: Connection refused"),
+        ({"error": "Connection refused", "looks_up": False}, "redis", "warning", "cannot be asked"),
+        ({"slow": True}, "redis", "warning", "more than half of the look-ups' deadline"),
+        ({"refuses_scripts": True}, "redis", "warning", "nothing can be written"),
+        ({"clock_ahead": -30.0}, "redis", "warning", "differs from the one here by 30 s"),
+        (
+            {"schemes": {"m": {"block_size": "16", "hash_scheme": "prefix"}}},
+            "scheme",
+            "blind",
+            "blocks of m in Redis never match: block_size 16 there and 128 here",
+        ),
+        ({"vouched": frozenset()}, "writers", "blind", "no agent is alive for a"),
+    ],
+)
+def test_what_is_wrong_with_redis(changes: dict[str, Any], check: str, level: str, says: str) -> None:
+    fleet = FleetFacts(models=(), pods=(POD,), redis=REDIS.but(**changes), endpoints=("a",))
+    (finding,) = [found for found in diagnose(fleet) if found.level != "ok"]
+    assert (finding.check, finding.level) == (check, level)
+    assert says in finding.says
+    assert finding.fix
+
+
+def test_a_redis_of_which_all_is_well() -> None:
+    found = diagnose(FleetFacts(models=(), pods=(POD,), redis=REDIS, endpoints=("a",)))
+    assert {finding.level for finding in found} == {"ok"}
+    assert [finding.check for finding in found if finding.pod is None] == ["redis", "writers"]
+
+
+def test_agents_are_not_missed_where_gateways_write() -> None:
+    redis = REDIS.but(writer="gateway", vouched=frozenset())
+    found = diagnose(FleetFacts(models=(), pods=(POD,), redis=redis, endpoints=("a",)))
+    assert {finding.level for finding in found} == {"ok"}

@@ -38,6 +38,7 @@ async def key_pages(
 ) -> AsyncIterator[list[bytes]]:
     """As `pages`, but keys only, and also pages without any: the server has looked at `PAGE` keys for each."""
     pattern = f"{layout.BLOCKS}{'*' if model is None else _literally(model) + '@*'}"
+    await store.ready()
     for node in _nodes(store):
         cursor = 0
         while True:

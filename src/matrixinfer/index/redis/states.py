@@ -80,6 +80,11 @@ class States:
         """What is told of a pod."""
         return self._states.get(pod)
 
+    @property
+    def pods(self) -> list[str]:
+        """Of which something is told."""
+        return list(self._states)
+
     def is_alive(self, pod: str) -> bool:
         """Whether its writer has lately given a sign of life, and was heard."""
         return self._leases.get(pod, 0) >= self._clock()

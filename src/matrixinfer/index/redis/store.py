@@ -89,6 +89,12 @@ class Store:
         with unavailable():
             return cast("T", await self._answer(answer))
 
+    async def ready(self) -> None:
+        """On Cluster, learn which server has which slots, which most commands do by themselves. Raises `IndexUnavailable`."""
+        if self.is_cluster:
+            with unavailable():
+                await self._answer(cast("RedisCluster", self.client).initialize())
+
     async def server_id(self) -> str | None:
         """What tells this server process from others; None where that cannot be told. Raises `IndexUnavailable`."""
         if self.is_cluster:

@@ -1,0 +1,111 @@
+"""What counts no more is deleted in the background, and nothing else is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from matrixinfer.index.redis import layout, scan
+from matrixinfer.index.redis.reclaim import LOCK, Reclaimer
+from matrixinfer.index.redis.store import Store
+from tests.servers import Server, server
+
+from .redis_support import cluster, opened
+
+pytestmark = pytest.mark.server
+
+HASHES = list(range(1, 41))
+DAY = 86_400.0
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Server]:
+    with server(tmp_path) as made:
+        yield made
+
+
+async def entries(store: Store) -> dict[str, int]:
+    """How many each pod has, whether they count or not."""
+    found: dict[str, int] = {}
+    async for page in scan.pages(store):
+        for block in page:
+            for pod in block.stamps:
+                found[pod] = found.get(pod, 0) + 1
+    return found
+
+
+async def test_cleared_and_aged_entries_go(valkey: Server) -> None:
+    async with opened(valkey.config()) as index, Store(valkey.config()) as store:
+        index.add("m", "cleared", HASHES, None)
+        index.add("m", "alive", HASHES[:30], None)
+        await index.flush()
+        index.clear("cleared")
+        index.add("m", "cleared", HASHES[:4], None)
+        await index.flush()
+        now = int(time.time())
+        with valkey.client() as client:
+            for block in HASHES[:7]:
+                client.hset(f"{layout.prefix_of('m')}{block}", f"old{layout.SUFFIX}", str(now - 90_000))
+                client.hset(f"{layout.prefix_of('m')}{block}", "young", str(now - 80_000))
+            client.hset(f"{layout.prefix_of('m')}1", "strange", "no stamp")
+        assert (await entries(store))["cleared"] == 40
+        reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
+        assert await reclaimer.once() == 36 + 7 + 1
+        assert await entries(store) == {"cleared": 4, "alive": 30, "young": 7}
+        assert await index.match("m", HASHES) == {"cleared": 4, "alive": 30, "young": 7}
+        assert await reclaimer.once() == 0
+    with valkey.client() as client:
+        assert client.exists(f"{layout.prefix_of('m')}40") == 0
+
+
+async def test_what_was_stamped_anew_meanwhile_stays(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(valkey.config()) as index, Store(valkey.config()) as store:
+        index.add("m", "pod", HASHES, None)
+        await index.flush()
+        index.clear("pod")
+        await index.flush()
+        reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
+        seen = reclaimer._reclaim
+
+        async def late(block: scan.Block, floors: dict[str, int], default: int) -> int:
+            if not index.writer.held("pod"):
+                index.add("m", "pod", HASHES, None)
+                await index.flush()
+            return await seen(block, floors, default)
+
+        monkeypatch.setattr(reclaimer, "_reclaim", late)
+        assert await reclaimer.once() == 0
+        assert await index.match("m", HASHES) == {"pod": 40}
+
+
+async def test_one_process_at_a_time(valkey: Server) -> None:
+    async with Store(valkey.config()) as store:
+        first = Reclaimer(store, max_age=DAY, keys_per_second=1.0)
+        second = Reclaimer(store, max_age=DAY, keys_per_second=1.0)
+        assert (await first._is_alone(), await second._is_alone()) == (True, False)
+        with valkey.client() as client:
+            assert 0 < client.ttl(LOCK) <= 60
+
+
+async def test_on_a_cluster_too_and_what_slipped_in_is_healed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matrixinfer.index.redis.writer.RECONCILE_SECONDS", 1.0)
+    with cluster(tmp_path) as nodes:
+        config = nodes[0].config(cluster=True)
+        async with opened(config) as index, Store(config) as store:
+            index.add("m", "pod", HASHES, None)
+            index.add("m", "gone", HASHES, None)
+            await index.flush()
+            index.clear("gone")
+            await index.flush()
+            assert await Reclaimer(store, max_age=DAY, keys_per_second=1e9).once() == 40
+            assert await entries(store) == {"pod": 40}
+            client = store.client
+            await client.hdel(f"{layout.prefix_of('m')}3", "pod")  # as a writer of before does that wakes up
+            await client.hset(f"{layout.prefix_of('m')}5", "pod", "1")
+            assert await index.match("m", HASHES) == {"pod": 2}
+            deadline = time.monotonic() + 30
+            while await index.match("m", HASHES) != {"pod": 40}:
+                assert time.monotonic() < deadline
