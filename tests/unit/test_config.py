@@ -132,7 +132,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("text", "path", "message"),
     [
-        ("index: {kind: redes}", "$.index.kind", "unknown value `redes`; expected one of memory"),
+        ("index: {kind: redes}", "$.index.kind", "unknown value `redes`; did you mean `redis`?"),
         ("index: {kind: memoir}", "$.index.kind", "unknown value `memoir`; did you mean `memory`?"),
         ("log: {level: warn}", "$.log.level", "unknown value `warn`; did you mean `warning`?"),
         (
