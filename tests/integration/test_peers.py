@@ -138,9 +138,11 @@ async def test_a_cluster_will_do(tmp_path: Path) -> None:
         with node.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
             await eventually(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")), SECONDS)
-        async with ends(config_of(node, cluster=True)) as (one, other):
-            one.load.charge("sure", "m", hashes=CHAIN, start=0, queued_tokens=70)
-            await eventually(lambda: other.totals() == {"sure": Load(1, 70)}, SECONDS)
+        with structlog.testing.capture_logs() as lines:
+            async with ends(config_of(node, cluster=True)) as (one, other):
+                one.load.charge("sure", "m", hashes=CHAIN, start=0, queued_tokens=70)
+                await eventually(lambda: other.totals() == {"sure": Load(1, 70)}, SECONDS)
+    assert not [line for line in lines if line["event"] == "peers_failed"]
 
 
 async def test_the_master_that_sentinels_tell_will_do(valkey: Server, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def unavailable() -> Iterator[None]:
         yield
     except (RedisError, OSError, TimeoutError) as error:
         raise IndexUnavailable(_said(error)) from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         # The client reads replies as they should be; one that is not like that surfaces as such.
         raise IndexUnavailable(f"malformed reply: {type(error).__name__}") from error
 
