@@ -212,14 +212,22 @@ async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[S
         assert await client_.ask() == "pod-1.test"
 
 
-async def test_blocks_that_are_made_otherwise_are_told_of_loudly(engines: Sequence[SimEngine], redis: Server) -> None:
+async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
+    engines: Sequence[SimEngine], redis: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = structlog.testing.CapturingLogger()
+    monkeypatch.setattr("matrixinfer.index.redis.states.log", told)
     with redis.client() as client:
         client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
-    with structlog.testing.capture_logs() as logs:
-        async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
-            while not await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}'):
-                await asyncio.sleep(0.05)
-    assert [row["there"]["block_size"] for row in logs if row["event"] == "redis_scheme_differs"] == ["16"]
+    async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
+        while not await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}'):
+            await asyncio.sleep(0.05)
+    (call,) = told.calls
+    assert (call.method_name, call.args, call.kwargs["there"]["block_size"]) == (
+        "warning",
+        ("redis_scheme_differs",),
+        "16",
+    )
 
 
 async def test_without_redis_requests_are_routed_by_load_and_say_why(

@@ -150,8 +150,6 @@ class Peers:
     async def _listen(self) -> None:
         await self._store.ready()
         client: Any = self._store.client
-        if self._store.is_cluster:
-            await self._store.ask(client.initialize())  # which node has the channel, its subscriptions do not ask
         channel = client.pubsub()
         try:
             await self._store.ask(channel.subscribe(CHANNEL))
