@@ -34,6 +34,8 @@ class Options:
     ranks: int = 1
     adapters: tuple[tuple[str, Path], ...] = ()
     """Names and folders."""
+    tells_cached: bool = True
+    """Its answers say how many prompt tokens it found in its cache."""
 
 
 @dataclass(kw_only=True)
@@ -60,15 +62,14 @@ class Engine:
         """Where it publishes KV events."""
         return f"tcp://127.0.0.1:{self.ports[1]}"
 
-    @property
-    def replays(self) -> str:
-        """Where it replays them."""
-        return f"tcp://127.0.0.1:{self.ports[2]}"
+    def replays_of(self, rank: int) -> str:
+        """Where a rank replays them."""
+        return f"tcp://127.0.0.1:{self.ports[2] + rank}"
 
     @property
     def log(self) -> Path:
         """What it prints."""
-        return self.folder / f"engine-{self.ports[0]}.log"
+        return logs_of(self.folder) / f"engine-{self.ports[0]}.log"
 
     async def start(self) -> None:
         """Start it and wait until it is healthy. Raises `RuntimeError` when that does not come about."""
@@ -105,7 +106,8 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
-        while _group_lives(process.pid):
+        ends = time.monotonic() + STOP_SECONDS  # what nobody reaps stays, and holds no port
+        while _group_lives(process.pid) and time.monotonic() < ends:
             await asyncio.sleep(0.05)
 
     def _arguments(self) -> Iterator[str]:
@@ -126,6 +128,7 @@ class Engine:
             "num-gpu-blocks-override": options.blocks,
             "max-model-len": min(8192, options.block_size * (options.blocks - 2)),
             "max-num-seqs": 16,
+            "tool-call-parser": "pythonic",
             "kv-events-config": json.dumps(told),
         }
         if options.ranks > 1:
@@ -134,9 +137,11 @@ class Engine:
             "serve",
             str(self.model),
             "--enable-prefix-caching",
-            "--enable-prompt-tokens-details",
             "--enforce-eager",
+            "--enable-auto-tool-choice",
         )
+        if options.tells_cached:
+            yield "--enable-prompt-tokens-details"
         for name, value in values.items():
             yield from (f"--{name}", str(value))
         if options.adapters:
@@ -155,6 +160,11 @@ class Engine:
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
         }
+
+
+def logs_of(folder: Path) -> Path:
+    """Where engines print to."""
+    return folder / "logs"
 
 
 @asynccontextmanager
