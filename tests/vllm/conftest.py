@@ -16,7 +16,7 @@ import pytest_asyncio
 from .engine import Engine, Options, logs_of, running
 from .install import executable
 from .model import make_adapter, make_model
-from .results import Results
+from .results import Results, table
 
 _RESULTS = pytest.StashKey[Results]()
 ADAPTERS = ("poet", "judge")
@@ -106,5 +106,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash.get(_RESULTS, None)
     if results is not None:
         terminalreporter.write_sep("=", f"predictions against vLLM {results.version}")
-        for line in results.lines():
+        for line in table({results.version: results}):
             terminalreporter.write_line(line)

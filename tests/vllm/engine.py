@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -181,26 +182,23 @@ async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
 
 
 def free_ports(ranks: int) -> list[int]:
-    """A free port for the API, and two from which on `ranks` ports in a row are free."""
+    """A free port for the API, and two from which on `ranks` ports in a row are free.
+
+    They are below those that systems give to outgoing connections: an engine takes a minute until it binds them.
+    """
     with ExitStack() as stack:
 
-        def bound(port: int) -> int:
-            made = stack.enter_context(socket.socket())
-            made.bind(("127.0.0.1", port))
-            number: int = made.getsockname()[1]
-            return number
-
-        def base() -> int:
+        def base(count: int) -> int:
             while True:
+                first = random.randrange(20_000, 32_000)
                 try:
-                    first = bound(0)
-                    for rank in range(1, ranks):
-                        bound(first + rank)
+                    for port in range(first, first + count):
+                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
                 except OSError:
                     continue
                 return first
 
-        return [bound(0), base(), base()]
+        return [base(1), base(ranks), base(ranks)]
 
 
 async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:

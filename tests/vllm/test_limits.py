@@ -25,7 +25,7 @@ async def test_several_answers_to_one_prompt(engines: Sequence[Engine], results:
         for _ in range(10):
             prompt = workload.ids(draw, draw.randrange(40, 700))
             for n in (2, 3, 4):
-                body = {"prompt": [*prompt, *workload.ids(draw, 60)], "n": n}
+                body = {"prompt": [*prompt, *workload.ids(draw, 60)], "n": n, "temperature": 1}
                 await target.ask(during, COMPLETIONS, body)
                 await target.ask(after, COMPLETIONS, body | {"n": 1})
     assert during.over == 0
@@ -33,7 +33,7 @@ async def test_several_answers_to_one_prompt(engines: Sequence[Engine], results:
 
 
 async def test_requests_at_the_same_time(engines: Sequence[Engine], results: Results) -> None:
-    """Blocks come and go between a decision and the engine's look-up; none of it is taken for drift."""
+    """Blocks come and go between a decision and the engine's look-up; no pod is cleared for it."""
     draw = random.Random(32)
     during, after = results.of(f"{CLIENTS} clients at the same time"), results.of("one client after them")
     async with gateway(engines) as target:
@@ -50,7 +50,6 @@ async def test_requests_at_the_same_time(engines: Sequence[Engine], results: Res
             for _ in range(CLIENTS):
                 group.create_task(client(random.Random(draw.random())))
         assert await target.metric("matrixinfer_kv_resyncs_total") == 0
-        assert await target.metric("matrixinfer_drift_total", 'result="fewer"') == 0
         answers = await workload.evictions(target, after, draw, count=30)
         assert any(answer.cached for answer in answers)
     assert during.compared == 20 * CLIENTS

@@ -91,14 +91,15 @@ async def test_frames_that_are_lost_on_the_way(
 
 
 async def test_a_cache_that_is_reset_while_the_engine_is_idle(engines: Sequence[Engine], results: Results) -> None:
-    draw, tally = random.Random(14), results.of("cache reset while idle")
+    draw, before, tally = random.Random(14), results.of("before the reset"), results.of("cache reset while idle")
     async with gateway(engines) as target:
         prompts = [workload.ids(draw, 400) for _ in range(8)]
         for prompt in prompts:
-            await target.ask(results.of("before the reset"), COMPLETIONS, {"prompt": prompt})
+            await target.ask(before, COMPLETIONS, {"prompt": prompt})
         for engine in engines:
             async with aiohttp.ClientSession() as session, session.post(f"{engine.url}/reset_prefix_cache") as response:
                 assert response.status == 200
+        assert before.exact == before.compared
         answers = [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in prompts]
         wrong = [answer.endpoint for answer in answers if answer.predicted != answer.cached]
         assert len(wrong) == len(set(wrong)) <= 2, "more than the first request at an engine"
@@ -120,6 +121,7 @@ async def test_hits_that_are_told_of_as_new_blocks(
             prompt = [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *workload.ids(draw, 50)]
             options = FULL if draw.random() < 0.2 else {}
             await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
+        assert all(feed.ledger.stats.told_again for feed in target.feeds.values())
         exact = 0
         for _ in range(150):  # claims that are left come to light one by one
             before = after.exact

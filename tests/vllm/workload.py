@@ -124,7 +124,7 @@ async def aborts(target: Target, tally: Tally, draw: random.Random) -> list[Answ
     return answers
 
 
-async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 60) -> list[Answer]:
+async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 100) -> list[Answer]:
     """More prefixes than the caches hold, so that what is asked for again may be gone, wholly or in part."""
     prefixes = [ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
     return [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in _cut(draw, prefixes, count)]
