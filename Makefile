@@ -20,7 +20,7 @@ demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin 
 test: .venv/dev.stamp ## All tests
 	$(BIN)/pytest
 
-test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (TODO minutes, 3.4 GB)
+test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (10 to 25 minutes, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
 	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v tests/vllm
 

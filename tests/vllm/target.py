@@ -159,8 +159,12 @@ async def gateway(
     hashed: int = 32,
     events: Mapping[int, str] | None = None,
     injects_usage: bool = False,
+    followed: int | None = None,
 ) -> AsyncIterator[Target]:
-    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number."""
+    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number.
+
+    It is there once `followed` feeds know all; None stands for those of every rank.
+    """
     pods = []
     replays: dict[str, str] = {}
     for number, engine in enumerate(engines):
@@ -184,7 +188,7 @@ async def gateway(
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
         target = Target(service=service, session=session, probe=Probe(replays))
-        await target.complete(sum(engine.options.ranks for engine in engines))
+        await target.complete(sum(engine.options.ranks for engine in engines) if followed is None else followed)
         yield target
 
 
