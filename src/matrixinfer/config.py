@@ -310,7 +310,8 @@ class DriftConfig(Section, frozen=True):
         bool,
         described(
             "Ask for usage in streams whose client does not (`stream_options.include_usage`), and keep the chunk that "
-            "brings it from the client. Without it such streams say nothing of what was cached."
+            "brings it from the client; vLLM's `system_fingerprint` goes with it. Without it such streams say nothing "
+            "of what was cached."
         ),
     ] = False
 

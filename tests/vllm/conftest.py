@@ -6,31 +6,43 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from .engine import Engine, Options, running
+from .engine import Engine, Options, logs_of, running
 from .install import executable
 from .model import make_adapter, make_model
-from .results import Results
+from .results import Results, table
 
 _RESULTS = pytest.StashKey[Results]()
 ADAPTERS = ("poet", "judge")
 
 
 @pytest.fixture(scope="session")
-def folder() -> Path:
-    """Where vLLM is installed, and its model is."""
-    return Path(os.environ["VLLM_DIR"]).resolve()
+def version() -> str:
+    """Of vLLM."""
+    return _setting("VLLM")
 
 
 @pytest.fixture(scope="session")
-def version() -> str:
-    """Of vLLM."""
-    return os.environ["VLLM"]
+def folder(version: str) -> Path:
+    """Where vLLM is installed, and its model is."""
+    made = Path(_setting("VLLM_DIR")).resolve()
+    if not executable(made, version).exists():
+        pytest.exit(f"vLLM {version} is not installed in {made}: `make test-vllm` installs it", returncode=1)
+    shutil.rmtree(logs_of(made), ignore_errors=True)
+    logs_of(made).mkdir()
+    return made
+
+
+def _setting(name: str) -> str:
+    if not os.environ.get(name):
+        pytest.exit(f"{name} is not set: run `make test-vllm`", returncode=1)
+    return os.environ[name]
 
 
 @pytest.fixture(scope="session")
@@ -94,5 +106,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash.get(_RESULTS, None)
     if results is not None:
         terminalreporter.write_sep("=", f"predictions against vLLM {results.version}")
-        for line in results.lines():
+        for line in table({results.version: results}):
             terminalreporter.write_line(line)

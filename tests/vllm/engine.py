@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -34,6 +35,8 @@ class Options:
     ranks: int = 1
     adapters: tuple[tuple[str, Path], ...] = ()
     """Names and folders."""
+    tells_cached: bool = True
+    """Its answers say how many prompt tokens it found in its cache."""
 
 
 @dataclass(kw_only=True)
@@ -60,15 +63,14 @@ class Engine:
         """Where it publishes KV events."""
         return f"tcp://127.0.0.1:{self.ports[1]}"
 
-    @property
-    def replays(self) -> str:
-        """Where it replays them."""
-        return f"tcp://127.0.0.1:{self.ports[2]}"
+    def replays_of(self, rank: int) -> str:
+        """Where a rank replays them."""
+        return f"tcp://127.0.0.1:{self.ports[2] + rank}"
 
     @property
     def log(self) -> Path:
         """What it prints."""
-        return self.folder / f"engine-{self.ports[0]}.log"
+        return logs_of(self.folder) / f"engine-{self.ports[0]}.log"
 
     async def start(self) -> None:
         """Start it and wait until it is healthy. Raises `RuntimeError` when that does not come about."""
@@ -105,7 +107,8 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
-        while _group_lives(process.pid):
+        ends = time.monotonic() + STOP_SECONDS  # what nobody reaps stays, and holds no port
+        while _group_lives(process.pid) and time.monotonic() < ends:
             await asyncio.sleep(0.05)
 
     def _arguments(self) -> Iterator[str]:
@@ -126,6 +129,7 @@ class Engine:
             "num-gpu-blocks-override": options.blocks,
             "max-model-len": min(8192, options.block_size * (options.blocks - 2)),
             "max-num-seqs": 16,
+            "tool-call-parser": "pythonic",
             "kv-events-config": json.dumps(told),
         }
         if options.ranks > 1:
@@ -134,9 +138,11 @@ class Engine:
             "serve",
             str(self.model),
             "--enable-prefix-caching",
-            "--enable-prompt-tokens-details",
             "--enforce-eager",
+            "--enable-auto-tool-choice",
         )
+        if options.tells_cached:
+            yield "--enable-prompt-tokens-details"
         for name, value in values.items():
             yield from (f"--{name}", str(value))
         if options.adapters:
@@ -157,6 +163,11 @@ class Engine:
         }
 
 
+def logs_of(folder: Path) -> Path:
+    """Where engines print to."""
+    return folder / "logs"
+
+
 @asynccontextmanager
 async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
     """Start engines at the same time, and end them."""
@@ -171,26 +182,23 @@ async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
 
 
 def free_ports(ranks: int) -> list[int]:
-    """A free port for the API, and two from which on `ranks` ports in a row are free."""
+    """A free port for the API, and two from which on `ranks` ports in a row are free.
+
+    They are below those that systems give to outgoing connections: an engine takes a minute until it binds them.
+    """
     with ExitStack() as stack:
 
-        def bound(port: int) -> int:
-            made = stack.enter_context(socket.socket())
-            made.bind(("127.0.0.1", port))
-            number: int = made.getsockname()[1]
-            return number
-
-        def base() -> int:
+        def base(count: int) -> int:
             while True:
+                first = random.randrange(20_000, 32_000)
                 try:
-                    first = bound(0)
-                    for rank in range(1, ranks):
-                        bound(first + rank)
+                    for port in range(first, first + count):
+                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
                 except OSError:
                     continue
                 return first
 
-        return [bound(0), base(), base()]
+        return [base(1), base(ranks), base(ranks)]
 
 
 async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:

@@ -7,18 +7,24 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from .engine import free_ports
 
+NOTHING = msgspec.msgpack.encode([0.0, []])
+"""A batch without events."""
+
 
 class Relay:
-    """Passes frames on as they come; loses a `share` of them while that is above 0."""
+    """Passes frames on as they come; loses a `share` of them while that is above 0, or empties them while `empties`."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.share = 0.0
         self.lost = 0
+        self.empties = False
+        self.emptied = 0
         self.endpoint = f"tcp://127.0.0.1:{port}"
         self._draw = random.Random(seed)
 
@@ -30,7 +36,10 @@ class Relay:
             outer.bind(self.endpoint)
             while True:
                 frame = await inner.recv_multipart()
-                if self._draw.random() < self.share:
+                if self.empties:
+                    self.emptied += 1
+                    await outer.send_multipart([*frame[:2], NOTHING])
+                elif self._draw.random() < self.share:
                     self.lost += 1
                 else:
                     await outer.send_multipart(frame)

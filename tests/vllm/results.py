@@ -1,9 +1,11 @@
-"""What was compared, scenario by scenario: for the table of docs/accuracy.md."""
+"""What was compared, scenario by scenario. `python -m tests.vllm.results FOLDER` prints the table of docs/accuracy.md."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -39,21 +41,33 @@ class Results:
 
     def write(self, file: Path) -> None:
         """Keep them as JSON."""
-        rows = {
-            name: {
-                "compared": tally.compared,
-                "exact": tally.exact,
-                "over": tally.over,
-                "largest_error_tokens": tally.largest_error,
-            }
-            for name, tally in self.tallies.items()
-        }
+        rows = {name: asdict(tally) for name, tally in self.tallies.items()}
         file.write_text(json.dumps({"vllm": self.version, "scenarios": rows}, indent=2) + "\n")
 
-    def lines(self) -> list[str]:
-        """A table in Markdown."""
-        rows = [
-            f"| {name} | {tally.compared} | {tally.exact} | {tally.over} | {tally.largest_error} |"
-            for name, tally in self.tallies.items()
-        ]
-        return ["| scenario | compared | exact | over | largest error |", "|---|---:|---:|---:|---:|", *rows]
+
+def read(file: Path) -> Results:
+    """What `Results.write` has kept."""
+    kept = json.loads(file.read_text())
+    return Results(kept["vllm"], {name: Tally(**row) for name, row in kept["scenarios"].items()})
+
+
+def table(runs: Mapping[str, Results]) -> list[str]:
+    """A table in Markdown: the scenarios, and columns for each version."""
+    names = dict.fromkeys(name for run in runs.values() for name in run.tallies)
+    heads = (head for version in runs for head in (f"{version}: exact", "over", "largest error"))
+    return [
+        f"| scenario | {' | '.join(heads)} |",
+        "|---" + "|---:" * (3 * len(runs)) + "|",
+        *(f"| {name} | {' | '.join(_cells(run.tallies.get(name)) for run in runs.values())} |" for name in names),
+    ]
+
+
+def _cells(tally: Tally | None) -> str:
+    if tally is None:
+        return "| |"
+    return f"{tally.exact} of {tally.compared} | {tally.over} | {tally.largest_error}"
+
+
+if __name__ == "__main__":
+    kept = sorted((read(file) for file in Path(sys.argv[1]).glob("accuracy-*.json")), key=lambda run: run.version)
+    print("\n".join(table({run.version: run for run in reversed(kept)})))

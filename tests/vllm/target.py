@@ -13,6 +13,7 @@ import aiohttp
 
 from matrixinfer.config import (
     Config,
+    DriftConfig,
     KvEventsConfig,
     ModelConfig,
     PluginArgs,
@@ -24,12 +25,20 @@ from matrixinfer.service import Service
 
 from .engine import NAME, Engine
 from .model import tokenizer_of
+from .probe import Probe
 from .results import Tally
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-SILENCE_SECONDS = 0.12
-"""An engine that has published nothing for so long after an answer has told of it all."""
 Json = dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What the gateway itself has noted of a request."""
+
+    predicted: int
+    """Tokens, when it was decided."""
+    cached: int
+    """Tokens, as the engine said."""
 
 
 class Answer(NamedTuple):
@@ -51,6 +60,7 @@ class Target:
 
     service: Service
     session: aiohttp.ClientSession
+    probe: Probe
 
     @property
     def feeds(self) -> Mapping[str, PodFeed]:
@@ -80,6 +90,24 @@ class Target:
             decision: Json = await response.json()
             return decision
 
+    async def metric(self, *parts: str) -> float:
+        """The sum of the gateway's own series that begin with the first of `parts` and hold the others."""
+        async with self.session.get(f"{self.service.gateway.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return sum(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith(parts[0]) and all(part in line for part in parts[1:])
+        )
+
+    def noted(self, request_id: str) -> Outcome:
+        """What the gateway has noted of a request that is over."""
+        record = next(self.service.router.decisions.newest(request_id=request_id))
+        assert record.counted is not None, "the engine told of no usage"
+        predicted = record.view()["predicted_hit_tokens"]
+        assert isinstance(predicted, int)
+        return Outcome(predicted, record.cached or 0)
+
     async def abort(self, path: str, body: Json, *, after: int) -> None:
         """Send a request and go away after so many events of its stream."""
         body = {"model": NAME, "temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream": True, **body}
@@ -90,10 +118,8 @@ class Target:
             response.close()
 
     async def quiet(self) -> None:
-        """Wait until no more events come."""
-        frames = -1
-        while frames != (frames := sum(feed.stats.frames for feed in self.feeds.values())):
-            await asyncio.sleep(SILENCE_SECONDS)
+        """Wait until the gateway has every event that the engines have published."""
+        await self.probe.settled(self.feeds)
 
     async def complete(self, count: int) -> None:
         """Wait until so many feeds know all."""
@@ -120,15 +146,31 @@ async def _streamed(response: aiohttp.ClientResponse) -> tuple[str, Json]:
     return text, usage
 
 
+def feeds_of(number: int, engine: Engine) -> list[str]:
+    """What the gateway calls the feeds of an engine, by rank."""
+    ranks = engine.options.ranks
+    return [f"pod-{number}@dp{rank}" for rank in range(ranks)] if ranks > 1 else [f"pod-{number}"]
+
+
 @asynccontextmanager
 async def gateway(
-    engines: Sequence[Engine], *, hashed: int = 32, events: Mapping[int, str] | None = None
+    engines: Sequence[Engine],
+    *,
+    hashed: int = 32,
+    events: Mapping[int, str] | None = None,
+    injects_usage: bool = False,
+    followed: int | None = None,
 ) -> AsyncIterator[Target]:
-    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number."""
+    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number.
+
+    It is there once `followed` feeds know all; None stands for those of every rank.
+    """
     pods = []
+    replays: dict[str, str] = {}
     for number, engine in enumerate(engines):
+        replays |= {feed: engine.replays_of(rank) for rank, feed in enumerate(feeds_of(number, engine))}
         through = KvEventsConfig(
-            endpoint=(events or {}).get(number, engine.events), replay_endpoint=engine.replays, topic="kv-events"
+            endpoint=(events or {}).get(number, engine.events), replay_endpoint=engine.replays_of(0), topic="kv-events"
         )
         discovered = engine.options.ranks > 1
         pods.append(PodConfig(name=f"pod-{number}", url=engine.url, kv_events="discover" if discovered else through))
@@ -141,11 +183,12 @@ async def gateway(
             plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": hashed, "maxBlocksToMatch": 0}),),
             assumed_seconds=0.0,
         ),
+        drift=DriftConfig(inject_usage=injects_usage),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
-        target = Target(service=service, session=session)
-        await target.complete(sum(engine.options.ranks for engine in engines))
+        target = Target(service=service, session=session, probe=Probe(replays))
+        await target.complete(sum(engine.options.ranks for engine in engines) if followed is None else followed)
         yield target
 
 

@@ -15,6 +15,10 @@ from .target import COMPLETIONS, gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
+OTHER_SIZES = (128,)
+TAKES_16 = ("0.28.0",)
+"""Later CPU builds want multiples of 32."""
+
 
 async def test_requests_of_many_kinds_are_foretold_exactly(engines: Sequence[Engine], results: Results) -> None:
     draw, total = random.Random(1), 0
@@ -34,6 +38,8 @@ async def test_requests_of_many_kinds_are_foretold_exactly(engines: Sequence[Eng
             assert all(answer.predicted == answer.best for answer in answers), "another pod was warmer"
             assert any(answer.cached for answer in answers)
             total += len(answers)
+        stats = [feed.ledger.stats for feed in target.feeds.values()]
+        assert all(each.copies and each.removed for each in stats), "nothing was stored twice, or evicted"
     assert total >= 200
 
 
@@ -65,15 +71,17 @@ async def test_blocks_of_another_size_than_the_engines(
         answers = await workload.evictions(target, tally, draw, count=30)
     assert any(answer.cached for answer in answers)
     assert tally.over == 0
-    assert tally.largest_error < (1 if hashed <= 32 else hashed)  # a match ends with a whole block
+    assert tally.largest_error <= max(0, hashed - 32)  # a match ends with a whole block of either size
 
 
-async def test_engine_blocks_of_128_tokens(make: Makers, results: Results) -> None:
-    async with running(make(1, Options(block_size=128, blocks=100))) as engines:
-        for hashed in (16, 64, 128, 96):
-            draw, tally = random.Random(hashed), results.of(f"engine 128, hashed {hashed}")
-            async with gateway(engines, hashed=hashed) as target:
-                await workload.multiples(target, tally, draw, block=128)
-                answers = await workload.evictions(target, tally, draw, count=30)
-            assert any(answer.cached for answer in answers)
-            assert tally.exact == tally.compared
+async def test_engines_with_blocks_of_other_sizes(make: Makers, results: Results, version: str) -> None:
+    for size in OTHER_SIZES + ((16,) if version in TAKES_16 else ()):
+        async with running(make(1, Options(block_size=size, blocks=12_800 // size))) as engines:
+            for hashed in (16, 64, 128, 96):
+                draw, tally = random.Random(hashed), results.of(f"engine {size}, hashed {hashed}")
+                async with gateway(engines, hashed=hashed) as target:
+                    await workload.multiples(target, tally, draw, block=size)
+                    answers = await workload.evictions(target, tally, draw, count=30)
+                assert any(answer.cached for answer in answers)
+                assert tally.over == 0
+                assert tally.largest_error <= max(0, hashed - size)

@@ -17,19 +17,12 @@ from . import workload
 from .engine import Engine
 from .relay import relay
 from .results import Results
-from .target import COMPLETIONS, Target, gateway, until
+from .target import COMPLETIONS, gateway, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 FULL = {"vllm_xargs": {"kv_cache_report_mode": "full"}}
 """vLLM tells of blocks that the request found, as if they were stored anew."""
-
-
-async def resyncs(target: Target) -> float:
-    """How often pods have been indexed anew."""
-    async with target.session.get(f"{target.service.gateway.url}/metrics") as response:
-        lines = (await response.text()).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("matrixinfer_kv_resyncs_total{"))
 
 
 def has_answered(feed: PodFeed) -> Callable[[], bool]:
@@ -51,11 +44,14 @@ async def test_an_engine_that_is_killed_and_comes_back(engines: Sequence[Engine]
                 assert response.status == 200
                 assert response.headers["x-matrixinfer-pod"] == "pod-1"
         await engines[0].start()
-        await target.complete(2)
+        feed = target.feeds["pod-0"]
+        # An engine that has published nothing yet looks like one that keeps no history; its first frame tells.
+        await until(lambda: feed.state is FeedState.PARTIAL)
         await until(lambda: all(pod.healthy for pod in target.service.router.registry.pods))
-        assert len(target.feeds["pod-0"].ledger) == 0
+        assert (feed.stats.restarts, len(feed.ledger)) == (1, 0)
         answers = await workload.evictions(target, tally, draw, count=40)
         assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}
+        await target.complete(2)
     assert tally.exact == tally.compared
 
 
@@ -95,14 +91,15 @@ async def test_frames_that_are_lost_on_the_way(
 
 
 async def test_a_cache_that_is_reset_while_the_engine_is_idle(engines: Sequence[Engine], results: Results) -> None:
-    draw, tally = random.Random(14), results.of("cache reset while idle")
+    draw, before, tally = random.Random(14), results.of("before the reset"), results.of("cache reset while idle")
     async with gateway(engines) as target:
         prompts = [workload.ids(draw, 400) for _ in range(8)]
         for prompt in prompts:
-            await target.ask(results.of("before the reset"), COMPLETIONS, {"prompt": prompt})
+            await target.ask(before, COMPLETIONS, {"prompt": prompt})
         for engine in engines:
             async with aiohttp.ClientSession() as session, session.post(f"{engine.url}/reset_prefix_cache") as response:
                 assert response.status == 200
+        assert before.exact == before.compared
         answers = [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in prompts]
         wrong = [answer.endpoint for answer in answers if answer.predicted != answer.cached]
         assert len(wrong) == len(set(wrong)) <= 2, "more than the first request at an engine"
@@ -124,6 +121,7 @@ async def test_hits_that_are_told_of_as_new_blocks(
             prompt = [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *workload.ids(draw, 50)]
             options = FULL if draw.random() < 0.2 else {}
             await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
+        assert all(feed.ledger.stats.told_again for feed in target.feeds.values())
         exact = 0
         for _ in range(150):  # claims that are left come to light one by one
             before = after.exact
@@ -134,4 +132,27 @@ async def test_hits_that_are_told_of_as_new_blocks(
                 break
         assert exact == 40
         if during.over:
-            assert await resyncs(target) > 0
+            assert await target.metric("matrixinfer_kv_resyncs_total") > 0
+
+
+async def test_hits_of_one_block_told_of_are_taken_for_copies_until_answers_tell_otherwise(
+    engines: Sequence[Engine], results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.5)
+    draw = random.Random(16)
+    during, after = results.of("one-block hits told of as new"), results.of("after they were found out")
+    prompts = [workload.ids(draw, 40) for _ in range(40)]
+    async with gateway(engines) as target:
+        for prompt in prompts:
+            for options in ({}, FULL, FULL):
+                await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
+        assert during.exact == during.compared
+        for _ in range(40):  # more than the caches hold
+            await target.ask(during, COMPLETIONS, {"prompt": workload.ids(draw, 1200)})
+        for prompt in prompts:
+            await target.ask(during, COMPLETIONS, {"prompt": prompt})
+        assert during.over > 0
+        assert await target.metric("matrixinfer_kv_resyncs_total") > 0
+        for prompt in prompts:
+            await target.ask(after, COMPLETIONS, {"prompt": [*prompt, *workload.ids(draw, 300)]})
+    assert after.over == 0

@@ -94,7 +94,8 @@ async def tools(target: Target, tally: Tally, draw: random.Random) -> list[Answe
 async def salts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
     """One prompt under several salts and none."""
     prompt = text(draw, 150)
-    names = ("A", "A", "B", None, None, "A", "B", "a long salt " * 20, "a long salt " * 20, "ü", "ü", None)
+    long = "a long salt " * 10  # engines take 128 characters
+    names = ("A", "A", "B", None, None, "A", "B", long, long, "ü", "ü", None)
     answers = [
         await target.ask(tally, COMPLETIONS, {"prompt": prompt} | ({"cache_salt": name} if name else {}))
         for name in names
@@ -123,7 +124,7 @@ async def aborts(target: Target, tally: Tally, draw: random.Random) -> list[Answ
     return answers
 
 
-async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 60) -> list[Answer]:
+async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 100) -> list[Answer]:
     """More prefixes than the caches hold, so that what is asked for again may be gone, wholly or in part."""
     prefixes = [ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
     return [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in _cut(draw, prefixes, count)]
