@@ -186,7 +186,7 @@ class RedisConfig(Section, frozen=True):
     scripts: Annotated[
         bool,
         described(
-            "Look up by a script in the server, in a fifth of the time. `false`, on Cluster, and where the server refuses "
+            "Look up by a script in the server, in a third of the time. `false`, on Cluster, and where the server refuses "
             "scripts: by a pipeline of reads."
         ),
     ] = True

@@ -139,7 +139,9 @@ def _client(config: RedisConfig) -> Client:
         "username": config.username,
         "password": config.password,
         "socket_connect_timeout": CONNECT_SECONDS,
-        "socket_timeout": REPLY_SECONDS,
+        # The client would keep it by `asyncio.wait_for`, which before Python 3.12 may lose a cancellation, and with it the
+        # deadline of whoever asks. Every question asked here has one.
+        "socket_timeout": None,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
