@@ -279,3 +279,11 @@ async def test_a_pod_that_comes_back_while_it_is_let_go_of_is_not_lost(
         await made.flush()
         assert await eye.match("llama", CHAIN) == {}
         assert made.pods == []
+
+
+async def test_what_waits_at_the_end_is_written(there: Server, eye: BlockReader, clock: Clock) -> None:
+    async with opened(there, "leaves", clock) as leaves:
+        leaves.add("llama", "pod-a", CHAIN[:8])
+        await leaves.flush()
+        leaves.remove("llama", "pod-a", CHAIN[4:8])
+    assert await eye.match("llama", CHAIN) == {"pod-a": 4}

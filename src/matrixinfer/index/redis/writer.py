@@ -142,9 +142,19 @@ class BlockWriter:
         await ended(self._task)
         with suppress(IndexUnavailable, TimeoutError):
             async with asyncio.timeout(RELEASE_SECONDS):
-                for pod in self._pods.values():
-                    if pod.hold is not None:
-                        await self._commands.release(pod.hold)
+                for name, pod in list(self._pods.items()):
+                    await self._hand_over(name, pod)
+
+    async def _hand_over(self, name: str, pod: _Pod) -> None:
+        """Write what still waits, so that what was removed last is not claimed, and let another writer come at once."""
+        if pod.hold is None:
+            return
+        try:
+            if not pod.doubtful and not pod.outbox.overflowed:
+                await self._write_changes(pod, pod.hold)
+            await self._commands.release(pod.hold)
+        except Fenced:
+            log.info("redis_writer_fenced", pod=name)
 
     # What pods hold
 
