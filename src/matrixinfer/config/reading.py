@@ -1,0 +1,156 @@
+"""From a YAML file to a `Config`: read once, checked whole, completed by the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import yaml
+
+from matrixinfer.config.complaints import explain
+from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, RedisConfig
+from matrixinfer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; here the second is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a mapping that has a key twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path) -> Config:
+    """Read and check a YAML file. Relative tokenizer and template paths are taken from the file's folder.
+
+    Raises `ConfigError` when the file cannot be read, is not YAML, or does not fit the schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("$", f"cannot read {path}: {error}") from error
+    return parse(text, base=path.parent)
+
+
+def parse(text: str, *, base: Path) -> Config:
+    """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
+    try:
+        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError("$", f"not valid YAML: {error}") from error
+    config = convert(data if data is not None else {}, Config, path="$")
+    models = tuple(_absolute(model, base) for model in config.models)
+    return checked(msgspec.structs.replace(config, models=models))
+
+
+def convert(data: object, kind: type[T], *, path: str) -> T:
+    """Turn plain YAML data into `kind`. Raises `ConfigError` whose path starts at `path`."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        where, message = explain(str(error), kind)
+        raise ConfigError(path + where, message) from error
+
+
+def split_address(address: str, *, path: str) -> tuple[str, int]:
+    """`host:port` (or `[v6]:port`) as a pair. Raises `ConfigError` at `path`."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(path, f"expected `host:port`, got `{address}`")
+    return host.strip("[]"), int(port)
+
+
+def checked(config: Config) -> Config:
+    """The configuration, once what types cannot say holds too; pods' URLs lose a slash at their end.
+
+    Raises `ConfigError`.
+    """
+    split_address(config.listen, path="$.listen")
+    if config.admin is not None:
+        split_address(config.admin, path="$.admin")
+    seen: dict[str, str] = {}
+    for i, model in enumerate(config.models):
+        for name in (model.name, *model.aliases):
+            if name in seen:
+                raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
+            seen[name] = f"$.models[{i}]"
+    pods: dict[str, str] = {}
+    for i, pod in enumerate(config.pods):
+        name = pod.name.removesuffix(CLUSTER_SUFFIX)
+        if name in pods:
+            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {pods[name]}")
+        pods[name] = f"$.pods[{i}]"
+        _check_url(pod.url, path=f"$.pods[{i}].url")
+        if isinstance(pod.kv_events, KvEventsConfig):
+            for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
+                if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
+                    raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
+    bare = tuple(
+        msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
+        for pod in config.pods
+    )
+    return msgspec.structs.replace(config, pods=bare, redis=_checked_redis(config))
+
+
+def _checked_redis(config: Config) -> RedisConfig | None:
+    """The server, where one is named or needed, with what the environment says of it."""
+    redis = config.redis
+    if redis is None:
+        needed = config.index.kind == "redis" or config.index.warm_start or config.index.writer == "gateway"
+        return _with_environment(RedisConfig(), os.environ) if needed else None
+    for i, address in enumerate(redis.sentinels):
+        split_address(address, path=f"$.redis.sentinels[{i}]")
+    if sum((redis.socket is not None, bool(redis.sentinels), redis.cluster)) > 1:
+        raise ConfigError("$.redis", "expected one of `socket`, `sentinels` and `cluster` at most")
+    if redis.cluster and redis.db:
+        raise ConfigError("$.redis.db", "a Cluster has the database 0 only")
+    return _with_environment(redis, os.environ)
+
+
+def _with_environment(redis: RedisConfig, environment: Mapping[str, str]) -> RedisConfig:
+    port = environment.get("REDIS_PORT") or "6379"
+    if redis.port is None and not (port.isdecimal() and 0 < int(port) < 65_536):
+        raise ConfigError("$.redis.port", f"expected a port in the environment's REDIS_PORT, got `{port}`")
+    return msgspec.structs.replace(
+        redis,
+        host=redis.host or environment.get("REDIS_HOST") or "127.0.0.1",
+        port=redis.port or int(port),
+        password=redis.password or environment.get("REDIS_PASSWORD") or None,
+    )
+
+
+def _check_url(url: str, *, path: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no number for a port, or half an IPv6 address
+        usable = False
+    if not usable or re.search(r"[?#\s]", url):
+        raise ConfigError(path, f"expected `http://host:port`, got `{url}`")
+    bare = url.rstrip("/")
+    if bare.endswith("/v1"):
+        raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")
+
+
+def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
+    def resolve(value: str | None) -> str | None:
+        return value if value is None else str((base / value).resolve())
+
+    template = model.chat_template
+    return msgspec.structs.replace(
+        model,
+        tokenizer=resolve(model.tokenizer),
+        chat_template=template if template == "chatml" else resolve(template),
+    )
