@@ -20,7 +20,7 @@ from matrixinfer.gateway.handlers import Status
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.gateway.redis_collector import RedisCollector
 from matrixinfer.gateway.session import client_session
-from matrixinfer.index.dry_run import DryRunIndex
+from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
@@ -62,7 +62,7 @@ class Agent:
             )
             self.feeds = subscriber.feeds
             drift = Drift(metrics, subscriber.resync, clock)
-            self.backend.knows(subscriber.feeds, drift)
+            self.backend.attach(subscriber.feeds, drift)
             await stack.enter_async_context(self._dry_run or self.backend)
             follow = EventFollower(subscriber, config, on_followed=self.backend.follow)
             watcher = PodWatcher(registry, session, config.pod_watch, on_discovered=follow)

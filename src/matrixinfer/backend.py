@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self, cast
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.caches import Caches, FeedCaches, ToldCaches, state_of
+from matrixinfer.caches import Caches, FeedCaches, SharedCaches, ToldCaches, state_of
 from matrixinfer.config import Config, SchedulerConfig
 from matrixinfer.drift import Drift
 from matrixinfer.index.base import BlockIndex
@@ -38,7 +38,7 @@ _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
 class Backend:
-    """Use as an async context manager, once `knows` has been called; it owns the connection to Redis, if there is one.
+    """Use as an async context manager, once `attach` has been called; it owns the connection to Redis, if there is one.
 
     `models` gives the index's names of the models that are served.
     """
@@ -75,8 +75,8 @@ class Backend:
         """Whether this process writes to Redis."""
         self._stack = AsyncExitStack()
 
-    def knows(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
-        """What is known of the caches: by `feeds`, as far as `drift` does not doubt them, or by what agents tell."""
+    def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
+        """Have the writer tell of `feeds`; returns what is known of the caches, by feeds or by what other writers tell."""
         self._feeds = feeds
         if self.redis is not None:
             writer = self.redis.writer
@@ -85,6 +85,9 @@ class Backend:
         if self.states is not None and not self.follows:
             return ToldCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
+        if self.states is not None and self.redis is not None:
+            own, told = FeedCaches(feeds, drift.doubts), ToldCaches(self.states)
+            return SharedCaches(own, told, self._writes_surely)
         if warm is None:
             return FeedCaches(feeds, drift.doubts)
         return FeedCaches(feeds, lambda name: drift.doubts(name) or warm.is_warming(name))
@@ -118,6 +121,10 @@ class Backend:
 
     async def _fill(self, warm: WarmIndex, store: Store) -> None:
         await fill(warm, store, pods=self._feeds.keys, max_age=self._max_age)
+
+    def _writes_surely(self, pod: str) -> bool:
+        writer = None if self.redis is None else self.redis.writer
+        return writer is not None and writer.is_writer(pod) and not writer.is_doubtful(pod)
 
     def _is_told(self, pod: str) -> bool:
         """Whether the pod's own events say more by now than what is known from elsewhere."""

@@ -76,6 +76,8 @@ class ToldCaches:
         if state is None:
             return _UNVOUCHED if self._unvouched else None
         trust = _TRUST.get(state.trust, "none")
+        if state.model in self._states.foreign:
+            trust = "none"  # its blocks are made otherwise, so that nothing would ever match
         if trust != "none" and not self._states.is_alive(name):
             trust = "stale"
         return CacheView(
@@ -86,6 +88,22 @@ class ToldCaches:
             tiers=state.tiers,
             hides_salts=state.hides_salts,
         )
+
+
+class SharedCaches:
+    """Caches that this process follows and writes into Redis, and those that another one writes: believed as that one tells.
+
+    `writes` says whether this process is the writer of an endpoint now, and in no doubt of what is there.
+    """
+
+    def __init__(self, own: Caches, told: Caches, writes: Callable[[str], bool]) -> None:
+        self._own = own
+        self._told = told
+        self._writes = writes
+
+    def of(self, name: str) -> CacheView | None:
+        """By whoever writes it; what nobody living writes is as good as what is told last."""
+        return self._own.of(name) if self._writes(name) else self._told.of(name) or self._own.of(name)
 
 
 _TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}

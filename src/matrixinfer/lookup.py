@@ -83,5 +83,6 @@ class LookUp:
         if matches is None or cache is None or cache.trust == "none":
             return Held(cache, None, 0, ())
         blocks = matches.blocks
-        tiers = [blocks.get(tier, 0) for tier in cache.tiers]
-        return Held(cache, blocks.get(name, 0), matches.tails.get(name, 0), tiers)
+        match = blocks.get(name, 0)
+        tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
+        return Held(cache, match, matches.tails.get(name, 0), tiers)

@@ -13,7 +13,7 @@ import structlog
 
 from matrixinfer.backend import Backend, token_blocks
 from matrixinfer.caches import Caches
-from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.config import Config, PodConfig, SchedulerConfig, bare_pod
 from matrixinfer.drift import Drift, Lookups
 from matrixinfer.follower import EventFollower
 from matrixinfer.gateway.collectors import (
@@ -74,7 +74,7 @@ class Service:
                 Subscriber(index=backend.index, blocks=blocks, history=history)
             )
             drift, parity = Drift(metrics, subscriber.resync, clock), Parity(metrics, clock)
-            caches = backend.knows(subscriber.feeds, drift)
+            caches = backend.attach(subscriber.feeds, drift)
             await stack.enter_async_context(backend)
             load = LoadLedger(clock, config.scheduler.assumed_seconds)
             self.router = Router(
@@ -145,7 +145,7 @@ class Service:
 
     def join(self, config: PodConfig) -> None:
         """A pod comes. Raises `ValueError` where there is one of its name."""
-        pod = self.router.registry.join(config)
+        pod = self.router.registry.join(bare_pod(config))
         if pod.kv_sources is not None:  # it may never tell more
             self._follow(pod)
         self._watcher.watch(pod)

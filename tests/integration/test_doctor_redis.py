@@ -68,7 +68,7 @@ async def test_a_server_that_is_not_there(patient: Patient, engine: SimEngine) -
 
 async def test_pods_without_an_agent(patient: Patient, engine: SimEngine, valkey: Server) -> None:
     finding = (await examine(patient, engine, {"port": valkey.port})).only("writers", "blind")
-    assert finding["says"] == "no agent is alive for a"
+    assert finding["says"].startswith("no agent is alive for a,")
 
 
 async def test_a_user_who_may_not_run_scripts_and_blocks_of_another_size(

@@ -263,8 +263,8 @@ async def test_a_pod_that_comes_back_while_it_is_let_go_of_is_not_lost(
     async with opened(there, "writer", clock) as made:
         release = Commands.release
 
-        async def released(commands: Commands, hold: Hold) -> Any:
-            await release(commands, hold)
+        async def released(commands: Commands, hold: Hold, **more: Any) -> Any:
+            await release(commands, hold, **more)
             made.add("llama", "pod-a", CHAIN[:3])
 
         made.add("llama", "pod-a", CHAIN[:9])
@@ -287,3 +287,59 @@ async def test_what_waits_at_the_end_is_written(there: Server, eye: BlockReader,
         await leaves.flush()
         leaves.remove("llama", "pod-a", CHAIN[4:8])
     assert await eye.match("llama", CHAIN) == {"pod-a": 4}
+
+
+async def test_who_does_not_know_what_a_pod_holds_leaves_it_to_others(
+    there: Server, eye: BlockReader, clock: Clock
+) -> None:
+    async with opened(there, "blind", clock) as blind, opened(there, "sees", clock) as sees:
+        known = {"pod-a"}
+        blind.is_known = known.__contains__
+        blind.add("llama", "pod-a", CHAIN[:8])
+        await blind.flush()
+        sees.add("llama", "pod-a", CHAIN[:5])
+        await sees.flush()
+        assert (blind.is_writer("pod-a"), sees.is_writer("pod-a")) == (True, False)
+        known.clear()  # its connection to the engine is lost
+        await tick(blind)
+        assert blind.is_writer("pod-a")
+        clock.now += LEASE_SECONDS + 1
+        await until(lambda: not blind.is_writer("pod-a"))
+        await tick(sees)
+        assert sees.is_writer("pod-a")
+        assert await eye.match("llama", CHAIN) == {"pod-a": 5}
+        await tick(blind)
+        assert not blind.is_writer("pod-a")
+
+
+async def test_a_pod_that_leaves_in_doubt_is_cleared(there: Server, eye: BlockReader, clock: Clock) -> None:
+    async with opened(there, "writer", clock) as made:
+        made.add("llama", "pod-a", CHAIN[:8])
+        await made.flush()
+        made._pods["pod-a"].doubtful = True
+        made.is_known = lambda _: False  # its feed is gone already
+        made.forget("pod-a")
+        await made.flush()
+        assert await eye.match("llama", CHAIN) == {}
+        assert made.pods == []
+
+
+async def test_leases_are_renewed_while_much_is_written(there: Server, eye: BlockReader, clock: Clock) -> None:
+    async with opened(there, "writer", clock) as made, opened(there, "standby", clock) as standby:
+        made.add("llama", "pod-b", CHAIN[:1])
+        await made.flush()
+        write = Commands.write
+
+        async def slowly(commands: Commands, *args: Any, **more: Any) -> None:
+            clock.now += RENEW_SECONDS
+            await write(commands, *args, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Commands, "write", slowly)
+            made.add("llama", "pod-a", CHAIN[:100])
+            await made.flush()
+        standby.add("llama", "pod-b", CHAIN[:2])
+        await standby.flush()
+        assert made.is_writer("pod-b")
+        assert not standby.is_writer("pod-b")
+        assert made.stats.fenced == 0

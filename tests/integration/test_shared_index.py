@@ -26,7 +26,7 @@ from matrixinfer.config import (
     SchedulerConfig,
     checked,
 )
-from matrixinfer.index.dry_run import DryRunIndex
+from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig

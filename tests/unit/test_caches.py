@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.caches import ToldCaches, state_of
+from matrixinfer.caches import FeedCaches, SharedCaches, ToldCaches, state_of
 from matrixinfer.config import RedisConfig
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.states import PodState, States, encode
@@ -53,3 +53,21 @@ def test_what_is_told_of_a_feed() -> None:
     feed = PodFeed(ledger, can_replay=False)
     assert state_of(feed) == encode(PodState(trust="partial", feed="partial", model="m"))
     assert state_of(feed, doubted=True) == encode(PodState(trust="stale", feed="partial", model="m"))
+
+
+def test_blocks_that_are_made_otherwise_tell_nothing_and_not_that_nothing_is_held() -> None:
+    states = told("exact")
+    states.foreign["m"] = {"block_size": "16"}
+    cache = ToldCaches(states).of("pod-a")
+    assert cache is not None
+    assert cache.trust == "none"
+
+
+def test_a_shared_cache_is_believed_as_its_writer_tells() -> None:
+    ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    own = FeedCaches({"pod-a": PodFeed(ledger, can_replay=False)})
+    mine: set[str] = set()
+    shared = SharedCaches(own, ToldCaches(told("exact", alive=False)), mine.__contains__)
+    assert shared.of("pod-a") == ToldCaches(told("exact", alive=False)).of("pod-a")
+    mine.add("pod-a")
+    assert shared.of("pod-a") == own.of("pod-a")

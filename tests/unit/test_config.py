@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.pretty import pretty_repr
 
 from matrixinfer.config import Config, KvEventsConfig, PluginRef, Section, convert, load, parse, split_address
 from matrixinfer.errors import ConfigError
@@ -297,3 +298,23 @@ def test_data_of_a_part_is_converted() -> None:
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="duplicate key `pods`"):
         parse("pods: []\nlisten: 'a:1'\npods: []\n", base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("index: {kind: redis, warmStart: true}", "$.index.warmStart"),
+        ("index: {writer: none}", "$.index.writer"),
+        ("index: {leaseSeconds: 20, maxAgeSeconds: 10}", "$.index.leaseSeconds"),
+        ("redis: {cluster: true, db: 1}", "$.redis.db"),
+        ("redis: {cluster: true, socket: /run/redis}", "$.redis"),
+        ("redis: {sentinels: [here]}", "$.redis.sentinels[0]"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(text: str, path: str) -> None:
+    assert refusal(text)[0] == path
+
+
+def test_passwords_are_in_no_representation() -> None:
+    config = parse("redis: {password: hunter2, sentinelPassword: hunter3}", base=Path())
+    assert "hunter" not in repr(config) + pretty_repr(config)

@@ -16,7 +16,7 @@ from matrixinfer.agent import Agent
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
-from matrixinfer.index.dry_run import DryRunIndex
+from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.telemetry.log import configure
 
 

@@ -5,7 +5,7 @@ from. An unknown key or a bad value raises `ConfigError` with the key's path, wh
 name (`complaints`).
 """
 
-from matrixinfer.config.reading import checked, convert, load, parse, split_address
+from matrixinfer.config.reading import bare_pod, checked, convert, load, parse, split_address
 from matrixinfer.config.schema import (
     CLUSTER_SUFFIX,
     Config,
@@ -57,6 +57,7 @@ __all__ = [
     "TlsConfig",
     "TokenizationConfig",
     "WeightsConfig",
+    "bare_pod",
     "checked",
     "convert",
     "described",

@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from matrixinfer.config.complaints import explain
-from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, RedisConfig
+from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.errors import ConfigError
 
 T = TypeVar("T")
@@ -97,18 +97,26 @@ def checked(config: Config) -> Config:
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
-    bare = tuple(
-        msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
-        for pod in config.pods
-    )
+    bare = tuple(map(bare_pod, config.pods))
     return msgspec.structs.replace(config, pods=bare, redis=_checked_redis(config))
+
+
+def bare_pod(pod: PodConfig) -> PodConfig:
+    """As it is known everywhere: its name without the cluster's suffix, its URL without a slash at its end."""
+    return msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
 
 
 def _checked_redis(config: Config) -> RedisConfig | None:
     """The server, where one is named or needed, with what the environment says of it."""
-    redis = config.redis
+    redis, index = config.redis, config.index
+    if index.kind == "redis" and index.warm_start:
+        raise ConfigError("$.index.warmStart", "goes with kind `memory`: kind `redis` looks up in Redis anyway")
+    if index.kind == "memory" and index.writer == "none":
+        raise ConfigError("$.index.writer", "`none` goes with kind `redis`: nobody else writes this process's memory")
+    if index.lease_seconds > index.max_age_seconds:
+        raise ConfigError("$.index.leaseSeconds", f"expected at most maxAgeSeconds, {index.max_age_seconds:g}")
     if redis is None:
-        needed = config.index.kind == "redis" or config.index.warm_start or config.index.writer == "gateway"
+        needed = index.kind == "redis" or index.warm_start or index.writer == "gateway"
         return _with_environment(RedisConfig(), os.environ) if needed else None
     for i, address in enumerate(redis.sentinels):
         split_address(address, path=f"$.redis.sentinels[{i}]")

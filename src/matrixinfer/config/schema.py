@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -156,6 +157,8 @@ class RedisConfig(Section, frozen=True):
         tuple[str, ...], described("`host:port` of Sentinels, which tell the master, instead of host and port.")
     ] = ()
     sentinel_service: Annotated[str, described("What the Sentinels call the master.")] = "mymaster"
+    sentinel_username: Annotated[str | None, described("User of the Sentinels' access list.")] = None
+    sentinel_password: Annotated[str | None, described("The Sentinels' own password, never shown.")] = None
     cluster: Annotated[bool, described("Host and port are of a node of a Redis Cluster.")] = False
     db: Annotated[Annotated[int, Meta(ge=0)], described("Number of the database; 0 on Cluster.")] = 0
     username: Annotated[str | None, described("User of the server's access list.")] = None
@@ -181,6 +184,10 @@ class RedisConfig(Section, frozen=True):
     def __repr__(self) -> str:
         """Without the password."""
         return f"RedisConfig({self.where})"
+
+    def __rich_repr__(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]
+        """Likewise."""
+        yield "where", self.where
 
     @property
     def where(self) -> str:

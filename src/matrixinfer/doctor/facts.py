@@ -142,7 +142,7 @@ class RedisFacts:
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Models whose blocks there are made otherwise, and how."""
     vouched: frozenset[str] = frozenset()
-    """Endpoints whose writer is alive."""
+    """Endpoints whose writer is alive, and believes their events."""
 
     def but(self, **changes: Any) -> RedisFacts:
         """The same but for some."""

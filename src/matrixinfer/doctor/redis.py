@@ -13,7 +13,7 @@ from matrixinfer.doctor.facts import RedisFacts
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scripts
 from matrixinfer.index.redis.index import scheme_of
-from matrixinfer.index.redis.states import States
+from matrixinfer.index.redis.states import PodState, States
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
 
 _PROBES = 5
@@ -52,8 +52,12 @@ async def _ask(store: Store, facts: RedisFacts, models: Sequence[str]) -> RedisF
         refuses_scripts=await _refuses_scripts(store),
         clock_ahead=ahead,
         schemes=dict(states.foreign),
-        vouched=frozenset(pod for pod in states.pods if states.is_alive(pod)),
+        vouched=frozenset(pod for pod in states.pods if states.is_alive(pod) and _is_told(states.of(pod))),
     )
+
+
+def _is_told(state: PodState | None) -> bool:
+    return state is not None and state.trust in ("exact", "partial")
 
 
 async def _refuses_scripts(store: Store) -> bool:

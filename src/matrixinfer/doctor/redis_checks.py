@@ -60,7 +60,7 @@ def writers(facts: RedisFacts, pods: Sequence[str]) -> Iterator[Verdict]:
     without = [pod for pod in pods if pod not in facts.vouched]
     if without:
         yield blind(
-            f"no agent is alive for {', '.join(without)}",
+            f"no agent is alive for {', '.join(without)}, or none that can follow its events",
             "run `matrixinfer agent` beside them, or set index.writer to `gateway`",
         )
     else:

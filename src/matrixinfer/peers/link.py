@@ -75,6 +75,8 @@ class Peers:
         self._history = history
         self._trust_of = trust_of
         self._clock = clock
+        # Channels are the same in every database of a server, and the index is not.
+        self._channel = CHANNEL if not store.config.db else f"{CHANNEL}:{store.config.db}"
         self._wanted = asyncio.Event()
         self._lost = False
         self._stack = AsyncExitStack()
@@ -139,7 +141,7 @@ class Peers:
             message = self.outgoing.message(load, self._clock())
             if message is not None:
                 async with asyncio.timeout(DEADLINE_SECONDS):
-                    await self._store.ask(client.publish(CHANNEL, message))
+                    await self._store.ask(client.publish(self._channel, message))
                 self.stats.sent += 1
                 await asyncio.sleep(INTERVAL_SECONDS)
             else:
@@ -152,7 +154,7 @@ class Peers:
         client: Any = self._store.client
         channel = client.pubsub()
         try:
-            await self._store.ask(channel.subscribe(CHANNEL))
+            await self._store.ask(channel.subscribe(self._channel))
             silent = 0
             while silent < 2:  # in a row, as this process may have stood still itself
                 message = await self._store.ask(channel.get_message(timeout=SILENT_SECONDS / 2))

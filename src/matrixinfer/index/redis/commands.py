@@ -54,9 +54,10 @@ class Commands:
         answer = await self._store.run(self._acquire, keys, (pod, writer, now, lease, int(anew)))
         return Hold(pod=pod, token=answer[0], next_epoch=answer[1]) if answer else None
 
-    async def release(self, hold: Hold) -> None:
-        """Let the next writer come at once."""
-        await self._store.run(self._release, (layout.TOKENS, layout.LEASES), (hold.pod, hold.token))
+    async def release(self, hold: Hold, *, gone: bool = False) -> None:
+        """Let the next writer come at once; nothing is told any more of a pod that is `gone`."""
+        keys = (layout.TOKENS, layout.LEASES, layout.STATES)
+        await self._store.run(self._release, keys, (hold.pod, hold.token, int(gone)))
 
     async def tell(self, hold: Hold, state: str) -> None:
         """Tell how far the pod's events are believed."""
@@ -85,7 +86,7 @@ class Commands:
         """Write how the model's blocks are made; whoever reads them otherwise would never match."""
         client: Any = self._store.client
         there = await self._store.ask(client.hgetall(layout.meta_key(model)))
-        found = {name.decode(): value.decode("utf-8", "replace") for name, value in there.items()}
+        found = {layout.text_of(name): value.decode("utf-8", "replace") for name, value in there.items()}
         if found and any(found.get(name) != value for name, value in self._meta.items()):
             log.warning("redis_scheme_replaced", model=model, was=found, now=self._meta)
         await self._store.ask(client.hset(layout.meta_key(model), mapping=self._meta))

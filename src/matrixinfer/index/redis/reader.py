@@ -18,6 +18,9 @@ from matrixinfer.index.redis.store import Script, ScriptsRefused, Store, unavail
 CHUNK = 512
 """Blocks per round trip: longer prompts take another one only if some pod holds all of these."""
 
+_RESERVED = 4
+"""Connections that are left to writers, states and other gateways."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -51,6 +54,7 @@ class BlockReader:
         self._clock = clock
         self._monotonic = monotonic
         self._circuit = Circuit(monotonic)
+        self._turns = asyncio.Semaphore(max(1, store.config.connections - _RESERVED))
         self._scripted = store.config.scripts and not store.is_cluster
         self._script = Script(scripts.MATCH)
 
@@ -67,10 +71,13 @@ class BlockReader:
             self.stats.outcomes["refused"] += 1
             raise IndexUnavailable(f"not asked, as {self._store.config.where} failed before")
         began = self._monotonic()
+        counts: dict[str, int] = {}
         try:
-            async with asyncio.timeout(self._store.config.deadline_seconds):
-                counts = await self._count(model, hashes)
+            async with asyncio.timeout(self._store.config.deadline_seconds), self._turns:
+                await self._count(model, hashes, counts)
         except TimeoutError as error:
+            if counts:  # of the first chunks: the rest of a long prompt may be held as well
+                return self._answered("late", counts)
             self._failed("late")
             milliseconds = self._store.config.deadline_seconds * 1000
             raise IndexUnavailable(f"no answer of {self._store.config.where} within {milliseconds:g} ms") from error
@@ -82,10 +89,13 @@ class BlockReader:
             raise
         finally:
             self.stats.seconds += self._monotonic() - began
+        return self._answered("answered", counts)
+
+    def _answered(self, outcome: str, counts: dict[str, int]) -> dict[str, int]:
         if self._circuit.state != "closed":
             log.info("redis_circuit_closed", server=self._store.config.where)
         self._circuit.succeeded()
-        self.stats.outcomes["answered"] += 1
+        self.stats.outcomes[outcome] += 1
         return counts
 
     def _failed(self, outcome: str) -> None:
@@ -95,8 +105,8 @@ class BlockReader:
         if not was_open and self._circuit.state != "closed":
             log.warning("redis_circuit_opened", server=self._store.config.where)
 
-    async def _count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
-        counts: dict[str, int] = {}
+    async def _count(self, model: str, hashes: Sequence[int], counts: dict[str, int]) -> None:
+        """Fill `counts`, chunk by chunk."""
         for start in range(0, len(hashes), CHUNK):
             asked = hashes[start : start + CHUNK]
             found = await self._ask(model, asked)
@@ -104,7 +114,6 @@ class BlockReader:
             counts.update((pod, start + held) for pod, held in going_on.items())
             if max(going_on.values(), default=0) < len(asked):
                 break
-        return counts
 
     async def _ask(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
         if self._scripted:

@@ -17,7 +17,7 @@ PAGE = 500
 class Block(NamedTuple):
     """One block and who holds it."""
 
-    key: str
+    key: bytes
     model: str
     hash: int
     stamps: Mapping[str, int]
@@ -76,7 +76,7 @@ async def fetch(store: Store, keys: Sequence[bytes]) -> list[Block]:
     for key, entries in zip(keys, answers, strict=True):
         name = layout.block_of(key.decode("utf-8", "replace"))
         if name is not None and isinstance(entries, dict):
-            found.append(Block(key.decode(), *name, layout.named(entries)))
+            found.append(Block(key, *name, layout.named(entries)))
     return found
 
 

@@ -187,8 +187,11 @@ return 1
 """
 
 RELEASE = """
--- Stop to be the writer of a pod. KEYS tokens, leases  ARGV pod, token
-if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[2], ARGV[1]) end
+-- Stop to be the writer of a pod. KEYS tokens, leases, states  ARGV pod, token, 1 when the pod is gone
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then
+  redis.call('HDEL', KEYS[2], ARGV[1])
+  if ARGV[3] == '1' then redis.call('HDEL', KEYS[3], ARGV[1]) end
+end
 return 1
 """
 

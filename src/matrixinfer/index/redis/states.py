@@ -96,12 +96,14 @@ class States:
             states = await self._store.ask(client.hgetall(layout.STATES))
             leases = await self._store.ask(client.hgetall(layout.LEASES))
             self._states = {
-                pod.decode(): state for pod, text in list(states.items())[:MAX_PODS] if (state := decode(text))
+                layout.text_of(pod): state for pod, text in list(states.items())[:MAX_PODS] if (state := decode(text))
             }
-            self._leases = {pod.decode(): layout.number(text) or 0 for pod, text in leases.items()}
+            self._leases = {layout.text_of(pod): layout.number(text) or 0 for pod, text in leases.items()}
             for model in self._models():
                 told = await self._store.ask(client.hgetall(layout.meta_key(model)))
-                self._compare(model, {name.decode(): value.decode("utf-8", "replace") for name, value in told.items()})
+                self._compare(
+                    model, {layout.text_of(name): value.decode("utf-8", "replace") for name, value in told.items()}
+                )
 
     def _compare(self, model: str, told: Mapping[str, str]) -> None:
         """Say so once when a model's blocks are made otherwise; where nobody tells, nothing is known."""

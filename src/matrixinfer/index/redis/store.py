@@ -66,7 +66,7 @@ class Store:
             with suppress(RedisError, OSError):
                 await client.aclose()
 
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float | bytes]) -> Any:
+    async def run(self, script: Script, keys: Sequence[str | bytes], args: Sequence[str | int | float | bytes]) -> Any:
         """What a script returns. Raises `IndexUnavailable`; `ScriptsRefused` where none may run."""
         with unavailable():
             try:
@@ -163,6 +163,8 @@ def _client(config: RedisConfig) -> Client:
                 "socket_connect_timeout": CONNECT_SECONDS,
                 "socket_timeout": REPLY_SECONDS,
                 "retry": Retry(NoBackoff(), 0),
+                "username": config.sentinel_username,
+                "password": config.sentinel_password,
                 "ssl": config.tls is not None,
                 **tls,
             },

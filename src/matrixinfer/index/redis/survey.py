@@ -84,7 +84,7 @@ async def survey(
     found.pods = await pods(store, clock=clock)
     floors = await scan.floors(store, max_age=max_age, clock=clock)
     default = int(clock() - max_age)
-    samples: dict[str, list[str]] = {}
+    samples: dict[str, list[bytes]] = {}
     async for keys in scan.key_pages(store):
         if found.looked_at >= limit:
             break
@@ -153,7 +153,7 @@ async def _server(store: Store) -> tuple[str, int | None]:
     return f"{name} at {store.config.where}", used
 
 
-async def _memory(store: Store, keys: list[str]) -> float | None:
+async def _memory(store: Store, keys: list[bytes]) -> float | None:
     pipeline: Any = store.client.pipeline(transaction=False)
     for key in keys:
         pipeline.memory_usage(key)

@@ -39,7 +39,7 @@ RELEASE_SECONDS = 2.0
 """For giving all pods to the next writer, at the end."""
 TICK_SECONDS = 1.0
 RECONCILE_SECONDS = 60.0
-"""On Cluster, from one stamping of all that is held to the next."""
+"""On Cluster, from one writing of all that is held to the next."""
 RETRY_SECONDS, RETRY_MAX_SECONDS = 0.2, 5.0
 
 log = structlog.get_logger(__name__)
@@ -77,8 +77,8 @@ class _Pod:
         self.state: str | None = None
         """As last told."""
         self.leaving = False
-        self.waits = False
-        """It is not known yet what the pod holds."""
+        self.unknown_since: float | None = None
+        """From when on it has not been known what the pod holds."""
         self.restamping: Iterator[tuple[str, int]] = iter(())
         self.restamp_at = float("inf")
         self.pace = BATCH
@@ -88,7 +88,10 @@ class _Pod:
     def pending(self) -> bool:
         """Whether its writer has something to do for the pod now."""
         return self.hold is not None and (
-            self.outbox.waiting > 0 or (self.doubtful and not self.waits) or self.outbox.overflowed or self.leaving
+            self.outbox.waiting > 0
+            or (self.doubtful and self.unknown_since is None)
+            or self.outbox.overflowed
+            or self.leaving
         )
 
     def lose(self) -> None:
@@ -191,6 +194,10 @@ class BlockWriter:
         """Whose writer this is or wants to be."""
         return list(self._pods)
 
+    def is_doubtful(self, pod: str) -> bool:
+        """Whether what is in Redis may not be what the pod holds, as far as this writer knows."""
+        return pod not in self._pods or self._pods[pod].doubtful or self._pods[pod].outbox.overflowed
+
     def is_writer(self, pod: str) -> bool:
         """Whether it holds the pod's token."""
         return pod in self._pods and self._pods[pod].hold is not None
@@ -279,6 +286,8 @@ class BlockWriter:
 
     async def _write_pod(self, name: str, pod: _Pod) -> None:
         try:
+            if not await self._is_fit(name, pod):
+                return
             if self._is_due(pod):
                 await self._acquire(name, pod)
             if pod.hold is None:
@@ -288,7 +297,7 @@ class BlockWriter:
                 return
             await self._bring_up_to_date(pod, pod.hold)
             if pod.leaving and not pod.outbox.waiting:
-                await self._commands.release(pod.hold)
+                await self._commands.release(pod.hold, gone=True)
                 pod.lose()
                 if pod.leaving:  # it may have come back meanwhile
                     del self._pods[name]
@@ -296,6 +305,22 @@ class BlockWriter:
             log.warning("redis_writer_fenced", pod=name)
             self.stats.fenced += 1
             pod.lose()
+
+    async def _is_fit(self, name: str, pod: _Pod) -> bool:
+        """Whether to be the pod's writer: not before it is known what it holds, nor for long when that is lost."""
+        if pod.leaving or self.is_known(name):
+            pod.unknown_since = None
+            return True
+        now = self._clock()
+        pod.unknown_since = now if pod.unknown_since is None else min(now, pod.unknown_since)
+        if pod.hold is not None and now - pod.unknown_since <= self._lease:
+            return True
+        if pod.hold is not None:
+            log.warning("redis_writer_blind", pod=name)
+            await self._commands.release(pod.hold)
+            pod.lose()
+        pod.outbox.drop()
+        return False
 
     def _is_due(self, pod: _Pod) -> bool:
         """Whether its lease is to be renewed: it is time, or the clock has been set back."""
@@ -313,8 +338,7 @@ class BlockWriter:
         if pod.outbox.overflowed:
             self.stats.overflows += 1
             pod.doubtful = True
-        pod.waits = pod.doubtful and not self.is_known(hold.pod)
-        if pod.waits:
+        if pod.doubtful and pod.unknown_since is not None:
             pod.outbox.drop()
         elif pod.doubtful:
             hold = await self._resync(pod, hold.pod)
@@ -337,6 +361,7 @@ class BlockWriter:
         for model, blocks in list(pod.outbox.held):
             for start in range(0, len(blocks), BATCH):
                 await self._write(pod, hold, [Change(model, "+", blocks[start : start + BATCH])])
+                await self._renew_due(hold)
         await self._commands.set_epoch(hold, pod.least, now=self._clock())
         pod.doubtful = False
         pod.restamping, pod.restamp_at = iter(()), self._clock() + self._restamp_seconds
@@ -352,6 +377,16 @@ class BlockWriter:
             except IndexUnavailable:
                 pod.outbox.put_back(taken)
                 raise
+            await self._renew_due(hold)
+
+    async def _renew_due(self, hold: Hold) -> None:
+        """Renew what is held while much is written, so that nobody is taken for dead. Raises `Fenced` when `hold` is lost."""
+        for name, pod in list(self._pods.items()):
+            if pod.hold is not None and self._is_due(pod):
+                await self._acquire(name, pod)
+        mine = self._pods.get(hold.pod)
+        if mine is None or mine.hold is None or mine.hold.token != hold.token:
+            raise Fenced
 
     async def _write(self, pod: _Pod, hold: Hold, changes: Sequence[Change]) -> None:
         for model in {change.model for change in changes} - self._told_models:
@@ -366,6 +401,9 @@ class BlockWriter:
         now = self._clock()
         if now >= pod.restamp_at:
             pod.restamp_at = now + self._restamp_seconds
+            if self._store.is_cluster:
+                pod.doubtful = True  # a failover may have lost removals and epochs, too, and nothing tells of it
+                return
             pod.restamping = ((model, block) for model, blocks in list(pod.outbox.held) for block in blocks)
             pod.pace = max(BATCH, int(2 * len(pod.outbox) * TICK_SECONDS / self._restamp_seconds))
         left = pod.pace
