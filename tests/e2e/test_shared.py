@@ -30,9 +30,9 @@ pytestmark = pytest.mark.slow
 ENGINE = SimEngineConfig(
     model="m", num_blocks=20_000, timing=Timing(step=0.002, prefill_token=0.00001, decode_sequence=0.0001)
 )
-PODS, SESSIONS, SHARED, TURN, TURNS, LATE_TURNS = 4, 20, 1_500, 1_000, 4, 2
-AT_ONCE = 2
-"""Requests: so few that load sends none away from where its prompt is held."""
+PODS, SESSIONS, SHARED, TURN, TURNS, LATE_TURNS = 4, 40, 1_500, 1_000, 4, 2
+AT_ONCE = 1
+"""Requests: load sends none away from where its prompt is held, so that knowledge alone is compared."""
 POINTS = 0.02
 SECONDS = 20.0
 JOINED_SECONDS = 60.0

@@ -27,7 +27,7 @@ from matrixinfer.scheduler.load import LoadLedger
 from matrixinfer.tasks import ended
 
 CHANNEL = "matrix:kv:gateways"
-INTERVAL_SECONDS = 0.25
+INTERVAL_SECONDS = 0.1
 """From one message to the next, at least."""
 DEADLINE_SECONDS = 2.0
 """Of one publication."""
