@@ -36,6 +36,7 @@ class Route:
         "_prediction",
         "_record",
         "_registry",
+        "_remembers",
         "_tried",
         "decision",
         "injects_usage",
@@ -55,6 +56,7 @@ class Route:
         comparison: Comparison | None,
         prediction: Prediction | None,
         finished: Callable[[Sequence[Candidate]], None],
+        remembers: bool = False,
         injects_usage: bool = False,
     ) -> None:
         self.prompt = prompt
@@ -67,6 +69,7 @@ class Route:
         self._finished = finished
         self._charge = charge(decision.chosen)
         self._history = history
+        self._remembers = remembers
         self._record = record
         self._comparison = comparison
         self._prediction = prediction
@@ -130,7 +133,7 @@ class Route:
     def _remember(self) -> None:
         """What was sent stands in for what the pod's events do not tell."""
         pod, request = self._pod, self.decision.request
-        if pod.trust != "exact":
+        if self._remembers or pod.trust != "exact":
             self._history.sent(pod.name, request.model, request.chain)
         elif pod.name in self._history:
             self._history.forget(pod.name)

@@ -68,7 +68,7 @@ class Router:
 
     `feeds` maps endpoints (a pod, or each of its data-parallel ranks) to their KV event feeds: of one without a feed the
     index knows nothing, unless `caches` does, which tells of the caches that others follow. `peers` is what
-    other gateways have in flight.
+    other gateways have in flight. With `remembers` what was sent is kept of every endpoint, as the index may be lost.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Router:
         caches: Caches | None = None,
         peers: PeerLoads | None = None,
         injects_usage: bool = False,
+        remembers: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = registry
@@ -103,6 +104,7 @@ class Router:
         self.parity = parity
         self._drift = drift
         self._injects_usage = injects_usage
+        self._remembers = remembers
         self._history = history
         self.decisions = DecisionLog(config.decisions_kept)
         self.fleet = Fleet(
@@ -137,6 +139,7 @@ class Router:
             comparison=self._comparison(prepared, decision.chosen),
             prediction=self._prediction(prepared, decision.chosen),
             finished=self.fleet.finished,
+            remembers=self._remembers,
             injects_usage=self._injects_usage,
         )
         self._observe(prepared, decision, self._clock() - started)
@@ -241,7 +244,7 @@ class Router:
             prepared.pods,
             prepared.matches,
             reads_cache=prepared.prompt.reads_cache,
-            approximate=prepared.approximate,
+            approximate=prepared.approximate or "index" in prepared.degraded,
         )
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:

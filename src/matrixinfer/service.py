@@ -93,6 +93,7 @@ class Service:
                 history=history,
                 config=config.scheduler,
                 injects_usage=config.drift.inject_usage,
+                remembers=config.index.kind == "redis",
                 clock=clock,
             )
             if backend.store is not None and backend.store.config.share_load:

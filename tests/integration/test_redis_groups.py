@@ -123,3 +123,25 @@ def knows_all(addresses: tuple[str, ...]) -> bool:
             except redis.ConnectionError:
                 return False
     return all(each["num-slaves"] == 1 and each["num-other-sentinels"] == 2 for each in told)
+
+
+async def test_a_cluster_that_is_lost_is_unavailable_like_any_other_server(tmp_path: Path) -> None:
+    with cluster(tmp_path) as nodes:
+        config = nodes[0].config(cluster=True)
+        async with opened(config) as index:
+            index.add("llama", "pod-a", HASHES, None)
+            await index.flush()
+            assert await index.match("llama", HASHES) == {"pod-a": 64}
+            for node in nodes:
+                node.kill()
+            for _ in range(8):
+                with pytest.raises(IndexUnavailable):
+                    await index.match("llama", HASHES)
+            assert index.reader.circuit == "open"
+
+
+async def test_a_server_that_is_no_cluster_is_unavailable_as_one(tmp_path: Path) -> None:
+    with server(tmp_path) as alone:
+        async with opened(alone.config(cluster=True)) as index:
+            with pytest.raises(IndexUnavailable):
+                await index.match("llama", HASHES)

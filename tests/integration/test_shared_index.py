@@ -273,3 +273,16 @@ async def test_passwords_are_nowhere_to_be_seen(engines: Sequence[SimEngine], re
             told = await client.explain()
     assert any("index unavailable" in note for note in told["notes"])
     assert "hunter2" not in json.dumps(told) + json.dumps(logs, default=str) + repr(secret)
+
+
+async def test_when_redis_is_lost_what_was_sent_where_counts(engines: Sequence[SimEngine], tmp_path: Path) -> None:
+    with server(tmp_path) as lost:
+        settings = config(engines, lost, kind="redis")
+        async with Agent(settings, listen=None), gateway(settings) as client:
+            pod = await client.ask()
+            await client.holds(pod, 5)
+            lost.kill()
+            told = await client.explain()
+            assert any(note.startswith("index unavailable: ") for note in told["notes"])
+            assert {each["trust"] for each in told["pods"].values()} == {"none"}
+            assert [await client.ask() for _ in range(4)] == [pod] * 4

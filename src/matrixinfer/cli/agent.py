@@ -44,7 +44,11 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="HOST:PORT",
         help="address of /health, /ready and /metrics, or `none` (%(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written, and do not ask Redis")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the blocks that would be written, until ended, and do not ask Redis",
+    )
     parser.set_defaults(run=run)
 
 

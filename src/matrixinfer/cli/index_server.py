@@ -17,7 +17,9 @@ from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.store import Store
 
-console = Console(highlight=False, soft_wrap=True)
+WIDTH = 1000
+"""Columns of a table at most: rather lines that wrap than names cut short."""
+console = Console(highlight=False, soft_wrap=True, width=WIDTH)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

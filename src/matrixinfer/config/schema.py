@@ -358,7 +358,11 @@ class Config(Section, frozen=True):
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[
-        RedisConfig | None, described("Redis or Valkey; needed by `index.kind: redis` and by `matrixinfer agent`.")
+        RedisConfig | None,
+        described(
+            "Redis or Valkey, used by `index.kind: redis`, `index.writer: gateway`, `index.warmStart` and `matrixinfer agent`. They "
+            "take the server from the environment, else 127.0.0.1:6379, where this is left out."
+        ),
     ] = None
     scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
     tokenization: Annotated[TokenizationConfig, described("Limits of tokenizing prompts.")] = TokenizationConfig()

@@ -124,6 +124,9 @@ class States:
                 if not self._failed:
                     log.warning("redis_states_unread", server=self._store.config.where, error=str(error))
                 self._failed = True
+            except Exception:
+                # Supervision boundary: what is told of pods is read again whatever one answer was.
+                log.exception("redis_states_failed")
             await asyncio.sleep(POLL_SECONDS)
 
 

@@ -13,7 +13,7 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from matrixinfer.config import RedisConfig, split_address
 from matrixinfer.errors import IndexUnavailable
@@ -122,7 +122,7 @@ def unavailable() -> Iterator[None]:
     """Turns what the client raises into `IndexUnavailable`, without what the server was told."""
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
         raise IndexUnavailable(_said(error)) from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         # The client reads replies as they should be; one that is not like that surfaces as such.
