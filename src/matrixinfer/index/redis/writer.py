@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ import structlog
 
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.commands import Commands, Fenced, Hold
+from matrixinfer.index.redis.held_pod import HeldPod
 from matrixinfer.index.redis.outbox import Change, Clear, Outbox
 from matrixinfer.index.redis.store import Store
 from matrixinfer.tasks import ended
@@ -63,42 +64,6 @@ class WriterStats:
     restamped: int = 0
 
 
-class _Pod:
-    def __init__(self) -> None:
-        self.outbox = Outbox(WAITING_MAX)
-        self.hold: Hold | None = None
-        self.doubtful = True
-        """What is in Redis may be anything."""
-        self.least = 0
-        """Stamp of what is written now."""
-        self.renew_at = float("-inf")
-        self.unanswered = False
-        """What was sent last may be done yet, whenever it reaches the server."""
-        self.state: str | None = None
-        """As last told."""
-        self.leaving = False
-        self.unknown_since: float | None = None
-        """From when on it has not been known what the pod holds."""
-        self.restamping: Iterator[tuple[str, int]] = iter(())
-        self.restamp_at = float("inf")
-        self.pace = BATCH
-        """Blocks stamped anew per tick."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether its writer has something to do for the pod now."""
-        return self.hold is not None and (
-            self.outbox.waiting > 0
-            or (self.doubtful and self.unknown_since is None)
-            or self.outbox.overflowed
-            or self.leaving
-        )
-
-    def lose(self) -> None:
-        """Another writer has come, or may have."""
-        self.hold, self.doubtful, self.state, self.renew_at = None, True, None, float("-inf")
-
-
 class BlockWriter:
     """Owns one task that writes. Use as an async context manager; the calls that change pods return at once.
 
@@ -127,7 +92,7 @@ class BlockWriter:
         self._clock = clock
         self._lease = lease
         self._restamp_seconds = min(RECONCILE_SECONDS if store.is_cluster else float("inf"), 0.9 * max_age / 3)
-        self._pods: dict[str, _Pod] = {}
+        self._pods: dict[str, HeldPod] = {}
         self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -148,7 +113,7 @@ class BlockWriter:
                 for name, pod in list(self._pods.items()):
                     await self._hand_over(name, pod)
 
-    async def _hand_over(self, name: str, pod: _Pod) -> None:
+    async def _hand_over(self, name: str, pod: HeldPod) -> None:
         """Write what still waits, so that what was removed last is not claimed, and let another writer come at once."""
         if pod.hold is None:
             return
@@ -219,10 +184,10 @@ class BlockWriter:
         except TimeoutError as error:
             raise IndexUnavailable(f"{self._store.config.where} does not take what is to be written") from error
 
-    def _of(self, pod: str) -> _Pod:
+    def _of(self, pod: str) -> HeldPod:
         found = self._pods.get(pod)
         if found is None:
-            found = self._pods[pod] = _Pod()
+            found = self._pods[pod] = HeldPod(WAITING_MAX)
         found.leaving = False
         return found
 
@@ -284,7 +249,7 @@ class BlockWriter:
         for pod in self._pods.values():
             pod.lose()
 
-    async def _write_pod(self, name: str, pod: _Pod) -> None:
+    async def _write_pod(self, name: str, pod: HeldPod) -> None:
         try:
             if not await self._is_fit(name, pod):
                 return
@@ -306,7 +271,7 @@ class BlockWriter:
             self.stats.fenced += 1
             pod.lose()
 
-    async def _is_fit(self, name: str, pod: _Pod) -> bool:
+    async def _is_fit(self, name: str, pod: HeldPod) -> bool:
         """Whether to be the pod's writer: not before it is known what it holds, nor for long when that is lost."""
         if pod.leaving or self.is_known(name):
             pod.unknown_since = None
@@ -322,11 +287,11 @@ class BlockWriter:
         pod.outbox.drop()
         return False
 
-    def _is_due(self, pod: _Pod) -> bool:
+    def _is_due(self, pod: HeldPod) -> bool:
         """Whether its lease is to be renewed: it is time, or the clock has been set back."""
         return not pod.renew_at - self._lease < self._clock() < pod.renew_at
 
-    async def _acquire(self, name: str, pod: _Pod) -> None:
+    async def _acquire(self, name: str, pod: HeldPod) -> None:
         """Take or renew the pod's token; a new one where a late write with the old one must not be done any more."""
         now, anew = self._clock(), pod.unanswered
         hold = await self._commands.acquire(name, self.name, now=now, lease=self._lease, anew=anew)
@@ -334,7 +299,7 @@ class BlockWriter:
             pod.lose()
         pod.hold, pod.renew_at, pod.unanswered = hold, now + self._lease / 3, False
 
-    async def _bring_up_to_date(self, pod: _Pod, hold: Hold) -> None:
+    async def _bring_up_to_date(self, pod: HeldPod, hold: Hold) -> None:
         if pod.outbox.overflowed:
             self.stats.overflows += 1
             pod.doubtful = True
@@ -349,7 +314,7 @@ class BlockWriter:
             pod.state = state
         await self._restamp(pod, hold)
 
-    async def _resync(self, pod: _Pod, name: str) -> Hold:
+    async def _resync(self, pod: HeldPod, name: str) -> Hold:
         """Write all that the pod holds anew, and let what is not part of it count no more."""
         self.stats.resyncs += 1
         await self._acquire(name, pod)  # the epoch to come has to be above whatever has been stamped until now
@@ -367,7 +332,7 @@ class BlockWriter:
         pod.restamping, pod.restamp_at = iter(()), self._clock() + self._restamp_seconds
         return hold
 
-    async def _write_changes(self, pod: _Pod, hold: Hold) -> None:
+    async def _write_changes(self, pod: HeldPod, hold: Hold) -> None:
         while (taken := pod.outbox.take(BATCH)) is not None:
             try:
                 if isinstance(taken, Clear):
@@ -388,7 +353,7 @@ class BlockWriter:
         if mine is None or mine.hold is None or mine.hold.token != hold.token:
             raise Fenced
 
-    async def _write(self, pod: _Pod, hold: Hold, changes: Sequence[Change]) -> None:
+    async def _write(self, pod: HeldPod, hold: Hold, changes: Sequence[Change]) -> None:
         for model in {change.model for change in changes} - self._told_models:
             await self._commands.tell_scheme(model)
             self._told_models.add(model)
@@ -396,7 +361,7 @@ class BlockWriter:
         self.stats.batches += 1
         self.stats.blocks += sum(len(change.blocks) for change in changes)
 
-    async def _restamp(self, pod: _Pod, hold: Hold) -> None:
+    async def _restamp(self, pod: HeldPod, hold: Hold) -> None:
         """Stamp some of what the pod holds anew: blocks that are only hit are never written otherwise, and must not age."""
         now = self._clock()
         if now >= pod.restamp_at:
