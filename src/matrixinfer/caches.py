@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, get_args
+
+import msgspec
 
 from matrixinfer.index.redis.states import PodState, States, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
-from matrixinfer.trust import trust_in
+from matrixinfer.trust import trust, trust_in
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheView:
-    """One endpoint's cache, as its events tell of it."""
+class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One endpoint's cache, as its events tell of it. A struct, as one is made per endpoint and decision."""
 
     trust: Trust
     feed: str
@@ -48,11 +48,10 @@ class FeedCaches:
         feed = self._feeds.get(name)
         if feed is None:
             return None
-        ledger = feed.ledger
-        trust = trust_in(feed, doubted=self._doubts(name))
+        ledger, state = feed.ledger, feed.state
         return CacheView(
-            trust=trust,
-            feed=feed.state.value,
+            trust=trust(state, silent=feed.is_silent, doubted=self._doubts(name)),
+            feed=state.value,
             engine_block=ledger.block_size,
             has_tails=ledger.has_tails,
             tiers=ledger.tiers.names,
@@ -75,13 +74,13 @@ class ToldCaches:
         state = self._states.of(name)
         if state is None:
             return _UNVOUCHED if self._unvouched else None
-        trust = _TRUST.get(state.trust, "none")
+        believed = _TRUST.get(state.trust, "none")
         if state.model in self._states.foreign:
-            trust = "none"  # its blocks are made otherwise, so that nothing would ever match
-        if trust != "none" and not self._states.is_alive(name):
-            trust = "stale"
+            believed = "none"  # its blocks are made otherwise, so that nothing would ever match
+        if believed != "none" and not self._states.is_alive(name):
+            believed = "stale"
         return CacheView(
-            trust=trust,
+            trust=believed,
             feed=state.feed,
             engine_block=state.engine_block,
             has_tails=state.has_tails,

@@ -47,7 +47,7 @@ class Tiers:
     @property
     def names(self) -> Sequence[str]:
         """The index's names of what is held up to each faster tier, the fastest first; none while there is but one."""
-        return [self._pod + _NAMES[tier] for tier in sorted(self._up_to)]
+        return [self._pod + _NAMES[tier] for tier in sorted(self._up_to)] if self._up_to else []
 
     def open(self, tier: int, present: Callable[[int], Iterable[Supported]]) -> None:
         """Blocks of `tier` are about to come. `present` gives what the tiers up to a number support already."""
