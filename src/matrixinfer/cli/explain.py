@@ -15,13 +15,11 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import WIDTH, Subparsers
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.prompt.openai import CHAT_PATH
 
 TIMEOUT_SECONDS = 10.0
-WIDTH = 1000
-"""Columns of a table at most: rather lines that wrap than names cut short."""
 Json = Mapping[str, Any]
 
 

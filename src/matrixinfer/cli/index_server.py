@@ -13,12 +13,11 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from matrixinfer.cli.arguments import WIDTH
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.store import Store
 
-WIDTH = 1000
-"""Columns of a table at most: rather lines that wrap than names cut short."""
 console = Console(highlight=False, soft_wrap=True, width=WIDTH)
 
 

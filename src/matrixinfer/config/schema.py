@@ -185,7 +185,7 @@ class RedisConfig(Section, frozen=True):
         """Without the password."""
         return f"RedisConfig({self.where})"
 
-    def __rich_repr__(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]
+    def __rich_repr__(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]  # pairs are all that Rich needs
         """Likewise."""
         yield "where", self.where
 

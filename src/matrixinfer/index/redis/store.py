@@ -157,7 +157,7 @@ def _client(config: RedisConfig) -> Client:
             **tls,
         )
     if config.sentinels:
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis-py has no annotations there
             [split_address(address, path="$.redis.sentinels") for address in config.sentinels],
             sentinel_kwargs={
                 "socket_connect_timeout": CONNECT_SECONDS,
@@ -169,7 +169,7 @@ def _client(config: RedisConfig) -> Client:
                 **tls,
             },
         )
-        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]  # nor there
             config.sentinel_service,
             sentinel,
             db=config.db,
