@@ -11,20 +11,20 @@ from typing import Protocol
 from bench.prompts import MODEL
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
-from matrixinfer.drift import Drift
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.parity import Parity
-from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.router import Router
+from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Services
-from matrixinfer.scheduler.history import RoutingHistory
-from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.parity import Parity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,10 @@ import uvloop
 from aiohttp import web
 
 from bench.prompts import MODEL, tokenizer_path
+from matrixinfer.app.service import Service
 from matrixinfer.config import Config, LogConfig, ModelConfig, PodConfig, SchedulerConfig
-from matrixinfer.policies import with_policy
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.service import Service
+from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.telemetry.log import configure
 
 _CHUNK_SECONDS = 0.002

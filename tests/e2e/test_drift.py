@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 from matrixinfer.config import DriftConfig
-from matrixinfer.drift import RUN
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from matrixinfer.trust.drift import RUN
 
 from .fleet import Fleet, fleet, until
 

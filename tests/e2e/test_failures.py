@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from matrixinfer import drift
 from matrixinfer.config import PluginArgs, PodConfig, SchedulerConfig
 from matrixinfer.kvevents import subscription
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from matrixinfer.trust import drift
 
 from .fleet import Answer, Fleet, fleet, gateway
 

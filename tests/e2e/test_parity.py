@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from matrixinfer import parity
 from matrixinfer.prompt.chat_template import CHATML
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from matrixinfer.trust import parity
 
 from .fleet import Fleet, fleet
 

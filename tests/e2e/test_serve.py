@@ -16,8 +16,8 @@ import aiohttp
 import pytest
 
 from matrixinfer.config import SchedulerConfig
-from matrixinfer.policies import with_policy
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 

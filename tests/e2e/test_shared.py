@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from matrixinfer.agent import Agent
+from matrixinfer.app.agent import Agent
 from matrixinfer.config import IndexConfig, RedisConfig, SchedulerConfig
 from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.prompt.local import LocalTokenizer

@@ -19,7 +19,7 @@ from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.router import Router
+from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.telemetry.metrics import Metrics
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
+from matrixinfer.app.service import Service
 from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
-from matrixinfer.drift import Lookups
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import ServedNames
-from matrixinfer.route import Route
-from matrixinfer.service import Service
+from matrixinfer.routing.in_flight import Route
 from matrixinfer.sim.events import BlockRemoved, BlockStored, EventBatch, Medium, encode
+from matrixinfer.trust.drift import Lookups
 
 PATH = "/v1/completions"
 SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1")

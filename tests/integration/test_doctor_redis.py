@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
-from matrixinfer.agent import Agent
+from matrixinfer.app.agent import Agent
 from matrixinfer.config import Config, PodConfig, RedisConfig, checked
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine

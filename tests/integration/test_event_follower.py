@@ -17,8 +17,8 @@ from matrixinfer.config import (
     PodConfig,
     SchedulerConfig,
 )
-from matrixinfer.follower import EventFollower
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import Pod, ServedNames
 

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from matrixinfer.cli import events, events_record, events_tail, main
+from matrixinfer.cli import events, main
+from matrixinfer.cli.events import record, tail
 from matrixinfer.errors import ConfigError
-from matrixinfer.kvevents import connect, listen
-from matrixinfer.kvevents.capture import CaptureReport, check_capture
-from matrixinfer.kvevents.capture_file import CaptureReader
-from matrixinfer.kvevents.listen import CannotListen
+from matrixinfer.feedtools import listen
+from matrixinfer.feedtools.capture import CaptureReport, check_capture
+from matrixinfer.feedtools.capture_file import CaptureReader
+from matrixinfer.feedtools.listen import CannotListen
+from matrixinfer.kvevents import connect
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
 
@@ -160,7 +162,7 @@ async def test_tail_tells_the_history_and_then_what_happens(running: Running) ->
     async with Engine() as engine:
         for batch in EXAMPLE[:2]:
             engine.publish(*batch)
-        await running.start(events_tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
+        await running.start(tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
         await running.says("#1", times=2)
         await running.says("connected")
         for batch in EXAMPLE[2:]:
@@ -182,7 +184,7 @@ async def test_tail_tells_the_history_and_then_what_happens(running: Running) ->
 async def test_tail_without_a_replay_says_what_it_missed(running: Running) -> None:
     async with Engine() as engine:
         engine.publish(stored(0, 1))
-        await running.start(events_tail.tail, "tail", engine.endpoint, "--topic", "kv", "--count", 3)
+        await running.start(tail.tail, "tail", engine.endpoint, "--topic", "kv", "--count", 3)
         await running.says("connected")
         engine.publish(stored(1, 2))
         engine.skip(3)
@@ -214,7 +216,7 @@ async def test_tail_prints_objects_and_the_first_tokens_where_asked(running: Run
     async with Engine() as engine:
         engine.publish(stored(0, 1), removed(0))
         args = ("tail", engine.endpoint, "--replay", engine.replay, "--json", "--tokens", "--count", 2)
-        await running.start(events_tail.tail, *args)
+        await running.start(tail.tail, *args)
         first, second, last = map(json.loads, await running.end())
         at = {"publisher": engine.endpoint, "seq": 0, "time": NOON + 0.5}
         where = {"medium": "GPU", "group": 0}
@@ -237,7 +239,7 @@ async def test_tail_prints_objects_and_the_first_tokens_where_asked(running: Run
 async def test_tail_tells_a_restart_that_the_numbers_do_not_show(running: Running) -> None:
     async with Engine() as engine:
         engine.publish(stored(0, 4))
-        await running.start(events_tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
+        await running.start(tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
         await running.says("#0")
         await running.says("connected")
     await running.says("connection lost")
@@ -258,10 +260,10 @@ async def test_tail_tells_a_restart_that_the_numbers_do_not_show(running: Runnin
 
 
 async def test_tail_says_what_to_look_at_when_nothing_comes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events_tail, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(tail, "IDLE_SECONDS", 0.1)
     async with Engine() as engine:
         ports = engine.ports
-    await running.start(events_tail.tail, "tail", engine.endpoint)
+    await running.start(tail.tail, "tail", engine.endpoint)
     await running.says(f"waiting: no connection to {engine.endpoint}")
     async with Engine(ports):
         await running.says("waiting: connected, but nothing comes")
@@ -276,7 +278,7 @@ async def test_tail_replaces_a_connection_that_is_silently_dead(
     monkeypatch.setattr(connect, "HEARTBEAT_MS", 50)
     monkeypatch.setattr(connect, "HEARTBEAT_TIMEOUT_MS", 200)
     async with Engine() as engine, Relay(engine.ports[0]) as relay:
-        await running.start(events_tail.tail, "tail", relay.endpoint, "--count", 1)
+        await running.start(tail.tail, "tail", relay.endpoint, "--count", 1)
         await running.says("connected")
         relay.go_silent()
         await running.says("connection lost")
@@ -295,7 +297,7 @@ async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: p
     monkeypatch.setattr(listen, "LOOKUP_PAUSE", 0.05)
     monkeypatch.setattr(loop, "getaddrinfo", unknown)
     async with Engine() as engine:
-        await running.start(events_tail.tail, "tail", engine.endpoint.replace("127.0.0.1", "localhost"))
+        await running.start(tail.tail, "tail", engine.endpoint.replace("127.0.0.1", "localhost"))
         await running.says("the name `localhost` does not resolve yet")
         await asyncio.sleep(0.2)
         monkeypatch.setattr(loop, "getaddrinfo", look_up)
@@ -306,7 +308,7 @@ async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: p
 
 async def test_tail_ends_in_time(running: Running) -> None:
     async with Engine() as engine:
-        await running.start(events_tail.tail, "tail", engine.endpoint, "--seconds", 0.1)
+        await running.start(tail.tail, "tail", engine.endpoint, "--seconds", 0.1)
         assert len(await running.end()) == 1
 
 
@@ -339,7 +341,7 @@ async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_show
             guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
             (words,) = re.findall(r"^matrixinfer events (.*)$", guide, flags=re.MULTILINE)
             words = words.replace("http://10.0.0.1:8001", f"{url}/")
-            await running.start(events_tail.tail, *words.split(), "--count", 2)
+            await running.start(tail.tail, *words.split(), "--count", 2)
             lines = await running.end()
         assert {f"{one.endpoint}  #0 12:00:00.500", f"{two.endpoint}  #0 12:00:00.500"} == {
             line.rpartition("  stored")[0] for line in lines[:2]
@@ -350,16 +352,16 @@ async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_show
 
 async def test_an_engine_that_tells_of_no_publisher_ends_the_command(running: Running) -> None:
     async with telling({}) as url:
-        await running.start(events_tail.tail, "tail", url)
+        await running.start(tail.tail, "tail", url)
         with pytest.raises(ConfigError, match="names no publisher"):
             await running.end()
-    await running.start(events_tail.tail, "tail", url)
+    await running.start(tail.tail, "tail", url)
     with pytest.raises(ConfigError, match="ENDPOINT"):
         await running.end()
 
 
 async def test_an_endpoint_that_zmq_refuses_ends_the_command(running: Running) -> None:
-    await running.start(events_tail.tail, "tail", f"ipc:///{'long/' * 100}")
+    await running.start(tail.tail, "tail", f"ipc:///{'long/' * 100}")
     with pytest.raises(CannotListen, match="long/"):
         await running.end()
 
@@ -378,7 +380,7 @@ async def test_a_recording_can_be_checked(running: Running, tmp_path: Path, name
     async with Engine() as engine:
         engine.publish(stored(0, 3))
         args = ("record", engine.endpoint, "--replay", engine.replay, "-o", file, "--count", 2)
-        await running.start(events_record.record, *args)
+        await running.start(record.record, *args)
         await running.says("connected")
         engine.publish(stored(3, 4), removed(2))
         assert await running.end() == []
@@ -394,7 +396,7 @@ async def test_publishers_are_recorded_apart_and_other_topics_left_out(running: 
     file = tmp_path / "recording.jsonl"
     async with Engine() as one, Engine() as two:
         args = ("record", one.endpoint, two.endpoint, "-o", file, "--topic", "kv", "--count", 2)
-        await running.start(events_record.record, *args)
+        await running.start(record.record, *args)
         await running.says("connected", times=2)
         one.send(b"other", bytes(8), b"")
         one.send(b"no frame")
@@ -408,7 +410,7 @@ async def test_publishers_are_recorded_apart_and_other_topics_left_out(running: 
 
 async def test_a_publisher_that_is_named_twice_is_refused(running: Running, tmp_path: Path) -> None:
     endpoint = "tcp://127.0.0.1:1"
-    await running.start(events_record.record, "record", endpoint, endpoint, "-o", tmp_path / "x")
+    await running.start(record.record, "record", endpoint, endpoint, "-o", tmp_path / "x")
     with pytest.raises(ConfigError, match="twice"):
         await running.end()
 
@@ -492,7 +494,7 @@ async def test_the_examples_of_the_operations_page_are_what_the_commands_print(
 ) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    commands = {"tail": events_tail.tail, "record": events_record.record}
+    commands = {"tail": tail.tail, "record": record.record}
     async with Engine() as engine:
         for batch in EXAMPLE:
             engine.publish(*batch)

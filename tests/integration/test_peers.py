@@ -13,12 +13,12 @@ import structlog
 
 from matrixinfer.config import RedisConfig
 from matrixinfer.index.redis.store import Store
-from matrixinfer.peers.heard import PeerLoads
-from matrixinfer.peers.link import CHANNEL, Peers
-from matrixinfer.peers.message import Load, Prompt, encode
 from matrixinfer.scheduler.framework import Trust
-from matrixinfer.scheduler.history import RoutingHistory
-from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.link import CHANNEL, Peers
+from matrixinfer.traffic.peers.message import Load, Prompt, encode
 from tests.integration.gateway_support import eventually
 from tests.servers import Server, free_port, server
 

@@ -14,7 +14,8 @@ import aiohttp
 import pytest
 import structlog
 
-from matrixinfer.agent import Agent
+from matrixinfer.app.agent import Agent
+from matrixinfer.app.service import Service
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
     Config,
@@ -28,7 +29,6 @@ from matrixinfer.config import (
 )
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.service import Service
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER

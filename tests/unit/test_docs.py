@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from matrixinfer.cli import main
-from matrixinfer.config import SchedulerConfig, TokenizationConfig, parse
-from matrixinfer.gateway.collectors import (
+from matrixinfer.app.collectors import (
     FeedCollector,
     IndexCollector,
     KeptCollector,
     PluginCollector,
     TokenCacheCollector,
 )
+from matrixinfer.app.config_reference import configuration_page
+from matrixinfer.app.service import build_scheduler
+from matrixinfer.cli import main
+from matrixinfer.config import SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.plugin_loader import discover
-from matrixinfer.policies import POLICIES, with_policy
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.reference import configuration_page
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
-from matrixinfer.service import build_scheduler
+from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]

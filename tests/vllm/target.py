@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from matrixinfer.app.service import Service
 from matrixinfer.config import (
     Config,
     DriftConfig,
@@ -21,7 +22,6 @@ from matrixinfer.config import (
     SchedulerConfig,
 )
 from matrixinfer.kvevents.feed import PodFeed
-from matrixinfer.service import Service
 
 from .engine import NAME, Engine
 from .model import tokenizer_of

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import aiohttp
 import pytest
 
-from matrixinfer import drift
 from matrixinfer.kvevents import subscription
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.trust import drift
 
 from . import workload
 from .engine import Engine

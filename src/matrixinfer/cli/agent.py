@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from matrixinfer.agent import Agent
+from matrixinfer.app.agent import Agent
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError

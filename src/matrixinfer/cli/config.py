@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from matrixinfer.app.config_reference import configuration_page
+from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import load
-from matrixinfer.plugin_loader import discover
 from matrixinfer.prompt import loader
-from matrixinfer.reference import configuration_page
-from matrixinfer.service import build_scheduler
+from matrixinfer.scheduler.plugin_loader import discover
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from matrixinfer.app.service import Service
 from matrixinfer.cli.arguments import Subparsers, at_least_one, packaged_tokenizer
 from matrixinfer.config import Config, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.errors import ConfigError
-from matrixinfer.policies import with_policy
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.service import Service
+from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.sim.client import Outcome, converse
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing

@@ -12,12 +12,12 @@ from contextlib import AsyncExitStack
 import msgspec
 import uvloop
 
+from matrixinfer.app.service import Service
 from matrixinfer.cli import engines
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import Config, checked, convert
 from matrixinfer.errors import ConfigError
-from matrixinfer.policies import POLICIES, with_policy
-from matrixinfer.service import Service
+from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
 
 

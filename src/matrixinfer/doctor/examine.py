@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
-from matrixinfer.backend import token_blocks
+from matrixinfer.app.index_setup import token_blocks
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, KvEventsConfig
 from matrixinfer.doctor import samples
@@ -19,8 +19,8 @@ from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts,
 from matrixinfer.doctor.listening import Ear, listening, replays
 from matrixinfer.doctor.probing import Prober
 from matrixinfer.doctor.redis import ask
-from matrixinfer.follower import feed_sources
 from matrixinfer.gateway.session import client_session
+from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import (
     Answer,
     EngineApi,

@@ -14,11 +14,11 @@ import zmq
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.doctor.facts import FeedFacts, ProbeFacts, Replay
+from matrixinfer.feedtools.listen import CannotListen, Frame, Listener, Note, Stray
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.drain import Drain
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.listen import CannotListen, Frame, Listener, Note, Stray
 from matrixinfer.kvevents.replay import fetch
 from matrixinfer.kvevents.subscription import FeedSource
 

@@ -12,19 +12,19 @@ import aiohttp
 import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
-from matrixinfer.caches import FeedCaches
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.doctor.listening import Ear
 from matrixinfer.errors import TokenizeError
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.usage import usage
 from matrixinfer.kvevents.witness import Witness
-from matrixinfer.lookup import LookUp
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.registry import Endpoint, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
+from matrixinfer.routing.lookup import LookUp
 from matrixinfer.scheduler.framework import Candidate
+from matrixinfer.trust.cache_views import FeedCaches
 
 BLOCKS = 3
 """Blocks that a probe fills, of the larger of both sizes."""

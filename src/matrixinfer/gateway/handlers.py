@@ -27,7 +27,7 @@ from matrixinfer.prompt.requests import READERS
 from matrixinfer.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from matrixinfer.router import Router
+    from matrixinfer.routing.router import Router
 
 CLIENT_GONE = 499
 """Status under which requests are counted whose client went away before the answer's end (nginx's convention)."""

@@ -29,7 +29,7 @@ from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from matrixinfer.route import Route
+    from matrixinfer.routing.in_flight import Route
 
 MAX_WHOLE_BYTES = 1024 * 1024
 """Bodies up to this size are read whole and written at once; longer ones, and those of unknown length, stream."""

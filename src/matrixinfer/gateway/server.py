@@ -16,7 +16,7 @@ from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from matrixinfer.router import Router
+    from matrixinfer.routing.router import Router
 
 
 class Gateway:

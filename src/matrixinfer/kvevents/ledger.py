@@ -38,7 +38,7 @@ from matrixinfer.kvevents.wire import (
     tokens_of,
 )
 from matrixinfer.kvevents.witness import Witness
-from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.traffic.history import RoutingHistory
 
 MAX_TOKENS = 64_000_000
 """Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""

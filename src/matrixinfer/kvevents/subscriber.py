@@ -17,7 +17,7 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
 from matrixinfer.kvevents.tiers import publishers
-from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.traffic.history import RoutingHistory
 
 __all__ = ["FeedSource", "Subscriber"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
-from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.traffic.history import RoutingHistory
 
 
 class Watch:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.supports import Supports
-from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.traffic.history import RoutingHistory
 
 DEVICE, HOST, STORAGE = 0, 1, 2
 _NAMES = ("~device", "~host")

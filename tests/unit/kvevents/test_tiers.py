@@ -7,7 +7,7 @@ import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents.tiers import DEVICE, HOST, STORAGE, tier_of
-from matrixinfer.scheduler.history import RoutingHistory
+from matrixinfer.traffic.history import RoutingHistory
 
 from .support import CLEARED, MODEL, POD, Follower, contents, removed, stored
 

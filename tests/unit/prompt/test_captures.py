@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from matrixinfer.kvevents.capture_file import CaptureReader
+from matrixinfer.feedtools.capture_file import CaptureReader
 from matrixinfer.prompt import tiktoken_files
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.requests import parse

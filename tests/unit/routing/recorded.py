@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.prompts import chat, tokenizer_path
+
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
     KvEventsConfig,
@@ -24,26 +25,26 @@ from matrixinfer.config import (
     SchedulerConfig,
     TokenizationConfig,
 )
-from matrixinfer.drift import Drift
+from matrixinfer.feedtools.capture_file import CaptureReader
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.capture_file import CaptureReader
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.parity import Parity
-from matrixinfer.peers.heard import PeerLoads
-from matrixinfer.peers.message import Load
-from matrixinfer.plugin_loader import discover
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
-from matrixinfer.route import Route
-from matrixinfer.router import Router
+from matrixinfer.routing.in_flight import Route
+from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Services
-from matrixinfer.scheduler.history import RoutingHistory
-from matrixinfer.scheduler.load import LoadLedger
+from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.message import Load
+from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.parity import Parity
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
 MODEL = "bench"

@@ -6,8 +6,8 @@ from collections import Counter
 
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.scheduler.framework import Candidate
-from matrixinfer.scheduler.load import Charge, LoadLedger
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.traffic.load import Charge, LoadLedger
 
 from .support import FakeClock, pod, request, scheduler
 

@@ -1,0 +1,31 @@
+"""Metrics of what gateways tell each other, read off whenever someone scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from matrixinfer.traffic.peers.link import Peers
+
+
+class PeersCollector(Collector):
+    """Other gateways, and messages."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        peers = self._peers
+        yield GaugeMetricFamily("matrixinfer_peers", "Other gateways that are heard of now.", value=peers.count())
+        messages = CounterMetricFamily(
+            "matrixinfer_peer_messages",
+            "Messages between gateways; dropped are prompts that they do not tell whole, and those of too many gateways.",
+            labels=["kind"],
+        )
+        counts = {"sent": peers.stats.sent, "received": peers.stats.received, "malformed": peers.stats.malformed}
+        for kind, count in (counts | {"dropped": peers.dropped}).items():
+            messages.add_metric([kind], count)
+        yield messages

@@ -1,0 +1,84 @@
+"""`matrixinfer index stats`: what the shared index holds, of which models and pods, and who writes it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+
+from rich.table import Table
+
+from matrixinfer.cli.arguments import Subparsers, at_least_one
+from matrixinfer.cli.index.server import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.index.redis import scan
+from matrixinfer.index.redis.survey import Survey, survey
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "stats",
+        help="what the index holds, and who writes it",
+        description="Count the blocks of every model and pod, those that count and those that do not, and tell of their "
+        "writers. Looks at every key once, a page at a time.",
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        default=1_000_000,
+        metavar="KEYS",
+        help="look at about so many keys at most (%(default)s)",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count and print. Raises `IndexUnavailable`."""
+    found = asyncio.run(_survey(args))
+    if args.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+async def _survey(args: argparse.Namespace) -> Survey:
+    config = configuration(args)
+    async with server(config) as store:
+        with progress(min(args.limit, await scan.size(store))) as told:
+            return await survey(store, max_age=config.index.max_age_seconds, limit=args.limit, progress=told)
+
+
+def _print(found: Survey) -> None:
+    used = "" if found.used_bytes is None else f", {found.used_bytes / 2**20:,.1f} MiB used"
+    console.print(f"{found.server}: {found.keys:,} keys{used}")
+    if not found.complete:
+        console.print(
+            f"Only about {found.looked_at:,} keys were looked at (--limit): there are more blocks than told here."
+        )
+    models = Table("model", "blocks", "entries", "stale", "pods", "block size", "scheme", "bytes per block", box=None)
+    for name, model in sorted(found.models.items()):
+        size = "-" if model.bytes_per_block is None else f"{model.bytes_per_block:,.0f}"
+        told = (model.scheme.get(key, "-") for key in ("block_size", "hash_scheme"))
+        counts = (model.blocks, model.entries, model.stale, len(model.pods))
+        models.add_row(name, *(f"{count:,}" for count in counts), *told, size)
+    console.print(models)
+    now = time.time()
+    pods = Table("pod", "blocks", "writer", "lease", "trust", "feed", "epoch", "last stamp", box=None)
+    for name in sorted({*found.pods, *(pod for model in found.models.values() for pod in model.pods)}):
+        row = found.pods.get(name)
+        if row is None:
+            pods.add_row(name, f"{found.held(name):,}", *("-",) * 6)
+            continue
+        pods.add_row(
+            name,
+            f"{found.held(name):,}",
+            (row.writer or "-")[:12],
+            f"{row.lease_seconds} s" if row.alive else "over",
+            "-" if row.state is None else row.state.trust,
+            "-" if row.state is None else row.state.feed,
+            "-" if row.epoch is None else str(row.epoch),
+            "-" if row.last_stamp is None else f"{ago(now - row.last_stamp)} ago",
+        )
+    console.print(pods)

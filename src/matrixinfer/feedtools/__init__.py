@@ -1,0 +1,1 @@
+"""Captures, mutations and plain-word views of event feeds, for the `events` commands and the doctor."""

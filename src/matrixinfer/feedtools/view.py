@@ -1,0 +1,189 @@
+"""One publisher's feed as an operator sees it: frames in, lines in plain words out, a summary at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.feedtools.describe import Line, describe, listed, plural, shown, tallied
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.wire import AllBlocksCleared, BlockStored, Event, MalformedFrame, decode
+
+_MAX_PLACES = 16
+"""Media and groups kept for the summary: a real engine has a few."""
+_REMARKS = {
+    "orphans": "ignored, what comes before was never seen",
+    "misfits": "ignored, its tokens do not fit its blocks",
+    "other_attention": "ignored, not of full attention",
+    "unknown_removed": "never seen",
+}
+"""What to say of an event that raises a count of `LedgerStats`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """What a feed brought. Blocks are the engine's."""
+
+    frames: int = 0
+    events: int = 0
+    blocks: int = 0
+    """Held now, as far as the events tell."""
+    block_size: int | None = None
+    """Tokens per block; None before any was stored."""
+    salts_visible: bool | None = None
+    media: list[str] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    gaps: int = 0
+    missing: int = 0
+    """Frames in those gaps."""
+    restarts: int = 0
+    orphans: int = 0
+    """Blocks dropped because what comes before them was never seen."""
+    misfits: int = 0
+    """Events whose tokens do not fit their blocks."""
+    unreadable_frames: int = 0
+    unreadable_events: int = 0
+    wrong_frames: int = 0
+    """Messages that are no frames."""
+    other_topic: int = 0
+    """Frames of another topic than the one that was asked for."""
+    untrusted: str | None = None
+    """Why the events cannot be trusted."""
+
+    def __str__(self) -> str:
+        """A few lines of plain words."""
+        return "\n  ".join(filter(None, [self._counts(), self._layout(), self._troubles()]))
+
+    def _counts(self) -> str:
+        blocks = plural(self.blocks, "block") + (f" of {self.block_size} tokens" if self.block_size else "")
+        return f"{plural(self.frames, 'frame')}, {plural(self.events, 'event')}; {blocks} held now"
+
+    def _layout(self) -> str:
+        if self.salts_visible is None:
+            return ""
+        salts = "visible" if self.salts_visible else "hidden by the layout: salted prompts cannot be matched"
+        groups = ("group " if len(self.groups) == 1 else "groups ") + listed([str(group) for group in self.groups])
+        return f"on {listed(self.media)}; {groups}; salts {salts}"
+
+    def _troubles(self) -> str:
+        troubles = tallied(
+            (self.gaps, "gap"),
+            (self.missing, "missing frame"),
+            (self.restarts, "restart"),
+            (self.orphans, "orphan block"),
+            (self.misfits, "misfit event"),
+            (self.unreadable_frames, "unreadable frame"),
+            (self.unreadable_events, "unreadable event"),
+            (self.wrong_frames, "wrong frame"),
+            (self.other_topic, "other-topic frame"),
+        )
+        return "; ".join(troubles + [f"not to be trusted: {self.untrusted}"] * (self.untrusted is not None))
+
+
+class FeedView:
+    """Follows one publisher as the gateway does, but for what it says.
+
+    A gap or a restart makes the view forget the blocks held, as what went in between is not known.
+    """
+
+    def __init__(self, *, topic: str | None = None, with_tokens: bool = False) -> None:
+        self._topic = topic
+        self._with_tokens = with_tokens
+        self._ledger = Ledger(pod="", model="", blocks=TokenBlockProcessor(), index=MemoryIndex())
+        self._next: int | None = None
+        self._seen = Summary()
+
+    def frame(self, seq: int, topic: str | None, payload: bytes) -> Iterator[Line]:
+        """A frame, what comes before it having been handed in or lost. `topic` is None where a replay does not tell."""
+        if self._topic is not None and topic not in (None, self._topic):
+            self._seen.other_topic += 1
+            if self._seen.other_topic == 1:
+                yield Line(kind="wrong", seq=seq, words=f"another topic: `{shown(topic or '')}` (said once)")
+            return
+        yield from self._in_sequence(seq)
+        self._seen.frames += 1
+        try:
+            batch = decode(payload)
+        except MalformedFrame:
+            self._seen.unreadable_frames += 1
+            yield Line(kind="unreadable", seq=seq, words=f"unreadable frame of {plural(len(payload), 'byte')}")
+            return
+        for event in batch.events:
+            self._seen.events += 1
+            line = describe(event, seq=seq, time=batch.timestamp, with_tokens=self._with_tokens)
+            yield self._remarked(line, self._apply(event))
+        if batch.unreadable:
+            self._seen.unreadable_events += batch.unreadable
+            words = plural(batch.unreadable, "unreadable event")
+            yield Line(kind="unreadable", seq=seq, words=words, details={"events": batch.unreadable})
+
+    def wrong(self, parts: list[bytes]) -> Line:
+        """A message that is no frame."""
+        self._seen.wrong_frames += 1
+        sizes = [len(part) for part in parts]
+        words = f"a message of {plural(len(parts), 'part')} that is no frame (sizes {listed(list(map(str, sizes)))})"
+        return Line(kind="wrong", words=words, details={"sizes": sizes})
+
+    def summary(self) -> Summary:
+        """Everything so far."""
+        stats = self._ledger.stats
+        return replace(
+            self._seen,
+            blocks=len(self._ledger),
+            block_size=self._ledger.block_size,
+            orphans=stats.orphans,
+            misfits=stats.misfits,
+        )
+
+    def _in_sequence(self, seq: int) -> Iterator[Line]:
+        """What the frame's number says, before its events."""
+        expected, self._next = self._next, seq + 1
+        if expected is None and seq:
+            yield Line(kind="joined", seq=seq, words="the first frame seen: what was stored before is not known")
+        if expected is None or seq == expected:
+            return
+        self._ledger.clear()
+        self._seen.untrusted = None if seq < expected else self._seen.untrusted
+        if seq < expected:
+            self._seen.restarts += 1
+            yield Line(kind="restart", seq=seq, words="the engine has restarted: nothing is held")
+            expected = 0
+        if seq > expected:
+            self._seen.gaps += 1
+            self._seen.missing += seq - expected
+            which = f"frame {expected} is" if seq == expected + 1 else f"frames {expected} to {seq - 1} are"
+            details = {"first": expected, "last": seq - 1}
+            yield Line(kind="gap", seq=seq, words=f"{which} missing: what is held is not known", details=details)
+
+    def _apply(self, event: Event) -> str | None:
+        """Apply one event; a remark when that was not all well."""
+        seen, stats = self._seen, self._ledger.stats
+        if not isinstance(event, AllBlocksCleared):
+            _note(seen.media, shown(event.medium or "GPU"))
+            _note(seen.groups, event.group_idx or 0)
+        if seen.untrusted is not None:
+            return None
+        before = {name: getattr(stats, name) for name in _REMARKS}
+        try:
+            self._ledger.apply(event)
+        except UntrustedEvents as error:
+            self._ledger.clear()
+            seen.untrusted = error.reason
+            return f"not to be trusted: {error.reason}"
+        if isinstance(event, BlockStored):
+            seen.salts_visible = not self._ledger.hides_salts
+        return next((words for name, words in _REMARKS.items() if getattr(stats, name) != before[name]), None)
+
+    def _remarked(self, line: Line, remark: str | None) -> Line:
+        if remark is None:
+            return line
+        details = {**line.details, "remark": remark}
+        return Line(kind=line.kind, seq=line.seq, time=line.time, words=f"{line.words} ({remark})", details=details)
+
+
+def _note(seen: list[Any], place: object) -> None:
+    if place not in seen and len(seen) < _MAX_PLACES:
+        seen.append(place)

@@ -1,0 +1,1 @@
+"""The decision path: a request body in, a dispatched request out."""

@@ -1,0 +1,1 @@
+"""What was sent where, by this gateway and by others: load, routing history, peers."""

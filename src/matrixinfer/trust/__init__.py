@@ -1,0 +1,1 @@
+"""How far the index is believed, per endpoint and per model."""

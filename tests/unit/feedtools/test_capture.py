@@ -1,0 +1,277 @@
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from matrixinfer.feedtools.capture import CaptureError, CaptureReport, Mismatch, PublisherReport, check_capture
+from matrixinfer.feedtools.capture_file import CaptureReader
+from tests.unit.kvevents.support import CLEARED, frame, removed, stored
+
+CAPTURES = Path(__file__).parents[2] / "data" / "captures"
+ORACLES = ["oracle-bs16", "oracle-bs32", "oracle-bs128-first250"]
+PROMPT = list(range(40))
+
+
+def recorded(name: str) -> CaptureReader:
+    return CaptureReader(CAPTURES / f"{name}.jsonl.gz")
+
+
+def event(seq: int, *events: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"kind": "event", "seq": seq, "payload_hex": frame(*events).hex(), **fields}
+
+
+def asked(label: str, tokens: list[int], cached: Any, **body: Any) -> list[dict[str, Any]]:
+    """A request and what the engine said of it."""
+    return [
+        {"kind": "request", "label": label, "body": {"model": "tiny", **body}, "prompt_token_ids": tokens},
+        {"kind": "response", "label": label, "usage": {"prompt_tokens_details": {"cached_tokens": cached}}},
+    ]
+
+
+STORED = event(0, stored([11, 12, 13, 14], PROMPT[:16]))
+"""Four engine blocks of four tokens."""
+
+
+def mismatches(report: CaptureReport) -> list[tuple[str, int, int]]:
+    return [(mismatch.label, mismatch.predicted, mismatch.actual) for mismatch in report.mismatches]
+
+
+# Recorded engines
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [
+        ("capture", 25),
+        ("capture-lora", 21),
+        ("capture-v028-bs16", 25),
+        ("capture-as-v020", 25),
+        ("capture-as-v024", 25),
+        ("capture-as-mapbatch", 25),
+    ],
+)
+def test_recorded_hits_are_predicted_but_after_the_reset_that_was_not_announced(name: str, requests: int) -> None:
+    report = check_capture(recorded(name))
+    assert [mismatch.label for mismatch in report.mismatches] == ["chat1-after-reset"]
+    assert (report.requests, report.unsupported) == (requests, {})
+
+
+@pytest.mark.parametrize("name", ["capture-as-v012", "capture-as-v016"])
+def test_layouts_that_hide_salts_leave_salted_prompts_out(name: str) -> None:
+    report = check_capture(recorded(name))
+    assert [mismatch.label for mismatch in report.mismatches] == ["chat1-after-reset"]
+    assert report.requests == 23
+    assert report.unsupported == dict.fromkeys(["salt-a", "salt-a-again"], "the layout hides salts")
+
+
+def test_the_ranks_of_a_recorded_engine_stay_apart() -> None:
+    report = check_capture(recorded("capture-dp2"))
+    counts = [(publisher.name, publisher.frames, publisher.events, publisher.blocks) for publisher in report.publishers]
+    assert counts == [("5557", 3, 3, 9), ("5558", 2, 2, 6)]
+    assert (report.frames, report.events, report.requests, report.unreadable) == (5, 5, 0, 0)
+    assert not any(publisher.gaps or publisher.restarts or publisher.orphans for publisher in report.publishers)
+
+
+@pytest.mark.parametrize(("name", "requests"), list(zip(ORACLES, [1218, 1202, 250], strict=True)))
+def test_every_look_up_of_the_engines_own_cache_manager_is_predicted(name: str, requests: int) -> None:
+    report = check_capture(recorded(name))
+    assert (report.requests, report.mismatches) == (requests, [])
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 48, 64, 100, 128])
+@pytest.mark.parametrize("name", ORACLES)
+def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(name: str, block_size: int) -> None:
+    assert check_capture(recorded(name), block_size=block_size).mismatches == []
+
+
+# The rules of comparison
+
+
+def test_a_wrong_prediction_is_reported_in_tokens() -> None:
+    rows = [STORED, *asked("right", PROMPT, 16), *asked("wrong", PROMPT, 12), *asked("missed", PROMPT[1:], 4)]
+    report = check_capture(rows)
+    assert (report.frames, report.events, report.requests) == (1, 1, 3)
+    assert report.mismatches == [
+        Mismatch(label="wrong", predicted=16, actual=12),
+        Mismatch(label="missed", predicted=0, actual=4),
+    ]
+
+
+@pytest.mark.parametrize(("tokens", "largest"), [(17, 16), (16, 12), (13, 12), (12, 8), (4, 0), (1, 0)])
+def test_the_last_token_is_never_a_hit(tokens: int, largest: int) -> None:
+    assert check_capture([STORED, *asked("r", PROMPT[:tokens], largest)]).mismatches == []
+
+
+@pytest.mark.parametrize(
+    ("block_size", "actual", "expected"),
+    [
+        (4, 16, []),
+        (2, 16, []),  # 16 tokens held, the prompt's 17th differs
+        (8, 16, []),
+        (16, 16, []),
+        (32, 16, []),  # less than a token block is no difference
+        (3, 16, []),
+        (3, 11, [("r", 15, 9)]),
+        (16, 12, [("r", 16, 0)]),
+    ],
+)
+def test_both_sides_are_compared_in_blocks_that_they_share(
+    block_size: int, actual: int, expected: list[tuple[str, int, int]]
+) -> None:
+    assert mismatches(check_capture([STORED, *asked("r", PROMPT, actual)], block_size=block_size)) == expected
+
+
+def test_a_prediction_in_small_token_blocks_is_floored_to_the_engines() -> None:
+    prompt = [*PROMPT[:14], 900, 901, 902]
+    rows = [event(0, stored([11, 12, 13, 14], PROMPT[:16])), *asked("r", prompt, 12)]
+    assert check_capture(rows, block_size=2).mismatches == []
+
+
+def test_requests_that_cannot_be_compared_are_left_out() -> None:
+    rows = [STORED, *asked("several", PROMPT, 0, n=2), *asked("no-tokens", [], 0), *asked("no-count", PROMPT, None)]
+    rows += asked("per-prompt", PROMPT, [16, 16])
+    rows += [{"kind": "request", "label": "silent", "body": {}, "prompt_token_ids": PROMPT}]
+    rows += [{"kind": "response", "label": "silent", "usage": None}, {"kind": "response", "status": 400}]
+    report = check_capture(rows)
+    assert (report.requests, report.mismatches, report.unsupported) == (0, [], {})
+
+
+def test_prompts_of_more_than_tokens_are_named_but_not_compared() -> None:
+    image = [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {}}]}]
+    text = [{"role": "user", "content": [{"type": "text", "text": "see"}]}, {"role": "user", "content": "this"}]
+    rows = [STORED, *asked("image", PROMPT, 0, messages=image), *asked("embeds", PROMPT, 0, prompt_embeds="x")]
+    report = check_capture([*rows, *asked("text", PROMPT, 16, messages=text)])
+    assert report.unsupported == dict.fromkeys(["image", "embeds"], "more than tokens")
+    assert (report.requests, report.mismatches) == (1, [])
+
+
+def test_removals_clears_and_copies_count_in_their_order() -> None:
+    rows = [
+        STORED,
+        event(1, stored([14], PROMPT[12:16], parent=13), removed([14])),
+        *asked("copied", PROMPT, 16),
+        event(2, removed([14])),
+        *asked("removed", PROMPT, 12),
+        event(3, CLEARED),
+        *asked("cleared", PROMPT, 0),
+    ]
+    report = check_capture(rows)
+    assert (report.frames, report.events, report.requests, report.mismatches) == (4, 5, 3, [])
+
+
+def test_salts_and_adapters_are_prompts_of_their_own() -> None:
+    models = {"data": [{"id": "tiny"}, {"id": "poet", "parent": "tiny"}]}
+    rows = [
+        {"kind": "meta", "models": models},
+        event(0, stored([11], PROMPT[:4], extra_keys=[["s"]])),
+        event(1, stored([12, 13], PROMPT[:8], lora_id=1, lora_name="poet", extra_keys=[["poet"], ["poet"]])),
+        *asked("plain", PROMPT, 0),
+        *asked("alias", PROMPT, 0, model="tiny-latest"),
+        *asked("salted", PROMPT, 4, cache_salt="s"),
+        *asked("other-salt", PROMPT, 0, cache_salt="t"),
+        *asked("adapter", PROMPT, 8, model="poet"),
+    ]
+    report = check_capture(rows)
+    assert (report.requests, report.mismatches) == (5, [])
+
+
+def test_only_what_every_publisher_holds_alike_is_predicted() -> None:
+    rows = [
+        event(0, stored([11], PROMPT[:4]), port=1),
+        *asked("one-is-silent-yet", PROMPT, 4),
+        event(0, stored([11, 12], PROMPT[:8]), port=2),
+        *asked("longer-on-one", PROMPT, 8),
+        event(1, stored([12], PROMPT[4:8], parent=11), port=1),
+        *asked("alike", PROMPT, 8),
+        *asked("nowhere", PROMPT[1:], 0),
+        event(2, CLEARED, port=1),
+        *asked("cleared-on-one", PROMPT, 8),
+    ]
+    report = check_capture(rows)
+    assert list(report.unsupported) == ["one-is-silent-yet", "longer-on-one", "cleared-on-one"]
+    assert set(report.unsupported.values()) == {"its publishers differ"}
+    assert (report.requests, report.mismatches) == (2, [])
+
+
+def array_frame(*events: list[Any]) -> str:
+    return msgspec.msgpack.encode([1.5, events]).hex()
+
+
+def test_adapters_are_left_out_where_the_layout_hides_their_names() -> None:
+    rows: list[dict[str, Any]] = [
+        {"kind": "meta", "models": {"data": [{"id": "tiny"}, {"id": "poet", "parent": "tiny"}]}},
+        {"kind": "event", "seq": 0, "payload_hex": array_frame(["BlockStored", [11], None, PROMPT[:4], 4, 1, "GPU"])},
+        *asked("adapter", PROMPT, 4, model="poet"),
+    ]
+    assert check_capture(rows).unsupported == {"adapter": "the layout hides the names of adapters"}
+
+
+def test_a_feed_that_cannot_be_trusted_predicts_nothing() -> None:
+    bigrams = array_frame(["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"])
+    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": bigrams}, *asked("r", PROMPT, 0)])
+    assert report.publishers[0].untrusted is not None
+    assert report.unsupported == {"r": report.publishers[0].untrusted}
+
+
+def test_frames_that_cannot_be_read_cost_what_was_known() -> None:
+    rows = [STORED, {"kind": "event", "seq": 1, "payload_hex": "c1"}, *asked("r", PROMPT, 0)]
+    report = check_capture(rows)
+    assert (report.frames, report.events, report.mismatches, report.unreadable) == (2, 1, [], 1)
+
+
+def test_each_publisher_is_reported_with_what_was_wrong() -> None:
+    rows = [
+        STORED,
+        event(
+            2, stored([21], PROMPT[:4]), stored([22], PROMPT[4:8], parent=99), stored([23], PROMPT[:3], block_size=4)
+        ),
+        event(3, stored([24], PROMPT[4:8], parent=21)),
+    ]
+    (publisher,) = check_capture(rows).publishers
+    assert publisher == PublisherReport(
+        name="",
+        frames=3,
+        malformed=0,
+        gaps=1,
+        restarts=0,
+        events=5,
+        unreadable=0,
+        misfits=1,
+        blocks=2,
+        orphans=1,
+        untrusted=None,
+    )
+
+
+def test_without_requests_a_capture_need_not_store_anything() -> None:
+    report = check_capture([event(0, CLEARED)])
+    assert (report.frames, report.events, report.requests, report.publishers[0].blocks) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("rows", [[], [{"kind": "meta"}], asked("r", PROMPT, 0)])
+def test_a_capture_without_events_is_refused(rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(CaptureError, match="no events"):
+        check_capture(rows)
+
+
+def test_requests_need_the_engines_block_size() -> None:
+    with pytest.raises(CaptureError, match="no readable BlockStored"):
+        check_capture([event(0, CLEARED), *asked("r", PROMPT, 0)])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "event", "seq": 1},
+        {"kind": "event", "seq": 1, "payload_hex": "xyz"},
+        {"kind": "event", "payload_hex": "c1"},
+        {"kind": "request", "body": {}, "prompt_token_ids": [1]},
+        {"kind": "request", "label": "r", "body": {}, "prompt_token_ids": [-1] * 8},
+        {"kind": "request", "label": "r", "body": [1], "prompt_token_ids": [1]},
+        {"kind": "meta", "models": ["tiny"]},
+    ],
+)
+def test_a_row_of_another_shape_is_refused_by_its_number(row: dict[str, Any]) -> None:
+    with pytest.raises(CaptureError, match="row 2"):
+        check_capture([STORED, row])

@@ -1,0 +1,506 @@
+"""The decision path with everything real but the sockets. Prompts are token ids, so no tokenizer is needed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import (
+    KvEventsConfig,
+    ModelConfig,
+    PodConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+    TokenizationConfig,
+)
+from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
+from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.routing.router import Router
+from matrixinfer.scheduler.framework import Services
+from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.sim.events import BlockStored, EventBatch, encode
+from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.message import Load
+from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.parity import Parity
+
+PATH = "/v1/completions"
+BLOCK, ENGINE_BLOCK = 4, 8
+TOKENS = list(range(40))
+
+
+class BrokenIndex(MemoryIndex):
+    async def match(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
+        raise IndexUnavailable("no answer within 20 ms")
+
+
+@dataclass
+class World:
+    index: MemoryIndex = field(default_factory=MemoryIndex)
+    feeds: dict[str, PodFeed] = field(default_factory=dict)
+    load: LoadLedger = field(default_factory=lambda: LoadLedger(time.monotonic, 60.0))
+    metrics: Metrics = field(default_factory=Metrics)
+    peers: PeerLoads = field(default_factory=PeerLoads)
+    history: RoutingHistory = field(default_factory=RoutingHistory)
+    blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
+    models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+    injects_usage: bool = False
+
+    def __post_init__(self) -> None:
+        configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
+        self.registry = PodRegistry(configs, self.models, PodWatchConfig(), time.monotonic)
+        for pod in self.registry.pods:
+            served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
+            self.registry.told(pod.name, served=served)
+            self.registry.answered(pod.name)
+            ledger = Ledger(pod=pod.name, model="m", blocks=self.blocks, index=self.index)
+            ledger.block_size = ENGINE_BLOCK
+            self.feeds[pod.name] = PodFeed(ledger, can_replay=False)
+        config = SchedulerConfig()
+        self.router = Router(
+            registry=self.registry,
+            tokenizers=TokenizerManager(self.models, TokenizationConfig(), None),
+            blocks=self.blocks,
+            index=self.index,
+            feeds=self.feeds,
+            scheduler=Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover()),
+            load=self.load,
+            metrics=self.metrics,
+            parity=Parity(self.metrics, time.monotonic),
+            drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
+            history=self.history,
+            peers=self.peers,
+            config=config,
+            injects_usage=self.injects_usage,
+        )
+
+    def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
+        chain = self.blocks.chain(TOKENS[:tokens], salt=salt)
+        self.index.add(model, pod, list(chain), None)
+
+    async def explain(self, **body: object) -> dict[str, Any]:
+        return await self.router.explain(PATH, request(**body))
+
+
+def request(**body: object) -> bytes:
+    return json.dumps({"model": "m", "prompt": TOKENS, **body}).encode()
+
+
+def field_of(decision: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {pod: each[name] for pod, each in decision["pods"].items()}
+
+
+async def test_the_pod_that_holds_the_prompt_is_chosen_and_charged() -> None:
+    world = World()
+    world.holds("b", 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    assert world.load.in_flight("b") == 1
+    assert world.load.queued_tokens("b") == 8
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_dry_run_says_why_and_changes_nothing() -> None:
+    world = World()
+    world.holds("b", 32)
+    decision = await world.explain()
+    assert decision == {**decision, "model": "m", "tokens": 40, "blocks": 10, "chosen": "b"}
+    assert decision["ranked"][0] == "b"
+    assert sorted(decision["ranked"]) == ["a", "b", "c"]
+    assert field_of(decision, "match_blocks") == {"a": 0, "b": 8, "c": 0}
+    assert field_of(decision, "filtered") == {"a": None, "b": None, "c": None}
+    assert decision["pods"]["b"]["scores"]["kvcache-aware"] == 80.0
+    assert set(decision["timings_ms"]) >= {"parse", "match", "schedule", "kvcache-aware"}
+    assert world.load.total() == 0
+    assert json.loads(json.dumps(decision)) == decision
+
+
+@pytest.mark.parametrize(("held", "predicted"), [(40, 32), (36, 32), (32, 32), (28, 24), (4, 0)], ids=str)
+async def test_the_prediction_is_whole_engine_blocks_and_never_the_last_token(held: int, predicted: int) -> None:
+    world = World()
+    world.holds("a", held)
+    assert field_of(await world.explain(), "predicted_hit_tokens")["a"] == predicted
+
+
+async def test_the_next_request_sees_what_this_one_brings() -> None:
+    world = World()
+    route = await world.router.route(PATH, request(), request_id="r")
+    pod = route.decision.chosen.name
+    decision = await world.explain()
+    assert decision["chosen"] == pod
+    assert field_of(decision, "assumed_blocks")[pod] == 10
+    assert field_of(decision, "in_flight")[pod] == 1
+
+
+async def test_a_computed_prompt_is_assumed_for_a_while_and_a_refused_one_is_not() -> None:
+    for computed in (True, False):
+        world = World()
+        route = await world.router.route(PATH, request(), request_id="r")
+        if computed:
+            route.first_byte()
+        route.finish()
+        route.finish()
+        assert sum(field_of(await world.explain(), "assumed_blocks").values()) == (10 if computed else 0)
+
+
+async def test_a_move_takes_the_charge_along() -> None:
+    world = World()
+    world.holds("a", 40)
+    route = await world.router.route(PATH, request(), request_id="r")
+    other = route.decision.ranked[1]
+    route.move(other)
+    assert (world.load.in_flight("a"), world.load.in_flight(other.name)) == (0, 1)
+    assert world.load.queued_tokens(other.name) == 40
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_pod_without_a_feed_is_unknown_and_not_empty() -> None:
+    world = World()
+    del world.feeds["c"]
+    assert field_of(await world.explain(), "match_blocks") == {"a": 0, "b": 0, "c": None}
+
+
+async def test_a_prompt_that_cannot_be_tokenized_is_routed_by_load() -> None:
+    world = World()
+    await world.router.route(PATH, request(prompt="text"), request_id="r")
+    decision = await world.explain(prompt="text")
+    assert decision["tokens"] is None
+    assert decision["blocks"] == 0
+    assert any("not tokenized" in note for note in decision["notes"])
+    busy = next(pod for pod, count in field_of(decision, "in_flight").items() if count)
+    assert decision["chosen"] != busy
+    assert b'matrixinfer_degraded_total{reason="tokenize"} 1.0' in world.metrics.render()
+
+
+async def test_an_index_that_does_not_answer_degrades_the_decision() -> None:
+    world = World(index=BrokenIndex())
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": None, "b": None, "c": None}
+    assert "index unavailable: no answer within 20 ms" in decision["notes"]
+    (await world.router.route(PATH, request(), request_id="r")).finish()
+
+
+async def test_salts_and_adapters_are_namespaces_of_their_own() -> None:
+    world = World()
+    world.holds("a", 40)
+    world.holds("b", 40, salt="s")
+    world.holds("c", 40, model="lora")
+    assert (await world.explain())["chosen"] == "a"
+    assert (await world.explain(cache_salt="s"))["chosen"] == "b"
+    assert (await world.explain(model="lora"))["chosen"] == "c"
+
+
+async def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name() -> None:
+    world = World()
+    for name, expected in (("m", "m"), ("also", "also"), ("lora", "lora"), ("nice", "m")):
+        body = request(model=name, temperature=0.1, odd={"b": 1, "a": [1.0, 2]})
+        route = await world.router.route(PATH, body, request_id="r")
+        sent = route.body_for(route.decision.chosen)
+        assert json.loads(sent) == {**json.loads(body), "model": expected}
+        assert (sent is body) == (name == expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, {"include_usage": True}),
+        ({"include_usage": False, "odd": 1}, {"include_usage": True, "odd": 1}),
+        ({"continuous_usage_stats": True}, {"include_usage": True}),
+        ({"include_usage": True, "continuous_usage_stats": True}, None),
+        ({"include_usage": "true"}, None),
+        (False, None),
+        ([], None),
+    ],
+)
+async def test_usage_is_asked_for_once_at_the_end_unless_the_client_asks_or_errs(options: Any, asked: Any) -> None:
+    world = World(injects_usage=True)
+    for name, model in (("m", "m"), ("nice", "m")):
+        body = request(model=name, stream=True, stream_options=options)
+        route = await world.router.route(PATH, body, request_id="r")
+        sent = route.body_for(route.decision.chosen)
+        assert json.loads(sent) == {**json.loads(body), "model": model, "stream_options": asked or options}
+        assert (sent is body) == (asked is None and name == model)
+        assert route.injects_usage == (asked is not None)
+        assert route.body_for(route.decision.ranked[1]) == sent
+    body = request(stream_options=None)
+    route = await world.router.route(PATH, body, request_id="r")
+    assert route.body_for(route.decision.chosen) is body
+    assert not route.injects_usage
+
+
+async def test_stale_metrics_are_unknown() -> None:
+    world = World()
+    old = time.monotonic() - 60
+    world.registry.measured("a", EngineMetrics(running=9, waiting=9, cache_usage=0.5, read_at=old))
+    world.registry.measured("b", EngineMetrics(running=1, waiting=0, cache_usage=0.5, read_at=time.monotonic()))
+    decision = await world.explain()
+    assert field_of(decision, "waiting") == {"a": None, "b": 0, "c": None}
+    assert decision["pods"]["a"]["metrics_age_s"] is None
+
+
+async def test_client_errors_come_before_any_decision() -> None:
+    world = World()
+    with pytest.raises(InvalidRequest):
+        await world.router.route(PATH, b"{", request_id="r")
+    with pytest.raises(UnknownModel):
+        await world.router.route(PATH, request(model="none"), request_id="r")
+    for pod in world.registry.pods:
+        pod.served = None
+    with pytest.raises(NoPodAvailable):
+        await world.router.route(PATH, request(model="none"), request_id="r")
+    assert world.load.total() == 0
+
+
+async def test_an_alias_of_an_adapter_is_asked_for_as_the_adapter() -> None:
+    world = World(models=(ModelConfig(name="lora", aliases=("fine",)),))
+    route = await world.router.route(PATH, request(model="fine"), request_id="r")
+    assert route.decision.request.model == "lora"
+    assert json.loads(route.body_for(route.decision.chosen))["model"] == "lora"
+
+
+async def test_engines_that_name_one_model_differently_are_matched_under_their_own_names() -> None:
+    world = World()
+    world.registry.told("b", served=ServedNames(base_model="n", aliases=frozenset({"n", "also"}), adapters={}))
+    world.holds("b", 40, model="n")
+    decision = await world.explain(model="also")
+    assert field_of(decision, "match_blocks") == {"a": 0, "b": 10, "c": 0}
+    assert decision["chosen"] == "b"
+
+
+async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
+    world = World()
+    world.feeds["a"].live(0, encode(EventBatch(ts=0.0, events=[])))
+    decision = await world.explain()
+    assert field_of(decision, "feed") == {"a": "complete", "b": "partial", "c": "partial"}
+    assert "kvcache-aware: what the index says of 2 of 3 pods is partial" in decision["notes"]
+
+
+async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
+    world = World()
+    pages = ["BlockStored", [hash(tuple(TOKENS[:4]))], None, TOKENS[:4], 4, None]
+    world.feeds["a"].live(0, msgspec.msgpack.encode([0.0, [pages]]))
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": None, "b": 0, "c": 0}
+    assert field_of(decision, "feed")["a"] == "untrusted"
+
+
+async def test_the_state_of_a_feed_can_be_asked_for() -> None:
+    world = World()
+    del world.feeds["c"]
+    a, _, c = world.registry.pods
+    assert world.router.feeds_of(a) == {
+        "a": {
+            "state": "partial",
+            "trust": "partial",
+            "untrusted": None,
+            "hides_salts": False,
+            "frames": 0,
+            "engine_blocks": 0,
+            "engine_block_size": ENGINE_BLOCK,
+        }
+    }
+    assert world.router.feeds_of(c) == {}
+
+
+SOURCE = KvEventsConfig(endpoint="tcp://b:1")
+
+
+def ranked(*held: int) -> World:
+    """A fleet in which the pod `b` has data-parallel ranks that hold so many tokens each."""
+    world = World()
+    world.registry.told("b", kv_sources=(SOURCE,) * len(held))
+    for rank, tokens in enumerate(held):
+        world.feeds[f"b@dp{rank}"] = world.feeds["b"]
+        world.holds(f"b@dp{rank}", tokens)
+    return world
+
+
+async def test_every_rank_is_a_candidate_of_its_own() -> None:
+    world = ranked(8, 32)
+    decision = await world.explain()
+    assert field_of(decision, "match_blocks") == {"a": 0, "b@dp0": 2, "b@dp1": 8, "c": 0}
+    assert decision["chosen"] == "b@dp1"
+    assert list(world.router.feeds_of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
+
+
+async def test_the_chosen_rank_is_charged_and_its_pod_told_of() -> None:
+    world = ranked(8, 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    chosen = route.decision.chosen
+    assert (chosen.name, chosen.pod, chosen.rank, chosen.url) == ("b@dp1", "b", 1, "http://b")
+    assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
+    route.failed(chosen)
+    assert world.registry.pods[1].failures == 1
+    route.answered(chosen, 503)
+    assert world.registry.pods[1].failures == 1
+    route.answered(chosen, 400)
+    assert world.registry.pods[1].failures == 0
+    assert route.body_for(chosen) == request()
+    route.finish()
+    assert world.load.total() == 0
+
+
+async def test_a_pod_that_cannot_be_reached_is_tried_once_however_many_ranks_it_has() -> None:
+    route = await ranked(8, 32, 16).router.route(PATH, request(), request_id="r")
+    assert len(route.decision.ranked) == 5
+    first, *others = route.decision.attempts
+    assert first.name == "b@dp1"
+    assert sorted(other.name for other in others) == ["a", "c"]
+
+
+async def test_a_rank_has_the_load_that_the_engine_tells_of_it() -> None:
+    world = ranked(8, 8)
+    ranks = {0: RankMetrics(running=5, waiting=1), 1: RankMetrics(running=0, waiting=0)}
+    whole = EngineMetrics(running=5, waiting=1, cache_usage=None, read_at=time.monotonic(), ranks=ranks)
+    world.registry.measured("b", whole)
+    assert field_of(await world.explain(), "waiting") == {"a": None, "b@dp0": 1, "b@dp1": 0, "c": None}
+    world.registry.measured("b", replace(whole, ranks={}))
+    assert field_of(await world.explain(), "waiting") == {"a": None, "b@dp0": None, "b@dp1": None, "c": None}
+
+
+@pytest.mark.parametrize(("prompt", "hit"), [(TOKENS, 12), ([*TOKENS[:10], 99, 99, 99], 6), (TOKENS[:13], 12)])
+async def test_where_engine_blocks_straddle_token_blocks_the_tail_decides(prompt: list[int], hit: int) -> None:
+    world = World()
+    world.feeds["b"].ledger.reset()
+    event = BlockStored(
+        block_hashes=[1, 2], parent_block_hash=None, token_ids=TOKENS[:12], block_size=6, extra_keys=[None, None]
+    )
+    world.feeds["b"].live(0, encode(EventBatch(ts=0.0, events=[event])))
+    decision = await world.explain(prompt=prompt)
+    assert field_of(decision, "predicted_hit_tokens")["b"] == hit
+
+
+async def test_a_dry_run_is_not_counted() -> None:
+    world = World(index=BrokenIndex())
+    before = world.metrics.render()
+    await world.explain(prompt="text")
+    await world.explain()
+    assert world.metrics.render() == before
+
+
+async def test_pods_that_filters_removed_are_the_last_resort() -> None:
+    world = World()
+    metrics = EngineMetrics(running=9, waiting=99, cache_usage=0.5, read_at=time.monotonic())
+    world.registry.measured("a", metrics)
+    decision = (await world.router.route(PATH, request(), request_id="r")).decision
+    assert [pod.name for pod in decision.attempts][-1] == "a"
+    assert "a" in decision.filtered
+    assert sorted(pod.name for pod in decision.attempts) == ["a", "b", "c"]
+
+
+async def sent(world: World, **body: object) -> str:
+    """Send a request that is computed; returns its pod."""
+    route = await world.router.route(PATH, request(**body), request_id="r")
+    route.first_byte()
+    route.finish()
+    return route.decision.chosen.name
+
+
+async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    pod = await sent(world)
+    decision = await world.explain()
+    assert field_of(decision, "trust") == dict.fromkeys("abc", "partial")
+    assert field_of(decision, "sent_blocks") == {**dict.fromkeys("abc", 0), pod: 10}
+    assert (decision["chosen"], field_of(decision, "held_blocks")[pod]) == (pod, 7.5)
+    world.holds(pod, 16)
+    assert field_of(await world.explain(), "held_blocks")[pod] == 4 + 0.75 * 6
+    assert field_of(await world.explain(model="lora"), "sent_blocks") == dict.fromkeys("abc", 0)
+
+
+async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    pod = await sent(world)
+    world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
+    world.holds(pod, 16)
+    decision = await world.explain()
+    assert (field_of(decision, "trust")[pod], field_of(decision, "sent_blocks")[pod]) == ("exact", 0)
+    assert pod in world.history
+    assert await sent(world) == pod
+    assert pod not in world.history
+
+
+async def test_a_request_that_was_not_computed_leaves_nothing_behind() -> None:
+    world = World(load=LoadLedger(time.monotonic, 0.0))
+    route = await world.router.route(PATH, request(), request_id="r")
+    route.finish()
+    assert len(world.history) == 0
+
+
+async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device() -> None:
+    world = World()
+    for pod in "ab":
+        world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
+        world.feeds[pod].ledger.tiers.open(1, lambda _: [])
+        world.holds(pod, 32)
+    world.holds("b~device", 32)
+    decision = await world.explain()
+    assert field_of(decision, "tiers") == {"a": [0], "b": [8], "c": []}
+    assert field_of(decision, "held_blocks") == {"a": pytest.approx(6.4), "b": 8, "c": 0}
+    assert decision["chosen"] == "b"
+
+
+async def test_what_an_answer_leaves_behind_of_a_pod_that_has_left_is_forgotten() -> None:
+    world = World(load=LoadLedger(time.monotonic, 60.0))
+    world.holds("b", 32)
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    world.registry.leave("b")
+    world.router.fleet.forget("b")
+    decision = await world.explain()
+    assert sorted(decision["pods"]) == ["a", "c"]
+    route.first_byte()
+    route.used(route.decision.chosen, 40, 8)
+    assert b'pod="b"' in world.metrics.render()
+    route.finish()
+    assert b'pod="b"' not in world.metrics.render()
+    assert (len(world.history), len(world.load), len(world.router._drift)) == (0, 0, 0)
+
+
+async def test_decisions_are_kept_with_what_came_of_them() -> None:
+    world = World()
+    route = await world.router.route(PATH, request(), request_id="r-1")
+    first, second = route.decision.attempts[:2]
+    route.failed(first)
+    route.move(second)
+    route.answered(second, 200)
+    route.used(second, 40, 8)
+    (record,) = world.router.decisions.newest(request_id="r-1")
+    assert (record.attempts, record.status, record.counted, record.cached) == ([first.name, second.name], 200, 40, 8)
+
+
+async def test_what_other_gateways_have_in_flight_counts() -> None:
+    world = World()
+    world.peers.hear("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
+    route = await world.router.route(PATH, request(), request_id="r")
+    assert route.decision.chosen.name == "b"
+    decision = await world.explain()
+    assert field_of(decision, "in_flight") == {"a": 9, "b": 1, "c": 1}
+    assert field_of(decision, "peers_in_flight") == {"a": 9, "b": 0, "c": 1}
+    assert decision["pods"]["a"]["filtered"] is not None
+    assert [pod.queued_tokens for pod in route.decision.candidates] == [1_000, 0, 50]
+
+
+async def test_what_another_gateway_sends_is_assumed() -> None:
+    world = World()
+    world.load.assume("c", "m", list(world.blocks.chain(TOKENS)))
+    decision = await world.explain()
+    assert (decision["chosen"], decision["pods"]["c"]["assumed_blocks"]) == ("c", 10)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config import RedisConfig
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.store import Store
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.trust.cache_views import FeedCaches, SharedCaches, ToldCaches, state_of
+
+
+def told(trust: str, *, alive: bool = True) -> States:
+    states = States(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
+    states._states["pod-a"] = PodState(
+        trust=trust, feed="complete", model="m", engine_block=16, tiers=("pod-a~device",)
+    )
+    states._leases["pod-a"] = 100 if alive else 99
+    return states
+
+
+@pytest.mark.parametrize(
+    ("trust", "alive", "believed"),
+    [
+        ("exact", True, "exact"),
+        ("partial", True, "partial"),
+        ("exact", False, "stale"),
+        ("partial", False, "stale"),
+        ("none", False, "none"),
+        ("of a newer version", True, "none"),
+    ],
+)
+def test_what_an_agent_tells_is_believed_while_it_lives(trust: str, alive: bool, believed: str) -> None:
+    cache = ToldCaches(told(trust, alive=alive)).of("pod-a")
+    assert cache is not None
+    assert cache.trust == believed
+    assert (cache.engine_block, cache.tiers) == (16, ("pod-a~device",))
+
+
+def test_a_pod_of_which_nobody_tells_is_unknown_unless_writers_never_tell() -> None:
+    states = told("exact")
+    assert ToldCaches(states).of("pod-b") is None
+    cache = ToldCaches(states, unvouched=True).of("pod-b")
+    assert cache is not None
+    assert cache.trust == "partial"
+
+
+def test_what_is_told_of_a_feed() -> None:
+    assert state_of(None) is None
+    ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=False)
+    assert state_of(feed) == encode(PodState(trust="partial", feed="partial", model="m"))
+    assert state_of(feed, doubted=True) == encode(PodState(trust="stale", feed="partial", model="m"))
+
+
+def test_blocks_that_are_made_otherwise_tell_nothing_and_not_that_nothing_is_held() -> None:
+    states = told("exact")
+    states.foreign["m"] = {"block_size": "16"}
+    cache = ToldCaches(states).of("pod-a")
+    assert cache is not None
+    assert cache.trust == "none"
+
+
+def test_a_shared_cache_is_believed_as_its_writer_tells() -> None:
+    ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    own = FeedCaches({"pod-a": PodFeed(ledger, can_replay=False)})
+    mine: set[str] = set()
+    shared = SharedCaches(own, ToldCaches(told("exact", alive=False)), mine.__contains__)
+    assert shared.of("pod-a") == ToldCaches(told("exact", alive=False)).of("pod-a")
+    mine.add("pod-a")
+    assert shared.of("pod-a") == own.of("pod-a")
