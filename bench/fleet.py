@@ -58,7 +58,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         index=index,
         feeds=feeds,
         scheduler=schedules,
-        load=LoadLedger(time.monotonic, config.assumed_seconds),
+        load=LoadLedger(time.monotonic, config.pending_seconds),
         metrics=metrics,
         parity=Parity(metrics, time.monotonic),
         drift=Drift(metrics, lambda name, *, replay: None, time.monotonic),
@@ -75,7 +75,7 @@ def _registry(names: Sequence[str]) -> PodRegistry:
     served = ServedNames(base_model=MODEL, aliases=frozenset({MODEL}), adapters={})
     for name in names:
         registry.answered(name)
-        registry.told(name, served=served)
+        registry.learn(name, served=served)
         registry.measured(
             name,
             EngineMetrics(
@@ -124,7 +124,7 @@ def candidates(names: Sequence[str], matches: dict[str, int]) -> list[Candidate]
             waiting=draw.randrange(2),
             cache_usage=draw.random(),
             metrics_age=0.5,
-            match_blocks=matches.get(name, 0),
+            matched_blocks=matches.get(name, 0),
         )
         for name in names
     ]

@@ -62,7 +62,7 @@ class Scale:
     chunks: int = 100
     """Chunks per stream."""
     redis_keys: int = 1_000_000
-    redis_look_ups: int = 200
+    redis_lookups: int = 200
     """Look-ups per round of each kind."""
     redis_writes: int = 200_000
     """Blocks that an agent writes as fast as it can."""
@@ -87,7 +87,7 @@ QUICK = Scale(
     streams=2,
     chunks=10,
     redis_keys=2_000,
-    redis_look_ups=20,
+    redis_lookups=20,
     redis_writes=2_000,
     redis_lags=20,
 )

@@ -116,7 +116,7 @@ async def _alternate(
     server: Valkey, ways: dict[str, bool], asked: Sequence[Sequence[int]], scale: Scale
 ) -> dict[str, _Rounds]:
     rounds = {way: _Rounds() for way in ways}
-    count = max(len(asked), scale.redis_look_ups)
+    count = max(len(asked), scale.redis_lookups)
     for turn in range(scale.rounds + 1):
         for way, scripts in ways.items():
             config = RedisConfig(host="127.0.0.1", port=server.port, scripts=scripts, deadline_seconds=60)

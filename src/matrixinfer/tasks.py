@@ -7,7 +7,7 @@ import asyncio
 _AGAIN_SECONDS = 1.0
 
 
-async def ended(task: asyncio.Task[None] | None) -> None:
+async def cancel_and_wait(task: asyncio.Task[None] | None) -> None:
     """Cancel a task and wait until it is over; its error, if it had one, is raised.
 
     It is cancelled again when that was lost on the way, as in libraries that take a cancellation for a time-out.

@@ -28,7 +28,7 @@ ENGINE = SimEngineConfig(
 )
 SCHEDULER = SchedulerConfig(
     plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": BLOCK, "maxBlocksToMatch": 0}),),
-    assumed_seconds=0,
+    pending_seconds=0,
 )
 FULL = {"vllm_xargs": {"kv_cache_report_mode": "full"}}
 

@@ -94,13 +94,13 @@ async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_ag
             await gateway.post(CHAT, chat(number))
         decision = await gateway.explain(CHAT, chat(0))
         assert DISTRUST in decision["notes"]
-        assert {pod["match_blocks"] for pod in decision["pods"].values()} == {None}
+        assert {pod["matched_blocks"] for pod in decision["pods"].values()} == {None}
         assert (await checks(gateway))["approximate"] is True
         for _ in range(parity.RUN):
             await gateway.post(COMPLETIONS, {"model": "m", "prompt": "Once upon a time", "max_tokens": 1})
         assert (await checks(gateway))["approximate"] is False
         decision = await gateway.explain(CHAT, chat(0))
-        assert None not in {pod["match_blocks"] for pod in decision["pods"].values()}
+        assert None not in {pod["matched_blocks"] for pod in decision["pods"].values()}
 
 
 async def test_ids_that_differ_in_equal_number_show_in_the_events(tokenizer: LocalTokenizer, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ async def test_a_config_file_routes_an_alias_by_the_local_tokenizer(tmp_path: Pa
             chosen = decision["pods"][decision["chosen"]]
             assert decision["model"] == "sim"
             assert decision["tokens"] == answer["usage"]["prompt_tokens"]
-            assert chosen["match_blocks"] == decision["blocks"] == decision["tokens"] // 128
+            assert chosen["matched_blocks"] == decision["blocks"] == decision["tokens"] // 128
             assert cached - 128 < chosen["predicted_hit_tokens"] <= cached
 
 
@@ -211,12 +211,12 @@ async def test_a_request_in_flight_counts_as_held_and_as_load(tokenizer: LocalTo
     slow = SimEngineConfig(timing=Timing(step=0.5))
     async with fleet(tokenizer, slow, pods=2) as target:
         before = await target.explain(CHAT, chat())
-        assert {pod["assumed_blocks"] for pod in before["pods"].values()} == {0}
+        assert {pod["pending_blocks"] for pod in before["pods"].values()} == {0}
         request = asyncio.create_task(target.post(CHAT, chat()))
         await until(lambda: any(engine.stats.running for engine in target.engines))
         during = await target.explain(CHAT, chat())
         (busy,) = [name for name, pod in during["pods"].items() if pod["in_flight"]]
-        assert during["pods"][busy]["assumed_blocks"] == during["blocks"] > 0
+        assert during["pods"][busy]["pending_blocks"] == during["blocks"] > 0
         assert during["chosen"] == busy
         _, pod = await request
         assert pod == busy

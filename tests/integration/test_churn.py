@@ -30,7 +30,7 @@ CONFIG = Config(
     admin="127.0.0.1:0",
     models=(ModelConfig(name="m"),),
     pod_watch=PodWatchConfig(scrape_interval_seconds=60.0),
-    scheduler=SchedulerConfig(assumed_seconds=0.0, decisions_kept=100),
+    scheduler=SchedulerConfig(pending_seconds=0.0, decisions_kept=100),
 )
 
 
@@ -49,7 +49,7 @@ class World:
         service.join(config)
         registry = service.router.registry
         names = ServedNames(base_model="m", aliases=frozenset({"m"}), adapters={f"lora-{number}": "m"})
-        registry.told(name, served=names, kv_sources=(SOURCE,) * (2 if number % 3 == 0 else 1))
+        registry.learn(name, served=names, kv_sources=(SOURCE,) * (2 if number % 3 == 0 else 1))
         registry.answered(name)
         pod = registry.pods[-1]
         service._discovered(pod)
@@ -100,7 +100,7 @@ class World:
         """How much every part keeps."""
         router, watcher, follow = self.service.router, self.service._watcher, self.service._follow
         load, drift, parity, subscriber = router._load, router._drift, router.parity, follow._subscriber
-        index = router._look_up._index
+        index = router._lookup._index
         assert isinstance(index, MemoryIndex)
         lines = router._metrics.render().splitlines()
         return {
@@ -112,7 +112,7 @@ class World:
             "index pods": index.stats().pods,
             "index bits": index._next_bit.bit_length(),
             "history": len(router._history._sent),
-            "load": len(load._pods) + len(load._assumed) + len(load._fading) + len(load),
+            "load": len(load._pods) + len(load._pending) + len(load._fading) + len(load),
             "drift": len(drift),
             "parity": len(parity) + len(parity._models),
             "decisions": len(router.decisions),
@@ -176,7 +176,7 @@ async def test_what_is_kept_of_pods_that_are_there_shows_in_the_metrics(world: W
     world.come(1)
     route = await world.ask("m")
     shown = world.service.router._metrics.registry.get_sample_value
-    parts = ("decisions", "sent_blocks", "assumed_blocks", "drift_endpoints", "parity_samples")
+    parts = ("decisions", "recent_blocks", "pending_blocks", "drift_endpoints", "parity_samples")
     world.end(route)
     kept = [shown("matrixinfer_kept_entries", {"part": part}) for part in parts]
     assert kept == [1, 2, 2, 1, 0]

@@ -88,7 +88,7 @@ async def test_an_unknown_model_is_a_404_once_every_pod_has_told_and_a_503_befor
         status, error = await error_of(gateway, b'{"model":"other"}')
         assert (status, error["code"]) == (503, "no_pod_available")
         served = ServedNames(base_model="tiny", aliases=frozenset({"tiny"}), adapters={})
-        gateway.router.registry.told("a", served=served)
+        gateway.router.registry.learn("a", served=served)
         status, error = await error_of(gateway, b'{"model":"other"}')
         assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
         assert "`other`" in str(error["message"])

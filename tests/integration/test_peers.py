@@ -65,7 +65,7 @@ async def test_load_and_prompts_are_heard(valkey: Server) -> None:
     async with ends(config_of(valkey)) as (one, other):
         charge = one.load.charge("sure", "m", hashes=CHAIN, start=4, queued_tokens=70)
         await eventually(lambda: other.totals() == {"sure": Load(1, 70)}, SECONDS)
-        assert other.load.assumed("sure", "m", CHAIN, 4) == 6
+        assert other.load.pending("sure", "m", CHAIN, 4) == 6
         assert (other.load.in_flight("sure"), one.totals()) == (0, {})
         charge.first_byte()
         await eventually(lambda: other.totals() == {"sure": Load(1, 0)}, SECONDS)
@@ -82,7 +82,7 @@ async def test_what_was_computed_is_remembered_where_events_do_not_tell_all(valk
         assert other.history.match("unsure", "m", CHAIN) == 10
         assert "sure" not in other.history
         assert "unknown" not in other.history
-        assert [other.load.assumed(name, "m", CHAIN, 0) for name in ("sure", "unsure", "unknown")] == [10, 10, 0]
+        assert [other.load.pending(name, "m", CHAIN, 0) for name in ("sure", "unsure", "unknown")] == [10, 10, 0]
 
 
 async def test_what_is_malformed_is_counted_and_survived(valkey: Server) -> None:

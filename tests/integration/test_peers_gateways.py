@@ -94,7 +94,7 @@ async def is_known(fleet: Fleet, ask: Json) -> None:
     """Wait until a gateway knows where a prompt is on its way; it may never know."""
     for _ in range(15):
         decision = await fleet.explain(PATH, ask)
-        if any(pod["held_blocks"] for pod in decision["pods"].values()):
+        if any(pod["credit"] for pod in decision["pods"].values()):
             return
         await asyncio.sleep(0.02)
 

@@ -73,7 +73,7 @@ def config(engines: Sequence[SimEngine], redis: Server, **index: Any) -> Config:
             index=IndexConfig(lease_seconds=2.0, **index),
             redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=2.0, share_load=False),
             scheduler=SchedulerConfig(
-                plugin_config=(PluginArgs(name="kvcache-aware", args=dict(SCHEME)),), assumed_seconds=0.0
+                plugin_config=(PluginArgs(name="kvcache-aware", args=dict(SCHEME)),), pending_seconds=0.0
             ),
         )
     )
@@ -116,7 +116,7 @@ class Client:
         async with asyncio.timeout(20):
             while True:
                 told = await self.explain()
-                if (told["pods"][pod]["match_blocks"], told["pods"][pod]["trust"]) == (blocks, trust):
+                if (told["pods"][pod]["matched_blocks"], told["pods"][pod]["trust"]) == (blocks, trust):
                     return told
                 await asyncio.sleep(0.05)
 
@@ -188,7 +188,7 @@ async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis
     async with gateway(
         Config(**{name: getattr(cold, name) for name in cold.__struct_fields__} | {"pods": silent})
     ) as blind:
-        assert (await blind.explain())["pods"][pod]["match_blocks"] is None
+        assert (await blind.explain())["pods"][pod]["matched_blocks"] is None
     async with gateway(config(engines, redis, warm_start=True)) as warm:
         told = await warm.holds(pod, 5)
         assert told["chosen"] == pod
@@ -208,7 +208,7 @@ async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[S
             client.hset(key, "pod-0.test.svc.cluster.local", str(int(time.time()) - 90_000))
     async with gateway(settings) as client_:
         told = await client_.holds("pod-1.test", 4, trust="partial")
-        assert told["pods"]["pod-0.test"]["match_blocks"] == 0, "older than a day"
+        assert told["pods"]["pod-0.test"]["matched_blocks"] == 0, "older than a day"
         assert await client_.ask() == "pod-1.test"
 
 

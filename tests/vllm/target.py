@@ -181,7 +181,7 @@ async def gateway(
         pods=tuple(pods),
         scheduler=SchedulerConfig(
             plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": hashed, "maxBlocksToMatch": 0}),),
-            assumed_seconds=0.0,
+            pending_seconds=0.0,
         ),
         drift=DriftConfig(inject_usage=injects_usage),
     )

@@ -45,7 +45,7 @@ async def _is_routed_by_load(make: Makers) -> None:
         for _ in range(10):
             body = {"model": NAME, "prompt": workload.ids(draw, 200), "max_tokens": 4}
             for _ in range(2):
-                assert (await target.explain(COMPLETIONS, body))["pods"]["pod-0"]["match_blocks"] is None
+                assert (await target.explain(COMPLETIONS, body))["pods"]["pod-0"]["matched_blocks"] is None
                 async with target.session.post(target.service.gateway.url + COMPLETIONS, json=body) as response:
                     assert response.status == 200
         assert not target.feeds

@@ -30,8 +30,8 @@ from matrixinfer.index.warm import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.profile import arguments_of
-from matrixinfer.tasks import ended
-from matrixinfer.trust.cache_views import Caches, FeedCaches, SharedCaches, ToldCaches, state_of
+from matrixinfer.tasks import cancel_and_wait
+from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
 from matrixinfer.trust.drift import Drift
 
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
@@ -83,10 +83,10 @@ class Backend:
             writer.state_of = lambda name: state_of(feeds.get(name), doubted=drift.doubts(name))
             writer.is_known = self._is_known
         if self.states is not None and not self.follows:
-            return ToldCaches(self.states, unvouched=self._unvouched)
+            return ReportedCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
         if self.states is not None and self.redis is not None:
-            own, told = FeedCaches(feeds, drift.doubts), ToldCaches(self.states)
+            own, told = FeedCaches(feeds, drift.doubts), ReportedCaches(self.states)
             return SharedCaches(own, told, self._writes_surely)
         if warm is None:
             return FeedCaches(feeds, drift.doubts)
@@ -104,7 +104,7 @@ class Backend:
                 await stack.enter_async_context(self.states)
             if self.store is not None and self.warm is not None:
                 task = asyncio.create_task(self._fill(self.warm, self.store), name="redis-warm-start")
-                stack.push_async_callback(ended, task)
+                stack.push_async_callback(cancel_and_wait, task)
             self._stack = stack.pop_all()
         return self
 

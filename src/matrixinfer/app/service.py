@@ -76,7 +76,7 @@ class Service:
             drift, parity = Drift(metrics, subscriber.resync, clock), Parity(metrics, clock)
             caches = backend.attach(subscriber.feeds, drift)
             await stack.enter_async_context(backend)
-            load = LoadLedger(clock, config.scheduler.assumed_seconds)
+            load = LoadLedger(clock, config.scheduler.pending_seconds)
             self.router = Router(
                 registry=registry,
                 tokenizers=tokenizers,
@@ -106,8 +106,8 @@ class Service:
             metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
             kept = {
                 "decisions": self.router.decisions.__len__,
-                "sent_blocks": history.__len__,
-                "assumed_blocks": load.__len__,
+                "recent_blocks": history.__len__,
+                "pending_blocks": load.__len__,
                 "drift_endpoints": drift.__len__,
                 "parity_samples": parity.__len__,
             }

@@ -138,9 +138,9 @@ def _print_one(console: Console, decision: Json) -> None:
             name,
             pod["trust"],
             _match(pod),
-            str(pod["assumed_blocks"]),
-            str(pod["sent_blocks"]),
-            f"{pod['held_blocks']:g}",
+            str(pod["pending_blocks"]),
+            str(pod["recent_blocks"]),
+            f"{pod['credit']:g}",
             str(pod["in_flight"]),
             _shown(pod["waiting"]),
             *(_shown(pod["scores"].get(scorer)) for scorer in scorers),
@@ -157,7 +157,7 @@ def _print_one(console: Console, decision: Json) -> None:
 def _match(pod: Json) -> str:
     """Blocks that the index says are held, and how many of them on faster tiers where there are several."""
     faster = "".join(f"{count}/" for count in pod["tiers"])
-    return faster + _shown(pod["match_blocks"])
+    return faster + _shown(pod["matched_blocks"])
 
 
 def _time(at: float) -> str:

@@ -265,7 +265,7 @@ class SchedulerConfig(Section, frozen=True):
     max_prefix_tokens: Annotated[Count, described("Tokens of a prompt that are hashed and looked up at most.")] = (
         1_000_000
     )
-    assumed_seconds: Annotated[
+    pending_seconds: Annotated[
         Annotated[float, Meta(ge=0)],
         described("How long after a request ends its prefix still counts as held by its pod without an event."),
     ] = 2.0

@@ -171,7 +171,7 @@ class _Examiner:
         version, models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
         told = parse_kv_sources(sources.body, host=_host(pod))
         discovered = told if pod.config.kv_events == "discover" else None
-        self.registry.told(pod.name, served=parse_models(models.body), kv_sources=discovered)
+        self.registry.learn(pod.name, served=parse_models(models.body), kv_sources=discovered)
         return _Told(
             version=parse_version(version.body),
             models_status=models.status or None,

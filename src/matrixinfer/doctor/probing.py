@@ -22,7 +22,7 @@ from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.registry import Endpoint, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
-from matrixinfer.routing.lookup import LookUp
+from matrixinfer.routing.lookup import Lookup
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.cache_views import FeedCaches
 
@@ -156,17 +156,17 @@ class Prober:
 
     async def _predict(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> int:
         """As the router does: what the index holds of the prompt, in whole engine blocks."""
-        look_up = LookUp(self._registry, ear.index, FeedCaches(ear.feeds))
+        look_up = Lookup(self._registry, ear.index, FeedCaches(ear.feeds))
         matches = await look_up.match(model, model, [endpoint.pod], sent.chain)
         held = look_up.held(endpoint.name, matches)
         candidate = Candidate(
             name=endpoint.name,
             url=endpoint.pod.url,
-            match_blocks=held.blocks,
-            match_tail=held.tail,
+            matched_blocks=held.blocks,
+            matched_tail=held.tail,
             engine_block=None if held.cache is None else held.cache.engine_block,
         )
-        return candidate.expected_hit(len(sent.ids), self._blocks.block_size)
+        return candidate.predicted_hit(len(sent.ids), self._blocks.block_size)
 
     async def _elsewhere(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> str | None:
         """Another publisher of the pod that tells of the prompt."""

@@ -269,10 +269,10 @@ class PodRegistry:
             state.failures = 0
             state.healthy = True
 
-    def told(
+    def learn(
         self, pod: str, *, served: ServedNames | None = None, kv_sources: tuple[KvEventsConfig, ...] | None = None
     ) -> None:
-        """The pod told what it serves or where it publishes; None leaves what was known."""
+        """Record what the pod serves or where it publishes; None leaves what was known."""
         state = self._by_name.get(pod)
         if state is None:
             return

@@ -121,7 +121,7 @@ class PodWatcher:
     async def _discover(self, pod: Pod) -> None:
         served = await self._api.models(pod.url)
         sources = await self._api.kv_sources(pod.url) if pod.config.kv_events == "discover" else None
-        self._registry.told(pod.name, served=served, kv_sources=sources)
+        self._registry.learn(pod.name, served=served, kv_sources=sources)
         told = (pod.served, pod.kv_sources)
         if served is not None and told != self._announced.get(pod.name):
             if self._on_discovered is not None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
-from matrixinfer.routing.lookup import LookUp, Matches
+from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.scheduler.credit import cached_credit
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
-from matrixinfer.scheduler.worth import worth
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
@@ -25,7 +25,7 @@ class Fleet:
         self,
         *,
         registry: PodRegistry,
-        look_up: LookUp,
+        look_up: Lookup,
         load: LoadLedger,
         history: RoutingHistory,
         drift: Drift,
@@ -35,7 +35,7 @@ class Fleet:
         peers: PeerLoads,
     ) -> None:
         self._registry = registry
-        self._look_up = look_up
+        self._lookup = look_up
         self._load = load
         self._history = history
         self._drift = drift
@@ -97,10 +97,10 @@ class Fleet:
         others: Load,
     ) -> Candidate:
         name, load = endpoint.name, self._load
-        cache, match, tail, tiers = self._look_up.held(name, matches)
+        cache, match, tail, tiers = self._lookup.held(name, matches)
         trust = "none" if approximate or cache is None else cache.trust
-        assumed = load.assumed(name, request.model, request.chain, match or 0) if reads_cache else 0
-        sent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
+        pending = load.pending(name, request.model, request.chain, match or 0) if reads_cache else 0
+        recent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         shown: EngineMetrics | RankMetrics | None = metrics
         if metrics is not None and endpoint.rank is not None:
@@ -122,14 +122,14 @@ class Fleet:
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=engine_block,
-            match_blocks=match,
-            match_tail=tail,
+            matched_blocks=match,
+            matched_tail=tail,
             tiers=tiers,
-            assumed_blocks=assumed,
-            sent_blocks=sent,
-            worth=None
+            pending_blocks=pending,
+            recent_blocks=recent,
+            cached_credit=None
             if trust == "exact" and not tiers
-            else worth(trust, self._weights, match=match or 0, tiers=tiers, assumed=assumed, sent=sent),
+            else cached_credit(trust, self._weights, match=match or 0, tiers=tiers, pending=pending, recent=recent),
         )
 
 

@@ -72,18 +72,18 @@ class Record:
         }
 
     def _predicted(self, candidate: Candidate) -> int:
-        return candidate.expected_hit(self.prompt_tokens, self.block_size)
+        return candidate.predicted_hit(self.prompt_tokens, self.block_size)
 
     def _pod(self, candidate: Candidate) -> dict[str, object]:
         name = candidate.name
         return {
             "trust": candidate.trust,
             "feed": candidate.feed,
-            "match_blocks": candidate.match_blocks,
+            "matched_blocks": candidate.matched_blocks,
             "tiers": list(candidate.tiers),
-            "assumed_blocks": candidate.assumed_blocks,
-            "sent_blocks": candidate.sent_blocks,
-            "held_blocks": round(candidate.held_blocks, 2),
+            "pending_blocks": candidate.pending_blocks,
+            "recent_blocks": candidate.recent_blocks,
+            "credit": round(candidate.credit, 2),
             "filtered": self.filtered.get(name),
             "scores": {scorer: scores.get(name) for scorer, scores in self.scores.items()},
             "total": self.totals.get(name),

@@ -34,7 +34,7 @@ class Held(NamedTuple):
     """How many of the blocks, from the start, are on the device; on the device or the host. None where all are."""
 
 
-class LookUp:
+class Lookup:
     """Asks the index for a prompt's blocks and, where engine blocks straddle those, for the tail that decides."""
 
     def __init__(self, registry: PodRegistry, index: BlockIndex, caches: Caches) -> None:

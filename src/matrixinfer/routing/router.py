@@ -26,7 +26,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.candidates import Fleet
 from matrixinfer.routing.decision_log import DecisionLog, record
 from matrixinfer.routing.in_flight import Route
-from matrixinfer.routing.lookup import LookUp, Matches
+from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
@@ -97,7 +97,7 @@ class Router:
         self._blocks = blocks
         self._feeds = feeds
         self._caches = caches or FeedCaches(feeds, drift.doubts)
-        self._look_up = LookUp(registry, index, self._caches)
+        self._lookup = Lookup(registry, index, self._caches)
         self._scheduler = scheduler
         self._load = load
         self._metrics = metrics
@@ -109,7 +109,7 @@ class Router:
         self.decisions = DecisionLog(config.decisions_kept)
         self.fleet = Fleet(
             registry=registry,
-            look_up=self._look_up,
+            look_up=self._lookup,
             load=load,
             history=history,
             drift=drift,
@@ -211,7 +211,7 @@ class Router:
             try:
                 # A pod that computes the prompt whatever it holds is as good as one that holds nothing.
                 if prompt.reads_cache:
-                    matches = await self._look_up.match(model, prompt.model, pods, chain)
+                    matches = await self._lookup.match(model, prompt.model, pods, chain)
             except IndexUnavailable as error:
                 degraded["index"] = f"index unavailable: {error}"
             timings["match"] = (self._clock() - began) * 1000
@@ -253,8 +253,8 @@ class Router:
             pod.name,
             request.model,
             hashes=request.chain,
-            start=pod.match_blocks or 0,
-            queued_tokens=(request.prompt_tokens or 0) - pod.expected_hit(request.prompt_tokens, request.block_size),
+            start=pod.matched_blocks or 0,
+            queued_tokens=(request.prompt_tokens or 0) - pod.predicted_hit(request.prompt_tokens, request.block_size),
         )
 
     def _comparison(self, prepared: _Prepared, chosen: Candidate) -> Comparison | None:
@@ -272,7 +272,7 @@ class Router:
     def _prediction(self, prepared: _Prepared, chosen: Candidate) -> Prediction | None:
         """Of what the chosen pod will find in its cache, where the index can tell and the answer may."""
         feed, size, request = self._feeds.get(chosen.name), chosen.engine_block, prepared.request
-        tokens, match, block = request.prompt_tokens, chosen.match_blocks, request.block_size
+        tokens, match, block = request.prompt_tokens, chosen.matched_blocks, request.block_size
         if feed is None or size is None or match is None or not tokens or feed.state not in _TELLING:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and feed.ledger.hides_salts):
@@ -289,7 +289,7 @@ class Router:
             model=self._name_at(feed, prepared),
             held=request.chain[: -(-foretold // block)],
             token_block=block,
-            stored=request.chain[last - 1] if last > match and not chosen.assumed_blocks else None,
+            stored=request.chain[last - 1] if last > match and not chosen.pending_blocks else None,
             purges=not feed.ledger.is_hybrid,
         )
 
@@ -302,8 +302,8 @@ class Router:
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
-        _, match, tail, _ = self._look_up.held(chosen.name, prepared.matches)
-        if match is None or chosen.assumed_blocks or feed.state is not FeedState.COMPLETE:
+        _, match, tail, _ = self._lookup.held(chosen.name, prepared.matches)
+        if match is None or chosen.pending_blocks or feed.state is not FeedState.COMPLETE:
             return None
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size
         if held + size > len(ids):
@@ -317,7 +317,7 @@ class Router:
             self._metrics.degraded(reason)
         if request.prompt_tokens is not None:
             self._metrics.predicted(
-                request.prompt_tokens, decision.chosen.expected_hit(request.prompt_tokens, request.block_size)
+                request.prompt_tokens, decision.chosen.predicted_hit(request.prompt_tokens, request.block_size)
             )
 
 

@@ -73,19 +73,19 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     trust: Trust = "none"
     engine_block: int | None = None
     """Tokens per block of the engine's cache; None until its events told."""
-    match_blocks: int | None = None
+    matched_blocks: int | None = None
     """Consecutive blocks from the start that the index says the pod holds; None when the index could not say."""
-    match_tail: int = 0
+    matched_tail: int = 0
     """Tokens held beyond those blocks, to the end of an engine block that reaches over the last one's end."""
     tiers: Sequence[int] = ()
-    """Where the pod keeps blocks on slower tiers too: how many of `match_blocks`, from the start, are on the device; on
+    """Where the pod keeps blocks on slower tiers too: how many of `matched_blocks`, from the start, are on the device; on
     the device or in the host's memory."""
-    assumed_blocks: int = 0
+    pending_blocks: int = 0
     """Further consecutive blocks that requests in flight, or just finished, are bringing there."""
-    sent_blocks: int = 0
+    recent_blocks: int = 0
     """Consecutive blocks from the start that were sent there lately, where the index cannot say whether it holds them."""
-    worth: float | None = None
-    """What the blocks matched and sent count for (`matrixinfer.scheduler.worth`); None: each of `match_blocks` one."""
+    cached_credit: float | None = None
+    """What the blocks matched and sent count for (`matrixinfer.scheduler.credit`); None: each of `matched_blocks` one."""
 
     @property
     def pod(self) -> str:
@@ -93,21 +93,21 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.name if self.rank is None else self.name.removesuffix(f"@dp{self.rank}")
 
     @property
-    def held_blocks(self) -> float:
+    def credit(self) -> float:
         """What counts as held of the prompt, in blocks: matched, sent and on their way."""
-        return ((self.match_blocks or 0) if self.worth is None else self.worth) + self.assumed_blocks
+        return ((self.matched_blocks or 0) if self.cached_credit is None else self.cached_credit) + self.pending_blocks
 
-    def expected_hit(self, prompt_tokens: int | None, block_size: int) -> int:
+    def predicted_hit(self, prompt_tokens: int | None, block_size: int) -> int:
         """Prompt tokens that the pod is expected to find in its cache: whole engine blocks, and never the last token.
 
         `block_size` is that of the blocks counted here.
         """
         if not prompt_tokens:
             return 0
-        matched = self.match_blocks or 0
-        held = matched * block_size + self.match_tail
-        if self.assumed_blocks or self.sent_blocks > matched:
-            held = max(matched + self.assumed_blocks, self.sent_blocks) * block_size
+        matched = self.matched_blocks or 0
+        held = matched * block_size + self.matched_tail
+        if self.pending_blocks or self.recent_blocks > matched:
+            held = max(matched + self.pending_blocks, self.recent_blocks) * block_size
         size = self.engine_block or block_size
         return min(held, prompt_tokens - 1) // size * size
 

@@ -75,9 +75,9 @@ class Metrics:
             "drift", "Answers that tell of cached tokens, against what the index said.", "pod", "result"
         )
         self._reported = self._counter(
-            "reported_hit_tokens", "Prompt tokens that engines found in their caches.", "pod"
+            "drift_reported_tokens", "Prompt tokens that engines found in their caches.", "pod"
         )
-        self._expected = self._counter("expected_hit_tokens", "What the index said of the same prompts.", "pod")
+        self._expected = self._counter("drift_predicted_tokens", "What the index said of the same prompts.", "pod")
         self._windows = self._counter(
             "drift_windows", "Growths of engines' own counts of hits, against what the index said.", "pod", "result"
         )

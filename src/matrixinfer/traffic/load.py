@@ -1,6 +1,6 @@
 """What this gateway has sent to each pod and has not seen finished: the load and the prefixes that are on their way.
 
-Prefixes that other gateways tell of count as well, for some time (`LoadLedger.assume`).
+Prefixes that other gateways tell of count as well, for some time (`LoadLedger.add_pending`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ _DRAINED_PER_CHARGE = 64
 class LoadLedger:
     """Requests in flight per pod, prompt tokens that they have yet to compute, and the blocks they are bringing.
 
-    A block counts as assumed at a pod while a request that brings it is in flight there, and for `assumed_seconds`
+    A block counts as pending at a pod while a request that brings it is in flight there, and for `pending_seconds`
     after; by then the engine's events say whether it is there. `clock` gives seconds and never goes back. At most
-    `max_assumed_blocks` blocks are remembered, counted per request; further requests are charged without theirs.
+    `max_pending_blocks` blocks are remembered, counted per request; further requests are charged without theirs.
     """
 
     def __init__(
-        self, clock: Callable[[], float], assumed_seconds: float, *, max_assumed_blocks: int = 1_000_000
+        self, clock: Callable[[], float], pending_seconds: float, *, max_pending_blocks: int = 1_000_000
     ) -> None:
         self._clock = clock
-        self._assumed_seconds = assumed_seconds
-        self._max_assumed_blocks = max_assumed_blocks
+        self._assumed_seconds = pending_seconds
+        self._max_assumed_blocks = max_pending_blocks
         self._pods: dict[str, _PodLoad] = {}
-        self._assumed: dict[tuple[str, str], _Assumed] = {}
-        self._fading: deque[tuple[float, _Assumed, list[int]]] = deque()
+        self._pending: dict[tuple[str, str], _Pending] = {}
+        self._fading: deque[tuple[float, _Pending, list[int]]] = deque()
         self._remembered = 0
         self.on_charge: Callable[[str, str, Sequence[int], int, Charge], None] | None = None
         """Told of each request that brings blocks: pod, model, hashes and start as charged, and its charge."""
@@ -36,7 +36,7 @@ class LoadLedger:
     def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
         """Count a request that goes to `pod` now.
 
-        `hashes` is the prompt's chain, of which the pod's index match covers `start` blocks; the rest is assumed at the
+        `hashes` is the prompt's chain, of which the pod's index match covers `start` blocks; the rest is pending at the
         pod. `queued_tokens` are the prompt tokens that the pod must compute.
         """
         wanted = max(0, len(hashes) - start)
@@ -46,26 +46,26 @@ class LoadLedger:
         load = self._pods.setdefault(pod, _PodLoad())
         load.in_flight += 1
         load.queued_tokens += queued_tokens
-        assumed = None
+        pending = None
         if blocks:
             self._remembered += len(blocks)
-            assumed = self._assumed.setdefault((pod, model), _Assumed((pod, model)))
-            assumed.hold(blocks)
-        charge = Charge(self, pod, load, assumed, blocks, queued_tokens)
+            pending = self._pending.setdefault((pod, model), _Pending((pod, model)))
+            pending.hold(blocks)
+        charge = Charge(self, pod, load, pending, blocks, queued_tokens)
         if wanted and self.on_charge is not None:
             self.on_charge(pod, model, hashes, start, charge)
         return charge
 
-    def assume(self, pod: str, model: str, hashes: Sequence[int]) -> None:
-        """Take `hashes` for what a request elsewhere is bringing to `pod`, for `assumed_seconds` from now on."""
+    def add_pending(self, pod: str, model: str, hashes: Sequence[int]) -> None:
+        """Take `hashes` for what a request elsewhere is bringing to `pod`, for `pending_seconds` from now on."""
         self._drain(2 * len(hashes) + _DRAINED_PER_CHARGE)
         blocks = list(hashes[: self._max_assumed_blocks - self._remembered])
         if not blocks:
             return
         self._remembered += len(blocks)
-        assumed = self._assumed.setdefault((pod, model), _Assumed((pod, model)))
-        assumed.hold(blocks)
-        self._let_fade(assumed, blocks)
+        pending = self._pending.setdefault((pod, model), _Pending((pod, model)))
+        pending.hold(blocks)
+        self._let_fade(pending, blocks)
 
     def in_flight(self, pod: str) -> int:
         """Count the requests in flight at `pod`."""
@@ -89,84 +89,84 @@ class LoadLedger:
         """Blocks remembered, counted per request; those whose time is over go with later requests."""
         return self._remembered
 
-    def assumed(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
-        """Count the further consecutive blocks, from position `start` on, that are assumed at `pod`.
+    def pending(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
+        """Count the further consecutive blocks, from position `start` on, that are pending at `pod`.
 
-        Reads `hashes` only where something is assumed, and no further than the first block that is not.
+        Reads `hashes` only where something is pending, and no further than the first block that is not.
         """
-        assumed = self._assumed.get((pod, model))
-        return 0 if assumed is None else assumed.count(hashes, start, self._clock())
+        pending = self._pending.get((pod, model))
+        return 0 if pending is None else pending.count(hashes, start, self._clock())
 
     def forget(self, pod: str) -> None:
         """Drop all about `pod`, which is gone. Charges still open there count nowhere any more."""
         self._pods.pop(pod, None)
-        for key in [key for key in self._assumed if key[0] == pod]:
-            del self._assumed[key]
+        for key in [key for key in self._pending if key[0] == pod]:
+            del self._pending[key]
         fading = [each for each in self._fading if each[1].key[0] == pod]
         if fading:
             self._remembered -= sum(len(blocks) for _, _, blocks in fading)
             self._fading = deque(each for each in self._fading if each[1].key[0] != pod)
 
     def _release(
-        self, pod: str, load: _PodLoad, assumed: _Assumed | None, blocks: list[int], *, computed: bool
+        self, pod: str, load: _PodLoad, pending: _Pending | None, blocks: list[int], *, computed: bool
     ) -> None:
         load.in_flight -= 1
         if load.in_flight == 0 and self._pods.get(pod) is load:
             del self._pods[pod]
-        if assumed is None:
+        if pending is None:
             return
         if computed:
-            self._let_fade(assumed, blocks)
+            self._let_fade(pending, blocks)
         else:
-            assumed.let_go(blocks)
+            pending.let_go(blocks)
             self._remembered -= len(blocks)
-            self._drop_if_empty(assumed)
+            self._drop_if_empty(pending)
 
-    def _let_fade(self, assumed: _Assumed, blocks: list[int]) -> None:
+    def _let_fade(self, pending: _Pending, blocks: list[int]) -> None:
         until = self._clock() + self._assumed_seconds
-        assumed.fade(blocks, until)
-        self._fading.append((until, assumed, blocks))
+        pending.fade(blocks, until)
+        self._fading.append((until, pending, blocks))
 
-    def _drop_if_empty(self, assumed: _Assumed) -> None:
-        if assumed.empty and self._assumed.get(assumed.key) is assumed:
-            del self._assumed[assumed.key]
+    def _drop_if_empty(self, pending: _Pending) -> None:
+        if pending.empty and self._pending.get(pending.key) is pending:
+            del self._pending[pending.key]
 
     def _drain(self, budget: int) -> None:
         """Forget up to `budget` blocks whose time is over. Look-ups do not depend on it, memory does."""
         now = self._clock()
         while self._fading and budget > 0:
-            until, assumed, blocks = self._fading[0]
+            until, pending, blocks = self._fading[0]
             if until > now:
                 return
             gone = blocks[-budget:]
             del blocks[-budget:]
             budget -= len(gone)
             self._remembered -= len(gone)
-            assumed.drop(gone, until)
+            pending.drop(gone, until)
             if blocks:
                 return
             self._fading.popleft()
-            self._drop_if_empty(assumed)
+            self._drop_if_empty(pending)
 
 
 class Charge:
     """One request's hold on a pod. Its methods may be called at any time, any number of times."""
 
-    __slots__ = ("_assumed", "_blocks", "_ledger", "_load", "_pod", "_queued_tokens", "_released", "waits")
+    __slots__ = ("_blocks", "_ledger", "_load", "_pending", "_pod", "_queued_tokens", "_released", "waits")
 
     def __init__(
         self,
         ledger: LoadLedger,
         pod: str,
         load: _PodLoad,
-        assumed: _Assumed | None,
+        pending: _Pending | None,
         blocks: list[int],
         queued_tokens: int,
     ) -> None:
         self._ledger = ledger
         self._pod = pod
         self._load = load
-        self._assumed = assumed
+        self._pending = pending
         self._blocks = blocks
         self._queued_tokens = queued_tokens
         self._released = False
@@ -192,7 +192,7 @@ class Charge:
             return
         self._released = True
         self.first_byte()
-        self._ledger._release(self._pod, self._load, self._assumed, self._blocks, computed=computed)  # noqa: SLF001
+        self._ledger._release(self._pod, self._load, self._pending, self._blocks, computed=computed)  # noqa: SLF001
 
 
 class _PodLoad:
@@ -205,8 +205,8 @@ class _PodLoad:
         self.queued_tokens = 0
 
 
-class _Assumed:
-    """The blocks of one model that are assumed at one pod: held by requests in flight, or fading after them."""
+class _Pending:
+    """The blocks of one model that are pending at one pod: held by requests in flight, or fading after them."""
 
     __slots__ = ("_fading", "_held", "_until", "key")
 

@@ -59,7 +59,7 @@ class FeedCaches:
         )
 
 
-class ToldCaches:
+class ReportedCaches:
     """Caches whose events agents follow, and tell of in Redis.
 
     A pod of which nobody tells is unknown; with `unvouched` it is taken for partly known, as of writers who tell nothing.

@@ -22,9 +22,9 @@ def resolve(fleet: PodRegistry, requested: str) -> tuple[str, list[str]]:
 
 def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> None:
     fleet = registry("a", "b", "c")
-    fleet.told("a", served=TINY)
-    fleet.told("b", served=BIG)
-    fleet.told("c", served=TINY)
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=BIG)
+    fleet.learn("c", served=TINY)
     assert resolve(fleet, "tiny") == ("tiny", ["a", "c"])
     assert resolve(fleet, "tiny-x") == ("tiny", ["a", "c"])
     assert resolve(fleet, "lora") == ("lora", ["a", "c"])
@@ -33,7 +33,7 @@ def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> No
 
 def test_configured_aliases_map_to_the_model_and_are_rewritten_only_where_the_pod_does_not_know_them() -> None:
     fleet = registry("a", models=(ModelConfig(name="tiny", aliases=("small", "tiny-x")),))
-    fleet.told("a", served=TINY)
+    fleet.learn("a", served=TINY)
     assert resolve(fleet, "small") == ("tiny", ["a"])
     assert fleet.name_at("a", "small") == "tiny"
     assert fleet.name_at("a", "tiny-x") == "tiny-x"
@@ -44,23 +44,23 @@ def test_a_pod_that_has_not_told_is_taken_only_for_a_configured_model_that_no_ot
     fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)),))
     assert resolve(fleet, "small") == ("tiny", ["a", "b"])
     assert fleet.name_at("a", "small") == "tiny"
-    fleet.told("a", served=TINY)
+    fleet.learn("a", served=TINY)
     assert resolve(fleet, "small") == ("tiny", ["a"])
 
 
 def test_endpoints_are_pods_or_their_ranks() -> None:
     fleet = registry("a", "b")
-    fleet.told("b", kv_sources=(KvEventsConfig(endpoint="tcp://b:1"), KvEventsConfig(endpoint="tcp://b:2")))
+    fleet.learn("b", kv_sources=(KvEventsConfig(endpoint="tcp://b:1"), KvEventsConfig(endpoint="tcp://b:2")))
     names = ("a", "a@dp0", "b", "b@dp1", "b@dp2", "c")
     assert [name for name in names if fleet.is_endpoint(name)] == ["a", "b@dp1"]
 
 
 def test_a_name_is_unknown_only_once_every_pod_has_told() -> None:
     fleet = registry("a", "b")
-    fleet.told("a", served=TINY)
+    fleet.learn("a", served=TINY)
     with pytest.raises(NoPodAvailable):
         fleet.resolve("big")
-    fleet.told("b", served=TINY)
+    fleet.learn("b", served=TINY)
     with pytest.raises(UnknownModel) as caught:
         fleet.resolve("big")
     assert caught.value.param == "model"
@@ -68,7 +68,7 @@ def test_a_name_is_unknown_only_once_every_pod_has_told() -> None:
 
 def test_a_configured_model_that_no_pod_serves_is_unavailable_not_unknown() -> None:
     fleet = registry("a", models=(ModelConfig(name="big"),))
-    fleet.told("a", served=TINY)
+    fleet.learn("a", served=TINY)
     with pytest.raises(NoPodAvailable):
         fleet.resolve("big")
 
@@ -76,7 +76,7 @@ def test_a_configured_model_that_no_pod_serves_is_unavailable_not_unknown() -> N
 def test_unhealthy_pods_are_left_out_until_none_is_healthy() -> None:
     fleet = registry("a", "b")
     for name in ("a", "b"):
-        fleet.told(name, served=TINY)
+        fleet.learn(name, served=TINY)
         fleet.answered(name)
     fleet.failed("a")
     assert resolve(fleet, "tiny") == ("tiny", ["a", "b"])
@@ -115,8 +115,8 @@ def test_old_metrics_are_unknown() -> None:
 def test_the_list_of_models_is_what_resolves() -> None:
     fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)), ModelConfig(name="gone")))
     assert [model.name for model in fleet.models()] == ["gone", "small", "tiny"]
-    fleet.told("a", served=TINY)
-    fleet.told("b", served=BIG)
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=BIG)
     models = fleet.models()
     assert [model.name for model in models] == ["big", "lora", "small", "tiny", "tiny-x"]
     assert {model.name: model.parent for model in models}["lora"] == "tiny"
@@ -133,16 +133,16 @@ def test_event_sources_are_unknown_only_where_the_engine_must_be_asked() -> None
     ]
     fleet = PodRegistry(pods, (), PodWatchConfig(), clock=lambda: 0.0)
     assert [pod.kv_sources for pod in fleet.pods] == [None, (), (endpoint,)]
-    fleet.told("asked", kv_sources=(endpoint,))
+    fleet.learn("asked", kv_sources=(endpoint,))
     assert fleet.pods[0].kv_sources == (endpoint,)
-    fleet.told("asked", served=TINY)
+    fleet.learn("asked", served=TINY)
     assert fleet.pods[0].kv_sources == (endpoint,)
 
 
 def test_a_model_may_be_configured_under_any_name_that_its_engines_know() -> None:
     fleet = registry("a", "b", models=(ModelConfig(name="tiny-x"), ModelConfig(name="huge", aliases=("big",))))
-    fleet.told("a", served=TINY)
-    fleet.told("b", served=BIG)
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=BIG)
     assert [fleet.configured_name(model, fleet.pods) for model in ("tiny", "tiny-x", "big", "other")] == [
         "tiny-x",
         "tiny-x",
@@ -153,11 +153,11 @@ def test_a_model_may_be_configured_under_any_name_that_its_engines_know() -> Non
 
 def test_pods_come_and_go_and_nothing_is_said_of_those_that_have_left() -> None:
     fleet = registry("a", models=(ModelConfig(name="tiny"),))
-    fleet.told("a", served=TINY)
+    fleet.learn("a", served=TINY)
     pod = fleet.join(PodConfig(name="b", url="http://b"))
     with pytest.raises(ValueError, match="`b` already"):
         fleet.join(PodConfig(name="b", url="http://other"))
-    fleet.told("b", served=BIG)
+    fleet.learn("b", served=BIG)
     assert resolve(fleet, "big") == ("big", ["b"])
     assert fleet.has("b", "b")
     assert not fleet.has("b", "b@dp0")
@@ -169,7 +169,7 @@ def test_pods_come_and_go_and_nothing_is_said_of_those_that_have_left() -> None:
     assert fleet.names() == {"tiny", "tiny-x", "lora"}
     fleet.failed("b")
     fleet.answered("b")
-    fleet.told("b", served=TINY)
+    fleet.learn("b", served=TINY)
     fleet.measured("b", EngineMetrics(running=1, waiting=0, cache_usage=None, read_at=0.0))
     assert (pod.failures, pod.served, pod.metrics) == (0, BIG, None)
     assert fleet.name_at("b", "tiny-x") == "tiny-x"

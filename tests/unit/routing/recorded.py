@@ -72,13 +72,13 @@ class Gateway:
         config = SchedulerConfig()
         self.blocks, self.index = TokenBlockProcessor(self.block_size), MemoryIndex()
         self.metrics, self.history, self.peers = Metrics(), RoutingHistory(), PeerLoads()
-        self.load = LoadLedger(self.clock, config.assumed_seconds)
+        self.load = LoadLedger(self.clock, config.pending_seconds)
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in self.pods]
         self.registry = PodRegistry(configs, self.models, PodWatchConfig(), self.clock)
         self.feeds: dict[str, PodFeed] = {}
         for name in self.pods:
             served = ServedNames(base_model=MODEL, aliases=frozenset({MODEL}), adapters=self.adapters)
-            self.registry.told(name, served=served)
+            self.registry.learn(name, served=served)
             self.registry.answered(name)
         self.tokenizers = TokenizerManager(self.models, TokenizationConfig(), None)
         self.router = Router(
@@ -116,12 +116,12 @@ def line(label: str, route: Route) -> str:
     def of(pod: Candidate) -> str:
         grounds = (
             pod.trust,
-            pod.match_blocks,
-            pod.match_tail,
-            pod.assumed_blocks,
-            pod.sent_blocks,
-            round(pod.held_blocks, 3),
-            pod.expected_hit(prompt_tokens, size),
+            pod.matched_blocks,
+            pod.matched_tail,
+            pod.pending_blocks,
+            pod.recent_blocks,
+            round(pod.credit, 3),
+            pod.predicted_hit(prompt_tokens, size),
             pod.load,
             round(decision.totals.get(pod.name, -1.0), 6),
         )
@@ -167,7 +167,7 @@ async def over_fleets() -> AsyncIterator[str]:
     for seed in range(40):
         draw = random.Random(seed)
         gateway = Gateway(pods=("a", "b", "c", "d"), block_size=4)
-        gateway.registry.told("d", kv_sources=(KvEventsConfig(endpoint="tcp://d:1"),) * 2)
+        gateway.registry.learn("d", kv_sources=(KvEventsConfig(endpoint="tcp://d:1"),) * 2)
         prompt = [draw.randrange(1000) for _ in range(48)]
         for endpoint in ("a", "b", "d@dp0", "d@dp1"):
             _tell(gateway.feed(endpoint), prompt[: draw.randrange(0, 49)], draw)

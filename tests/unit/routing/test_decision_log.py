@@ -6,7 +6,7 @@ from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingReque
 
 def decision(request_id: str = "r", *, pods: int = 2, filtered: int = 0) -> Decision:
     candidates = [
-        Candidate(name=f"p{i}", url="", match_blocks=i, trust="exact", engine_block=16, in_flight=i)
+        Candidate(name=f"p{i}", url="", matched_blocks=i, trust="exact", engine_block=16, in_flight=i)
         for i in range(pods)
     ]
     ranked, removed = candidates[filtered:], candidates[:filtered]
@@ -42,7 +42,7 @@ def test_a_record_says_why_and_what_came_of_it() -> None:
     assert list(pods) == ["p2", "p1", "p0"]
     assert pods["p0"]["filtered"] == "bounded-load: busy"
     assert pods["p0"]["scores"] == {"kvcache-aware": None}
-    assert (pods["p1"]["trust"], pods["p1"]["held_blocks"], pods["p1"]["in_flight"]) == ("exact", 1, 1)
+    assert (pods["p1"]["trust"], pods["p1"]["credit"], pods["p1"]["in_flight"]) == ("exact", 1, 1)
     assert view["notes"] == ["degraded", "a note"]
     assert view["timings_ms"] == {"parse": 0.5, "kvcache-aware": 0.01}
 

@@ -67,7 +67,7 @@ class World:
         self.registry = PodRegistry(configs, self.models, PodWatchConfig(), time.monotonic)
         for pod in self.registry.pods:
             served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
-            self.registry.told(pod.name, served=served)
+            self.registry.learn(pod.name, served=served)
             self.registry.answered(pod.name)
             ledger = Ledger(pod=pod.name, model="m", blocks=self.blocks, index=self.index)
             ledger.block_size = ENGINE_BLOCK
@@ -124,7 +124,7 @@ async def test_a_dry_run_says_why_and_changes_nothing() -> None:
     assert decision == {**decision, "model": "m", "tokens": 40, "blocks": 10, "chosen": "b"}
     assert decision["ranked"][0] == "b"
     assert sorted(decision["ranked"]) == ["a", "b", "c"]
-    assert field_of(decision, "match_blocks") == {"a": 0, "b": 8, "c": 0}
+    assert field_of(decision, "matched_blocks") == {"a": 0, "b": 8, "c": 0}
     assert field_of(decision, "filtered") == {"a": None, "b": None, "c": None}
     assert decision["pods"]["b"]["scores"]["kvcache-aware"] == 80.0
     assert set(decision["timings_ms"]) >= {"parse", "match", "schedule", "kvcache-aware"}
@@ -145,7 +145,7 @@ async def test_the_next_request_sees_what_this_one_brings() -> None:
     pod = route.decision.chosen.name
     decision = await world.explain()
     assert decision["chosen"] == pod
-    assert field_of(decision, "assumed_blocks")[pod] == 10
+    assert field_of(decision, "pending_blocks")[pod] == 10
     assert field_of(decision, "in_flight")[pod] == 1
 
 
@@ -157,7 +157,7 @@ async def test_a_computed_prompt_is_assumed_for_a_while_and_a_refused_one_is_not
             route.first_byte()
         route.finish()
         route.finish()
-        assert sum(field_of(await world.explain(), "assumed_blocks").values()) == (10 if computed else 0)
+        assert sum(field_of(await world.explain(), "pending_blocks").values()) == (10 if computed else 0)
 
 
 async def test_a_move_takes_the_charge_along() -> None:
@@ -175,7 +175,7 @@ async def test_a_move_takes_the_charge_along() -> None:
 async def test_a_pod_without_a_feed_is_unknown_and_not_empty() -> None:
     world = World()
     del world.feeds["c"]
-    assert field_of(await world.explain(), "match_blocks") == {"a": 0, "b": 0, "c": None}
+    assert field_of(await world.explain(), "matched_blocks") == {"a": 0, "b": 0, "c": None}
 
 
 async def test_a_prompt_that_cannot_be_tokenized_is_routed_by_load() -> None:
@@ -193,7 +193,7 @@ async def test_a_prompt_that_cannot_be_tokenized_is_routed_by_load() -> None:
 async def test_an_index_that_does_not_answer_degrades_the_decision() -> None:
     world = World(index=BrokenIndex())
     decision = await world.explain()
-    assert field_of(decision, "match_blocks") == {"a": None, "b": None, "c": None}
+    assert field_of(decision, "matched_blocks") == {"a": None, "b": None, "c": None}
     assert "index unavailable: no answer within 20 ms" in decision["notes"]
     (await world.router.route(PATH, request(), request_id="r")).finish()
 
@@ -278,10 +278,10 @@ async def test_an_alias_of_an_adapter_is_asked_for_as_the_adapter() -> None:
 
 async def test_engines_that_name_one_model_differently_are_matched_under_their_own_names() -> None:
     world = World()
-    world.registry.told("b", served=ServedNames(base_model="n", aliases=frozenset({"n", "also"}), adapters={}))
+    world.registry.learn("b", served=ServedNames(base_model="n", aliases=frozenset({"n", "also"}), adapters={}))
     world.holds("b", 40, model="n")
     decision = await world.explain(model="also")
-    assert field_of(decision, "match_blocks") == {"a": 0, "b": 10, "c": 0}
+    assert field_of(decision, "matched_blocks") == {"a": 0, "b": 10, "c": 0}
     assert decision["chosen"] == "b"
 
 
@@ -298,7 +298,7 @@ async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
     pages = ["BlockStored", [hash(tuple(TOKENS[:4]))], None, TOKENS[:4], 4, None]
     world.feeds["a"].live(0, msgspec.msgpack.encode([0.0, [pages]]))
     decision = await world.explain()
-    assert field_of(decision, "match_blocks") == {"a": None, "b": 0, "c": 0}
+    assert field_of(decision, "matched_blocks") == {"a": None, "b": 0, "c": 0}
     assert field_of(decision, "feed")["a"] == "untrusted"
 
 
@@ -326,7 +326,7 @@ SOURCE = KvEventsConfig(endpoint="tcp://b:1")
 def ranked(*held: int) -> World:
     """A fleet in which the pod `b` has data-parallel ranks that hold so many tokens each."""
     world = World()
-    world.registry.told("b", kv_sources=(SOURCE,) * len(held))
+    world.registry.learn("b", kv_sources=(SOURCE,) * len(held))
     for rank, tokens in enumerate(held):
         world.feeds[f"b@dp{rank}"] = world.feeds["b"]
         world.holds(f"b@dp{rank}", tokens)
@@ -336,7 +336,7 @@ def ranked(*held: int) -> World:
 async def test_every_rank_is_a_candidate_of_its_own() -> None:
     world = ranked(8, 32)
     decision = await world.explain()
-    assert field_of(decision, "match_blocks") == {"a": 0, "b@dp0": 2, "b@dp1": 8, "c": 0}
+    assert field_of(decision, "matched_blocks") == {"a": 0, "b@dp0": 2, "b@dp1": 8, "c": 0}
     assert decision["chosen"] == "b@dp1"
     assert list(world.router.feeds_of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
 
@@ -419,11 +419,11 @@ async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -
     pod = await sent(world)
     decision = await world.explain()
     assert field_of(decision, "trust") == dict.fromkeys("abc", "partial")
-    assert field_of(decision, "sent_blocks") == {**dict.fromkeys("abc", 0), pod: 10}
-    assert (decision["chosen"], field_of(decision, "held_blocks")[pod]) == (pod, 7.5)
+    assert field_of(decision, "recent_blocks") == {**dict.fromkeys("abc", 0), pod: 10}
+    assert (decision["chosen"], field_of(decision, "credit")[pod]) == (pod, 7.5)
     world.holds(pod, 16)
-    assert field_of(await world.explain(), "held_blocks")[pod] == 4 + 0.75 * 6
-    assert field_of(await world.explain(model="lora"), "sent_blocks") == dict.fromkeys("abc", 0)
+    assert field_of(await world.explain(), "credit")[pod] == 4 + 0.75 * 6
+    assert field_of(await world.explain(model="lora"), "recent_blocks") == dict.fromkeys("abc", 0)
 
 
 async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
@@ -432,7 +432,7 @@ async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
     world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
     world.holds(pod, 16)
     decision = await world.explain()
-    assert (field_of(decision, "trust")[pod], field_of(decision, "sent_blocks")[pod]) == ("exact", 0)
+    assert (field_of(decision, "trust")[pod], field_of(decision, "recent_blocks")[pod]) == ("exact", 0)
     assert pod in world.history
     assert await sent(world) == pod
     assert pod not in world.history
@@ -454,7 +454,7 @@ async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device()
     world.holds("b~device", 32)
     decision = await world.explain()
     assert field_of(decision, "tiers") == {"a": [0], "b": [8], "c": []}
-    assert field_of(decision, "held_blocks") == {"a": pytest.approx(6.4), "b": 8, "c": 0}
+    assert field_of(decision, "credit") == {"a": pytest.approx(6.4), "b": 8, "c": 0}
     assert decision["chosen"] == "b"
 
 
@@ -501,6 +501,6 @@ async def test_what_other_gateways_have_in_flight_counts() -> None:
 
 async def test_what_another_gateway_sends_is_assumed() -> None:
     world = World()
-    world.load.assume("c", "m", list(world.blocks.chain(TOKENS)))
+    world.load.add_pending("c", "m", list(world.blocks.chain(TOKENS)))
     decision = await world.explain()
-    assert (decision["chosen"], decision["pods"]["c"]["assumed_blocks"]) == ("c", 10)
+    assert (decision["chosen"], decision["pods"]["c"]["pending_blocks"]) == ("c", 10)

@@ -27,8 +27,8 @@ class Fleet:
                 name,
                 in_flight=ledger.in_flight(name),
                 queued_tokens=ledger.queued_tokens(name),
-                match_blocks=0,
-                assumed_blocks=ledger.assumed(name, "m", chain, 0),
+                matched_blocks=0,
+                pending_blocks=ledger.pending(name, "m", chain, 0),
             )
             for name in self.names
         ]

@@ -55,16 +55,16 @@ def tell(plugin: PostSchedule, asked: SchedulingRequest, candidates: Sequence[Ca
 class TestKvCacheAware:
     def test_scores_the_share_of_blocks_held_or_on_their_way(self) -> None:
         candidates = [
-            pod("none", match_blocks=0),
-            pod("half", match_blocks=2),
-            pod("coming", match_blocks=1, assumed_blocks=2),
-            pod("all", match_blocks=4, assumed_blocks=3),
+            pod("none", matched_blocks=0),
+            pod("half", matched_blocks=2),
+            pod("coming", matched_blocks=1, pending_blocks=2),
+            pod("all", matched_blocks=4, pending_blocks=3),
         ]
         assert score("kvcache-aware", candidates) == Scores(values=[0.0, 50.0, 75.0, 100.0])
 
     @pytest.mark.parametrize(("limit", "values"), [(0, [25.0, 75.0]), (1, [100.0, 100.0]), (2, [50.0, 100.0])])
     def test_considers_at_most_the_blocks_asked_for(self, limit: int, values: list[float]) -> None:
-        candidates = [pod("a", match_blocks=1), pod("b", match_blocks=3)]
+        candidates = [pod("a", matched_blocks=1), pod("b", matched_blocks=3)]
         assert score("kvcache-aware", candidates, maxBlocksToMatch=limit).values == values
 
     def test_reads_no_hash(self) -> None:
@@ -75,17 +75,17 @@ class TestKvCacheAware:
             def __getitem__(self, index: Any) -> Any:
                 raise AssertionError("read")
 
-        assert score("kvcache-aware", [pod("a", match_blocks=4)], request(chain=Lazy())).values == [100.0]
+        assert score("kvcache-aware", [pod("a", matched_blocks=4)], request(chain=Lazy())).values == [100.0]
 
     def test_counts_only_assumed_blocks_where_the_index_could_not_say(self) -> None:
-        answer = score("kvcache-aware", [pod("a", assumed_blocks=1), pod("b", match_blocks=4)])
+        answer = score("kvcache-aware", [pod("a", pending_blocks=1), pod("b", matched_blocks=4)])
         assert answer == Scores(values=[25.0, 100.0], note="the index could not say what 1 of 2 pods hold")
 
     @pytest.mark.parametrize(("tokens", "size", "says"), [(64, 64, True), (64, None, False), (65, 64, False)])
     def test_a_prompt_within_one_block_of_every_engine_is_said_to_hit_nothing(
         self, tokens: int, size: int | None, says: bool
     ) -> None:
-        candidates = [pod("a", engine_block=128, match_blocks=4), pod("b", engine_block=size, match_blocks=4)]
+        candidates = [pod("a", engine_block=128, matched_blocks=4), pod("b", engine_block=size, matched_blocks=4)]
         answer = score("kvcache-aware", candidates, request(prompt_tokens=tokens))
         assert (answer.values == [0.0, 0.0]) == says
         assert ("64 tokens in its cache: they fit into one block" in (answer.note or "")) == says
@@ -95,7 +95,7 @@ class TestKvCacheAware:
         [(None, "not tokenized"), (9, "9 tokens are fewer than one block of 10"), (50, "no block that an index")],
     )
     def test_says_why_a_prompt_has_no_block(self, tokens: int | None, words: str) -> None:
-        answer = score("kvcache-aware", [pod("a", match_blocks=None)], request(prompt_tokens=tokens, chain=()))
+        answer = score("kvcache-aware", [pod("a", matched_blocks=None)], request(prompt_tokens=tokens, chain=()))
         assert answer.values == [0.0]
         assert words in (answer.note or "")
 

@@ -48,12 +48,12 @@ def test_a_charge_counts_until_it_is_released() -> None:
 def test_only_blocks_beyond_the_match_are_assumed() -> None:
     ledger = LoadLedger(FakeClock(), 2.0)
     ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=2, queued_tokens=0)
-    assert ledger.assumed("a", "m", [1, 2, 3, 4, 5], 2) == 2
-    assert ledger.assumed("a", "m", [1, 2, 3, 9], 2) == 1
-    assert ledger.assumed("a", "m", [1, 2, 3, 4], 3) == 1
-    assert ledger.assumed("a", "m", [1, 2, 3, 4], 0) == 0
-    assert ledger.assumed("a", "other", [1, 2, 3, 4], 2) == 0
-    assert ledger.assumed("b", "m", [1, 2, 3, 4], 2) == 0
+    assert ledger.pending("a", "m", [1, 2, 3, 4, 5], 2) == 2
+    assert ledger.pending("a", "m", [1, 2, 3, 9], 2) == 1
+    assert ledger.pending("a", "m", [1, 2, 3, 4], 3) == 1
+    assert ledger.pending("a", "m", [1, 2, 3, 4], 0) == 0
+    assert ledger.pending("a", "other", [1, 2, 3, 4], 2) == 0
+    assert ledger.pending("b", "m", [1, 2, 3, 4], 2) == 0
 
 
 def test_assumed_blocks_outlive_the_request_by_the_time_given() -> None:
@@ -63,9 +63,9 @@ def test_assumed_blocks_outlive_the_request_by_the_time_given() -> None:
     clock.now = 100.0
     charge.release()
     clock.now = 101.9
-    assert ledger.assumed("a", "m", [1, 2], 0) == 2
+    assert ledger.pending("a", "m", [1, 2], 0) == 2
     clock.now = 102.0
-    assert ledger.assumed("a", "m", [1, 2], 0) == 0
+    assert ledger.pending("a", "m", [1, 2], 0) == 0
 
 
 def test_a_block_that_another_request_brings_does_not_fade() -> None:
@@ -75,23 +75,23 @@ def test_a_block_that_another_request_brings_does_not_fade() -> None:
     ledger.charge("a", "m", hashes=[1, 3], start=0, queued_tokens=0)
     one.release()
     clock.now = 50.0
-    assert ledger.assumed("a", "m", [1, 2], 0) == 1
+    assert ledger.pending("a", "m", [1, 2], 0) == 1
 
 
 def test_what_is_assumed_of_others_is_no_load_and_fades() -> None:
     clock = FakeClock()
-    ledger = LoadLedger(clock, 2.0, max_assumed_blocks=5)
-    ledger.assume("a", "m", [1, 2, 3])
+    ledger = LoadLedger(clock, 2.0, max_pending_blocks=5)
+    ledger.add_pending("a", "m", [1, 2, 3])
     assert (ledger.in_flight("a"), ledger.queued_tokens("a"), ledger.loads()) == (0, 0, {})
-    assert ledger.assumed("a", "m", [1, 2, 3, 4], 0) == 3
-    ledger.assume("b", "m", [1, 2, 3])
-    assert ledger.assumed("b", "m", [1, 2, 3], 0) == 2
+    assert ledger.pending("a", "m", [1, 2, 3, 4], 0) == 3
+    ledger.add_pending("b", "m", [1, 2, 3])
+    assert ledger.pending("b", "m", [1, 2, 3], 0) == 2
     clock.now = 1.5
     ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0).release()
     clock.now = 2.0
-    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
-    ledger.assume("a", "m", [1])  # what has faded makes room
-    assert ledger.assumed("a", "m", [1, 2], 0) == 1
+    assert ledger.pending("a", "m", [1, 2, 3], 0) == 0
+    ledger.add_pending("a", "m", [1])  # what has faded makes room
+    assert ledger.pending("a", "m", [1, 2], 0) == 1
     assert ledger._remembered == 1
 
 
@@ -99,11 +99,11 @@ def test_a_request_in_flight_keeps_what_is_assumed_of_others() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     charge = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
-    ledger.assume("a", "m", [1, 2, 3])
+    ledger.add_pending("a", "m", [1, 2, 3])
     clock.now = 50.0
-    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 2
+    assert ledger.pending("a", "m", [1, 2, 3], 0) == 2
     charge.cancel()
-    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
+    assert ledger.pending("a", "m", [1, 2, 3], 0) == 0
 
 
 def test_each_block_fades_at_its_own_time() -> None:
@@ -115,8 +115,8 @@ def test_each_block_fades_at_its_own_time() -> None:
     clock.now = 1.0
     two.release()
     clock.now = 2.5
-    assert ledger.assumed("a", "m", [1], 0) == 0
-    assert ledger.assumed("a", "m", [2], 0) == 1
+    assert ledger.pending("a", "m", [1], 0) == 0
+    assert ledger.pending("a", "m", [2], 0) == 1
 
 
 def test_a_block_brought_again_fades_from_its_last_request_on() -> None:
@@ -127,32 +127,32 @@ def test_a_block_brought_again_fades_from_its_last_request_on() -> None:
     ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=0).release()
     clock.now = 2.5
     ledger.charge("b", "m", hashes=[], start=0, queued_tokens=0)  # gives back what the first one left
-    assert ledger.assumed("a", "m", [1], 0) == 1
+    assert ledger.pending("a", "m", [1], 0) == 1
 
 
 def test_a_pod_with_nothing_assumed_reads_no_hash() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
-    assert ledger.assumed("a", "m", Untouchable(), 0) == 0
+    assert ledger.pending("a", "m", Untouchable(), 0) == 0
     ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=0).release()
     clock.now = 5.0
-    assert ledger.assumed("a", "m", Untouchable(), 0) == 0
+    assert ledger.pending("a", "m", Untouchable(), 0) == 0
     ledger.charge("a", "m", hashes=Untouchable(), start=100, queued_tokens=0)
 
 
 def test_the_bound_on_blocks_keeps_the_start_of_the_chain() -> None:
     clock = FakeClock()
-    ledger = LoadLedger(clock, 2.0, max_assumed_blocks=5)
+    ledger = LoadLedger(clock, 2.0, max_pending_blocks=5)
     first = ledger.charge("a", "m", hashes=[1, 2, 3], start=0, queued_tokens=0)
     second = ledger.charge("b", "m", hashes=[1, 2, 3], start=0, queued_tokens=0)
     third = ledger.charge("c", "m", hashes=[1, 2, 3], start=0, queued_tokens=0)
-    assert [ledger.assumed(pod, "m", [1, 2, 3], 0) for pod in "abc"] == [3, 2, 0]
+    assert [ledger.pending(pod, "m", [1, 2, 3], 0) for pod in "abc"] == [3, 2, 0]
     assert ledger.total() == 3
     for charge in (first, second, third):
         charge.release()
     clock.now = 2.0
     ledger.charge("c", "m", hashes=[1, 2, 3], start=0, queued_tokens=0)
-    assert ledger.assumed("c", "m", [1, 2, 3], 0) == 3
+    assert ledger.pending("c", "m", [1, 2, 3], 0) == 3
 
 
 def test_what_has_faded_is_given_back_a_little_at_a_time() -> None:
@@ -166,7 +166,7 @@ def test_what_has_faded_is_given_back_a_little_at_a_time() -> None:
         remembered.append(ledger._remembered)
     assert all(before - after <= 64 for before, after in zip([1000, *remembered], remembered, strict=False))
     assert remembered[-1] == 0
-    assert not ledger._assumed
+    assert not ledger._pending
     assert not ledger._fading
 
 
@@ -176,11 +176,11 @@ def test_a_forgotten_pod_starts_anew_whatever_was_open() -> None:
     ledger.forget("a")
     ledger.forget("never seen")
     assert (ledger.in_flight("a"), ledger.queued_tokens("a"), ledger.total()) == (0, 0, 0)
-    assert ledger.assumed("a", "m", [1], 0) == 0
+    assert ledger.pending("a", "m", [1], 0) == 0
     ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=4)
     old.release()
     assert (ledger.in_flight("a"), ledger.queued_tokens("a")) == (1, 4)
-    assert ledger.assumed("a", "m", [1], 0) == 1
+    assert ledger.pending("a", "m", [1], 0) == 1
 
 
 @dataclass
@@ -260,7 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = 0
         while start + expected < len(chain) and chain[start + expected] in there:
             expected += 1
-        assert self.ledger.assumed(pod, model, chain, start) == expected
+        assert self.ledger.pending(pod, model, chain, start) == expected
 
     @invariant()
     def counts_agree(self) -> None:
@@ -276,7 +276,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clock.now += 3.0
         for _ in self.all:
             self.ledger.charge("c", "m", hashes=[], start=0, queued_tokens=0)
-        assert (self.ledger._remembered, self.ledger._assumed) == (0, {})
+        assert (self.ledger._remembered, self.ledger._pending) == (0, {})
 
     def _known(self, pod: str) -> list[Naive]:
         return [one for one in self.all if one.pod == pod and not one.forgotten]
@@ -291,9 +291,9 @@ def test_a_cancelled_charge_leaves_nothing_behind() -> None:
     ledger = LoadLedger(clock, 2.0)
     kept = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=3)
     ledger.charge("a", "m", hashes=[1, 2, 3], start=0, queued_tokens=4).cancel()
-    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 2
+    assert ledger.pending("a", "m", [1, 2, 3], 0) == 2
     assert (ledger.in_flight("a"), ledger.queued_tokens("a")) == (1, 3)
     kept.cancel()
     kept.release()
-    assert ledger.assumed("a", "m", [1, 2, 3], 0) == 0
+    assert ledger.pending("a", "m", [1, 2, 3], 0) == 0
     assert ledger.total() == 0

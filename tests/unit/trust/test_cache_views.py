@@ -9,7 +9,7 @@ from matrixinfer.index.redis.states import PodState, States, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.trust.cache_views import FeedCaches, SharedCaches, ToldCaches, state_of
+from matrixinfer.trust.cache_views import FeedCaches, ReportedCaches, SharedCaches, state_of
 
 
 def told(trust: str, *, alive: bool = True) -> States:
@@ -33,7 +33,7 @@ def told(trust: str, *, alive: bool = True) -> States:
     ],
 )
 def test_what_an_agent_tells_is_believed_while_it_lives(trust: str, alive: bool, believed: str) -> None:
-    cache = ToldCaches(told(trust, alive=alive)).of("pod-a")
+    cache = ReportedCaches(told(trust, alive=alive)).of("pod-a")
     assert cache is not None
     assert cache.trust == believed
     assert (cache.engine_block, cache.tiers) == (16, ("pod-a~device",))
@@ -41,8 +41,8 @@ def test_what_an_agent_tells_is_believed_while_it_lives(trust: str, alive: bool,
 
 def test_a_pod_of_which_nobody_tells_is_unknown_unless_writers_never_tell() -> None:
     states = told("exact")
-    assert ToldCaches(states).of("pod-b") is None
-    cache = ToldCaches(states, unvouched=True).of("pod-b")
+    assert ReportedCaches(states).of("pod-b") is None
+    cache = ReportedCaches(states, unvouched=True).of("pod-b")
     assert cache is not None
     assert cache.trust == "partial"
 
@@ -58,7 +58,7 @@ def test_what_is_told_of_a_feed() -> None:
 def test_blocks_that_are_made_otherwise_tell_nothing_and_not_that_nothing_is_held() -> None:
     states = told("exact")
     states.foreign["m"] = {"block_size": "16"}
-    cache = ToldCaches(states).of("pod-a")
+    cache = ReportedCaches(states).of("pod-a")
     assert cache is not None
     assert cache.trust == "none"
 
@@ -67,7 +67,7 @@ def test_a_shared_cache_is_believed_as_its_writer_tells() -> None:
     ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
     own = FeedCaches({"pod-a": PodFeed(ledger, can_replay=False)})
     mine: set[str] = set()
-    shared = SharedCaches(own, ToldCaches(told("exact", alive=False)), mine.__contains__)
-    assert shared.of("pod-a") == ToldCaches(told("exact", alive=False)).of("pod-a")
+    shared = SharedCaches(own, ReportedCaches(told("exact", alive=False)), mine.__contains__)
+    assert shared.of("pod-a") == ReportedCaches(told("exact", alive=False)).of("pod-a")
     mine.add("pod-a")
     assert shared.of("pod-a") == own.of("pod-a")

@@ -33,8 +33,8 @@ def test_answers_are_counted_by_what_they_say_of_the_prediction() -> None:
     world.report(32, 48, 64, 80, 16, least=32)
     assert [world.count(result) for result in ("exact", "more", "fewer", "evicted")] == [1, 2, 2, 3]
     value = world.metrics.registry.get_sample_value
-    assert value("matrixinfer_reported_hit_tokens_total", {"pod": "a"}) == 64 + 80 + 32 + 32 + 48 + 64 + 80 + 16
-    assert value("matrixinfer_expected_hit_tokens_total", {"pod": "a"}) == 64 + 64 + 64 + 32 + 48 + 64 + 64 + 32
+    assert value("matrixinfer_drift_reported_tokens_total", {"pod": "a"}) == 64 + 80 + 32 + 32 + 48 + 64 + 80 + 16
+    assert value("matrixinfer_drift_predicted_tokens_total", {"pod": "a"}) == 64 + 64 + 64 + 32 + 48 + 64 + 64 + 32
 
 
 def test_silence_means_none_once_an_engine_has_told() -> None:

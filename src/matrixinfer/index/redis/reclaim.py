@@ -13,7 +13,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scan, scripts
 from matrixinfer.index.redis.store import Script, Store
-from matrixinfer.tasks import ended
+from matrixinfer.tasks import cancel_and_wait
 
 LOCK = "{matrix:kv}:reclaimer"
 LOCK_SECONDS = 60
@@ -54,7 +54,7 @@ class Reclaimer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
 
     async def once(self) -> int:
         """Look through all keys; returns how many entries were deleted. Raises `IndexUnavailable`."""

@@ -14,7 +14,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.store import Store, unavailable
-from matrixinfer.tasks import ended
+from matrixinfer.tasks import cancel_and_wait
 
 POLL_SECONDS = 1.0
 MAX_PODS = 10_000
@@ -74,7 +74,7 @@ class States:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
 
     def of(self, pod: str) -> PodState | None:
         """What is told of a pod."""

@@ -28,7 +28,7 @@ from matrixinfer.index.redis.commands import Commands, Fenced, Hold
 from matrixinfer.index.redis.held_pod import HeldPod
 from matrixinfer.index.redis.outbox import Change, Clear, Outbox
 from matrixinfer.index.redis.store import Store
-from matrixinfer.tasks import ended
+from matrixinfer.tasks import cancel_and_wait
 
 BATCH = 1_000
 """Blocks per write, which the server does in about a millisecond."""
@@ -107,7 +107,7 @@ class BlockWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await ended(self._task)
+        await cancel_and_wait(self._task)
         with suppress(IndexUnavailable, TimeoutError):
             async with asyncio.timeout(RELEASE_SECONDS):
                 for name, pod in list(self._pods.items()):

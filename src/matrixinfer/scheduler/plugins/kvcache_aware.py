@@ -53,17 +53,17 @@ class KvCacheAware(Plugin):
                 f"no engine can find the prompt's {request.prompt_tokens} tokens in its cache: they fit into one block"
             )
             return Scores(values=[0.0] * len(candidates), note=note)
-        values = [100.0 * min(pod.held_blocks, considered) / considered for pod in candidates]
+        values = [100.0 * min(pod.credit, considered) / considered for pod in candidates]
         return Scores(values=values, note=_what_is_unknown(candidates))
 
 
 def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
     notes = []
-    unknown = [pod.match_blocks for pod in candidates].count(None)
+    unknown = [pod.matched_blocks for pod in candidates].count(None)
     if unknown:
         notes.append(f"the index could not say what {unknown} of {len(candidates)} pods hold")
     for trust in ("partial", "stale"):
-        doubtful = sum(pod.match_blocks is not None and pod.trust == trust for pod in candidates)
+        doubtful = sum(pod.matched_blocks is not None and pod.trust == trust for pod in candidates)
         if doubtful:
             notes.append(f"what the index says of {doubtful} of {len(candidates)} pods is {trust}")
     return "; ".join(notes) or None

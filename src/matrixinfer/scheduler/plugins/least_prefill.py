@@ -38,7 +38,7 @@ class LeastPrefill(Plugin):
         """See the class."""
         prompt, size, per_request = request.prompt_tokens or 0, request.block_size, self._request_tokens
         costs = [
-            pod.queued_tokens + max(0.0, prompt - pod.held_blocks * size) + per_request * pod.load for pod in candidates
+            pod.queued_tokens + max(0.0, prompt - pod.credit * size) + per_request * pod.load for pod in candidates
         ]
         scale, least = self._scale, min(costs, default=0)
         return Scores(values=[100.0 * (scale / (scale + cost - least)) for cost in costs])

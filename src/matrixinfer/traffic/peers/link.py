@@ -19,7 +19,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.store import Store
 from matrixinfer.scheduler.framework import Trust
-from matrixinfer.tasks import ended
+from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.heard import SILENT_SECONDS, PeerLoads
@@ -85,7 +85,7 @@ class Peers:
         async with AsyncExitStack() as stack:
             for name, work in (("publish", self._publish), ("listen", self._listen)):
                 task = asyncio.create_task(self._supervised(work), name=f"peers-{name}")
-                stack.push_async_callback(ended, task)
+                stack.push_async_callback(cancel_and_wait, task)
             self._load.on_charge, self._history.on_sent = self._charged, self.outgoing.holds
             self._stack = stack.pop_all()
         return self
@@ -194,7 +194,7 @@ class Peers:
         if trust is None:
             return 0
         blocks = sent.blocks
-        self._load.assume(sent.endpoint, sent.model, blocks)
+        self._load.add_pending(sent.endpoint, sent.model, blocks)
         if sent.computed and trust != "exact":
             self._history.heard(sent.endpoint, sent.model, blocks)
         return len(blocks)

@@ -91,7 +91,7 @@ def test_computed_prompts_are_told_whole_and_what_others_tell_is_not_told_on() -
     world = World()
     world.history.sent("a", "m", CHAIN)
     world.history.heard("b", "m", CHAIN)
-    world.ledger.assume("b", "m", CHAIN)
+    world.ledger.add_pending("b", "m", CHAIN)
     assert world.told() == [("a", True, CHAIN)]
     assert world.told(REPEAT_SECONDS) == []
 

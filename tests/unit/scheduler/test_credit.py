@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from matrixinfer.config import WeightsConfig
+from matrixinfer.scheduler.credit import cached_credit
 from matrixinfer.scheduler.framework import Candidate, Trust
-from matrixinfer.scheduler.worth import worth
 
 WEIGHTS = WeightsConfig(host=0.8, storage=0.5, unproven=0.75)
 
 
 @pytest.mark.parametrize(
-    ("trust", "match", "tiers", "assumed", "sent", "counts"),
+    ("trust", "match", "tiers", "pending", "recent", "counts"),
     [
         ("exact", 10, (), 0, 0, 10),
         ("exact", 10, (4,), 0, 0, 4 + 0.8 * 6),
@@ -30,32 +30,34 @@ WEIGHTS = WeightsConfig(host=0.8, storage=0.5, unproven=0.75)
     ],
 )
 def test_blocks_count_by_tier_and_trust(
-    trust: Trust, match: int, tiers: tuple[int, ...], assumed: int, sent: int, counts: float
+    trust: Trust, match: int, tiers: tuple[int, ...], pending: int, recent: int, counts: float
 ) -> None:
-    assert worth(trust, WEIGHTS, match=match, tiers=tiers, assumed=assumed, sent=sent) == pytest.approx(counts)
+    assert cached_credit(trust, WEIGHTS, match=match, tiers=tiers, pending=pending, recent=recent) == pytest.approx(
+        counts
+    )
 
 
 def test_a_candidate_holds_what_its_blocks_are_worth_and_what_is_on_its_way() -> None:
-    plain = Candidate(name="a", url="", match_blocks=4, assumed_blocks=2)
-    assert (plain.held_blocks, Candidate(name="a", url="").held_blocks) == (6, 0)
-    assert Candidate(name="a", url="", match_blocks=4, assumed_blocks=2, worth=2.5).held_blocks == 4.5
+    plain = Candidate(name="a", url="", matched_blocks=4, pending_blocks=2)
+    assert (plain.credit, Candidate(name="a", url="").credit) == (6, 0)
+    assert Candidate(name="a", url="", matched_blocks=4, pending_blocks=2, cached_credit=2.5).credit == 4.5
 
 
 @pytest.mark.parametrize(
     ("fields", "hit"),
     [
-        ({"match_blocks": 3}, 96),
-        ({"match_blocks": 3, "match_tail": 16}, 112),
-        ({"match_blocks": 3, "match_tail": 16, "engine_block": 64}, 64),
-        ({"match_blocks": 3, "assumed_blocks": 1}, 128),
-        ({"match_blocks": 3, "sent_blocks": 5}, 160),
-        ({"match_blocks": 3, "sent_blocks": 2}, 96),
-        ({"sent_blocks": 2}, 64),
-        ({"match_blocks": 9}, 192),
+        ({"matched_blocks": 3}, 96),
+        ({"matched_blocks": 3, "matched_tail": 16}, 112),
+        ({"matched_blocks": 3, "matched_tail": 16, "engine_block": 64}, 64),
+        ({"matched_blocks": 3, "pending_blocks": 1}, 128),
+        ({"matched_blocks": 3, "recent_blocks": 5}, 160),
+        ({"matched_blocks": 3, "recent_blocks": 2}, 96),
+        ({"recent_blocks": 2}, 64),
+        ({"matched_blocks": 9}, 192),
         ({}, 0),
     ],
 )
 def test_a_hit_is_expected_in_whole_engine_blocks_short_of_the_last_token(fields: dict[str, int], hit: int) -> None:
     candidate = Candidate(name="a", url="", **{"engine_block": 16, **fields})  # type: ignore[arg-type]  # all are numbers
-    assert candidate.expected_hit(200, 32) == hit
-    assert candidate.expected_hit(None, 32) == candidate.expected_hit(0, 32) == 0
+    assert candidate.predicted_hit(200, 32) == hit
+    assert candidate.predicted_hit(None, 32) == candidate.predicted_hit(0, 32) == 0
