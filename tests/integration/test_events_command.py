@@ -289,7 +289,7 @@ async def test_tail_replaces_a_connection_that_is_silently_dead(
 
 async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    look_up = loop.getaddrinfo
+    lookup = loop.getaddrinfo
 
     async def unknown(*_: object, **__: object) -> list[Any]:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
@@ -300,7 +300,7 @@ async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: p
         await running.start(tail.tail, "tail", engine.endpoint.replace("127.0.0.1", "localhost"))
         await running.says("the name `localhost` does not resolve yet")
         await asyncio.sleep(0.2)
-        monkeypatch.setattr(loop, "getaddrinfo", look_up)
+        monkeypatch.setattr(loop, "getaddrinfo", lookup)
         await running.says("connected")
         assert running.err.count("resolve") == 1
         await running.stop()

@@ -18,7 +18,7 @@ from .kvevents_support import BLOCKS, Engine, complete, held, stored, until
 
 async def test_the_gateway_follows_an_engine_once_its_name_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    look_up, asked = loop.getaddrinfo, 0
+    lookup, asked = loop.getaddrinfo, 0
 
     async def unknown(*_: object, **__: object) -> list[Any]:
         nonlocal asked
@@ -35,6 +35,6 @@ async def test_the_gateway_follows_an_engine_once_its_name_resolves(monkeypatch:
         feed = subscriber.follow(replace(source, endpoint=live, replay_endpoint=history))
         await until(lambda: asked >= 2)
         assert held(index) == 0
-        monkeypatch.setattr(loop, "getaddrinfo", look_up)
+        monkeypatch.setattr(loop, "getaddrinfo", lookup)
         await until(lambda: complete(feed))
         assert held(index) == 2

@@ -24,11 +24,11 @@ class RedisCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One reading."""
         reader, writer = self._index.reader, self._index.writer
-        look_ups = CounterMetricFamily(
-            "matrixinfer_redis_look_ups", "Look-ups, by what came of them.", labels=["outcome"]
+        lookups = CounterMetricFamily(
+            "matrixinfer_redis_lookups", "Look-ups, by what came of them.", labels=["outcome"]
         )
         for outcome, count in reader.stats.outcomes.items():
-            look_ups.add_metric([outcome], count)
+            lookups.add_metric([outcome], count)
         circuit = GaugeMetricFamily(
             "matrixinfer_redis_circuit", "1 for the state of the circuit of look-ups.", labels=["state"]
         )
@@ -44,9 +44,9 @@ class RedisCollector(Collector):
         )
         for pod in writer.pods:
             held.add_metric([pod], float(writer.is_writer(pod)))
-        yield from (look_ups, circuit, writes, held)
+        yield from (lookups, circuit, writes, held)
         yield CounterMetricFamily(
-            "matrixinfer_redis_look_up_seconds", "Time of all look-ups.", value=reader.stats.seconds
+            "matrixinfer_redis_lookup_seconds", "Time of all look-ups.", value=reader.stats.seconds
         )
         yield GaugeMetricFamily(
             "matrixinfer_redis_waiting_blocks", "Blocks that wait to be written.", value=writer.waiting

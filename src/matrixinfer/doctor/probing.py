@@ -156,9 +156,9 @@ class Prober:
 
     async def _predict(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> int:
         """As the router does: what the index holds of the prompt, in whole engine blocks."""
-        look_up = Lookup(self._registry, ear.index, FeedCaches(ear.feeds))
-        matches = await look_up.match(model, model, [endpoint.pod], sent.chain)
-        held = look_up.held(endpoint.name, matches)
+        lookup = Lookup(self._registry, ear.index, FeedCaches(ear.feeds))
+        matches = await lookup.match(model, model, [endpoint.pod], sent.chain)
+        held = lookup.held(endpoint.name, matches)
         candidate = Candidate(
             name=endpoint.name,
             url=endpoint.pod.url,

@@ -25,7 +25,7 @@ class Fleet:
         self,
         *,
         registry: PodRegistry,
-        look_up: Lookup,
+        lookup: Lookup,
         load: LoadLedger,
         history: RoutingHistory,
         drift: Drift,
@@ -35,7 +35,7 @@ class Fleet:
         peers: PeerLoads,
     ) -> None:
         self._registry = registry
-        self._lookup = look_up
+        self._lookup = lookup
         self._load = load
         self._history = history
         self._drift = drift

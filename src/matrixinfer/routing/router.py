@@ -109,7 +109,7 @@ class Router:
         self.decisions = DecisionLog(config.decisions_kept)
         self.fleet = Fleet(
             registry=registry,
-            look_up=self._lookup,
+            lookup=self._lookup,
             load=load,
             history=history,
             drift=drift,

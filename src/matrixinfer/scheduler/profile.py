@@ -70,7 +70,7 @@ def _arguments(
     found: dict[str, Section] = {}
     for i, entry in enumerate(config.plugin_config):
         path = f"{_PATH}.pluginConfig[{i}]"
-        plugin = _look_up(entry.name, registry, f"{path}.name")
+        plugin = _plugin_named(entry.name, registry, f"{path}.name")
         if entry.name in found:
             raise ConfigError(f"{path}.name", f"`{entry.name}` already has its arguments above")
         found[entry.name] = convert(entry.args, plugin.Args, path=f"{path}.args")
@@ -86,7 +86,7 @@ def _enabled(stage: str, config: PluginStage, registry: Mapping[str, type[Plugin
     for i, entry in enumerate(config.enabled):
         path = f"{_PATH}.plugins.{stage}.enabled[{i}]"
         ref = PluginRef(name=entry) if isinstance(entry, str) else entry
-        if not hasattr(_look_up(ref.name, registry, path), method):
+        if not hasattr(_plugin_named(ref.name, registry, path), method):
             able = (name for name, plugin in registry.items() if hasattr(plugin, method))
             raise ConfigError(path, f"`{ref.name}` cannot run at stage {stage}; these can: {_listed(able)}")
         if any(other.name == ref.name for other in refs):
@@ -97,7 +97,7 @@ def _enabled(stage: str, config: PluginStage, registry: Mapping[str, type[Plugin
     return refs
 
 
-def _look_up(name: str, registry: Mapping[str, type[Plugin]], path: str) -> type[Plugin]:
+def _plugin_named(name: str, registry: Mapping[str, type[Plugin]], path: str) -> type[Plugin]:
     if name in registry:
         return registry[name]
     near = difflib.get_close_matches(name, registry, n=1)

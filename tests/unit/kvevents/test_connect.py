@@ -31,7 +31,7 @@ class Names:
         self._found = list(found)
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._look_up)
 
-    async def _look_up(self, host: str, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
+    async def _plugin_named(self, host: str, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
         self.asked.append(host)
         found = self._found.pop(0) if len(self._found) > 1 else self._found[0]
         if found is None:
