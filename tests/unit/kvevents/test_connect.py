@@ -29,9 +29,9 @@ class Names:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: list[int] | Exception | None) -> None:
         self.asked: list[str] = []
         self._found = list(found)
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._look_up)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._resolve)
 
-    async def _plugin_named(self, host: str, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
+    async def _resolve(self, host: str, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
         self.asked.append(host)
         found = self._found.pop(0) if len(self._found) > 1 else self._found[0]
         if found is None:
