@@ -61,7 +61,8 @@ def routing(runner: asyncio.Runner, gateway: Fleet, bodies: Sequence[bytes]) -> 
 
     async def route() -> None:
         for body in bodies:
-            (await gateway.router.route(CHAT_PATH, body, request_id="bench")).finish()
+            async with gateway.router.dispatch(CHAT_PATH, body, request_id="bench"):
+                pass
 
     loop = runner.get_loop()
     return lambda: loop.run_until_complete(route())

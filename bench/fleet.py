@@ -16,6 +16,11 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.routing.audit import Auditor
+from matrixinfer.routing.candidates import Candidates
+from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.lookup import Lookup
+from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Services
 from matrixinfer.scheduler.plugin_loader import discover
@@ -23,6 +28,7 @@ from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.trust.cache_views import FeedCaches
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.parity import Parity
 
@@ -50,20 +56,23 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     }
     for feed in feeds.values():
         feed.replay_ended()  # an engine without a past
-    metrics = Metrics()
+    metrics, history, clock = Metrics(), RoutingHistory(), time.monotonic
+    load, parity = LoadLedger(clock, config.pending_seconds), Parity(metrics, clock)
+    drift = Drift(metrics, lambda name, *, replay: None, clock)
+    lookup = Lookup(registry, index, FeedCaches(feeds, drift.doubts))
     router = Router(
         registry=registry,
-        tokenizers=tokenizers,
-        blocks=blocks,
-        index=index,
-        feeds=feeds,
+        preparer=Preparer(
+            registry, tokenizers, blocks, lookup, parity, max_prefix_tokens=config.max_prefix_tokens, clock=clock
+        ),
+        candidates=Candidates(registry, lookup, load, history, config.weights),
         scheduler=schedules,
-        load=LoadLedger(time.monotonic, config.pending_seconds),
+        load=load,
+        history=history,
+        auditor=Auditor(feeds, parity, drift, lookup, blocks),
+        decisions=DecisionLog(config.decisions_kept),
         metrics=metrics,
-        parity=Parity(metrics, time.monotonic),
-        drift=Drift(metrics, lambda name, *, replay: None, time.monotonic),
-        history=RoutingHistory(),
-        config=config,
+        clock=clock,
     )
     return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)
 

@@ -104,9 +104,8 @@ async def deciding(engine: str, policy: str) -> AsyncIterator[str]:
     async with _service(engine, policy) as service:
 
         async def decide(body: bytes) -> None:
-            route = await service.router.route(CHAT_PATH, body, request_id="bench")
-            route.first_byte()
-            route.finish()
+            async with service.router.dispatch(CHAT_PATH, body, request_id="bench") as request:
+                request.first_byte()
 
         async with bare(engine, decide) as url:
             yield url

@@ -176,9 +176,8 @@ async def _routed(router: Router, bodies: Sequence[bytes]) -> list[Sequence[int]
     """Decide where every body goes, one after the other; returns the block hashes of each."""
     chains = []
     for body in bodies:
-        route = await router.route(CHAT_PATH, body, request_id="bench")
-        route.finish()
-        chains.append(route.decision.request.chain)
+        async with router.dispatch(CHAT_PATH, body, request_id="bench") as request:
+            chains.append(request.decision.request.chain)
     return chains
 
 

@@ -94,7 +94,7 @@ class Fleet:
         ranks = self.engines[number].ranks
         for rank in ranks:
             name = f"pod-{number}" if len(ranks) == 1 else f"pod-{number}@dp{rank.number}"
-            feed = self.service.router._feeds.get(name)
+            feed = self.service.engines.subscriber.feeds.get(name)
             if feed is None or feed.heartbeat_from is None or feed._cursor is None:
                 return False
             if feed._cursor.next != rank.publisher.published:

@@ -31,10 +31,10 @@ async def predicted(gateway: Fleet, number: int) -> int:
 
 def claim(gateway: Fleet, *numbers: int) -> None:
     """Have the index hold prompts that the engine has never seen."""
-    router = gateway.service.router
+    engines = gateway.service.engines
     for number in numbers:
-        chain = router._blocks.chain([number] * 300)
-        router._feeds["pod-0"].ledger.supports.add("m", list(chain), None)
+        chain = engines.blocks.chain([number] * 300)
+        engines.subscriber.feeds["pod-0"].ledger.supports.add("m", list(chain), None)
 
 
 async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
@@ -46,7 +46,7 @@ async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer:
         assert await predicted(gateway, 9) == 256
         for number in range(2, 2 + RUN):
             await gateway.post(COMPLETIONS, body(number))
-        feed = gateway.service.router._feeds["pod-0"]
+        feed = gateway.service.engines.subscriber.feeds["pod-0"]
         await until(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
         assert await predicted(gateway, 9) == 0
         assert await predicted(gateway, 1) == 256

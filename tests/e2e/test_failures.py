@@ -109,7 +109,7 @@ async def test_lost_frames_are_replayed(tokenizer: LocalTokenizer) -> None:
         for prompt in prompts(60, seed=1):
             await target.post(COMPLETIONS, body(prompt))
         assert not wrong(await serve(target, 60))
-        stats = [feed.stats for feed in target.service.router._feeds.values()]
+        stats = [feed.stats for feed in target.service.engines.subscriber.feeds.values()]
         assert sum(each.gaps for each in stats) > 0
         assert sum(each.lost_in_silence for each in stats) > 2
         assert {answer.cached > 0 for answer in await serve(target, 20)} == {False, True}
@@ -189,7 +189,7 @@ async def test_a_history_that_is_cut_short_foretells_less_and_never_more(tokeniz
         async with gateway(old.engines, scheduler=SCHEDULER) as new:
             answers = await serve(new, 30)
             assert all(answer.predicted <= answer.cached for answer in answers)
-            assert new.service.router._feeds["pod-0"].state.value == "partial"
+            assert new.service.engines.subscriber.feeds["pod-0"].state.value == "partial"
             assert wrong(answers[:10])
 
 
@@ -201,7 +201,7 @@ async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(toke
             await target.settled()
             more = FULL if draw.random() < 0.2 else {}
             answers.append(await target.ask(COMPLETIONS, body(prompt, **more)))
-        assert target.service.router._feeds["pod-0"].ledger.stats.told_again > 20
+        assert target.service.engines.subscriber.feeds["pod-0"].ledger.stats.told_again > 20
         assert {answer.predicted - answer.cached for answer in answers} <= {0, BLOCK}
 
 

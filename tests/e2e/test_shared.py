@@ -122,7 +122,10 @@ async def shared(tokenizer: LocalTokenizer, redis: RedisConfig) -> tuple[float, 
         config = msgspec.structs.replace(config_of(engines), redis=redis)
         agent = await stack.enter_async_context(Agent(config, listen=None))
         await until(
-            lambda: len(agent.feeds) == PODS and all(f.state is FeedState.COMPLETE for f in agent.feeds.values()),
+            lambda: (
+                len(agent.engines.subscriber.feeds) == PODS
+                and all(f.state is FeedState.COMPLETE for f in agent.engines.subscriber.feeds.values())
+            ),
             SECONDS,
         )
 

@@ -16,12 +16,18 @@ from aiohttp import web
 
 from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.session import client_session
-from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.trust.cache_views import FeedCaches, FeedReports
+from matrixinfer.trust.parity import Parity
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model": "tiny",  "messages": [{"role":"user","content":"h\\u00e9llo"}] , "unknown": 1.50}'
@@ -32,42 +38,54 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
-class FakeRoute:
+class FakePrepared:
+    """What the proxy reads of a prepared request."""
+
+    body: bytes
+    prompt: None = None
+
+
+@dataclass
+class FakeInFlight:
     """Records what the proxy reports."""
 
     decision: Decision
-    body: bytes
+    prepared: FakePrepared
     registry: PodRegistry
-    injects_usage: bool = False
     reports: list[str] = field(default_factory=list)
+    wants_usage: bool = True
 
-    def body_for(self, pod: Candidate) -> bytes:
-        return self.body
+    def __post_init__(self) -> None:
+        self.pod = self.decision.chosen
 
     def move(self, pod: Candidate) -> None:
         self.reports.append(f"move {pod.name}")
+        self.pod = pod
 
-    def failed(self, pod: Candidate) -> None:
-        self.reports.append(f"failed {pod.name}")
-        self.registry.failed(pod.name)
+    def failed(self) -> None:
+        self.reports.append(f"failed {self.pod.name}")
+        self.registry.failed(self.pod.name)
 
-    def answered(self, pod: Candidate, status: int) -> None:
+    def answered(self, status: int) -> None:
         if status < 500:
-            self.reports.append(f"answered {pod.name}")
-            self.registry.answered(pod.name)
+            self.reports.append(f"answered {self.pod.name}")
+            self.registry.answered(self.pod.name)
 
-    @property
-    def wants_usage(self) -> bool:
-        return True
-
-    def used(self, pod: Candidate, prompt_tokens: int, cached_tokens: int | None) -> None:
-        self.reports.append(f"used {pod.name} {prompt_tokens} {cached_tokens}")
+    def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
+        self.reports.append(f"usage {self.pod.name} {prompt_tokens} {cached_tokens}")
 
     def first_byte(self) -> None:
         self.reports.append("first_byte")
 
-    def finish(self) -> None:
-        self.reports.append("finish")
+
+@dataclass
+class FakeRewriter:
+    """Passes bodies on as they are."""
+
+    adds_usage: bool = False
+
+    def body_for(self, pod: str, prompt: None, body: bytes) -> PodBody:
+        return PodBody(body, self.adds_usage)
 
 
 class FakeRouter:
@@ -75,13 +93,15 @@ class FakeRouter:
 
     def __init__(self, registry: PodRegistry) -> None:
         self.registry = registry
-        self.routes: list[FakeRoute] = []
+        self.dispatched: list[FakeInFlight] = []
         self.sessions: list[str | None] = []
-        self.injects_usage = False
         self.removed: set[str] = set()
         """Pods that a filter removes."""
 
-    async def route(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> FakeRoute:
+    @asynccontextmanager
+    async def dispatch(
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None
+    ) -> AsyncIterator[FakeInFlight]:
         try:
             requested = msgspec.json.decode(body)["model"]
         except (msgspec.DecodeError, KeyError, TypeError) as error:
@@ -92,19 +112,20 @@ class FakeRouter:
         candidates = [Candidate(name=pod.name, url=pod.url) for pod in pods]
         self.sessions.append(session)
         chosen = decision(request_id, model, candidates, self.removed)
-        self.routes.append(FakeRoute(chosen, body, self.registry, self.injects_usage))
-        return self.routes[-1]
+        request = FakeInFlight(chosen, FakePrepared(body), self.registry)
+        self.dispatched.append(request)
+        try:
+            yield request
+        finally:
+            request.reports.append("closed")
 
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
         return {"path": path, "length": len(body)}
 
-    def feeds_of(self, pod: Pod) -> dict[str, dict[str, object]]:
-        return {}
-
     @property
     def reports(self) -> list[str]:
         """What was reported of the last request."""
-        return self.routes[-1].reports
+        return self.dispatched[-1].reports
 
 
 def decision(request_id: str, model: str, candidates: list[Candidate], removed: set[str]) -> Decision:
@@ -126,6 +147,7 @@ class Rig:
 
     gateway: Gateway
     router: FakeRouter
+    rewriter: FakeRewriter
     metrics: Metrics
     client: aiohttp.ClientSession
 
@@ -159,15 +181,23 @@ async def rig(
     registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
     for pod in registry.pods:
         registry.answered(pod.name)
-    router, metrics = FakeRouter(registry), Metrics()
+    router, rewriter, metrics = FakeRouter(registry), FakeRewriter(), Metrics()
+    draining = asyncio.Event()
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session(limits))
-        gateway = await stack.enter_async_context(Gateway(config, cast("Router", router), metrics, session))
+        proxy = Proxy(session, cast("BodyRewriter", rewriter), metrics, limits, draining)
+        status = Status(registry, metrics, draining).routes()
+        api = Api(cast("Router", router), registry, proxy, metrics, limits).routes()
+        parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
+        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, parity, limits).routes()
+        gateway = await stack.enter_async_context(
+            Gateway(config, api={**api, **status}, admin={**admin, **status}, draining=draining)
+        )
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=10)
         client = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         await stack.enter_async_context(client)
-        yield Rig(gateway, router, metrics, client)
+        yield Rig(gateway, router, rewriter, metrics, client)
 
 
 @asynccontextmanager

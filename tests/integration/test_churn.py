@@ -14,11 +14,11 @@ import pytest
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
-from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import ServedNames
-from matrixinfer.routing.in_flight import Route
+from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.sim.events import BlockRemoved, BlockStored, EventBatch, Medium, encode
 from matrixinfer.trust.drift import Lookups
+from tests.unit.routing.support import Dispatcher
 
 PATH = "/v1/completions"
 SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1")
@@ -39,6 +39,9 @@ class World:
     service: Service
     rng: random.Random
 
+    def __post_init__(self) -> None:
+        self.requests = Dispatcher(self.service.router)
+
     def name(self, number: int) -> str:
         return f"pod-{number}"
 
@@ -47,19 +50,19 @@ class World:
         service, name = self.service, self.name(number)
         config = PodConfig(name=name, url=NOBODY, kv_events=SOURCE)
         service.join(config)
-        registry = service.router.registry
+        registry = service.engines.registry
         names = ServedNames(base_model="m", aliases=frozenset({"m"}), adapters={f"lora-{number}": "m"})
         registry.learn(name, served=names, kv_sources=(SOURCE,) * (2 if number % 3 == 0 else 1))
         registry.answered(name)
         pod = registry.pods[-1]
-        service._discovered(pod)
+        service.watching.discovered(pod)
         for endpoint in pod.endpoints:
-            feed = service.router._feeds[endpoint.name]
+            feed = service.engines.subscriber.feeds[endpoint.name]
             start = number % 2  # every second one is followed too late, so that what is sent there is remembered
             feed.live(start, self.frame(range(1, 9), "GPU"))
             feed.live(start + 1, self.frame(range(9, 13), "CPU"))
             feed.live(start + 2, encode(EventBatch(0.0, [BlockRemoved(block_hashes=[12], medium="CPU", group_idx=0)])))
-            service.router._drift.measured(endpoint.name, Lookups(0, 0), began_at=0.0)
+            service.engines.drift.measured(endpoint.name, Lookups(0, 0), began_at=0.0)
 
     def frame(self, blocks: range, medium: Medium) -> bytes:
         """As many new blocks that follow each other."""
@@ -76,47 +79,38 @@ class World:
     def tokens(self, blocks: int) -> list[int]:
         return self.rng.choices(range(50_000), k=blocks * SIZE)
 
-    async def ask(self, model: str) -> Route:
+    async def ask(self, model: str) -> InFlight:
         """A request that is answered, not to its end."""
         body = msgspec.json.encode({"model": model, "prompt": self.tokens(20)})
-        route = await self.service.router.route(PATH, body, request_id="r")
-        if len(route.decision.attempts) > 1 and self.rng.random() < 0.3:
-            route.failed(route.decision.chosen)
-            route.move(route.decision.attempts[1])
-        route.answered(route._pod, 200)
-        route.first_byte()
-        return route
+        request = await self.requests.dispatch(PATH, body)
+        if len(request.decision.attempts) > 1 and self.rng.random() < 0.3:
+            request.failed()
+            request.move(request.decision.attempts[1])
+        request.answered(200)
+        request.first_byte()
+        return request
 
-    def end(self, route: Route) -> None:
-        """Its answer tells of no hit, and breaks off."""
-        model, pod, router = route.decision.request.model, route._pod.name, self.service.router
-        route.used(route._pod, 320, 0)
-        router.parity.counted(model, pod=pod, path=PATH, ours=320, engines=320)
-        router._metrics.upstream_error(pod, "broken")
-        router._metrics.request(model, 200, 0.1)
-        route.finish()
+    async def end(self, request: InFlight) -> None:
+        """Its answer reports no hit, and breaks off."""
+        metrics, model, pod = self.service.metrics, request.decision.request.model, request.pod.name
+        request.usage(320, 0)
+        metrics.upstream_error(pod, "broken")
+        metrics.request(model, 200, 0.1)
+        await self.requests.finish(request)
 
-    def sizes(self) -> dict[str, int]:
-        """How much every part keeps."""
-        router, watcher, follow = self.service.router, self.service._watcher, self.service._follow
-        load, drift, parity, subscriber = router._load, router._drift, router.parity, follow._subscriber
-        index = router._lookup._index
-        assert isinstance(index, MemoryIndex)
-        lines = router._metrics.render().splitlines()
-        return {
-            "registry": len(router.registry.pods) + len(router.registry._by_name),
-            "watcher": len(watcher._tasks) + len(watcher._announced) + len(watcher._silent),
-            "follower": len(follow._following) + len(follow._endpoints) + len(follow._warned),
-            "feeds": len(subscriber.feeds) + len(subscriber._followed),
+    def sizes(self) -> dict[str, float]:
+        """How much every part keeps, as far as it says so; `tracemalloc` sees the rest."""
+        engines, metrics = self.service.engines, self.service.metrics
+        lines = metrics.render().splitlines()
+        kept = {
+            part: metrics.registry.get_sample_value("matrixinfer_kept_entries", {"part": part}) or 0
+            for part in ("recent_blocks", "pending_blocks", "drift_endpoints", "parity_samples", "decisions")
+        }
+        return kept | {
+            "pods": len(engines.registry.pods),
+            "feeds": len(engines.subscriber.feeds),
             "tasks": len(asyncio.all_tasks()),
-            "index pods": index.stats().pods,
-            "index bits": index._next_bit.bit_length(),
-            "history": len(router._history._sent),
-            "load": len(load._pods) + len(load._pending) + len(load._fading) + len(load),
-            "drift": len(drift),
-            "parity": len(parity) + len(parity._models),
-            "decisions": len(router.decisions),
-            "children": sum(len(each) for each in vars(router._metrics).values() if isinstance(each, dict)),
+            "index pods": engines.setup.index.stats().pods,
             "series of pods": sum(b'pod="' in line for line in lines),
             "series of models": sum(b'model="' in line for line in lines),
         }
@@ -133,11 +127,11 @@ async def churn(world: World, numbers: range) -> None:
     for number in numbers:
         world.come(number)
         for model in ("m", "m", f"lora-{number}"):
-            world.end(await world.ask(model))
+            await world.end(await world.ask(model))
         late = [await world.ask("m") for _ in range(2)]
         world.service.leave(world.name(number - PRESENT))
-        for route in late:
-            world.end(route)
+        for request in late:
+            await world.end(request)
         await asyncio.sleep(0)
 
 
@@ -161,23 +155,23 @@ async def test_nothing_stays_of_a_thousand_pods_that_come_and_go(world: World) -
     finally:
         tracemalloc.stop()
     # Both times one of the pods that are there has two ranks. What fades of the last requests differs.
-    assert before == {**after, "tasks": before["tasks"], "load": before["load"]}
+    assert before == {**after, "tasks": before["tasks"], "pending_blocks": before["pending_blocks"]}
     assert grown < 200_000, f"{grown} bytes for 748 pods"
 
     for number in range(1000 - PRESENT, 1000):
         world.service.leave(world.name(number))
     await settled()
-    # Decisions are kept, as many as configured. So are two counts of the configured model, and when each began.
-    kept = {"decisions": 100, "parity": 1, "children": 2 * 2, "series of models": 2 * 2}
+    # Decisions are kept, as many as configured. So are the counts of the configured model, and when each began.
+    kept = {"decisions": 100, "series of models": 2}
     assert world.sizes() == empty | kept
 
 
 async def test_what_is_kept_of_pods_that_are_there_shows_in_the_metrics(world: World) -> None:
     world.come(1)
-    route = await world.ask("m")
-    shown = world.service.router._metrics.registry.get_sample_value
+    request = await world.ask("m")
+    shown = world.service.metrics.registry.get_sample_value
     parts = ("decisions", "recent_blocks", "pending_blocks", "drift_endpoints", "parity_samples")
-    world.end(route)
+    await world.end(request)
     kept = [shown("matrixinfer_kept_entries", {"part": part}) for part in parts]
     assert kept == [1, 2, 2, 1, 0]
     assert (shown("matrixinfer_kv_ledger_bytes", {"pod": "pod-1"}) or 0) > 10 * 4 * SIZE

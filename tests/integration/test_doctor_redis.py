@@ -54,8 +54,8 @@ async def test_all_is_well_with_an_agent_at_work(patient: Patient, engine: SimEn
     redis = RedisConfig(host="127.0.0.1", port=valkey.port)
     settings = checked(Config(pods=(PodConfig(name="a", url=engine.url),), redis=redis))
     async with Agent(settings, listen=None) as agent:
-        assert agent.backend.redis is not None
-        await agent.backend.redis.flush()
+        assert agent.engines.setup.redis is not None
+        await agent.engines.setup.redis.flush()
         found = await examine(patient, engine, {"port": valkey.port})
     assert found.code == 0, found.findings
     assert [finding["check"] for finding in found.findings if finding["pod"] is None] == ["redis", "writers"]

@@ -69,7 +69,7 @@ async def body_and_pod(gateway: Rig) -> tuple[int, bytes, str | None]:
 async def test_a_refused_connection_goes_to_the_next_ranked_pod() -> None:
     async with pod(ok) as url, rig(await closed_port(), url) as gateway:
         assert await body_and_pod(gateway) == (200, b'{"ok":true}', "b")
-        assert gateway.router.reports == ["failed a", "move b", "answered b", "first_byte", "finish"]
+        assert gateway.router.reports == ["failed a", "move b", "answered b", "first_byte", "closed"]
         assert gateway.sample("upstream_errors_total", pod="a", kind="connect") == 1
         assert gateway.sample("retries_total", reason="connect") == 1
         assert gateway.sample("in_flight", pod="a") == 0
@@ -89,13 +89,13 @@ async def test_a_server_error_is_passed_on_but_does_not_count_as_a_sign_of_healt
 
     async with pod(fail) as url, rig(url) as gateway:
         assert await body_and_pod(gateway) == (500, b"", "a")
-        assert gateway.router.reports == ["finish"]
+        assert gateway.router.reports == ["closed"]
 
 
 async def test_an_address_that_is_no_url_is_not_held_against_the_pod() -> None:
     async with rig("http://") as gateway:
         assert (await body_and_pod(gateway))[0] == 500
-        assert gateway.router.reports == ["finish"]
+        assert gateway.router.reports == ["closed"]
         assert gateway.sample("requests_total", model="tiny", code="500") == 1
 
 
@@ -109,7 +109,7 @@ async def test_a_connection_that_breaks_before_the_first_byte_goes_to_the_next_r
             "failed a",
             "move b",
             "first_byte",
-            "finish",
+            "closed",
         ]
 
 
@@ -157,7 +157,7 @@ async def test_no_more_pods_are_tried_than_allowed_and_the_client_is_told() -> N
         assert error["code"] == "pod_unreachable"
         assert "a, b" in error["message"]
         assert tried == []
-        assert gateway.router.reports[-1] == "finish"
+        assert gateway.router.reports[-1] == "closed"
         assert gateway.sample("requests_total", model="tiny", code="502") == 1
 
 
@@ -180,7 +180,7 @@ async def test_a_stream_that_breaks_off_is_cut_for_the_client_and_never_retried(
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.content.readany()
         assert others == []
-        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
         assert gateway.sample("upstream_errors_total", pod="a", kind="broken") == 1
         assert gateway.sample("requests_total", model="tiny", code="502") == 1
 
@@ -217,7 +217,7 @@ async def test_a_pod_that_is_silent_before_the_first_byte_is_a_504_and_not_retri
             assert response.status == 504
             assert (await response.json())["error"]["code"] == "pod_timeout"
         assert others == []
-        assert gateway.router.reports == ["finish"]
+        assert gateway.router.reports == ["closed"]
         assert gateway.sample("upstream_errors_total", pod="a", kind="timeout") == 1
 
 
@@ -267,7 +267,7 @@ async def test_a_kept_connection_that_the_pod_closed_is_replaced_without_blame()
         assert await body_and_pod(gateway) == (200, b"ok", "a")
         assert await body_and_pod(gateway) == (200, b"ok", "a")
         assert connections == 2
-        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
         assert gateway.router.registry.pods[0].healthy
         assert gateway.sample("retries_total", reason="stale_connection") == 1
 

@@ -31,7 +31,7 @@ async def test_bodies_pass_byte_for_byte_in_both_directions() -> None:
             assert response.headers["X-Engine"] == "v"
             assert response.headers["x-matrixinfer-pod"] == "a"
         assert seen == [("/v1/completions?beta=a%20b", BODY)]
-        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
         assert gateway.sample("requests_total", model="tiny", code="200") == 1
         assert gateway.sample("in_flight", pod="a") == 0
 
@@ -50,7 +50,7 @@ async def test_an_absolute_request_target_reaches_the_pod_as_a_path_and_costs_it
         assert b" 200 " in await asyncio.wait_for(reader.readline(), 2)
         writer.close()
         assert seen == [f"{CHAT}?a=%20b"]
-        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
 
 
 async def test_a_long_answer_with_a_declared_length_streams_and_keeps_its_length() -> None:
@@ -115,7 +115,7 @@ async def test_headers_go_out_with_the_first_byte_and_until_then_no_prefill_is_r
         proceed.set()
         async with await request as response:
             assert await response.read() == b"token"
-        assert gateway.router.reports == ["answered a", "first_byte", "finish"]
+        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
 
 
 @pytest.mark.parametrize("stage", ["headers", "first byte", "stream"])
@@ -146,7 +146,7 @@ async def test_a_client_that_leaves_ends_the_work_at_the_pod(stage: str) -> None
         else:
             request.cancel()
         await asyncio.wait_for(cancelled.wait(), 2)
-        await eventually(lambda: gateway.router.reports[-1:] == ["finish"])
+        await eventually(lambda: gateway.router.reports[-1:] == ["closed"])
         await eventually(lambda: gateway.sample("requests_total", model="tiny", code="499") == 1)
         assert gateway.sample("in_flight", pod="a") == 0
         assert not any(report.startswith("failed") for report in gateway.router.reports)
@@ -170,7 +170,7 @@ async def test_a_client_that_stops_reading_is_cut_off_in_the_end_and_frees_the_p
         _, writer = await asyncio.open_connection(LOOPBACK, int(gateway.url.rsplit(":", 1)[1]), limit=1024)
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(BODY), BODY))
         await asyncio.wait_for(cancelled.wait(), 5)
-        await eventually(lambda: gateway.router.reports[-1] == "finish")
+        await eventually(lambda: gateway.router.reports[-1] == "closed")
         writer.close()
 
 

@@ -32,7 +32,7 @@ async def test_a_body_that_declares_too_much_is_refused_unread() -> None:
         assert b" 413 " in head
         assert b"Connection: close" in head
         writer.close()
-        assert gateway.router.routes == []
+        assert gateway.router.dispatched == []
         assert gateway.sample("requests_total", model="unknown", code="413") == 1
 
 
@@ -79,7 +79,7 @@ async def test_a_body_in_broken_chunks_is_given_up() -> None:
         writer.write(b"zz\r\n")
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
         assert head.split()[1] in (b"400", b"408")
-        assert gateway.router.routes == []
+        assert gateway.router.dispatched == []
         writer.close()
 
 
@@ -159,7 +159,7 @@ async def test_operators_see_decisions_and_pods_on_the_admin_listener() -> None:
         async with gateway.client.get(f"{gateway.admin_url}/debug/pods") as response:
             (card,) = (await response.json())["pods"]
         assert (card["name"], card["url"], card["healthy"], card["metrics"]) == ("a", url, True, None)
-        assert gateway.router.routes == []
+        assert gateway.router.dispatched == []
 
 
 class Slow:
@@ -198,7 +198,7 @@ async def test_draining_takes_no_more_requests_and_lets_those_in_flight_finish()
         slow.proceed.set()
         assert await response.read() == b"first last"
         await asyncio.wait_for(drain, 2)
-        assert gateway.router.reports[-1] == "finish"
+        assert gateway.router.reports[-1] == "closed"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -231,7 +231,7 @@ async def test_what_outlives_the_drain_is_cancelled_and_accounted_for() -> None:
     async with pod(slow) as url, rig(url, limits=limits) as gateway:
         response = await gateway.client.post(gateway.url + CHAT, data=BODY)
         await asyncio.wait_for(gateway.gateway.drain(), 2)
-        assert gateway.router.reports[-1] == "finish"
+        assert gateway.router.reports[-1] == "closed"
         assert gateway.sample("in_flight", pod="a") == 0
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
@@ -247,7 +247,7 @@ async def test_an_error_inside_the_context_does_not_wait_for_requests() -> None:
         started = loop.time()
         assert not await context.__aexit__(ZeroDivisionError, ZeroDivisionError(), None)
         assert loop.time() - started < 1.0
-        assert gateway.router.reports[-1] == "finish"
+        assert gateway.router.reports[-1] == "closed"
         response.close()
 
 
@@ -255,7 +255,7 @@ async def test_an_address_that_is_taken_leaves_nothing_open() -> None:
     async with rig() as first:
         taken = first.url.removeprefix("http://")
         config = Config(listen=taken, admin=f"{LOOPBACK}:0")
-        second = Gateway(config, first.router, first.metrics, first.client)  # type: ignore[arg-type]
+        second = Gateway(config, api={}, admin={}, draining=asyncio.Event())
         with pytest.raises(OSError, match="in use"):
             await second.__aenter__()
         assert second.admin_url is not None

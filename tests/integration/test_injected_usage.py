@@ -43,7 +43,7 @@ class Engine:
 async def answer_of(engine: Engine, *, injects: bool = True) -> tuple[bytes, str | None, list[str]]:
     """What the client gets, the length that it was told, and what was reported."""
     async with pod(engine) as url, rig(url) as gateway:
-        gateway.router.injects_usage = injects
+        gateway.rewriter.adds_usage = injects
         async with gateway.post(headers={"Accept-Encoding": "gzip"}) as response:
             assert response.status == engine.status
             return await response.read(), response.headers.get("Content-Length"), gateway.router.reports
@@ -57,7 +57,7 @@ async def test_a_stream_comes_without_the_report(chunks: Sequence[bytes], end: b
     engine = Engine([chunk.replace(b"\n", end) for chunk in chunks])
     got, _, reports = await answer_of(engine)
     assert got == (EVENTS + DONE).replace(b"\n", end)
-    assert "used a 7 4" in reports
+    assert "usage a 7 4" in reports
     assert engine.accepted == ["identity"]
 
 
@@ -67,14 +67,14 @@ async def test_a_stream_whose_length_was_told_comes_without_it(padding: int) -> 
     got, length, reports = await answer_of(Engine(pad + STREAM))
     assert got == pad + EVENTS + DONE
     assert length is None
-    assert "used a 7 4" in reports
+    assert "usage a 7 4" in reports
 
 
 async def test_without_asking_nothing_is_taken_out() -> None:
     engine = Engine([STREAM])
     got, _, reports = await answer_of(engine, injects=False)
     assert got == STREAM
-    assert "used a 7 4" in reports
+    assert "usage a 7 4" in reports
     assert engine.accepted == ["gzip"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -64,8 +65,7 @@ def body(tokens: list[int], max_tokens: int = 1) -> Json:
 
 def others_of(fleet: Fleet) -> int:
     """What a gateway hears that others have in flight."""
-    router = fleet.service.router
-    return sum(load.in_flight for load in router.fleet._peers.totals(router._clock()).values())
+    return sum(load.in_flight for load in fleet.service.peer_loads.totals(time.monotonic()).values())
 
 
 # Bursts of equal prompts

@@ -65,7 +65,7 @@ class Target:
     @property
     def feeds(self) -> Mapping[str, PodFeed]:
         """By endpoint."""
-        return self.service.router._feeds
+        return self.service.engines.subscriber.feeds
 
     async def ask(self, tally: Tally, path: str, body: Json) -> Answer:
         """Send a request whose prediction counts: every event of those before it has come."""
@@ -102,7 +102,7 @@ class Target:
 
     def noted(self, request_id: str) -> Outcome:
         """What the gateway has noted of a request that is over."""
-        record = next(self.service.router.decisions.newest(request_id=request_id))
+        record = next(self.service.decisions.newest(request_id=request_id))
         assert record.counted is not None, "the engine told of no usage"
         predicted = record.view()["predicted_hit_tokens"]
         assert isinstance(predicted, int)

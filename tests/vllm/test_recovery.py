@@ -47,7 +47,7 @@ async def test_an_engine_that_is_killed_and_comes_back(engines: Sequence[Engine]
         feed = target.feeds["pod-0"]
         # An engine that has published nothing yet looks like one that keeps no history; its first frame tells.
         await until(lambda: feed.state is FeedState.PARTIAL)
-        await until(lambda: all(pod.healthy for pod in target.service.router.registry.pods))
+        await until(lambda: all(pod.healthy for pod in target.service.engines.registry.pods))
         assert (feed.stats.restarts, len(feed.ledger)) == (1, 0)
         answers = await workload.evictions(target, tally, draw, count=40)
         assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}

@@ -1,11 +1,11 @@
-"""The block index as configured: where look-ups go, where events are written to, and what is known of the caches.
+"""The block index as configured: where lookups go, where events are written, and what is known of the caches.
 
-kind     writer    look-ups      events are followed here, and written to
+kind     writer    lookups       this process follows events, and writes them to
 memory   agents    own memory    own memory
 memory   gateway   own memory    own memory and Redis
 redis    gateway   Redis         Redis
-redis    agents    Redis         nothing: agents follow them
-redis    none      Redis         nothing: others write, and tell nothing of what they know
+redis    agents    Redis         (nowhere: agents follow and write)
+redis    none      Redis         (nowhere: others write, and report nothing about their feeds)
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from matrixinfer.trust.drift import Drift
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
-class Backend:
-    """Use as an async context manager, once `attach` has been called; it owns the connection to Redis, if there is one.
+class IndexSetup:
+    """The index and everything behind it. `attach` it to the feeds first, then use it as an async context manager.
 
-    `models` gives the index's names of the models that are served.
+    It owns the connection to Redis, if one is configured. `models` returns the index's names of the served models.
     """
 
     def __init__(self, config: Config, blocks: TokenBlockProcessor, *, models: Callable[[], list[str]]) -> None:
@@ -76,7 +76,7 @@ class Backend:
         self._stack = AsyncExitStack()
 
     def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
-        """Have the writer tell of `feeds`; returns what is known of the caches, by feeds or by what other writers tell."""
+        """Have the writer report on `feeds`. Returns what is known of the caches, from feeds or from other writers' reports."""
         self._feeds = feeds
         if self.redis is not None:
             writer = self.redis.writer
@@ -86,8 +86,7 @@ class Backend:
             return ReportedCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
         if self.states is not None and self.redis is not None:
-            own, told = FeedCaches(feeds, drift.doubts), ReportedCaches(self.states)
-            return SharedCaches(own, told, self._writes_surely)
+            return SharedCaches(FeedCaches(feeds, drift.doubts), ReportedCaches(self.states), self._writes_surely)
         if warm is None:
             return FeedCaches(feeds, drift.doubts)
         return FeedCaches(feeds, lambda name: drift.doubts(name) or warm.is_warming(name))
@@ -114,7 +113,7 @@ class Backend:
         await self._stack.aclose()
 
     def follow(self) -> None:
-        """Be the writer of every pod that is followed, also of those that hold nothing."""
+        """Be the writer of every followed publisher, including those that hold nothing yet."""
         if self.redis is not None and self.writes:
             for name in self._feeds:
                 self.redis.writer.follow(name)
@@ -127,7 +126,7 @@ class Backend:
         return writer is not None and writer.is_writer(pod) and not writer.is_doubtful(pod)
 
     def _is_told(self, pod: str) -> bool:
-        """Whether the pod's own events say more by now than what is known from elsewhere."""
+        """Whether the publisher's own events say more by now than a warm start does."""
         feed = self._feeds.get(pod)
         if feed is None:
             return False

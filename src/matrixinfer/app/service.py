@@ -1,7 +1,8 @@
-"""Puts the gateway together: the only place that knows every part."""
+"""The gateway's composition root: it creates every part, connects them, and knows nothing else."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from contextlib import AsyncExitStack
@@ -11,25 +12,22 @@ from typing import Self
 
 import structlog
 
-from matrixinfer.app.collectors import (
-    FeedCollector,
-    IndexCollector,
-    KeptCollector,
-    PluginCollector,
-    TokenCacheCollector,
-)
-from matrixinfer.app.index_setup import Backend, token_blocks
+from matrixinfer.app.collectors import IndexCollector, KeptCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
-from matrixinfer.app.redis_collector import RedisCollector
-from matrixinfer.config import Config, PodConfig, SchedulerConfig, bare_pod
+from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
-from matrixinfer.gateway.session import client_session
-from matrixinfer.kvevents.follower import EventFollower
-from matrixinfer.kvevents.subscriber import Subscriber
-from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
-from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.routing.audit import Auditor
+from matrixinfer.routing.candidates import Candidates
+from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.lookup import Lookup
+from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Services, Trust
 from matrixinfer.scheduler.plugin_loader import discover
@@ -39,12 +37,8 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import Peers
-from matrixinfer.trust.cache_views import Caches
-from matrixinfer.trust.drift import Drift, Lookups
+from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
-
-FIRST_LOOK_SECONDS = 5.0
-"""How long the start waits for every pod's first answer."""
 
 log = structlog.get_logger(__name__)
 
@@ -60,83 +54,72 @@ class Service:
         """Start every part. Raises `ConfigError`, and `OSError` when an address is taken."""
         config, clock = self.config, time.monotonic
         scheduler = build_scheduler(config.scheduler)
-        blocks = token_blocks(config.scheduler)
-        registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
-        backend = Backend(config, blocks, models=registry.base_models)
-        metrics, history, peer_loads = Metrics(), RoutingHistory(), PeerLoads()
+        self.metrics = metrics = Metrics()
+        history = RoutingHistory(keeps_exact=config.index.kind == "redis")
+        load = LoadLedger(clock, config.scheduler.pending_seconds)
+        self.peer_loads = peer_loads = PeerLoads()
+        self.decisions = decisions = DecisionLog(config.scheduler.decisions_kept)
+        parity = Parity(metrics, clock)
+        self.engines = engines = Engines(config, metrics, history=history, clock=clock)
+        registry, blocks, drift = engines.registry, engines.blocks, engines.drift
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(client_session(config.limits))
+            await stack.enter_async_context(engines)
             tokenizers = TokenizerManager(
-                config.models, config.tokenization, RemoteTokenizer(session), block_size=blocks.block_size
+                config.models, config.tokenization, RemoteTokenizer(engines.session), block_size=blocks.block_size
             )
             await stack.enter_async_context(tokenizers)
-            subscriber = await stack.enter_async_context(
-                Subscriber(index=backend.index, blocks=blocks, history=history)
-            )
-            drift, parity = Drift(metrics, subscriber.resync, clock), Parity(metrics, clock)
-            caches = backend.attach(subscriber.feeds, drift)
-            await stack.enter_async_context(backend)
-            load = LoadLedger(clock, config.scheduler.pending_seconds)
+            lookup = Lookup(registry, engines.setup.index, engines.caches)
             self.router = Router(
                 registry=registry,
-                tokenizers=tokenizers,
-                blocks=blocks,
-                index=backend.index,
-                feeds=subscriber.feeds,
-                caches=caches,
+                preparer=Preparer(
+                    registry,
+                    tokenizers,
+                    blocks,
+                    lookup,
+                    parity,
+                    max_prefix_tokens=config.scheduler.max_prefix_tokens,
+                    clock=clock,
+                ),
+                candidates=Candidates(registry, lookup, load, history, config.scheduler.weights, peer_loads),
                 scheduler=scheduler,
                 load=load,
-                peers=peer_loads,
-                metrics=metrics,
-                parity=parity,
-                drift=drift,
                 history=history,
-                config=config.scheduler,
-                injects_usage=config.drift.inject_usage,
-                remembers=config.index.kind == "redis",
+                auditor=Auditor(engines.subscriber.feeds, parity, drift, lookup, blocks),
+                decisions=decisions,
+                metrics=metrics,
                 clock=clock,
             )
-            if backend.store is not None and backend.store.config.share_load:
-                trust_of = partial(_trust_of, registry, caches)
-                peers = Peers(backend.store, loads=peer_loads, load=load, history=history, trust_of=trust_of)
+            store = engines.setup.store
+            if store is not None and store.config.share_load:
+                trust_of = partial(_trust_of, registry, engines.caches)
+                peers = Peers(store, loads=peer_loads, load=load, history=history, trust_of=trust_of)
                 metrics.register(PeersCollector(await stack.enter_async_context(peers)))
-            metrics.register(IndexCollector(backend.index))
-            if backend.redis is not None:
-                metrics.register(RedisCollector(backend.redis, backend.states))
-            metrics.register(FeedCollector(subscriber.feeds, drift.doubts))
             kept = {
-                "decisions": self.router.decisions.__len__,
+                "decisions": decisions.__len__,
                 "recent_blocks": history.__len__,
                 "pending_blocks": load.__len__,
                 "drift_endpoints": drift.__len__,
                 "parity_samples": parity.__len__,
             }
+            metrics.register(IndexCollector(engines.setup.index))
             metrics.register(KeptCollector(kept))
             metrics.register(TokenCacheCollector(tokenizers))
             metrics.register(PluginCollector(scheduler))
-
-            self._follow = follow = EventFollower(
-                subscriber,
-                config,
-                on_gone=self.router.fleet.forget,
-                on_followed=backend.follow,
-                listens=backend.follows,
+            self.watching = await stack.enter_async_context(
+                engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
-            self._watcher = watcher = PodWatcher(
-                registry,
-                session,
-                config.pod_watch,
-                on_discovered=self._discovered,
-                on_measured=partial(_measured, drift),
+            draining = asyncio.Event()
+            status = Status(registry, metrics, draining).routes()
+            rewriter = BodyRewriter(registry, adds_usage=config.drift.inject_usage)
+            proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
+            api = Api(self.router, registry, proxy, metrics, config.limits)
+            feeds = FeedReports(engines.subscriber.feeds, engines.caches)
+            admin = Admin(self.router, registry, decisions, feeds, parity, config.limits)
+            self.gateway = await stack.enter_async_context(
+                Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
             )
-            await stack.enter_async_context(watcher)
-            await watcher.first_round(FIRST_LOOK_SECONDS)
-            for pod in registry.pods:
-                if pod.served is None:  # it may never tell, and then it is never discovered
-                    follow(pod)
-            self.gateway = await stack.enter_async_context(Gateway(config, self.router, metrics, session))
             self._stack = stack.pop_all()
-        log.info("serving", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
+        log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
 
     async def __aexit__(
@@ -145,40 +128,20 @@ class Service:
         return await self._stack.__aexit__(kind, error, trace)
 
     def join(self, config: PodConfig) -> None:
-        """A pod comes. Raises `ValueError` where there is one of its name."""
-        pod = self.router.registry.join(bare_pod(config))
-        if pod.kv_sources is not None:  # it may never tell more
-            self._follow(pod)
-        self._watcher.watch(pod)
+        """Add a pod. Raises `ValueError` if there is one of that name."""
+        self.watching.join(config)
 
     def leave(self, name: str) -> None:
-        """A pod goes, and what is kept of it; requests that are there may end. Nothing happens where there is none."""
-        pod = self.router.registry.leave(name)
-        if pod is not None:
-            self._watcher.unwatch(name)
-            self._follow.leave(pod)
-            self.router.fleet.keep_models()
-
-    def _discovered(self, pod: Pod) -> None:
-        self._follow(pod)
-        self.router.fleet.keep_models()
+        """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
+        self.watching.leave(name)
 
 
 def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:
-    """How far an endpoint's events are believed; None where there is no such endpoint."""
+    """How far an endpoint's events are believed; None if there is no such endpoint."""
     if not registry.is_endpoint(name):
         return None
     cache = caches.of(name)
     return "none" if cache is None else cache.trust
-
-
-def _measured(drift: Drift, pod: Pod, metrics: EngineMetrics) -> None:
-    """Hold every rank's own counts against what the index has said of it."""
-    for endpoint in pod.endpoints:
-        shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
-        if shown is not None and shown.prefix_hits is not None:
-            counted = Lookups(shown.prefix_hits, shown.prefix_queries)
-            drift.measured(endpoint.name, counted, began_at=metrics.read_at)
 
 
 def build_scheduler(config: SchedulerConfig) -> Scheduler:

@@ -1,4 +1,4 @@
-"""What the gateway answers on each path."""
+"""What the gateway answers on each path: the API, the probes, and the admin pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -24,13 +23,14 @@ from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.requests import READERS
+from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.router import Router
 from matrixinfer.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from matrixinfer.routing.router import Router
+from matrixinfer.trust.cache_views import FeedReports
+from matrixinfer.trust.parity import Parity
 
 CLIENT_GONE = 499
-"""Status under which requests are counted whose client went away before the answer's end (nginx's convention)."""
+"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
 
 log = structlog.get_logger(__name__)
 
@@ -38,8 +38,11 @@ log = structlog.get_logger(__name__)
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, limits: LimitsConfig) -> None:
+    def __init__(
+        self, router: Router, registry: PodRegistry, proxy: Proxy, metrics: Metrics, limits: LimitsConfig
+    ) -> None:
         self._router = router
+        self._registry = registry
         self._proxy = proxy
         self._metrics = metrics
         self._limits = limits
@@ -52,7 +55,7 @@ class Api:
         }
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Route a request that brings a prompt, and pass its answer on."""
+        """Dispatch a request with a prompt, and pass its answer on."""
         started = time.monotonic()
         identity = headers.request_id(request.headers)
         model: str | None = None
@@ -60,17 +63,12 @@ class Api:
         code = 500
         try:
             body = await self._body(request)
-            route = await self._router.route(
-                request.rel_url.raw_path, body, request_id=identity, session=headers.session_id(request.headers)
-            )
-            model = route.decision.request.model
-            try:
-                response = await self._proxy.forward(
-                    Exchange(request=request, id=identity, started=started, route=route)
-                )
-            finally:
-                route.finish()
-            code, pod = response.status, response.headers[headers.POD]
+            path, session = request.rel_url.raw_path, headers.session_id(request.headers)
+            async with self._router.dispatch(path, body, request_id=identity, session=session) as in_flight:
+                model = in_flight.decision.request.model
+                exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
+                response = await self._proxy.forward(exchange)
+                code, pod = response.status, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
@@ -85,10 +83,10 @@ class Api:
         return response
 
     async def models(self, _: web.BaseRequest) -> web.StreamResponse:
-        """Every model that some pod serves."""
+        """Every model that a pod serves."""
         cards = [
             {"id": model.name, "object": "model", "created": 0, "owned_by": "matrixinfer", "parent": model.parent}
-            for model in self._router.registry.models()
+            for model in self._registry.models()
         ]
         return json_response({"object": "list", "data": cards})
 
@@ -118,7 +116,7 @@ class Status:
         return json_response({"status": "ok"})
 
     async def ready(self, _: web.BaseRequest) -> web.StreamResponse:
-        """Requests can be served: some pod is healthy, and the gateway is not about to stop."""
+        """The gateway can serve requests: a pod is healthy, and it is not draining."""
         if self._draining.is_set():
             return json_response({"status": "draining"}, status=503)
         if not self._registry.any_healthy():
@@ -131,10 +129,22 @@ class Status:
 
 
 class Admin:
-    """What operators ask; on the admin listener only."""
+    """Pages for operators, on the admin listener only."""
 
-    def __init__(self, router: Router, limits: LimitsConfig) -> None:
+    def __init__(
+        self,
+        router: Router,
+        registry: PodRegistry,
+        decisions: DecisionLog,
+        feeds: FeedReports,
+        parity: Parity,
+        limits: LimitsConfig,
+    ) -> None:
         self._router = router
+        self._registry = registry
+        self._decisions = decisions
+        self._feeds = feeds
+        self._parity = parity
         self._limits = limits
 
     def routes(self) -> Routes:
@@ -147,32 +157,31 @@ class Admin:
         }
 
     async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Where the body would go if it came on `?path=…`, and why. Changes nothing."""
+        """Where this body would go if it came to `?path=…`, and why. Changes nothing."""
         path = request.rel_url.query.get("path", CHAT_PATH)
         limits = self._limits
         body = await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
         return json_response(await self._router.explain(path, body))
 
     async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that took it."""
+        """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""
         query = request.rel_url.query
         limit = query.get("limit", "100")
         if not limit.isdecimal():
             raise InvalidRequest(f"limit: expected a number, got `{limit}`", param="limit")
-        found = self._router.decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
+        found = self._decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
         return json_response({"decisions": [record.view() for record in islice(found, int(limit))]})
 
     async def pods(self, _: web.BaseRequest) -> web.StreamResponse:
         """Every pod as last seen."""
-        registry = self._router.registry
-        now = registry.clock()
+        now = self._registry.clock()
         return json_response(
-            {"pods": [{**_pod(pod, now), "feeds": self._router.feeds_of(pod)} for pod in registry.pods]}
+            {"pods": [{**_pod(pod, now), "feeds": self._feeds.of(pod)} for pod in self._registry.pods]}
         )
 
     async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
         """How each model's token ids compare with its engines'."""
-        return json_response({"tokenizers": self._router.parity.view()})
+        return json_response({"tokenizers": self._parity.view()})
 
 
 def json_response(data: object, *, status: int = 200) -> web.Response:

@@ -1,42 +1,29 @@
-"""The gateway's servers: the API and, on an address of its own, what operators ask."""
+"""The gateway's servers: the API and, on an address of its own, the admin pages."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-import aiohttp
+from typing import Self
 
 from matrixinfer.config import Config, split_address
-from matrixinfer.gateway.handlers import Admin, Api, Status
-from matrixinfer.gateway.listener import Listener
-from matrixinfer.gateway.proxy import Proxy
-from matrixinfer.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from matrixinfer.routing.router import Router
+from matrixinfer.gateway.listener import Listener, Routes
 
 
 class Gateway:
-    """Serves while its context is open. Leaving it drains; leaving it with an error cancels what is in flight."""
+    """Serves while its context is open. Leaving it drains; leaving it with an error cancels what is in flight.
 
-    def __init__(self, config: Config, router: Router, metrics: Metrics, session: aiohttp.ClientSession) -> None:
+    `draining` is set when the drain begins: handlers then say so, and answers end their connections.
+    """
+
+    def __init__(self, config: Config, *, api: Routes, admin: Routes, draining: asyncio.Event) -> None:
         self._drain_seconds = config.limits.drain_seconds
-        self._draining = asyncio.Event()
-        status = Status(router.registry, metrics, self._draining)
-        proxy = Proxy(session, metrics, config.limits, self._draining)
-        api = Api(router, proxy, metrics, config.limits)
-        self._api = Listener(
-            *split_address(config.listen, path="$.listen"), {**api.routes(), **status.routes()}, self._draining
-        )
+        self._draining = draining
+        self._api = Listener(*split_address(config.listen, path="$.listen"), api, draining)
         self._admin: Listener | None = None
         if config.admin is not None:
-            admin = Admin(router, config.limits)
-            self._admin = Listener(
-                *split_address(config.admin, path="$.admin"), {**admin.routes(), **status.routes()}, self._draining
-            )
+            self._admin = Listener(*split_address(config.admin, path="$.admin"), admin, draining)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -66,7 +53,7 @@ class Gateway:
         return None if self._admin is None else self._admin.url
 
     async def drain(self) -> None:
-        """Take no more requests and let those in flight finish, within `limits.drainSeconds`; then cancel them.
+        """Take no more requests and let those in flight finish within `limits.drainSeconds`; then cancel them.
 
         Meanwhile `/ready` on the admin listener answers 503.
         """

@@ -1,4 +1,4 @@
-"""The last decisions, kept to say why a request went where it went. No prompt, no token ids."""
+"""The last decisions, kept to explain why a request went where it did. No prompts, no token ids."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from itertools import islice
 from matrixinfer.scheduler.framework import Candidate, Decision
 
 PODS_KEPT = 16
-"""Of a decision among more pods, the best ones, and then filtered ones."""
+"""A record keeps at most this many candidates: the best ones, then filtered ones."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """One decision, and what came of it."""
+    """One decision and its outcome."""
 
     id: str
     at: float
@@ -28,23 +28,23 @@ class Record:
     blocks: int
     """Full blocks of the prompt."""
     pods: int
-    """How many could have been chosen."""
+    """Number of candidates."""
     kept: Sequence[Candidate]
     """Best first."""
     scores: Mapping[str, Mapping[str, float]]
-    """Scorer to pod to score, before weights."""
+    """Scorer name to endpoint to score, before weights."""
     totals: Mapping[str, float]
     filtered: Mapping[str, str]
     notes: Sequence[str]
     timings_ms: Mapping[str, float]
     attempts: list[str]
-    """Pods that it was sent to, in order."""
+    """Endpoints that it was sent to, in order."""
     status: int | None = None
-    """Of the answer; None while there is none."""
+    """Status of the answer; None until there is one."""
     counted: int | None = None
-    """Prompt tokens, as the engine counts them."""
+    """Prompt tokens that the engine counted; None if it does not report them."""
     cached: int | None = None
-    """Of those, what it found in its cache; None where it does not tell."""
+    """Prompt tokens that it found in its cache; None if it does not report them."""
 
     def view(self) -> dict[str, object]:
         """As JSON-able data."""
@@ -103,7 +103,7 @@ def record(
     *,
     pods: int | None = PODS_KEPT,
 ) -> Record:
-    """What is worth keeping of a decision: of at most so many `pods`; None keeps all."""
+    """Keep a decision with its first `pods` candidates; None keeps all of them."""
     request = decision.request
     removed = (candidate for candidate in decision.candidates if candidate.name in decision.filtered)
     kept = tuple(islice((*decision.ranked, *removed), pods))
@@ -141,7 +141,7 @@ class DecisionLog:
         return len(self._records)
 
     def add(self, record: Record) -> None:
-        """Keep a record, and drop the oldest."""
+        """Keep a record, dropping the oldest if the log is full."""
         self._records.append(record)
 
     def newest(self, *, request_id: str | None = None, pod: str | None = None) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""What the pods hold of a prompt, as the index says."""
+"""How many blocks of a prompt each endpoint holds, according to the index."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from matrixinfer.trust.cache_views import Caches, CacheView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matches:
-    """Matches by publisher of KV events: a pod, or one of its data-parallel ranks."""
+    """Matches by endpoint name."""
 
     blocks: Mapping[str, int]
-    """Consecutive token blocks held from the start; publishers that hold none are absent."""
+    """Matched token blocks, consecutive from the prompt's start. Endpoints that hold none are absent."""
     tails: Mapping[str, int]
-    """Tokens held beyond those blocks, where engine blocks straddle them; absent for none."""
+    """Tokens held beyond those blocks, where engine blocks straddle them. Endpoints that hold none are absent."""
 
 
 class Held(NamedTuple):
     """What one endpoint holds of a prompt."""
 
     cache: CacheView | None
+    """What is known of its cache; None when nobody follows its events."""
     blocks: int | None
-    """Consecutive token blocks from the start; None when that is unknown."""
+    """Matched token blocks; None when the index cannot say."""
     tail: int
-    """Tokens beyond those blocks."""
+    """Tokens held beyond those blocks."""
     tiers: Sequence[int]
-    """How many of the blocks, from the start, are on the device; on the device or the host. None where all are."""
+    """How many of the blocks, from the start, are on the device; on the device or the host. Empty when all are."""
 
 
 class Lookup:
-    """Asks the index for a prompt's blocks and, where engine blocks straddle those, for the tail that decides."""
+    """Asks the index for a prompt's blocks and, where engine blocks straddle token blocks, for the tail behind them."""
 
     def __init__(self, registry: PodRegistry, index: BlockIndex, caches: Caches) -> None:
         self._registry = registry
@@ -43,9 +44,10 @@ class Lookup:
         self._caches = caches
 
     async def match(self, model: str, requested: str, pods: Sequence[Pod], chain: BlockChain) -> Matches:
-        """What each publisher holds of a prompt. Raises `IndexUnavailable`.
+        """Match a prompt's `chain` at the endpoints of `pods`. Raises `IndexUnavailable`.
 
-        Pods that name the model differently are each asked for under their own name of what the client `requested`.
+        Pods may name one model differently: each is looked up under its own name of the model that the client
+        `requested`.
         """
         if len({pod.base_model for pod in pods}) == 1:
             found = await self._index.match(model, chain)
@@ -62,7 +64,7 @@ class Lookup:
         return Matches(blocks=matches, tails=tails)
 
     async def _tails(self, model: str, chain: BlockChain, matches: Mapping[str, int]) -> Mapping[str, int]:
-        """Where engine blocks straddle token blocks: how much of the one at the end of each match is held beyond it."""
+        """Where engine blocks straddle token blocks: how many tokens behind each match its last engine block holds."""
         ends: dict[tuple[int, int], list[str]] = {}
         for name, count in matches.items():
             cache = self._caches.of(name)
@@ -77,12 +79,12 @@ class Lookup:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def held(self, name: str, matches: Matches | None) -> Held:
-        """What an endpoint's events and the index say of it."""
-        cache = self._caches.of(name)
+    def held(self, endpoint: str, matches: Matches | None) -> Held:
+        """What `endpoint` holds now. `matches` is None when the index was not asked or could not answer."""
+        cache = self._caches.of(endpoint)
         if matches is None or cache is None or cache.trust == "none":
             return Held(cache, None, 0, ())
         blocks = matches.blocks
-        match = blocks.get(name, 0)
-        tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
-        return Held(cache, match, matches.tails.get(name, 0), tiers)
+        match = blocks.get(endpoint, 0)
+        tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # another process may write them
+        return Held(cache, match, matches.tails.get(endpoint, 0), tiers)

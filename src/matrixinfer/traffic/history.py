@@ -16,11 +16,13 @@ class RoutingHistory:
     """The newest blocks sent to each endpoint; at most `max_blocks` over all of them: the one with the most gives way.
 
     Blocks that are sent again are young again, and a prompt's blocks are younger than those that follow them: what
-    remains of a prompt is a prefix of it.
+    remains of a prompt is a prefix of it. With `keeps_exact` blocks sent to endpoints with exact feeds are kept too, for
+    when the index is lost.
     """
 
-    def __init__(self, max_blocks: int = 1_000_000) -> None:
+    def __init__(self, max_blocks: int = 1_000_000, *, keeps_exact: bool = False) -> None:
         self._max_blocks = max_blocks
+        self._keeps_exact = keeps_exact
         self._sent: dict[str, OrderedDict[int, None]] = {}  # endpoint -> blocks, oldest first
         self._blocks = 0
         self._masks: dict[str, int] = {}  # model -> what tells its blocks from those of others
@@ -33,6 +35,13 @@ class RoutingHistory:
     def __len__(self) -> int:
         """Blocks remembered, over all endpoints."""
         return self._blocks
+
+    def computed(self, name: str, model: str, chain: Sequence[int], *, is_exact: bool) -> None:
+        """An endpoint has computed a prompt that was sent from here. `is_exact`: its events say all that it holds."""
+        if self._keeps_exact or not is_exact:
+            self.sent(name, model, chain)
+        elif name in self:
+            self.forget(name)
 
     def sent(self, name: str, model: str, chain: Sequence[int]) -> None:
         """An endpoint has computed a prompt that was sent from here."""

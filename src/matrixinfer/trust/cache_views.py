@@ -1,4 +1,4 @@
-"""What is known of every endpoint's cache, whoever follows its events: this process, or an agent that tells in Redis."""
+"""What is known of every endpoint's cache, whether this process follows its events or an agent that reports to Redis does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import msgspec
 
 from matrixinfer.index.redis.states import PodState, States, encode
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust.levels import trust, trust_in
 
 
 class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One endpoint's cache, as its events tell of it. A struct, as one is made per endpoint and decision."""
+    """One endpoint's cache, according to its events. A struct, because one is made per endpoint and decision."""
 
     trust: Trust
     feed: str
@@ -22,29 +23,30 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     engine_block: int | None
     """Tokens per engine block; None before the first."""
     has_tails: bool
-    """Engine blocks straddle token blocks, so that a look-up has to ask for tails."""
+    """Engine blocks straddle token blocks, so a lookup has to ask for tails too."""
     tiers: Sequence[str]
-    """The index's names of what is on each faster tier, the fastest first; none where there is but one."""
+    """The index's names of each faster tier, fastest first; empty when there is only one tier."""
     hides_salts: bool
+    """The events do not say which blocks belong to a cache salt."""
 
 
 class Caches(Protocol):
-    """Knows the caches."""
+    """A source of cache views."""
 
     def of(self, name: str) -> CacheView | None:
-        """What is known of an endpoint's cache now; None where nobody follows it."""
+        """What is known of an endpoint's cache now; None when nobody follows it."""
         ...
 
 
 class FeedCaches:
-    """Caches whose events this process follows. `doubts` tells of those that are not to be believed now."""
+    """Caches whose events this process follows. `doubts` says which endpoints are not to be believed now."""
 
     def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool] = lambda _: False) -> None:
         self._feeds = feeds
         self._doubts = doubts
 
     def of(self, name: str) -> CacheView | None:
-        """By its feed."""
+        """The view that its feed gives."""
         feed = self._feeds.get(name)
         if feed is None:
             return None
@@ -60,9 +62,9 @@ class FeedCaches:
 
 
 class ReportedCaches:
-    """Caches whose events agents follow, and tell of in Redis.
+    """Caches whose events agents follow, and report in Redis.
 
-    A pod of which nobody tells is unknown; with `unvouched` it is taken for partly known, as of writers who tell nothing.
+    An endpoint that nobody reports is unknown. With `unvouched` it counts as partly known: its writer reports nothing.
     """
 
     def __init__(self, states: States, *, unvouched: bool = False) -> None:
@@ -70,13 +72,13 @@ class ReportedCaches:
         self._unvouched = unvouched
 
     def of(self, name: str) -> CacheView | None:
-        """By what its agent told last; `stale` when that agent is not heard of any more."""
+        """The view that its agent reported last; `stale` once that agent has fallen silent."""
         state = self._states.of(name)
         if state is None:
             return _UNVOUCHED if self._unvouched else None
         believed = _TRUST.get(state.trust, "none")
         if state.model in self._states.foreign:
-            believed = "none"  # its blocks are made otherwise, so that nothing would ever match
+            believed = "none"  # its blocks are hashed differently, so nothing would ever match
         if believed != "none" and not self._states.is_alive(name):
             believed = "stale"
         return CacheView(
@@ -90,27 +92,55 @@ class ReportedCaches:
 
 
 class SharedCaches:
-    """Caches that this process follows and writes into Redis, and those that another one writes: believed as that one tells.
+    """Caches that this process follows and writes into Redis, and caches that others write and report.
 
-    `writes` says whether this process is the writer of an endpoint now, and in no doubt of what is there.
+    `writes` says whether this process is the writer of an endpoint now, and sure of what Redis holds.
     """
 
-    def __init__(self, own: Caches, told: Caches, writes: Callable[[str], bool]) -> None:
+    def __init__(self, own: Caches, reported: Caches, writes: Callable[[str], bool]) -> None:
         self._own = own
-        self._told = told
+        self._reported = reported
         self._writes = writes
 
     def of(self, name: str) -> CacheView | None:
-        """By whoever writes it; what nobody living writes is as good as what is told last."""
-        return self._own.of(name) if self._writes(name) else self._told.of(name) or self._own.of(name)
+        """The view of whoever writes it now, or the last one reported."""
+        return self._own.of(name) if self._writes(name) else self._reported.of(name) or self._own.of(name)
 
 
 _TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
 _UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
 
 
+class FeedReports:
+    """The state of each pod's KV events, for operators."""
+
+    def __init__(self, feeds: Mapping[str, PodFeed], caches: Caches) -> None:
+        self._feeds = feeds
+        self._caches = caches
+
+    def of(self, pod: Pod) -> dict[str, dict[str, object]]:
+        """The pod's endpoints as JSON-able data; those that nobody follows are absent."""
+        return {
+            endpoint.name: self._report(endpoint.name, cache)
+            for endpoint in pod.endpoints
+            if (cache := self._caches.of(endpoint.name)) is not None
+        }
+
+    def _report(self, name: str, cache: CacheView) -> dict[str, object]:
+        report: dict[str, object] = {
+            "state": cache.feed,
+            "trust": cache.trust,
+            "hides_salts": cache.hides_salts,
+            "engine_block_size": cache.engine_block,
+        }
+        feed = self._feeds.get(name)
+        if feed is not None:
+            report |= {"untrusted": feed.untrusted, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+        return report
+
+
 def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
-    """What is told in Redis of a feed that this process follows."""
+    """What to report in Redis about a feed that this process follows; None without a feed."""
     if feed is None:
         return None
     ledger = feed.ledger

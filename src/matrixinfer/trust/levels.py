@@ -1,10 +1,10 @@
 """How far each endpoint's KV events are believed: a pure function of its feed and of what its answers have shown.
 
-exact     every batch since the engine started, or was last empty, has been seen
+exact     every batch since the engine started, or was last empty, has been applied
 partial   what is indexed is true, but more may be cached: joined late, history truncated, salts or adapters hidden
-stale     what is indexed may be untrue: batches are missing or on their way, the engine does not answer, or its
-          answers tell otherwise
-none      the events do not tell what is cached, or there are none
+stale     what is indexed may be untrue: batches are missing or on their way, the engine is silent, or its answers
+          contradict the index
+none      the events do not say what is cached, or nobody follows them
 
           complete    partial    syncing    stale    untrusted, no feed
 alive     exact       partial    stale      stale    none
@@ -27,7 +27,7 @@ _BY_STATE: dict[FeedState, Trust] = {
 
 
 def trust(state: FeedState | None, *, silent: bool, doubted: bool) -> Trust:
-    """The trust in a feed in `state` (None: no feed) that is `silent` to heartbeats, or `doubted` for its answers."""
+    """Trust in a feed in `state` (None: no feed) that is `silent` to heartbeats, or `doubted` because of drift."""
     if state is None:
         return "none"
     believed = _BY_STATE[state]
@@ -35,7 +35,7 @@ def trust(state: FeedState | None, *, silent: bool, doubted: bool) -> Trust:
 
 
 def trust_in(feed: PodFeed | None, *, doubted: bool) -> Trust:
-    """`trust` of a feed as it is now."""
+    """Trust in a feed as it is now."""
     if feed is None:
         return "none"
     return trust(feed.state, silent=feed.is_silent, doubted=doubted)

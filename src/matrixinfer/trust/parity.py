@@ -1,8 +1,8 @@
-"""Whether our token ids are the engine's: the canary that tells, and what follows when they are not.
+"""Whether our token ids are the engine's: the canary, and what follows when it differs.
 
-Two things are compared all the time: the count of prompt tokens that answers report, and, on a sample of requests, the
-token ids themselves as the engine's events show them (`kvevents.witness`). After a run of mismatches a model is routed
-approximately, by what this gateway has sent where and not by the index, until it has agreed as often in a row.
+Two things are compared all the time: the number of prompt tokens that answers report and, for a sample of requests, the
+token ids themselves as the engine's events show them (`kvevents.witness`). After a run of mismatches the model is routed
+approximately, by what this gateway has sent where instead of the index, until as many comparisons in a row agree.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ Check: TypeAlias = Literal["usage", "events"]
 RUN = 3
 """Mismatches in a row after which a model is routed approximately, and agreements after which it no longer is."""
 SAMPLED_EVERY = 16
-"""One request in so many has the engine's events compared."""
+"""One request in this many has its token ids compared with the engine's events."""
 _MAX_SAMPLES = 64
 _GRACE_SECONDS = 1.0
-"""Events may come this long after the answer's end."""
+"""How long after the answer's end its events may still come."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,9 +40,9 @@ class Verdict:
     mismatched: int = 0
     inconclusive: int = 0
     differing: bool = False
-    """A run of mismatches has not been made up for by one of agreements."""
+    """A run of mismatches, and no run of agreements since."""
     streak: int = 0
-    """The run that is under way: of agreements, or of mismatches where it is negative."""
+    """Length of the current run: positive for agreements, negative for mismatches."""
 
     def note(self, *, agrees: bool) -> None:
         """One more comparison."""
@@ -69,15 +71,15 @@ class Sample:
     path: str
     feed: PodFeed
     epoch: int
-    """Of the feed: in a later one old blocks may have come once more."""
+    """The feed's epoch when the sample began: in a later one, old blocks may have been published again."""
     witness: Witness
     until: float | None = None
-    """When its time is over; None while the request is under way."""
+    """When to judge it; None while the request is in flight."""
     void: bool = False
 
 
 class Comparison:
-    """One prompt's token ids, to be held against what its engine tells of them."""
+    """One prompt's token ids, compared with what its engine reports about them."""
 
     __slots__ = ("_count", "_model", "_parity", "_prompt", "_sample")
 
@@ -89,15 +91,15 @@ class Comparison:
         self._sample: Sample | None = None
 
     def counted(self, pod: str, engines: int) -> None:
-        """The engine's count. Only where the prompt is `counted`."""
+        """The engine counted so many prompt tokens. Call it only for prompts that are `counted`."""
         self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
 
     def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:
-        """Look for the prompt in the engine's events."""
+        """Start to look for the prompt in the engine's events."""
         self._sample = self._parity.watch(self._model, pod, self._prompt.path, feed, witness)
 
     def unwatch(self, *, computed: bool) -> None:
-        """The request is over, or tried elsewhere."""
+        """The request is over, or goes to another endpoint."""
         if self._sample is not None:
             self._parity.finished(self._sample, computed=computed)
             self._sample = None
@@ -114,7 +116,7 @@ class _Model:
 
 
 class Parity:
-    """Keeps the verdicts of all models. `clock` gives seconds and never goes back."""
+    """The verdicts on all models. `clock` gives seconds and never goes back."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
@@ -122,10 +124,9 @@ class Parity:
         self._models: dict[str, _Model] = {}
         self._samples: list[Sample] = []
         self._turns = itertools.count()
-        self._log = structlog.get_logger(__name__)
 
     def __len__(self) -> int:
-        """Requests that are being looked for in events."""
+        """Requests being looked for in events."""
         return len(self._samples)
 
     def is_approximate(self, model: str) -> bool:
@@ -144,22 +145,22 @@ class Parity:
         self._models = {name: model for name, model in self._models.items() if name in models}
 
     def counted(self, model: str, *, pod: str, path: str, ours: int, engines: int) -> None:
-        """An answer of `pod` says that it counted `engines` prompt tokens where we have `ours`."""
+        """An answer of `pod` reports `engines` prompt tokens where we counted `ours`."""
         self._note(model, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
 
     def is_due(self) -> bool:
-        """Whether this request is one to `watch`."""
+        """Whether this request belongs to the sample."""
         return next(self._turns) % SAMPLED_EVERY == 0
 
     def is_watched(self, feed: PodFeed) -> bool:
-        """Whether a request is being looked for in `feed`, so that others that go to its pod are to be told of."""
+        """Whether a request is being looked for in `feed`, so that every other one sent there must be passed to `watch`."""
         self._settle()
         return feed.ledger.witness is not None
 
     def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
-        """Look for a prompt in what `pod` stores from now on, unless another one is being looked for there.
+        """Look for a prompt in the blocks that `pod` stores from now on, unless another prompt is being looked for there.
 
-        In that case the other one's time is over where its blocks could be taken for those of this one.
+        In that case the other search ends if its blocks could be confused with those of this prompt.
         """
         if feed.ledger.witness is not None:
             self._crossed(feed, witness)
@@ -172,19 +173,19 @@ class Parity:
         return sample
 
     def _crossed(self, feed: PodFeed, witness: Witness) -> None:
-        """A prompt like the one looked for in `feed` goes to the same pod."""
+        """A prompt that may be like the one looked for in `feed` goes to the same pod."""
         for sample in self._samples:
             if sample.feed is feed and sample.witness.is_like(witness):
                 feed.ledger.witness = None
                 sample.void = sample.void or not sample.witness.chains
 
     def finished(self, sample: Sample, *, computed: bool) -> None:
-        """The request of `sample` is over; its last events may still come."""
+        """The request of `sample` is over. Its last events may still come."""
         sample.void = sample.void or not computed
         sample.until = self._clock() + _GRACE_SECONDS if computed else self._clock()
 
     def _settle(self) -> None:
-        """Judge the samples whose time is over."""
+        """Judge the samples that are due."""
         if not self._samples:
             return
         now = self._clock()
@@ -211,18 +212,21 @@ class Parity:
             first_difference=position,
         )
 
-    def _note(self, name: str, check: Check, *, agrees: bool, **told: object) -> None:
+    def _note(self, name: str, check: Check, *, agrees: bool, **facts: object) -> None:
         model = self._model(name)
         verdict = model.checks[check]
         verdict.note(agrees=agrees)
         self._metrics.parity(name, check, "agreed" if agrees else "mismatch")
         if not agrees and _is_worth_a_line(verdict):
-            self._log.warning("tokenizer.differs", model=name, check=check, times=verdict.mismatched, **told)
+            log.warning("tokenizer_differed", model=name, check=check, times=verdict.mismatched, **facts)
         approximate = any(each.differing for each in model.checks.values())
         if approximate != model.approximate:
             model.approximate = approximate
             self._metrics.approximate(name, approximate)
-            self._log.warning("tokenizer.distrusted" if approximate else "tokenizer.trusted", model=name, check=check)
+            if approximate:
+                log.warning("tokenizer_distrusted", model=name, check=check)
+            else:
+                log.info("tokenizer_trusted", model=name, check=check)
 
     def _model(self, name: str) -> _Model:
         known = self._models.get(name)
@@ -233,5 +237,5 @@ class Parity:
 
 
 def _is_worth_a_line(verdict: Verdict) -> bool:
-    """The first mismatches are, and then ever fewer."""
+    """The first few mismatches are, then the 4th, 8th, 16th and so on."""
     return verdict.mismatched <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0

@@ -22,7 +22,6 @@ from matrixinfer.config import (
     ModelConfig,
     PodConfig,
     PodWatchConfig,
-    SchedulerConfig,
     TokenizationConfig,
 )
 from matrixinfer.feedtools.capture_file import CaptureReader
@@ -32,19 +31,13 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
-from matrixinfer.routing.in_flight import Route
-from matrixinfer.routing.router import Router
-from matrixinfer.scheduler.framework import Candidate, Services
-from matrixinfer.scheduler.plugin_loader import discover
-from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
-from matrixinfer.telemetry.metrics import Metrics
-from matrixinfer.traffic.history import RoutingHistory
-from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.message import Load
-from matrixinfer.trust.drift import Drift
-from matrixinfer.trust.parity import Parity
+
+from .support import Dispatcher, Parts
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
 MODEL = "bench"
@@ -69,10 +62,7 @@ class Gateway:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        config = SchedulerConfig()
-        self.blocks, self.index = TokenBlockProcessor(self.block_size), MemoryIndex()
-        self.metrics, self.history, self.peers = Metrics(), RoutingHistory(), PeerLoads()
-        self.load = LoadLedger(self.clock, config.pending_seconds)
+        self.blocks, self.index, self.peers = TokenBlockProcessor(self.block_size), MemoryIndex(), PeerLoads()
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in self.pods]
         self.registry = PodRegistry(configs, self.models, PodWatchConfig(), self.clock)
         self.feeds: dict[str, PodFeed] = {}
@@ -81,22 +71,16 @@ class Gateway:
             self.registry.learn(name, served=served)
             self.registry.answered(name)
         self.tokenizers = TokenizerManager(self.models, TokenizationConfig(), None)
-        self.router = Router(
+        parts = Parts(
             registry=self.registry,
             tokenizers=self.tokenizers,
             blocks=self.blocks,
-            index=self.index,
             feeds=self.feeds,
-            scheduler=Scheduler(config, Services(clock=self.clock, rng=random.Random(0)), discover()),
-            load=self.load,
-            metrics=self.metrics,
-            parity=Parity(self.metrics, self.clock),
-            drift=Drift(self.metrics, lambda name, *, replay: None, self.clock),
-            history=self.history,
-            peers=self.peers,
-            config=config,
             clock=self.clock,
+            index=self.index,
+            peers=self.peers,
         )
+        self.requests = Dispatcher(parts.router)
 
     def feed(self, endpoint: str) -> PodFeed:
         if endpoint not in self.feeds:
@@ -104,13 +88,18 @@ class Gateway:
             self.feeds[endpoint] = PodFeed(ledger, can_replay=False)
         return self.feeds[endpoint]
 
-    async def route(self, path: str, body: bytes) -> Route:
-        return await self.router.route(path, body, request_id="recorded")
+    async def dispatch(self, path: str, body: bytes) -> InFlight:
+        return await self.requests.dispatch(path, body)
+
+    async def finish(self, request: InFlight, *, computed: bool = True) -> None:
+        if computed:
+            request.first_byte()
+        await self.requests.finish(request)
 
 
-def line(label: str, route: Route) -> str:
+def line(label: str, request: InFlight) -> str:
     """What was decided, and on which grounds."""
-    decision, prompt_tokens = route.decision, route.decision.request.prompt_tokens
+    decision, prompt_tokens = request.decision, request.decision.request.prompt_tokens
     size = decision.request.block_size
 
     def of(pod: Candidate) -> str:
@@ -154,11 +143,9 @@ async def over_capture(name: str, block_size: int) -> AsyncIterator[str]:
         elif row["kind"] == "request" and row.get("prompt_token_ids"):
             body = {**(row.get("body") or {}), "model": MODEL, "prompt": row["prompt_token_ids"]}
             body.pop("messages", None)
-            route = await gateway.route(COMPLETIONS_PATH, json.dumps(body).encode())
-            yield line(f"{name}:{row['label']}", route)
-            if number % 3:
-                route.first_byte()
-            route.finish()
+            request = await gateway.dispatch(COMPLETIONS_PATH, json.dumps(body).encode())
+            yield line(f"{name}:{row['label']}", request)
+            await gateway.finish(request, computed=bool(number % 3))
             gateway.clock.now += 0.4
 
 
@@ -184,16 +171,14 @@ async def over_fleets() -> AsyncIterator[str]:
                 )
         if draw.random() < 0.5:
             gateway.peers.hear("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
-        under_way: list[Route] = []
+        in_flight: list[InFlight] = []
         for turn in range(5):
             tokens = [*prompt[: draw.randrange(8, 49)], *(draw.randrange(1000) for _ in range(draw.randrange(12)))]
-            route = await gateway.route(COMPLETIONS_PATH, json.dumps({"model": MODEL, "prompt": tokens}).encode())
-            yield line(f"fleet:{seed}.{turn}", route)
-            under_way.append(route)
+            request = await gateway.dispatch(COMPLETIONS_PATH, json.dumps({"model": MODEL, "prompt": tokens}).encode())
+            yield line(f"fleet:{seed}.{turn}", request)
+            in_flight.append(request)
             if draw.random() < 0.5:
-                done = under_way.pop(draw.randrange(len(under_way)))
-                done.first_byte()
-                done.finish()
+                await gateway.finish(in_flight.pop(draw.randrange(len(in_flight))))
             gateway.clock.now += draw.random()
 
 
@@ -226,8 +211,7 @@ async def over_benchmark() -> AsyncIterator[str]:
     gateway = Gateway(pods=("a", "b", "c", "d"), block_size=128, models=models)
     async with gateway.tokenizers:
         for kib, session in ((1, 0), (8, 1), (8, 2), (64, 3), (8, 1), (64, 3), (1, 0)):
-            route = await gateway.route(CHAT_PATH, chat(kib, session))
-            yield line(f"bench:{kib}.{session}", route)
-            route.first_byte()
-            route.finish()
+            request = await gateway.dispatch(CHAT_PATH, chat(kib, session))
+            yield line(f"bench:{kib}.{session}", request)
+            await gateway.finish(request)
             gateway.clock.now += 5.0

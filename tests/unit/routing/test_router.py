@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from matrixinfer.config import (
     ModelConfig,
     PodConfig,
     PodWatchConfig,
-    SchedulerConfig,
     TokenizationConfig,
 )
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
@@ -27,18 +25,15 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.routing.router import Router
-from matrixinfer.scheduler.framework import Services
-from matrixinfer.scheduler.plugin_loader import discover
-from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.message import Load
-from matrixinfer.trust.drift import Drift
-from matrixinfer.trust.parity import Parity
+
+from .support import Dispatcher, Parts
 
 PATH = "/v1/completions"
 BLOCK, ENGINE_BLOCK = 4, 8
@@ -60,7 +55,6 @@ class World:
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
-    injects_usage: bool = False
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -72,23 +66,25 @@ class World:
             ledger = Ledger(pod=pod.name, model="m", blocks=self.blocks, index=self.index)
             ledger.block_size = ENGINE_BLOCK
             self.feeds[pod.name] = PodFeed(ledger, can_replay=False)
-        config = SchedulerConfig()
-        self.router = Router(
+        self.parts = Parts(
             registry=self.registry,
             tokenizers=TokenizerManager(self.models, TokenizationConfig(), None),
             blocks=self.blocks,
-            index=self.index,
             feeds=self.feeds,
-            scheduler=Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover()),
+            index=self.index,
             load=self.load,
-            metrics=self.metrics,
-            parity=Parity(self.metrics, time.monotonic),
-            drift=Drift(self.metrics, lambda name, *, replay: None, time.monotonic),
             history=self.history,
             peers=self.peers,
-            config=config,
-            injects_usage=self.injects_usage,
+            metrics=self.metrics,
         )
+        self.router = self.parts.router
+        self._requests = Dispatcher(self.router)
+
+    async def dispatch(self, body: bytes | None = None, *, request_id: str = "r") -> InFlight:
+        return await self._requests.dispatch(PATH, request() if body is None else body, request_id=request_id)
+
+    async def finish(self, dispatched: InFlight) -> None:
+        await self._requests.finish(dispatched)
 
     def holds(self, pod: str, tokens: int, *, model: str = "m", salt: str | None = None) -> None:
         chain = self.blocks.chain(TOKENS[:tokens], salt=salt)
@@ -109,11 +105,11 @@ def field_of(decision: Mapping[str, Any], name: str) -> dict[str, Any]:
 async def test_the_pod_that_holds_the_prompt_is_chosen_and_charged() -> None:
     world = World()
     world.holds("b", 32)
-    route = await world.router.route(PATH, request(), request_id="r")
-    assert route.decision.chosen.name == "b"
+    sent = await world.dispatch()
+    assert sent.decision.chosen.name == "b"
     assert world.load.in_flight("b") == 1
     assert world.load.queued_tokens("b") == 8
-    route.finish()
+    await world.finish(sent)
     assert world.load.total() == 0
 
 
@@ -141,8 +137,8 @@ async def test_the_prediction_is_whole_engine_blocks_and_never_the_last_token(he
 
 async def test_the_next_request_sees_what_this_one_brings() -> None:
     world = World()
-    route = await world.router.route(PATH, request(), request_id="r")
-    pod = route.decision.chosen.name
+    sent = await world.dispatch()
+    pod = sent.decision.chosen.name
     decision = await world.explain()
     assert decision["chosen"] == pod
     assert field_of(decision, "pending_blocks")[pod] == 10
@@ -152,23 +148,22 @@ async def test_the_next_request_sees_what_this_one_brings() -> None:
 async def test_a_computed_prompt_is_assumed_for_a_while_and_a_refused_one_is_not() -> None:
     for computed in (True, False):
         world = World()
-        route = await world.router.route(PATH, request(), request_id="r")
+        sent = await world.dispatch()
         if computed:
-            route.first_byte()
-        route.finish()
-        route.finish()
+            sent.first_byte()
+        await world.finish(sent)
         assert sum(field_of(await world.explain(), "pending_blocks").values()) == (10 if computed else 0)
 
 
 async def test_a_move_takes_the_charge_along() -> None:
     world = World()
     world.holds("a", 40)
-    route = await world.router.route(PATH, request(), request_id="r")
-    other = route.decision.ranked[1]
-    route.move(other)
+    sent = await world.dispatch()
+    other = sent.decision.ranked[1]
+    sent.move(other)
     assert (world.load.in_flight("a"), world.load.in_flight(other.name)) == (0, 1)
     assert world.load.queued_tokens(other.name) == 40
-    route.finish()
+    await world.finish(sent)
     assert world.load.total() == 0
 
 
@@ -180,7 +175,7 @@ async def test_a_pod_without_a_feed_is_unknown_and_not_empty() -> None:
 
 async def test_a_prompt_that_cannot_be_tokenized_is_routed_by_load() -> None:
     world = World()
-    await world.router.route(PATH, request(prompt="text"), request_id="r")
+    await world.dispatch(request(prompt="text"))
     decision = await world.explain(prompt="text")
     assert decision["tokens"] is None
     assert decision["blocks"] == 0
@@ -195,7 +190,7 @@ async def test_an_index_that_does_not_answer_degrades_the_decision() -> None:
     decision = await world.explain()
     assert field_of(decision, "matched_blocks") == {"a": None, "b": None, "c": None}
     assert "index unavailable: no answer within 20 ms" in decision["notes"]
-    (await world.router.route(PATH, request(), request_id="r")).finish()
+    await world.finish(await world.dispatch())
 
 
 async def test_salts_and_adapters_are_namespaces_of_their_own() -> None:
@@ -206,44 +201,6 @@ async def test_salts_and_adapters_are_namespaces_of_their_own() -> None:
     assert (await world.explain())["chosen"] == "a"
     assert (await world.explain(cache_salt="s"))["chosen"] == "b"
     assert (await world.explain(model="lora"))["chosen"] == "c"
-
-
-async def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name() -> None:
-    world = World()
-    for name, expected in (("m", "m"), ("also", "also"), ("lora", "lora"), ("nice", "m")):
-        body = request(model=name, temperature=0.1, odd={"b": 1, "a": [1.0, 2]})
-        route = await world.router.route(PATH, body, request_id="r")
-        sent = route.body_for(route.decision.chosen)
-        assert json.loads(sent) == {**json.loads(body), "model": expected}
-        assert (sent is body) == (name == expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "asked"),
-    [
-        (None, {"include_usage": True}),
-        ({"include_usage": False, "odd": 1}, {"include_usage": True, "odd": 1}),
-        ({"continuous_usage_stats": True}, {"include_usage": True}),
-        ({"include_usage": True, "continuous_usage_stats": True}, None),
-        ({"include_usage": "true"}, None),
-        (False, None),
-        ([], None),
-    ],
-)
-async def test_usage_is_asked_for_once_at_the_end_unless_the_client_asks_or_errs(options: Any, asked: Any) -> None:
-    world = World(injects_usage=True)
-    for name, model in (("m", "m"), ("nice", "m")):
-        body = request(model=name, stream=True, stream_options=options)
-        route = await world.router.route(PATH, body, request_id="r")
-        sent = route.body_for(route.decision.chosen)
-        assert json.loads(sent) == {**json.loads(body), "model": model, "stream_options": asked or options}
-        assert (sent is body) == (asked is None and name == model)
-        assert route.injects_usage == (asked is not None)
-        assert route.body_for(route.decision.ranked[1]) == sent
-    body = request(stream_options=None)
-    route = await world.router.route(PATH, body, request_id="r")
-    assert route.body_for(route.decision.chosen) is body
-    assert not route.injects_usage
 
 
 async def test_stale_metrics_are_unknown() -> None:
@@ -259,21 +216,20 @@ async def test_stale_metrics_are_unknown() -> None:
 async def test_client_errors_come_before_any_decision() -> None:
     world = World()
     with pytest.raises(InvalidRequest):
-        await world.router.route(PATH, b"{", request_id="r")
+        await world.dispatch(b"{")
     with pytest.raises(UnknownModel):
-        await world.router.route(PATH, request(model="none"), request_id="r")
+        await world.dispatch(request(model="none"))
     for pod in world.registry.pods:
         pod.served = None
     with pytest.raises(NoPodAvailable):
-        await world.router.route(PATH, request(model="none"), request_id="r")
+        await world.dispatch(request(model="none"))
     assert world.load.total() == 0
 
 
 async def test_an_alias_of_an_adapter_is_asked_for_as_the_adapter() -> None:
     world = World(models=(ModelConfig(name="lora", aliases=("fine",)),))
-    route = await world.router.route(PATH, request(model="fine"), request_id="r")
-    assert route.decision.request.model == "lora"
-    assert json.loads(route.body_for(route.decision.chosen))["model"] == "lora"
+    sent = await world.dispatch(request(model="fine"))
+    assert sent.decision.request.model == "lora"
 
 
 async def test_engines_that_name_one_model_differently_are_matched_under_their_own_names() -> None:
@@ -306,7 +262,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
     world = World()
     del world.feeds["c"]
     a, _, c = world.registry.pods
-    assert world.router.feeds_of(a) == {
+    assert world.parts.feed_reports.of(a) == {
         "a": {
             "state": "partial",
             "trust": "partial",
@@ -317,7 +273,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
             "engine_block_size": ENGINE_BLOCK,
         }
     }
-    assert world.router.feeds_of(c) == {}
+    assert world.parts.feed_reports.of(c) == {}
 
 
 SOURCE = KvEventsConfig(endpoint="tcp://b:1")
@@ -338,30 +294,29 @@ async def test_every_rank_is_a_candidate_of_its_own() -> None:
     decision = await world.explain()
     assert field_of(decision, "matched_blocks") == {"a": 0, "b@dp0": 2, "b@dp1": 8, "c": 0}
     assert decision["chosen"] == "b@dp1"
-    assert list(world.router.feeds_of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
+    assert list(world.parts.feed_reports.of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
 
 
 async def test_the_chosen_rank_is_charged_and_its_pod_told_of() -> None:
     world = ranked(8, 32)
-    route = await world.router.route(PATH, request(), request_id="r")
-    chosen = route.decision.chosen
+    sent = await world.dispatch()
+    chosen = sent.decision.chosen
     assert (chosen.name, chosen.pod, chosen.rank, chosen.url) == ("b@dp1", "b", 1, "http://b")
     assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
-    route.failed(chosen)
+    sent.failed()
     assert world.registry.pods[1].failures == 1
-    route.answered(chosen, 503)
+    sent.answered(503)
     assert world.registry.pods[1].failures == 1
-    route.answered(chosen, 400)
+    sent.answered(400)
     assert world.registry.pods[1].failures == 0
-    assert route.body_for(chosen) == request()
-    route.finish()
+    await world.finish(sent)
     assert world.load.total() == 0
 
 
 async def test_a_pod_that_cannot_be_reached_is_tried_once_however_many_ranks_it_has() -> None:
-    route = await ranked(8, 32, 16).router.route(PATH, request(), request_id="r")
-    assert len(route.decision.ranked) == 5
-    first, *others = route.decision.attempts
+    sent = await ranked(8, 32, 16).dispatch()
+    assert len(sent.decision.ranked) == 5
+    first, *others = sent.decision.attempts
     assert first.name == "b@dp1"
     assert sorted(other.name for other in others) == ["a", "c"]
 
@@ -400,23 +355,23 @@ async def test_pods_that_filters_removed_are_the_last_resort() -> None:
     world = World()
     metrics = EngineMetrics(running=9, waiting=99, cache_usage=0.5, read_at=time.monotonic())
     world.registry.measured("a", metrics)
-    decision = (await world.router.route(PATH, request(), request_id="r")).decision
+    decision = (await world.dispatch()).decision
     assert [pod.name for pod in decision.attempts][-1] == "a"
     assert "a" in decision.filtered
     assert sorted(pod.name for pod in decision.attempts) == ["a", "b", "c"]
 
 
-async def sent(world: World, **body: object) -> str:
+async def computed(world: World, **body: object) -> str:
     """Send a request that is computed; returns its pod."""
-    route = await world.router.route(PATH, request(**body), request_id="r")
-    route.first_byte()
-    route.finish()
-    return route.decision.chosen.name
+    sent = await world.dispatch(request(**body))
+    sent.first_byte()
+    await world.finish(sent)
+    return sent.decision.chosen.name
 
 
 async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -> None:
     world = World(load=LoadLedger(time.monotonic, 0.0))
-    pod = await sent(world)
+    pod = await computed(world)
     decision = await world.explain()
     assert field_of(decision, "trust") == dict.fromkeys("abc", "partial")
     assert field_of(decision, "recent_blocks") == {**dict.fromkeys("abc", 0), pod: 10}
@@ -428,20 +383,20 @@ async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -
 
 async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
     world = World(load=LoadLedger(time.monotonic, 0.0))
-    pod = await sent(world)
+    pod = await computed(world)
     world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
     world.holds(pod, 16)
     decision = await world.explain()
     assert (field_of(decision, "trust")[pod], field_of(decision, "recent_blocks")[pod]) == ("exact", 0)
     assert pod in world.history
-    assert await sent(world) == pod
+    assert await computed(world) == pod
     assert pod not in world.history
 
 
 async def test_a_request_that_was_not_computed_leaves_nothing_behind() -> None:
     world = World(load=LoadLedger(time.monotonic, 0.0))
-    route = await world.router.route(PATH, request(), request_id="r")
-    route.finish()
+    sent = await world.dispatch()
+    await world.finish(sent)
     assert len(world.history) == 0
 
 
@@ -461,42 +416,42 @@ async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device()
 async def test_what_an_answer_leaves_behind_of_a_pod_that_has_left_is_forgotten() -> None:
     world = World(load=LoadLedger(time.monotonic, 60.0))
     world.holds("b", 32)
-    route = await world.router.route(PATH, request(), request_id="r")
-    assert route.decision.chosen.name == "b"
+    sent = await world.dispatch()
+    assert sent.decision.chosen.name == "b"
     world.registry.leave("b")
-    world.router.fleet.forget("b")
+    world.router.forget("b")
     decision = await world.explain()
     assert sorted(decision["pods"]) == ["a", "c"]
-    route.first_byte()
-    route.used(route.decision.chosen, 40, 8)
+    sent.first_byte()
+    sent.usage(40, 8)
     assert b'pod="b"' in world.metrics.render()
-    route.finish()
+    await world.finish(sent)
     assert b'pod="b"' not in world.metrics.render()
-    assert (len(world.history), len(world.load), len(world.router._drift)) == (0, 0, 0)
+    assert (len(world.history), len(world.load), len(world.parts.drift)) == (0, 0, 0)
 
 
 async def test_decisions_are_kept_with_what_came_of_them() -> None:
     world = World()
-    route = await world.router.route(PATH, request(), request_id="r-1")
-    first, second = route.decision.attempts[:2]
-    route.failed(first)
-    route.move(second)
-    route.answered(second, 200)
-    route.used(second, 40, 8)
-    (record,) = world.router.decisions.newest(request_id="r-1")
+    sent = await world.dispatch(request(), request_id="r-1")
+    first, second = sent.decision.attempts[:2]
+    sent.failed()
+    sent.move(second)
+    sent.answered(200)
+    sent.usage(40, 8)
+    (record,) = world.parts.decisions.newest(request_id="r-1")
     assert (record.attempts, record.status, record.counted, record.cached) == ([first.name, second.name], 200, 40, 8)
 
 
 async def test_what_other_gateways_have_in_flight_counts() -> None:
     world = World()
     world.peers.hear("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
-    route = await world.router.route(PATH, request(), request_id="r")
-    assert route.decision.chosen.name == "b"
+    sent = await world.dispatch()
+    assert sent.decision.chosen.name == "b"
     decision = await world.explain()
     assert field_of(decision, "in_flight") == {"a": 9, "b": 1, "c": 1}
     assert field_of(decision, "peers_in_flight") == {"a": 9, "b": 0, "c": 1}
     assert decision["pods"]["a"]["filtered"] is not None
-    assert [pod.queued_tokens for pod in route.decision.candidates] == [1_000, 0, 50]
+    assert [pod.queued_tokens for pod in sent.decision.candidates] == [1_000, 0, 50]
 
 
 async def test_what_another_gateway_sends_is_assumed() -> None:

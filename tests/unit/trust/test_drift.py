@@ -6,7 +6,8 @@ from structlog.testing import capture_logs
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.telemetry.metrics import Metrics
-from matrixinfer.trust.drift import RUN, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Lookups, Prediction
+from matrixinfer.trust.drift import RUN, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Lookups
+from matrixinfer.trust.prediction import Prediction
 
 
 class World:
@@ -52,7 +53,7 @@ def test_a_run_of_fewer_has_the_pod_indexed_anew() -> None:
         assert world.resyncs == []
         world.report(32)
     assert world.resyncs == [("a", True)]
-    assert logs == [{"event": "kv_events_drift", "log_level": "warning", "pod": "a", "replay": True}]
+    assert logs == [{"event": "kv_drift_detected", "log_level": "warning", "endpoint": "a", "replay": True}]
     assert world.metrics.registry.get_sample_value("matrixinfer_kv_resyncs_total", {"pod": "a"}) == 1
 
 
@@ -118,16 +119,16 @@ def test_one_endpoint_says_nothing_of_another() -> None:
 
 def prediction_of(world: World, supports: Supports, *, stored: int | None = None) -> Prediction:
     """Of 48 tokens in the token blocks 1, 2 and 3."""
-    return Prediction(
+    return Prediction.open(
         world.drift,
         "a",
         tokens=48,
         prompt_tokens=60,
         supports=supports,
         model="m",
-        held=[1, 2, 3],
+        matched=[1, 2, 3],
         token_block=16,
-        stored=stored,
+        stores=stored,
         purges=True,
     )
 
@@ -183,7 +184,7 @@ def test_a_feed_that_never_tells_what_requests_stored_is_doubted_until_it_does()
             prediction_of(world, supports, stored=5).end(computed=True)  # one at a time is looked after
             world.now += STORED_WITHIN_SECONDS
         assert world.drift.doubts("a")
-    assert logs == [{"event": "kv_events_missing", "log_level": "warning", "pod": "a"}]
+    assert logs == [{"event": "kv_events_missed", "log_level": "warning", "endpoint": "a"}]
     prediction_of(world, supports, stored=4).end(computed=False)
     prediction_of(world, supports).end(computed=True)
     world.now += STORED_WITHIN_SECONDS

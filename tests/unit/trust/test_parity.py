@@ -74,9 +74,9 @@ def test_a_run_of_mismatches_distrusts_a_model_until_it_has_agreed_as_often() ->
     assert not world.parity.is_approximate("m")
     assert world.metric("approximate", model="m") == 0
     events = [entry["event"] for entry in logs]
-    assert events.count("tokenizer.distrusted") == events.count("tokenizer.trusted") == 1
+    assert events.count("tokenizer_distrusted") == events.count("tokenizer_trusted") == 1
     assert logs[0] == {
-        "event": "tokenizer.differs",
+        "event": "tokenizer_differed",
         "log_level": "warning",
         "model": "m",
         "check": "usage",

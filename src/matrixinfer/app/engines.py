@@ -1,0 +1,153 @@
+"""The engines of a configuration, watched and followed: what the gateway and the agent have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from matrixinfer.app.collectors import FeedCollector
+from matrixinfer.app.index_setup import IndexSetup, token_blocks
+from matrixinfer.app.redis_collector import RedisCollector
+from matrixinfer.config import Config, PodConfig, bare_pod
+from matrixinfer.gateway.session import client_session
+from matrixinfer.index.redis.dry_run import DryRunIndex
+from matrixinfer.kvevents.follower import EventFollower
+from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.trust.cache_views import Caches
+from matrixinfer.trust.drift import Drift, Lookups
+
+FIRST_LOOK_SECONDS = 5.0
+"""How long the start waits for the first answer of every pod."""
+
+
+class Engines:
+    """Everything that looks at engines: registry, watcher, event feeds, index, drift.
+
+    Use as an async context manager: it opens the HTTP session, the event sockets and the connection to Redis. Nobody is
+    asked anything before `watching` is entered. With `dry_run` events are written there instead of to the index.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        *,
+        history: RoutingHistory | None = None,
+        dry_run: DryRunIndex | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.blocks = token_blocks(config.scheduler)
+        self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
+        self.setup = IndexSetup(config, self.blocks, models=self.registry.base_models)
+        self.subscriber = Subscriber(index=dry_run or self.setup.index, blocks=self.blocks, history=history)
+        self.drift = Drift(metrics, self.subscriber.resync, clock)
+        self.caches: Caches = self.setup.attach(self.subscriber.feeds, self.drift)
+        self._config = config
+        self._metrics = metrics
+        self._dry_run = dry_run
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
+            await stack.enter_async_context(self.subscriber)
+            await stack.enter_async_context(self._dry_run or self.setup)
+            self._metrics.register(FeedCollector(self.subscriber.feeds, self.drift.doubts))
+            if self.setup.redis is not None:
+                self._metrics.register(RedisCollector(self.setup.redis, self.setup.states))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def watching(
+        self,
+        *,
+        on_gone: Callable[[str], None] = lambda _: None,
+        on_models_changed: Callable[[], None] = lambda: None,
+    ) -> AsyncIterator[Watching]:
+        """Watch every pod and follow its events while the context is open. Waits for their first answers for a while.
+
+        `on_gone` is called with every endpoint that its pod no longer has, `on_models_changed` when a pod may serve
+        other models than before.
+        """
+        follower = EventFollower(
+            self.subscriber,
+            self._config,
+            on_gone=on_gone,
+            on_followed=self.setup.follow,
+            listens=self.setup.follows,
+        )
+
+        def discovered(pod: Pod) -> None:
+            follower(pod)
+            on_models_changed()
+
+        watcher = PodWatcher(
+            self.registry,
+            self.session,
+            self._config.pod_watch,
+            on_discovered=discovered,
+            on_measured=self._measured,
+        )
+        async with watcher:
+            await watcher.first_round(FIRST_LOOK_SECONDS)
+            for pod in self.registry.pods:
+                if pod.served is None:  # it may never answer, and then it is never discovered
+                    follower(pod)
+            yield Watching(self.registry, watcher, follower, on_models_changed, discovered)
+
+    def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
+        """Compare every rank's own counters with what was predicted for it."""
+        for endpoint in pod.endpoints:
+            shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
+            if shown is not None and shown.prefix_hits is not None:
+                counted = Lookups(shown.prefix_hits, shown.prefix_queries)
+                self.drift.measured(endpoint.name, counted, began_at=metrics.read_at)
+
+
+class Watching:
+    """The pods being watched, which may join and leave."""
+
+    def __init__(
+        self,
+        registry: PodRegistry,
+        watcher: PodWatcher,
+        follower: EventFollower,
+        on_models_changed: Callable[[], None],
+        discovered: Callable[[Pod], None],
+    ) -> None:
+        self.discovered = discovered
+        """Call it with a pod that has reported something new about itself; the watcher does."""
+        self._registry = registry
+        self._watcher = watcher
+        self._follower = follower
+        self._on_models_changed = on_models_changed
+
+    def join(self, config: PodConfig) -> None:
+        """Add a pod. Raises `ValueError` if there is one of that name."""
+        pod = self._registry.join(bare_pod(config))
+        if pod.kv_sources is not None:  # it may never report more
+            self._follower(pod)
+        self._watcher.watch(pod)
+
+    def leave(self, name: str) -> None:
+        """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
+        pod = self._registry.leave(name)
+        if pod is not None:
+            self._watcher.unwatch(name)
+            self._follower.leave(pod)
+            self._on_models_changed()

@@ -1,0 +1,195 @@
+"""The first step of a decision: everything that awaits.
+
+A request body becomes a prompt, token ids, block hashes and the matches of every endpoint. Whatever cannot be had on the
+way (token ids, the index) is noted in `Prepared.degraded`, and the request is routed without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
+from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.base import Prompt, Tokens
+from matrixinfer.prompt.manager import Tokenized, TokenizerManager
+from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.scheduler.framework import SchedulingRequest
+from matrixinfer.trust.parity import Parity
+
+
+class Degraded(Enum):
+    """What a decision has to do without. The values are labels of a metric."""
+
+    TOKENIZE = "tokenize"
+    """Token ids: the prompt is routed by load."""
+    MEDIA = "media"
+    """The token ids behind the first image, audio or video."""
+    PARITY = "parity"
+    """The index: our token ids have lately differed from the engine's."""
+    INDEX = "index"
+    """The index: it did not answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request with everything that had to be awaited for it."""
+
+    prompt: Prompt
+    body: bytes
+    """As the client sent it."""
+    request: SchedulingRequest
+    pods: Sequence[Pod]
+    """Those that serve the model."""
+    matches: Matches | None
+    """What their endpoints hold of the prompt; None when the index was not asked or could not answer."""
+    base_model: str
+    """The model that the engines run; below an adapter, if one was asked for."""
+    ids: TokenIds | None
+    """Token ids of the prompt, shape (n,)."""
+    tokenizer: str | None
+    """The model whose tokenizer made the ids; None unless they can be compared with the engine's."""
+    degraded: Mapping[Degraded, str]
+    """What the decision has to do without, and why in words."""
+    timings_ms: Mapping[str, float]
+    """Milliseconds of each step."""
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether matches mean nothing, so that the request is routed by what was sent where."""
+        return Degraded.PARITY in self.degraded or Degraded.INDEX in self.degraded
+
+
+class Preparer:
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
+
+    def __init__(
+        self,
+        registry: PodRegistry,
+        tokenizers: TokenizerManager,
+        blocks: TokenBlockProcessor,
+        lookup: Lookup,
+        parity: Parity,
+        *,
+        max_prefix_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._tokenizers = tokenizers
+        self._blocks = blocks
+        self._lookup = lookup
+        self._parity = parity
+        self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
+        self._clock = clock
+
+    async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
+        """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
+        steps = _Steps(self._clock)
+        with steps.step("parse"):
+            prompt = await self._tokenizers.read(path, body)
+            model, pods = self._registry.resolve(prompt.model)
+        base_model = _base_model(model, pods)
+        configured = self._registry.configured_name(base_model, pods)
+        tokenized = await self._tokenize(prompt, configured, pods, steps)
+        chain: Sequence[int] = ()
+        matches: Matches | None = None
+        if tokenized is not None:
+            steps.timings_ms.update(tokenized.tokens.timings_ms)
+            self._note_limits(tokenized, configured, steps)
+            with steps.step("match"):
+                chain = self._chain(prompt, tokenized.tokens)
+                matches = await self._match(prompt, model, pods, chain, steps)
+        ids = None if tokenized is None else tokenized.tokens.ids
+        return Prepared(
+            prompt=prompt,
+            body=body,
+            request=SchedulingRequest(
+                id=request_id,
+                model=model,
+                prompt_tokens=None if ids is None else len(ids),
+                block_size=self._blocks.block_size,
+                chain=chain,
+                prefix=prompt.prefix,
+                session=session,
+                now=self._clock(),
+            ),
+            pods=pods,
+            matches=matches,
+            base_model=base_model,
+            ids=ids,
+            tokenizer=configured if tokenized is not None and _is_comparable(tokenized) else None,
+            degraded=steps.degraded,
+            timings_ms=steps.timings_ms,
+        )
+
+    async def _tokenize(self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps) -> Tokenized | None:
+        try:
+            return await self._tokenizers.tokenize(prompt, model=model, engines=pods)
+        except TokenizeError as error:
+            steps.degraded[Degraded.TOKENIZE] = f"not tokenized: {error}"
+            return None
+
+    def _note_limits(self, tokenized: Tokenized, model: str, steps: _Steps) -> None:
+        """Note where the token ids are only a part of the engine's, or are not to be believed."""
+        if not tokenized.tokens.complete:
+            known = len(tokenized.tokens.ids)
+            steps.degraded[Degraded.MEDIA] = f"only the {known} tokens before the first image, audio or video are known"
+        elif _is_comparable(tokenized) and self._parity.is_approximate(model):
+            steps.degraded[Degraded.PARITY] = "token ids have differed from the engine's; only recent blocks count"
+
+    def _chain(self, prompt: Prompt, tokens: Tokens) -> BlockChain:
+        return self._blocks.chain(
+            tokens.ids,
+            salt=prompt.cache_salt,
+            max_blocks=self._max_blocks,
+            hashes=None if prompt.cache_salt else tokens.hashes,
+        )
+
+    async def _match(
+        self, prompt: Prompt, model: str, pods: Sequence[Pod], chain: BlockChain, steps: _Steps
+    ) -> Matches | None:
+        if not prompt.reads_cache:
+            return None  # the engine computes the whole prompt, so no pod is better than another
+        try:
+            return await self._lookup.match(model, prompt.model, pods, chain)
+        except IndexUnavailable as error:
+            steps.degraded[Degraded.INDEX] = f"index unavailable: {error}"
+            return None
+
+
+class _Steps:
+    """Timings and degradations while a request is prepared."""
+
+    __slots__ = ("_began", "_clock", "_name", "degraded", "timings_ms")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._name = ""
+        self._began = 0.0
+        self.timings_ms: dict[str, float] = {}
+        self.degraded: dict[Degraded, str] = {}
+
+    def step(self, name: str) -> _Steps:
+        """Time what runs within this context. Steps do not nest."""
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._began = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        self.timings_ms[self._name] = (self._clock() - self._began) * 1000
+
+
+def _is_comparable(tokenized: Tokenized) -> bool:
+    """Whether an engine may disagree with these ids: they are whole, and the client did not send them itself."""
+    return tokenized.tokens.complete and tokenized.source != "request"
+
+
+def _base_model(model: str, pods: Sequence[Pod]) -> str:
+    """The model that tokenizes: for an adapter the one below it."""
+    served = pods[0].served
+    return served.base_model if served is not None and model in served.adapters else model

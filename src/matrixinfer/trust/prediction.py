@@ -1,0 +1,126 @@
+"""The hit that the index predicts for one request at one endpoint, followed until the engine has answered.
+
+A prediction can shrink between the decision and the answer: what is evicted while the request waits is no fault of the
+index. So the blocks that it rests on are watched until the first byte, and drift is judged between both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from matrixinfer.kvevents.supports import Supports, Watch
+from matrixinfer.trust.drift import Drift
+
+
+class Prediction:
+    """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Made by `open`, ended by `end`."""
+
+    __slots__ = (
+        "_at_first_byte",
+        "_drift",
+        "_endpoint",
+        "_matched",
+        "_model",
+        "_prompt_tokens",
+        "_purges",
+        "_sent_at",
+        "_stores",
+        "_supports",
+        "_token_block",
+        "_watch",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        drift: Drift,
+        endpoint: str,
+        *,
+        tokens: int,
+        prompt_tokens: int,
+        supports: Supports,
+        model: str,
+        matched: Sequence[int],
+        token_block: int,
+        stores: int | None,
+        purges: bool,
+        sent_at: float,
+        watch: Watch | None,
+    ) -> None:
+        self.tokens = self._at_first_byte = tokens
+        self._drift = drift
+        self._endpoint = endpoint
+        self._prompt_tokens = prompt_tokens
+        self._supports = supports
+        self._model = model
+        self._matched = matched
+        self._token_block = token_block
+        self._stores = stores
+        self._purges = purges
+        self._sent_at = sent_at
+        self._watch = watch
+
+    @classmethod
+    def open(
+        cls,
+        drift: Drift,
+        endpoint: str,
+        *,
+        tokens: int,
+        prompt_tokens: int,
+        supports: Supports,
+        model: str,
+        matched: Sequence[int],
+        token_block: int,
+        stores: int | None,
+        purges: bool,
+    ) -> Self:
+        """Start to watch the last of `matched`, the token blocks of `token_block` tokens that the hit reaches into.
+
+        `stores` is a block that the engine must hold once it has computed the prompt, if one can be named. With
+        `purges` false an answer that reports fewer cached tokens is counted, and nothing more.
+        """
+        return cls(
+            drift,
+            endpoint,
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            supports=supports,
+            model=model,
+            matched=matched,
+            token_block=token_block,
+            stores=stores,
+            purges=purges,
+            sent_at=drift.now(),
+            watch=supports.watch(matched[-1]) if matched else None,
+        )
+
+    def first_byte(self) -> None:
+        """The answer begins: blocks evicted before now were not there to be found."""
+        if self._watch is not None and self._watch.gone:
+            left = self._supports.held(self._model, self._matched) * self._token_block
+            self._at_first_byte = min(self.tokens, left)
+        self._unwatch()
+        if self._purges:
+            self._drift.began(
+                self._endpoint, sent_at=self._sent_at, least=self._at_first_byte, tokens=self._prompt_tokens
+            )
+
+    def reported(self, cached: int | None) -> None:
+        """The answer reports `cached` tokens, or no number of them."""
+        self._drift.reported(
+            self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached, purges=self._purges
+        )
+
+    def end(self, *, computed: bool) -> None:
+        """The request is over, or goes to another endpoint. `computed`: this one has computed the prompt."""
+        self._unwatch()
+        stores, supports, model = self._stores, self._supports, self._model
+        if computed and stores is not None:
+            self._drift.awaits(self._endpoint, lambda: supports.held(model, (stores,)) > 0)
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._supports.unwatch(self._watch)
+            self._watch = None

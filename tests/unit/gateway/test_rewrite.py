@@ -1,0 +1,69 @@
+"""The body that a pod gets."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
+from matrixinfer.pods.registry import PodRegistry, ServedNames
+from matrixinfer.prompt.openai import COMPLETIONS_PATH
+from matrixinfer.prompt.requests import parse
+
+MODELS = (ModelConfig(name="m", aliases=("nice",)), ModelConfig(name="lora", aliases=("fine",)))
+
+
+def rewrite(body: bytes, *, adds_usage: bool = False) -> PodBody:
+    """The body for a pod that knows `m`, `also` and `lora`."""
+    registry = PodRegistry(
+        [PodConfig(name="a", url="http://a", kv_events="none")], MODELS, PodWatchConfig(), time.monotonic
+    )
+    served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
+    registry.learn("a", served=served)
+    return BodyRewriter(registry, adds_usage=adds_usage).body_for("a", parse(COMPLETIONS_PATH, body), body)
+
+
+def request(**fields: object) -> bytes:
+    return json.dumps({"model": "m", "prompt": [1, 2, 3], **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("m", "m"), ("also", "also"), ("lora", "lora"), ("nice", "m"), ("fine", "lora")]
+)
+def test_the_body_is_the_clients_own_unless_the_pod_does_not_know_the_name(name: str, expected: str) -> None:
+    body = request(model=name, temperature=0.1, odd={"b": 1, "a": [1.0, 2]})
+    rewritten = rewrite(body)
+    assert json.loads(rewritten.bytes) == {**json.loads(body), "model": expected}
+    assert (rewritten.bytes is body) == (name == expected)
+    assert not rewritten.adds_usage
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, {"include_usage": True}),
+        ({"include_usage": False, "odd": 1}, {"include_usage": True, "odd": 1}),
+        ({"continuous_usage_stats": True}, {"include_usage": True}),
+        ({"include_usage": True, "continuous_usage_stats": True}, None),
+        ({"include_usage": "true"}, None),
+        (False, None),
+        ([], None),
+    ],
+)
+@pytest.mark.parametrize("name", ["m", "nice"])
+def test_usage_is_asked_for_once_at_the_end_unless_the_client_asks_or_errs(name: str, options: Any, asked: Any) -> None:
+    body = request(model=name, stream=True, stream_options=options)
+    rewritten = rewrite(body, adds_usage=True)
+    assert json.loads(rewritten.bytes) == {**json.loads(body), "model": "m", "stream_options": asked or options}
+    assert (rewritten.bytes is body) == (asked is None and name == "m")
+    assert rewritten.adds_usage == (asked is not None)
+
+
+def test_usage_is_asked_for_in_streams_only() -> None:
+    body = request(stream_options=None)
+    assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
+    assert rewrite(body, adds_usage=True).bytes is body
