@@ -1,4 +1,4 @@
-"""Metrics that are read off the parts themselves whenever someone scrapes."""
+"""Metrics that are read from the parts at every scrape."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class IndexCollector(Collector):
         self._index = index
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the parts now."""
         stats = self._index.stats()
         yield GaugeMetricFamily("matrixinfer_index_blocks", "Distinct blocks in the index.", value=stats.blocks)
         yield GaugeMetricFamily("matrixinfer_index_bytes", "Memory of the index, estimated.", value=stats.memory_bytes)
@@ -48,33 +48,35 @@ class IndexCollector(Collector):
 
 
 class KeptCollector(Collector):
-    """How much the parts keep that remember something; each has a bound of its own."""
+    """How many entries each part remembers; each has its own bound."""
 
     def __init__(self, parts: Mapping[str, Callable[[], int]]) -> None:
         self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
-        kept = GaugeMetricFamily("matrixinfer_kept_entries", "What a part remembers, in entries.", labels=["part"])
+        """Read the parts now."""
+        kept = GaugeMetricFamily("matrixinfer_kept_entries", "Entries that a part remembers.", labels=["part"])
         for part, count in self._parts.items():
             kept.add_metric([part], count())
         yield kept
 
 
 class TokenCacheCollector(Collector):
-    """What each model's tokenizer remembers."""
+    """The token cache of each model."""
 
     def __init__(self, tokenizers: TokenizerManager) -> None:
         self._tokenizers = tokenizers
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the parts now."""
         chars = CounterMetricFamily(
             "matrixinfer_token_cache_chars",
-            "Characters of prompts, by whether their ids were remembered.",
+            "Characters of prompts, by whether their token ids were cached.",
             labels=["model", "result"],
         )
-        size = GaugeMetricFamily("matrixinfer_token_cache_bytes", "Memory of it, estimated.", labels=["model"])
+        size = GaugeMetricFamily(
+            "matrixinfer_token_cache_bytes", "Memory of the token cache, estimated.", labels=["model"]
+        )
         evicted = CounterMetricFamily(
             "matrixinfer_token_cache_evicted", "Entries dropped to stay within cacheBytes.", labels=["model"]
         )
@@ -87,41 +89,45 @@ class TokenCacheCollector(Collector):
 
 
 class FeedCollector(Collector):
-    """What each pod's KV events brought."""
+    """The KV event feed of each endpoint."""
 
     def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool]) -> None:
         self._feeds = feeds
         self._doubts = doubts
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the parts now."""
         state = GaugeMetricFamily(
-            "matrixinfer_kv_feed_state", "1 for the state that the pod's feed is in.", labels=["pod", "state"]
+            "matrixinfer_kv_feed_state", "1 for the current state of the endpoint's feed.", labels=["pod", "state"]
         )
         trust = GaugeMetricFamily(
-            "matrixinfer_kv_trust", "1 for how far the pod's events are believed.", labels=["pod", "trust"]
+            "matrixinfer_kv_trust", "1 for the current trust in the endpoint's events.", labels=["pod", "trust"]
         )
-        blocks = GaugeMetricFamily("matrixinfer_kv_engine_blocks", "Engine blocks known at the pod.", labels=["pod"])
+        blocks = GaugeMetricFamily(
+            "matrixinfer_kv_engine_blocks", "Engine blocks known at the endpoint.", labels=["pod"]
+        )
         memory = GaugeMetricFamily(
-            "matrixinfer_kv_ledger_bytes", "Memory of what is known of the pod's blocks, estimated.", labels=["pod"]
+            "matrixinfer_kv_ledger_bytes", "Memory of the endpoint's ledger, estimated.", labels=["pod"]
         )
         events = CounterMetricFamily(
-            "matrixinfer_kv_blocks", "Engine blocks in events, by what became of them.", labels=["pod", "outcome"]
+            "matrixinfer_kv_blocks", "Engine blocks in events, by outcome.", labels=["pod", "outcome"]
         )
         frames = CounterMetricFamily(
-            "matrixinfer_kv_frames", "Frames of the feed, and what was wrong with them.", labels=["pod", "kind"]
+            "matrixinfer_kv_frames", "Frames of the feed, received and by problem.", labels=["pod", "kind"]
         )
         received = CounterMetricFamily("matrixinfer_kv_received_bytes", "Payload of the feed's frames.", labels=["pod"])
         held = GaugeMetricFamily(
-            "matrixinfer_kv_held_frames", "Live frames that wait for a replay to be applied.", labels=["pod"]
+            "matrixinfer_kv_held_frames", "Live frames that wait for a replay to finish.", labels=["pod"]
         )
         last = GaugeMetricFamily(
-            "matrixinfer_kv_last_frame_timestamp_seconds", "When the last live frame came.", labels=["pod"]
+            "matrixinfer_kv_last_frame_timestamp_seconds",
+            "When the last live frame arrived, in Unix time.",
+            labels=["pod"],
         )
         lag = GaugeMetricFamily(
             "matrixinfer_kv_lag_seconds",
-            "From the timestamp of the last live batch applied to when the last live frame came. "
-            "Includes what the engine's clock and this one differ by.",
+            "Time from the timestamp of the last applied live batch to the arrival of the last live frame. "
+            "Includes the difference between the engine's clock and this one.",
             labels=["pod"],
         )
         for pod, feed in list(self._feeds.items()):
@@ -150,15 +156,15 @@ class FeedCollector(Collector):
 
 
 class PluginCollector(Collector):
-    """Plugins that raised or broke the contract."""
+    """Plugins that raised, or broke the contract."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the parts now."""
         rejected = CounterMetricFamily(
-            "matrixinfer_plugin_rejected", "Times that a plugin was left out of a decision.", labels=["plugin"]
+            "matrixinfer_plugin_rejected", "Decisions from which a plugin was left out.", labels=["plugin"]
         )
         for plugin, count in self._scheduler.rejected.items():
             rejected.add_metric([plugin], count)

@@ -1,4 +1,4 @@
-"""Metrics of what gateways tell each other, read off whenever someone scrapes."""
+"""Metrics of the channel between gateways, read at every scrape."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from matrixinfer.traffic.peers.link import Peers
 
 
 class PeersCollector(Collector):
-    """Other gateways, and messages."""
+    """Other gateways, and the messages exchanged with them."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the channel now."""
         peers = self._peers
-        yield GaugeMetricFamily("matrixinfer_peers", "Other gateways that are heard of now.", value=peers.count())
+        yield GaugeMetricFamily("matrixinfer_peers", "Other gateways heard from lately.", value=peers.count())
         messages = CounterMetricFamily(
             "matrixinfer_peer_messages",
-            "Messages between gateways; dropped are prompts that they do not tell whole, and those of too many gateways.",
+            "Messages between gateways. Dropped: prompts too long to send whole, and messages of too many gateways.",
             labels=["kind"],
         )
         counts = {"sent": peers.stats.sent, "received": peers.stats.received, "malformed": peers.stats.malformed}

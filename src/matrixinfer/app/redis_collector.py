@@ -1,4 +1,4 @@
-"""Metrics of the block index in Redis, read off its parts whenever someone scrapes."""
+"""Metrics of the block index in Redis, read from its parts at every scrape."""
 
 from __future__ import annotations
 
@@ -15,45 +15,43 @@ from matrixinfer.index.redis.states import States
 
 
 class RedisCollector(Collector):
-    """Look-ups, writes, and models whose blocks are made otherwise."""
+    """Lookups, writes, and models whose blocks are hashed differently."""
 
     def __init__(self, index: RedisIndex, states: States | None) -> None:
         self._index = index
         self._states = states
 
     def collect(self) -> Iterator[Metric]:
-        """One reading."""
+        """Read the parts now."""
         reader, writer = self._index.reader, self._index.writer
-        lookups = CounterMetricFamily(
-            "matrixinfer_redis_lookups", "Look-ups, by what came of them.", labels=["outcome"]
-        )
+        lookups = CounterMetricFamily("matrixinfer_redis_lookups", "Lookups, by outcome.", labels=["outcome"])
         for outcome, count in reader.stats.outcomes.items():
             lookups.add_metric([outcome], count)
         circuit = GaugeMetricFamily(
-            "matrixinfer_redis_circuit", "1 for the state of the circuit of look-ups.", labels=["state"]
+            "matrixinfer_redis_circuit", "1 for the current state of the lookups' circuit breaker.", labels=["state"]
         )
         for state in get_args(State):
             circuit.add_metric([state], float(reader.circuit == state))
-        writes = CounterMetricFamily(
-            "matrixinfer_redis_writes", "What the writer did, and what went wrong.", labels=["kind"]
-        )
+        writes = CounterMetricFamily("matrixinfer_redis_writes", "Writes, by kind, and failures.", labels=["kind"])
         for kind, count in asdict(writer.stats).items():
             writes.add_metric([kind], count)
         held = GaugeMetricFamily(
-            "matrixinfer_redis_writer", "1 where this process is the writer of a pod.", labels=["pod"]
+            "matrixinfer_redis_writer", "1 if this process is the writer of the endpoint.", labels=["pod"]
         )
         for pod in writer.pods:
             held.add_metric([pod], float(writer.is_writer(pod)))
         yield from (lookups, circuit, writes, held)
         yield CounterMetricFamily(
-            "matrixinfer_redis_lookup_seconds", "Time of all look-ups.", value=reader.stats.seconds
+            "matrixinfer_redis_lookup_seconds", "Time spent in lookups.", value=reader.stats.seconds
         )
         yield GaugeMetricFamily(
-            "matrixinfer_redis_waiting_blocks", "Blocks that wait to be written.", value=writer.waiting
+            "matrixinfer_redis_waiting_blocks", "Blocks waiting to be written.", value=writer.waiting
         )
         if self._states is not None:
             foreign = GaugeMetricFamily(
-                "matrixinfer_redis_scheme_differs", "1 for models whose blocks in Redis never match.", labels=["model"]
+                "matrixinfer_redis_scheme_differs",
+                "1 for models whose blocks in Redis are hashed differently, so never match.",
+                labels=["model"],
             )
             for model in self._states.foreign:
                 foreign.add_metric([model], 1)

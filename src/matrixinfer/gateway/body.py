@@ -1,4 +1,4 @@
-"""Reading a request's body, within bounds of size and time."""
+"""Reads a request's body, bounded in size and time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from matrixinfer.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
 
 
 async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
-    Raises `PayloadTooLarge` before reading where the client declares too much, `InvalidRequest` when the body is
-    malformed, and `BodyTimeout` when it has not come within `seconds`.
+    Raises `PayloadTooLarge`, before reading anything if the client declares too much; `InvalidRequest` if the body is
+    malformed; and `BodyTimeout` if it does not arrive within `seconds`.
     """
     declared = request.content_length
     if declared is not None and declared > max_bytes:
@@ -22,7 +22,7 @@ async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float)
     content = request.content
     try:
         if content.is_eof():
-            # Most bodies come together with their headers.
+            # Most bodies arrive together with their headers.
             body = content.read_nowait()
             if len(body) > max_bytes:
                 raise _too_large(max_bytes)
@@ -39,14 +39,14 @@ async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float)
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise InvalidRequest("The request body is malformed.") from error
     except TimeoutError as error:
-        raise BodyTimeout(f"The request body did not come within {seconds:g} s.") from error
+        raise BodyTimeout(f"The request body did not arrive within {seconds:g} s.") from error
     return b"".join(chunks)
 
 
 async def _invite(request: web.BaseRequest) -> None:
-    """Tell a client that asked first that it may send its body."""
+    """Invite a client that sent `Expect: 100-continue` to send its body."""
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    request.writer.output_size = 0  # no part of the response: an error may still be answered
+    request.writer.output_size = 0  # not part of the response, so an error can still be answered
 
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:

@@ -1,4 +1,4 @@
-"""Errors as clients expect them.
+"""Error responses in the shapes that clients expect.
 
 The OpenAI API has `{"error": {"message", "type", "param", "code"}}`, Anthropic's
 `{"type": "error", "error": {"type", "message"}}`.
@@ -36,7 +36,7 @@ _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
 }
 
 _ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
-"""Types of errors in Anthropic's API where they are neither the client's fault nor the server's in general."""
+"""Error types of Anthropic's API that are more specific than `invalid_request_error` and `api_error`."""
 
 
 def error_response(
@@ -48,7 +48,7 @@ def error_response(
     headers: Mapping[str, str] | None = None,
     anthropic: bool = False,
 ) -> web.Response:
-    """An error in the shape of the OpenAI or of Anthropic's API; its `type` follows from the status."""
+    """An error in the shape of OpenAI's or Anthropic's API; its `type` follows from the status."""
     body: dict[str, object]
     if anthropic:
         kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
@@ -62,7 +62,7 @@ def error_response(
 
 
 def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Response:
-    """What the client is told when its request raised `error`, in Anthropic's shape or in the OpenAI API's."""
+    """The response to a request that raised `error`."""
     status, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, None))
     if isinstance(error, RequestError):
         response = error_response(status, error.message, code=code, param=error.param, anthropic=anthropic)
@@ -73,6 +73,6 @@ def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Resp
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if status in (408, 413):
-        # The rest of the body will not be read, so nothing can follow on this connection.
+        # The rest of the body is not read, so this connection cannot be used again.
         response.force_close()
     return response

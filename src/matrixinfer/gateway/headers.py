@@ -1,4 +1,4 @@
-"""Which headers pass through, and the request's id."""
+"""Which headers pass through, and the ids of requests and sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOP_BY_HOP = (
     "transfer-encoding",
     "upgrade",
 )
-"""Headers that concern one connection only (RFC 9110, 7.6.1)."""
+"""Headers that belong to one connection (RFC 9110, 7.6.1)."""
 
 _REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID))
 _DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
@@ -32,21 +32,21 @@ _MAX_SESSION_CHARS = 256
 
 
 def request_id(headers: Mapping[str, str]) -> str:
-    """The client's request id where it is short and printable, else a new one."""
+    """The client's request id if it is short and printable, otherwise a new one."""
     given = headers.get(REQUEST_ID)
     return given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def session_id(headers: Mapping[str, str]) -> str | None:
-    """The client's session id, where it sends one of sane length."""
+    """The client's session id, if it sends one of sane length."""
     given = headers.get(SESSION)
     return given if given and len(given) <= _MAX_SESSION_CHARS else None
 
 
 def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> CIMultiDict[str]:
-    """A client's headers as a pod gets them; host and length are set when they are sent.
+    """A client's headers as a pod gets them; host and length are added when they are sent.
 
-    `rank` is the data-parallel rank chosen, which the pod must take; None where the pod is one cache.
+    `rank` is the chosen data-parallel rank; None if the pod has only one cache.
     """
     kept = _without(headers, _REPLACED)
     kept[REQUEST_ID] = identity

@@ -1,4 +1,4 @@
-"""One listening address: requests dispatched by path and method, and a stop that lets them finish."""
+"""One listening address: it dispatches requests by path and method, and lets them finish when it stops."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
 """Path to method to handler."""
 
 IDLE_SECONDS = 75.0
-"""A connection without a whole request head for this long is closed."""
+"""A connection that sends no complete request head for this long is closed."""
 LINGER_SECONDS = 2.0
-"""How long an unwanted body is read away, so that its client gets to read the answer."""
+"""How long an unwanted body is read and dropped, so that its client can read the answer."""
 CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
 _BACKLOG = 1024
@@ -29,11 +29,10 @@ log = structlog.get_logger(__name__)
 
 
 class Listener:
-    """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: `stop` comes first.
+    """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: call `stop` first.
 
-    Once `draining` is set, every answer ends its connection.
-
-    Built on aiohttp's low-level server: an `Application` would resolve, wrap and copy where one dictionary look-up does.
+    Once `draining` is set, every answer ends its connection. Built on aiohttp's low-level server, because an
+    `Application` resolves, wraps and copies where one dictionary lookup will do.
     """
 
     def __init__(self, host: str, port: int, routes: Routes, draining: asyncio.Event) -> None:
@@ -77,7 +76,7 @@ class Listener:
             return
         self._server = self._listening = None
         listening.close()
-        await asyncio.sleep(0)  # connections accepted just before get to start their requests
+        await asyncio.sleep(0)  # lets connections that were just accepted start their requests
         server.pre_shutdown()
         async with asyncio.TaskGroup() as group:
             group.create_task(server.shutdown(grace + CANCEL_SECONDS))
@@ -87,7 +86,7 @@ class Listener:
         if self._tasks and grace > 0:
             await asyncio.wait(self._tasks, timeout=grace)
         if self._tasks:
-            log.warning("requests_cut_off", requests=len(self._tasks))
+            log.warning("requests_cancelled", requests=len(self._tasks))
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
@@ -102,10 +101,10 @@ class Listener:
         except MatrixInferError as error:
             response = response_to(error)
         except ConnectionError:
-            return web.Response()  # the client is gone; writing this ends the connection
+            return web.Response()  # the client has gone; writing this ends the connection
         except Exception:
-            # Supervision boundary: a fault in one request must not end the connection without an answer, nor pass
-            # unseen. Where an answer had begun, aiohttp finds the connection cut.
+            # Supervision boundary: a fault in one request must be seen, and must not end the connection without an
+            # answer. If an answer had begun, the connection is cut instead.
             log.exception("request_failed", path=request.rel_url.raw_path)
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()

@@ -188,7 +188,7 @@ class Proxy:
         protocol = request.protocol
         readany = answer.upstream.content.readany
         tail = usage.Tail() if answer.may_report else None
-        stripper = usage.Stripper() if answer.is_stripped else None
+        stripper = usage.UsageStripper() if answer.is_stripped else None
         while chunk:
             if tail is not None:
                 tail.add(chunk)

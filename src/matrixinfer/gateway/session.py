@@ -1,4 +1,4 @@
-"""The HTTP client that proxy, watcher and remote tokenizer share."""
+"""The HTTP client shared by the proxy, the watcher and the remote tokenizer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import aiohttp
 from matrixinfer.config import LimitsConfig
 
 IDLE_SECONDS = 4.0
-"""Idle connections are dropped after this long: before the engines' servers (uvicorn) drop them, which they do after 5 s."""
+"""Idle connections are closed after this long, before the engines' server (uvicorn) closes them, after 5 s."""
 
 
 @asynccontextmanager
 async def client_session(limits: LimitsConfig) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session that adds nothing to requests, takes nothing from responses, and bounds silence instead of length.
+    """A session that adds nothing to requests, removes nothing from responses, and limits silence instead of length.
 
-    Connections are not limited: what is in flight is the scheduler's affair. There is no total deadline, as a stream
-    may be long; connecting and every wait for data have theirs.
+    The number of connections is not limited: the scheduler limits what is in flight. There is no total deadline, because
+    streams may be long; connecting and every wait for data have deadlines of their own.
     """
     timeout = aiohttp.ClientTimeout(
         total=None, connect=limits.connect_timeout_seconds, sock_read=limits.request_timeout_seconds

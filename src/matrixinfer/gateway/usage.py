@@ -1,7 +1,7 @@
-"""How many prompt tokens an engine says it has counted and found in its cache, read from the end of its answer.
+"""Reads the usage report at the end of an answer: how many prompt tokens the engine counted and found in its cache.
 
-Every API reports `usage` as the last thing of an answer, or of a stream that has it. Within JSON text every quote is
-escaped, so the bytes that begin the report cannot be part of generated text.
+Every API puts `usage` at the end of an answer, or of a stream that has it. JSON escapes every quote within text, so the
+bytes that start the report cannot be part of generated text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _REPORT = re.compile(rb'"usage":\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Prompt tokens, as the engine counts them."""
+    """Prompt tokens that the engine reports."""
 
     prompt: int
     cached: int | None
-    """Those that it found in its cache; None where it does not tell. vLLM leaves out a count of 0."""
+    """Tokens that it found in its cache; None if it does not say. vLLM leaves out a count of 0."""
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
@@ -34,7 +34,7 @@ class _Details(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """OpenAI's fields, those of its responses, and Anthropic's, which count cached tokens apart."""
+    """The fields of OpenAI's completions and responses, and of Anthropic's messages, which count cached tokens apart."""
 
     prompt_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
@@ -48,7 +48,7 @@ _DECODER = msgspec.json.Decoder(_Report)
 
 
 class Tail:
-    """The last bytes of a stream of chunks, at most a chunk more than needed."""
+    """The last bytes of a stream: what a usage report needs, and at most one chunk more."""
 
     __slots__ = ("_bytes", "_chunks")
 
@@ -57,7 +57,7 @@ class Tail:
         self._bytes = 0
 
     def add(self, chunk: bytes) -> None:
-        """The next chunk."""
+        """Add the next chunk."""
         self._chunks.append(chunk)
         self._bytes += len(chunk)
         while self._bytes - len(self._chunks[0]) >= _TAIL_BYTES:
@@ -67,11 +67,11 @@ class Tail:
         return b"".join(self._chunks)
 
 
-class Stripper:
-    """Takes the chunk that only reports usage out of a stream of server-sent events.
+class UsageStripper:
+    """Removes the event that only reports usage from a stream of server-sent events.
 
-    What comes is passed on as it comes, but for an event's beginning, which waits for its end: engines send them whole.
-    Lines may end in LF or CRLF.
+    Everything else passes on as it comes, except that the beginning of an event waits for its end: engines send events
+    whole. Lines may end in LF or CRLF.
     """
 
     __slots__ = ("_held",)
@@ -80,7 +80,7 @@ class Stripper:
         self._held = b""
 
     def strip(self, chunk: bytes) -> bytes:
-        """What can be passed on of the bytes so far; it may be nothing."""
+        """The bytes that can be passed on so far, possibly none."""
         data = self._held + chunk
         passed, start = [], 0
         for end in _EVENT_END.finditer(data):
@@ -89,12 +89,12 @@ class Stripper:
             if not _reports_only_usage(event):
                 passed.append(event)
         self._held = data[start:]
-        if len(self._held) > _TAIL_BYTES:  # no event that reports usage is so long
+        if len(self._held) > _TAIL_BYTES:  # no usage report is this long
             passed.append(self.rest())
         return b"".join(passed)
 
     def rest(self) -> bytes:
-        """What is left at the stream's end."""
+        """The bytes left at the end of the stream."""
         held, self._held = self._held, b""
         return b"" if _reports_only_usage(held) else held
 
@@ -104,7 +104,7 @@ def _reports_only_usage(event: bytes) -> bool:
 
 
 def usage(answer: bytes) -> Usage | None:
-    """What the last report of `answer`, or of the end of it, says; None when there is none that can be read."""
+    """The last usage report in `answer`, which may be the tail of one; None if there is no readable report."""
     tail = answer[-_TAIL_BYTES:]
     found = None
     for each in _REPORT.finditer(tail):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.gateway.usage import Stripper, Tail, Usage, usage
+from matrixinfer.gateway.usage import UsageStripper, Tail, Usage, usage
 
 USAGE = {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
 RESPONSES_USAGE = {
@@ -109,7 +109,7 @@ def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(
 
 
 def stripped(stream: bytes, bounds: list[int]) -> bytes:
-    stripper = Stripper()
+    stripper = UsageStripper()
     passed = [stripper.strip(stream[start:end]) for start, end in pairwise(bounds)]
     return b"".join([*passed, stripper.rest()])
 
@@ -143,7 +143,7 @@ def test_a_report_without_its_end_is_kept_from_the_client_too() -> None:
 
 
 def test_whole_events_are_passed_on_at_once_and_what_is_no_event_does_not_pile_up() -> None:
-    stripper = Stripper()
+    stripper = UsageStripper()
     for chunk in CHUNKS:
         assert stripper.strip(chunk) == chunk
     assert stripper.strip(b"x" * 100_000) == b"x" * 100_000
