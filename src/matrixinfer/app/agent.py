@@ -51,7 +51,7 @@ class Agent:
     async def __aenter__(self) -> Self:
         """Start to follow and to write. Raises `ConfigError`, and `OSError` when the address is taken."""
         config, clock = self.config, time.monotonic
-        blocks = token_blocks(config.scheduler)
+        blocks = token_blocks(config.blocks)
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.backend = Backend(config, blocks, models=registry.base_models)
         metrics = Metrics()

@@ -60,7 +60,7 @@ class Service:
         """Start every part. Raises `ConfigError`, and `OSError` when an address is taken."""
         config, clock = self.config, time.monotonic
         scheduler = build_scheduler(config.scheduler)
-        blocks = token_blocks(config.scheduler)
+        blocks = token_blocks(config.blocks)
         registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         backend = Backend(config, blocks, models=registry.base_models)
         metrics, history, peer_loads = Metrics(), RoutingHistory(), PeerLoads()

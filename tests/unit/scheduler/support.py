@@ -1,4 +1,4 @@
-"""Small builders, and a clock that moves when told."""
+"""Small builders, and a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -37,12 +37,16 @@ def profile(
     return SchedulerConfig(
         plugin_config=tuple(args),
         plugins=PluginsConfig(
-            filter=PluginStage(enabled=tuple(filters)),
-            score=PluginStage(enabled=tuple(scorers)),
-            picker=PluginStage(enabled=tuple(pickers)),
-            post_schedule=PluginStage(enabled=tuple(listeners)),
+            filter=_stage(filters),
+            score=_stage(scorers),
+            picker=_stage(pickers),
+            post_schedule=_stage(listeners),
         ),
     )
+
+
+def _stage(enabled: Enabled) -> PluginStage:
+    return PluginStage(enabled=tuple(PluginRef(name=each) if isinstance(each, str) else each for each in enabled))
 
 
 def scheduler(config: SchedulerConfig, *own: type[Plugin], seed: int = 0) -> Scheduler:

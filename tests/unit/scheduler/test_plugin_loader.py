@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from matrixinfer.config import PluginsConfig, PluginStage, SchedulerConfig
+from matrixinfer.config import PluginRef, PluginsConfig, PluginStage, SchedulerConfig
 from matrixinfer.errors import PluginError
 from matrixinfer.scheduler import plugin_loader
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
@@ -75,7 +75,7 @@ def test_without_other_packages_there_are_the_built_in_plugins() -> None:
 
 def test_a_plugin_of_another_package_takes_part_in_decisions(site: Site) -> None:
     site.declare("longest-name = acme_plugins:Longest")
-    config = SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=("longest-name",))))
+    config = SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=(PluginRef(name="longest-name"),))))
     scheduler = Scheduler(config, Services(clock=lambda: 0.0, rng=random.Random(0)), plugin_loader.discover())
     request = SchedulingRequest(id="r", model="m", prompt_tokens=None, block_size=16, chain=(), prefix=b"")
     decision = scheduler.schedule(request, [Candidate(name="a", url=""), Candidate(name="abc", url="")])

@@ -25,19 +25,17 @@ class KvCacheAware(Plugin):
     name: ClassVar[str] = "kvcache-aware"
 
     class Args(Section, frozen=True):
-        """How prompts are cut into blocks, and how many of those count."""
+        """How many blocks count. The block size and the hash scheme are those of the whole gateway: see `blocks`."""
 
-        block_size_to_hash: Annotated[Count, described("Tokens per block.")] = 128
+        block_size_to_hash: Annotated[
+            Count | None, described("Alias of `blocks.size`. If both are given, they must be equal.")
+        ] = None
         max_blocks_to_match: Annotated[
-            int, Meta(ge=0), described("Blocks considered at most, from the prompt's start; 0 considers all.")
+            int, Meta(ge=0), described("At most this many blocks count, from the prompt's start; 0 counts all.")
         ] = 128
         hash_scheme: Annotated[
-            Scheme,
-            described(
-                "`prefix` names a block by everything up to its end; `block` by its own tokens, as existing MatrixInfer "
-                "writers do."
-            ),
-        ] = "prefix"
+            Scheme | None, described("Alias of `blocks.scheme`. If both are given, they must be equal.")
+        ] = None
 
     def __init__(self, args: Args, services: Services) -> None:
         self._max_blocks = args.max_blocks_to_match
