@@ -49,9 +49,11 @@ def _stage(enabled: Enabled) -> PluginStage:
     return PluginStage(enabled=tuple(PluginRef(name=each) if isinstance(each, str) else each for each in enabled))
 
 
-def scheduler(config: SchedulerConfig, *own: type[Plugin], seed: int = 0) -> Scheduler:
+def scheduler(
+    config: SchedulerConfig, *own: type[Plugin], seed: int = 0, broken: Mapping[str, str] | None = None
+) -> Scheduler:
     registry: Mapping[str, type[Plugin]] = {**BUILT_IN, **{plugin.name: plugin for plugin in own}}
-    return Scheduler(config, services(seed), registry)
+    return Scheduler(config, services(seed), registry, broken=broken or {})
 
 
 def request(**fields: Any) -> SchedulingRequest:
