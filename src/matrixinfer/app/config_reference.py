@@ -64,10 +64,11 @@ def _table(section: type[Section], defaults: Mapping[str, Any]) -> str:
     hints = get_type_hints(section, include_extras=True)
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in fields:
-        kind, metas = _unwrap(hints[field.name])
+        _, metas = _unwrap(hints[field.name])
         meaning = next((meta.description for meta in metas if meta.description), "")
-        shown = _type_name(kind) + "".join(_bounds(meta) for meta in metas)
-        rows.append(f"| `{field.encode_name}` | {shown} | {_default(field, defaults)} | {meaning} |")
+        rows.append(
+            f"| `{field.encode_name}` | {_type_name(hints[field.name])} | {_default(field, defaults)} | {meaning} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -85,7 +86,11 @@ def _bounds(meta: Meta) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    kind, _ = _unwrap(kind)
+    kind, metas = _unwrap(kind)
+    return _bare_type_name(kind) + "".join(map(_bounds, metas))
+
+
+def _bare_type_name(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is type(None):
         return "null"

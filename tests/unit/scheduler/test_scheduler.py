@@ -156,10 +156,10 @@ def test_the_notes_of_scorers_carry_their_names() -> None:
 
 
 def test_a_plugin_with_post_schedule_sees_each_decision_once() -> None:
-    told: list[tuple[str, str]] = []
+    shown: list[tuple[str, str]] = []
 
     def listening(name: str) -> Method:
-        return lambda _r, decision: told.append((name, decision.chosen.name))
+        return lambda _r, decision: shown.append((name, decision.chosen.name))
 
     made = scheduler(
         profile(filters=("both",), scorers=("both",), listeners=("only", "both")),
@@ -172,30 +172,30 @@ def test_a_plugin_with_post_schedule_sees_each_decision_once() -> None:
         own("only", post_schedule=listening("only")),
     )
     made.schedule(request(), pods(1))
-    assert told == [("both", "pod-0"), ("only", "pod-0")]
+    assert shown == [("both", "pod-0"), ("only", "pod-0")]
 
 
 def test_a_listener_that_raises_changes_nothing_but_notes_and_count() -> None:
-    told: list[Decision] = []
+    shown: list[Decision] = []
     made = scheduler(
         profile(listeners=("bad", "good")),
         own("bad", post_schedule=broken),
-        own("good", post_schedule=lambda _r, decision: told.append(decision)),
+        own("good", post_schedule=lambda _r, decision: shown.append(decision)),
     )
     decision = made.schedule(request(), pods(1))
-    assert len(told) == 1
+    assert len(shown) == 1
     assert "bad: left out, as it raised KeyError" in decision.notes[0]
     assert made.rejected["bad"] == 1
 
 
 def test_a_dry_run_shows_nobody_the_decision_counts_nothing_and_keeps_no_draw() -> None:
-    told: list[Decision] = []
-    config = profile(scorers=("random", "bad"), listeners=("tell",))
+    shown: list[Decision] = []
+    config = profile(scorers=("random", "bad"), listeners=("looking",))
     rng = random.Random(3)
     registry = {
         **BUILT_IN,
         "bad": own("bad", score=broken),
-        "tell": own("tell", post_schedule=lambda _r, decision: told.append(decision)),
+        "looking": own("looking", post_schedule=lambda _r, decision: shown.append(decision)),
     }
     made = Scheduler(config, Services(clock=FakeClock(), rng=rng), registry)
     before = rng.getstate()
@@ -203,7 +203,7 @@ def test_a_dry_run_shows_nobody_the_decision_counts_nothing_and_keeps_no_draw() 
     again = made.schedule(request(), pods(8), dry_run=True)
     assert rng.getstate() == before
     assert first == again
-    assert not told
+    assert not shown
     assert not any(made.rejected.values())
     assert made.schedule(request(), pods(8)).ranked == first.ranked
     assert rng.getstate() != before

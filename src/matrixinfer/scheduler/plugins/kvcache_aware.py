@@ -1,4 +1,4 @@
-"""`kvcache-aware`: prefers the pod that already holds the prompt's blocks."""
+"""`kvcache-aware`: prefers pods that already hold the prompt's blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 
 
 class KvCacheAware(Plugin):
-    """Scores consecutive blocks that a pod holds from the prompt's start, as a share of the blocks considered.
+    """Scores the blocks that a pod holds from the prompt's start, without a gap, as a share of the blocks that count.
 
-    Blocks that requests in flight are bringing to a pod count as held. Blocks on slower tiers, blocks indexed from events
-    that are doubted, and blocks that were sent where no events tell, count for less (`scheduler.weights`): what is not
-    known of a pod is not taken for nothing. Considered are the prompt's full blocks, at most
-    `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere, as does one that is no longer than a block of
-    every engine.
+    Pending blocks, which requests in flight bring to a pod, count as held. Blocks on slower tiers, blocks whose events
+    are in doubt, and blocks that were sent lately to a pod without reliable events get less credit
+    (`scheduler.weights`). The prompt's full blocks count, up to `maxBlocksToMatch`. A prompt without a full block scores
+    0 at every pod, and so does a prompt that is no longer than one block of every engine.
     """
 
     name: ClassVar[str] = "kvcache-aware"
@@ -41,7 +40,6 @@ class KvCacheAware(Plugin):
         self._max_blocks = args.max_blocks_to_match
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         blocks = len(request.chain)
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
@@ -68,7 +66,7 @@ def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
 
 
 def _is_too_short(request: SchedulingRequest, candidates: Sequence[Candidate]) -> bool:
-    """Whether no engine can find anything: only whole blocks are found, and never the last token."""
+    """Whether no engine can have a hit: engines find only whole blocks, and never the last token."""
     tokens = request.prompt_tokens
     if tokens is None:
         return False
