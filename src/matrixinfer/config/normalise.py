@@ -2,7 +2,8 @@
 
 - A plugin that is enabled by its name alone becomes a `PluginRef`.
 - Arguments in `pluginConfig` are merged over the shipped defaults: an entry changes only what it names.
-- `blockSizeToHash` and `hashScheme`, arguments of `kvcache-aware`, are aliases of `blocks.size` and `blocks.scheme`.
+- `blockSizeToHash` and `hashScheme`, arguments of `kvcache-aware`, are aliases of `blocks.size` and `blocks.scheme`, and
+  move there.
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ def _aliases(scheduler: SchedulerConfig) -> Iterator[tuple[str, object, str]]:
             for alias, value in msgspec.to_builtins(convert(args, _BlockAliases, path=path)).items():
                 if value is not None:
                     yield alias, value, f"{path}.{alias}"
+
+
+def without_aliases(scheduler: SchedulerConfig) -> SchedulerConfig:
+    """The configuration without aliases, once they have set what they stand for."""
+    entries = tuple(
+        PluginArgs(name=entry.name, args={key: value for key, value in entry.args.items() if key not in _ALIASES})
+        if entry.name == _ALIASED_IN
+        else entry
+        for entry in scheduler.plugin_config
+    )
+    return msgspec.structs.replace(scheduler, plugin_config=entries)
 
 
 def given_block_keys(data: object) -> frozenset[str]:

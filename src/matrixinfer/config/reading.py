@@ -13,7 +13,13 @@ import msgspec
 import yaml
 
 from matrixinfer.config.base import convert
-from matrixinfer.config.normalise import given_block_keys, with_aliases, with_plugin_refs, with_shipped_arguments
+from matrixinfer.config.normalise import (
+    given_block_keys,
+    with_aliases,
+    with_plugin_refs,
+    with_shipped_arguments,
+    without_aliases,
+)
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.errors import ConfigError
 
@@ -74,7 +80,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     return msgspec.structs.replace(
         config,
         blocks=blocks,
-        scheduler=scheduler,
+        scheduler=without_aliases(scheduler),
         pods=tuple(map(bare_pod, config.pods)),
         redis=_checked_redis(config),
     )

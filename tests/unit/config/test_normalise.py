@@ -80,7 +80,7 @@ def test_naming_one_plugin_leaves_the_arguments_of_the_others_as_shipped() -> No
 def test_naming_one_argument_leaves_the_others_as_shipped() -> None:
     config = with_arguments(("kvcache-aware", {"blockSizeToHash": 16}), ("mine", {"x": 1}))
     assert arguments(config) == {
-        "kvcache-aware": {"blockSizeToHash": 16, "maxBlocksToMatch": 0},
+        "kvcache-aware": {"maxBlocksToMatch": 0},
         "mine": {"x": 1},
         "bounded-load": {"minInFlight": 6},
     }

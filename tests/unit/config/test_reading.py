@@ -47,8 +47,9 @@ def test_an_example_of_every_common_section_parses() -> None:
     (pod,) = config.pods
     assert (pod.name, pod.url) == ("pod-a.default", "http://127.0.0.1:8001")
     assert pod.kv_events == KvEventsConfig(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558")
+    assert config.blocks.size == 128
     arguments = config.scheduler.plugin_config[0]
-    assert (arguments.name, arguments.args) == ("kvcache-aware", {"blockSizeToHash": 128, "maxBlocksToMatch": 128})
+    assert (arguments.name, arguments.args) == ("kvcache-aware", {"maxBlocksToMatch": 128})
     filters = (PluginRef(name="least-request"), PluginRef(name="bounded-load"))
     assert config.scheduler.plugins.filter.enabled == filters
     scorers = (PluginRef(name="kvcache-aware", weight=2.0), PluginRef(name="least-request", weight=1.0))

@@ -79,6 +79,11 @@ def both(name: str) -> PluginArgs:
             "$.scheduler.pluginConfig[0].args.maxBlocks",
             ("did you mean `maxBlocksToMatch`?",),
         ),
+        (
+            profile(scorers=("kvcache-aware",), args=[PluginArgs(name="kvcache-aware", args={"hashScheme": "block"})]),
+            "$.scheduler.plugins.Score.enabled[0]",
+            ("sets `Config.blocks` instead",),
+        ),
         (profile(listeners=("strict",)), "$.scheduler.pluginConfig.strict.args", ("missing required field `needed`",)),
     ],
 )

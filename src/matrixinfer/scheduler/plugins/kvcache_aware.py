@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from matrixinfer.blocks import Scheme
 from matrixinfer.config import Count, Section, described
+from matrixinfer.errors import PluginError
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
 
 
@@ -37,6 +38,10 @@ class KvCacheAware(Plugin):
         ] = None
 
     def __init__(self, args: Args, services: Services) -> None:
+        if args.block_size_to_hash is not None or args.hash_scheme is not None:
+            raise PluginError(
+                "loading resolves these aliases; a configuration made in code sets `Config.blocks` instead"
+            )
         self._max_blocks = args.max_blocks_to_match
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
