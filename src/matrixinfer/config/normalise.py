@@ -23,7 +23,7 @@ _ALIASES = {"blockSizeToHash": "size", "hashScheme": "scheme"}
 
 
 class _BlockAliases(Section, frozen=True):
-    """The aliases among the plugin's arguments, which have the types of what they stand for."""
+    """The aliases, with the types of the keys that they stand for."""
 
     block_size_to_hash: Count | None = None
     hash_scheme: Literal["prefix", "block"] | None = None
@@ -32,8 +32,8 @@ class _BlockAliases(Section, frozen=True):
 def with_plugin_refs(data: object) -> object:
     """A YAML document with every plugin that is enabled by its name written as `{name: NAME}`.
 
-    What does not fit the schema stays as it is, for the schema to refuse. Raises `ConfigError` for an entry that is
-    neither a name nor a mapping, of which the schema could say only half.
+    Everything else that does not fit the schema stays as it is, and the schema refuses it. An entry that is neither a
+    name nor a mapping raises `ConfigError` here, as the schema knows only the second form.
     """
     plugins = _at(data, "scheduler", "plugins")
     if not isinstance(plugins, dict):
