@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrixinfer.config import PluginsConfig, PluginStage, SchedulerConfig, convert
+from matrixinfer.config import PluginRef, PluginsConfig, PluginStage, SchedulerConfig, convert
 from matrixinfer.scheduler.framework import (
     Candidate,
     Filter,
@@ -70,9 +70,13 @@ requests = st.builds(
 
 def alone(name: str, rng: random.Random) -> Scheduler:
     """A scheduler with this plugin at every stage that it has, and nothing else but the picker that must be."""
-    stages = {stage: PluginStage(enabled=(name,)) for stage, kind in STAGES if issubclass(REGISTRY[name], kind)}
+    stages = {
+        stage: PluginStage(enabled=(PluginRef(name=name),))
+        for stage, kind in STAGES
+        if issubclass(REGISTRY[name], kind)
+    }
     empty = {stage: PluginStage() for stage, _ in STAGES}
-    plugins = PluginsConfig(**{**empty, "picker": PluginStage(enabled=("max-score",)), **stages})
+    plugins = PluginsConfig(**{**empty, "picker": PluginStage(enabled=(PluginRef(name="max-score"),)), **stages})
     return Scheduler(SchedulerConfig(plugin_config=(), plugins=plugins), Services(clock=lambda: 0.0, rng=rng), REGISTRY)
 
 

@@ -22,6 +22,7 @@ from matrixinfer.config import (
     PodConfig,
     RedisConfig,
     SchedulerConfig,
+    checked,
 )
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -144,7 +145,7 @@ async def gateway(
         redis=redis,
     )
     connector = aiohttp.TCPConnector(limit=0)
-    async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
+    async with Service(checked(config)) as service, aiohttp.ClientSession(connector=connector) as session:
         yield Fleet(engines=engines, service=service, session=session)
 
 

@@ -12,6 +12,7 @@ from matrixinfer.config import (
     Config,
     KvEventsConfig,
     ModelConfig,
+    PluginRef,
     PluginsConfig,
     PluginStage,
     PodConfig,
@@ -82,7 +83,7 @@ async def test_without_exactly_one_configured_model_it_is_not_followed(
 async def test_a_pod_without_events_is_warned_of_once_where_the_profile_wants_them(
     subscriber: Subscriber, aware: bool, warnings: int
 ) -> None:
-    plugins = PluginsConfig() if aware else PluginsConfig(score=PluginStage(enabled=("least-request",)))
+    plugins = PluginsConfig() if aware else PluginsConfig(score=PluginStage(enabled=(PluginRef(name="least-request"),)))
     follow = EventFollower(subscriber, Config(scheduler=SchedulerConfig(plugins=plugins)))
     with structlog.testing.capture_logs() as logs:
         follow(pod(sources=None))

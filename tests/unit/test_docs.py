@@ -21,7 +21,7 @@ from matrixinfer.app.collectors import (
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import main
-from matrixinfer.config import SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.config import PluginRef, SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
@@ -59,7 +59,7 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_shipped_profile_is_built_and_bounds_load(policy: str) -> None:
-    assert "bounded-load" in POLICIES[policy].filter.enabled
+    assert PluginRef(name="bounded-load") in POLICIES[policy].filter.enabled
     build_scheduler(with_policy(SchedulerConfig(), policy))
 
 

@@ -13,11 +13,11 @@ import aiohttp
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import (
+    BlocksConfig,
     Config,
     DriftConfig,
     KvEventsConfig,
     ModelConfig,
-    PluginArgs,
     PodConfig,
     SchedulerConfig,
 )
@@ -179,10 +179,8 @@ async def gateway(
         admin="127.0.0.1:0",
         models=(ModelConfig(name=NAME, tokenizer=str(tokenizer_of(engines[0].model))),),
         pods=tuple(pods),
-        scheduler=SchedulerConfig(
-            plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": hashed, "maxBlocksToMatch": 0}),),
-            pending_seconds=0.0,
-        ),
+        blocks=BlocksConfig(size=hashed),
+        scheduler=SchedulerConfig(pending_seconds=0.0),
         drift=DriftConfig(inject_usage=injects_usage),
     )
     connector = aiohttp.TCPConnector(limit=0)

@@ -14,10 +14,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.config import BlocksConfig, Config
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
@@ -28,8 +28,6 @@ from matrixinfer.index.redis.warming import fill
 from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
-from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
-from matrixinfer.scheduler.profile import arguments_of
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
 from matrixinfer.trust.drift import Drift
@@ -137,7 +135,6 @@ class IndexSetup:
         return feed is not None and feed.state not in _UNKNOWN_YET
 
 
-def token_blocks(scheduler: SchedulerConfig) -> TokenBlockProcessor:
-    """How prompts and caches are cut into blocks, as the arguments of `kvcache-aware` say. Raises `ConfigError`."""
-    hashing = cast("KvCacheAware.Args", arguments_of(scheduler, KvCacheAware))
-    return TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
+def token_blocks(blocks: BlocksConfig) -> TokenBlockProcessor:
+    """How prompts and caches are cut into blocks."""
+    return TokenBlockProcessor(blocks.size, blocks.scheme)

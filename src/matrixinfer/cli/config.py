@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from matrixinfer.app.config_reference import configuration_page
@@ -27,7 +28,10 @@ def add_parser(subparsers: Subparsers) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Raise `ConfigError` when the file does not hold."""
     config = load(args.file)
-    build_scheduler(config.scheduler)
+    plugins = discover()
+    for name, reason in plugins.broken.items():
+        print(f"warning: the installed plugin `{name}` cannot be used: {reason}", file=sys.stderr)
+    build_scheduler(config.scheduler, plugins)
     for i, model in enumerate(config.models):
         if model.tokenizer is not None:
             loader.load(model, where=f"$.models[{i}]")

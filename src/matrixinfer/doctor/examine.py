@@ -58,7 +58,7 @@ async def examine(config: Config, *, probes: bool, patience: float, on_step: OnS
 
     Raises `ConfigError` when a configured tokenizer cannot be loaded.
     """
-    blocks = token_blocks(config.scheduler)
+    blocks = token_blocks(config.blocks)
     registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=time.monotonic)
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session(config.limits))

@@ -36,9 +36,7 @@ class EventFollower:
         self._listens = listens
         self._models = [model.name for model in config.models]
         scorers = config.scheduler.plugins.score.enabled
-        self._wanted = (
-            any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers) and listens
-        )
+        self._wanted = any(ref.name == KvCacheAware.name for ref in scorers) and listens
         self._warned: set[str] = set()
         self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
         self._endpoints: dict[str, frozenset[str]] = {}
