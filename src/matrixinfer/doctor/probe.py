@@ -1,4 +1,4 @@
-"""Sends a new prompt to one publisher twice: its events must foretell what the second finds in the cache."""
+"""Sends a new prompt twice to one endpoint: its events must predict how much of the second is found in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
-from matrixinfer.doctor.event_listener import Ear
+from matrixinfer.doctor.event_listener import EventListener
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.errors import TokenizeError
 from matrixinfer.gateway.headers import RANK
@@ -27,24 +27,24 @@ from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.cache_views import FeedCaches
 
 BLOCKS = 3
-"""Blocks that a probe fills, of the larger of both sizes."""
-LONGEST = 32_768
-"""Tokens of a probe at most."""
+"""Blocks that a probe fills, of the larger of the engine's and the gateway's block size."""
+MAX_TOKENS = 32_768
+"""Maximum length of a probe."""
 ANSWER_SECONDS = 60.0
-"""How long an engine may take for one: it may have to wait its turn."""
+"""How long the engine may take for a probe, which may have to wait for other requests."""
 METRICS_SECONDS = 1.0
-"""How long the engine's own count may lag behind an answer."""
+"""How long the engine's hit counter may lag behind an answer."""
 _POLL_SECONDS = 0.05
 _WORDS = ("the", "river", "of", "stone", "and", "light", "in", "water", "over", "time", "with", "wind", "from", "snow")
 
 
-class Refused(Exception):
-    """The engine did not compute the probe. Says why."""
+class ProbeFailed(Exception):
+    """The engine did not compute the probe, for the reason given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sent:
-    """A probe, as the gateway sees it."""
+class ProbePrompt:
+    """The prompt of a probe, as the gateway sees it."""
 
     body: bytes
     ids: TokenIds
@@ -52,7 +52,7 @@ class Sent:
 
 
 class Prober:
-    """Probes endpoints. `patience` is in seconds: how long events may be on their way."""
+    """Probes endpoints. Waits `patience` seconds for events to arrive."""
 
     def __init__(
         self,
@@ -71,93 +71,95 @@ class Prober:
         self._blocks = blocks
         self._patience = patience
 
-    async def probe(self, endpoint: Endpoint, model: str, ear: Ear, engine_block: int | None) -> ProbeFacts:
-        """What became of a new prompt at one endpoint."""
+    async def probe(
+        self, endpoint: Endpoint, model: str, listener: EventListener, engine_block: int | None
+    ) -> ProbeFacts:
+        """Send a new prompt twice to an endpoint, and report what its events predicted and what the engine found."""
         try:
-            sent = await self._write(endpoint, model, engine_block)
-            witness = Witness(model, sent.ids, sent.chain, held=0, block_size=self._blocks.block_size)
-            ledger = ear.heard[endpoint.name].feed.ledger
+            prompt = await self._new_prompt(endpoint, model, engine_block)
+            witness = Witness(model, prompt.ids, prompt.chain, held=0, block_size=self._blocks.block_size)
+            ledger = listener.publishers[endpoint.name].feed.ledger
             ledger.witness = witness
-            await self._send(endpoint, sent)
-            predicted = await self._foretold(endpoint, model, ear, sent)
+            await self._send(endpoint, prompt)
+            predicted = await self._predicted_hit(endpoint, model, listener, prompt)
             ledger.witness = None
-            elsewhere = None if predicted else await self._elsewhere(endpoint, model, ear, sent)
+            published_by = None if predicted else await self._other_publisher(endpoint, model, listener, prompt)
             before = await self._hits(endpoint)
-            cached = await self._send(endpoint, sent)
-            hits = await self._grown(endpoint, before, predicted)
-        except Refused as error:
-            return ProbeFacts(refused=str(error))
+            cached = await self._send(endpoint, prompt)
+            hits = await self._hits_since(endpoint, before, predicted)
+        except ProbeFailed as error:
+            return ProbeFacts(failure=str(error))
         return ProbeFacts(
-            tokens=len(sent.ids),
+            tokens=len(prompt.ids),
             predicted=predicted,
             cached=cached,
             hits=hits,
             first_difference=witness.first_difference if witness.chains == 1 else None,
-            elsewhere=elsewhere,
+            published_by=published_by,
         )
 
-    async def _write(self, endpoint: Endpoint, model: str, engine_block: int | None) -> Sent:
-        """A prompt that nobody has sent before, tokenized as the gateway would. Raises `Refused`."""
+    async def _new_prompt(self, endpoint: Endpoint, model: str, engine_block: int | None) -> ProbePrompt:
+        """A prompt that nobody has sent before, tokenized as the gateway would. Raises `ProbeFailed`."""
         served = endpoint.pod.served
         length = None if served is None else served.context_length
-        words = min(BLOCKS * max(self._blocks.block_size, engine_block or 1) + 8, LONGEST)
+        words = min(BLOCKS * max(self._blocks.block_size, engine_block or 1) + 8, MAX_TOKENS)
         if length is not None:
-            words = min(words, length // 2)  # a word may be more than a token
-        random_words = random.choices(_WORDS, k=words)  # noqa: S311 - unlike others, protects nothing
-        prompt = " ".join((uuid.uuid4().hex, *random_words))
-        body = msgspec.json.encode({"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0})
+            words = min(words, length // 2)  # a word may have more than one token
+        random_words = random.choices(_WORDS, k=words)  # noqa: S311 - must be unique, protects nothing
+        text = " ".join((uuid.uuid4().hex, *random_words))
+        body = msgspec.json.encode({"model": model, "prompt": text, "max_tokens": 1, "temperature": 0})
         try:
             read = await self._tokenizers.read(COMPLETIONS_PATH, body)
             configured = self._registry.configured_name(model, [endpoint.pod])
             tokenized = await self._tokenizers.tokenize(read, model=configured, engines=[endpoint.pod])
         except TokenizeError as error:
-            raise Refused(f"it has no token ids here: {error}") from error
+            raise ProbeFailed(f"the gateway cannot tokenize it: {error}") from error
         ids, block = tokenized.tokens.ids, max(self._blocks.block_size, engine_block or 1)
         if len(ids) <= block:
-            raise Refused(f"what fits the engine fills no block of {block} tokens")
-        return Sent(body=body, ids=ids, chain=self._blocks.chain(ids))
+            raise ProbeFailed(f"a prompt that the engine accepts fills no block of {block} tokens")
+        return ProbePrompt(body=body, ids=ids, chain=self._blocks.chain(ids))
 
-    async def _send(self, endpoint: Endpoint, sent: Sent) -> int | None:
-        """The cached tokens that the answer tells of. Raises `Refused`."""
+    async def _send(self, endpoint: Endpoint, prompt: ProbePrompt) -> int | None:
+        """Send the prompt and return the cached tokens that the answer reports. Raises `ProbeFailed`."""
         headers = {"Content-Type": "application/json"}
         if endpoint.rank is not None:
             headers[RANK] = str(endpoint.rank)
         url, timeout = f"{endpoint.pod.url}{COMPLETIONS_PATH}", aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         try:
             async with self._session.post(
-                url, data=sent.body, headers=headers, timeout=timeout, allow_redirects=False
+                url, data=prompt.body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
                 answer = await response.read()
                 if response.status != 200:
-                    key = "; it wants an API key" if response.status in (401, 403) else ""
-                    raise Refused(f"{COMPLETIONS_PATH} answered {response.status}{key}")
+                    key = "; it requires an API key" if response.status in (401, 403) else ""
+                    raise ProbeFailed(f"{COMPLETIONS_PATH} answered {response.status}{key}")
         except TimeoutError as error:
-            raise Refused(f"no answer within {ANSWER_SECONDS:.0f} s") from error
+            raise ProbeFailed(f"no answer within {ANSWER_SECONDS:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Refused(str(error) or type(error).__name__) from error
-        told = usage(answer)
-        return None if told is None else told.cached
+            raise ProbeFailed(str(error) or type(error).__name__) from error
+        reported = usage(answer)
+        return None if reported is None else reported.cached
 
-    async def _foretold(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> int:
-        """The hit that the events foretell, once they tell of the whole prompt or `patience` is over."""
-        if not ear.is_connected(endpoint.name):
+    async def _predicted_hit(self, endpoint: Endpoint, model: str, listener: EventListener, prompt: ProbePrompt) -> int:
+        """The hit that the events predict, once they cover the whole prompt or `patience` is over."""
+        if not listener.is_connected(endpoint.name):
             return 0
-        feed, deadline = ear.heard[endpoint.name].feed, time.monotonic() + self._patience
+        feed, deadline = listener.publishers[endpoint.name].feed, time.monotonic() + self._patience
         while True:
-            predicted = await self._predict(endpoint, model, ear, sent)
+            predicted = await self._predict(endpoint, model, listener, prompt)
             size = feed.ledger.block_size
             if size is not None:
-                whole = len(sent.ids) // size * size // self._blocks.block_size * self._blocks.block_size
-                if predicted >= min(whole, len(sent.ids) - 1) // size * size > 0:
+                whole = len(prompt.ids) // size * size // self._blocks.block_size * self._blocks.block_size
+                if predicted >= min(whole, len(prompt.ids) - 1) // size * size > 0:
                     return predicted
             if time.monotonic() >= deadline:
                 return predicted
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _predict(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> int:
-        """As the router does: what the index holds of the prompt, in whole engine blocks."""
-        lookup = Lookup(self._registry, ear.index, FeedCaches(ear.feeds))
-        matches = await lookup.match(model, model, [endpoint.pod], sent.chain)
+    async def _predict(self, endpoint: Endpoint, model: str, listener: EventListener, prompt: ProbePrompt) -> int:
+        """Predict the hit as the router does: the tokens that the index has, in whole engine blocks."""
+        lookup = Lookup(self._registry, listener.index, FeedCaches(listener.feeds))
+        matches = await lookup.match(model, model, [endpoint.pod], prompt.chain)
         held = lookup.held(endpoint.name, matches)
         candidate = Candidate(
             name=endpoint.name,
@@ -166,17 +168,19 @@ class Prober:
             matched_tail=held.tail,
             engine_block=None if held.cache is None else held.cache.engine_block,
         )
-        return candidate.predicted_hit(len(sent.ids), self._blocks.block_size)
+        return candidate.predicted_hit(len(prompt.ids), self._blocks.block_size)
 
-    async def _elsewhere(self, endpoint: Endpoint, model: str, ear: Ear, sent: Sent) -> str | None:
-        """Another publisher of the pod that tells of the prompt."""
+    async def _other_publisher(
+        self, endpoint: Endpoint, model: str, listener: EventListener, prompt: ProbePrompt
+    ) -> str | None:
+        """Another publisher of the pod that published the prompt's blocks."""
         for other in endpoint.pod.endpoints:
-            if other.name != endpoint.name and await self._predict(other, model, ear, sent):
+            if other.name != endpoint.name and await self._predict(other, model, listener, prompt):
                 return other.name.removeprefix(f"{endpoint.pod.name}@")
         return None
 
     async def _hits(self, endpoint: Endpoint) -> int | None:
-        """The engine's own count of tokens found in its cache."""
+        """The engine's own counter of tokens found in its cache."""
         try:
             metrics = await self._api.metrics(endpoint.pod.url, now=time.monotonic())
         except EngineDown:
@@ -186,8 +190,8 @@ class Prober:
             return None if rank is None else rank.prefix_hits
         return metrics.prefix_hits
 
-    async def _grown(self, endpoint: Endpoint, before: int | None, predicted: int) -> int | None:
-        """By how much that count has grown, once it is by as much as was foretold or time is over."""
+    async def _hits_since(self, endpoint: Endpoint, before: int | None, predicted: int) -> int | None:
+        """How much that counter has grown, once it is as much as predicted or `METRICS_SECONDS` are over."""
         deadline = time.monotonic() + METRICS_SECONDS
         while before is not None:
             now = await self._hits(endpoint)
