@@ -94,11 +94,11 @@ class Engine:
         self._publisher.publish(payload)
 
     def send(self, *parts: bytes) -> None:
-        self._publisher._pub.send_multipart(list(parts))
+        self._publisher.send_raw(*parts)
 
     def skip(self, frames: int) -> None:
         """Continue as if this many frames had been published and were gone from the replay buffer."""
-        self._publisher._next += frames
+        self._publisher.skip(frames)
 
 
 class Running:

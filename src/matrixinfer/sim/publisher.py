@@ -107,6 +107,14 @@ class EventPublisher:
         self._buffer.append((self._next, payload))
         self._next += 1
 
+    def send_raw(self, *parts: bytes) -> None:
+        """Send any message live, for example one that is not a valid frame."""
+        self._pub.send_multipart(parts, zmq.NOBLOCK)
+
+    def skip(self, batches: int) -> None:
+        """Skip sequence numbers, as if these batches were lost and are no longer kept for replay."""
+        self._next += batches
+
     def lose(self, batches: int) -> None:
         """Do not send the next `batches` live, as if the network lost them."""
         self._to_lose = batches
