@@ -53,6 +53,8 @@ async def test_predicted_and_reported_hits_are_shown_together(
         assert await decisions(gateway, id="nobody") == await decisions(gateway, pod="nobody") == []
 
         capsys.readouterr()
+        assert await explain(gateway, "--pod", "nobody") == 0
+        assert capsys.readouterr().out == "no decisions for the pod nobody\n"
         assert await explain(gateway) == 0
         assert capsys.readouterr().out.count("request-") == 2
         assert await explain(gateway, "request-1") == 0
@@ -100,5 +102,7 @@ def without_times(text: str) -> list[str]:
 def test_a_gateway_that_is_down_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--admin", "127.0.0.1:9"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("matrixinfer: cannot reach the gateway's admin address http://127.0.0.1:9: ")
+    assert err.startswith(
+        "matrixinfer: cannot reach the gateway's admin address http://127.0.0.1:9: connection refused. "
+    )
     assert "Is the gateway running" in err

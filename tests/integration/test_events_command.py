@@ -269,7 +269,7 @@ async def test_tail_says_what_to_check_when_no_events_arrive(running: Running, m
     await running.start(tail.tail, "tail", engine.endpoint)
     await running.wait_for(f"waiting: cannot connect to {engine.endpoint} yet")
     async with Engine(ports):
-        await running.wait_for("waiting: connected, but no events yet")
+        await running.wait_for("waiting: connected, but no new events")
         await asyncio.sleep(0.3)
         assert running.err.count("waiting") == 2
         assert (await running.stop())[-1].endswith("0 frames, 0 events; 0 blocks held now")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from matrixinfer.app.service import Service
-from matrixinfer.cli.arguments import Subparsers, at_least_one, integer, packaged_tokenizer
+from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one, integer, packaged_tokenizer
 from matrixinfer.config import Config, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
@@ -194,7 +194,7 @@ def _ratio(baseline: float | None, value: float | None) -> float | None:
 
 def _print(summaries: Mapping[str, Summary], *, engines: int) -> None:
     requests = summaries[_BASELINE]["requests"]
-    table = Table(title=f"The same {requests} requests to {engines} engines, routed two ways", title_justify="left")
+    table = Table(box=None)
     for heading in ("policy", "hit_rate", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "ttft_ratio"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for policy, row in summaries.items():
@@ -204,7 +204,8 @@ def _print(summaries: Mapping[str, Summary], *, engines: int) -> None:
             *(_shown(row[key], ",.0f") for key in ("ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms")),
             _shown(row["ttft_ratio"], ".1f", "x"),
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+    console.print(f"The same {requests} requests to {engines} engines, routed two ways:")
     console.print(table)
     console.print(
         "hit_rate: share of prompt tokens found in a cache. ttft: time to first token.\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -72,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if args.body is not None or args.id is not None:
         for decision in [answer] if args.body is not None else answer["decisions"]:
             _print_one(console, decision)
-    else:
+    elif answer["decisions"]:
         _print_list(console, answer["decisions"])
+    else:
+        console.print("no decisions yet" if args.pod is None else f"no decisions for the pod {args.pod}")
     return 0
 
 
@@ -92,7 +95,7 @@ async def _ask(args: argparse.Namespace) -> Any:
                 answer = await _answer(response)
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise CannotExplain(
-            f"cannot reach the gateway's admin address {base}: {str(error) or type(error).__name__}. Is the gateway running, "
+            f"cannot reach the gateway's admin address {base}: {_reason(error)}. Is the gateway running, "
             "and is --admin the `admin` address of its config?"
         ) from error
     if args.id is not None and not answer["decisions"]:
@@ -108,6 +111,12 @@ async def _answer(response: aiohttp.ClientResponse) -> Any:
         message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
         raise CannotExplain(message or f"expected status 200 from the gateway, got {response.status}")
     return answer
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__
 
 
 def _read(path: Path) -> bytes:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
     add = parser.add_argument
     add("--replay", action="append", default=[], type=_endpoint, metavar="ENDPOINT", help="where the engine replays "
         "past events; one per ENDPOINT, in the same order. Starts with the past events, and fills gaps")  # fmt: skip
-    add("--topic", help="take only events with exactly this topic (default: every topic)")
+    add("--topic", help="accept only events with exactly this topic (default: every topic)")
     add("--count", type=at_least_one, metavar="N", help=f"stop after N {unit}")
     add("--seconds", type=duration, metavar="S", help="stop after S seconds")
 

@@ -112,7 +112,7 @@ class _Printer:
             _print_note(f"waiting: cannot connect to {publisher} yet. Is the engine up, and its port reachable from here? Is "
                  "this the endpoint on which it publishes, not the one on which it replays?")  # fmt: skip
         if not unreached:
-            _print_note("waiting: connected, but no events yet. An engine publishes when it stores or drops a block, not when "
+            _print_note("waiting: connected, but no new events. An engine publishes when it stores or drops a block, not when "
                  "it is idle or finds a whole prompt in its cache: send it a new prompt, longer than a block. Are its "
                  "KV events enabled (enable_kv_cache_events)?")  # fmt: skip
 

@@ -109,14 +109,14 @@ async def _show_pod(args: argparse.Namespace, config: Config, store: Store) -> i
 
 
 def _print_row(row: PodRow) -> None:
-    lease = "expired" if not row.alive else f"{row.lease_seconds} s"
-    console.print(f"  writer {row.writer or '-'}, lease {lease}, token {row.token or '-'}")
+    lease = row.lease_seconds if row.alive else "expired"
+    console.print(f"  writer {row.writer or '-'}, lease_seconds {lease}, token {row.token or '-'}")
     stamped = "-" if row.last_stamp is None else f"{row.last_stamp}, {ago(time.time() - row.last_stamp)} ago"
-    console.print(f"  epoch {row.epoch or '-'}, last stamp {stamped}")
+    console.print(f"  epoch {row.epoch or '-'}, last_stamp {stamped}")
     if row.state is not None:
         state = row.state
         console.print(
-            f"  trust {state.trust}, feed {state.feed}, model {state.model}, engine block {state.engine_block or '-'}"
+            f"  trust {state.trust}, feed {state.feed}, model {state.model}, engine_block {state.engine_block or '-'}"
         )
         if state.reason is not None:
             console.print(f"  reason {state.reason}")
