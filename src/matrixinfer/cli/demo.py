@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"policies": summaries}, indent=2))
     else:
-        _print(summaries, engines=args.engines)
+        print_comparison(summaries, engines=args.engines)
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 
 
@@ -192,7 +192,8 @@ def _ratio(baseline: float | None, value: float | None) -> float | None:
     return round(baseline / value, 2) if baseline and value else None
 
 
-def _print(summaries: Mapping[str, Summary], *, engines: int) -> None:
+def print_comparison(summaries: Mapping[str, Summary], *, engines: int) -> None:
+    """Print one row per policy, with columns named like the fields of `Summary`."""
     requests = summaries[_BASELINE]["requests"]
     table = Table(box=None)
     for heading in ("policy", "hit_rate", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "ttft_ratio"):
