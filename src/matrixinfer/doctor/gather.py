@@ -165,7 +165,7 @@ class _PodGatherer:
         """What the engine says about itself. The registry learns it as well. Raises `EngineDown`."""
         before = time.time()
         health = await self.api.ask(f"{pod.url}/health")
-        clock_ahead = ahead(health.date, before, time.time())
+        clock_ahead = seconds_ahead(health.date, before, time.time())
         self.registry.answered(pod.name)
         paths = ("version", "v1/models", "kv_event_sources", "metrics")
         version, models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
@@ -209,7 +209,7 @@ class _PodGatherer:
         return publisher.facts(connected=listener.is_connected(name), replay=replay, probe=probed.get(name))
 
 
-def ahead(date: str | None, before: float, after: float) -> float | None:
+def seconds_ahead(date: str | None, before: float, after: float) -> float | None:
     """Seconds by which a clock that showed `date` between `before` and `after` is at least ahead, or behind if negative.
 
     The Date header has whole seconds, rounded down.

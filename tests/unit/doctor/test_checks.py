@@ -11,7 +11,7 @@ from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.doctor.checks import check_fleet
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts, SampleFacts
 from matrixinfer.doctor.findings import Finding, summarize
-from matrixinfer.doctor.gather import ahead
+from matrixinfer.doctor.gather import seconds_ahead
 from matrixinfer.pods.registry import ServedNames
 
 PROBE = ProbeFacts(tokens=400, predicted=384, cached=384, hits=384)
@@ -233,7 +233,7 @@ def test_the_worst_finding_decides_the_exit_code() -> None:
     ],
 )
 def test_a_date_header_is_read_to_the_second(date: str | None, expected: float | None) -> None:
-    measured = ahead(date, 1000.2, 1000.4)
+    measured = seconds_ahead(date, 1000.2, 1000.4)
     assert measured == (None if expected is None else pytest.approx(expected))
 
 
