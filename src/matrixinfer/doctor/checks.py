@@ -1,7 +1,7 @@
-"""Facts to findings: every check by its name, in the order in which it is told.
+"""Turns facts into findings. Lists every check by name, in the order in which findings are reported.
 
-A check is a pure function that yields verdicts. What is new to be looked at, such as an index behind a network, is a fact
-more in `FleetFacts` and a function more in `FLEET_CHECKS`.
+A check is a pure function that yields verdicts. To check something new, add a fact to `PodFacts` or `FleetFacts`, and a
+function to `POD_CHECKS` or `FLEET_CHECKS`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ PodCheck: TypeAlias = Callable[[PodFacts], Iterator[Verdict]]
 FleetCheck: TypeAlias = Callable[[FleetFacts], Iterator[Verdict]]
 
 
-def diagnose(fleet: FleetFacts) -> list[Finding]:
-    """Every finding: pod by pod, then those of the fleet."""
-    found = [finding for pod in fleet.pods for finding in _pod(pod, fleet)]
-    return found + [_finding(None, name, verdict) for name, check in FLEET_CHECKS.items() for verdict in check(fleet)]
+def check_fleet(fleet: FleetFacts) -> list[Finding]:
+    """All findings: pod by pod, then the ones about the fleet."""
+    findings = [finding for pod in fleet.pods for finding in _check_pod(pod, fleet)]
+    return findings + [
+        _finding(None, name, verdict) for name, check in FLEET_CHECKS.items() for verdict in check(fleet)
+    ]
 
 
-def _pod(pod: PodFacts, fleet: FleetFacts) -> Iterator[Finding]:
+def _check_pod(pod: PodFacts, fleet: FleetFacts) -> Iterator[Finding]:
     if pod.down is not None:
-        down = blind(f"it does not answer: {pod.down}", "start it, or mend its `url`; requests go elsewhere meanwhile")
+        down = blind(
+            f"the engine does not answer: {pod.down}",
+            "start it, or correct the pod's `url`; until then, requests go to other pods",
+        )
         yield _finding(pod.name, "health", down)
         return
-    yield _finding(pod.name, "health", ok("it answers"))
+    yield _finding(pod.name, "health", ok("the engine answers"))
     for verdict in _model(pod, fleet):
         yield _finding(pod.name, "model", verdict)
     for name, check in POD_CHECKS.items():
@@ -40,29 +45,29 @@ def _pod(pod: PodFacts, fleet: FleetFacts) -> Iterator[Finding]:
 
 
 def _finding(pod: str | None, check: str, verdict: Verdict) -> Finding:
-    return Finding(pod=pod, check=check, level=verdict.level, says=verdict.says, fix=verdict.fix)
+    return Finding(pod=pod, check=check, level=verdict.level, message=verdict.message, fix=verdict.fix)
 
 
 def _model(pod: PodFacts, fleet: FleetFacts) -> Iterator[Verdict]:
-    """Whether it serves what is configured."""
+    """Whether the pod serves a configured model."""
     configured = {name for model in fleet.models for name in (model.name, *model.aliases)}
     if pod.served is None:
-        wants_key = pod.models_status in (401, 403)
+        needs_key = pod.models_status in (401, 403)
         yield warning(
-            f"it does not tell what it serves (HTTP {pod.models_status or 'error'} from /v1/models)"
-            + (": it wants an API key, and only clients' requests bring one" if wants_key else ""),
-            "configure its model under `models`; its adapters stay unknown",
+            f"the engine does not say which model it serves (HTTP {pod.models_status or 'error'} from /v1/models)"
+            + (": it requires an API key, and only clients' requests carry one" if needs_key else ""),
+            "configure its model under `models`; its adapters remain unknown",
         )
     elif configured and not pod.served.aliases & configured:
         near = difflib.get_close_matches(pod.served.base_model, sorted(configured), n=1)
         yield warning(
-            f"it serves {pod.served.base_model}, which is not configured",
+            f"the engine serves {pod.served.base_model}, which is not configured",
             f"add `{pod.served.base_model}` to `models`"
-            + (f", or name it so instead of `{near[0]}`" if near else "")
-            + "; until then its own /tokenize is asked for every prompt",
+            + (f", or rename `{near[0]}` to that" if near else "")
+            + "; until then, the gateway asks the engine's /tokenize for every prompt",
         )
     else:
-        yield ok(f"it serves {pod.served.base_model}")
+        yield ok(f"the engine serves {pod.served.base_model}")
 
 
 POD_CHECKS: Mapping[str, PodCheck] = MappingProxyType(
@@ -84,21 +89,21 @@ POD_CHECKS: Mapping[str, PodCheck] = MappingProxyType(
 
 
 def _models(fleet: FleetFacts) -> Iterator[Verdict]:
-    """Whether somebody serves each configured model."""
+    """Whether every configured model is served by a pod."""
     up = [pod for pod in fleet.pods if pod.down is None]
     served = {name for pod in up if pod.served is not None for name in (*pod.served.aliases, *pod.served.adapters)}
     if any(pod.served is None for pod in fleet.pods):
-        return  # it may be one of those that have not told
+        return  # a pod that did not say may serve it
     for model in fleet.models:
         if not served.intersection((model.name, *model.aliases)):
             yield blind(
                 f"no pod serves the configured model {model.name}",
-                f"name it as the engine does: {' or '.join(sorted(served))}",
+                f"expected a name that an engine serves: {' or '.join(sorted(served))}",
             )
 
 
 def _sizes(fleet: FleetFacts) -> Iterator[Verdict]:
-    """Whether pods of one model have blocks of one size."""
+    """Whether all pods of a model have the same block size."""
     sizes: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for pod in fleet.pods:
         if pod.served is not None and pod.engine_block is not None:
@@ -107,13 +112,13 @@ def _sizes(fleet: FleetFacts) -> Iterator[Verdict]:
         if len(pods) > 1:
             shown = "; ".join(f"{size} tokens on {', '.join(names)}" for size, names in sorted(pods.items()))
             yield warning(
-                f"pods of {model} have blocks of different sizes ({shown}), so that equal prompts count differently",
+                f"the pods of {model} have different block sizes ({shown}): the same prompt matches differently on each",
                 "start all of them with the same --block-size",
             )
 
 
 def _publishers(fleet: FleetFacts) -> Iterator[Verdict]:
-    """Whether one publisher is taken for several pods'."""
+    """Whether one publisher is followed as several pods."""
     pods: dict[str, dict[str, None]] = defaultdict(dict)
     for pod in fleet.pods:
         for feed in pod.feeds:
@@ -121,8 +126,8 @@ def _publishers(fleet: FleetFacts) -> Iterator[Verdict]:
     for endpoint, names in pods.items():
         if len(names) > 1:
             yield blind(
-                f"{endpoint} is followed as the events of {' and '.join(names)}: one engine's cache is taken for both",
-                "give each pod its own kvEvents.endpoint",
+                f"{endpoint} is configured as the events of {' and '.join(names)}: one engine's cache is taken for theirs",
+                "set kvEvents.endpoint of each pod to its own publisher",
             )
 
 

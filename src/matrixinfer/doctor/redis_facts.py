@@ -1,10 +1,11 @@
-"""Asks Redis for the facts that matter to look-ups."""
+"""Gathers the facts about the shared index in Redis."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from matrixinfer.blocks import TokenBlockProcessor
@@ -16,30 +17,30 @@ from matrixinfer.index.redis.index import scheme_of
 from matrixinfer.index.redis.states import PodState, States
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
 
-_PROBES = 5
+_PINGS = 5
 
 
-async def ask(
+async def gather_redis_facts(
     config: Config, redis: RedisConfig, blocks: TokenBlockProcessor, models: Sequence[str], patience: float
 ) -> RedisFacts:
-    """The facts of the server, which may take `patience` seconds to answer. It is only read."""
+    """Ask the server, which gets `patience` seconds to answer. Writes nothing."""
     facts = RedisFacts(
-        where=redis.where, looks_up=config.index.kind == "redis", writer=config.index.writer, scheme=scheme_of(blocks)
+        where=redis.where, is_index=config.index.kind == "redis", writer=config.index.writer, scheme=scheme_of(blocks)
     )
     async with Store(redis) as store:
         try:
             async with asyncio.timeout(patience):
                 return await _ask(store, facts, models)
         except IndexUnavailable as error:
-            return facts.but(error=str(error))
+            return replace(facts, error=str(error))
         except TimeoutError:
-            return facts.but(error=f"no answer within {patience:g} seconds")
+            return replace(facts, error=f"no answer within {patience:g} seconds")
 
 
 async def _ask(store: Store, facts: RedisFacts, models: Sequence[str]) -> RedisFacts:
     client: Any = store.client
     times = []
-    for _ in range(_PROBES):
+    for _ in range(_PINGS):
         began = time.monotonic()
         await store.ask(client.hlen(layout.EPOCHS))
         times.append(time.monotonic() - began)
@@ -47,16 +48,17 @@ async def _ask(store: Store, facts: RedisFacts, models: Sequence[str]) -> RedisF
     ahead = seconds + microseconds / 1e6 - time.time() if not store.is_cluster else 0.0
     states = States(store, facts.scheme, models=lambda: list(models))
     await states.read()
-    return facts.but(
+    return replace(
+        facts,
         slow=min(times) > store.config.deadline_seconds / 2,
         refuses_scripts=await _refuses_scripts(store),
         clock_ahead=ahead,
         schemes=dict(states.foreign),
-        vouched=frozenset(pod for pod in states.pods if states.is_alive(pod) and _is_told(states.of(pod))),
+        endpoints_written=frozenset(pod for pod in states.pods if states.is_alive(pod) and _is_trusted(states.of(pod))),
     )
 
 
-def _is_told(state: PodState | None) -> bool:
+def _is_trusted(state: PodState | None) -> bool:
     return state is not None and state.trust in ("exact", "partial")
 
 

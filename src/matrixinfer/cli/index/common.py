@@ -1,4 +1,4 @@
-"""What the commands that look at the shared index have in common: which server, and how far they are."""
+"""What the `index` commands share: arguments, the connection to the server, progress and output."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ console = Console(highlight=False, soft_wrap=True, width=WIDTH)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command."""
+    """Add the arguments of every `index` command."""
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="a gateway's config file; without it the environment's REDIS_HOST, REDIS_PORT and REDIS_PASSWORD",
+        help="config file of a gateway, which names the server (default: the environment variables REDIS_HOST, REDIS_PORT "
+        "and REDIS_PASSWORD)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    """The config file, with a server in any case. Raises `ConfigError`."""
+    """The config file. A server that it does not name is taken from the environment. Raises `ConfigError`."""
     config = Config() if args.config is None else load(args.config)
     return checked(msgspec.structs.replace(config, redis=config.redis or RedisConfig()))
 
 
 @asynccontextmanager
 async def server(config: Config) -> AsyncIterator[Store]:
-    """A server that answers. Raises `IndexUnavailable`, also where it stops to answer within the context."""
+    """Connect to the server. Raises `IndexUnavailable`, also when the server stops answering within the context."""
     store = Store(config.redis or RedisConfig())
     client: Any = store.client
     try:
@@ -53,7 +54,7 @@ async def server(config: Config) -> AsyncIterator[Store]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of keys on standard error while the context lasts, on a terminal only."""
+    """Show a bar of scanned keys on standard error, if that is a terminal. Yields the callback that advances it."""
     terminal = Console(stderr=True)
     columns = (TextColumn("keys"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
@@ -62,12 +63,12 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def print_json(answer: object) -> None:
-    """For programs."""
+    """Print the result for programs."""
     print(json.dumps(msgspec.to_builtins(answer), indent=2))
 
 
 def ago(seconds: float) -> str:
-    """A time that has passed, for people."""
+    """A time span for people: `90 s`, `2 min`, `3 h`, `4 d`."""
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if abs(seconds) >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""Prompts that are hard to tokenize alike, and their comparison with an engine's ids."""
+"""Sample prompts that are hard to tokenize, and the comparison of their token ids with an engine's."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ _TOOLS = (
     },
 )
 _CALL = {"name": "get_weather", "arguments": '{"city": "Zürich", "days": 3}'}
-_CALLED = (
+_TOOL_TURNS = (
     {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "type": "function", "function": _CALL}]},
     {"role": "tool", "tool_call_id": "call12345", "content": '{"celsius": -3.5, "note": "<b>Föhn</b>"}'},
 )
 OPTIONAL = "a chat with system prompt and tools"
-"""Not every template takes these."""
+"""Not every chat template supports these."""
 SAMPLES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "a text": (COMPLETIONS_PATH, {"prompt": HARD_TEXT}),
         "a chat": (CHAT_PATH, {"messages": _MESSAGES}),
-        OPTIONAL: (CHAT_PATH, {"messages": (_SYSTEM, *_MESSAGES, *_CALLED), "tools": _TOOLS}),
+        OPTIONAL: (CHAT_PATH, {"messages": (_SYSTEM, *_MESSAGES, *_TOOL_TURNS), "tools": _TOOLS}),
     }
 )
-"""What it is called, and its API and body but for the model."""
+"""By name: the API path, and the request body without `model`."""
 
 
 async def compare(
     tokenizers: TokenizerManager, remote: RemoteTokenizer, pod: Pod, *, configured: str, seconds: float
 ) -> Sequence[SampleFacts]:
-    """Every sample's ids as the gateway gets them for the model `configured`, held against those of `pod`."""
+    """Compare the gateway's ids of every sample, for the model `configured`, with those of `pod`."""
     return [
-        await _compare(what, path, body, tokenizers, remote, pod, configured, seconds)
-        for what, (path, body) in SAMPLES.items()
+        await _compare(name, path, body, tokenizers, remote, pod, configured, seconds)
+        for name, (path, body) in SAMPLES.items()
     ]
 
 
 async def _compare(
-    what: str,
+    name: str,
     path: str,
     body: Mapping[str, Any],
     tokenizers: TokenizerManager,
@@ -79,19 +79,19 @@ async def _compare(
 ) -> SampleFacts:
     model = pod.base_model or configured
     prompt = await tokenizers.read(path, msgspec.json.encode({"model": model, **body}))
-    here = there = None
+    gateway_error = engine_error = None
     ours: Sequence[int] = ()
     try:
         tokenized = await tokenizers.tokenize(prompt, model=configured, engines=[pod])
         if tokenized.source == "remote":
-            return SampleFacts(what=what)
+            return SampleFacts(name=name)
         ours = tokenized.tokens.ids.tolist()
     except TokenizeError as error:
-        here = str(error)
+        gateway_error = str(error)
     try:
         theirs = (await remote.tokenize(prompt, [pod], model, timeout_seconds=seconds)).tolist()
     except TokenizeError as error:
-        there = str(error)
-    if here is not None or there is not None:
-        return SampleFacts(what=what, here=here, there=there, optional=what == OPTIONAL)
-    return SampleFacts(what=what, compared=True, first_difference=first_difference(ours, theirs))
+        engine_error = str(error)
+    if gateway_error is not None or engine_error is not None:
+        return SampleFacts(name=name, gateway_error=gateway_error, engine_error=engine_error, optional=name == OPTIONAL)
+    return SampleFacts(name=name, compared=True, first_difference=first_difference(ours, theirs))

@@ -1,4 +1,4 @@
-"""Listens to the publishers of one pod and applies what comes as the gateway does, to see what it would know."""
+"""Listens to the publishers of one pod and applies their events as the gateway does, to learn what it would know."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 import zmq
 
@@ -23,40 +25,40 @@ from matrixinfer.kvevents.replay import fetch
 from matrixinfer.kvevents.subscription import FeedSource
 
 SUBSCRIBED_SECONDS = 0.2
-"""From the handshake until the engine's socket has taken in the subscription, which nothing tells."""
-_FUTURE = 2**62
-"""A number that no batch has reached: asked for, the end marker alone comes back."""
+"""Time from the handshake until the engine's socket has processed the subscription; ZMQ does not report that."""
+_UNREACHED = 2**62
+"""A sequence number that no batch reaches: a replay from here on returns only the end marker."""
 _MAX_TOPICS = 3
 
 
 @dataclass(slots=True, kw_only=True)
-class Heard:
-    """One publisher, and what has come from it."""
+class PublisherState:
+    """One publisher, and what has arrived from it."""
 
     source: FeedSource
     feed: PodFeed
     error: str | None = None
     frames: int = 0
-    first: tuple[int, bytes] | None = None
-    """Number and payload of the first live frame."""
+    first_frame: tuple[int, bytes] | None = None
+    """Sequence number and payload of the first live frame."""
     other_topics: dict[str, None] = field(default_factory=dict)
     clock_ahead: float | None = None
 
-    def take(self, frame: Frame) -> None:
-        """A live frame."""
+    def apply(self, frame: Frame) -> None:
+        """Apply a live frame."""
         topic = (frame.topic or b"").decode("utf-8", "replace")
         if self.source.topic is not None and topic != self.source.topic:
             if len(self.other_topics) < _MAX_TOPICS:
                 self.other_topics[topic[:64]] = None
             return
         self.frames += 1
-        self.first = self.first or (frame.seq, frame.payload)
+        self.first_frame = self.first_frame or (frame.seq, frame.payload)
         self.feed.live(frame.seq, frame.payload)
         if self.feed.stats.last_batch_at is not None:
             self.clock_ahead = self.feed.stats.last_batch_at - time.time()
 
     def facts(self, *, connected: bool, replay: Replay | None, probe: ProbeFacts | None) -> FeedFacts:
-        """What is known in the end."""
+        """What is known about the publisher now."""
         source, ledger = self.source, self.feed.ledger
         return FeedFacts(
             name=source.name,
@@ -76,41 +78,50 @@ class Heard:
         )
 
 
-class Ear:
-    """Every publisher of one pod, by what it is called in the index. Made by `listening`."""
+class EventListener:
+    """Listens to every publisher of one pod. `publishers` has them by endpoint name. Use `listening` to run one."""
 
     def __init__(self, sources: Sequence[FeedSource], blocks: TokenBlockProcessor) -> None:
         self.index = MemoryIndex()
-        self.heard: Mapping[str, Heard] = {
-            source.name: Heard(
+        self.publishers: Mapping[str, PublisherState] = {
+            source.name: PublisherState(
                 source=source,
-                # What was published before does not matter to a new prompt, so nothing is replayed.
+                # Past events do not matter to a new prompt, so nothing is replayed.
                 feed=PodFeed(
                     Ledger(pod=source.name, model=source.model, blocks=blocks, index=self.index), can_replay=False
                 ),
             )
             for source in sources
         }
-        self._by_endpoint: dict[str, list[Heard]] = defaultdict(list)
-        for each in self.heard.values():
+        self._by_endpoint: dict[str, list[PublisherState]] = defaultdict(list)
+        for each in self.publishers.values():
             self._by_endpoint[each.source.endpoint].append(each)
         self._news = asyncio.Event()
-        self.listener = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in self._by_endpoint])
+        self._sockets = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in self._by_endpoint])
 
     @property
     def feeds(self) -> Mapping[str, PodFeed]:
         """The feed of each publisher."""
-        return {name: each.feed for name, each in self.heard.items()}
+        return {name: each.feed for name, each in self.publishers.items()}
+
+    async def __aenter__(self) -> Self:
+        await self._sockets.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._sockets.__aexit__(kind, error, trace)
 
     def is_connected(self, name: str) -> bool:
-        """Whether a connection to the publisher is up."""
-        return self.heard[name].source.endpoint in self.listener.connected
+        """Whether the connection to the publisher is up."""
+        return self.publishers[name].source.endpoint in self._sockets.connected
 
     async def connect(self, seconds: float) -> None:
-        """Wait until every publisher is connected, at most so long."""
+        """Wait until every publisher is connected, for at most `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while not all(self.is_connected(name) or each.error for name, each in self.heard.items()):
+                while not all(self.is_connected(name) or each.error for name, each in self.publishers.items()):
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
@@ -118,49 +129,51 @@ class Ear:
         await asyncio.sleep(SUBSCRIBED_SECONDS)
 
     async def listen(self) -> None:
-        """Take what comes until cancelled."""
+        """Apply what arrives, until cancelled."""
         while True:
             try:
-                news = await self.listener.next(60.0)
+                news = await self._sockets.next(60.0)
             except CannotListen as error:
                 news = None
-                self._cannot(str(error))
+                self._note_error(str(error))
             self._news.set()
             if isinstance(news, Frame):
                 for each in self._by_endpoint[news.publisher]:
-                    each.take(news)
+                    each.apply(news)
             elif isinstance(news, Stray):
                 for each in self._by_endpoint[news.publisher]:
                     each.feed.stats.malformed += 1
             elif isinstance(news, Note) and "resolve" in news.words:
-                self._cannot(f"{news.publisher}: {news.words}")
+                self._note_error(f"{news.publisher}: {news.words}")
 
-    def _cannot(self, message: str) -> None:
-        for endpoint, each in self._by_endpoint.items():
+    def _note_error(self, message: str) -> None:
+        for endpoint, publishers in self._by_endpoint.items():
             if message.startswith(f"{endpoint}: "):
-                for heard in each:
-                    heard.error = message.removeprefix(f"{endpoint}: ")
+                for publisher in publishers:
+                    publisher.error = message.removeprefix(f"{endpoint}: ")
 
 
 @asynccontextmanager
-async def listening(sources: Sequence[FeedSource], blocks: TokenBlockProcessor, seconds: float) -> AsyncIterator[Ear]:
-    """Listen within the context, which begins when every publisher is connected, or after `seconds`."""
-    ear = Ear(sources, blocks)
-    async with ear.listener, asyncio.TaskGroup() as group:
-        task = group.create_task(ear.listen())
+async def listening(
+    sources: Sequence[FeedSource], blocks: TokenBlockProcessor, seconds: float
+) -> AsyncIterator[EventListener]:
+    """Listen within the context, which is entered when every publisher is connected, or after `seconds`."""
+    async with EventListener(sources, blocks) as listener, asyncio.TaskGroup() as group:
+        task = group.create_task(listener.listen())
         try:
-            await ear.connect(seconds)
-            yield ear
+            await listener.connect(seconds)
+            yield listener
         finally:
             task.cancel()
 
 
-async def replays(heard: Heard, seconds: float) -> Replay | None:
-    """What the replay endpoint answers: from the first frame heard on, which must come back as it was published."""
-    endpoint = heard.source.replay_endpoint
+async def check_replay(publisher: PublisherState, seconds: float) -> Replay | None:
+    """Ask for a replay from the first live frame on. The replay must return that frame as it was published."""
+    endpoint = publisher.source.replay_endpoint
     if endpoint is None:
         return None
-    start = _FUTURE if heard.first is None else heard.first[0]
+    first = publisher.first_frame
+    start = _UNREACHED if first is None else first[0]
     context = zmq.Context()
     try:
         async with asyncio.timeout(seconds):
@@ -171,4 +184,4 @@ async def replays(heard: Heard, seconds: float) -> Replay | None:
         context.destroy(linger=0)
     if not reply.whole:
         return "silent"
-    return "answers" if heard.first is None or heard.first in reply.frames[:1] else "foreign"
+    return "answers" if first is None or first in reply.frames[:1] else "foreign"
