@@ -30,7 +30,7 @@ async def test_it_fetches_history_and_follows_live() -> None:
     index, lock, stop = Index(block_size=16), threading.Lock(), threading.Event()
     async with Engine() as engine:
         engine.publish(stored(0, 2))
-        addresses = (f"tcp://127.0.0.1:{engine.publisher.port}", f"tcp://127.0.0.1:{engine.publisher.replay_port}")
+        addresses = engine.publisher.endpoint, engine.publisher.replay_endpoint
         following = asyncio.create_task(
             asyncio.to_thread(names["follow"], index, lock, stop, "a", "m", *addresses), name="receiver"
         )
