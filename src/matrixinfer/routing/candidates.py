@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, Pod, PodRegistry, RankMetrics
-from matrixinfer.routing.holdings import Matches, holdings
-from matrixinfer.routing.lookup import Lookup
+from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.scheduler.credit import cached_credit
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
@@ -97,18 +97,10 @@ class Fleet:
         others: Load,
     ) -> Candidate:
         name, load = endpoint.name, self._load
-        there = self._lookup.held(name, matches)
-        cache, match, tail, tiers = there
-        trust, pending, recent, credit = holdings(
-            name,
-            request,
-            there,
-            load=load,
-            history=self._history,
-            weights=self._weights,
-            reads_cache=reads_cache,
-            approximate=approximate,
-        )
+        cache, match, tail, tiers = self._lookup.held(name, matches)
+        trust = "none" if approximate or cache is None else cache.trust
+        pending = load.pending(name, request.model, request.chain, match or 0) if reads_cache else 0
+        recent = self._history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         shown: EngineMetrics | RankMetrics | None = metrics
         if metrics is not None and endpoint.rank is not None:
@@ -135,7 +127,9 @@ class Fleet:
             tiers=tiers,
             pending_blocks=pending,
             recent_blocks=recent,
-            cached_credit=credit,
+            cached_credit=None
+            if trust == "exact" and not tiers
+            else cached_credit(trust, self._weights, match=match or 0, tiers=tiers, pending=pending, recent=recent),
         )
 
 

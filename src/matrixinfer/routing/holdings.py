@@ -1,6 +1,6 @@
 """What one endpoint holds of a prompt, and what a request counts for there: pure functions.
 
-The gateway (`candidates.py`, `lookup.py`) and the library's `Selector` decide by the same ones.
+The library's `Selector` decides by them as the gateway does.
 """
 
 from __future__ import annotations
@@ -40,15 +40,6 @@ class Held(NamedTuple):
     """How many of the blocks, from the start, are on the device; on the device or the host. Empty where all are."""
 
 
-class Holdings(NamedTuple):
-    """What a decision counts for one endpoint, besides what the index says."""
-
-    trust: Trust
-    pending_blocks: int
-    recent_blocks: int
-    cached_credit: float | None
-
-
 def held(name: str, cache: CacheView | None, matches: Matches | None) -> Held:
     """What an endpoint's events and the index say of it. `matches` is None when the index could not be asked."""
     if matches is None or cache is None or cache.trust == "none":
@@ -79,26 +70,27 @@ def holdings(
     name: str,
     request: SchedulingRequest,
     there: Held,
-    *,
     load: LoadLedger,
     history: RoutingHistory,
     weights: WeightsConfig,
     reads_cache: bool = True,
     approximate: bool = False,
-) -> Holdings:
-    """What an endpoint's blocks count for: those that `there` says, those pending and those sent lately.
+) -> tuple[Trust, int, int, float | None]:
+    """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
 
     With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
-    gains nothing from pending or recent blocks.
+    gains nothing from pending or recent blocks. Called per endpoint and decision, hence without keywords.
     """
     cache, match, _, tiers = there
     trust: Trust = "none" if approximate or cache is None else cache.trust
-    pending = load.pending(name, request.model, request.chain, match or 0) if reads_cache else 0
-    recent = history.match(name, request.model, request.chain) if reads_cache and trust != "exact" else 0
+    pending = recent = 0
+    if reads_cache:
+        pending = load.pending(name, request.model, request.chain, match or 0)
+        recent = 0 if trust == "exact" else history.match(name, request.model, request.chain)
     if trust == "exact" and not tiers:
-        return Holdings(trust, pending, recent, None)
+        return trust, pending, recent, None
     credit = cached_credit(trust, weights, match=match or 0, tiers=tiers, pending=pending, recent=recent)
-    return Holdings(trust, pending, recent, credit)
+    return trust, pending, recent, credit
 
 
 def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -> Charge:
@@ -111,13 +103,3 @@ def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -
         start=candidate.matched_blocks or 0,
         queued_tokens=(request.prompt_tokens or 0) - predicted,
     )
-
-
-def remember(
-    history: RoutingHistory, request: SchedulingRequest, candidate: Candidate, *, always: bool = False
-) -> None:
-    """An endpoint has computed a prompt: keep that where its events do not say all that it holds, or `always`."""
-    if always or candidate.trust != "exact":
-        history.sent(candidate.name, request.model, request.chain)
-    elif candidate.name in history:
-        history.forget(candidate.name)

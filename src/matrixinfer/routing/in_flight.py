@@ -10,7 +10,6 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.routing.decision_log import Record
-from matrixinfer.routing.holdings import remember
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge
@@ -133,7 +132,11 @@ class Route:
 
     def _remember(self) -> None:
         """What was sent stands in for what the pod's events do not tell."""
-        remember(self._history, self.decision.request, self._pod, always=self._remembers)
+        pod, request = self._pod, self.decision.request
+        if self._remembers or pod.trust != "exact":
+            self._history.sent(pod.name, request.model, request.chain)
+        elif pod.name in self._history:
+            self._history.forget(pod.name)
 
     def _end_prediction(self, *, computed: bool) -> None:
         if self._prediction is not None:

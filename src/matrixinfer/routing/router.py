@@ -25,7 +25,6 @@ from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.candidates import Fleet
 from matrixinfer.routing.decision_log import DecisionLog, record
-from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import Route
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
@@ -250,7 +249,13 @@ class Router:
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
         """Count the request at a pod, with the blocks that it will bring there."""
-        return charge(self._load, request, pod)
+        return self._load.charge(
+            pod.name,
+            request.model,
+            hashes=request.chain,
+            start=pod.matched_blocks or 0,
+            queued_tokens=(request.prompt_tokens or 0) - pod.predicted_hit(request.prompt_tokens, request.block_size),
+        )
 
     def _comparison(self, prepared: _Prepared, chosen: Candidate) -> Comparison | None:
         """Of the prompt's tokens with those of the engine, where they were made here or by another engine."""

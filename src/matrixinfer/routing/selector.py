@@ -18,7 +18,7 @@ import msgspec
 from matrixinfer.config import SchedulerConfig, convert
 from matrixinfer.errors import ConfigError, InvalidRequest
 from matrixinfer.routing.embedded_index import Index, Tokens
-from matrixinfer.routing.holdings import Matches, charge, held, holdings, remember
+from matrixinfer.routing.holdings import Matches, charge, held, holdings
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
@@ -118,9 +118,7 @@ class Selector:
         base = Candidate(name=given, url="") if isinstance(given, str) else given
         name, load = base.name, self._load
         there = held(name, self._known.caches.of(name), matches)
-        trust, pending, recent, credit = holdings(
-            name, request, there, load=load, history=self._known.history, weights=self._weights
-        )
+        trust, pending, recent, credit = holdings(name, request, there, load, self._known.history, self._weights)
         cache = there.cache
         return msgspec.structs.replace(
             base,
@@ -210,8 +208,12 @@ class _Accounts:
         here.discard(counted)
         if not here:
             del self._open[candidate.name]
-        if computed:
-            remember(self._history, request, candidate)
+        if not computed:
+            return
+        if candidate.trust != "exact":
+            self._history.sent(candidate.name, request.model, request.chain)
+        elif candidate.name in self._history:
+            self._history.forget(candidate.name)
 
     def forget(self, pod: str) -> None:
         self._open.pop(pod, None)
