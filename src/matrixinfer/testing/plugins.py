@@ -15,7 +15,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrixinfer.config import PluginArgs, PluginsConfig, PluginStage, SchedulerConfig, Section, convert
+from matrixinfer.config import PluginArgs, PluginRef, PluginsConfig, PluginStage, SchedulerConfig, Section, convert
 from matrixinfer.scheduler.framework import (
     Candidate,
     Decision,
@@ -175,8 +175,10 @@ class PluginConformance:
     def _scheduler(self, rng: random.Random) -> Scheduler:
         """A scheduler with this plugin at every stage that it has, and nothing else but the picker that must be."""
         name = self.plugin.name
-        stages = {stage: PluginStage() for stage, _ in _STAGES} | {"picker": PluginStage(enabled=("max-score",))}
-        stages |= {stage: PluginStage(enabled=(name,)) for stage in self._stages()}
+        stages = {stage: PluginStage() for stage, _ in _STAGES} | {
+            "picker": PluginStage(enabled=(PluginRef(name="max-score"),))
+        }
+        stages |= {stage: PluginStage(enabled=(PluginRef(name=name),)) for stage in self._stages()}
         config = SchedulerConfig(
             plugin_config=(PluginArgs(name=name, args=dict(self.args)),), plugins=PluginsConfig(**stages)
         )
