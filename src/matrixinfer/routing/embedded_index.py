@@ -16,7 +16,6 @@ from matrixinfer.index.base import IndexStats
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.tiers import publishers
 from matrixinfer.routing.holdings import Matches, straddled
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
@@ -138,9 +137,8 @@ class Index:
         if feed is None:
             return
         del self._follows[pod]
-        feed.ledger.clear()
-        for name in publishers(pod):
-            self.known.memory.forget(name)
+        feed.ledger.reset()
+        self.known.memory.forget(pod)
 
     def trust(self, pod: str) -> Trust:
         """How far the pod's blocks are believed: `exact`, `partial`, `stale`, or `none` when it is not followed."""

@@ -10,6 +10,7 @@ from matrixinfer import Index, Replay
 from matrixinfer.errors import ConfigError, InvalidRequest, UnknownPod
 from matrixinfer.feedtools.capture_file import CaptureReader
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.sim.events import BlockStored, EventBatch, Medium, encode
 from matrixinfer.testing import FakeEngine
 
 PROMPT = list(range(160))
@@ -232,6 +233,24 @@ def test_a_forgotten_pod_leaves_nothing() -> None:
     index.forget("a")
     assert (index.pods, index.trust("a"), held(index)) == ([], "none", 0)
     assert index.stats().pods == 0
+
+
+def test_a_forgotten_pod_with_a_slower_tier_leaves_nothing() -> None:
+    index = Index(block_size=16)
+    index.follow("a", model="m")
+    for number, medium in enumerate(("GPU", "CPU")):
+        index.apply("a", number, encode(EventBatch(0.0, [stored(medium)])))
+    names = {"a", "a~device"}
+    assert set(index.known.memory.count("m", index.known.chain(PROMPT[:16]))) == names
+    assert index.match(PROMPT[:16], model="m") == {"a": 1}
+    index.forget("a")
+    assert index.stats().pods == 0
+
+
+def stored(medium: Medium) -> BlockStored:
+    return BlockStored(
+        block_hashes=[1], parent_block_hash=None, token_ids=PROMPT[:16], block_size=16, medium=medium, extra_keys=None
+    )
 
 
 def test_following_again_in_the_same_way_changes_nothing_and_in_another_begins_again() -> None:
