@@ -238,8 +238,8 @@ def test_a_forgotten_pod_leaves_nothing() -> None:
 def test_a_forgotten_pod_with_a_slower_tier_leaves_nothing() -> None:
     index = Index(block_size=16)
     index.follow("a", model="m")
-    for number, medium in enumerate(("GPU", "CPU")):
-        index.apply("a", number, encode(EventBatch(0.0, [stored(medium)])))
+    index.apply("a", 0, encode(EventBatch(0.0, [stored("GPU")])))
+    index.apply("a", 1, encode(EventBatch(0.0, [stored("CPU")])))
     names = {"a", "a~device"}
     assert set(index.known.memory.count("m", index.known.chain(PROMPT[:16]))) == names
     assert index.match(PROMPT[:16], model="m") == {"a": 1}
