@@ -10,12 +10,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import msgspec
+import yaml
 
-from matrixinfer.config import SchedulerConfig, convert
+from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.errors import ConfigError, InvalidRequest
 from matrixinfer.routing.embedded_index import Index, Tokens
 from matrixinfer.routing.holdings import Matches, charge, held, holdings
@@ -220,17 +222,20 @@ class _Accounts:
         self._load.forget(pod)
 
 
-def _configured(index: Index, policy: str | None, config: Mapping[str, Any]) -> SchedulerConfig:
-    """The configuration of a selector's scheduler. Raises `ConfigError`."""
-    scheduler = convert(config, SchedulerConfig, path="$.scheduler")
+def _configured(index: Index, policy: str | None, given: Mapping[str, Any]) -> SchedulerConfig:
+    """The configuration of a selector's scheduler, read as the gateway reads its file. Raises `ConfigError`."""
+    try:
+        text = yaml.safe_dump({"scheduler": dict(given)})
+    except yaml.YAMLError as error:
+        raise ConfigError("$.scheduler", f"expected plain data, as in YAML: {error}") from error
+    scheduler = parse(text, base=Path()).scheduler
     blocks = index.known.blocks
-    for i, entry in enumerate(scheduler.plugin_config):
-        if entry.name != KvCacheAware.name:
-            continue
+    for i, entry in enumerate(given.get("pluginConfig", ())):
+        args = entry.get("args", {}) if entry["name"] == KvCacheAware.name else {}
         for key, value in (("blockSizeToHash", blocks.block_size), ("hashScheme", blocks.scheme)):
-            if entry.args.get(key, value) != value:
+            if args.get(key, value) != value:
                 path = f"$.scheduler.pluginConfig[{i}].args.{key}"
-                raise ConfigError(path, f"expected {value!r}, as the index has it, got {entry.args[key]!r}")
+                raise ConfigError(path, f"expected {value!r}, as the index has it, got {args[key]!r}")
     if policy is None:
         return scheduler
     if policy not in POLICIES:

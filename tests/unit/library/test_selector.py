@@ -205,6 +205,8 @@ def test_wrong_values_are_named() -> None:
         Selector(index, policy="fastest")
     with pytest.raises(ConfigError, match=r"\$\.scheduler\.pendingSecond"):
         Selector(index, config={"pendingSecond": 1})
+    with pytest.raises(ConfigError, match=r"\$\.scheduler: expected plain data"):
+        Selector(index, config={"weights": object()})
     given = {"pluginConfig": [{"name": "kvcache-aware", "args": {"blockSizeToHash": 128}}]}
     with pytest.raises(ConfigError, match=r"args\.blockSizeToHash: expected 16, as the index has it, got 128"):
         Selector(index, config=given)
