@@ -64,11 +64,12 @@ class FakeEngine:
         self.frames: list[tuple[int, bytes]] = []
         """Every frame published so far."""
         self._present: set[int] = set()
+        self._time = 0.0
 
     def store(self, token_ids: Sequence[int], *, salt: str | None = None) -> tuple[int, bytes]:
         """Compute a prompt: its full blocks that are not cached yet are stored."""
         sequence = self._sequence(token_ids, salt)
-        new = next((i for i, name in enumerate(sequence.hashes) if name not in self._present), len(sequence.hashes))
+        new = self.held(token_ids, salt=salt)
         self._present.update(sequence.hashes)
         return self._publish([sequence.stored_event(new, len(sequence.hashes))] if sequence.hashes[new:] else [])
 
@@ -83,6 +84,11 @@ class FakeEngine:
         self._present.clear()
         return self._publish([AllBlocksCleared()])
 
+    def held(self, token_ids: Sequence[int], *, salt: str | None = None) -> int:
+        """Blocks of a prompt that are cached, consecutive from its start."""
+        names = self._sequence(token_ids, salt).hashes
+        return next((i for i, name in enumerate(names) if name not in self._present), len(names))
+
     def since(self, start: int) -> Sequence[tuple[int, bytes]]:
         """The answer to a replay from number `start` on."""
         return self.frames[start:]
@@ -96,6 +102,7 @@ class FakeEngine:
         return EngineSequence(np.array(token_ids, dtype=np.uint32), self.block_size, salt)
 
     def _publish(self, events: list[Event]) -> tuple[int, bytes]:
-        frame = (len(self.frames), encode(EventBatch(float(len(self.frames)), events)))
+        self._time += 1.0  # no two frames are alike, also after a restart
+        frame = (len(self.frames), encode(EventBatch(self._time, events)))
         self.frames.append(frame)
         return frame
