@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,13 @@ class FakeEngine:
     def store(self, token_ids: Sequence[int], *, salt: str | None = None) -> tuple[int, bytes]:
         """Compute a prompt: its full blocks that are not cached yet are stored."""
         sequence = self._sequence(token_ids, salt)
-        new = self.held(token_ids, salt=salt)
+        events: list[Event] = []
+        for is_new, group in groupby(enumerate(sequence.hashes), lambda each: each[1] not in self._present):
+            positions = [position for position, _ in group]
+            if is_new:
+                events.append(sequence.stored_event(positions[0], positions[-1] + 1))
         self._present.update(sequence.hashes)
-        return self._publish([sequence.stored_event(new, len(sequence.hashes))] if sequence.hashes[new:] else [])
+        return self._publish(events)
 
     def evict(self, token_ids: Sequence[int], *, keep: int = 0, salt: str | None = None) -> tuple[int, bytes]:
         """Drop the blocks of a prompt, but for the first `keep`; the last block goes first."""
