@@ -12,6 +12,7 @@ MatrixInferError
 │   ├── PodUnreachable         every pod tried refused or broke the connection
 │   └── PodTimeout             a pod did not answer in time
 ├── TokenizeError            a prompt could not be tokenized; routing degrades to load
+├── UnknownPod               the library's index follows no pod of that name
 ├── IndexUnavailable         the block index did not answer; routing degrades to load
 └── PluginError              a scheduler plugin is unknown, misconfigured or misbehaves
 """
@@ -78,6 +79,10 @@ class PodTimeout(RoutingError):
 
 class TokenizeError(MatrixInferError):
     """A prompt could not be turned into the engine's token ids."""
+
+
+class UnknownPod(MatrixInferError):
+    """The library's index follows no pod of that name: `Index.follow` it first."""
 
 
 class IndexUnavailable(MatrixInferError):

@@ -101,7 +101,7 @@ def test_every_metric_is_explained_to_operators() -> None:
 
 
 def test_the_plugin_of_the_guide_works() -> None:
-    (source,) = blocks(ROOT / "docs" / "plugins.md", "python")
+    source, _ = blocks(ROOT / "docs" / "plugins.md", "python")
     names: dict[str, type] = {}
     exec(source, names)  # noqa: S102 - our own documentation
     services = Services(clock=time.monotonic, rng=random.Random(0))

@@ -1,4 +1,4 @@
-"""The contract of a block index. One behaviour suite (`tests/conformance/test_block_index.py`) runs on every backend."""
+"""The contract of a block index. Every backend passes `matrixinfer.testing.BlockIndexConformance`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.index.memory import MemoryIndex
-from tests.conformance.block_index import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
+from matrixinfer.testing.index_oracle import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
 A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
 

@@ -1,16 +1,14 @@
-"""What a block index must do, told by a plain dict of sets: the tools of the behaviour suite in `test_block_index.py`."""
+"""What a block index must answer, by a plain dict of sets: the oracle of `BlockIndexConformance`, and its histories."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, overload
 
 from hypothesis import strategies as st
 
 from matrixinfer.index.base import BlockIndex
-
-OpenIndex: TypeAlias = Callable[[], AbstractAsyncContextManager[BlockIndex]]
-"""Opens an empty index and closes it afterwards."""
 
 MODELS = ("llama", "qwen")
 PODS = ("pod-a", "pod-b", "pod-c")
