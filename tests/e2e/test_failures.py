@@ -111,7 +111,7 @@ async def test_lost_frames_are_replayed(tokenizer: LocalTokenizer) -> None:
         assert not wrong(await serve(target, 60))
         stats = [feed.stats for feed in target.service.router._feeds.values()]
         assert sum(each.gaps for each in stats) > 0
-        assert sum(each.lost_in_silence for each in stats) > 2
+        assert sum(each.silent_losses for each in stats) > 2
         assert {answer.cached > 0 for answer in await serve(target, 20)} == {False, True}
 
 

@@ -120,7 +120,7 @@ class World:
     @property
     def seen(self) -> int:
         """Batches."""
-        return self.feed._cursor.next if self.feed._cursor else 0
+        return self.feed.position or 0
 
 
 @pytest.fixture

@@ -226,10 +226,10 @@ async def test_a_frame_lost_before_a_silence_is_found_by_the_heartbeat(
         publisher._buffer.append((publisher._next, encode(EventBatch(0.0, [stored(1, 2)]))))
         publisher._next += 1
         await until(lambda: held(index) == 2 and complete(feed))
-        assert (feed.stats.lost_in_silence, feed.stats.gaps) == (1, 0)
+        assert (feed.stats.silent_losses, feed.stats.gaps) == (1, 0)
         beats = feed.stats.heartbeats
         await until(lambda: feed.stats.heartbeats > beats + 1)
-        assert feed.stats.lost_in_silence == 1
+        assert feed.stats.silent_losses == 1
 
 
 async def test_an_engine_whose_replay_endpoint_falls_silent_is_told_of(

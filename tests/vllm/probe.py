@@ -37,10 +37,10 @@ class Probe:
 
     async def _is_settled(self, socket: zmq.asyncio.Socket, feed: PodFeed) -> bool:
         """Between two answers an engine publishes what was waiting: if the second brings nothing, nothing was."""
-        if feed._cursor is None:
+        if feed.position is None:
             await asyncio.sleep(SILENCE_SECONDS)  # it has lost its place: whatever comes next is a beginning
-            return feed._cursor is None
-        start = feed._cursor.next
+            return feed.position is None
+        start = feed.position
         for _ in range(2):
             await socket.send_multipart([b"", start.to_bytes(8, "big")])
             count = 0

@@ -86,7 +86,7 @@ async def test_frames_that_are_lost_on_the_way(
             await until(has_answered(feed))
             await workload.evictions(target, tally, draw, count=22)
         assert lossy.lost > 10
-        assert feed.stats.gaps + feed.stats.lost_in_silence > 0
+        assert feed.stats.gaps + feed.stats.silent_losses > 0
     assert tally.exact == tally.compared
 
 

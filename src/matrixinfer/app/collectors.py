@@ -27,7 +27,7 @@ _STATS = (
     "overflows",
     "heartbeats",
     "missed_heartbeats",
-    "lost_in_silence",
+    "silent_losses",
 )
 
 

@@ -311,5 +311,5 @@ class Subscription:
         except Exception:
             # Supervision boundary: a fault over one frame must not stop the feed.
             log.exception("kv_events_frame_failed", pod=self.source.name)
-            self.feed.spoiled()
+            self.feed.failed_to_apply()
             return True

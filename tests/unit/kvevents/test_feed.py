@@ -549,7 +549,7 @@ def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial() -> None:
 
 def test_a_frame_that_could_not_be_applied_clears() -> None:
     feed = complete_feed(3)
-    feed.spoiled()
+    feed.failed_to_apply()
     assert (feed.state, feed.held, feed.stats.malformed) == (PARTIAL, 0, 1)
 
 
@@ -678,7 +678,7 @@ def test_an_engine_without_frames_proves_it_by_the_bare_end() -> None:
     assert feed.state is COMPLETE
     feed.heartbeat([(0, FRAMES[0])])
     feed.replay([0])
-    assert (feed.state, feed.stats.lost_in_silence, feed.follower.held(PROMPT)) == (COMPLETE, 1, 1)
+    assert (feed.state, feed.stats.silent_losses, feed.follower.held(PROMPT)) == (COMPLETE, 1, 1)
 
 
 def test_frames_that_were_lost_in_silence_are_replayed() -> None:

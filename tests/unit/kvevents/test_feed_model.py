@@ -179,9 +179,9 @@ class FeedMachine(RuleBasedStateMachine):
 
     def _expected(self) -> set[int]:
         """Numbers that the feed expects next, or may when the replay under way has come."""
-        cursor, held = self.feed._cursor, [number for number, _ in self.feed._held]
+        held = [number for number, _ in self.feed.queue]
         answered = [] if self.answer is None else [number for number, _ in self.answer[1]]
-        return {cursor.next if cursor else 0} | {number + 1 for number in held[-1:] + answered}
+        return {self.feed.position or 0} | {number + 1 for number in held[-1:] + answered}
 
     # The connection
 
@@ -214,8 +214,7 @@ class FeedMachine(RuleBasedStateMachine):
         assert start is not None
         had = self.engine.replay(start)
         frames = [f for position, f in enumerate(had) if position not in lost]
-        cursor = self.feed._cursor
-        if not any(number >= (cursor.next if cursor else 0) for number, _ in frames):
+        if not any(number >= (self.feed.position or 0) for number, _ in frames):
             frames = had  # a queue that is empty has room for something
         self.answer, self.asked_at = (self.feed.epoch, frames), len(self.engine.batches)
 
@@ -281,8 +280,7 @@ class FeedMachine(RuleBasedStateMachine):
     @property
     def caught_up(self) -> bool:
         """Nothing is under way, and the feed has seen the engine's last batch."""
-        cursor = self.feed._cursor
-        at_end = (cursor.next if cursor else 0) == len(self.engine.batches)
+        at_end = (self.feed.position or 0) == len(self.engine.batches)
         return at_end and self.link is Link.UP and self.feed.replay_from is None and not self.feed.backlog
 
     @property
@@ -317,10 +315,10 @@ class FeedMachine(RuleBasedStateMachine):
 
     @invariant()
     def held_frames_are_in_order_and_bounded(self) -> None:
-        numbers = [number for number, _ in self.feed._held]
+        numbers = [number for number, _ in self.feed.queue]
         assert numbers == sorted(set(numbers))
         assert len(numbers) <= feed_module.MAX_HELD_FRAMES + 1
-        assert self.feed._held_bytes == sum(len(payload) for _, payload in self.feed._held)
+        assert self.feed.queue.bytes == sum(len(payload) for _, payload in self.feed.queue)
 
 
 class LiveOnlyMachine(FeedMachine):
