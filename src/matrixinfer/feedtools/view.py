@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.feedtools.describe import Line, describe, listed, plural, shown, tallied
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
 from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
 from matrixinfer.kvevents.wire import AllBlocksCleared, BlockStored, Event, MalformedFrame, decode
 
@@ -93,7 +94,7 @@ class FeedView:
         self._topic = topic
         self._with_tokens = with_tokens
         self._ledger = Ledger(pod="", model="", blocks=TokenBlockProcessor(), index=MemoryIndex())
-        self._next: int | None = None
+        self._cursor = Cursor(None)
         self._seen = Summary()
 
     def frame(self, seq: int, topic: str | None, payload: bytes) -> Iterator[Line]:
@@ -103,8 +104,9 @@ class FeedView:
             if self._seen.other_topic == 1:
                 yield Line(kind="wrong", seq=seq, words=f"another topic: `{shown(topic or '')}` (said once)")
             return
-        yield from self._in_sequence(seq)
         self._seen.frames += 1
+        if not (yield from self._in_sequence(seq, payload)):
+            return
         try:
             batch = decode(payload)
         except MalformedFrame:
@@ -138,25 +140,33 @@ class FeedView:
             misfits=stats.misfits,
         )
 
-    def _in_sequence(self, seq: int) -> Iterator[Line]:
-        """What the frame's number says, before its events."""
-        expected, self._next = self._next, seq + 1
-        if expected is None and seq:
+    def _in_sequence(self, seq: int, payload: bytes) -> Generator[Line, None, bool]:
+        """Lines for what the frame's number shows. False for a frame seen before, whose events do not count."""
+        digest = hash(payload)
+        if self._cursor.next is None and seq:
             yield Line(kind="joined", seq=seq, words="the first frame seen: what was stored before is not known")
-        if expected is None or seq == expected:
-            return
-        self._ledger.clear()
-        self._seen.untrusted = None if seq < expected else self._seen.untrusted
-        if seq < expected:
+        means = self._cursor.advance(Source.LIVE, seq, digest)
+        if means is Verdict.DUPLICATE:
+            yield Line(kind="duplicate", seq=seq, words="seen before: ignored")
+            return False
+        if means is Verdict.RESTART:
+            self._ledger.clear()
+            self._seen.untrusted = None
             self._seen.restarts += 1
             yield Line(kind="restart", seq=seq, words="the engine has restarted: nothing is held")
-            expected = 0
-        if seq > expected:
+            self._cursor.restart()
+            means = self._cursor.advance(Source.LIVE, seq, digest)
+        expected = self._cursor.next
+        if means is Verdict.GAP and expected is not None:
+            self._ledger.clear()
             self._seen.gaps += 1
             self._seen.missing += seq - expected
             which = f"frame {expected} is" if seq == expected + 1 else f"frames {expected} to {seq - 1} are"
             details = {"first": expected, "last": seq - 1}
             yield Line(kind="gap", seq=seq, words=f"{which} missing: what is held is not known", details=details)
+            self._cursor.lose()
+            self._cursor.advance(Source.LIVE, seq, digest)
+        return True
 
     def _apply(self, event: Event) -> str | None:
         """Apply one event; a remark when that was not all well."""

@@ -9,7 +9,7 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.feedtools import listen
-from matrixinfer.feedtools.listen import CannotListen, Frame, Listener, News, _Publisher
+from matrixinfer.feedtools.listen import CannotListen, Frame, FrameSequence, Listener, News
 from matrixinfer.kvevents.replay import Reply
 
 SOURCE = KvEventsConfig(endpoint="tcp://engine:1", replay_endpoint="tcp://engine:2")
@@ -29,7 +29,7 @@ class Replays:
         self.asked: list[int] = []
         self.news: list[News] = []
         source = SOURCE if replay else KvEventsConfig(endpoint=SOURCE.endpoint)
-        self.publisher = _Publisher(source, self._put, self._fetch)
+        self.sequence = FrameSequence(source, self._put, self._fetch)
 
     async def _put(self, news: News) -> None:
         self.news.append(news)
@@ -48,10 +48,10 @@ class Replays:
     async def live(self, *numbers: int, engine: str = "a") -> None:
         for seq in numbers:
             self.publish(seq, engine=engine)
-            await self.publisher._live(seq, b"kv", payload(seq, engine))
+            await self.sequence.live(seq, b"kv", payload(seq, engine))
 
     async def history(self) -> None:
-        await self.publisher._replay(SOURCE.replay_endpoint or "")
+        await self.sequence.history()
 
     @property
     def seen(self) -> list[str]:
@@ -78,7 +78,7 @@ async def test_a_gap_is_filled_before_the_frame_that_showed_it() -> None:
     engine.publish(1, 2)
     await engine.live(3, 4)
     assert engine.seen == ["a0", "a1", "a2", "a3", "a4"]
-    assert engine.asked == [0, 0]
+    assert engine.asked == [0]
 
 
 async def test_a_hole_in_a_reply_is_asked_for_again() -> None:
@@ -130,7 +130,7 @@ async def test_after_a_lost_connection_even_the_next_number_must_prove_its_engin
     await engine.live(0, 1)
     engine.has.clear()
     engine.publish(0, 1, engine="b")
-    engine.publisher.in_doubt = True
+    engine.sequence.in_doubt = True
     await engine.live(2, 3, engine="b")
     assert engine.seen == ["a0", "a1", "b0", "b1", "b2", "b3"]
 
@@ -138,9 +138,16 @@ async def test_after_a_lost_connection_even_the_next_number_must_prove_its_engin
 async def test_the_same_engine_after_a_lost_connection_goes_on() -> None:
     engine = Replays()
     await engine.live(0, 1)
-    engine.publisher.in_doubt = True
+    engine.sequence.in_doubt = True
     await engine.live(2, 3)
     assert engine.seen == ["a0", "a1", "a2", "a3"]
+
+
+async def test_the_last_frame_repeated_is_passed_on_once() -> None:
+    engine = Replays()
+    await engine.live(0, 1, 1)
+    assert engine.seen == ["a0", "a1"]
+    assert engine.asked == []
 
 
 async def test_without_a_replay_frames_pass_as_they_come() -> None:

@@ -51,6 +51,14 @@ def test_smaller_numbers_are_a_restart_that_may_have_a_gap_of_its_own() -> None:
     assert (summary.restarts, summary.gaps, summary.missing, summary.blocks) == (2, 1, 5, 0)
 
 
+def test_a_frame_that_comes_twice_counts_its_events_once() -> None:
+    view = FeedView()
+    kinds(view, 0, stored([1], TOKENS[:16]))
+    assert kinds(view, 0, stored([1], TOKENS[:16])) == ["duplicate"]
+    summary = view.summary()
+    assert (summary.frames, summary.events, summary.blocks, summary.restarts) == (2, 1, 1, 0)
+
+
 def test_unreadable_events_are_told_after_those_that_can_be_read() -> None:
     assert kinds(FeedView(), 0, {"type": "Unheard"}, CLEARED) == ["cleared", "unreadable"]
 
