@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.doctor.listening import Ear
 from matrixinfer.errors import TokenizeError
@@ -172,7 +173,7 @@ class Prober:
         """Another publisher of the pod that tells of the prompt."""
         for other in endpoint.pod.endpoints:
             if other.name != endpoint.name and await self._predict(other, model, ear, sent):
-                return other.name.removeprefix(f"{endpoint.pod.name}@")
+                return EndpointName.parse(other.name).rank_label
         return None
 
     async def _hits(self, endpoint: Endpoint) -> int | None:

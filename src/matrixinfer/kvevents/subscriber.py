@@ -16,7 +16,7 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
-from matrixinfer.kvevents.tiers import publishers
+from matrixinfer.kvevents.tiers import index_names
 from matrixinfer.traffic.history import RoutingHistory
 
 __all__ = ["FeedSource", "Subscriber"]
@@ -89,5 +89,5 @@ class Subscriber:
         subscription.closed = True
         task.cancel()
         subscription.feed.ledger.clear()  # requests that are there may look at it to their end
-        for publisher in publishers(name):
-            self._index.forget(publisher)
+        for index_name in index_names(name):
+            self._index.forget(index_name)

@@ -18,6 +18,7 @@ import structlog
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import FeedState, PodFeed
@@ -62,7 +63,7 @@ class FeedSource:
     @property
     def name(self) -> str:
         """What this publisher is called in the index: `pod`, or `pod@dp1`."""
-        return self.pod if self.rank is None else f"{self.pod}@dp{self.rank}"
+        return str(EndpointName(self.pod, self.rank))
 
 
 class Shared:

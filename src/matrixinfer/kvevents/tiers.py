@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from matrixinfer.config.endpoint_names import TIERS, EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.traffic.history import RoutingHistory
 
 DEVICE, HOST, STORAGE = 0, 1, 2
-_NAMES = ("~device", "~host")
 Supported = tuple[str, list[int], int | None]
 """Token blocks in a row that one more engine block supports: their model, their names, and the one before them."""
 
@@ -27,18 +27,17 @@ def tier_of(medium: str) -> int:
     return HOST if name.startswith(("CPU", "HOST", "DRAM")) else STORAGE
 
 
-def publishers(pod: str) -> Iterator[str]:
-    """Every name under which the index may know an endpoint."""
-    yield pod
-    for suffix in _NAMES:
-        yield pod + suffix
+def index_names(endpoint: str) -> Iterator[str]:
+    """Every name under which the index may hold blocks of an endpoint."""
+    yield endpoint
+    yield from map(EndpointName.parse(endpoint).up_to, TIERS)
 
 
 class Tiers:
     """Keeps the supports of one endpoint: over all its tiers, and up to each faster one where it has several."""
 
     def __init__(self, pod: str, index: BlockIndex, history: RoutingHistory | None = None) -> None:
-        self._pod = pod
+        self._name = EndpointName.parse(pod)
         self._index = index
         self.all = Supports(pod, index, history)
         self._seen = {DEVICE}
@@ -47,7 +46,7 @@ class Tiers:
     @property
     def names(self) -> Sequence[str]:
         """The index's names of what is held up to each faster tier, the fastest first; none while there is but one."""
-        return [self._pod + _NAMES[tier] for tier in sorted(self._up_to)] if self._up_to else []
+        return [self._name.up_to(TIERS[tier]) for tier in sorted(self._up_to)] if self._up_to else []
 
     def open(self, tier: int, present: Callable[[int], Iterable[Supported]]) -> None:
         """Blocks of `tier` are about to come. `present` gives what the tiers up to a number support already."""
@@ -56,7 +55,7 @@ class Tiers:
         self._seen.add(tier)
         for faster in sorted(self._seen)[:-1]:
             if faster not in self._up_to:
-                self._up_to[faster] = supports = Supports(self._pod + _NAMES[faster], self._index)
+                self._up_to[faster] = supports = Supports(self._name.up_to(TIERS[faster]), self._index)
                 for model, names, parent in present(faster):
                     supports.add(model, names, parent)
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import msgspec
 
 from matrixinfer.config import Section
+from matrixinfer.config.endpoint_names import EndpointName
 
 Trust: TypeAlias = Literal["exact", "partial", "stale", "none"]
 """How far what the index says of an endpoint is believed: all and only that is cached; true, but more may be; may be
@@ -90,7 +91,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def pod(self) -> str:
         """Name of the pod that it is, or that it is a rank of."""
-        return self.name if self.rank is None else self.name.removesuffix(f"@dp{self.rank}")
+        return self.name if self.rank is None else EndpointName.parse(self.name).pod
 
     @property
     def credit(self) -> float:
