@@ -201,7 +201,7 @@ async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(toke
             await target.settled()
             more = FULL if draw.random() < 0.2 else {}
             answers.append(await target.ask(COMPLETIONS, body(prompt, **more)))
-        assert target.service.router._feeds["pod-0"].ledger.stats.told_again > 20
+        assert target.service.router._feeds["pod-0"].ledger.stats.reported_again > 20
         assert {answer.predicted - answer.cached for answer in answers} <= {0, BLOCK}
 
 

@@ -121,7 +121,7 @@ async def test_hits_that_are_told_of_as_new_blocks(
             prompt = [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *workload.ids(draw, 50)]
             options = FULL if draw.random() < 0.2 else {}
             await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
-        assert all(feed.ledger.stats.told_again for feed in target.feeds.values())
+        assert all(feed.ledger.stats.reported_again for feed in target.feeds.values())
         exact = 0
         for _ in range(150):  # claims that are left come to light one by one
             before = after.exact

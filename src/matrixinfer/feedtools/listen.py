@@ -1,4 +1,4 @@
-"""Raw frames of engines' feeds over ZMQ, for tools that look at feeds. The gateway itself follows with `subscriber`."""
+"""Raw frames of engines' feeds over ZMQ, for tools. The gateway itself uses `matrixinfer.kvevents.subscriber`."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from matrixinfer.kvevents.drain import Drain
 from matrixinfer.kvevents.replay import Reply, fetch
 
 LOOKUP_PAUSE = 2.0
-"""Seconds until a name that does not resolve is looked up again."""
+"""Seconds until a host name that does not resolve is looked up again."""
 _NEWS_QUEUED = 1_000
 
 
 class CannotListen(MatrixInferError):
-    """An endpoint is none."""
+    """An endpoint is not a valid ZMQ address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One batch, each publisher's in order and once."""
+    """One batch. The frames of each publisher come in order and once."""
 
     publisher: str
     """Its endpoint."""
     seq: int
     topic: bytes | None
-    """None for a replayed frame."""
+    """None for a replayed frame, as replays do not carry it."""
     payload: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stray:
-    """A message that is no frame."""
+    """A message that is not a frame."""
 
     publisher: str
     parts: list[bytes]
@@ -51,7 +51,7 @@ class Stray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """What befell a connection, in plain words."""
+    """A change of a connection's state, in words."""
 
     publisher: str
     words: str
@@ -61,22 +61,22 @@ News: TypeAlias = Frame | Stray | Note
 
 
 class Listener:
-    """Listens to publishers at once. Where one has a replay endpoint, its history comes first, and gaps are filled.
+    """Listens to several publishers. If one has a replay endpoint, its history comes first and its gaps are filled.
 
-    Use as an async context manager. What a slow caller does not take waits in ZMQ's queues, then is lost, which shows
-    as a gap.
+    Use it as an async context manager. What a slow caller does not take waits in ZMQ's queues; when those are full,
+    frames are lost, which shows as a gap.
     """
 
     def __init__(self, sources: Sequence[KvEventsConfig]) -> None:
         self._sources = sources
         self.connected: set[str] = set()
-        """Endpoints that a connection is up to."""
+        """The endpoints whose connection is up."""
         self._news: asyncio.Queue[News | CannotListen] = asyncio.Queue(_NEWS_QUEUED)
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        # Nothing here waits: whoever is cancelled while a name is looked up is in the context already, and leaves it.
+        # Nothing here waits: a caller cancelled while a name is looked up has already entered the context, and leaves it.
         self._context = zmq.asyncio.Context()
         self._plain_context = zmq.Context(self._context)
         self._drain = Drain()
@@ -94,7 +94,7 @@ class Listener:
         self._context.destroy(linger=0)
 
     async def next(self, timeout: float) -> News | None:  # noqa: ASYNC109 - None is an answer here, not an error
-        """What comes next; None when nothing does within `timeout` seconds. Raises `CannotListen`."""
+        """What comes next; None if nothing comes within `timeout` seconds. Raises `CannotListen`."""
         try:
             async with asyncio.timeout(timeout):
                 news = await self._news.get()
@@ -131,7 +131,7 @@ class Listener:
                 await self._news.put(Stray(publisher=endpoint, parts=parts))
 
     async def _connect(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
-        """Connect, once the host's name resolves."""
+        """Connect as soon as the host's name resolves."""
         noted = False
         while True:
             try:
@@ -153,7 +153,7 @@ class Listener:
             await self._news.put(Note(publisher=endpoint, words="connected" if up else "connection lost"))
 
     async def _fetch(self, endpoint: str, start: int) -> Reply:
-        """What the engine has from number `start` on; an empty reply when it cannot be asked."""
+        """What the engine has from number `start` on; an empty reply if it cannot be asked."""
         try:
             return await fetch(self._plain_context, self._drain, endpoint, start)
         except zmq.ZMQError:
@@ -163,8 +163,8 @@ class Listener:
 class FrameSequence:
     """Puts one publisher's frames in order: its history first, then live frames, with gaps filled by replays.
 
-    `put` takes what comes next; `fetch` asks the engine for a replay. Without a replay endpoint live frames pass as they
-    come.
+    `put` takes what comes next; `fetch` asks the engine for a replay. Without a replay endpoint live frames are passed on
+    as they come.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class FrameSequence:
         fetch: Callable[[str, int], Awaitable[Reply]],
     ) -> None:
         self.in_doubt = False
-        """The connection was lost: the engine at its other end may be another one."""
+        """The connection was lost: there may be another engine at its other end."""
         self._name = source.endpoint
         self._replay_endpoint = source.replay_endpoint
         self._put = put

@@ -51,7 +51,7 @@ def test_copies_inside_a_longer_event_are_counted_and_the_rest_is_taken(same: Fo
 
 def test_hits_told_as_stored_are_no_copies(same: Follower) -> None:
     same.apply(stored([11, 12, 13], PROMPT[:12]), *[stored([11, 12], PROMPT[:8])] * 3)
-    assert (same.ledger.stats.copies, same.ledger.stats.told_again) == (0, 6)
+    assert (same.ledger.stats.copies, same.ledger.stats.reported_again) == (0, 6)
     same.apply(removed([13, 12]))
     assert same.held(PROMPT) == 4
 

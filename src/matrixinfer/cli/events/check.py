@@ -147,5 +147,5 @@ def _feed(publisher: PublisherReport) -> str:
         (publisher.orphans, "orphan block"),
     )
     if publisher.untrusted is not None:
-        words.append(f"not to be trusted: {publisher.untrusted}")
+        words.append(f"not trusted: {publisher.untrusted}")
     return "; ".join(words)
