@@ -74,6 +74,7 @@ class Listener:
         self._news: asyncio.Queue[News | CannotListen] = asyncio.Queue(_NEWS_QUEUED)
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         # Nothing here waits: a caller cancelled while a name is looked up has already entered the context, and leaves it.
@@ -92,6 +93,12 @@ class Listener:
         # The group must not see the caller's error: it would wrap it in an exception group.
         await self._group.__aexit__(None, None, None)
         self._context.destroy(linger=0)
+        self._closed = self._context.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether every socket is closed; False before the context is entered."""
+        return self._closed
 
     async def next(self, timeout: float) -> News | None:  # noqa: ASYNC109 - None is an answer here, not an error
         """What comes next; None if nothing comes within `timeout` seconds. Raises `CannotListen`."""

@@ -42,6 +42,11 @@ class Forest:
         return self._table.get(block) is not None or block in self.ended
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left of any block."""
+        return not (len(self) or any(self._runs) or self.branches or self.copies or self.cut)
+
+    @property
     def memory_bytes(self) -> int:
         """Estimated memory, without the blocks' tokens."""
         return _TABLE_BYTES + _BLOCK_BYTES * len(self) + _RUN_BYTES * (len(self._runs) - len(self._free))

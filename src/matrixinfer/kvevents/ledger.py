@@ -13,7 +13,7 @@ Two things are counted: engine copies per hash (a removed copy is not a removed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -123,6 +123,11 @@ class Ledger:
     def is_hybrid(self) -> bool:
         """Whether the engine has several kinds of attention, so that it may find less than its full attention holds."""
         return self.stats.other_attention > 0 or any(group for _, group in self._forests)
+
+    @property
+    def forests(self) -> Collection[Forest]:
+        """The engine blocks present, by medium and attention group; for reading."""
+        return self._forests.values()
 
     def __len__(self) -> int:
         """The number of distinct engine blocks present."""

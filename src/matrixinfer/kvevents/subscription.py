@@ -127,7 +127,7 @@ class Subscription:
             stack.enter_context(self._shared.drain.reading(live, self._on_frame))
             while True:
                 await self._until_replay_wanted()
-                await self._replay()
+                await self.replay()
                 self._note_state()
 
     def resync(self, *, replay: bool) -> None:
@@ -252,7 +252,7 @@ class Subscription:
                 await self._hand_over(reply, self.feed.epoch)
                 self._note_state()
 
-    async def _replay(self) -> None:
+    async def replay(self) -> None:
         """Fetch what the feed asks for, in rounds with back-off; give up for now after some rounds without progress."""
         idle = 0
         while (start := self.feed.replay_from) is not None:

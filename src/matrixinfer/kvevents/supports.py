@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
@@ -36,6 +36,11 @@ class Supports:
 
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
+
+    @property
+    def models(self) -> Collection[str]:
+        """The models with token blocks that are supported."""
+        return self._counts.keys()
 
     def held(self, model: str, names: Iterable[int]) -> int:
         """How many of `names`, from the first on, are supported without a break."""

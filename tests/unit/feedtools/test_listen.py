@@ -176,7 +176,7 @@ async def test_a_listener_that_is_cancelled_while_a_name_is_looked_up_leaves_not
             await listener.next(60)
     assert looked_up == endpoints
     assert asyncio.all_tasks() == before
-    assert listener._context.closed
+    assert listener.closed
 
 
 async def test_an_endpoint_that_is_none_is_told_and_leaves_nothing_behind() -> None:
@@ -186,4 +186,4 @@ async def test_an_endpoint_that_is_none_is_told_and_leaves_nothing_behind() -> N
         async with listener:
             await listener.next(10)
     assert asyncio.all_tasks() == before
-    assert listener._context.closed
+    assert listener.closed

@@ -15,7 +15,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import feed as feed_module
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 
-from .support import CLEARED, MODEL, Follower, contents, frame, removed, stored
+from .support import CLEARED, MODEL, Follower, frame, removed, stored
 
 BLOCKS = TokenBlockProcessor(1)
 WISHES = st.lists(st.integers(0, 99), max_size=4)
@@ -295,18 +295,18 @@ class FeedMachine(RuleBasedStateMachine):
     @invariant()
     def a_complete_feed_knows_exactly_what_the_engine_holds(self) -> None:
         if self.feed.state is FeedState.COMPLETE and (self.caught_up or self.believes_so):
-            assert contents(self.follower.index).get(MODEL, set()) == self.engine.truth()
+            assert self.follower.index.contents().get(MODEL, set()) == self.engine.truth()
 
     @invariant()
     def no_feed_claims_more_than_the_engine_holds(self) -> None:
         if self.caught_up:
             assert self.feed.state is not FeedState.STALE
-            assert contents(self.follower.index).get(MODEL, set()) <= self.engine.truth()
+            assert self.follower.index.contents().get(MODEL, set()) <= self.engine.truth()
 
     @invariant()
     def of_an_engine_that_cannot_be_trusted_nothing_is_claimed(self) -> None:
         if self.feed.state is FeedState.UNTRUSTED:
-            assert not contents(self.follower.index)
+            assert not self.follower.index.contents()
 
     @invariant()
     def a_feed_whose_connection_is_down_says_so(self) -> None:

@@ -7,7 +7,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import ledger as ledger_module
 from matrixinfer.kvevents.ledger import UntrustedEvents
 
-from .support import CLEARED, Follower, contents, removed, stored
+from .support import CLEARED, Follower, removed, stored
 
 PROMPT = list(range(48))
 GROUP_2: dict[str, Any] = {"group_idx": 2, "kv_cache_spec_kind": "full_attention"}
@@ -275,7 +275,7 @@ def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
     same.apply(
         *(stored([11], PROMPT[:4], group_idx=group, kv_cache_spec_kind="full_attention") for group in range(100))
     )
-    assert len(same.ledger._forests) == 16
+    assert len(same.ledger.forests) == 16
     assert same.ledger.stats.misfits == 84
 
 
@@ -321,7 +321,7 @@ def test_clearing_the_ledger_touches_no_other_pod(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4]))
     same.index.add("llama", "pod-b", list(same.blocks.chain(PROMPT)), None)
     same.ledger.clear()
-    assert contents(same.index) == {}
+    assert same.index.contents() == {}
     assert same.index.count("llama", same.blocks.chain(PROMPT)) == {"pod-b": 12}
 
 
@@ -387,7 +387,7 @@ def test_an_engine_that_numbers_its_adapters_does_not_hide_them(same: Follower) 
 
 def test_what_an_adapter_left_behind_is_given_back(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4], lora_name="poet", lora_id=1), removed([11]))
-    assert same.ledger.supports._counts == {}
+    assert not same.ledger.supports.models
 
 
 @pytest.mark.parametrize("parent", [None, 11])
