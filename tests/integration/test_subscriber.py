@@ -299,7 +299,7 @@ async def test_an_engine_of_tiny_blocks_is_warned_of_once(subscriber: Subscriber
     assert lines[0]["hides"] == []
 
 
-async def test_an_engine_that_cannot_be_reached_is_told_of_once_and_stale(
+async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.CONNECT_SECONDS", 0.1)

@@ -241,7 +241,7 @@ async def test_a_frame_lost_before_a_silence_is_found_by_the_heartbeat(
         assert feed.stats.silent_losses == 1
 
 
-async def test_an_engine_whose_replay_endpoint_falls_silent_is_told_of(
+async def test_an_engine_whose_replay_endpoint_falls_silent_is_noticed(
     subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)

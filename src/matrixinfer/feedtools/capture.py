@@ -107,9 +107,7 @@ def check_capture(
         raise CaptureError("the capture holds no events")
     if facts.engine_block is None and facts.requests:
         raise CaptureError("the capture holds no readable BlockStored event")
-    engine_block = (
-        facts.engine_block or 16
-    )  # without a BlockStored event there are no requests, and the size does not matter
+    engine_block = facts.engine_block or 16  # without requests the size does not matter
     check = _Check(facts, engine_block, block_size or engine_block, make_ledger)
     _for_each(rows, check.take)
     return check.finish()

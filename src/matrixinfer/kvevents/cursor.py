@@ -1,8 +1,8 @@
 """Sequence numbers to verdicts: what a numbered frame means for whoever follows a feed.
 
-An engine numbers its batches from 0 at every start. A number alone does not tell a replayed duplicate from a restarted
-engine, nor a gap from an engine that restarted and has already passed the old number. So the cursor keeps digests, and
-every replay begins with the last frame: the same bytes prove that this is still the same engine.
+An engine numbers its batches from 0 at every start. A number alone does not distinguish a replayed duplicate from a
+restarted engine, nor a gap from an engine that restarted and has already passed the old number. So the cursor keeps
+digests, and every replay begins with the last frame: the same bytes prove that this is still the same engine.
 
 Live frames and replays come over two connections. A live frame may come after the replay that brought it, but never
 after a later live one. So the cursor remembers the last live frame and those that replays brought after it.
@@ -15,7 +15,7 @@ after a later live one. So the cursor remembers the last live frame and those th
     greater          GAP                             TRUNCATED           GAP
 
 Before the first frame there is nothing to prove: number 0 is applied, and a replay that begins later is truncated. A
-cursor without a position applies whatever frame comes.
+cursor without a position applies any frame.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Verdict(Enum):
     GAP = "gap"
     """Frames before it are missing, or this is another engine: a replay shows which."""
     RESTART = "restart"
-    """The engine has restarted: whatever was known is void."""
+    """The engine has restarted: all that was known is void."""
     TRUNCATED = "truncated"
     """The engine no longer has the frames before it, and whether it is the same engine is unknown."""
 
@@ -70,7 +70,7 @@ class Cursor:
 
     def __init__(self, start: int | None = 0) -> None:
         self.next = start
-        """The number expected next; None: there is no position, and whatever comes next is taken for the beginning."""
+        """The number expected next; None without a position: the next frame is taken for the beginning."""
         self.proven = bool(start)
         """This engine is known to have published the frame before `next`."""
         self._digests: deque[int] = deque(maxlen=REMEMBERED)

@@ -40,7 +40,7 @@ _GIVEN_UP = (Knowledge.GIVEN_UP, Knowledge.UNTRUSTED_GIVEN_UP)
 class PodFeed:
     """Applies the frames of one publisher to a ledger.
 
-    With `can_replay` false the feed begins with whatever comes first and clears the pod on every loss.
+    With `can_replay` false the feed begins with the first frame that comes, and clears the pod on every loss.
     """
 
     def __init__(self, ledger: Ledger, *, can_replay: bool) -> None:

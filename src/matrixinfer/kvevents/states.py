@@ -83,7 +83,7 @@ class Knowledge(Enum):
     PARTIAL = "partial"
     """Something is missing for good."""
     GIVEN_UP = "given up"
-    """Something is missing, and a replay of it could not be had: another try later may bring it."""
+    """Something is missing, and its replay failed: another try later may bring it."""
     UNTRUSTED = "untrusted"
     """Nothing: the events do not say what the engine holds."""
     UNTRUSTED_GIVEN_UP = "untrusted, given up"

@@ -116,7 +116,7 @@ async def test_a_smaller_number_is_a_new_engine_whose_history_comes_first() -> N
     assert engine.seen == ["a0", "a1", "a2", "b0", "b1"]
 
 
-async def test_an_engine_that_restarted_and_overtook_is_told_by_its_bytes() -> None:
+async def test_an_engine_that_restarted_and_overtook_is_recognised_by_its_bytes() -> None:
     engine = Replays()
     await engine.live(0, 1)
     engine.has.clear()
@@ -179,7 +179,7 @@ async def test_a_listener_that_is_cancelled_while_a_name_is_looked_up_leaves_not
     assert listener.closed
 
 
-async def test_an_endpoint_that_is_none_is_told_and_leaves_nothing_behind() -> None:
+async def test_an_invalid_endpoint_is_reported_and_leaves_nothing_behind() -> None:
     listener = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in ("tcp://127.0.0.1:1", "tcp://none")])
     before = asyncio.all_tasks()
     with pytest.raises(CannotListen, match="tcp://none: Invalid"):

@@ -107,7 +107,7 @@ class Follower:
         return self.index.count(model, self.blocks.chain(tokens, salt=salt)).get(POD, 0) * self.blocks.block_size
 
     def hit(self, tokens: Sequence[int], engine_block: int) -> int:
-        """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, as the index tells."""
+        """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, according to the index."""
         chain = self.blocks.chain(tokens)
         blocks = self.index.count(MODEL, chain).get(POD, 0)
         tail = chain.tail(blocks, engine_block)

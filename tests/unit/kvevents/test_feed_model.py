@@ -24,8 +24,8 @@ BUFFERED = st.sampled_from([0, 2, 6, 100])
 
 class Link(Enum):
     UP = "up"
-    BROKEN = "broken"  # nothing gets through, and the feed has not been told
-    BACK = "back"  # the feed has been told that it broke, but not yet that it is back
+    BROKEN = "broken"  # nothing gets through, and the feed has not noticed
+    BACK = "back"  # the feed knows that it broke, but not yet that it is back
 
 
 def spoil_all(_: bytes) -> bytes:
@@ -103,8 +103,8 @@ class Engine:
 class FeedMachine(RuleBasedStateMachine):
     """A connection that loses, delays, breaks and comes back, an engine that restarts, and a feed that must keep up.
 
-    One thing no feed can tell: a restart that nobody announces, and whose first frame to arrive has by accident the very
-    number that is expected. It is left out.
+    No feed can notice a restart that nobody announces if the first frame to arrive has, by accident, the number that is
+    expected. That is left out.
     """
 
     can_replay = True
@@ -119,7 +119,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.link = Link.UP
         self.answer: tuple[int, list[tuple[int, bytes]]] | None = None  # a replay under way
         self.late: deque[tuple[int, bytes]] = deque()  # live frames on their way
-        self.told = 0  # batches up to which the feed has been told, live or by a replay that nothing was lost of
+        self.seen = 0  # batches up to which the feed has seen all, live or by a whole replay
         self.asked_at = 0  # batches that the engine had published when it answered
 
     def teardown(self) -> None:
@@ -154,14 +154,14 @@ class FeedMachine(RuleBasedStateMachine):
             self.hear_late()
         if self.link is not Link.BROKEN:
             self.feed.live(len(self.engine.batches) - 1, self.engine.batches[-1])
-            self.told = len(self.engine.batches)
+            self.seen = len(self.engine.batches)
 
     @precondition(lambda self: self.late)
     @rule()
     def hear_late(self) -> None:
         number, payload = self.late.popleft()
         self.feed.live(number, payload)
-        self.told = max(self.told, number + 1)
+        self.seen = max(self.seen, number + 1)
 
     @precondition(lambda self: self.link is Link.UP)
     @rule(first=st.integers(0, 12), buffered=BUFFERED)
@@ -171,7 +171,7 @@ class FeedMachine(RuleBasedStateMachine):
             self.hear_late()
         while first in self._expected():
             first += 1
-        self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
+        self.engine, self.seen = Engine(self.engine.run + 1, buffered), 0
         for n in range(first):
             self.engine.publish([5 * n, 5 * n + 1])
         self.engine.publish([0])
@@ -189,7 +189,7 @@ class FeedMachine(RuleBasedStateMachine):
     @rule(restarts=st.booleans(), buffered=BUFFERED)
     def break_connection(self, restarts: bool, buffered: int) -> None:
         if restarts:
-            self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
+            self.engine, self.seen = Engine(self.engine.run + 1, buffered), 0
         self.late.clear()
         self.link = Link.BROKEN
 
@@ -233,7 +233,7 @@ class FeedMachine(RuleBasedStateMachine):
                 return
         {"whole": feed.replay_ended, "broken": feed.replay_broke_off, "given up": feed.replay_failed}[end]()
         if end == "whole" and not feed.backlog:
-            self.told = max(self.told, min(self.asked_at, len(self.engine.batches)))
+            self.seen = max(self.seen, min(self.asked_at, len(self.engine.batches)))
 
     @precondition(lambda self: self.feed.backlog)
     @rule()
@@ -285,12 +285,12 @@ class FeedMachine(RuleBasedStateMachine):
 
     @property
     def believes_so(self) -> bool:
-        """Nothing is under way, and nothing happened that the feed has not been told.
+        """Nothing is under way, and the feed has seen everything that happened.
 
-        It cannot know of an engine that keeps no history, and of which nothing was ever heard.
+        It cannot know about an engine that keeps no history and was never heard.
         """
-        is_told = self.told == len(self.engine.batches) and not self.late and self.link is Link.UP
-        return is_told and bool(self.engine.buffered or self.feed.stats.frames)
+        has_seen_all = self.seen == len(self.engine.batches) and not self.late and self.link is Link.UP
+        return has_seen_all and bool(self.engine.buffered or self.feed.stats.frames)
 
     @invariant()
     def a_complete_feed_knows_exactly_what_the_engine_holds(self) -> None:
@@ -304,7 +304,7 @@ class FeedMachine(RuleBasedStateMachine):
             assert self.follower.index.contents().get(MODEL, set()) <= self.engine.truth()
 
     @invariant()
-    def of_an_engine_that_cannot_be_trusted_nothing_is_claimed(self) -> None:
+    def nothing_is_claimed_for_an_untrusted_engine(self) -> None:
         if self.feed.state is FeedState.UNTRUSTED:
             assert not self.follower.index.contents()
 

@@ -49,14 +49,14 @@ def test_copies_inside_a_longer_event_are_counted_and_the_rest_is_taken(same: Fo
     assert same.ledger.stats.copies == 2
 
 
-def test_hits_told_as_stored_are_no_copies(same: Follower) -> None:
+def test_hits_reported_as_stored_are_not_copies(same: Follower) -> None:
     same.apply(stored([11, 12, 13], PROMPT[:12]), *[stored([11, 12], PROMPT[:8])] * 3)
     assert (same.ledger.stats.copies, same.ledger.stats.reported_again) == (0, 6)
     same.apply(removed([13, 12]))
     assert same.held(PROMPT) == 4
 
 
-def test_one_block_of_the_root_and_off_loaded_ones_told_twice_are_copies(same: Follower) -> None:
+def test_one_block_of_the_root_and_off_loaded_ones_stored_twice_are_copies(same: Follower) -> None:
     same.apply(*[stored([11], PROMPT[:4])] * 2, *[stored([11, 12], PROMPT[:8], medium="CPU")] * 2)
     same.apply(removed([11]), removed([12, 11], medium="CPU"))
     assert (same.held(PROMPT), same.ledger.stats.copies) == (8, 3)
@@ -207,7 +207,7 @@ def test_an_adapter_and_a_salt_go_together(same: Follower) -> None:
     assert same.held(PROMPT, model="poet") == 0
 
 
-def test_an_adapter_without_extra_keys_is_told_by_its_name(same: Follower) -> None:
+def test_an_adapter_without_extra_keys_is_recognised_by_its_name(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4], lora_id=1, lora_name="poet", extra_keys=None))
     assert (same.held(PROMPT, model="poet"), same.held(PROMPT)) == (4, 0)
 
@@ -331,7 +331,7 @@ def test_an_eviction_may_name_a_chain_from_its_root(same: Follower) -> None:
     assert same.ledger.stats.removed == 3
 
 
-def test_evictions_of_different_places_in_a_row_are_told_apart(same: Follower) -> None:
+def test_evictions_of_different_places_in_a_row_are_distinguished(same: Follower) -> None:
     for medium in ("GPU", "CPU"):
         same.apply(stored([11, 12], PROMPT[:8], medium=medium))
     same.apply(removed([12], medium="GPU"), removed([12], medium="CPU"), removed([11], medium="CPU"))

@@ -71,7 +71,7 @@ def path_to(forest: Forest, block: int) -> list[int]:
         at = parent
 
 
-def told_together(forest: Forest, step: Store) -> list[list[int]]:
+def stored_together(forest: Forest, step: Store) -> list[list[int]]:
     """The blocks of each event: consecutive ones of one size share it."""
     groups: list[list[int]] = []
     for block in path_to(forest, step.block)[step.skip :]:
@@ -102,7 +102,7 @@ def events_of(forest: Forest, step: Step) -> list[dict[str, Any]]:
             group_idx=group,
             kv_cache_spec_kind="full_attention",
         )
-        for blocks in told_together(forest, step)
+        for blocks in stored_together(forest, step)
     ]
 
 
@@ -123,7 +123,7 @@ class Reference:
             for block in step.blocks:
                 copies[block] -= copies[block] > 0
             return
-        for blocks in told_together(self.forest, step):
+        for blocks in stored_together(self.forest, step):
             is_root = self.forest[blocks[0]].parent is None
             if is_root and len(blocks) > 1 and step.place[0] != "CPU" and all(copies[block] for block in blocks):
                 continue  # hits told again
@@ -229,7 +229,7 @@ def test_nothing_is_kept_once_every_block_is_removed_in_any_order(
 
 
 @given(data=st.data(), engine_block=st.integers(1, 9), block_size=st.integers(1, 9))
-def test_a_match_tells_what_the_engine_finds_whatever_the_block_sizes(
+def test_a_match_is_what_the_engine_finds_at_all_block_sizes(
     data: st.DataObject, engine_block: int, block_size: int
 ) -> None:
     prompt = st.lists(st.integers(0, 1), min_size=2, max_size=40)
@@ -264,7 +264,7 @@ any_removed = st.builds(removed, st.lists(ids, max_size=4))
 
 @given(st.lists(st.one_of(any_stored, any_stored, any_removed), max_size=20), st.sampled_from([1, 2, 3]))
 def test_events_that_make_no_sense_are_survived(events: list[dict[str, Any]], block_size: int) -> None:
-    """Hashes with several parents, blocks that follow themselves: no engine does this, and nothing is claimed of it."""
+    """Hashes with several parents, blocks that follow themselves: no engine does this, and nothing is claimed for it."""
     follower = Follower(TokenBlockProcessor(block_size), strict=False)
     with suppress(UntrustedEvents):
         for event in events:

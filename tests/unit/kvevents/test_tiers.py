@@ -51,7 +51,7 @@ def test_what_is_off_loaded_and_evicted_is_still_held_but_not_on_the_device(ledg
     assert tiers(ledger) == [4, 4]
 
 
-def test_three_tiers_are_told_apart_in_whatever_order_they_come(ledger: Follower) -> None:
+def test_three_tiers_are_distinguished_in_any_order(ledger: Follower) -> None:
     ledger.apply(stored([1, 2, 3], PROMPT[:12]))
     ledger.apply(stored([1, 2, 3], PROMPT[:12], medium="DISK"), removed([3, 2]))
     assert tiers(ledger) == [1, 3]
