@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matrixinfer.kvevents.cursor import Cursor, Source
 from matrixinfer.kvevents.held import HeldFrames
 from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
-from matrixinfer.kvevents.states import COUNTED, VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
+from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
 from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
 
@@ -209,16 +209,17 @@ class PodFeed:
         step = self._tables.step(self._phase, self._knowledge, given)
         if step is None:
             return Fate.DROP
-        (self._phase, actions, fate), self._knowledge = step
-        for counter in COUNTED.get(given, ()):
+        self._phase, self._knowledge, counted, actions, fate = step
+        for counter in counted:
             setattr(self.stats, counter, getattr(self.stats, counter) + 1)
         for action in actions:
             self._actions[action]()
-        self._check_held()
+        if self._phase is Phase.CATCHING_UP:
+            self._check_held()
         return fate
 
     def _check_held(self) -> None:
-        if self._phase is Phase.CATCHING_UP and not self.queue:
+        if not self.queue:
             self._step(Input.HELD_NONE_LEFT)
 
     def _handle(self, source: Source, seq: int, payload: bytes, fate: Fate) -> None:
@@ -251,7 +252,7 @@ class PodFeed:
     def _apply(self, source: Source, seq: int, payload: bytes) -> None:
         if seq == 0:
             self._step(Input.FIRST_LIVE if source is Source.LIVE else Input.FIRST_REPLAYED)
-        if self.untrusted is not None:
+        if self._knowledge in _UNTRUSTED:
             return
         try:
             batch = decode(payload)

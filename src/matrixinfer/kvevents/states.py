@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from matrixinfer.kvevents.cursor import Source, Verdict
+from matrixinfer.kvevents.cursor import QuickEnum, Source, Verdict
 
 
 class FeedState(Enum):
@@ -58,7 +58,7 @@ class FeedStats:
     """Unix time in seconds, by the engine's clock, of the last live batch applied."""
 
 
-class Phase(Enum):
+class Phase(QuickEnum):
     """What happens to frames."""
 
     FOLLOWING = "following"
@@ -75,7 +75,7 @@ class Phase(Enum):
     """The connection is down. Whatever comes is dropped: it is left over from the lost connection."""
 
 
-class Knowledge(Enum):
+class Knowledge(QuickEnum):
     """How much of the engine's cache the frames so far account for."""
 
     WHOLE = "whole"
@@ -90,7 +90,7 @@ class Knowledge(Enum):
     """Nothing, as before, and another replay is worth a try later."""
 
 
-class Input(Enum):
+class Input(QuickEnum):
     """What happens to a feed."""
 
     # A frame comes
@@ -184,7 +184,7 @@ COUNTED: Mapping[Input, tuple[str, ...]] = MappingProxyType(
 """The fields of `FeedStats` that count an input, where it is not ignored."""
 
 
-class Action(Enum):
+class Action(QuickEnum):
     """What the feed does, besides what becomes of a frame."""
 
     ASK = "ask"

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from matrixinfer.errors import MatrixInferError
-from matrixinfer.kvevents.states import Action, Fate, Input, Knowledge, Phase
+from matrixinfer.kvevents.states import COUNTED, Action, Fate, Input, Knowledge, Phase
 
 
 class Transition(NamedTuple):
@@ -32,6 +32,17 @@ class Transition(NamedTuple):
     phase: Phase
     actions: tuple[Action, ...] = ()
     fate: Fate = Fate.DROP
+
+
+class Step(NamedTuple):
+    """What follows from an input in a phase and a knowledge."""
+
+    phase: Phase
+    knowledge: Knowledge
+    counted: tuple[str, ...]
+    """The fields of `FeedStats` that count it."""
+    actions: tuple[Action, ...]
+    fate: Fate
 
 
 class ImpossibleInput(MatrixInferError):
@@ -218,18 +229,16 @@ class Tables(NamedTuple):
     knowledge: Mapping[tuple[Knowledge, Input], Knowledge]
     neutral: frozenset[Input]
     """Inputs that leave the knowledge as it is."""
+    steps: Mapping[tuple[Phase, Knowledge, Input], Step | None]
+    """All of this in one table: what follows; None for an input that is ignored."""
 
-    def step(self, phase: Phase, knowledge: Knowledge, given: Input) -> tuple[Transition, Knowledge] | None:
+    def step(self, phase: Phase, knowledge: Knowledge, given: Input) -> Step | None:
         """What follows; None for an input that is ignored. Raises `ImpossibleInput`."""
-        transition = self.phases.get((phase, given))
-        if transition is None:
-            if (phase, given) in self.ignored:
-                return None
-            raise ImpossibleInput(phase, given)
-        following = knowledge if given in self.neutral else self.knowledge.get((knowledge, given))
-        if following is None:
-            raise ImpossibleInput(knowledge, given)
-        return transition, following
+        try:
+            return self.steps[phase, knowledge, given]
+        except KeyError:
+            state = knowledge if (phase, given) in self.phases else phase
+            raise ImpossibleInput(state, given) from None
 
 
 def _tables(rows: Iterable[_Row], ignored: Mapping[Input, Iterable[Phase]], knowledge: _KnowledgeRows) -> Tables:
@@ -245,12 +254,17 @@ def _tables(rows: Iterable[_Row], ignored: Mapping[Input, Iterable[Phase]], know
         for now, then in zip(Knowledge, row, strict=True)
         if then is not None
     }
-    return Tables(
-        MappingProxyType(phases),
-        frozenset((phase, given) for given, where in ignored.items() for phase in where),
-        MappingProxyType(known),
-        frozenset(Input) - knowledge.keys(),
-    )
+    dropped = frozenset((phase, given) for given, where in ignored.items() for phase in where)
+    neutral = frozenset(Input) - knowledge.keys()
+    steps: dict[tuple[Phase, Knowledge, Input], Step | None] = {}
+    for now in Knowledge:
+        for phase, given in dropped:
+            steps[phase, now, given] = None
+        for (phase, given), (following, actions, fate) in phases.items():
+            then = now if given in neutral else known.get((now, given))
+            if then is not None:
+                steps[phase, now, given] = Step(following, then, COUNTED.get(given, ()), actions, fate)
+    return Tables(MappingProxyType(phases), dropped, MappingProxyType(known), neutral, MappingProxyType(steps))
 
 
 WITH_REPLAY = _tables(_ROWS, _IGNORED, _KNOWLEDGE)

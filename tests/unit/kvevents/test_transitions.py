@@ -166,7 +166,7 @@ def _following(tables: Tables, phase: Phase, knowledge: Knowledge) -> Iterator[t
         except ImpossibleInput:
             continue
         if step is not None:
-            yield step[0].phase, step[1]
+            yield step.phase, step.knowledge
 
 
 @pytest.mark.parametrize("tables", [WITH_REPLAY, LIVE_ONLY], ids=["with replay", "live only"])
