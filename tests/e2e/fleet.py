@@ -96,9 +96,9 @@ class Fleet:
         for rank in ranks:
             name = f"pod-{number}" if len(ranks) == 1 else f"pod-{number}@dp{rank.number}"
             feed = self.service.engines.subscriber.feeds.get(name)
-            if feed is None or feed.heartbeat_from is None or feed._cursor is None:
+            if feed is None or feed.heartbeat_from is None:
                 return False
-            if feed._cursor.next != rank.publisher.published:
+            if feed.position != rank.publisher.published:
                 return False
         return True
 

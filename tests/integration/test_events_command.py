@@ -199,14 +199,14 @@ async def test_tail_without_a_replay_says_what_it_missed(running: Running) -> No
         engine.publish(removed(1))
         lines = [line.removeprefix("#").partition("  ")[2] or line for line in await running.end()]
         assert lines[:-3] == [
-            "the first frame seen: what was stored before is not known",
-            "stored 1 block of 16 tokens after 1f2e33a0…, on GPU (ignored, what comes before was never seen)",
-            "frames 2 to 4 are missing: what is held is not known",
+            "the first frame seen: blocks stored before it are unknown",
+            "stored 1 block of 16 tokens after 1f2e33a0…, on GPU (ignored, its parent was never seen)",
+            "frames 2 to 4 are missing: the blocks held are unknown",
             "stored 2 blocks of 16 tokens at the start of a prompt, on GPU",
             "unreadable frame of 1 byte",
-            "a message of 2 parts that is no frame (sizes 9 and 12)",
-            "another topic: `other` (said once)",
-            "frame 7 is missing: what is held is not known",
+            "a message of 2 parts that is not a frame (sizes 9 and 12)",
+            "another topic: `other` (shown once)",
+            "frame 7 is missing: the blocks held are unknown",
             "removed 1 block, from GPU (never seen)",
         ]
         assert lines[-3].endswith("4 frames, 3 events; 0 blocks of 16 tokens held now")

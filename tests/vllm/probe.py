@@ -37,10 +37,10 @@ class Probe:
 
     async def _is_settled(self, socket: zmq.asyncio.Socket, feed: PodFeed) -> bool:
         """Ask twice: between two answers an engine publishes queued events, so two empty answers mean that none are left."""
-        if feed._cursor is None:
+        if feed.position is None:
             await asyncio.sleep(SILENCE_SECONDS)  # the feed has lost its position: the next frame is a new start
-            return feed._cursor is None
-        start = feed._cursor.next
+            return feed.position is None
+        start = feed.position
         for _ in range(2):
             await socket.send_multipart([b"", start.to_bytes(8, "big")])
             count = 0

@@ -86,7 +86,7 @@ async def test_frames_that_are_lost(
             await until(has_answered(feed))
             await workload.evictions(target, tally, draw, count=22)
         assert lossy.lost > 10
-        assert feed.stats.gaps + feed.stats.lost_in_silence > 0
+        assert feed.stats.gaps + feed.stats.silent_losses > 0
     assert tally.exact == tally.compared
 
 
@@ -121,7 +121,7 @@ async def test_hits_that_are_reported_as_new_blocks(
             prompt = [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *workload.ids(draw, 50)]
             options = FULL if draw.random() < 0.2 else {}
             await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
-        assert all(feed.ledger.stats.told_again for feed in target.feeds.values())
+        assert all(feed.ledger.stats.reported_again for feed in target.feeds.values())
         exact = 0
         for _ in range(150):  # wrong claims are detected one by one
             before = after.exact

@@ -27,7 +27,7 @@ _STATS = (
     "overflows",
     "heartbeats",
     "missed_heartbeats",
-    "lost_in_silence",
+    "silent_losses",
 )
 
 
@@ -139,7 +139,7 @@ class FeedCollector(Collector):
             blocks.add_metric([pod], len(feed.ledger))
             memory.add_metric([pod], feed.ledger.memory_bytes)
             ledger, stats = feed.ledger.stats, feed.stats
-            for outcome in ("stored", "removed", "copies", "told_again", "orphans", "unknown_removed", "ended"):
+            for outcome in ("stored", "removed", "copies", "reported_again", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
             received.add_metric([pod], stats.bytes)
             held.add_metric([pod], feed.backlog)

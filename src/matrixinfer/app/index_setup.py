@@ -18,6 +18,7 @@ from typing import Self
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import BlocksConfig, Config
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
@@ -131,7 +132,7 @@ class IndexSetup:
         return feed.state is FeedState.COMPLETE or feed.stats.restarts > 0 or feed.ledger.stats.clears > 0
 
     def _is_known(self, pod: str) -> bool:
-        feed = self._feeds.get(pod.partition("~")[0])
+        feed = self._feeds.get(EndpointName.parse(pod).endpoint)
         return feed is not None and feed.state not in _UNKNOWN_YET
 
 

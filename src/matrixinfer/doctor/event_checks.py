@@ -6,6 +6,7 @@ import ipaddress
 from collections import defaultdict
 from collections.abc import Iterator
 
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.doctor.facts import FeedFacts, PodFacts, ProbeFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
 
@@ -200,7 +201,7 @@ def _of(pod: PodFacts, feed: FeedFacts, before: str = "") -> str:
     """The rank, to put before a sentence (`dp1: `) or after a word; empty for a pod with a single cache."""
     if len(pod.feeds) < 2:
         return ""
-    rank = feed.name.removeprefix(f"{pod.name}@")
+    rank = EndpointName.parse(feed.name).rank_label
     return f"{before}{rank}" if before else f"{rank}: "
 
 

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.doctor.event_listener import EventListener
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.errors import TokenizeError
@@ -176,7 +177,7 @@ class Prober:
         """Another publisher of the pod that published the prompt's blocks."""
         for other in endpoint.pod.endpoints:
             if other.name != endpoint.name and await self._predict(other, model, listener, prompt):
-                return other.name.removeprefix(f"{endpoint.pod.name}@")
+                return EndpointName.parse(other.name).rank_label
         return None
 
     async def _hits(self, endpoint: Endpoint) -> int | None:

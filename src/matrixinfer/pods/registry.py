@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import NoPodAvailable, UnknownModel
 
 
@@ -124,7 +125,7 @@ class Pod:
         self.kv_sources = sources
         ranks = len(sources or ())
         self.endpoints = tuple(
-            Endpoint(name=self.name if rank is None else f"{self.name}@dp{rank}", pod=self, rank=rank)
+            Endpoint(name=str(EndpointName(self.name, rank)), pod=self, rank=rank)
             for rank in (range(ranks) if ranks > 1 else (None,))
         )
 
@@ -227,7 +228,7 @@ class PodRegistry:
 
     def is_endpoint(self, name: str) -> bool:
         """Whether it is the name of a pod, or of a rank of one."""
-        pod = self._by_name.get(name) or self._by_name.get(name.rpartition("@dp")[0])
+        pod = self._by_name.get(name) or self._by_name.get(EndpointName.parse(name).pod)
         return pod is not None and any(endpoint.name == name for endpoint in pod.endpoints)
 
     def names(self) -> set[str]:

@@ -291,5 +291,5 @@ def _step(feed: PodFeed, step: Callable[_Step, bool | None], *args: _Step.args, 
     try:
         return step(*args, **kwargs) is not False
     except Exception:  # noqa: BLE001  # Supervision boundary: a fault over one frame must not stop the feed.
-        feed.spoiled()
+        feed.failed_to_apply()
         return True

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import msgspec
 
 from matrixinfer.config import Section
+from matrixinfer.config.endpoint_names import EndpointName
 
 Trust: TypeAlias = Literal["exact", "partial", "stale", "none"]
 """How far the index is believed about an endpoint. `exact`: exactly what it says is cached. `partial`: that is cached, and
@@ -91,7 +92,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def pod(self) -> str:
         """Name of the pod, also if this is a rank of it."""
-        return self.name if self.rank is None else self.name.removesuffix(f"@dp{self.rank}")
+        return self.name if self.rank is None else EndpointName.parse(self.name).pod
 
     @property
     def credit(self) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.prompts import chat, tokenizer_path
+from msgspec import structs
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
@@ -192,7 +193,8 @@ def _tell(feed: PodFeed, tokens: list[int], draw: random.Random) -> None:
         for _ in range(3):
             feed.heartbeat_missed()
     elif kind == "untrusted":
-        feed.untrusted = "its events do not tell"
+        odd = structs.replace(next(_stored([0] * 8)), group_idx=1, kv_cache_spec_kind=None)
+        feed.live(feed.position or 0, encode(EventBatch(ts=0.0, events=[odd])))
 
 
 def _stored(tokens: list[int]) -> Iterator[BlockStored]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.redis import layout, scan, scripts
 from matrixinfer.index.redis.store import Script, Store
 
@@ -14,8 +14,8 @@ from matrixinfer.index.redis.store import Script, Store
 def names_of(pod: str, known: Iterable[str]) -> list[str]:
     """The names under which the index may hold a pod: its own, and of `known` those of its ranks and tiers."""
     name = layout.canonical(pod)
-    pattern = re.compile(re.escape(name) + r"(@dp\d+)?(~.+)?")
-    return [name, *(other for other in known if other != name and pattern.fullmatch(other))]
+    parsed = ((other, EndpointName.parse(other)) for other in known if other != name)
+    return [name, *(other for other, parts in parsed if name in (parts.pod, parts.endpoint))]
 
 
 async def purge_pod(store: Store, name: str, *, clock: Callable[[], float] = time.time) -> int:
