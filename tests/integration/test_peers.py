@@ -16,8 +16,8 @@ from matrixinfer.index.redis.store import Store
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import CHANNEL, Peers
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load, Prompt, encode
 from tests.integration.gateway_support import eventually
 from tests.servers import Server, free_port, server

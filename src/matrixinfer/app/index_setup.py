@@ -21,12 +21,12 @@ from matrixinfer.config import Config, SchedulerConfig
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
+from matrixinfer.index.redis.pod_states import States
 from matrixinfer.index.redis.reclaim import Reclaimer
-from matrixinfer.index.redis.states import States
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.redis.warming import fill
+from matrixinfer.index.redis.warm_start import fill
 from matrixinfer.index.tee import TeeIndex
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.profile import arguments_of

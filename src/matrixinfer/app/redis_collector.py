@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.redis.circuit import State
 from matrixinfer.index.redis.index import RedisIndex
-from matrixinfer.index.redis.states import States
+from matrixinfer.index.redis.pod_states import States
 
 
 class RedisCollector(Collector):

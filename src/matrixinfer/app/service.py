@@ -37,8 +37,8 @@ from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import Peers
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import Caches
 from matrixinfer.trust.drift import Drift, Lookups
 from matrixinfer.trust.parity import Parity

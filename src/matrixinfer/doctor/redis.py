@@ -13,7 +13,7 @@ from matrixinfer.doctor.facts import RedisFacts
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scripts
 from matrixinfer.index.redis.index import scheme_of
-from matrixinfer.index.redis.states import PodState, States
+from matrixinfer.index.redis.pod_states import PodState, States
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
 
 _PROBES = 5

@@ -16,7 +16,7 @@ import tokenizers
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.young_characters import has_young_characters
+from matrixinfer.prompt.disputed_characters import has_young_characters
 
 T = TypeVar("T")
 

@@ -22,9 +22,9 @@ from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
-from matrixinfer.prompt.fit import Fit, fit, fitted
 from matrixinfer.prompt.multimodal import before_media
 from matrixinfer.prompt.segments import Cutter, cutter_of
+from matrixinfer.prompt.template_traits import Fit, fit, fitted
 
 
 class LocalTokenizer:

@@ -21,7 +21,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Library
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.conversation import engine_tools, has_media
-from matrixinfer.prompt.fit import Fit, fitted
+from matrixinfer.prompt.template_traits import Fit, fitted
 
 _ID_CHARS = 9
 """vLLM keeps this many characters at the end of a tool call's id; Mistral's models know no longer ones."""

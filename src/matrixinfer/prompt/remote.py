@@ -20,7 +20,7 @@ import numpy as np
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Prompt, TokenId
-from matrixinfer.prompt.questions import question
+from matrixinfer.prompt.tokenize_requests import question
 
 _ENGINES_ASKED = 2
 _MAX_QUESTIONS = 1024

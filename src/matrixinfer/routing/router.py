@@ -32,7 +32,7 @@ from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import Caches, CacheView, FeedCaches
 from matrixinfer.trust.drift import Drift, Prediction
 from matrixinfer.trust.parity import Comparison, Parity

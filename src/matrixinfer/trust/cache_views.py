@@ -7,7 +7,7 @@ from typing import Protocol, get_args
 
 import msgspec
 
-from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.pod_states import PodState, States, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust.levels import trust, trust_in

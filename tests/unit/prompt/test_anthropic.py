@@ -9,8 +9,8 @@ from matrixinfer.errors import InvalidRequest, TokenizeError
 from matrixinfer.prompt.anthropic import COUNT_PATH, MESSAGES_PATH
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.chat_template import ChatTemplate
-from matrixinfer.prompt.fit import Fit, fit, fitted
 from matrixinfer.prompt.requests import parse
+from matrixinfer.prompt.template_traits import Fit, fit, fitted
 
 HELLO = {"role": "user", "content": "hello"}
 TOOL = {"name": "f", "input_schema": {"properties": {}}}

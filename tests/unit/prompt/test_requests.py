@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.conversation import engine_messages, engine_tools
-from matrixinfer.prompt.fit import Fit, fitted
 from matrixinfer.prompt.requests import READERS, parse
+from matrixinfer.prompt.template_traits import Fit, fitted
 
 GOLDEN = [json.loads(line) for line in Path(__file__).with_name("vllm_requests.jsonl").read_text("utf-8").splitlines()]
 ANTHROPIC = [case for case in GOLDEN if "joined" in case]

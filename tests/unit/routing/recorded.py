@@ -41,7 +41,7 @@ from matrixinfer.sim.events import BlockStored, EventBatch, encode
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.parity import Parity

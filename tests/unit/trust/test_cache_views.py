@@ -5,7 +5,7 @@ import pytest
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import RedisConfig
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.pod_states import PodState, States, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger

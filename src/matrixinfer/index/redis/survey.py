@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scan
-from matrixinfer.index.redis.states import PodState, decode
+from matrixinfer.index.redis.pod_states import PodState, decode
 from matrixinfer.index.redis.store import Store
 
 SAMPLE = 100

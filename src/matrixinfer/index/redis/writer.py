@@ -25,8 +25,8 @@ import structlog
 
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.commands import Commands, Fenced, Hold
-from matrixinfer.index.redis.held_pod import HeldPod
 from matrixinfer.index.redis.outbox import Change, Clear, Outbox
+from matrixinfer.index.redis.pod_record import HeldPod
 from matrixinfer.index.redis.store import Store
 from matrixinfer.tasks import cancel_and_wait
 

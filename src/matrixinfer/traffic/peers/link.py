@@ -22,9 +22,9 @@ from matrixinfer.scheduler.framework import Trust
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import SILENT_SECONDS, PeerLoads
+from matrixinfer.traffic.peers.announcements import Outgoing
+from matrixinfer.traffic.peers.loads import SILENT_SECONDS, PeerLoads
 from matrixinfer.traffic.peers.message import Load, MalformedMessage, Sent, decode
-from matrixinfer.traffic.peers.outgoing import Outgoing
 
 CHANNEL = "matrix:kv:gateways"
 INTERVAL_SECONDS = 0.1

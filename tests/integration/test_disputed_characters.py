@@ -12,7 +12,7 @@ import gigatoken
 import pytest
 from tokenizers import Tokenizer
 
-from matrixinfer.prompt.young_characters import has_young_characters
+from matrixinfer.prompt.disputed_characters import has_young_characters
 from tests.unit.prompt.test_segments import PATTERNS
 
 STEP = 20_000

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from matrixinfer.prompt.young_characters import has_young_characters
+from matrixinfer.prompt.disputed_characters import has_young_characters
 
 
 @pytest.mark.parametrize(

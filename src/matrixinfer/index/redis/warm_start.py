@@ -11,7 +11,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 
 DEADLINE_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0

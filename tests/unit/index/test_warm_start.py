@@ -1,5 +1,5 @@
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 
 CHAIN = [11, 12, 13, 14]
 

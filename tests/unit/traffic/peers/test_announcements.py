@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
+from matrixinfer.traffic.peers.announcements import AT_LEAST_EVERY_SECONDS, REPEAT_SECONDS, Outgoing
 from matrixinfer.traffic.peers.message import MAX_PROMPTS, Load, Message, decode
-from matrixinfer.traffic.peers.outgoing import AT_LEAST_EVERY_SECONDS, REPEAT_SECONDS, Outgoing
 from tests.unit.scheduler.support import FakeClock
 
 CHAIN = [11, 12, 13]

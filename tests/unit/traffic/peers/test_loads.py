@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.traffic.peers.heard import MAX_PEERS, SILENT_SECONDS, PeerLoads
+from matrixinfer.traffic.peers.loads import MAX_PEERS, SILENT_SECONDS, PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 
