@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from matrixinfer.index.redis import scripts
-from matrixinfer.index.redis.commands import Commands, Fenced, Hold
+from matrixinfer.index.redis.commands import Commands, Fenced, Lease
 from matrixinfer.index.redis.outbox import Change
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
@@ -44,7 +44,7 @@ class Writers:
         self._commands = commands
         self._clock = clock
         self._random = random
-        self._holds: dict[str, Hold] = {}
+        self._holds: dict[str, Lease] = {}
         self._holder = ""
         self._least = 0
 
@@ -88,7 +88,7 @@ class Writers:
         self._clock.step()
         await self._commands.set_epoch(hold, self._least, now=self._clock())
 
-    async def _acquire(self) -> Hold | None:
+    async def _acquire(self) -> Lease | None:
         return await self._commands.acquire("pod-a", self._holder, now=self._clock(), lease=LEASE)
 
     async def _late(self) -> None:

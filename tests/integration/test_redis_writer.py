@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.index.redis import writer as module
-from matrixinfer.index.redis.commands import Commands, Hold
+from matrixinfer.index.redis.commands import Commands, Lease
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
@@ -263,7 +263,7 @@ async def test_a_pod_that_comes_back_while_it_is_let_go_of_is_not_lost(
     async with opened(there, "writer", clock) as made:
         release = Commands.release
 
-        async def released(commands: Commands, hold: Hold, **more: Any) -> Any:
+        async def released(commands: Commands, hold: Lease, **more: Any) -> Any:
             await release(commands, hold, **more)
             made.add("llama", "pod-a", CHAIN[:3])
 

@@ -21,7 +21,7 @@ from matrixinfer.config import Config, SchedulerConfig
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
-from matrixinfer.index.redis.pod_states import States
+from matrixinfer.index.redis.pod_states import PodStates
 from matrixinfer.index.redis.reclaim import Reclaimer
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.warm_start import fill
@@ -50,7 +50,7 @@ class Backend:
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
         self.redis: RedisIndex | None = None
-        self.states: States | None = None
+        self.states: PodStates | None = None
         self.warm: WarmIndex | None = None
         self._reclaimer: Reclaimer | None = None
         self._unvouched = index.writer == "none"
@@ -61,7 +61,7 @@ class Backend:
                 self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
             )
         if self.store is not None and index.kind == "redis":
-            self.states = States(self.store, scheme_of(blocks), models=models)
+            self.states = PodStates(self.store, scheme_of(blocks), models=models)
         memory = MemoryIndex(max_blocks=index.max_blocks, prefix_closed=blocks.scheme == "prefix")
         if index.kind == "redis" and self.redis is not None:
             self.index: BlockIndex = self.redis
@@ -124,7 +124,7 @@ class Backend:
 
     def _writes_surely(self, pod: str) -> bool:
         writer = None if self.redis is None else self.redis.writer
-        return writer is not None and writer.is_writer(pod) and not writer.is_doubtful(pod)
+        return writer is not None and writer.is_writer(pod) and not writer.needs_resync(pod)
 
     def _is_told(self, pod: str) -> bool:
         """Whether the pod's own events say more by now than what is known from elsewhere."""

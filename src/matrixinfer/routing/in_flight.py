@@ -134,7 +134,7 @@ class Route:
         """What was sent stands in for what the pod's events do not tell."""
         pod, request = self._pod, self.decision.request
         if self._remembers or pod.trust != "exact":
-            self._history.sent(pod.name, request.model, request.chain)
+            self._history.record_sent(pod.name, request.model, request.chain)
         elif pod.name in self._history:
             self._history.forget(pod.name)
 

@@ -7,7 +7,7 @@ from typing import Protocol, get_args
 
 import msgspec
 
-from matrixinfer.index.redis.pod_states import PodState, States, encode
+from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust.levels import trust, trust_in
@@ -65,7 +65,7 @@ class ReportedCaches:
     A pod of which nobody tells is unknown; with `unvouched` it is taken for partly known, as of writers who tell nothing.
     """
 
-    def __init__(self, states: States, *, unvouched: bool = False) -> None:
+    def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
         self._states = states
         self._unvouched = unvouched
 

@@ -118,13 +118,13 @@ def test_what_the_events_tell_is_gone_is_not_believed_to_have_been_sent() -> Non
     history, follower = RoutingHistory(), Follower(TokenBlockProcessor(4))
     follower.ledger._history = follower.ledger.supports._history = history
     chain = list(follower.blocks.chain(PROMPT[:16]))
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(stored([1, 2], PROMPT[:8]), removed([2]))
     assert history.match(POD, MODEL, chain) == 1
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(CLEARED)
     assert POD not in history
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.ledger.clear()  # frames were lost: what was sent may still be there
     assert POD in history
     follower.ledger.reset()

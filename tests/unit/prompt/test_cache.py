@@ -71,7 +71,7 @@ def edited(text: str, change: tuple[float, float, str]) -> str:
 @settings(deadline=None)
 @given(start=st.lists(st.sampled_from(TURNS), max_size=12).map("".join), changes=edits, around=st.booleans())
 @pytest.mark.parametrize("max_bytes", [0, 3_000, 1_000_000])
-def test_ids_and_hashes_are_those_of_a_text_never_seen(
+def test_cached_ids_and_hashes_equal_those_of_a_fresh_text(
     made: Tokenizer, max_bytes: int, start: str, changes: Sequence[tuple[float, float, str]], around: bool
 ) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
@@ -105,7 +105,7 @@ def test_a_conversation_that_has_grown_costs_the_new_turn(made: Tokenizer) -> No
     assert hashes == list(blocks.chain(ids))[: len(hashes)]
 
 
-def test_a_prompt_that_was_not_hashed_far_takes_nothing_from_others(made: Tokenizer) -> None:
+def test_a_prompt_with_few_hashes_does_not_shorten_those_of_others(made: Tokenizer) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
     tested = cache(reference)
     system = "<|im_start|>system\nBe kind to everyone.<|im_end|>"
@@ -117,7 +117,7 @@ def test_a_prompt_that_was_not_hashed_far_takes_nothing_from_others(made: Tokeni
     assert again == list(blocks.chain(reference(first[: first.rindex("<|im_start|>")])))
 
 
-def test_a_text_that_goes_on_where_another_was_cut_is_not_cut_there(made: Tokenizer) -> None:
+def test_a_text_is_not_cut_inside_a_token_where_a_shorter_text_ended(made: Tokenizer) -> None:
     reference = Reference(made)
     tested = cache(reference)
     for text in ("Hello there, <|im_end|>", "Hello there, what?<|im_end|>", "Hello there, "):
@@ -136,7 +136,7 @@ def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
     assert stats.hit_chars > stats.miss_chars  # each was there three times, and the end mark always
 
 
-def test_hashes_are_kept_only_as_far_as_they_are_counted(made: Tokenizer) -> None:
+def test_only_hashes_that_count_towards_the_memory_bound_are_kept(made: Tokenizer) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
     tested = cache(reference, max_bytes=40_000)
     for i in range(40):  # long last pieces are not remembered, and their hashes neither
@@ -150,7 +150,7 @@ def test_hashes_are_kept_only_as_far_as_they_are_counted(made: Tokenizer) -> Non
     assert 0 < sum(kept.values()) <= owned + len(tested._beginnings)
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
+def test_an_entry_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
     reference = Reference(made)
     tested = cache(reference, max_bytes=10_000)
     small, large = "<|im_start|>small", "<|im_start|>" + "large " * 3000

@@ -78,7 +78,7 @@ TURNS = st.lists(st.sampled_from(["hi", "", " look\n", "<|vision_start|>", "a<|i
     texts=TURNS,
     rest=st.lists(st.just(IMAGE), max_size=2),
 )
-def test_it_is_what_the_rendering_has_before_the_first_placeholder(
+def test_the_text_equals_the_rendering_before_the_first_placeholder(
     name: str, turns: list[str], texts: list[str], rest: list[dict[str, Any]]
 ) -> None:
     template = real(name)
@@ -118,14 +118,14 @@ AS_STRING = "{% for m in messages %}[{{ m.role }}]{{ m['content'] | trim }}{% en
         (AS_STRING, [user(IMAGE, text("c")), user(IMAGE)], "[user]"),
     ],
 )
-def test_only_what_is_certain_is_taken(source: str, messages: list[dict[str, Any]], beginning: str) -> None:
+def test_only_the_certain_text_is_used(source: str, messages: list[dict[str, Any]], beginning: str) -> None:
     assert before(ChatTemplate(source), *messages) == beginning
 
 
 @pytest.mark.parametrize(
     "content", ["x", [text("x")], [{"type": "file", "file": {}}], [{"type": "prompt_embeds", "data": "x"}], [3]]
 )
-def test_a_chat_without_media_that_anyone_knows_is_an_error(content: Any) -> None:
+def test_a_chat_without_known_media_is_an_error(content: Any) -> None:
     with pytest.raises(TokenizeError):
         before(ChatTemplate(BY_PART), {"role": "user", "content": content})
 

@@ -20,7 +20,7 @@ from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.conversation import engine_messages, engine_tools
 from matrixinfer.prompt.requests import READERS, parse
-from matrixinfer.prompt.template_traits import Fit, fitted
+from matrixinfer.prompt.template_traits import TemplateTraits, adapt
 
 GOLDEN = [json.loads(line) for line in Path(__file__).with_name("vllm_requests.jsonl").read_text("utf-8").splitlines()]
 ANTHROPIC = [case for case in GOLDEN if "joined" in case]
@@ -86,7 +86,7 @@ def variables(chat: Chat) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=map(str, range(len(GOLDEN))))
-def test_a_request_becomes_the_chat_that_vllm_makes_of_it(case: dict[str, Any]) -> None:
+def test_a_request_becomes_the_chat_that_vllm_builds(case: dict[str, Any]) -> None:
     prompt = parse(case["path"], json.dumps(case["body"]).encode())
     chat = prompt.chat
     assert chat is not None
@@ -97,13 +97,13 @@ def test_a_request_becomes_the_chat_that_vllm_makes_of_it(case: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("case", ANTHROPIC, ids=map(str, range(len(ANTHROPIC))))
-def test_an_anthropic_chat_is_fitted_to_the_template_as_vllm_does(case: dict[str, Any]) -> None:
+def test_an_anthropic_chat_is_adapted_to_the_template_as_in_vllm(case: dict[str, Any]) -> None:
     chat = parse(case["path"], json.dumps(case["body"]).encode()).chat
     assert chat is not None
-    low = fitted(chat, Fit(joins_system=True, disabled_effort="low"))
+    low = adapt(chat, TemplateTraits(joins_system=True, disabled_effort="low"))
     assert json.dumps(engine_messages(low.messages, parts=False)) == json.dumps(case["joined"])
     assert variables(low) == case["low"] | {key: case["variables"][key] for key in ("tools",) if low.tools is not None}
-    assert fitted(chat, Fit(joins_system=False, disabled_effort="none")) is chat
+    assert adapt(chat, TemplateTraits(joins_system=False, disabled_effort="none")) is chat
 
 
 def test_a_path_that_takes_no_prompt_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_a_model_is_required(path: str) -> None:
 
 
 @given(path=st.sampled_from(list(READERS)), junk=st.binary(max_size=60), data=st.data())
-def test_no_body_raises_anything_but_an_invalid_request(path: str, junk: bytes, data: st.DataObject) -> None:
+def test_every_body_is_read_or_raises_invalid_request(path: str, junk: bytes, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(BODIES[path])))
     others = json.dumps({"model": "m", **{key: value for key, value in BODIES[path].items() if key != name}}).encode()
     blocks = ITEMS.map(lambda items: [{"role": "user", "content": items}])

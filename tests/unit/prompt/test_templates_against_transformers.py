@@ -100,7 +100,7 @@ def test_real_templates_render_most_shapes(theirs: PreTrainedTokenizerFast) -> N
 
 
 @pytest.mark.parametrize("tools", [None, [], [{"type": "function", "function": {"name": "f"}}]])
-def test_of_named_templates_the_one_for_tools_is_chosen_as_in_transformers(
+def test_the_named_template_for_tools_is_chosen_as_in_transformers(
     theirs: PreTrainedTokenizerFast, tmp_path: Path, tools: list[dict[str, Any]] | None
 ) -> None:
     named = {"default": "default {{ messages[0].content }}", "tool_use": "tools {{ tools | length }}"}
@@ -110,7 +110,7 @@ def test_of_named_templates_the_one_for_tools_is_chosen_as_in_transformers(
     assert ours == expected(theirs, None, {"messages": [{"role": "user", "content": "a"}], "tools": tools})
 
 
-def test_the_dialect_knows_nothing_but_this() -> None:
+def test_the_dialect_has_no_other_extensions() -> None:
     """Names that transformers gives a template; anything more would render here and fail in the engine."""
     environment = chat_template_utils._compile_jinja_template("{{ 1 }}").environment
     ours = ChatTemplate("{{ 1 }}")._template.environment

@@ -14,7 +14,7 @@ import tiktoken
 import tokenizers
 
 from matrixinfer.prompt import tiktoken_files
-from matrixinfer.prompt.encoders import HARD
+from matrixinfer.prompt.encoders import TRICKY_TEXTS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.tiktoken_files import read_ranks
 
@@ -55,7 +55,7 @@ def texts(marks: tuple[str, ...]) -> Iterator[str]:
     """From single words to conversations of 20 KB that go on from text to text, the same ones in every run."""
     draw = random.Random(20)
     parts = (
-        *HARD,
+        *TRICKY_TEXTS,
         *marks,
         *marks,
         "\n",

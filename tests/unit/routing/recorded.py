@@ -183,7 +183,7 @@ async def over_fleets() -> AsyncIterator[str]:
                     ),
                 )
         if draw.random() < 0.5:
-            gateway.peers.hear("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
+            gateway.peers.update("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
         under_way: list[Route] = []
         for turn in range(5):
             tokens = [*prompt[: draw.randrange(8, 49)], *(draw.randrange(1000) for _ in range(draw.randrange(12)))]

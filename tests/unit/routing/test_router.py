@@ -489,7 +489,7 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
 
 async def test_what_other_gateways_have_in_flight_counts() -> None:
     world = World()
-    world.peers.hear("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
+    world.peers.update("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
     route = await world.router.route(PATH, request(), request_id="r")
     assert route.decision.chosen.name == "b"
     decision = await world.explain()

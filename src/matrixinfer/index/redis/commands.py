@@ -23,7 +23,7 @@ class Fenced(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class Lease:
     """Being the writer of a pod."""
 
     pod: str
@@ -35,7 +35,7 @@ class Hold:
 class Commands:
     """Each call is one round trip, two where blocks are spread over a Cluster.
 
-    All raise `IndexUnavailable`; those that take a `Hold` raise `Fenced`.
+    All raise `IndexUnavailable`; those that take a `Lease` raise `Fenced`.
     """
 
     def __init__(self, store: Store, meta: Mapping[str, str]) -> None:
@@ -48,28 +48,28 @@ class Commands:
         self._stamp = Script(scripts.STAMP)
         self._write = Script(scripts.WRITE)
 
-    async def acquire(self, pod: str, writer: str, *, now: float, lease: float, anew: bool = False) -> Hold | None:
+    async def acquire(self, pod: str, writer: str, *, now: float, lease: float, anew: bool = False) -> Lease | None:
         """Become the pod's writer for `lease` seconds, or stay it, `anew` with the next token; None while another one lives."""
         keys = (layout.TOKENS, layout.WRITERS, layout.LEASES, layout.EPOCHS, layout.STAMPS)
         answer = await self._store.run(self._acquire, keys, (pod, writer, now, lease, int(anew)))
-        return Hold(pod=pod, token=answer[0], next_epoch=answer[1]) if answer else None
+        return Lease(pod=pod, token=answer[0], next_epoch=answer[1]) if answer else None
 
-    async def release(self, hold: Hold, *, gone: bool = False) -> None:
+    async def release(self, hold: Lease, *, gone: bool = False) -> None:
         """Let the next writer come at once; nothing is told any more of a pod that is `gone`."""
         keys = (layout.TOKENS, layout.LEASES, layout.STATES)
         await self._store.run(self._release, keys, (hold.pod, hold.token, int(gone)))
 
-    async def tell(self, hold: Hold, state: str) -> None:
+    async def tell(self, hold: Lease, state: str) -> None:
         """Tell how far the pod's events are believed."""
         if not await self._store.run(self._state, (layout.TOKENS, layout.STATES), (hold.pod, hold.token, state)):
             raise Fenced
 
-    async def set_epoch(self, hold: Hold, epoch: int, *, now: float) -> None:
+    async def set_epoch(self, hold: Lease, epoch: int, *, now: float) -> None:
         """Let nothing of the pod count that was stamped below `epoch`; nothing at all that is there with epoch 0."""
         if not await self._store.run(self._epoch, _FENCED, (hold.pod, hold.token, epoch, now)):
             raise Fenced
 
-    async def write(self, hold: Hold, changes: Sequence[Change], *, now: float, least: int) -> None:
+    async def write(self, hold: Lease, changes: Sequence[Change], *, now: float, least: int) -> None:
         """Add and remove blocks in order, with stamps of at least `least`."""
         who = (hold.pod, hold.token, now, least)
         if self._store.is_cluster:

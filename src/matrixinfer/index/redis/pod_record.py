@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from matrixinfer.index.redis.commands import Hold
+from matrixinfer.index.redis.commands import Lease
 from matrixinfer.index.redis.outbox import Outbox
 
 
-class HeldPod:
+class PodRecord:
     """Only its writer changes it. At most `waiting` blocks wait to be written."""
 
     def __init__(self, waiting: int) -> None:
         self.outbox = Outbox(waiting)
-        self.hold: Hold | None = None
+        self.hold: Lease | None = None
         self.doubtful = True
         """What is in Redis may be anything."""
         self.least = 0

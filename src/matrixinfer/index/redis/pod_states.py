@@ -42,7 +42,7 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why the events are not believed."""
 
 
-class States:
+class PodStates:
     """Reads the states of all pods every second. Use as an async context manager; it owns one task.
 
     `scheme` is what this process expects of the blocks of every model (`index.scheme_of`).

@@ -24,9 +24,9 @@ from typing import Self
 import structlog
 
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis.commands import Commands, Fenced, Hold
+from matrixinfer.index.redis.commands import Commands, Fenced, Lease
 from matrixinfer.index.redis.outbox import Change, Clear, Outbox
-from matrixinfer.index.redis.pod_record import HeldPod
+from matrixinfer.index.redis.pod_record import PodRecord
 from matrixinfer.index.redis.store import Store
 from matrixinfer.tasks import cancel_and_wait
 
@@ -92,7 +92,7 @@ class BlockWriter:
         self._clock = clock
         self._lease = lease
         self._restamp_seconds = min(RECONCILE_SECONDS if store.is_cluster else float("inf"), 0.9 * max_age / 3)
-        self._pods: dict[str, HeldPod] = {}
+        self._pods: dict[str, PodRecord] = {}
         self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -113,7 +113,7 @@ class BlockWriter:
                 for name, pod in list(self._pods.items()):
                     await self._hand_over(name, pod)
 
-    async def _hand_over(self, name: str, pod: HeldPod) -> None:
+    async def _hand_over(self, name: str, pod: PodRecord) -> None:
         """Write what still waits, so that what was removed last is not claimed, and let another writer come at once."""
         if pod.hold is None:
             return
@@ -159,7 +159,7 @@ class BlockWriter:
         """Whose writer this is or wants to be."""
         return list(self._pods)
 
-    def is_doubtful(self, pod: str) -> bool:
+    def needs_resync(self, pod: str) -> bool:
         """Whether what is in Redis may not be what the pod holds, as far as this writer knows."""
         return pod not in self._pods or self._pods[pod].doubtful or self._pods[pod].outbox.overflowed
 
@@ -184,10 +184,10 @@ class BlockWriter:
         except TimeoutError as error:
             raise IndexUnavailable(f"{self._store.config.where} does not take what is to be written") from error
 
-    def _of(self, pod: str) -> HeldPod:
+    def _of(self, pod: str) -> PodRecord:
         found = self._pods.get(pod)
         if found is None:
-            found = self._pods[pod] = HeldPod(WAITING_MAX)
+            found = self._pods[pod] = PodRecord(WAITING_MAX)
         found.leaving = False
         return found
 
@@ -249,7 +249,7 @@ class BlockWriter:
         for pod in self._pods.values():
             pod.lose()
 
-    async def _write_pod(self, name: str, pod: HeldPod) -> None:
+    async def _write_pod(self, name: str, pod: PodRecord) -> None:
         try:
             if not await self._is_fit(name, pod):
                 return
@@ -271,7 +271,7 @@ class BlockWriter:
             self.stats.fenced += 1
             pod.lose()
 
-    async def _is_fit(self, name: str, pod: HeldPod) -> bool:
+    async def _is_fit(self, name: str, pod: PodRecord) -> bool:
         """Whether to be the pod's writer: not before it is known what it holds, nor for long when that is lost."""
         if pod.leaving or self.is_known(name):
             pod.unknown_since = None
@@ -287,11 +287,11 @@ class BlockWriter:
         pod.outbox.drop()
         return False
 
-    def _is_due(self, pod: HeldPod) -> bool:
+    def _is_due(self, pod: PodRecord) -> bool:
         """Whether its lease is to be renewed: it is time, or the clock has been set back."""
         return not pod.renew_at - self._lease < self._clock() < pod.renew_at
 
-    async def _acquire(self, name: str, pod: HeldPod) -> None:
+    async def _acquire(self, name: str, pod: PodRecord) -> None:
         """Take or renew the pod's token; a new one where a late write with the old one must not be done any more."""
         now, anew = self._clock(), pod.unanswered
         hold = await self._commands.acquire(name, self.name, now=now, lease=self._lease, anew=anew)
@@ -299,7 +299,7 @@ class BlockWriter:
             pod.lose()
         pod.hold, pod.renew_at, pod.unanswered = hold, now + self._lease / 3, False
 
-    async def _bring_up_to_date(self, pod: HeldPod, hold: Hold) -> None:
+    async def _bring_up_to_date(self, pod: PodRecord, hold: Lease) -> None:
         if pod.outbox.overflowed:
             self.stats.overflows += 1
             pod.doubtful = True
@@ -314,7 +314,7 @@ class BlockWriter:
             pod.state = state
         await self._restamp(pod, hold)
 
-    async def _resync(self, pod: HeldPod, name: str) -> Hold:
+    async def _resync(self, pod: PodRecord, name: str) -> Lease:
         """Write all that the pod holds anew, and let what is not part of it count no more."""
         self.stats.resyncs += 1
         await self._acquire(name, pod)  # the epoch to come has to be above whatever has been stamped until now
@@ -332,7 +332,7 @@ class BlockWriter:
         pod.restamping, pod.restamp_at = iter(()), self._clock() + self._restamp_seconds
         return hold
 
-    async def _write_changes(self, pod: HeldPod, hold: Hold) -> None:
+    async def _write_changes(self, pod: PodRecord, hold: Lease) -> None:
         while (taken := pod.outbox.take(BATCH)) is not None:
             try:
                 if isinstance(taken, Clear):
@@ -344,7 +344,7 @@ class BlockWriter:
                 raise
             await self._renew_due(hold)
 
-    async def _renew_due(self, hold: Hold) -> None:
+    async def _renew_due(self, hold: Lease) -> None:
         """Renew what is held while much is written, so that nobody is taken for dead. Raises `Fenced` when `hold` is lost."""
         for name, pod in list(self._pods.items()):
             if pod.hold is not None and self._is_due(pod):
@@ -353,7 +353,7 @@ class BlockWriter:
         if mine is None or mine.hold is None or mine.hold.token != hold.token:
             raise Fenced
 
-    async def _write(self, pod: HeldPod, hold: Hold, changes: Sequence[Change]) -> None:
+    async def _write(self, pod: PodRecord, hold: Lease, changes: Sequence[Change]) -> None:
         for model in {change.model for change in changes} - self._told_models:
             await self._commands.tell_scheme(model)
             self._told_models.add(model)
@@ -361,7 +361,7 @@ class BlockWriter:
         self.stats.batches += 1
         self.stats.blocks += sum(len(change.blocks) for change in changes)
 
-    async def _restamp(self, pod: HeldPod, hold: Hold) -> None:
+    async def _restamp(self, pod: PodRecord, hold: Lease) -> None:
         """Stamp some of what the pod holds anew: blocks that are only hit are never written otherwise, and must not age."""
         now = self._clock()
         if now >= pod.restamp_at:
