@@ -225,7 +225,7 @@ async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
     (call,) = told.calls
     assert (call.method_name, call.args, call.kwargs["there"]["block_size"]) == (
         "warning",
-        ("redis_scheme_differs",),
+        ("redis_scheme_differed",),
         "16",
     )
 

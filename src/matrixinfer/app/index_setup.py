@@ -55,8 +55,16 @@ class Backend:
         self._reclaimer: Reclaimer | None = None
         self._unvouched = index.writer == "none"
         self._feeds: Mapping[str, PodFeed] = {}
+        self._doubts: Callable[[str], bool] = lambda _: False
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
-            self.redis = RedisIndex(self.store, blocks, max_age=index.max_age_seconds, lease=index.lease_seconds)
+            self.redis = RedisIndex(
+                self.store,
+                blocks,
+                max_age=index.max_age_seconds,
+                lease_seconds=index.lease_seconds,
+                state_of=self._state_of,
+                is_known=self._is_known,
+            )
             self._reclaimer = Reclaimer(
                 self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
             )
@@ -70,18 +78,16 @@ class Backend:
         else:
             self.index = memory
         if index.kind == "memory" and index.warm_start:
-            self.index = self.warm = WarmIndex(self.index, max_blocks=index.max_blocks, is_told=self._is_told)
+            self.index = self.warm = WarmIndex(
+                self.index, max_blocks=index.max_blocks, has_own_events=self._has_own_events
+            )
         self.writes = self.redis is not None and index.writer == "gateway"
         """Whether this process writes to Redis."""
         self._stack = AsyncExitStack()
 
     def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
         """Have the writer tell of `feeds`; returns what is known of the caches, by feeds or by what other writers tell."""
-        self._feeds = feeds
-        if self.redis is not None:
-            writer = self.redis.writer
-            writer.state_of = lambda name: state_of(feeds.get(name), doubted=drift.doubts(name))
-            writer.is_known = self._is_known
+        self._feeds, self._doubts = feeds, drift.doubts
         if self.states is not None and not self.follows:
             return ReportedCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
@@ -126,12 +132,15 @@ class Backend:
         writer = None if self.redis is None else self.redis.writer
         return writer is not None and writer.is_writer(pod) and not writer.needs_resync(pod)
 
-    def _is_told(self, pod: str) -> bool:
+    def _has_own_events(self, pod: str) -> bool:
         """Whether the pod's own events say more by now than what is known from elsewhere."""
         feed = self._feeds.get(pod)
         if feed is None:
             return False
         return feed.state is FeedState.COMPLETE or feed.stats.restarts > 0 or feed.ledger.stats.clears > 0
+
+    def _state_of(self, pod: str) -> str | None:
+        return state_of(self._feeds.get(pod), doubted=self._doubts(pod))
 
     def _is_known(self, pod: str) -> bool:
         feed = self._feeds.get(pod.partition("~")[0])

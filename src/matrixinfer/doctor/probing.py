@@ -14,7 +14,7 @@ import msgspec
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.doctor.listening import Ear
-from matrixinfer.errors import TokenizeError
+from matrixinfer.errors import MatrixInferError, TokenizeError
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.usage import usage
 from matrixinfer.kvevents.witness import Witness
@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.05
 _WORDS = ("the", "river", "of", "stone", "and", "light", "in", "water", "over", "time", "with", "wind", "from", "snow")
 
 
-class Refused(Exception):
+class Refused(MatrixInferError):
     """The engine did not compute the probe. Says why."""
 
 

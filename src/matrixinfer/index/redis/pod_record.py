@@ -1,4 +1,4 @@
-"""One pod as its writer keeps it: what it holds, whether that is in Redis, and by which right it is written."""
+"""The writer's record of one pod: the blocks it holds, whether Redis is up to date, and the lease."""
 
 from __future__ import annotations
 
@@ -9,38 +9,36 @@ from matrixinfer.index.redis.outbox import Outbox
 
 
 class PodRecord:
-    """Only its writer changes it. At most `waiting` blocks wait to be written."""
+    """Changed only by its writer. At most `max_waiting` blocks wait to be written. Times are Unix seconds."""
 
-    def __init__(self, waiting: int) -> None:
-        self.outbox = Outbox(waiting)
-        self.hold: Lease | None = None
-        self.doubtful = True
-        """What is in Redis may be anything."""
-        self.least = 0
-        """Stamp of what is written now."""
+    def __init__(self, max_waiting: int) -> None:
+        self.outbox = Outbox(max_waiting)
+        self.lease: Lease | None = None
+        self.needs_resync = True
+        """Whether Redis may hold anything for this pod, so that all its blocks must be written again."""
+        self.min_stamp = 0
+        """Smallest stamp for blocks that are written now."""
         self.renew_at = float("-inf")
-        self.unanswered = False
-        """What was sent last may be done yet, whenever it reaches the server."""
-        self.state: str | None = None
-        """As last told."""
+        self.unconfirmed = False
+        """Whether the server may still execute a write that failed here, so that the lease needs a new token."""
+        self.published_state: str | None = None
         self.leaving = False
         self.unknown_since: float | None = None
-        """From when on it has not been known what the pod holds."""
+        """Since when it is not known what the pod holds; None while it is known."""
         self.restamping: Iterator[tuple[str, int]] = iter(())
         self.restamp_at = float("inf")
-        self.pace = 0
-        """Blocks stamped anew per tick."""
+        self.restamps_per_tick = 0
 
     @property
-    def pending(self) -> bool:
+    def has_work(self) -> bool:
         """Whether its writer has something to do for the pod now."""
-        return self.hold is not None and (
+        return self.lease is not None and (
             self.outbox.waiting > 0
-            or (self.doubtful and self.unknown_since is None)
+            or (self.needs_resync and self.unknown_since is None)
             or self.outbox.overflowed
             or self.leaving
         )
 
-    def lose(self) -> None:
-        """Another writer has come, or may have."""
-        self.hold, self.doubtful, self.state, self.renew_at = None, True, None, float("-inf")
+    def lose_lease(self) -> None:
+        """Drop the lease: another writer has taken over, or may have."""
+        self.lease, self.needs_resync, self.published_state, self.renew_at = None, True, None, float("-inf")

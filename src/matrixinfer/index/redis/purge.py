@@ -1,4 +1,4 @@
-"""What operators delete. Living writers find out within seconds, and write anew what their engines hold."""
+"""Deletes data at an operator's request. Living writers notice within seconds and write their pods' blocks again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matrixinfer.index.redis.store import Script, Store
 
 
 def names_of(pod: str, known: Iterable[str]) -> list[str]:
-    """The names under which the index may hold a pod: its own, and of `known` those of its ranks and tiers."""
+    """The names under which the index may list a pod: its own, and those in `known` of its ranks and tiers."""
     name = layout.canonical(pod)
     pattern = re.compile(re.escape(name) + r"(@dp\d+)?(~.+)?")
     return [name, *(other for other in known if other != name and pattern.fullmatch(other))]
 
 
 async def purge_pod(store: Store, name: str, *, clock: Callable[[], float] = time.time) -> int:
-    """Let nothing count that was written under a name until now; returns its epoch. Raises `IndexUnavailable`."""
+    """Invalidate all entries written under a name until now. Returns the new epoch. Raises `IndexUnavailable`."""
     keys = (layout.TOKENS, layout.EPOCHS, layout.STAMPS)
     return int(await store.run(Script(scripts.PURGE), keys, (name, clock())))
 
@@ -27,7 +27,10 @@ async def purge_pod(store: Store, name: str, *, clock: Callable[[], float] = tim
 async def purge_model(
     store: Store, model: str, *, dry_run: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> int:
-    """Delete the keys of a model; returns how many there were. With `dry_run` only count. Raises `IndexUnavailable`."""
+    """Delete the keys of a model, or only count them with `dry_run`. Returns their number. Raises `IndexUnavailable`.
+
+    `progress` is called with the number of keys looked at.
+    """
     client: Any = store.client
     gone = looked_at = 0
     async for keys in scan.key_pages(store, model=model):
@@ -38,7 +41,7 @@ async def purge_model(
             gone += len(mine)
             continue
         pipeline: Any = client.pipeline(transaction=False)
-        for key in mine:  # one by one: on Cluster they are of different slots
+        for key in mine:  # one by one: on Cluster they are in different slots
             pipeline.execute_command("UNLINK", key)
         gone += sum(await store.ask(pipeline.execute()))
     if not dry_run:
@@ -47,7 +50,7 @@ async def purge_model(
 
 
 async def take_tokens(store: Store, names: Iterable[str]) -> None:
-    """Have the writers of these pods write all anew. Raises `IndexUnavailable`."""
+    """Make the writers of these pods write all blocks again. Raises `IndexUnavailable`."""
     client: Any = store.client
     for name in names:
         await store.ask(client.hincrby(layout.TOKENS, name, 1))
