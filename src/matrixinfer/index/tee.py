@@ -23,9 +23,9 @@ class TeeIndex:
         self._other.add(model, pod, hashes, parent)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        gone = list(hashes)
-        self._read.remove(model, pod, gone)
-        self._other.remove(model, pod, gone)
+        removed = list(hashes)
+        self._read.remove(model, pod, removed)
+        self._other.remove(model, pod, removed)
 
     def clear(self, pod: str) -> None:
         self._read.clear(pod)

@@ -43,10 +43,10 @@ class WarmIndex:
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Remove blocks as the pod's own events report, also those added by `warm`."""
-        gone = list(hashes)
-        self._index.remove(model, pod, gone)
+        removed = list(hashes)
+        self._index.remove(model, pod, removed)
         if pod in self._pods:
-            self._warm.remove(model, pod, gone)
+            self._warm.remove(model, pod, removed)
 
     def clear(self, pod: str) -> None:
         """Clear the inner index only: a feed that starts again does not refute the blocks added by `warm`."""

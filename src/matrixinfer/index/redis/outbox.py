@@ -76,10 +76,10 @@ class Outbox:
     def remove(self, model: str, hashes: Iterable[int]) -> None:
         """Record that the pod no longer holds `hashes`."""
         held = self._held.get(model, {})
-        gone = [block for block in hashes if held.pop(block, 0) is None]
+        removed = [block for block in hashes if held.pop(block, 0) is None]
         if not held:
             self._held.pop(model, None)
-        self._note(Change(model, "-", gone))
+        self._note(Change(model, "-", removed))
 
     def clear(self) -> None:
         """Record that the pod holds nothing."""

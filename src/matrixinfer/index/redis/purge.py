@@ -32,21 +32,21 @@ async def purge_model(
     `progress` is called with the number of keys looked at.
     """
     client: Any = store.client
-    gone = looked_at = 0
+    deleted = looked_at = 0
     async for keys in scan.key_pages(store, model=model):
         looked_at += scan.PAGE
         progress(looked_at)
         mine = [key for key in keys if (named := layout.block_of(key.decode("utf-8", "replace"))) and named[0] == model]
         if dry_run or not mine:
-            gone += len(mine)
+            deleted += len(mine)
             continue
         pipeline: Any = client.pipeline(transaction=False)
         for key in mine:  # one by one: on Cluster they are in different slots
             pipeline.execute_command("UNLINK", key)
-        gone += sum(await store.ask(pipeline.execute()))
+        deleted += sum(await store.ask(pipeline.execute()))
     if not dry_run:
         await store.ask(client.unlink(layout.meta_key(model)))
-    return gone
+    return deleted
 
 
 async def take_tokens(store: Store, names: Iterable[str]) -> None:

@@ -61,7 +61,7 @@ class Reclaimer:
 
     async def once(self) -> int:
         """Scan all keys once. Returns the number of deleted entries. Raises `IndexUnavailable`."""
-        gone = 0
+        total = 0
         await self._drop_rows()
         async for page in scan.pages(self._store, keys_per_second=self._keys_per_second):
             floors = await scan.floors(self._store, max_age=self._max_age, clock=self._clock)
@@ -69,11 +69,11 @@ class Reclaimer:
             for block in page:
                 if any(at < floors.get(pod, default) for pod, at in block.stamps.items()):
                     deleted = await self._reclaim(block, floors, default)
-                    gone += deleted
+                    total += deleted
                     self.reclaimed += deleted
             if not await self.take_lock():
                 raise IndexUnavailable("another process has started to scan the keys")
-        return gone
+        return total
 
     async def _drop_rows(self) -> None:
         """Delete the rows of pods without a living writer whose entries are all too old to count."""
@@ -102,9 +102,9 @@ class Reclaimer:
         while True:
             try:
                 if await self.take_lock():
-                    gone = await self.once()
-                    if gone:
-                        log.info("redis_entries_reclaimed", entries=gone)
+                    deleted = await self.once()
+                    if deleted:
+                        log.info("redis_entries_reclaimed", entries=deleted)
             except IndexUnavailable as error:
                 log.info("redis_reclaim_interrupted", error=str(error))
             except Exception:
