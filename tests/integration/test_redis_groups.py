@@ -114,15 +114,15 @@ async def test_the_next_master_is_found_and_filled(tmp_path: Path) -> None:
 
 def knows_all(addresses: tuple[str, ...]) -> bool:
     """Whether every Sentinel knows the replica and the other two Sentinels."""
-    told = []
+    states = []
     for address in addresses:
         there = Server(folder=Path(), port=int(address.rpartition(":")[2]))
         with there.client() as client:
             try:
-                told.append(client.sentinel_master("mymaster"))
+                states.append(client.sentinel_master("mymaster"))
             except redis.ConnectionError:
                 return False
-    return all(each["num-slaves"] == 1 and each["num-other-sentinels"] == 2 for each in told)
+    return all(each["num-slaves"] == 1 and each["num-other-sentinels"] == 2 for each in states)
 
 
 async def test_a_lost_cluster_is_unavailable_like_any_other_server(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def kept(index: MemoryIndex, chain: list[int], model: str = "llama") -> int:
     return max(index.count(model, chain).values(), default=0)
 
 
-# The bound
+# Eviction
 
 
 @st.composite
@@ -257,7 +257,7 @@ def test_no_dict_of_a_large_tree_is_large_enough_to_block_the_loop(prefix_closed
 
 def test_equal_sets_of_pods_share_one_object() -> None:
     index = MemoryIndex()
-    for number in range(100):  # beyond the integers that Python shares by itself
+    for number in range(100):  # more than the integers that Python itself shares
         index.add("llama", f"pod-{number}", A, None)
     sets = {id(pods) for shard in index._trees["llama"].pods for pods in shard.values()}
     assert len(sets) == 1

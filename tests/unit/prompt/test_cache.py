@@ -31,7 +31,7 @@ AFTER = np.array([1], dtype=np.uint32)
 
 
 class Reference:
-    """The ids of whole texts, and how many characters were asked for."""
+    """Encodes whole texts and counts the characters."""
 
     def __init__(self, made: Tokenizer) -> None:
         self._made = made
@@ -62,7 +62,7 @@ edits = st.lists(
 
 
 def edited(text: str, change: tuple[float, float, str]) -> str:
-    """`text` with something put at a place, most often its end, in place of a part of what follows."""
+    """`text` with a part replaced, most often at its end."""
     at, until, new = change
     start = len(text) if at > 0.5 else round(2 * at * len(text))
     return text[:start] + new + text[start + round(until * 20) :]
@@ -112,7 +112,7 @@ def test_a_prompt_with_few_hashes_does_not_shorten_those_of_others(made: Tokeniz
     first, other = system + "<|im_start|>user\nFirst of two" * 4, system + "<|im_start|>user\nOther of two" * 4
     ids, hashes = tested.encode(first)
     list(blocks.chain(ids, hashes=hashes))
-    tested.encode(other)  # of which no block is hashed beyond those that both begin with
+    tested.encode(other)  # only the blocks that both texts begin with are hashed
     _, again = tested.encode(first)
     assert again == list(blocks.chain(reference(first[: first.rindex("<|im_start|>")])))
 
@@ -133,13 +133,13 @@ def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
     assert stats.evicted > 0
     assert 0 < stats.entries < 100
     assert stats.hit_chars + stats.miss_chars == sum(3 * len(f"<|im_start|>user {i}<|im_end|>") for i in range(300))
-    assert stats.hit_chars > stats.miss_chars  # each was there three times, and the end mark always
+    assert stats.hit_chars > stats.miss_chars  # each text came three times, and the end mark always
 
 
 def test_only_hashes_that_count_towards_the_memory_bound_are_kept(made: Tokenizer) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
     tested = cache(reference, max_bytes=40_000)
-    for i in range(40):  # long last pieces are not remembered, and their hashes neither
+    for i in range(40):  # long last pieces are not cached, and neither are their hashes
         for length in (1, 3, 6):
             text = f"<|im_start|>user {i}" + "<|im_end|>what was that" * length + "<|im_start|>" + f"tail {i} " * 200
             ids, hashes = tested.encode(text)
@@ -160,7 +160,7 @@ def test_an_entry_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
 
 
 def hurried(put: Callable[..., Any]) -> Callable[..., Any]:
-    """As `put`, but other threads run in the middle of it: between what it reads of the sum and what it writes."""
+    """As `put`, but let other threads run between reading and writing the sum."""
 
     def slow(self: _Lru[Any, Any], key: object, value: object, size: int) -> Any:
         held = self.bytes

@@ -1,8 +1,8 @@
-"""What vLLM does to messages before the template.
+"""Tests how messages are reshaped before the template is rendered.
 
-`vllm_conversations.jsonl` holds messages, and what the request schema and `chat_utils` of vLLM 0.32 made of them for
-templates that take strings and for those that walk parts; under `"developers": false` for one that does not know the
-role `developer`.
+`vllm_conversations.jsonl` has messages, and what the request schema and `chat_utils` of vLLM 0.32 turn them into for
+templates that take strings and for templates that take parts; with `"developers": false` for a template that does not
+know the role `developer`.
 """
 
 from __future__ import annotations

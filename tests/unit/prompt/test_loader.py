@@ -49,7 +49,7 @@ def write(path: Path, name: str, value: object) -> None:
 
 
 def library(path: Path, **settings: Any) -> str:
-    """Which library reads the vocabulary, for a small one."""
+    """The library that reads a small vocabulary."""
     loaded = load(ModelConfig(name="m", tokenizer=str(path), **settings), where="$.models[0]")
     return {"gigatoken": "hf"}.get(loaded.name, loaded.name)
 

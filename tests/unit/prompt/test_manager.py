@@ -43,7 +43,7 @@ PODS = [Pod()]
 
 
 class FakeRemote(RemoteTokenizer):
-    """Gives one answer; None is never given."""
+    """Gives one answer, or never answers if it is None."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""The certain beginning of chats with media, with the templates of real vision models and with tricky ones."""
+"""Tests the certain beginning of chats with media, with templates of real vision models and with tricky ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def real(name: str) -> ChatTemplate:
         ("gemma3", "<s><start_of_turn>user\nbe nice\n\nlook:"),
         ("idefics3", "<|begin_of_text|>System: be nice<end_of_utterance>\nUser: look: "),
         ("smolvlm", "<|im_start|>System: be nice<end_of_utterance>\nUser: look: "),
-        # Images come before the message's text, or wherever the engine puts them.
+        # Images come before the message's text, or at a position that only the engine knows.
         ("llava_next", "<<SYS>>\nbe nice\n<</SYS>>\n\n[INST] "),
         ("lfm2_2_5_vl", "<s><|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\n"),
     ],
@@ -110,7 +110,7 @@ AS_STRING = "{% for m in messages %}[{{ m.role }}]{{ m['content'] | trim }}{% en
         (BY_PART, [user(VIDEO, text("c")), user(IMAGE)], "[user]"),
         (BY_PART, [user({"image_url": "x", "uuid": "u"})], "[user]"),
         (IMAGES_FIRST, [user(text("a"), IMAGE)], "[user]"),
-        # What looks like the placeholder is no proof that the medium comes after it.
+        # Text that looks like the placeholder does not prove that the medium follows.
         (IMAGES_FIRST, [user(text("<image>"), IMAGE)], "[user]"),
         (COUNTING, [SYSTEM, user(text("a"), IMAGE)], "images: "),
         (LAST_ONLY, [user(text("a"), IMAGE), user(text("b"))], ""),

@@ -1,8 +1,8 @@
-"""All APIs together.
+"""Tests all APIs together.
 
-`vllm_requests.jsonl` holds bodies and what vLLM 0.32 made of them: the messages for a template that takes strings, and
-the template's variables, tools among them. For Anthropic messages also `joined`, for a template that refuses later
-system messages, and `low`, the variables for one that does not know how not to think.
+`vllm_requests.jsonl` has bodies and what vLLM 0.32 builds from them: the messages for a template that takes strings,
+and the template's variables, including tools. For Anthropic messages it also has `joined`, for a template that refuses
+later system messages, and `low`, the variables for a template that cannot disable thinking.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BODIES: Mapping[str, Mapping[str, Any]] = {
     "/v1/rerank": {"query": "x"},
     "/v2/rerank": {"query": "x"},
 }
-"""A request of each API without its model."""
+"""A request of each API, without `model`."""
 
 KINDS = (
     *("text", "message", "function_call", "function_call_output", "reasoning", "custom", "namespace", "function"),
@@ -72,11 +72,11 @@ ITEMS = st.lists(
     min_size=1,
     max_size=4,
 )
-"""What resembles messages, items, blocks and tools."""
+"""Values that resemble messages, items, blocks and tools."""
 
 
 def variables(chat: Chat) -> dict[str, Any]:
-    """What the template is given besides messages."""
+    """The arguments of the template besides messages."""
     given: dict[str, Any] = (chat.chat_template_kwargs or {}) | {
         "add_generation_prompt": chat.add_generation_prompt,
         "continue_final_message": chat.continue_final_message,

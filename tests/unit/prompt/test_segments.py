@@ -194,7 +194,7 @@ def test_patterns_that_look_across_lines_are_not_cut_at_lines() -> None:
     cutter = cutter_of(spec(tokenizer), [])
     assert cutter.tokens
     assert not cutter.lines
-    # This is why: blanks before a letter are treated otherwise than blanks at a text's end.
+    # The reason: blanks before a letter are treated differently from blanks at the end of a text.
     assert ids(tokenizer, "a\n\n") + ids(tokenizer, "B") != ids(tokenizer, "a\n\nB")
 
 

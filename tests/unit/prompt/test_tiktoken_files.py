@@ -24,12 +24,12 @@ from matrixinfer.prompt.tokenizer_files import read_vocabulary
 
 TOKENS = ("<|bos|>", "<|eos|>", "<|sep|>", "<|im_user|>", "<|im_end|>")
 NAMED = {"<|bos|>": 0, "<|eos|>": 1, "<|sep|>": 3, "<|im_user|>": 4, "<|im_end|>": 6}
-"""Special tokens and their distance from the ranks' end; 2 and 5 have no name."""
+"""Special tokens and their offset from the end of the ranks; 2 and 5 have no name."""
 
 
 @pytest.fixture(scope="module")
 def rank_lines(deepseek_folder: Path) -> bytes:
-    """The byte-level BPE of another model in tiktoken's form: its ids, made dense, are its ranks."""
+    """The byte-level BPE of another model in tiktoken's format: its ids, without gaps, are the ranks."""
     model = json.loads((deepseek_folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = {token["content"] for token in model["added_tokens"]}
     vocabulary = sorted((rank, text) for text, rank in model["model"]["vocab"].items() if text not in added)
@@ -39,7 +39,7 @@ def rank_lines(deepseek_folder: Path) -> bytes:
 
 
 def _bytes() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: printable ones stand for themselves."""
+    """The byte for each character of a byte-level vocabulary; printable characters map to themselves."""
     shown = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
     hidden = sorted(set(range(256)) - set(shown))
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -156,7 +156,7 @@ def test_ranks_that_gigatoken_cannot_read_are_encoded_by_tiktoken(tmp_path: Path
 
 
 def sliced_as_kimi_does(text: str) -> list[str]:
-    """Kimi's rule, a character at a time."""
+    """Kimi's rule, applied character by character."""
     pieces: list[str] = []
     for begin in range(0, len(text), 400_000):
         part, start, run = text[begin : begin + 400_000], 0, 0

@@ -109,10 +109,10 @@ def count(blocks: Iterable[Entries], floors: Mapping[str, int], default: int) ->
     counts: dict[str, int] = {}
     for position, entries in enumerate(blocks):
         held = [pod for pod, at in named(entries).items() if at >= floors.get(pod, default)]
-        going_on = [pod for pod in held if counts.get(pod, 0) == position]
-        if not going_on:
+        continuing = [pod for pod in held if counts.get(pod, 0) == position]
+        if not continuing:
             break
-        counts.update((pod, position + 1) for pod in going_on)
+        counts.update((pod, position + 1) for pod in continuing)
     return counts
 
 

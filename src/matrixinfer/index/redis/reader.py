@@ -111,9 +111,9 @@ class BlockReader:
         for start in range(0, len(hashes), CHUNK):
             asked = hashes[start : start + CHUNK]
             found = await self._ask(model, asked)
-            going_on = {pod: held for pod, held in found.items() if counts.get(pod, 0) == start}
-            counts.update((pod, start + held) for pod, held in going_on.items())
-            if max(going_on.values(), default=0) < len(asked):
+            continuing = {pod: held for pod, held in found.items() if counts.get(pod, 0) == start}
+            counts.update((pod, start + held) for pod, held in continuing.items())
+            if max(continuing.values(), default=0) < len(asked):
                 break
 
     async def _ask(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
