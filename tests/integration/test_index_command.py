@@ -13,8 +13,8 @@ import pytest
 
 from matrixinfer.cli import main
 from matrixinfer.index.redis import layout
+from matrixinfer.index.redis.pod_states import PodState, encode
 from matrixinfer.index.redis.reader import BlockReader
-from matrixinfer.index.redis.states import PodState, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import BlockWriter
 from tests import servers

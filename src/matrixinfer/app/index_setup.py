@@ -22,12 +22,12 @@ from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
+from matrixinfer.index.redis.pod_states import PodStates
 from matrixinfer.index.redis.reclaim import Reclaimer
-from matrixinfer.index.redis.states import States
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.redis.warming import fill
+from matrixinfer.index.redis.warm_start import fill
 from matrixinfer.index.tee import TeeIndex
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
@@ -49,18 +49,26 @@ class IndexSetup:
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
         self.redis: RedisIndex | None = None
-        self.states: States | None = None
+        self.states: PodStates | None = None
         self.warm: WarmIndex | None = None
         self._reclaimer: Reclaimer | None = None
         self._unvouched = index.writer == "none"
         self._feeds: Mapping[str, PodFeed] = {}
+        self._doubts: Callable[[str], bool] = lambda _: False
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
-            self.redis = RedisIndex(self.store, blocks, max_age=index.max_age_seconds, lease=index.lease_seconds)
+            self.redis = RedisIndex(
+                self.store,
+                blocks,
+                max_age=index.max_age_seconds,
+                lease_seconds=index.lease_seconds,
+                state_of=self._state_of,
+                is_known=self._is_known,
+            )
             self._reclaimer = Reclaimer(
                 self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
             )
         if self.store is not None and index.kind == "redis":
-            self.states = States(self.store, scheme_of(blocks), models=models)
+            self.states = PodStates(self.store, scheme_of(blocks), models=models)
         memory = MemoryIndex(max_blocks=index.max_blocks, prefix_closed=blocks.scheme == "prefix")
         if index.kind == "redis" and self.redis is not None:
             self.index: BlockIndex = self.redis
@@ -69,18 +77,16 @@ class IndexSetup:
         else:
             self.index = memory
         if index.kind == "memory" and index.warm_start:
-            self.index = self.warm = WarmIndex(self.index, max_blocks=index.max_blocks, is_told=self._is_told)
+            self.index = self.warm = WarmIndex(
+                self.index, max_blocks=index.max_blocks, has_own_events=self._has_own_events
+            )
         self.writes = self.redis is not None and index.writer == "gateway"
         """Whether this process writes to Redis."""
         self._stack = AsyncExitStack()
 
     def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
         """Have the writer report on `feeds`. Returns what is known of the caches, from feeds or from other writers' reports."""
-        self._feeds = feeds
-        if self.redis is not None:
-            writer = self.redis.writer
-            writer.state_of = lambda name: state_of(feeds.get(name), doubted=drift.doubts(name))
-            writer.is_known = self._is_known
+        self._feeds, self._doubts = feeds, drift.doubts
         if self.states is not None and not self.follows:
             return ReportedCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
@@ -122,14 +128,17 @@ class IndexSetup:
 
     def _writes_surely(self, pod: str) -> bool:
         writer = None if self.redis is None else self.redis.writer
-        return writer is not None and writer.is_writer(pod) and not writer.is_doubtful(pod)
+        return writer is not None and writer.is_writer(pod) and not writer.needs_resync(pod)
 
-    def _is_told(self, pod: str) -> bool:
+    def _has_own_events(self, pod: str) -> bool:
         """Whether the publisher's own events say more by now than a warm start does."""
         feed = self._feeds.get(pod)
         if feed is None:
             return False
         return feed.state is FeedState.COMPLETE or feed.stats.restarts > 0 or feed.ledger.stats.clears > 0
+
+    def _state_of(self, pod: str) -> str | None:
+        return state_of(self._feeds.get(pod), doubted=self._doubts(pod))
 
     def _is_known(self, pod: str) -> bool:
         feed = self._feeds.get(EndpointName.parse(pod).endpoint)

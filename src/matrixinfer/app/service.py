@@ -36,8 +36,8 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import Peers
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 

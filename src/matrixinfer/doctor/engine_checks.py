@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from matrixinfer.doctor.facts import PodFacts, ProbeFacts, SampleFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
-from matrixinfer.prompt.questions import SGLANG
+from matrixinfer.prompt.tokenize_requests import SGLANG
 
 SMALL_BLOCK = 16
 """With fewer tokens per engine block, events and memory grow out of proportion."""

@@ -39,7 +39,7 @@ _POLL_SECONDS = 0.05
 _WORDS = ("the", "river", "of", "stone", "and", "light", "in", "water", "over", "time", "with", "wind", "from", "snow")
 
 
-class ProbeFailed(Exception):
+class ProbeFailed(MatrixInferError):
     """The engine did not compute the probe, for the reason given."""
 
 

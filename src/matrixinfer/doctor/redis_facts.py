@@ -14,7 +14,7 @@ from matrixinfer.doctor.facts import RedisFacts
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scripts
 from matrixinfer.index.redis.index import scheme_of
-from matrixinfer.index.redis.states import PodState, States
+from matrixinfer.index.redis.pod_states import PodState, PodStates
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
 
 _PINGS = 5
@@ -46,7 +46,7 @@ async def _ask(store: Store, facts: RedisFacts, models: Sequence[str]) -> RedisF
         times.append(time.monotonic() - began)
     seconds, microseconds = await store.ask(client.time()) if not store.is_cluster else divmod(time.time(), 1)
     ahead = seconds + microseconds / 1e6 - time.time() if not store.is_cluster else 0.0
-    states = States(store, facts.scheme, models=lambda: list(models))
+    states = PodStates(store, facts.scheme, models=lambda: list(models))
     await states.read()
     return replace(
         facts,

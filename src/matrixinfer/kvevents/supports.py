@@ -79,7 +79,7 @@ class Supports:
         for model, names in self._gone.items():
             self._index.remove(model, self._pod, names)
             if self._history is not None:
-                self._history.refuted(self._pod, model, names)
+                self._history.drop(self._pod, model, names)
         self._gone.clear()
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 

@@ -118,13 +118,13 @@ def test_blocks_that_events_report_as_removed_no_longer_count_as_sent() -> None:
     history = RoutingHistory()
     follower = Follower(TokenBlockProcessor(4), history)
     chain = list(follower.blocks.chain(PROMPT[:16]))
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(stored([1, 2], PROMPT[:8]), removed([2]))
     assert history.match(POD, MODEL, chain) == 1
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(CLEARED)
     assert POD not in history
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.ledger.clear()  # frames were lost: what was sent may still be there
     assert POD in history
     follower.ledger.reset()

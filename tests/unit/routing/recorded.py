@@ -35,7 +35,7 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 from .support import Dispatcher, Parts
@@ -171,7 +171,7 @@ async def over_fleets() -> AsyncIterator[str]:
                     ),
                 )
         if draw.random() < 0.5:
-            gateway.peers.hear("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
+            gateway.peers.update("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
         in_flight: list[InFlight] = []
         for turn in range(5):
             tokens = [*prompt[: draw.randrange(8, 49)], *(draw.randrange(1000) for _ in range(draw.randrange(12)))]

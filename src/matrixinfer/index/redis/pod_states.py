@@ -1,4 +1,4 @@
-"""What writers tell of the pods that they follow, as others read it."""
+"""Reads the states that writers publish for the pods that they follow."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from matrixinfer.tasks import cancel_and_wait
 
 POLL_SECONDS = 1.0
 MAX_PODS = 10_000
-"""States that are read at most."""
+"""Limit of states to read."""
 
 log = structlog.get_logger(__name__)
 
 
 class PodState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a writer believes a pod's events, and what it learned of its blocks. Unknown fields are ignored."""
+    """A writer's trust in a pod's events, and what it knows about the pod's blocks. Unknown fields are ignored."""
 
     trust: str
     """`exact`, `partial`, `stale` or `none`."""
     feed: str
-    """State of the feed."""
+    """State of the writer's feed of the pod's events."""
     model: str
     """The index's name of the engine's base model."""
     engine_block: int | None = None
     """Tokens per engine block."""
     tiers: tuple[str, ...] = ()
-    """Names under which the index holds what is on each faster tier, the fastest first."""
+    """Names under which the index lists the blocks of each faster tier, fastest first."""
     has_tails: bool = False
+    """Whether the index also has tails: ends of engine blocks that do not fill a block."""
     hides_salts: bool = False
+    """Whether the events do not report cache salts."""
     reason: str | None = None
-    """Why the events are not believed."""
+    """Why the events are not trusted."""
 
 
-class States:
+class PodStates:
     """Reads the states of all pods every second. Use as an async context manager; it owns one task.
 
-    `scheme` is what this process expects of the blocks of every model (`index.scheme_of`).
+    `scheme` describes how this process hashes blocks (`index.scheme_of`); the schemes of `models` are compared with it.
+    `clock` returns Unix seconds.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class States:
         models: Callable[[], list[str]] = list,
     ) -> None:
         self.foreign: dict[str, Mapping[str, str]] = {}
-        """Models whose blocks in Redis are made otherwise, and how: they never match."""
+        """Models whose blocks in Redis use another scheme, and that scheme. Their blocks never match."""
         self._store = store
         self._scheme = scheme
         self._clock = clock
@@ -77,20 +80,20 @@ class States:
         await cancel_and_wait(self._task)
 
     def of(self, pod: str) -> PodState | None:
-        """What is told of a pod."""
+        """The last published state of a pod, or None."""
         return self._states.get(pod)
 
     @property
     def pods(self) -> list[str]:
-        """Of which something is told."""
+        """The pods with a published state."""
         return list(self._states)
 
     def is_alive(self, pod: str) -> bool:
-        """Whether its writer has lately given a sign of life, and was heard."""
+        """Whether the lease of the pod's writer is still valid, according to the last read."""
         return self._leases.get(pod, 0) >= self._clock()
 
     async def read(self) -> None:
-        """Read once. Raises `IndexUnavailable`."""
+        """Read all states once. Raises `IndexUnavailable`."""
         client: Any = self._store.client
         with unavailable():
             states = await self._store.ask(client.hgetall(layout.STATES))
@@ -100,20 +103,20 @@ class States:
             }
             self._leases = {layout.text_of(pod): layout.number(text) or 0 for pod, text in leases.items()}
             for model in self._models():
-                told = await self._store.ask(client.hgetall(layout.meta_key(model)))
+                meta = await self._store.ask(client.hgetall(layout.meta_key(model)))
                 self._compare(
-                    model, {layout.text_of(name): value.decode("utf-8", "replace") for name, value in told.items()}
+                    model, {layout.text_of(name): value.decode("utf-8", "replace") for name, value in meta.items()}
                 )
 
-    def _compare(self, model: str, told: Mapping[str, str]) -> None:
-        """Say so once when a model's blocks are made otherwise; where nobody tells, nothing is known."""
-        differs = {name: told[name] for name, value in self._scheme.items() if name in told and told[name] != value}
+    def _compare(self, model: str, there: Mapping[str, str]) -> None:
+        """Log once if a model's scheme in Redis differs. Missing fields do not count as different."""
+        differs = {name for name, value in self._scheme.items() if there.get(name, value) != value}
         if not differs:
             self.foreign.pop(model, None)
             return
-        if self.foreign.get(model) != told:
-            log.warning("redis_scheme_differs", model=model, there=dict(told), here=dict(self._scheme))
-        self.foreign[model] = dict(told)
+        if self.foreign.get(model) != there:
+            log.warning("redis_scheme_differed", model=model, there=dict(there), here=dict(self._scheme))
+        self.foreign[model] = dict(there)
 
     async def _run(self) -> None:
         while True:
@@ -122,21 +125,21 @@ class States:
                 self._failed = False
             except IndexUnavailable as error:
                 if not self._failed:
-                    log.warning("redis_states_unread", server=self._store.config.where, error=str(error))
+                    log.warning("redis_states_read_failed", server=self._store.config.where, error=str(error))
                 self._failed = True
             except Exception:
-                # Supervision boundary: what is told of pods is read again whatever one answer was.
-                log.exception("redis_states_failed")
+                # Supervision boundary: an unexpected answer must not end the task.
+                log.exception("redis_states_crashed")
             await asyncio.sleep(POLL_SECONDS)
 
 
 def encode(state: PodState) -> str:
-    """As JSON."""
+    """The state as JSON."""
     return msgspec.json.encode(state).decode()
 
 
 def decode(text: bytes) -> PodState | None:
-    """What a writer told; None for what is no such thing."""
+    """Parse a published state; None if it is invalid."""
     try:
         return msgspec.json.decode(text, type=PodState)
     except msgspec.MsgspecError:

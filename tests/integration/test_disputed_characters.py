@@ -1,4 +1,4 @@
-"""Whether gigatoken and `tokenizers` agree on every character that is not known to be young."""
+"""Checks that gigatoken and `tokenizers` agree on every character that is not known to be disputed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import gigatoken
 import pytest
 from tokenizers import Tokenizer
 
-from matrixinfer.prompt.young_characters import has_young_characters
+from matrixinfer.prompt.disputed_characters import has_disputed_characters
 from tests.unit.prompt.test_segments import PATTERNS
 
 STEP = 20_000
@@ -41,15 +41,15 @@ def contexts(code_points: Sequence[int]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "normalizer"), [(None, None), ("qwen2", "NFC"), ("gpt-oss", None)])
-def test_libraries_agree_on_every_character_that_is_not_young(
+def test_libraries_agree_on_every_undisputed_character(
     deepseek_json: bytes, pattern: str | None, normalizer: str | None
 ) -> None:
     data = deepseek_json if pattern is None else with_pattern(deepseek_json, PATTERNS[pattern], normalizer)
     fast, reference = gigatoken.Tokenizer.from_json(data), Tokenizer.from_buffer(data)
-    old = [c for c in ASSIGNED if not has_young_characters(chr(c).encode())]
-    assert len(old) > 250_000
-    for start in range(0, len(old), STEP):
-        texts = contexts(old[start : start + STEP])
+    undisputed = [c for c in ASSIGNED if not has_disputed_characters(chr(c).encode())]
+    assert len(undisputed) > 250_000
+    for start in range(0, len(undisputed), STEP):
+        texts = contexts(undisputed[start : start + STEP])
         ids = fast.encode_batch_list(texts)
         expected = [each.ids for each in reference.encode_batch_fast(texts, add_special_tokens=False)]
         assert [text for text, one, other in zip(texts, ids, expected, strict=True) if one != other] == []

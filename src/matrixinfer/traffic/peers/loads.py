@@ -1,4 +1,4 @@
-"""What other gateways have in flight, as last heard. Pure."""
+"""The load of other gateways, as they last reported it. Pure."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from matrixinfer.traffic.peers.message import Load
 
 SILENT_SECONDS = 3.0
-"""A gateway that was not heard for so long is gone."""
+"""A gateway that has not published for this long is considered gone."""
 MAX_PEERS = 64
 
 
 class PeerLoads:
-    """The load of each peer, and their sum per endpoint. Every `now` is in seconds and never less than one before."""
+    """The load of each peer, and the total per endpoint. Every `now` is in seconds and must not decrease."""
 
     def __init__(self) -> None:
-        self._peers: dict[str, tuple[float, Mapping[str, Load]]] = {}  # longest unheard first
+        self._peers: dict[
+            str, tuple[float, Mapping[str, Load]]
+        ] = {}  # peer -> time of its last report, and the report; oldest first
         self._totals: dict[str, Load] = {}
 
-    def hear(self, peer: str, load: Mapping[str, Load], now: float) -> bool:
-        """A peer tells its whole load; whether it is heeded, as only `MAX_PEERS` are."""
+    def update(self, peer: str, load: Mapping[str, Load], now: float) -> bool:
+        """Replace the load of a peer. Returns False, and ignores the peer, if there are `MAX_PEERS` others."""
         self._forget_silent(now)
         before = self._peers.pop(peer, None)
         if before is None and len(self._peers) >= MAX_PEERS:
@@ -31,19 +33,19 @@ class PeerLoads:
         return True
 
     def totals(self, now: float) -> Mapping[str, Load]:
-        """What all peers together have at each endpoint; those without any are absent."""
+        """The total load of all peers at each endpoint; endpoints without load are absent."""
         self._forget_silent(now)
         return self._totals
 
     def count(self, now: float) -> int:
-        """How many peers are heard of."""
+        """How many peers have published lately."""
         self._forget_silent(now)
         return len(self._peers)
 
     def _forget_silent(self, now: float) -> None:
         while self._peers:
-            peer, (heard_at, load) = next(iter(self._peers.items()))
-            if now < heard_at + SILENT_SECONDS:
+            peer, (reported_at, load) = next(iter(self._peers.items()))
+            if now < reported_at + SILENT_SECONDS:
                 return
             del self._peers[peer]
             self._add(load, -1)

@@ -1,4 +1,4 @@
-"""Fills an embedded index with what Redis knows."""
+"""Fills an embedded index with the blocks in Redis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import structlog
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 
 DEADLINE_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
@@ -27,8 +27,8 @@ async def fill(
     max_age: float,
     clock: Callable[[], float] = time.time,
 ) -> int:
-    """Bring every entry of `pods` that counts; returns how many. What cannot be had in time is left out."""
-    taken, said = 0, time.monotonic()
+    """Copy all entries of `pods` that count, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete."""
+    copied, logged_at = 0, time.monotonic()
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
             floors = await scan.floors(store, max_age=max_age, clock=clock)
@@ -39,13 +39,13 @@ async def fill(
                     for pod, at in block.stamps.items():
                         if at >= floors.get(pod, default) and pod in wanted:
                             index.warm(block.model, pod, (block.hash,))
-                            taken += 1
-                if time.monotonic() > said + PROGRESS_SECONDS:
-                    said = time.monotonic()
-                    log.info("redis_warming", entries=taken)
+                            copied += 1
+                if time.monotonic() > logged_at + PROGRESS_SECONDS:
+                    logged_at = time.monotonic()
+                    log.info("redis_warm_start_progressed", entries=copied)
                 await asyncio.sleep(0)
     except (IndexUnavailable, TimeoutError) as error:
-        log.warning("redis_warm_start_incomplete", entries=taken, error=str(error) or "took too long")
+        log.warning("redis_warm_start_interrupted", entries=copied, error=str(error) or "deadline exceeded")
     else:
-        log.info("redis_warm_start", entries=taken)
-    return taken
+        log.info("redis_warm_start_finished", entries=copied)
+    return copied

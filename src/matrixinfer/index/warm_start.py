@@ -1,4 +1,4 @@
-"""What an embedded index begins with: what was known of the pods elsewhere, until each pod's own events have told."""
+"""An index that starts with blocks from elsewhere, such as Redis, until each pod's own events have reported more."""
 
 from __future__ import annotations
 
@@ -9,53 +9,56 @@ from matrixinfer.index.memory import MemoryIndex
 
 
 class WarmIndex:
-    """A `BlockIndex` around another one. Blocks that `warm` brought count for pods of which `is_told` is not true yet."""
+    """A `BlockIndex` around another one. Blocks added by `warm` count for a pod until `has_own_events(pod)` is true.
 
-    def __init__(self, index: BlockIndex, *, max_blocks: int, is_told: Callable[[str], bool]) -> None:
+    `max_blocks` bounds the blocks added by `warm`.
+    """
+
+    def __init__(self, index: BlockIndex, *, max_blocks: int, has_own_events: Callable[[str], bool]) -> None:
         self._index = index
         self._warm = MemoryIndex(max_blocks=max_blocks, prefix_closed=False)
         self._pods: set[str] = set()
-        self.is_told = is_told
+        self._has_own_events = has_own_events
 
     @property
     def prefix_closed(self) -> bool:
-        """As the index within."""
+        """As in the inner index."""
         return self._index.prefix_closed
 
     def warm(self, model: str, pod: str, hashes: Sequence[int]) -> None:
-        """`pod` is said to hold `hashes`, in whatever order."""
-        if not self.is_told(pod):
+        """Add blocks that `pod` is said to hold, in any order. Ignored if the pod has own events."""
+        if not self._has_own_events(pod):
             self._pods.add(pod)
             self._warm.add(model, pod, hashes, None)
 
     def is_warming(self, pod: str) -> bool:
-        """Whether what counts for a pod was brought from elsewhere."""
-        if pod in self._pods and self.is_told(pod):
+        """Whether blocks from `warm` still count for a pod."""
+        if pod in self._pods and self._has_own_events(pod):
             self._cool(pod)
         return pod in self._pods
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        """By the pod's own events."""
+        """Add blocks that the pod's own events report."""
         self._index.add(model, pod, hashes, parent)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        """By the pod's own events."""
-        gone = list(hashes)
-        self._index.remove(model, pod, gone)
+        """Remove blocks as the pod's own events report, also those added by `warm`."""
+        removed = list(hashes)
+        self._index.remove(model, pod, removed)
         if pod in self._pods:
-            self._warm.remove(model, pod, gone)
+            self._warm.remove(model, pod, removed)
 
     def clear(self, pod: str) -> None:
-        """The index within; that a feed begins anew says nothing of what is known elsewhere."""
+        """Clear the inner index only: a feed that starts again does not refute the blocks added by `warm`."""
         self._index.clear(pod)
 
     def forget(self, pod: str) -> None:
-        """Both."""
+        """Forget the pod in the inner index, and its blocks from `warm`."""
         self._index.forget(pod)
         self._cool(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
-        """Consecutive blocks per pod, from whichever knows more of a pod that has not told yet."""
+        """Number of consecutive blocks per pod. For a pod without own events, the larger match counts."""
         found = await self._index.match(model, hashes)
         if not self._pods:
             return found
@@ -66,11 +69,11 @@ class WarmIndex:
         return counts
 
     async def flush(self) -> None:
-        """The index within."""
+        """Flush the inner index."""
         await self._index.flush()
 
     def stats(self) -> IndexStats:
-        """Of both; pods and blocks of the index within."""
+        """Pods and blocks of the inner index; evictions and memory of both."""
         own, warm = self._index.stats(), self._warm.stats()
         return IndexStats(
             blocks=own.blocks,

@@ -1,8 +1,8 @@
-"""Characters so young that tokenizer libraries do not agree on them.
+"""Detects characters that tokenizer libraries encode differently because they were added to Unicode recently.
 
-Pre-tokenizers ask whether a character is a letter, a mark, a digit; normal forms ask how it combines. Every library
-carries the tables of some version of Unicode: gigatoken those of 17, `tokenizers` those of 16, and older ones for normal
-forms. A text with a character on which they differ is left to the library that the engine uses.
+Pre-tokenizers need to know whether a character is a letter, a mark or a digit; normalization needs to know how it
+combines. Every library contains the tables of some Unicode version: gigatoken those of 17, `tokenizers` those of 16,
+and older ones for normalization. A text with a disputed character is left to the library that the engine uses.
 """
 
 from __future__ import annotations
@@ -67,37 +67,38 @@ _RANGES = (
     (0x2CEA2, 0x2CEAD),
     (0x323B0, 0x33479),
 )
-"""First and last code points. Found by asking gigatoken 0.10 and `tokenizers` 0.23 for the ids of every character in
-several contexts, under the patterns of Qwen, Llama 3, DeepSeek, gpt-oss and GPT-2, with and without NFC."""
+"""First and last code points of the disputed ranges. They were found by comparing the ids of gigatoken 0.10 and
+`tokenizers` 0.23 for every character in several contexts, with the patterns of Qwen, Llama 3, DeepSeek, gpt-oss and
+GPT-2, with and without NFC."""
 
 
-def has_young_characters(utf8: bytes) -> bool:
-    """Whether tokenizer libraries may disagree on a text. It takes 10 µs for 64 KiB of ASCII, 100 µs for Chinese."""
+def has_disputed_characters(utf8: bytes) -> bool:
+    """Whether tokenizer libraries may disagree on a text. Takes 10 µs for 64 KiB of ASCII, 100 µs for Chinese."""
     units = np.frombuffer(utf8, dtype=np.uint8)
-    leads = np.flatnonzero(units >= 0xE0)  # they begin a character of three bytes or four; no young one is shorter
+    leads = np.flatnonzero(units >= 0xE0)  # start of a character of three or four bytes; no disputed one is shorter
     if not leads.size:
         return False
     prefixes = units[leads].astype(np.uint16) << 8 | units[leads + 1]
-    if not _young_prefixes().take(prefixes).any():
+    if not _disputed_prefixes().take(prefixes).any():
         return False
     points = np.frombuffer(utf8.decode().encode("utf-32-le"), dtype=np.uint32)
-    return bool(_young().take(points).any())
+    return bool(_disputed().take(points).any())
 
 
 @functools.cache
-def _young() -> npt.NDArray[np.bool_]:
-    """Whether a code point is in one of the ranges, shape (0x110000,)."""
-    young = np.zeros(0x110000, dtype=np.bool_)
+def _disputed() -> npt.NDArray[np.bool_]:
+    """Shape (0x110000,): whether each code point is disputed."""
+    disputed = np.zeros(0x110000, dtype=np.bool_)
     for first, last in _RANGES:
-        young[first : last + 1] = True
-    return young
+        disputed[first : last + 1] = True
+    return disputed
 
 
 @functools.cache
-def _young_prefixes() -> npt.NDArray[np.bool_]:
-    """Whether two bytes, the first one high, begin a young character in UTF-8, shape (0x10000,)."""
-    young = np.zeros(0x10000, dtype=np.bool_)
+def _disputed_prefixes() -> npt.NDArray[np.bool_]:
+    """Shape (0x10000,): whether a disputed character in UTF-8 starts with these two bytes, read as big-endian."""
+    disputed = np.zeros(0x10000, dtype=np.bool_)
     for first, last in _RANGES:
         for point in range(first, last + 1):
-            young[int.from_bytes(chr(point).encode()[:2], "big")] = True
-    return young
+            disputed[int.from_bytes(chr(point).encode()[:2], "big")] = True
+    return disputed

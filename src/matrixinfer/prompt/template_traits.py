@@ -1,4 +1,4 @@
-"""What vLLM finds out about a model's chat templates when it starts, to serve Anthropic's Messages API with them."""
+"""Traits of a model's chat templates that vLLM probes at start, to serve Anthropic's Messages API with them."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """How chats that come as Anthropic messages are fitted to a model's templates."""
+class TemplateTraits:
+    """How chats from Anthropic's Messages API must be adapted to a model's templates."""
 
     joins_system: bool
-    """Some template refuses system messages but the first: later ones join it."""
+    """At least one template refuses later system messages, so they are merged into the first one."""
     disabled_effort: Literal["none", "low"]
-    """The reasoning effort that stands for disabled thinking."""
+    """The reasoning effort that disables thinking."""
 
 
-def fit(sources: Iterable[str], render: Callable[[Chat], str]) -> Fit:
-    """Try a model's templates, given as Jinja sources, and `render`, which raises `TokenizeError`."""
+def probe(sources: Iterable[str], render: Callable[[Chat], str]) -> TemplateTraits:
+    """Probe a model's templates, given as Jinja sources. `render` renders a chat with them or raises `TokenizeError`."""
     joins = any(_refuses_later_system(source) for source in sources)
-    return Fit(joins_system=joins, disabled_effort="none" if _knows_none(render) else "low")
+    return TemplateTraits(joins_system=joins, disabled_effort="none" if _knows_none(render) else "low")
 
 
-def fitted(chat: Chat, fit: Fit) -> Chat:
-    """The chat as vLLM gives it to templates of this fit."""
-    if chat.joins_system and fit.joins_system:
+def adapt(chat: Chat, traits: TemplateTraits) -> Chat:
+    """The chat as vLLM passes it to templates with these traits."""
+    if chat.joins_system and traits.joins_system:
         text = "".join(message["content"] for message in chat.messages if message["role"] == "system")
         others = [message for message in chat.messages if message["role"] != "system"]
         chat = replace(chat, messages=[{"role": "system", "content": text}, *others])
-    if chat.thinking_off and fit.disabled_effort == "low":
+    if chat.thinking_off and traits.disabled_effort == "low":
         variables = (chat.chat_template_kwargs or {}) | {"reasoning_effort": "low", "enable_thinking": True}
         chat = replace(chat, chat_template_kwargs=variables)
     return chat
 
 
 def _refuses_later_system(source: str) -> bool:
-    # A barer environment than the one that renders: what vLLM leaves out of it here makes a template fail, too.
+    # As in vLLM, this environment is barer than the one that renders; a template that needs more fails here, too.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     try:
         environment.from_string(source).render(messages=_TURNS, add_generation_prompt=False)
@@ -56,7 +56,7 @@ def _refuses_later_system(source: str) -> bool:
 
 
 def _knows_none(render: Callable[[Chat], str]) -> bool:
-    """True when the effort "none" makes a prompt of its own."""
+    """True when the effort "none" renders a different prompt than every other effort."""
 
     def at(effort: str) -> str | None:
         variables = template_variables(None, effort=effort)
