@@ -491,7 +491,7 @@ async def test_a_tokenizer_that_is_not_there_ends_the_command(engine: SimEngine,
 
 # The documentation
 
-PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 
 
 async def test_the_example_of_the_operations_page_is_what_the_command_prints(

@@ -113,7 +113,7 @@ async def test_hits_that_are_told_of_as_new_blocks(
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.5)
     draw = random.Random(15)
-    during, after = results.of("hits told of as new blocks"), results.of("after they were healed")
+    during, after = results.of("hits reported as new blocks"), results.of("after they were healed")
     async with gateway(engines) as target:
         prefixes = [workload.ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
         for _ in range(120):
@@ -140,7 +140,7 @@ async def test_hits_of_one_block_told_of_are_taken_for_copies_until_answers_tell
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.5)
     draw = random.Random(16)
-    during, after = results.of("one-block hits told of as new"), results.of("after they were found out")
+    during, after = results.of("one-block hits reported as new"), results.of("after they were found out")
     prompts = [workload.ids(draw, 40) for _ in range(40)]
     async with gateway(engines) as target:
         for prompt in prompts:

@@ -70,7 +70,7 @@ async def test_an_engine_that_tells_nothing_is_healed_by_its_own_count_of_hits(
 ) -> None:
     monkeypatch.setattr(subscription, "HEARTBEAT_SECONDS", 600.0)  # which would find the emptied frame
     draw = random.Random(22)
-    during, after = results.of("no cached tokens told: a reset that was missed"), results.of("the same, healed")
+    during, after = results.of("no cached tokens reported: a reset that was missed"), results.of("the same, healed")
     prompts = [workload.ids(draw, 400) for _ in range(28)]
     async with (
         running(make(1, Options(tells_cached=False))) as engines,
