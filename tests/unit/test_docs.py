@@ -25,6 +25,7 @@ from matrixinfer.app.collectors import (
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import _COMMANDS, main
+from matrixinfer.cli.demo import Summary, print_comparison
 from matrixinfer.config import SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.prompt.manager import TokenizerManager
@@ -96,6 +97,27 @@ def test_every_command_that_is_shown_is_accepted(page: Path) -> None:
         importlib.import_module(f"matrixinfer.cli.{command}").add_parser(subparsers)
     for words in commands(page):
         parser.parse_args(words)  # exits where it does not accept them
+
+
+def test_the_readme_shows_the_demo_as_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = (text for text in blocks(ROOT / "README.md", "text") if "ttft_ratio" in text)
+    said = re.search(r"The same (\d+) requests to (\d+) engines", shown)
+    assert said is not None
+    summaries = {}
+    for row in re.findall(r"^ (\w+) +([\d.]+)% +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)x", shown, flags=re.MULTILINE):
+        rate, mean, median, slowest, ratio = (float(value.replace(",", "")) for value in row[1:])
+        summaries[row[0]] = Summary(
+            hit_rate=rate / 100,
+            ttft_mean_ms=mean,
+            ttft_p50_ms=median,
+            ttft_p99_ms=slowest,
+            ttft_ratio=ratio,
+            requests=int(said[1]),
+            errors=0,
+            pods={},
+        )
+    print_comparison(summaries, engines=int(said[2]))
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
 
 
 def test_the_readme_lists_every_command() -> None:
