@@ -489,7 +489,7 @@ async def test_a_missing_tokenizer_ends_the_command(engine: SimEngine, doctor: D
 
 # The documentation
 
-PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 
 
 async def test_the_example_of_the_operations_page_is_what_the_command_prints(

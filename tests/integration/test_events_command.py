@@ -504,7 +504,7 @@ async def test_the_operations_page_shows_the_real_output(
             "tcp://10.0.0.1:5558": engine.replay,
             "feed.jsonl.gz": str(tmp_path / "feed.jsonl.gz"),
         }
-        page = (root / "docs" / "operations.md").read_text()
+        page = (root / "docs" / "troubleshooting.md").read_text()
         for shown, real in names.items():
             page = page.replace(shown, real)
         examples = [

@@ -12,7 +12,7 @@ from typing import NoReturn
 from matrixinfer import __version__
 from matrixinfer.errors import MatrixInferError
 
-_COMMANDS = ("serve", "agent", "index", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
+COMMANDS = ("serve", "agent", "index", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = _Parser(prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference.")
     parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in COMMANDS:
         importlib.import_module(f"matrixinfer.cli.{command}").add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

@@ -15,7 +15,7 @@ from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.doctor.event_listener import EventListener
 from matrixinfer.doctor.facts import ProbeFacts
-from matrixinfer.errors import TokenizeError
+from matrixinfer.errors import MatrixInferError, TokenizeError
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.usage import usage
 from matrixinfer.kvevents.witness import Witness
