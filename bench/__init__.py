@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench`. What the figures mean is told in `docs/benchmarks.md`."""
+"""Benchmarks: `python -m bench`. `docs/benchmarks.md` explains the figures."""

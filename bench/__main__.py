@@ -1,4 +1,4 @@
-"""`python -m bench`: measures, prints tables, and writes `bench/results/latest.json`."""
+"""`python -m bench`: runs the benchmarks, prints tables, and writes `bench/results/latest.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.measure import QUICK, Figure, Scale
 PARTS: Mapping[str, Callable[[Scale], Iterator[Figure] | Iterator[Figure | str]]] = {
     "decision": decision.run,
     "tokenization": tokenization.run,
-    "look-up": lookup.run,
+    "lookup": lookup.run,
     "references": references.run,
     "ingest": ingest.run,
     "growth": growth.run,
@@ -28,10 +28,16 @@ RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the decision path and the proxy.")
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this part; may be given several times")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Benchmark the decision path, the index, event ingestion and the proxy."
+    )
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--quick", action="store_true", help="run everything once, with figures that mean nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="run everything once at a small scale, to check that it works; the figures are meaningless",
+    )
     args = parser.parse_args()
     scale = QUICK if args.quick else Scale()
     results = {part: _measure(part, scale) for part in args.only or PARTS}
@@ -48,12 +54,12 @@ def main() -> None:
 def _measure(part: str, scale: Scale) -> list[Figure]:
     figures = []
     with Console(file=sys.stderr).status(part) as status:
-        for told in PARTS[part](scale):
-            if isinstance(told, str):  # how far it is
-                status.update(f"{part}: {told}")
+        for item in PARTS[part](scale):
+            if isinstance(item, str):  # progress
+                status.update(f"{part}: {item}")
                 continue
-            figures.append(told)
-            status.update(f"{part}: {told.case}, {told.name}")
+            figures.append(item)
+            status.update(f"{part}: {item.case}, {item.name}")
     return figures
 
 

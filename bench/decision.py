@@ -1,4 +1,4 @@
-"""The decision path: each stage alone, and the whole of it through the router."""
+"""The decision path: each stage alone, and the whole path through the router."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.requests import parse
 from matrixinfer.scheduler.framework import SchedulingRequest
 
-_AIM_KIB, _AIM_US = 64, 2_000.0
+_TARGET_KIB, _TARGET_US = 64, 2_000.0
 
 
 def run(scale: Scale) -> Iterator[Figure]:
@@ -34,18 +34,20 @@ def run(scale: Scale) -> Iterator[Figure]:
                 bodies = [chat(kib, session) for session in range(scale.sessions)]
                 stages = _stages(bodies, tokenizer, gateway)
                 calls = [*stages.values(), routing(runner, gateway, bodies)]
-                *parts, whole = (min(times) / len(bodies) * 1e6 for times in rounds_of(*calls, scale=scale))
+                *parts, total = (min(times) / len(bodies) * 1e6 for times in rounds_of(*calls, scale=scale))
                 for name, value in zip(stages, parts, strict=True):
                     yield Figure(case=case, name=name, value=value, unit="µs")
-                yield Figure(case=case, name="rest", value=whole - sum(parts), unit="µs")
-                yield Figure(case=case, name="whole", value=whole, unit="µs", aim=_AIM_US if kib == _AIM_KIB else None)
+                yield Figure(case=case, name="other", value=total - sum(parts), unit="µs")
+                yield Figure(
+                    case=case, name="total", value=total, unit="µs", target=_TARGET_US if kib == _TARGET_KIB else None
+                )
 
 
 @contextmanager
 def tokenizing(
     chat_template: str = "chatml", *, cache_bytes: int = 0
 ) -> Iterator[tuple[asyncio.Runner, TokenizerManager]]:
-    """A running tokenizer manager and the event loop that it runs on. By default it takes every prompt for new."""
+    """A running tokenizer manager, and the event loop that it runs on. Without `cache_bytes` every prompt is new."""
     models = (ModelConfig(name=MODEL, tokenizer=str(tokenizer_path()), chat_template=chat_template),)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         manager = TokenizerManager(models, TokenizationConfig(cache_bytes=cache_bytes), None)
@@ -57,7 +59,7 @@ def tokenizing(
 
 
 def routing(runner: asyncio.Runner, gateway: Fleet, bodies: Sequence[bytes]) -> Callable[[], None]:
-    """A call that decides where every body goes; each request ends before the next begins."""
+    """A callable that routes every body. Each request ends before the next starts."""
 
     async def route() -> None:
         for body in bodies:
@@ -69,7 +71,7 @@ def routing(runner: asyncio.Runner, gateway: Fleet, bodies: Sequence[bytes]) -> 
 
 
 def _stages(bodies: Sequence[bytes], tokenizer: LocalTokenizer, gateway: Fleet) -> dict[str, Callable[[], None]]:
-    """Each stage as a call on all bodies. Puts the sessions' blocks into the index on the way."""
+    """Each stage as a callable over all bodies. Also adds the sessions' blocks to the index."""
     prompts = [parse(CHAT_PATH, body) for body in bodies]
     texts = [tokenizer.render(prompt.chat) for prompt in prompts if prompt.chat is not None]
     tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -85,7 +87,7 @@ def _stages(bodies: Sequence[bytes], tokenizer: LocalTokenizer, gateway: Fleet) 
         "render": each(tokenizer.render, [prompt.chat for prompt in prompts if prompt.chat is not None]),
         "tokenize": each(lambda text: tokenizer.encode(text, add_special_tokens=False), texts),
         "hash": each(lambda ids: gateway.blocks.chain(ids)[:], tokens),
-        "look-up": each(lambda chain: gateway.index.count(MODEL, chain), chains),
+        "lookup": each(lambda chain: gateway.index.count(MODEL, chain), chains),
         "score": each(lambda pair: gateway.scheduler.schedule(*pair), scored),
     }
 

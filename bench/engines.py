@@ -1,4 +1,4 @@
-"""Engines followed over sockets: what is applied per second, and what that takes from the event loop."""
+"""Following engines over sockets: blocks applied per second, and how long that blocks the event loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.telemetry import log
 
-_AIM_MS = 5.0
+_TARGET_MS = 5.0
 _IDLE_SECONDS = 1.0
 _CACHE_BLOCKS = 4_000
 _STEADY_FRAMES, _STEADY_RATE = 100, 50.0
@@ -32,16 +32,16 @@ _TIMEOUT_SECONDS = 60.0
 
 
 class _Case:
-    """What one case took in each of its rounds."""
+    """The measurements of one case, by round."""
 
-    def __init__(self, aim: float | None = None) -> None:
-        self._aim = aim
+    def __init__(self, target: float | None = None) -> None:
+        self._target = target
         self._turns: list[Turns] = []
         self._rates: list[float] = []
 
     @contextmanager
     def watch(self, subscriber: Subscriber) -> Iterator[None]:
-        """One round."""
+        """Measure one round."""
         turns = Turns()
         before, start = _applied(subscriber), time.perf_counter()
         with turns.watch():
@@ -50,18 +50,18 @@ class _Case:
         self._turns.append(turns)
 
     def figures(self, name: str) -> Iterator[Figure]:
-        """The best of the rounds."""
+        """The best values over the rounds."""
         if any(self._rates):
             yield Figure(case=name, name="rate", value=max(self._rates) / 1e6, unit="M blocks/s")
         on_cpu = min(turns.longest_on_cpu() for turns in self._turns)
-        yield Figure(case=name, name="longest turn, on the CPU", value=on_cpu * 1e3, unit="ms", aim=self._aim)
+        yield Figure(case=name, name="longest turn, on the CPU", value=on_cpu * 1e3, unit="ms", target=self._target)
         longest = min(turns.longest() for turns in self._turns)
         yield Figure(case=name, name="longest turn", value=longest * 1e3, unit="ms")
         yield Figure(case=name, name="p99", value=min(turns.p99() for turns in self._turns) * 1e3, unit="ms")
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """An idle loop, engines at a steady rate and at full speed, and one whose long history is replayed."""
+    """An idle loop, engines at a steady rate and at full speed, and the replay of a long history."""
     log.configure(LogConfig(level="error"))
     text = read_text()
     feeds = [record(text, _CACHE_BLOCKS, pod=pod).payloads for pod in range(scale.engines)]
@@ -78,14 +78,14 @@ async def _follow_live(feeds: Sequence[Sequence[bytes]], cases: dict[str, _Case]
     longest = max(map(len, feeds))
     with in_process(publish_live, feeds) as engines:
         async with Subscriber(index=MemoryIndex(), blocks=TokenBlockProcessor(128)) as subscriber:
-            for pod, endpoint in enumerate(await _told(engines)):
+            for pod, endpoint in enumerate(await _next_message(engines)):
                 subscriber.follow(FeedSource(pod=f"pod-{pod}", model=MODEL, endpoint=endpoint))
-            await _told(engines)  # all are connected
+            await _next_message(engines)  # all are connected
             with cases.setdefault("idle", _Case()).watch(subscriber):
                 await asyncio.sleep(_IDLE_SECONDS)
             for name, end, rate in (("steady", _STEADY_FRAMES, _STEADY_RATE), ("full speed", longest, None)):
                 frames = sum(len(feed[:end]) for feed in feeds)
-                with cases.setdefault(f"{len(feeds)} engines, {name}", _Case(_AIM_MS)).watch(subscriber):
+                with cases.setdefault(f"{len(feeds)} engines, {name}", _Case(_TARGET_MS)).watch(subscriber):
                     engines.send((end, rate))
                     await _until(lambda: _frames(subscriber) == frames)  # noqa: B023 (awaited in this turn)
             _check(subscriber)
@@ -94,8 +94,8 @@ async def _follow_live(feeds: Sequence[Sequence[bytes]], cases: dict[str, _Case]
 async def _join_late(history: Sequence[bytes], cases: dict[str, _Case]) -> None:
     with in_process(publish_history, history) as engine:
         async with Subscriber(index=MemoryIndex(), blocks=TokenBlockProcessor(128)) as subscriber:
-            endpoint, replay_endpoint = await _told(engine)
-            with cases.setdefault("late join", _Case(_AIM_MS)).watch(subscriber):
+            endpoint, replay_endpoint = await _next_message(engine)
+            with cases.setdefault("late join", _Case(_TARGET_MS)).watch(subscriber):
                 feed = subscriber.follow(
                     FeedSource(pod="pod", model=MODEL, endpoint=endpoint, replay_endpoint=replay_endpoint)
                 )
@@ -103,16 +103,16 @@ async def _join_late(history: Sequence[bytes], cases: dict[str, _Case]) -> None:
             _check(subscriber)
 
 
-async def _told(engines: Connection) -> Any:
-    """The next message of the engines' process."""
+async def _next_message(engines: Connection) -> Any:
+    """The next message from the process of the engines."""
     if not await asyncio.to_thread(engines.poll, _TIMEOUT_SECONDS):
-        raise TimeoutError("the engines say nothing")
+        raise TimeoutError(f"expected a message from the engines within {_TIMEOUT_SECONDS:.0f} s, got none")
     return engines.recv()
 
 
 async def _until(done: Callable[[], bool]) -> None:
     async with asyncio.timeout(_TIMEOUT_SECONDS):
-        while not done():  # noqa: ASYNC110 (what is waited for tells nobody)
+        while not done():  # noqa: ASYNC110 (nothing signals this condition)
             await asyncio.sleep(0.005)
 
 
@@ -121,13 +121,13 @@ def _frames(subscriber: Subscriber) -> int:
 
 
 def _applied(subscriber: Subscriber) -> int:
-    """Engine blocks stored and removed."""
+    """Engine blocks stored and removed so far."""
     stats = [feed.ledger.stats for feed in subscriber.feeds.values()]
     return sum(each.stored + each.removed for each in stats)
 
 
 def _check(subscriber: Subscriber) -> None:
-    """What is fast but wrong must not be reported."""
+    """Fail when the result is wrong: a figure for it would mean nothing."""
     for feed in subscriber.feeds.values():
         stats = feed.ledger.stats
         assert stats.stored

@@ -1,4 +1,4 @@
-"""An engine's event feed, recorded: conversations served two at a time from a simulated prefix cache."""
+"""A recorded feed of engine events: conversations, served two at a time from a simulated prefix cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.cache import Sequence as Cached
 from matrixinfer.sim.events import BlockRemoved, BlockStored, Event, EventBatch, encode
 
-_STEP_TOKENS = 2_048  # an engine computes at most so many tokens of a prompt at once
+_STEP_TOKENS = 2_048  # an engine computes at most this many tokens of a prompt per step
 _SYSTEM_TOKENS, _REPLY_TOKENS, _TURNS = 2_048, 64, 6
 _SYSTEMS, _SESSIONS = 8, 64
 
 
 @dataclass(slots=True)
 class Frames:
-    """Payloads in order, and the engine blocks that they store and remove."""
+    """Payloads in order, and the number of engine blocks that they store and remove."""
 
     payloads: list[bytes] = field(default_factory=list)
     stored: int = 0
@@ -35,25 +35,25 @@ class Frames:
         """Engine blocks stored and removed together."""
         return self.stored + self.removed
 
-    def take(self, events: list[Event]) -> None:
+    def append(self, events: list[Event]) -> None:
         """Add a batch."""
         self.payloads.append(encode(EventBatch(ts=0.0, events=events)))
         self.stored += sum(len(event.block_hashes) for event in events if isinstance(event, BlockStored))
         self.removed += sum(len(event.block_hashes) for event in events if isinstance(event, BlockRemoved))
 
     def as_arrays(self) -> Frames:
-        """The same in the layout of vLLM 0.12 and SGLang."""
+        """The same frames in the layout of vLLM 0.12 and SGLang."""
         return Frames([_as_arrays(payload) for payload in self.payloads], self.stored, self.removed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """The feed of a cache from its start."""
+    """The feed of a cache, from an empty one on."""
 
     filling: Frames
-    """Until the first block is removed."""
+    """Frames until the first block is removed."""
     turnover: Frames
-    """From then on until as many blocks were removed as the cache has."""
+    """Frames from then on, until as many blocks were removed as the cache has."""
 
     @property
     def payloads(self) -> list[bytes]:
@@ -62,7 +62,7 @@ class Recording:
 
 
 def read_text() -> TokenIds:
-    """Tokens of which all conversations are made."""
+    """The tokens that all conversations are cut from."""
     tokenizer = LocalTokenizer.load(tokenizer_path(), "chatml")
     return tokenizer.encode(prose(0, 1_000_000), add_special_tokens=False)
 
@@ -74,14 +74,14 @@ def record(text: TokenIds, blocks: int, *, block_tokens: int = 16, pod: int = 0)
     for prompts in _requests(text, pod):
         for events in _serve(cache, [Cached(prompt, block_tokens) for prompt in prompts]):
             removes = any(isinstance(event, BlockRemoved) for event in events)
-            (turnover if removes or turnover.removed else filling).take(events)
+            (turnover if removes or turnover.removed else filling).append(events)
         if turnover.removed >= blocks:
             return Recording(filling=filling, turnover=turnover)
     raise AssertionError("requests never end")
 
 
 def _requests(text: TokenIds, pod: int) -> Iterator[list[TokenIds]]:
-    """Pairs of prompts that run at once; one pair in ten is the same prompt twice."""
+    """Pairs of prompts that run at the same time. One pair in ten is the same prompt twice."""
     draw = random.Random(pod)
     conversations = _conversations(text, pod, draw)
     sessions = [next(conversations) for _ in range(_SESSIONS)]
@@ -122,10 +122,10 @@ def _cut(text: TokenIds, draw: random.Random, tokens: int) -> TokenIds:
 
 
 def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[Event]]:
-    """Compute prompts and replies; the events of each engine step that has any.
+    """Compute prompts and replies. Yields the events of each engine step that has any.
 
-    As in vLLM, blocks can be found from the step on that computes them, so the second of two equal prompts finds what
-    the first one's first step stores.
+    As in vLLM, a block can be found from the step on that computes it, so the second of two equal prompts finds the
+    blocks of the first one's first step.
     """
     computed: list[int] = []
     ends = [len(sequence.tokens) + _REPLY_TOKENS for sequence in running]
@@ -150,7 +150,7 @@ def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[
 
 def _allocate(cache: PagedPrefixCache, sequence: Cached, computed: int, hit: Sequence[int] = ()) -> None:
     if not cache.allocate(sequence, computed, hit):
-        raise ValueError(f"{cache.num_blocks} blocks are too few for two prompts")
+        raise ValueError(f"expected enough blocks for two prompts, got {cache.num_blocks}")
 
 
 _ARRAY_FIELDS = {

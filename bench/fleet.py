@@ -1,4 +1,4 @@
-"""The parts of a gateway without its sockets: pods that have told what they serve, and an index full of blocks."""
+"""A gateway without sockets: a registry of pods, their feeds, and an index to fill with blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from matrixinfer.trust.parity import Parity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """What a decision needs."""
+    """The objects that make a decision."""
 
     router: Router
     blocks: TokenBlockProcessor
@@ -45,17 +45,17 @@ class Fleet:
 
 
 def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | None = None) -> Fleet:
-    """`pods` healthy pods under different loads, with an empty index."""
+    """A fleet of `pods` healthy pods under different loads, with an empty index."""
     config = scheduler or SchedulerConfig()
     names = [f"pod-{i}" for i in range(pods)]
     registry = _registry(names)
     blocks, index = TokenBlockProcessor(), MemoryIndex()
-    schedules = Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover())
+    scheduling = Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover())
     feeds = {
         name: PodFeed(Ledger(pod=name, model=MODEL, blocks=blocks, index=index), can_replay=True) for name in names
     }
     for feed in feeds.values():
-        feed.replay_ended()  # an engine without a past
+        feed.replay_ended()  # the engine has no history
     metrics, history, clock = Metrics(), RoutingHistory(), time.monotonic
     load, parity = LoadLedger(clock, config.pending_seconds), Parity(metrics, clock)
     drift = Drift(metrics, lambda name, *, replay: None, clock)
@@ -66,7 +66,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
             registry, tokenizers, blocks, lookup, parity, max_prefix_tokens=config.max_prefix_tokens, clock=clock
         ),
         candidates=Candidates(registry, lookup, load, history, config.weights),
-        scheduler=schedules,
+        scheduler=scheduling,
         load=load,
         history=history,
         auditor=Auditor(feeds, parity, drift, lookup, blocks),
@@ -74,7 +74,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         metrics=metrics,
         clock=clock,
     )
-    return Fleet(router=router, blocks=blocks, index=index, scheduler=schedules, pods=names)
+    return Fleet(router=router, blocks=blocks, index=index, scheduler=scheduling, pods=names)
 
 
 def _registry(names: Sequence[str]) -> PodRegistry:
@@ -98,7 +98,7 @@ def _registry(names: Sequence[str]) -> PodRegistry:
 
 
 class Writable(Protocol):
-    """What can be filled."""
+    """An index that blocks can be added to."""
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None: ...
 
@@ -114,7 +114,7 @@ def fill(index: Writable, pods: Sequence[str], blocks: int, *, seed: int = 1) ->
 
 
 def hold_partly(index: MemoryIndex, pods: Sequence[str], chain: Sequence[int], seed: int) -> None:
-    """A session that has moved: every pod holds its system prompt, a quarter of them a third, three most of it."""
+    """Add a session that moved between pods: all pods have its first quarter, some a third, three of them most of it."""
     draw = random.Random(seed)
     shares = [0.25] * len(pods) + [0.33] * (len(pods) // 4) + [0.7, 0.85, 0.97]
     for share, pod in zip(shares, [*pods, *draw.sample(pods, len(pods) // 4 + 3)], strict=True):
@@ -122,7 +122,7 @@ def hold_partly(index: MemoryIndex, pods: Sequence[str], chain: Sequence[int], s
 
 
 def candidates(names: Sequence[str], matches: dict[str, int]) -> list[Candidate]:
-    """Pods as the scheduler sees them, under different loads."""
+    """Pods under different loads, as the scheduler sees them."""
     draw = random.Random(2)
     return [
         Candidate(

@@ -1,4 +1,4 @@
-"""Ledgers and index as they grow: what a block costs in memory, and how long a single frame takes at most."""
+"""Ledgers and index as they grow: memory per block, and the longest time that a single frame takes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
 
-_AIM_BYTES, _AIM_MS = 150.0, 5.0
+_TARGET_BYTES, _TARGET_MS = 150.0, 5.0
 _FLEET = 8
 _STEP_BLOCKS, _STEPS = 128, 8  # steps of 2,048 tokens, eight to a prompt
 _PHASES = ("filling", "turnover")
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Memory of one pod and of a fleet, then the longest frame while an index grows and while a ledger does."""
+    """Memory of one pod and of a fleet, then the longest frame while an index grows, and while a ledger grows."""
     text = read_text()
     yield from _memory("1 pod", text, 1, scale.engine_blocks)
     yield from _memory(f"{_FLEET} pods", text, _FLEET, scale.engine_blocks // 4)
@@ -36,7 +36,7 @@ def run(scale: Scale) -> Iterator[Figure]:
     ):
         rounds = [in_fresh_process(frame_times, pods, blocks, index_tokens) for _ in range(scale.feed_rounds)]
         frames = [min(times) * 1e3 for times in zip(*rounds, strict=True)]
-        yield Figure(case=case, name="longest frame", value=max(frames), unit="ms", aim=_AIM_MS)
+        yield Figure(case=case, name="longest frame", value=max(frames), unit="ms", target=_TARGET_MS)
         yield Figure(case=case, name="median frame", value=median(frames), unit="ms")
 
 
@@ -48,16 +48,16 @@ def _memory(case: str, text: TokenIds, pods: int, blocks: int) -> Iterator[Figur
                 _write(Path(folder, f"{name}-{pod}"), getattr(recording, name).payloads)
         after, peak, engine_blocks, index_blocks = in_fresh_process(memory, Path(folder), pods)
     for name, cost in zip(_PHASES, after, strict=True):
-        yield Figure(case=case, name=f"after {name}", value=cost, unit="B", aim=_AIM_BYTES)
+        yield Figure(case=case, name=f"after {name}", value=cost, unit="B", target=_TARGET_BYTES)
     yield Figure(case=case, name="peak", value=peak, unit="B")
     yield Figure(case=case, name="engine blocks", value=engine_blocks / 1e3, unit="k")
     yield Figure(case=case, name="index blocks", value=index_blocks / 1e3, unit="k")
 
 
 def memory(folder: Path, pods: int) -> tuple[list[float], float, int, int]:
-    """Growth of this process in bytes per engine block and pod: after each phase, and at its most.
+    """Growth of this process in bytes per engine block and pod: after each phase, and at its peak.
 
-    Also the engine blocks that the ledgers hold in the end, and the distinct blocks of the index.
+    Also returns the engine blocks in the ledgers at the end, and the distinct blocks in the index.
     """
     blocks, index = TokenBlockProcessor(128), MemoryIndex()
     feeds = [new_feed(f"pod-{pod}", blocks, index) for pod in range(pods)]
@@ -66,7 +66,7 @@ def memory(folder: Path, pods: int) -> tuple[list[float], float, int, int]:
     for name in _PHASES:
         sources = [(feed, _read(folder / f"{name}-{pod}")) for pod, feed in enumerate(feeds)]
         while sources:  # one frame of each pod in turn
-            sources = [(feed, payloads) for feed, payloads in sources if _take_one(feed, payloads)]
+            sources = [(feed, payloads) for feed, payloads in sources if _apply_one(feed, payloads)]
         held = sum(len(feed.ledger) for feed in feeds)
         after.append((resident_bytes() - before) / held)
     return after, (peak_bytes() - before) / held, held, index.stats().blocks
@@ -87,7 +87,7 @@ def frame_times(pods: int, blocks: int, index_tokens: int) -> list[float]:
 
 
 def _prefills(blocks: int, seed: int) -> Iterator[bytes]:
-    """Frames of one step each: blocks of 16 random tokens, in prompts that share nothing."""
+    """One frame per step: blocks of 16 random tokens, in prompts without common prefixes."""
     draw = np.random.default_rng(seed)
     parent = None
     for step in range(blocks // _STEP_BLOCKS):
@@ -103,8 +103,8 @@ def _prefills(blocks: int, seed: int) -> Iterator[bytes]:
         parent = hashes[-1]
 
 
-def _take_one(feed: PodFeed, payloads: Iterator[bytes]) -> bool:
-    """Apply the next payload; False when there is none."""
+def _apply_one(feed: PodFeed, payloads: Iterator[bytes]) -> bool:
+    """Apply the next payload. Returns False when there is none."""
     for payload in payloads:
         apply(feed, [payload])
         return True

@@ -1,4 +1,4 @@
-"""Engine events: from raw frames into an index, by shape of the blocks and layout of the frames."""
+"""Engine events, from raw frames into an index, by block sizes and layout of the frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import BlockStored, decode, tokens_of
 
-_AIM_US = 2.0
+_TARGET_US = 2.0
 """Per engine block of 16 tokens into an index of 128: half a million blocks per second."""
 
 
@@ -27,7 +27,7 @@ class _Shape:
     index: int
     """Tokens per block of the index."""
     arrays: bool = False
-    aim: float | None = None
+    target: float | None = None
 
     @property
     def name(self) -> str:
@@ -35,8 +35,8 @@ class _Shape:
 
 
 _SHAPES = (
-    _Shape(engine=16, index=128, aim=_AIM_US),
-    _Shape(engine=16, index=128, arrays=True, aim=_AIM_US),
+    _Shape(engine=16, index=128, target=_TARGET_US),
+    _Shape(engine=16, index=128, arrays=True, target=_TARGET_US),
     _Shape(engine=16, index=16),
     _Shape(engine=32, index=48),
     _Shape(engine=128, index=128),
@@ -44,7 +44,7 @@ _SHAPES = (
 
 
 class _TimedBlocks(TokenBlockProcessor):
-    """Knows how long it has hashed."""
+    """Measures the time spent hashing."""
 
     __slots__ = ("seconds",)
 
@@ -67,9 +67,9 @@ class _TimedBlocks(TokenBlockProcessor):
 
 @dataclass(slots=True)
 class _Best:
-    """Seconds that one phase took in its best round; decoding and tokens in theirs."""
+    """Seconds that one phase, and its stages, took in their best rounds."""
 
-    whole: float = float("inf")
+    total: float = float("inf")
     hash: float = float("inf")
     decode: float = float("inf")
     tokens: float = float("inf")
@@ -86,7 +86,7 @@ def run(scale: Scale) -> Iterator[Figure]:
             _round(shape, phases[shape], best[shape])
     for shape in _SHAPES:
         for name, frames in phases[shape].items():
-            yield from _figures(f"{shape.name}, {name}", best[shape][name], frames, shape.aim)
+            yield from _figures(f"{shape.name}, {name}", best[shape][name], frames, shape.target)
 
 
 def _phases(shape: _Shape, recording: Recording) -> dict[str, Frames]:
@@ -105,9 +105,9 @@ def _round(shape: _Shape, phases: Mapping[str, Frames], best: Mapping[str, _Best
 def _time_phase(feed: PodFeed, blocks: _TimedBlocks, frames: Frames, best: _Best) -> None:
     start, blocks.seconds = perf_counter(), 0.0
     apply(feed, frames.payloads)
-    whole = perf_counter() - start
-    if whole < best.whole:
-        best.whole, best.hash = whole, blocks.seconds
+    total = perf_counter() - start
+    if total < best.total:
+        best.total, best.hash = total, blocks.seconds
     start = perf_counter()
     for payload in frames.payloads:
         decode(payload)
@@ -121,31 +121,31 @@ def _time_phase(feed: PodFeed, blocks: _TimedBlocks, frames: Frames, best: _Best
     best.tokens = min(best.tokens, perf_counter() - start)
 
 
-def _figures(case: str, best: _Best, frames: Frames, aim: float | None) -> Iterator[Figure]:
-    rest = best.whole - best.decode - best.tokens - best.hash
-    stages = {"decode": best.decode, "tokens": best.tokens, "hash": best.hash, "rest": rest}
+def _figures(case: str, best: _Best, frames: Frames, target: float | None) -> Iterator[Figure]:
+    other = best.total - best.decode - best.tokens - best.hash
+    stages = {"decode": best.decode, "tokens": best.tokens, "hash": best.hash, "other": other}
     for name, seconds in stages.items():
         yield Figure(case=case, name=name, value=seconds / frames.blocks * 1e6, unit="µs")
-    yield Figure(case=case, name="whole", value=best.whole / frames.blocks * 1e6, unit="µs", aim=aim)
-    yield Figure(case=case, name="hash share", value=best.hash / best.whole * 100, unit="%")
-    yield Figure(case=case, name="rate", value=frames.blocks / best.whole / 1e6, unit="M blocks/s")
-    yield Figure(case=case, name="frame", value=best.whole / len(frames.payloads) * 1e6, unit="µs")
+    yield Figure(case=case, name="total", value=best.total / frames.blocks * 1e6, unit="µs", target=target)
+    yield Figure(case=case, name="hash share", value=best.hash / best.total * 100, unit="%")
+    yield Figure(case=case, name="rate", value=frames.blocks / best.total / 1e6, unit="M blocks/s")
+    yield Figure(case=case, name="frame", value=best.total / len(frames.payloads) * 1e6, unit="µs")
     yield Figure(case=case, name="blocks", value=frames.blocks / len(frames.payloads), unit="per frame")
 
 
 def new_feed(pod: str, blocks: TokenBlockProcessor, index: BlockIndex) -> PodFeed:
-    """An empty feed that takes frames from the first on."""
+    """An empty feed that expects frames from the first on."""
     return PodFeed(Ledger(pod=pod, model=MODEL, blocks=blocks, index=index), can_replay=False)
 
 
 def apply(feed: PodFeed, payloads: Iterable[bytes]) -> None:
-    """Hand the feed what comes next."""
+    """Apply the next payloads to the feed."""
     for seq, payload in enumerate(payloads, feed.stats.frames):
         feed.live(seq, payload)
 
 
 def _check(feed: PodFeed, phases: Collection[Frames]) -> None:
-    """What is fast but wrong must not be reported."""
+    """Fail when the result is wrong: a figure for it would mean nothing."""
     stats = feed.ledger.stats
     assert stats.stored == sum(frames.stored for frames in phases), stats
     assert stats.removed == sum(frames.removed for frames in phases), stats

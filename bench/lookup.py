@@ -1,4 +1,4 @@
-"""The memory index alone: look-ups of 128 blocks, writes, memory; next to a dict of sets."""
+"""The memory index alone: lookups of 128 blocks, writes and memory, compared with a dict of sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Index(Writable, Protocol):
 
 
 class SetIndex:
-    """What one writes first: a dict from block to the set of its pods' names."""
+    """The simplest index: a dict from block to the names of its pods."""
 
     def __init__(self) -> None:
         self._holders: dict[tuple[str, int], set[str]] = {}
@@ -48,32 +48,30 @@ class SetIndex:
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Look-ups, writes and memory per kind of index."""
+    """Lookups, writes and memory, by kind of index."""
     walk, gallop, sets = MemoryIndex(prefix_closed=False), MemoryIndex(), SetIndex()
     for index in (walk, gallop, sets):
         fill(index, _PODS, scale.index_blocks)
         hold_queries(index, _PODS, queries())
-    yield from _look_ups(
-        {"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale
-    )
+    yield from _lookups({"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale)
     yield from _writes(gallop, scale)
     for case, measure in (("index", index_memory), ("dict of sets", sets_memory)):
         resident, estimate = in_fresh_process(measure, scale.index_blocks)
         yield Figure(case=case, name="memory per block", value=resident, unit="B")
         if estimate is not None:
-            yield Figure(case=case, name="by own count", value=estimate, unit="B")
+            yield Figure(case=case, name="own estimate", value=estimate, unit="B")
 
 
-def _look_ups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) -> Iterator[Figure]:
-    """Cold: other prompts between two look-ups of the same. Warm: the same prompt again, so that the CPU caches it."""
-    asked = queries()
-    for state, prompts in (("warm", asked[:1] * _QUERIES), ("cold", asked)):
+def _lookups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) -> Iterator[Figure]:
+    """Warm: the same prompt again, in the CPU's caches. Cold: other prompts in between."""
+    chains = queries()
+    for state, prompts in (("warm", chains[:1] * _QUERIES), ("cold", chains)):
         calls = [each(partial(index.count, MODEL), prompts) for index, _ in indexes.values()]
         times = rounds_of(*calls, scale=scale)
-        for (index, (_, aim)), seconds in zip(indexes.items(), times, strict=True):
+        for (index, (_, target)), seconds in zip(indexes.items(), times, strict=True):
             case = f"{index}, {state}"
-            yield Figure(case=case, name="look-up", value=min(seconds) / _QUERIES * 1e6, unit="µs", aim=aim)
-            yield Figure(case=case, name="of dict of sets", value=ratio(seconds, times[-1]), unit="×")
+            yield Figure(case=case, name="lookup", value=min(seconds) / _QUERIES * 1e6, unit="µs", target=target)
+            yield Figure(case=case, name="relative to dict of sets", value=ratio(seconds, times[-1]), unit="×")
 
 
 def queries(count: int = _QUERIES) -> list[list[int]]:
@@ -83,7 +81,7 @@ def queries(count: int = _QUERIES) -> list[list[int]]:
 
 
 def hold_queries(index: Writable, pods: Sequence[str], chains: Sequence[Sequence[int]]) -> None:
-    """Of each chain all pods hold 15 blocks, eight 40, two 100, and one all."""
+    """Add a prefix of each chain to the pods: 15 blocks to all, 40 to eight of them, 100 to two, all blocks to one."""
     draw = random.Random(4)
     for chain in chains:
         for pod in pods:
@@ -93,7 +91,7 @@ def hold_queries(index: Writable, pods: Sequence[str], chains: Sequence[Sequence
 
 
 def _writes(index: MemoryIndex, scale: Scale) -> Iterator[Figure]:
-    """Events of 32 blocks: new ones, known ones at another pod, and removals; the index is as large before as after."""
+    """Events of 32 blocks: new blocks, the same blocks on another pod, and removals. The index keeps its size."""
     draw = random.Random(5)
     events = [[draw.getrandbits(63) for _ in range(_EVENT_BLOCKS)] for _ in range(scale.index_blocks // 200)]
     first, second = _PODS[:2]

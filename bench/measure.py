@@ -1,4 +1,4 @@
-"""How things are timed. The machine is shared, so every time is the best of short rounds and every ratio is paired."""
+"""Timing. As other processes disturb it, a time is the best of short rounds, and a ratio compares adjacent rounds."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Figure:
     """One measured value."""
 
     case: str
-    """What it was measured on: a row of the table."""
+    """What was measured: a row of the table."""
     name: str
     value: float
     unit: str
-    aim: float | None = None
-    """The value must not exceed it; None where nothing is aimed at."""
+    target: float | None = None
+    """The value must not exceed this. None without a target."""
 
     @property
-    def holds(self) -> bool | None:
-        return None if self.aim is None else self.value <= self.aim
+    def met(self) -> bool | None:
+        return None if self.target is None else self.value <= self.target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much is measured."""
+    """How much to measure."""
 
     rounds: int = 7
     round_seconds: float = 0.02
@@ -42,32 +42,32 @@ class Scale:
     index_blocks: int = 1_000_000
     prompt_kib: tuple[int, ...] = (1, 8, 64, 256)
     pause_kib: tuple[int, ...] = (64, 256, 1024, 3500)
-    """Sizes of prompts for whose sake the event loop must not wait."""
+    """Sizes of the prompts whose tokenization must not block the event loop."""
     pods: tuple[int, ...] = (8, 64, 256)
     sessions: int = 8
     """Different prompts of each size."""
     engine_blocks: int = 100_000
     """Engine blocks in the cache whose events are ingested."""
     feed_rounds: int = 4
-    """Rounds of what takes seconds: whole feeds, and many engines at once."""
+    """Rounds of benchmarks that take seconds: complete feeds, and many engines at once."""
     engines: int = 64
-    """Engines followed at once."""
+    """Engines followed at the same time."""
     policies: tuple[str, ...] = ("round_robin", "kv_aware")
-    """Scheduler profiles under which the gateway is measured."""
+    """Scheduler profiles to measure the gateway with."""
     proxy_rounds: int = 12
     requests: int = 450
-    """Requests per round through each proxy; of large ones a third."""
+    """Requests per round through each proxy; a third of that for large ones."""
     streams: int = 20
     """Streams per round through each proxy."""
     chunks: int = 100
     """Chunks per stream."""
     redis_keys: int = 1_000_000
     redis_lookups: int = 200
-    """Look-ups per round of each kind."""
+    """Lookups per round, of each kind."""
     redis_writes: int = 200_000
     """Blocks that an agent writes as fast as it can."""
     redis_lags: int = 400
-    """Frames of a steady rate."""
+    """Frames sent at a steady rate to measure the lag."""
 
 
 QUICK = Scale(
@@ -91,11 +91,11 @@ QUICK = Scale(
     redis_writes=2_000,
     redis_lags=20,
 )
-"""Runs everything once, to see that it runs. Its figures mean nothing."""
+"""Runs everything once, to check that it works. The figures are meaningless."""
 
 
 def rounds_of(*calls: Callable[[], object], scale: Scale) -> list[list[float]]:
-    """Seconds per call, for each of `calls` one mean per round. Their rounds alternate, so that noise meets all alike."""
+    """Mean seconds per call in each round, for each of `calls`. Their rounds alternate, so that noise affects all equally."""
     repeats = []
     for call in calls:
         start = time.perf_counter()
@@ -112,12 +112,12 @@ def rounds_of(*calls: Callable[[], object], scale: Scale) -> list[list[float]]:
 
 
 def ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the rounds of what ours takes per reference."""
+    """Median over the rounds of our time divided by the reference's."""
     return median(a / b for a, b in zip(ours, reference, strict=True))
 
 
 def each(function: Callable[[T], object], items: Iterable[T]) -> Callable[[], None]:
-    """A call of `function` on every one of `items`."""
+    """A callable that calls `function` with every item."""
     kept = list(items)
 
     def call() -> None:
@@ -128,19 +128,19 @@ def each(function: Callable[[T], object], items: Iterable[T]) -> Callable[[], No
 
 
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a module's function in a process of its own, whose memory nothing else has touched."""
+    """Call a module-level function in a new process, so that its memory can be measured."""
     context: Any = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux)."""
+    """Resident memory of this process (Linux)."""
     return _status_bytes("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most memory of this process that ever was in RAM (Linux)."""
+    """Peak resident memory of this process (Linux)."""
     return _status_bytes("VmHWM")
 
 
@@ -148,12 +148,12 @@ def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"the kernel does not tell {key}")
+    raise RuntimeError(f"expected {key} in /proc/self/status, found none")
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time that all threads of a process have used so far (Linux), to the nanosecond where /proc has ticks of 10 ms.
+    """CPU time of all threads of a process (Linux). It has nanoseconds, while /proc has ticks of 10 ms.
 
-    The number of the clock is what `clock_getcpuclockid(3)` gives for the process.
+    The clock id is the one that `clock_getcpuclockid(3)` returns for the process.
     """
     return time.clock_gettime((~pid << 3) | 2)

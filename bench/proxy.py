@@ -1,4 +1,4 @@
-"""CPU time of the gateway's process per request and per streamed chunk, next to a bare aiohttp proxy."""
+"""CPU time of the gateway process per request and per streamed chunk, compared with a bare aiohttp proxy."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from matrixinfer.prompt.openai import CHAT_PATH
 
 _CONNECTIONS = 8
 _FACTOR = 1.6
-"""The gateway is to cost no more than so many bare proxies, and the decision."""
+"""Target: the gateway costs at most this many times the bare proxy, plus the decision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """What is sent in one round."""
+    """The requests of one round."""
 
     case: str
     bodies: Sequence[bytes]
     requests: int
-    at_once: int
-    per: int
-    """Things counted: requests, or chunks."""
+    concurrency: int
+    units: int
+    """How many requests, or streamed chunks, the CPU time is divided by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class _Server:
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Per load: CPU of the bare proxy, of a decision, and of the gateway, as such and as a share of what is aimed at."""
+    """Per load: CPU time of the bare proxy, of a decision and of the gateway, and the gateway's share of its target."""
     with ExitStack() as stack:
         upstream = _server(stack.enter_context(_process("upstream")))
         processes = {"bare": stack.enter_context(_process("bare", upstream.url))}
@@ -61,44 +61,46 @@ def _compared(
     case: str, bare: Sequence[float], deciding: Sequence[float], gateway: Sequence[float]
 ) -> Iterator[Figure]:
     decision = [both - forward for both, forward in zip(deciding, bare, strict=True)]
-    aimed_at = [_FACTOR * forward + decide for forward, decide in zip(bare, decision, strict=True)]
+    targets = [_FACTOR * forward + decide for forward, decide in zip(bare, decision, strict=True)]
     yield Figure(case=case, name="CPU", value=median(gateway) * 1e6, unit="µs")
     yield Figure(case=case, name="decision", value=median(decision) * 1e6, unit="µs")
-    yield Figure(case=case, name="share of aim", value=ratio(gateway, aimed_at), unit="×", aim=1.0)
+    yield Figure(case=case, name="share of target", value=ratio(gateway, targets), unit="×", target=1.0)
 
 
 def _loads(scale: Scale) -> list[_Load]:
     def plain(kib: int, requests: int) -> _Load:
         bodies = [chat(kib, session) for session in range(scale.sessions)]
-        return _Load(case=f"{kib} KiB request", bodies=bodies, requests=requests, at_once=_CONNECTIONS, per=requests)
+        return _Load(
+            case=f"{kib} KiB request", bodies=bodies, requests=requests, concurrency=_CONNECTIONS, units=requests
+        )
 
     bodies = [chat(2, session, stream=True, max_tokens=scale.chunks) for session in range(scale.sessions)]
     chunks = scale.streams * scale.chunks
     return [
         plain(2, scale.requests),
         plain(64, scale.requests // 3),
-        _Load(case="streamed chunk", bodies=bodies, requests=scale.streams, at_once=scale.streams, per=chunks),
+        _Load(case="streamed chunk", bodies=bodies, requests=scale.streams, concurrency=scale.streams, units=chunks),
     ]
 
 
 async def _rounds(load: _Load, servers: dict[str, _Server], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per request or chunk in each round; the servers take turns, forth and back."""
+    """CPU seconds per request or chunk in each round. The servers take turns, in alternating order."""
     costs: dict[str, list[float]] = {name: [] for name in servers}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for server in servers.values():
-            await _send(session, server.url, load, load.at_once)
+            await _send(session, server.url, load, load.concurrency)
         turns = list(servers.items())
         for _ in range(rounds):
             turns.reverse()
             for name, server in turns:
                 before = cpu_seconds(server.pid)
                 await _send(session, server.url, load, load.requests)
-                costs[name].append((cpu_seconds(server.pid) - before) / load.per)
+                costs[name].append((cpu_seconds(server.pid) - before) / load.units)
     return costs
 
 
 async def _send(session: aiohttp.ClientSession, url: str, load: _Load, requests: int) -> None:
-    """All requests of the load, `at_once` under way at any time. Any failure fails the benchmark."""
+    """Send all requests of the load, `concurrency` at a time. Any failure fails the benchmark."""
     bodies = islice(cycle(load.bodies), requests)
 
     async def connection() -> None:
@@ -109,22 +111,22 @@ async def _send(session: aiohttp.ClientSession, url: str, load: _Load, requests:
                     pass
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(load.at_once):
+        for _ in range(load.concurrency):
             group.create_task(connection())
 
 
 @contextmanager
 def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of `bench.servers` until the block ends."""
+    """A process of `bench.servers`, until the context ends."""
     command = [sys.executable, "-m", "bench.servers", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process  # leaving closes its standard input, which ends it
 
 
 def _server(process: subprocess.Popen[str]) -> _Server:
-    """The server that a process has become. Waits for it."""
+    """Wait until the server in a process is ready."""
     assert process.stdout is not None
     url = process.stdout.readline().strip()
     if not url:
-        raise RuntimeError(f"{process.args!r} did not start")
+        raise RuntimeError(f"expected the URL of {process.args!r}, but it did not start")
     return _Server(url=url, pid=process.pid)

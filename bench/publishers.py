@@ -1,4 +1,4 @@
-"""Engines as far as a follower sees them: a process of sockets that publish recorded frames when told to."""
+"""Engines, as a follower sees them: a process with sockets that publish recorded frames on command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SUBSCRIBE_SECONDS = 60
 
 @contextmanager
 def in_process(target: Callable[..., None], *args: object) -> Iterator[Connection]:
-    """Run `target(connection, *args)` in a process of its own; it is to end when the connection does."""
+    """Run `target(connection, *args)` in a new process. It must end when the connection is closed."""
     context: Any = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=True)
@@ -35,16 +35,16 @@ def in_process(target: Callable[..., None], *args: object) -> Iterator[Connectio
 
 
 def publish_live(commands: Connection, feeds: Sequence[Sequence[bytes]]) -> None:
-    """Publish `feeds`, one socket each. Sends the endpoints, then None once all are subscribed to.
+    """Publish `feeds`, one socket each. Sends the endpoints, then None when all have a subscriber.
 
-    A command is the number before which each feed pauses, and the frames per second of each, or None for full speed.
+    A command is a pair: the frame number at which each feed pauses, and frames per second, or None for full speed.
     """
     with ExitStack() as stack:
         context = zmq.Context()
         stack.callback(context.destroy, linger=0)
         sockets = []
         for _ in feeds:
-            socket = context.socket(zmq.XPUB)  # a PUB that tells of its subscribers
+            socket = context.socket(zmq.XPUB)  # a PUB that reports its subscribers
             socket.set_hwm(0)
             socket.setsockopt(zmq.RCVTIMEO, _SUBSCRIBE_SECONDS * 1_000)
             socket.bind("tcp://127.0.0.1:*")
@@ -72,7 +72,7 @@ def _received(commands: Connection) -> Iterator[Any]:
 
 
 def _publish(frames: Iterable[tuple[zmq.Socket[bytes], int, bytes]], rate: float | None) -> None:
-    """At `rate` frames per second in all."""
+    """Publish at `rate` frames per second in total."""
     start = time.perf_counter()
     for sent, (socket, seq, payload) in enumerate(frames):
         if rate is not None:
@@ -81,7 +81,7 @@ def _publish(frames: Iterable[tuple[zmq.Socket[bytes], int, bytes]], rate: float
 
 
 def publish_history(commands: Connection, payloads: Sequence[bytes]) -> None:
-    """An engine that has published `payloads` before anybody subscribed, and replays them. Sends its two endpoints."""
+    """An engine that published `payloads` before anyone subscribed, and replays them. Sends its two endpoints."""
     asyncio.run(_replay(commands, payloads))
 
 

@@ -1,4 +1,4 @@
-"""Stages next to what others use for them, in paired rounds."""
+"""Stages compared with other implementations of them, in paired rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK_BYTES = 128 * 4
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Tokenizing against Hugging Face `tokenizers`, hashing against SHA-256 alone."""
+    """Tokenizing compared with Hugging Face `tokenizers`, hashing with SHA-256 alone."""
     ours = LocalTokenizer.load(tokenizer_path(), "chatml")
     theirs = tokenizers.Tokenizer.from_file(str(tokenizer_path() / "tokenizer.json"))
     blocks = TokenBlockProcessor()
@@ -25,13 +25,13 @@ def run(scale: Scale) -> Iterator[Figure]:
         tokens = [ours.encode(text, add_special_tokens=False) for text in texts]
         data = [ids.astype(">u4").tobytes() for ids in tokens]
         yield from _pair(
-            f"tokenize {kib} KiB ({ours.name} against tokenizers)",
+            f"tokenize {kib} KiB ({ours.name}, reference: tokenizers)",
             each(lambda text: ours.encode(text, add_special_tokens=False), texts),
             each(lambda text: theirs.encode_batch_fast([text], add_special_tokens=False), texts),
             scale,
         )
         yield from _pair(
-            f"hash {kib} KiB (chained against SHA-256 alone)",
+            f"hash {kib} KiB (chained, reference: SHA-256 alone)",
             each(lambda ids: blocks.chain(ids)[:], tokens),
             each(_sha256_per_block, data),
             scale,
@@ -46,7 +46,7 @@ def _pair(case: str, ours: Callable[[], None], theirs: Callable[[], None], scale
 
 
 def _sha256_per_block(data: bytes) -> list[bytes]:
-    """The least that any hashing of blocks costs: no parents, no integers."""
+    """The minimum cost of hashing blocks: without parents and integers."""
     view = memoryview(data)
     return [
         sha256(view[start : start + _BLOCK_BYTES]).digest()

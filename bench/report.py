@@ -18,7 +18,7 @@ Results = Mapping[str, Sequence[Figure]]
 
 
 def as_data(results: Results) -> dict[str, object]:
-    """All figures by part, and what they were measured on."""
+    """All figures by part, and the machine that they were measured on."""
     return {
         "machine": {
             "cpus": os.cpu_count(),
@@ -33,8 +33,8 @@ def as_data(results: Results) -> dict[str, object]:
                     "name": figure.name,
                     "value": figure.value,
                     "unit": figure.unit,
-                    "aim": figure.aim,
-                    "holds": figure.holds,
+                    "target": figure.target,
+                    "met": figure.met,
                 }
                 for figure in figures
             ]
@@ -44,7 +44,7 @@ def as_data(results: Results) -> dict[str, object]:
 
 
 def show(results: Results) -> None:
-    """One table per part on standard output; beside a figure its aim and whether it holds."""
+    """Print one table per part. A figure with a target shows the target, and whether it is met."""
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -62,9 +62,9 @@ def show(results: Results) -> None:
 
 def _cell(figure: Figure) -> Text:
     text = Text(_number(figure.value))
-    if figure.aim is not None:
-        mark, style = ("✓", "green") if figure.holds else ("✗", "red")
-        text.append(f"\n≤{figure.aim:g} {mark}", style=style)
+    if figure.target is not None:
+        mark, style = ("✓", "green") if figure.met else ("✗", "red")
+        text.append(f"\n≤{figure.target:g} {mark}", style=style)
     return text
 
 

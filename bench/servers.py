@@ -1,6 +1,6 @@
-"""The processes that `proxy` measures: `python -m bench.servers KIND [URL [POLICY]]`.
+"""The server processes that `proxy` measures: `python -m bench.servers KIND [URL [POLICY]]`.
 
-Each prints its URL when it is ready, and ends when its standard input does.
+Each prints its URL when it is ready, and ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.telemetry.log import configure
 
 _CHUNK_SECONDS = 0.002
-"""Time between two chunks: chunks that come at once would be forwarded at once, and cost nothing."""
+"""Pause between two chunks: without it, a proxy would forward many chunks at once, at almost no cost."""
 
 _MODELS = msgspec.json.encode({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 _METRICS = b"""# TYPE vllm:num_requests_running gauge
@@ -45,38 +45,38 @@ _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _Decide = Callable[[bytes], Awaitable[None]]
 
 
-class _Asked(msgspec.Struct):
+class _Request(msgspec.Struct):
     stream: bool = False
     max_tokens: int = 1
 
 
 async def answer(request: web.BaseRequest) -> web.StreamResponse:
-    """An engine that costs next to nothing: a fixed answer, or `max_tokens` fixed chunks at a fixed pace."""
+    """A minimal engine: a fixed answer, or `max_tokens` fixed chunks at a fixed rate."""
     if request.method == "GET":
         known = {"/v1/models": _MODELS, "/metrics": _METRICS, "/health": b""}
         if request.path not in known:
             return web.Response(status=404)
         text = "text/plain" if request.path == "/metrics" else "application/json"
         return web.Response(body=known[request.path], content_type=text)
-    asked = msgspec.json.decode(await request.read(), type=_Asked)
-    if not asked.stream:
+    request_body = msgspec.json.decode(await request.read(), type=_Request)
+    if not request_body.stream:
         return web.Response(body=_ANSWER, content_type="application/json")
     response = web.StreamResponse(headers={"content-type": "text/event-stream"})
     await response.prepare(request)
-    for _ in range(asked.max_tokens):
+    for _ in range(request_body.max_tokens):
         await response.write(_CHUNK)
         await asyncio.sleep(_CHUNK_SECONDS)
     await response.write(b"data: [DONE]\n\n")
     return response
 
 
-async def _at_once(body: bytes) -> None:
-    """No decision."""
+async def _no_decision(body: bytes) -> None:
+    """Decide nothing."""
 
 
 @asynccontextmanager
-async def bare(engine: str, decide: _Decide = _at_once) -> AsyncIterator[str]:
-    """The least that a proxy of aiohttp does: read the body, forward it, copy the response as it comes."""
+async def bare(engine: str, decide: _Decide = _no_decision) -> AsyncIterator[str]:
+    """A minimal aiohttp proxy: reads the body, forwards it, and copies the response as it arrives."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
 
@@ -100,7 +100,7 @@ async def bare(engine: str, decide: _Decide = _at_once) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def deciding(engine: str, policy: str) -> AsyncIterator[str]:
-    """The bare proxy, but every request goes through the gateway's router first."""
+    """The bare proxy, with a routing decision for every request."""
     async with _service(engine, policy) as service:
 
         async def decide(body: bytes) -> None:
@@ -113,13 +113,13 @@ async def deciding(engine: str, policy: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def gateway(engine: str, policy: str) -> AsyncIterator[str]:
-    """The gateway as it is shipped."""
+    """The gateway as shipped."""
     async with _service(engine, policy) as service:
         yield service.gateway.url
 
 
 def _service(engine: str, policy: str) -> Service:
-    """A gateway before four pods that are the same engine."""
+    """A gateway with four pods that are the same engine."""
     config = Config(
         listen="127.0.0.1:0",
         admin=None,
@@ -127,7 +127,7 @@ def _service(engine: str, policy: str) -> Service:
         pods=tuple(PodConfig(name=f"pod-{i}", url=engine, kv_events="none") for i in range(4)),
         scheduler=with_policy(SchedulerConfig(), policy),
     )
-    configure(LogConfig(level="warning"))  # requests are logged below the default level, so this costs what that does
+    configure(LogConfig(level="warning"))  # requests are logged at a lower level, so this costs as much as the default
     return Service(config)
 
 
@@ -146,7 +146,7 @@ async def _serving(handler: _Handler) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def upstream() -> AsyncIterator[str]:
-    """See `answer`."""
+    """The minimal engine."""
     async with _serving(answer) as url:
         yield url
 

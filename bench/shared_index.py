@@ -1,4 +1,4 @@
-"""The shared index: look-ups by script and by pipeline, an agent's writes, memory, next to a real server."""
+"""The shared index, with a real server: lookups by script and by pipeline, an agent's writes, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from matrixinfer.index.redis.writer import BlockWriter
 
 _PODS = [f"qwen-{i}.default" for i in range(64)]
 _LENGTHS = (16, 128)
-_AIM_MS, _AIM_RATIO = 0.5, 1 / 3
+_TARGET_MS, _TARGET_RATIO = 0.5, 1 / 3
 _IN_FLIGHT = 32
 _WRITERS, _FRAME_BLOCKS = 8, 32
 _FRAMES_PER_SECOND = 50.0
@@ -38,7 +38,7 @@ _HOLDERS = (1, 2, 8, 64)
 
 @dataclass(slots=True)
 class _Rounds:
-    """What look-ups of one kind took, by round."""
+    """The measurements of one kind of lookup, by round."""
 
     mean: list[float] = field(default_factory=list)
     p50: list[float] = field(default_factory=list)
@@ -49,17 +49,17 @@ class _Rounds:
 
 
 def run(scale: Scale) -> Iterator[Figure | str]:
-    """Memory of an entry, then look-ups over many keys, then an agent's writes into them."""
+    """Memory per entry, then lookups among many keys, then an agent's writes."""
     with valkey() as server, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         yield from _memory(server, scale)
         prompts = queries(max(4, min(128, scale.redis_keys // 1000)))
         yield from _load(server, prompts, scale)
-        yield from _look_ups(server, runner, prompts, scale)
+        yield from _lookups(server, runner, prompts, scale)
         yield from _writes(server, runner, scale)
 
 
 def _memory(server: Valkey, scale: Scale) -> Iterator[Figure]:
-    """By what the server uses more with each further pod of the same blocks."""
+    """Growth of the server's memory with each further pod that has the same blocks."""
     draw = random.Random(6)
     blocks = [draw.getrandbits(63) for _ in range(scale.redis_keys // 20)]
     before = server.used_bytes()
@@ -77,7 +77,7 @@ def _memory(server: Valkey, scale: Scale) -> Iterator[Figure]:
 
 
 def _load(server: Valkey, prompts: Sequence[Sequence[int]], scale: Scale) -> Iterator[Figure | str]:
-    """Fill up to the number of keys that is asked for; all pods have an epoch, and writers that live."""
+    """Add keys up to the requested number. All pods have an epoch and a live writer."""
     start, now = time.perf_counter(), int(time.time())
     loader = Loader(server)
     hold_queries(loader, _PODS, prompts)
@@ -93,45 +93,47 @@ def _load(server: Valkey, prompts: Sequence[Sequence[int]], scale: Scale) -> Ite
     yield Figure(case="loading", name="rate", value=rate / 1e6, unit="M entries/s")
 
 
-def _look_ups(
+def _lookups(
     server: Valkey, runner: asyncio.Runner, prompts: Sequence[Sequence[int]], scale: Scale
 ) -> Iterator[Figure]:
     ways = {"script": True, "pipeline": False}
     for length in _LENGTHS:
-        asked = [prompt[:length] for prompt in prompts]
-        rounds = runner.run(_alternate(server, ways, asked, scale))
+        chains = [prompt[:length] for prompt in prompts]
+        rounds = runner.run(_alternate(server, ways, chains, scale))
         for way, took in rounds.items():
-            case, aim = f"{length} blocks, {way}", _AIM_MS if way == "script" else None
-            yield Figure(case=case, name="p50", value=min(took.p50) * 1e3, unit="ms", aim=aim)
+            case, target = f"{length} blocks, {way}", _TARGET_MS if way == "script" else None
+            yield Figure(case=case, name="p50", value=min(took.p50) * 1e3, unit="ms", target=target)
             yield Figure(case=case, name="p99", value=median(took.p99) * 1e3, unit="ms")
             yield Figure(case=case, name="client CPU", value=min(took.client) * 1e6, unit="µs")
             yield Figure(case=case, name="server CPU", value=min(took.server) * 1e6, unit="µs")
             name = f"{_IN_FLIGHT} in flight"
             yield Figure(case=case, name=name, value=max(took.rate) / 1e3, unit="k/s")
         share = ratio(rounds["script"].mean, rounds["pipeline"].mean)
-        yield Figure(case=f"{length} blocks, script", name="of pipeline", value=share, unit="×", aim=_AIM_RATIO)
+        yield Figure(
+            case=f"{length} blocks, script", name="relative to pipeline", value=share, unit="×", target=_TARGET_RATIO
+        )
 
 
 async def _alternate(
-    server: Valkey, ways: dict[str, bool], asked: Sequence[Sequence[int]], scale: Scale
+    server: Valkey, ways: dict[str, bool], chains: Sequence[Sequence[int]], scale: Scale
 ) -> dict[str, _Rounds]:
     rounds = {way: _Rounds() for way in ways}
-    count = max(len(asked), scale.redis_lookups)
+    count = max(len(chains), scale.redis_lookups)
     for turn in range(scale.rounds + 1):
         for way, scripts in ways.items():
             config = RedisConfig(host="127.0.0.1", port=server.port, scripts=scripts, deadline_seconds=60)
             async with Store(config) as store:
                 reader = BlockReader(store, max_age=_DAY)
-                _check(await reader.match(MODEL, asked[0]), len(asked[0]))
-                kept = rounds[way] if turn else _Rounds()  # the first round is for the caches
-                prompts = itertools.islice(itertools.cycle(asked), count)
+                _check(await reader.match(MODEL, chains[0]), len(chains[0]))
+                kept = rounds[way] if turn else _Rounds()  # the first round warms the caches
+                prompts = itertools.islice(itertools.cycle(chains), count)
                 await _one_by_one(server, reader.match, prompts, kept)
-                await _at_once(reader.match, itertools.islice(itertools.cycle(asked), count), kept)
+                await _concurrently(reader.match, itertools.islice(itertools.cycle(chains), count), kept)
     return rounds
 
 
 def _check(found: dict[str, int], length: int) -> None:
-    """What is fast but wrong must not be reported."""
+    """Fail when the result is wrong: a figure for it would mean nothing."""
     held = sorted(found.values())
     assert held == sorted(min(length, count) for count in [15] * 53 + [40] * 8 + [100, 100, 128])
 
@@ -153,7 +155,7 @@ async def _one_by_one(server: Valkey, match: _Match, prompts: Iterator[Sequence[
     kept.p99.append(_p99(times))
 
 
-async def _at_once(match: _Match, prompts: Iterator[Sequence[int]], kept: _Rounds) -> None:
+async def _concurrently(match: _Match, prompts: Iterator[Sequence[int]], kept: _Rounds) -> None:
     done = 0
 
     async def work() -> None:
@@ -182,7 +184,7 @@ def _writes(server: Valkey, runner: asyncio.Runner, scale: Scale) -> Iterator[Fi
 
 
 async def _ingest(server: Valkey, blocks: int, seed: int) -> dict[str, tuple[float, float, float]]:
-    """Frames as fast as they are written: blocks per second, and CPU seconds per block here and in the server."""
+    """Write frames at full speed. Returns blocks per second, and CPU seconds per block of client and server."""
     draw = random.Random(seed)
     frames = [[draw.getrandbits(63) for _ in range(_FRAME_BLOCKS)] for _ in range(blocks // _FRAME_BLOCKS)]
     took = {}
@@ -203,7 +205,7 @@ async def _ingest(server: Valkey, blocks: int, seed: int) -> dict[str, tuple[flo
 
 
 async def _lag(server: Valkey, frames: int) -> list[float]:
-    """Seconds from a change to its being visible to others, at a steady rate."""
+    """Seconds until a change is visible to other clients, at a steady rate."""
     draw, lags = random.Random(9), []
     async with _store(server) as store, _store(server) as others, _writer(store) as writer:
         client: Any = others.client

@@ -1,4 +1,4 @@
-"""Tokenizing whole prompts and grown conversations, next to the libraries that do the work."""
+"""Tokenizing new prompts and growing conversations, compared with the libraries underneath."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ T = TypeVar("T")
 
 _TURN_CHARS = 1_500
 _CACHE_BYTES = 256 * 1024 * 1024
-_COLD_AIM, _TOKENIZERS_AIM = 1.3, 1 / 50
-_WARM_AIM_KIB, _WARM_AIM_US = 64, 500.0
-_PAUSE_AIM_MS = 5.0
+_COLD_TARGET, _TOKENIZERS_TARGET = 1.3, 1 / 50
+_WARM_TARGET_KIB, _WARM_TARGET_US = 64, 500.0
+_PAUSE_TARGET_MS = 5.0
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """By prompt size: a prompt never seen, a conversation grown by a turn, the decision on that, and the loop's pauses."""
+    """By prompt size: a new prompt, a conversation with one more turn, the decision on it, and the pauses of the loop."""
     yield from _texts(scale)
     yield from _decisions(scale)
     yield from _pauses(scale)
 
 
 def template_path() -> Path:
-    """DeepSeek's chat template, out of a package that carries it. Raises `SystemExit` when it is not installed."""
+    """DeepSeek's chat template, from a package that has it. Raises `SystemExit` when it is not installed."""
     found = find_spec("trl")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("the benchmark needs a chat template: pip install --no-deps trl")
@@ -72,9 +72,9 @@ def _texts(scale: Scale) -> Iterator[Figure]:
         for text in texts:
             warm.encode(text)
         calls: list[tuple[Callable[[str], object], Callable[[], Sequence[str]]]] = [
-            (partial(_cold, encoder, cutter), partial(_anew, texts)),
-            (bare.encode, partial(_anew, texts)),
-            (partial(_reference, theirs), partial(_anew, texts)),
+            (partial(_cold, encoder, cutter), partial(_copies, texts)),
+            (bare.encode, partial(_copies, texts)),
+            (partial(_reference, theirs), partial(_copies, texts)),
             (warm.encode, _Growing(histories, local.render)),
         ]
         ours, fast, slow, again = _paired(calls, scale)
@@ -82,14 +82,14 @@ def _texts(scale: Scale) -> Iterator[Figure]:
         yield Figure(case=case, name="cold", value=min(ours), unit="µs")
         yield Figure(case=case, name="gigatoken", value=min(fast), unit="µs")
         yield Figure(case=case, name="tokenizers", value=min(slow), unit="µs")
-        yield Figure(case=case, name="cold / gigatoken", value=ratio(ours, fast), unit="×", aim=_COLD_AIM)
-        yield Figure(case=case, name="cold / tokenizers", value=ratio(ours, slow), unit="×", aim=_TOKENIZERS_AIM)
+        yield Figure(case=case, name="cold / gigatoken", value=ratio(ours, fast), unit="×", target=_COLD_TARGET)
+        yield Figure(case=case, name="cold / tokenizers", value=ratio(ours, slow), unit="×", target=_TOKENIZERS_TARGET)
         yield Figure(case=case, name="warm", value=min(again), unit="µs")
         yield Figure(case=case, name="warm / tokenizers", value=ratio(again, slow), unit="×")
 
 
-def _anew(texts: Sequence[str]) -> list[str]:
-    """New strings, as rendered prompts are: of one that was encoded before, Python still has the UTF-8 form."""
+def _copies(texts: Sequence[str]) -> list[str]:
+    """Copies of the strings, as rendered prompts are new: Python caches the UTF-8 form of a string once encoded."""
     return [text[:1] + text[1:] for text in texts]
 
 
@@ -102,9 +102,9 @@ def _reference(tokenizer: tokenizers.Tokenizer, text: str) -> object:
 
 
 class _Growing(Generic[T]):
-    """Conversations, each time with another question and answer that nobody has seen, and a further question.
+    """Conversations that each call extends with a new question, a new answer and a further question.
 
-    What is given is what `shape` makes of each.
+    Returns the result of `shape` for each conversation.
     """
 
     def __init__(self, histories: Sequence[list[dict[str, Any]]], shape: Callable[[Chat], T]) -> None:
@@ -114,10 +114,10 @@ class _Growing(Generic[T]):
 
     def __call__(self) -> list[T]:
         turn = next(self._turns)
-        told = f"{turn}: {prose(turn + 1000, _TURN_CHARS)}"
+        text = f"{turn}: {prose(turn + 1000, _TURN_CHARS)}"
         grown = [
-            {"role": "user", "content": told[: _TURN_CHARS // 4]},
-            {"role": "assistant", "content": told[_TURN_CHARS // 4 :]},
+            {"role": "user", "content": text[: _TURN_CHARS // 4]},
+            {"role": "assistant", "content": text[_TURN_CHARS // 4 :]},
             {"role": "user", "content": f"And {turn}?"},
         ]
         return [self._shape(Chat(messages=[*history, *grown])) for history in self._histories]
@@ -133,19 +133,19 @@ def _decisions(scale: Scale) -> Iterator[Figure]:
                 hold_partly(gateway.index, gateway.pods, chain, session)
             grown = _Growing(histories, lambda chat: _body(chat.messages))
             times = []
-            gc.freeze()  # as the gateway does once it has started
+            gc.freeze()  # as the gateway does after it has started
             for _ in range(scale.rounds + 1):
                 bodies = grown()
                 start = time.perf_counter()
                 runner.run(_routed(gateway.router, bodies))
                 times.append((time.perf_counter() - start) / len(bodies) * 1e6)
             gc.unfreeze()
-            aim = _WARM_AIM_US if kib == _WARM_AIM_KIB else None
-            yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times[1:]), unit="µs", aim=aim)
+            target = _WARM_TARGET_US if kib == _WARM_TARGET_KIB else None
+            yield Figure(case=f"{kib} KiB", name="warm decision", value=min(times[1:]), unit="µs", target=target)
 
 
 def _pauses(scale: Scale) -> Iterator[Figure]:
-    """The longest turn of the event loop while it reads and tokenizes a prompt that nobody has seen."""
+    """The longest turn of the event loop while it reads and tokenizes a new prompt."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)  # as the gateway does
     with tokenizing(str(template_path()), cache_bytes=_CACHE_BYTES) as (runner, manager):
@@ -160,7 +160,9 @@ def _pauses(scale: Scale) -> Iterator[Figure]:
                 runner.run(_read(manager, body, turns))
                 longest.append(turns.longest() * 1e3)
             gc.unfreeze()
-            yield Figure(case=f"{kib} KiB", name="longest pause", value=min(longest), unit="ms", aim=_PAUSE_AIM_MS)
+            yield Figure(
+                case=f"{kib} KiB", name="longest pause", value=min(longest), unit="ms", target=_PAUSE_TARGET_MS
+            )
     sys.setswitchinterval(interval)
 
 
@@ -173,7 +175,7 @@ async def _read(manager: TokenizerManager, body: bytes, turns: Turns) -> None:
 
 
 async def _routed(router: Router, bodies: Sequence[bytes]) -> list[Sequence[int]]:
-    """Decide where every body goes, one after the other; returns the block hashes of each."""
+    """Route the bodies one after the other. Returns the block hashes of each."""
     chains = []
     for body in bodies:
         async with router.dispatch(CHAT_PATH, body, request_id="bench") as request:
@@ -184,9 +186,9 @@ async def _routed(router: Router, bodies: Sequence[bytes]) -> list[Sequence[int]
 def _paired(
     calls: Sequence[tuple[Callable[[T], object], Callable[[], Sequence[T]]]], scale: Scale
 ) -> list[list[float]]:
-    """Microseconds per item, for each call one mean per round; what a call is given is made anew before its round."""
+    """Mean microseconds per item in each round, for each call. The items are made again before every round."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(scale.rounds + 1):  # the first one is for caches of words, and not counted
+    for _ in range(scale.rounds + 1):  # the first round warms word caches, and is not counted
         for (call, make), out in zip(calls, times, strict=True):
             items = make()
             start = time.perf_counter()
@@ -198,9 +200,9 @@ def _paired(
 
 def _history(kib: int, session: int) -> list[dict[str, Any]]:
     """A conversation of `kib` KiB that ends with an answer."""
-    told = prose(session, kib * 1024)
-    texts = [told[start : start + _TURN_CHARS] for start in range(0, len(told), _TURN_CHARS)]
-    first = len(texts) % 2  # so that the last one is the assistant's
+    dialogue = prose(session, kib * 1024)
+    texts = [dialogue[start : start + _TURN_CHARS] for start in range(0, len(dialogue), _TURN_CHARS)]
+    first = len(texts) % 2  # so that the assistant has the last one
     return [{"role": "assistant" if (i + first) % 2 else "user", "content": text} for i, text in enumerate(texts)]
 
 

@@ -1,4 +1,4 @@
-"""How long the event loop's turns take, as whoever waits for it would notice."""
+"""Durations of the event loop's turns, which is how long a task may have to wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """Durations of the turns of the event loop. Whoever wants the loop waits for the turn under way."""
+    """Measures the turns of the event loop. A task that becomes ready waits for the current turn to end."""
 
     def __init__(self) -> None:
         self._wall = array("d")
@@ -18,7 +18,7 @@ class Turns:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Time every turn within the context by a callback in each, so that the loop never sleeps."""
+        """Measure every turn within the context, by a callback in each. The loop never sleeps meanwhile."""
         loop, watching = asyncio.get_running_loop(), True
         wall, cpu = time.perf_counter(), time.thread_time()
 
@@ -38,15 +38,15 @@ class Turns:
             watching = False
 
     def longest(self) -> float:
-        """Seconds."""
+        """The longest turn, in seconds."""
         return max(self._wall)
 
     def longest_on_cpu(self) -> float:
-        """Seconds that the loop's thread worked in one turn; what the machine did in between does not count."""
+        """The longest CPU time of the loop's thread in one turn, in seconds. Other processes do not affect it."""
         return max(self._cpu)
 
     def p99(self) -> float:
-        """Seconds: at 99 of 100 random moments the turn under way is no longer."""
+        """Seconds: at 99 of 100 random moments, the current turn is at most this long."""
         rarest = sum(self._wall) * 0.01
         for duration in sorted(self._wall, reverse=True):
             rarest -= duration

@@ -1,4 +1,4 @@
-"""A Valkey server of its own for a benchmark, on loopback TCP, and many blocks in it fast."""
+"""A Valkey server for one benchmark, on loopback TCP, and a fast loader of blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ for hash in string.gmatch(ARGV[4], '%d+') do redis.call('HSET', ARGV[1] .. hash,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Valkey:
-    """A server at work."""
+    """A running server."""
 
     port: int
     pid: int
@@ -32,13 +32,13 @@ class Valkey:
     """A blocking client."""
 
     def used_bytes(self) -> int:
-        """As the server counts."""
+        """Memory in use, as the server reports it."""
         return int(self.client.info("memory")["used_memory"])
 
 
 @contextmanager
 def valkey() -> Iterator[Valkey]:
-    """Start a server, and end it with the context."""
+    """Start a server. It ends with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,11 +61,11 @@ def _await(client: Any) -> None:
             if client.ping():
                 return
         time.sleep(0.02)
-    raise TimeoutError("the server does not start")
+    raise TimeoutError(f"expected an answer from the server within {_START_SECONDS:.0f} s, got none")
 
 
 class Loader:
-    """Writes blocks in pipelines of scripts; a `Writable`. Call `flush` at the end."""
+    """Writes blocks in pipelines of scripts. A `Writable`; call `flush` at the end."""
 
     def __init__(self, server: Valkey, *, waiting: int = 20_000) -> None:
         self.blocks = 0

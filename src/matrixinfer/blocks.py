@@ -1,15 +1,15 @@
-"""Token ids to block hashes: the names under which the index knows a prompt's blocks.
+"""Computes block hashes from token ids. The index identifies a prompt's blocks by these hashes.
 
-A prompt is cut into blocks of `block_size` tokens; only full blocks count. Two schemes:
+A prompt is cut into blocks of `block_size` tokens; only full blocks count. There are two schemes:
 
-`prefix` (default): a block's hash covers everything before it, as a KV block does::
+`prefix` (default): like a KV block, a block's hash depends on everything before it::
 
     h[i] = u64(SHA-256(h[i-1] as 8 bytes big endian ‖ tokens as u32 big endian)[:8]) with the top bit cleared
 
-Block 0 has no parent bytes. A cache salt takes the parent's place at block 0 (`salt_parent`).
+Block 0 has no parent bytes. With a cache salt, block 0 has the parent `salt_parent(salt)`.
 
-`block`: each block is hashed alone, as block 0 is above. This is what existing MatrixInfer and kthena writers put into
-Redis. Equal blocks after different prefixes collide, so matches are hints; salted prompts never match.
+`block`: each block is hashed separately, like block 0 above. Existing MatrixInfer and kthena writers use this scheme in
+Redis. Equal blocks after different prefixes have the same hash, so matches are only hints; salted prompts never match.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 TokenIds: TypeAlias = npt.NDArray[np.uint32]
-"""Token ids, shape (n,), one unsigned 32-bit id per token."""
+"""Token ids: shape (n,), one unsigned 32-bit id per token."""
 
 Scheme: TypeAlias = Literal["prefix", "block"]
 
@@ -31,25 +31,28 @@ _TOP_BIT_CLEARED = (1 << 63) - 1
 
 
 def salt_parent(salt: str) -> int:
-    """The parent hash that a cache salt gives to block 0: no prompt without that salt shares a block with it."""
+    """The parent hash of block 0 for a cache salt, so that prompts share blocks only with prompts of the same salt."""
     return int.from_bytes(sha256(b"salt\0" + salt.encode()).digest()[:8], "big") & _TOP_BIT_CLEARED
 
 
 def token_bytes(tokens: TokenIds | Sequence[int]) -> bytes:
-    """Token ids as the bytes that are hashed: four each, big endian.
+    """The bytes that are hashed for token ids: four bytes per id, big-endian.
 
-    Raises `OverflowError` for ids that do not fit 32 unsigned bits, `TypeError` for what is no integer or an array of
-    another type.
+    Raises `OverflowError` for ids outside the range of an unsigned 32-bit integer, and `TypeError` for other types and
+    for arrays that are not uint32.
     """
     if not isinstance(tokens, np.ndarray):
-        tokens = np.array(array("I", tokens))  # checks each id, and three times as fast as numpy does it
+        tokens = np.array(array("I", tokens))  # checks each id, three times as fast as numpy
     elif tokens.dtype != np.uint32:
         raise TypeError(f"expected an array of uint32, got {tokens.dtype}")
     return tokens.astype(">u4").tobytes()
 
 
 class TokenBlockProcessor:
-    """Cuts token ids into full blocks of `block_size` tokens and names each by its hash."""
+    """Cuts token ids into full blocks of `block_size` tokens and hashes each block.
+
+    Raises `ValueError` for an invalid block size or scheme.
+    """
 
     __slots__ = ("block_size", "scheme")
 
@@ -69,10 +72,10 @@ class TokenBlockProcessor:
         max_blocks: int | None = None,
         hashes: SharedHashes | None = None,
     ) -> BlockChain:
-        """The prompt's block hashes, computed only as far as they are read.
+        """The prompt's block hashes, which are computed as they are read.
 
-        `max_blocks` bounds the chain. Under scheme `block` a salted prompt has no blocks, as it can match none.
-        `hashes` are those of its first blocks, as far as they are known; they are extended by what is computed.
+        `max_blocks` bounds the chain. With the scheme `block` a salted prompt has no blocks, because it must not match.
+        `hashes` are the known hashes of the first blocks; the chain extends this list as it computes more.
         """
         blocks = len(tokens) // self.block_size
         if max_blocks is not None:
@@ -89,22 +92,22 @@ class TokenBlockProcessor:
         )
 
     def overhang(self, blocks: int, engine_block: int) -> int | None:
-        """Tokens by which an engine block of `engine_block` tokens reaches beyond the first `blocks` token blocks.
+        """Tokens by which an engine block of `engine_block` tokens extends beyond the first `blocks` blocks.
 
-        None unless it begins before their end and ends within the next one: then the token blocks alone tell whether
-        an engine holds it. Else its tail (see `tail`) does.
+        That is the case if the engine block begins before their end and ends within the next block. Its tail (see
+        `tail`) then shows whether an engine holds it. None if the blocks alone show that.
         """
         over = -(blocks * self.block_size) % engine_block
         return over if 0 < over < self.block_size and self.scheme == "prefix" else None
 
     def tail(self, data: bytes | bytearray | memoryview, parent: int) -> int:
-        """The hash of less than a block of tokens that follow the block `parent`."""
+        """The hash of fewer tokens than a block that follow the block `parent`. `data` is in the form of `token_bytes`."""
         state = sha256(parent.to_bytes(8, "big"))
         state.update(data)
         return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
 
     def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
-        """Hashes of the full blocks in `data` (see `token_bytes`), the first of which follows the block `parent`."""
+        """The hashes of the full blocks in `data` (see `token_bytes`). The first block follows the block `parent`."""
         out: list[int] = []
         size = self.block_size * 4
         view = memoryview(data)
@@ -114,7 +117,7 @@ class TokenBlockProcessor:
                 out.append(int.from_bytes(digest[:8], "big") & _TOP_BIT_CLEARED)
             return out
         for start in range(0, len(view) - size + 1, size):
-            # Most of the cost is SHA-256 itself; one update per block with the parent in front copies no tokens.
+            # Most of the cost is SHA-256 itself; hashing the parent first and then a view copies no tokens.
             state = sha256(b"" if parent is None else parent.to_bytes(8, "big"))
             state.update(view[start : start + size])
             parent = int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
@@ -123,7 +126,7 @@ class TokenBlockProcessor:
 
 
 class SharedHashes(list[int]):
-    """The first block hashes of prompts that begin alike, which each of them extends, up to `limit`."""
+    """The hashes of the first blocks of several prompts that begin alike. Each prompt may extend them up to `limit`."""
 
     __slots__ = ("limit",)
 
@@ -133,9 +136,9 @@ class SharedHashes(list[int]):
 
 
 class BlockChain(Sequence[int]):
-    """A prompt's block hashes as a sequence that hashes a block when it is first read.
+    """A prompt's block hashes, as a sequence that hashes a block when it is first read.
 
-    Look-ups stop at the first block that nobody holds, and so does the hashing.
+    Lookups stop at the first block that no pod holds, and so does hashing.
     """
 
     __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_shared", "_size")
@@ -155,13 +158,13 @@ class BlockChain(Sequence[int]):
 
     @property
     def hashed(self) -> int:
-        """How many blocks have been hashed so far."""
+        """Number of blocks hashed so far."""
         return min(len(self._hashes), self._size)
 
     def tail(self, blocks: int, engine_block: int) -> tuple[int, int] | None:
-        """Tokens and hash of what an engine block reaches beyond the first `blocks` blocks (`overhang`).
+        """The number and the hash of the tokens of an engine block beyond the first `blocks` blocks (see `overhang`).
 
-        None where it does not, or where the prompt ends within it.
+        None if the engine block does not extend beyond them, or if the prompt ends within it.
         """
         tokens = self._processor.overhang(blocks, engine_block)
         if tokens is None:
@@ -201,7 +204,7 @@ class BlockChain(Sequence[int]):
             self._extend(self._shared)
             known = self._shared
         if count > self._shared:
-            self._hashes, self._shared = list(self._hashes), self._size  # what follows is this prompt's own
+            self._hashes, self._shared = list(self._hashes), self._size  # further hashes belong to this prompt only
         size = self._processor.block_size * 4
         parent = self._hashes[-1] if known else self._salt_parent
         self._hashes += self._processor.hashes(memoryview(self._data)[known * size : count * size], parent)

@@ -1,32 +1,59 @@
-"""Every error the product raises on purpose, free of any transport.
+"""Every error that the product raises on purpose. None of them depends on a transport.
+
+Errors that cross package boundaries are defined in this module:
 
 MatrixInferError
 ├── ConfigError              the configuration is wrong; fatal at start
 ├── RequestError             the client's fault
 │   ├── InvalidRequest         malformed or missing fields
-│   ├── UnknownModel           no such model here
+│   ├── UnknownModel           no pod serves the model, and it is not configured
 │   ├── PayloadTooLarge        the body exceeds the limit
-│   └── BodyTimeout            the body did not come in time
+│   └── BodyTimeout            the body did not arrive in time
 ├── RoutingError             the request is fine, but no pod can take it
 │   ├── NoPodAvailable         no pod serves the model now
-│   ├── PodUnreachable         every pod tried refused or broke the connection
+│   ├── PodUnreachable         every pod that was tried refused or broke the connection
 │   └── PodTimeout             a pod did not answer in time
-├── TokenizeError            a prompt could not be tokenized; routing degrades to load
-├── IndexUnavailable         the block index did not answer; routing degrades to load
+├── TokenizeError            a prompt cannot be tokenized; routing falls back to load
+├── UnknownPod               the library's index follows no pod of that name
+├── IndexUnavailable         the block index did not answer; routing falls back to load
 └── PluginError              a scheduler plugin is unknown, misconfigured or misbehaves
+
+Errors that only one package and its direct callers handle are defined next to the code that raises them:
+
+MatrixInferError
+├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
+├── MalformedFrame           kvevents.wire: a payload is not a batch of KV events
+├── ImpossibleInput          kvevents.transitions: a feed met an input that cannot occur in its state; a bug
+├── UntrustedEvents          kvevents.ledger: the events do not determine what the engine holds
+├── MalformedMessage         traffic.peers.message: bytes from the peers' channel are not a valid message
+├── Fenced                   index.redis.commands: another writer has taken over a pod
+├── IndexUnavailable
+│   └── ScriptsRefused         index.redis.store: the server does not run scripts for this user
+├── TokenizeError
+│   └── NeedsThread            prompt.encoders: the text must be encoded in a thread
+├── CannotListen             feedtools.listen: the address of an endpoint is invalid
+├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
+├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
+├── ProbeFailed              doctor.probe: an engine did not compute a probe
+└── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request
+
+zmq.ZMQError
+└── Unresolved               kvevents.connect: the host name of an endpoint cannot be resolved; handled as any ZMQError
+
+Exceptions with a leading underscore never leave their module and are not listed.
 """
 
 from __future__ import annotations
 
 
 class MatrixInferError(Exception):
-    """Base of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class ConfigError(MatrixInferError):
     """The configuration is wrong.
 
-    `path` is the key's path as in `$.pods[0].url`, `message` what was expected there.
+    `path` is the path of the key, such as `$.pods[0].url`; `message` says what was expected there.
     """
 
     def __init__(self, path: str, message: str) -> None:
@@ -36,7 +63,7 @@ class ConfigError(MatrixInferError):
 
 
 class RequestError(MatrixInferError):
-    """The client's request cannot be served as sent. `param` names the offending field, where there is one."""
+    """The client's request cannot be served as sent. `param` names the invalid field, if there is one."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -45,11 +72,11 @@ class RequestError(MatrixInferError):
 
 
 class InvalidRequest(RequestError):
-    """Malformed JSON, a missing field or a field of the wrong type."""
+    """The request is malformed JSON, or has a missing field or a field of the wrong type."""
 
 
 class UnknownModel(RequestError):
-    """No pod and no configured model answers to the requested name."""
+    """No pod serves the requested model, and it is not configured."""
 
 
 class PayloadTooLarge(RequestError):
@@ -57,7 +84,7 @@ class PayloadTooLarge(RequestError):
 
 
 class BodyTimeout(RequestError):
-    """The request body did not come whole within the configured time."""
+    """The request body did not arrive completely within the configured time."""
 
 
 class RoutingError(MatrixInferError):
@@ -65,7 +92,7 @@ class RoutingError(MatrixInferError):
 
 
 class NoPodAvailable(RoutingError):
-    """No pod serves the requested model at the moment."""
+    """No pod serves the requested model now."""
 
 
 class PodUnreachable(RoutingError):
@@ -77,11 +104,15 @@ class PodTimeout(RoutingError):
 
 
 class TokenizeError(MatrixInferError):
-    """A prompt could not be turned into the engine's token ids."""
+    """A prompt cannot be turned into the engine's token ids."""
+
+
+class UnknownPod(MatrixInferError):
+    """The library's index follows no pod of that name: `Index.follow` it first."""
 
 
 class IndexUnavailable(MatrixInferError):
-    """The block index could not answer in time."""
+    """The block index did not answer, or not in time."""
 
 
 class PluginError(MatrixInferError):

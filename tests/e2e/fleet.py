@@ -22,6 +22,7 @@ from matrixinfer.config import (
     PodConfig,
     RedisConfig,
     SchedulerConfig,
+    checked,
 )
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -95,9 +96,9 @@ class Fleet:
         for rank in ranks:
             name = f"pod-{number}" if len(ranks) == 1 else f"pod-{number}@dp{rank.number}"
             feed = self.service.engines.subscriber.feeds.get(name)
-            if feed is None or feed.heartbeat_from is None or feed._cursor is None:
+            if feed is None or feed.heartbeat_from is None:
                 return False
-            if feed._cursor.next != rank.publisher.published:
+            if feed.position != rank.publisher.published:
                 return False
         return True
 
@@ -144,7 +145,7 @@ async def gateway(
         redis=redis,
     )
     connector = aiohttp.TCPConnector(limit=0)
-    async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
+    async with Service(checked(config)) as service, aiohttp.ClientSession(connector=connector) as session:
         yield Fleet(engines=engines, service=service, session=session)
 
 

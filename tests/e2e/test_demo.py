@@ -16,7 +16,10 @@ def test_the_demo_shows_kv_aware_routing_ahead_of_round_robin() -> None:
     policies = json.loads(done.stdout)["policies"]
     assert list(policies) == ["round_robin", "kv_aware"]
     for figures in policies.values():
-        assert set(figures) == {"hit_rate", "ttft_p50_ms", "ttft_p90_ms", "requests", "errors", "pods"}
+        assert set(figures) == {
+            *("hit_rate", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "ttft_ratio", "requests", "errors", "pods")
+        }
         assert figures["requests"] == sum(figures["pods"].values()) == 32
         assert figures["errors"] == 0
+    assert policies["round_robin"]["ttft_ratio"] == 1
     assert policies["kv_aware"]["hit_rate"] > policies["round_robin"]["hit_rate"] + 0.1

@@ -1,4 +1,4 @@
-"""Why requests went where they went, by what the gateway keeps of them and the command that asks for it."""
+"""Decisions that the gateway keeps, and `matrixinfer explain`, which shows them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def explain(gateway: Fleet, *arguments: str) -> int:
     return await asyncio.to_thread(main, ["explain", "--admin", gateway.service.gateway.admin_url or "", *arguments])
 
 
-async def test_what_was_predicted_is_shown_beside_what_the_engine_reported(
+async def test_predicted_and_reported_hits_are_shown_together(
     tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     async with fleet(tokenizer, ENGINE, pods=2) as gateway:
@@ -53,30 +53,30 @@ async def test_what_was_predicted_is_shown_beside_what_the_engine_reported(
         assert await decisions(gateway, id="nobody") == await decisions(gateway, pod="nobody") == []
 
         capsys.readouterr()
+        assert await explain(gateway, "--pod", "nobody") == 0
+        assert capsys.readouterr().out == "no decisions for the pod nobody\n"
         assert await explain(gateway) == 0
         assert capsys.readouterr().out.count("request-") == 2
         assert await explain(gateway, "request-1") == 0
-        told = capsys.readouterr().out
-        assert "answered: 200" in told
-        assert "288 of 300 tokens cached" in told
+        shown = capsys.readouterr().out
+        assert "answered: 200" in shown
+        assert "288 of 300 tokens cached" in shown
         assert await explain(gateway, "request-1", "--json") == 0
         assert json.loads(capsys.readouterr().out)["decisions"] == await decisions(gateway, id="request-1")
         body = tmp_path / "body.json"
         body.write_text(json.dumps(BODY))
         assert await explain(gateway, "--body", str(body), "--path", COMPLETIONS) == 0
-        assert f"tokens at {pod}" in capsys.readouterr().out
-        assert len(await decisions(gateway)) == 2  # a dry run is no decision
+        assert f"tokens on {pod}" in capsys.readouterr().out
+        assert len(await decisions(gateway)) == 2  # decisions on --body are not kept
 
         assert await explain(gateway, "nobody") == 2
-        assert "keeps no decision on the request `nobody`" in capsys.readouterr().err
+        assert "the gateway has no decision on the request `nobody`" in capsys.readouterr().err
         assert await explain(gateway, "--body", str(tmp_path / "absent")) == 2
         assert await explain(gateway, "--body", str(body), "--path", "/v1/nothing") == 2
         assert "cannot read" in capsys.readouterr().err
 
 
-async def test_what_the_guide_shows_is_what_comes_out(
-    tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_the_guide_shows_the_real_output(tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.findall(r"```console\n\$ matrixinfer explain(.*)\n((?:.*\n)*?)```", GUIDE.read_text())
     assert len(shown) == 2
     engine = SimEngineConfig(model="Qwen/Qwen3-8B", block_size=16, num_blocks=5_000)
@@ -99,6 +99,10 @@ def without_times(text: str) -> list[str]:
     return [re.sub(r"\d\d:\d\d:\d\d", "", line).rstrip() for line in text.splitlines()]
 
 
-def test_a_gateway_that_is_not_there_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gateway_that_is_down_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--admin", "127.0.0.1:9"]) == 2
-    assert "cannot ask http://127.0.0.1:9" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "matrixinfer: cannot reach the gateway's admin address http://127.0.0.1:9: connection refused. "
+    )
+    assert "Is the gateway running" in err

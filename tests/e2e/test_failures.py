@@ -111,7 +111,7 @@ async def test_lost_frames_are_replayed(tokenizer: LocalTokenizer) -> None:
         assert not wrong(await serve(target, 60))
         stats = [feed.stats for feed in target.service.engines.subscriber.feeds.values()]
         assert sum(each.gaps for each in stats) > 0
-        assert sum(each.lost_in_silence for each in stats) > 2
+        assert sum(each.silent_losses for each in stats) > 2
         assert {answer.cached > 0 for answer in await serve(target, 20)} == {False, True}
 
 
@@ -201,7 +201,7 @@ async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(toke
             await target.settled()
             more = FULL if draw.random() < 0.2 else {}
             answers.append(await target.ask(COMPLETIONS, body(prompt, **more)))
-        assert target.service.engines.subscriber.feeds["pod-0"].ledger.stats.told_again > 20
+        assert target.service.engines.subscriber.feeds["pod-0"].ledger.stats.reported_again > 20
         assert {answer.predicted - answer.cached for answer in answers} <= {0, BLOCK}
 
 

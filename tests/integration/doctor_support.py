@@ -1,4 +1,4 @@
-"""The doctor as a command, and engines with one thing wrong."""
+"""Runs the doctor command, against engines with one fault each."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from matrixinfer.sim.server import SimEngine
 FAST = SimEngineConfig(timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0), num_blocks=1000)
 PATIENCE = "2"
 Change = Callable[[int, bytes], tuple[int, bytes]]
-"""Status and body of an answer as they are, and as they are to be."""
+"""From status and body of an answer to the ones that replace them."""
 
 
-class Patient:
-    """Fleets to be examined, in a config file."""
+class DoctorCommand:
+    """Runs `matrixinfer doctor` on fleets that it puts in a config file."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
@@ -45,14 +45,15 @@ class Patient:
         file.write_text(yaml.safe_dump({"pods": list(pods), **more}))
         return str(file)
 
-    async def examine(self, *pods: Mapping[str, Any], arguments: tuple[str, ...] = (), **more: Any) -> Examined:
+    async def check(self, *pods: Mapping[str, Any], arguments: tuple[str, ...] = (), **more: Any) -> DoctorReport:
+        """Check these pods; `more` are further top-level keys of the config."""
         code, out, err = await self.run("--config", self.config(*pods, **more), "--json", *arguments)
         assert err == ""
-        return Examined(code, json.loads(out))
+        return DoctorReport(code, json.loads(out))
 
 
-class Examined:
-    """What the command said as JSON."""
+class DoctorReport:
+    """The JSON that the command printed, and its exit code."""
 
     def __init__(self, code: int, answer: dict[str, Any]) -> None:
         self.code = code
@@ -61,7 +62,7 @@ class Examined:
         assert self.summary["exit_code"] == code
 
     def only(self, check: str, level: str) -> dict[str, Any]:
-        """The one finding that is not ok; the rest must be, and the exit code must fit."""
+        """The one finding that is not ok. The others must be, and the exit code must fit."""
         (bad,) = [finding for finding in self.findings if finding["level"] != "ok"] or [{}]
         assert (bad.get("check"), bad.get("level")) == (check, level), self.findings
         assert self.code == {"warning": 1, "blind": 2}[level]
@@ -99,14 +100,14 @@ async def altered(engine: SimEngine, changes: Mapping[str, Change], *, date: str
             await runner.cleanup()
 
 
-def says(value: object, status: int = 200) -> Change:
-    """Whatever the engine answers, this is put in its place."""
+def answering(value: object, status: int = 200) -> Change:
+    """Replaces any answer with this one."""
     return lambda _, __: (status, json.dumps(value).encode())
 
 
 @pytest.fixture(autouse=True)
 def log_settings() -> Iterator[None]:
-    """The command sets up logging for its process, which here goes on."""
+    """Undoes the command's logging setup, since the test process goes on."""
     handlers, level = logging.root.handlers[:], logging.root.level
     yield
     structlog.reset_defaults()

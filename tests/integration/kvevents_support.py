@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Self
 
 import zmq
 import zmq.asyncio
@@ -40,11 +41,43 @@ def stored(first: int, last: int) -> BlockStored:
     )
 
 
+class LossyPublisher(EventPublisher):
+    """A publisher that can be told what to leave out of its next answers to requests for a replay."""
+
+    def __init__(self, host: str, *, port: int, replay_port: int, topic: str) -> None:
+        super().__init__(host, port=port, replay_port=replay_port, topic=topic)
+        self.asked: list[int] = []
+        self._losses: list[set[int]] = []
+        self._lost: set[int] = set()
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        send = self._router.send_multipart
+
+        async def lossy_send(parts: list[bytes]) -> None:
+            if int.from_bytes(parts[-2], "big") not in self._lost:
+                await send(parts)
+
+        setattr(self._router, "send_multipart", lossy_send)  # noqa: B010 - mypy minds assigned methods
+        return self
+
+    def lose_in_replays(self, losses: list[set[int]]) -> list[int]:
+        """Leave these numbers out of the next answers, one set each; returns the growing list of numbers asked for."""
+        self._losses, self.asked = losses, []
+        return self.asked
+
+    async def _replay(self, peer: bytes, start: int) -> None:
+        self.asked.append(start)
+        position = len(self.asked) - 1
+        self._lost = self._losses[position] if position < len(self._losses) else set()
+        await super()._replay(peer, start)
+
+
 class Engine:
     """A publisher with its replay task."""
 
     def __init__(self, ports: tuple[int, int] = (0, 0), topic: str = "", pod: str = "a") -> None:
-        self.publisher = EventPublisher("127.0.0.1", port=ports[0], replay_port=ports[1], topic=topic)
+        self.publisher = LossyPublisher("127.0.0.1", port=ports[0], replay_port=ports[1], topic=topic)
         self.pod = pod
 
     async def __aenter__(self) -> Engine:
@@ -71,21 +104,7 @@ class Engine:
 
     def lose_in_replays(self, losses: list[set[int]]) -> list[int]:
         """Leave these numbers out of the next answers, one set each; returns the growing list of numbers asked for."""
-        asked: list[int] = []
-        router = self.publisher._router
-        send = router.send_multipart
-
-        async def lossy_send(parts: list[bytes]) -> None:
-            if int.from_bytes(parts[-2], "big") not in (losses[len(asked) - 1] if len(asked) <= len(losses) else ()):
-                await send(parts)
-
-        async def replay(peer: bytes, start: int) -> None:
-            asked.append(start)
-            await EventPublisher._replay(self.publisher, peer, start)
-
-        setattr(router, "send_multipart", lossy_send)  # noqa: B010 - mypy minds assigned methods
-        setattr(self.publisher, "_replay", replay)  # noqa: B010
-        return asked
+        return self.publisher.lose_in_replays(losses)
 
 
 class Answers:

@@ -1,4 +1,4 @@
-"""Servers in company, and what stands between them and their clients."""
+"""Groups of servers, and a proxy between a server and its clients."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BLOCKS = TokenBlockProcessor()
 
 @asynccontextmanager
 async def opened(config: RedisConfig, *, max_age: float = 86_400.0) -> AsyncIterator[RedisIndex]:
-    """An index at work."""
+    """An open index."""
     async with Store(config) as store, RedisIndex(store, BLOCKS, max_age=max_age) as index:
         yield index
 
 
 class Proxy:
-    """Passes bytes on, with TLS towards its clients if asked, and may hold back what one connection brings."""
+    """Forwards bytes, optionally with TLS towards its clients, and can hold back what connections send."""
 
     def __init__(self, upstream: int, tls: ssl.SSLContext | None = None) -> None:
         self.port = 0
@@ -44,20 +44,20 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def hold(self) -> None:
-        """From now on deliver nothing of the connections that are open, nor tell that they close."""
+        """From now on forward nothing that the open connections send, not even that they close."""
         self._holding = True
 
     def pass_on(self) -> None:
-        """New connections are passed on; what is held stays so."""
+        """Forward new connections again; what is held back stays held back."""
         self._holding = False
 
     def deliver(self) -> None:
-        """Deliver what was held back."""
+        """Forward what was held back."""
         for held in self._held:
             held.set()
 
     async def settled(self) -> None:
-        """Wait until what was held has been taken by the server, which then closes the connections."""
+        """Wait until the server has received what was held back and has closed the connections."""
         async with asyncio.timeout(SETTLE_SECONDS):
             await asyncio.gather(*self._late)
 
@@ -109,7 +109,7 @@ class Proxy:
 
 
 def certificates(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """A certificate of `localhost` signed by itself, and a server's context with it."""
+    """A self-signed certificate for `localhost`, and a server context with it."""
     certificate, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         (
@@ -126,7 +126,7 @@ def certificates(folder: Path) -> tuple[Path, ssl.SSLContext]:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[list[Server]]:
-    """A Cluster of three servers."""
+    """Start a Cluster of three servers."""
     with ExitStack() as stack:
         nodes: list[tuple[Server, int]] = []
         for n in range(3):
@@ -145,13 +145,13 @@ def cluster(folder: Path) -> Iterator[list[Server]]:
 
 def _is_whole(node: Server) -> bool:
     with node.client() as client:
-        told = str(client.execute_command("CLUSTER", "INFO"))
-    return "cluster_state:ok" in told and "cluster_known_nodes:3" in told
+        info = str(client.execute_command("CLUSTER", "INFO"))
+    return "cluster_state:ok" in info and "cluster_known_nodes:3" in info
 
 
 @contextmanager
 def sentinels(folder: Path, master: Server) -> Iterator[tuple[str, ...]]:
-    """Three Sentinels that watch a master."""
+    """Start three Sentinels that watch a master."""
     with ExitStack() as stack:
         addresses = []
         for n in range(3):
@@ -170,7 +170,7 @@ def sentinels(folder: Path, master: Server) -> Iterator[tuple[str, ...]]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds. Raises `TimeoutError`."""
+    """Wait until a condition holds. Raises `TimeoutError`."""
     ends = time.monotonic() + SETTLE_SECONDS
     while not holds():
         if time.monotonic() > ends:

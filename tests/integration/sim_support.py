@@ -1,4 +1,4 @@
-"""A simulated engine over real sockets, and clients of its API and its events."""
+"""Clients of a simulated engine's API and events, over real sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ END = b"\xff" * 8
 
 
 class Client:
-    """Talks to one engine."""
+    """A client of one engine's API."""
 
     def __init__(self, engine: SimEngine, session: aiohttp.ClientSession) -> None:
         self.engine = engine
@@ -45,7 +45,7 @@ class Client:
     async def complete(
         self, prompt: list[int], max_tokens: int = 1, *, rank: int | str | None = None, **more: object
     ) -> int:
-        """Cached tokens of a completion."""
+        """Send a completion and return its cached tokens."""
         body = {"prompt": prompt, "max_tokens": max_tokens, **more}
         answer = await self.post(COMPLETIONS, body, headers={} if rank is None else {"X-data-parallel-rank": str(rank)})
         return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
@@ -90,7 +90,7 @@ class Feed:
         return (await self.batch())[0]
 
     async def replay(self, start: int) -> list[list[bytes]]:
-        """The reply frames, end marker included."""
+        """All frames of the reply, including the end marker."""
         await self._replay.send_multipart([b"", start.to_bytes(8, "big")])
         frames: list[list[bytes]] = []
         async with asyncio.timeout(5):
@@ -99,11 +99,12 @@ class Feed:
         return frames
 
     async def batch(self) -> tuple[list[Json], int]:
-        """Events of the next frame, and the rank that it names."""
+        """Events and rank of the next frame."""
         _, events, rank = msgspec.msgpack.decode((await self.next())[2])
         return events, rank
 
-    async def nothing(self) -> bool:
+    async def is_silent(self) -> bool:
+        """Whether no frame arrives for a moment."""
         return not await self._live.poll(100)
 
 
@@ -118,7 +119,7 @@ async def subscribed(engine: SimEngine, rank: int = 0) -> AsyncIterator[Feed]:
         live.connect(publisher.endpoint)
         replay.connect(publisher.replay_endpoint)
         await asyncio.wait_for(monitor.recv_multipart(), 5)
-        # The handshake is done, but the engine's socket takes in the subscription a moment later.
+        # After the handshake, the engine's socket needs a moment to process the subscription.
         await asyncio.sleep(0.05)
         yield Feed(live, replay)
     finally:

@@ -1,4 +1,4 @@
-"""`matrixinfer doctor` and the Redis of the config."""
+"""`matrixinfer doctor` on the shared index in Redis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER
 from tests.servers import Server, server
 
-from .doctor_support import FAST, Examined, Patient, log_settings
+from .doctor_support import FAST, DoctorCommand, DoctorReport, log_settings
 
 __all__ = ["log_settings"]
 pytestmark = pytest.mark.server
@@ -36,12 +36,12 @@ async def engine() -> AsyncIterator[SimEngine]:
 
 
 @pytest.fixture
-def patient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Patient:
-    return Patient(tmp_path, capsys)
+def doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DoctorCommand:
+    return DoctorCommand(tmp_path, capsys)
 
 
-async def examine(patient: Patient, engine: SimEngine, redis: dict[str, Any]) -> Examined:
-    return await patient.examine(
+async def check(doctor: DoctorCommand, engine: SimEngine, redis: dict[str, Any]) -> DoctorReport:
+    return await doctor.check(
         {"name": "a", "url": engine.url},
         models=[{"name": "sim", "tokenizer": str(TOKENIZER), "chatTemplate": "chatml"}],
         index={"kind": "redis"},
@@ -49,36 +49,36 @@ async def examine(patient: Patient, engine: SimEngine, redis: dict[str, Any]) ->
     )
 
 
-async def test_all_is_well_with_an_agent_at_work(patient: Patient, engine: SimEngine, valkey: Server) -> None:
+async def test_a_live_agent_leaves_no_problems(doctor: DoctorCommand, engine: SimEngine, valkey: Server) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     redis = RedisConfig(host="127.0.0.1", port=valkey.port)
     settings = checked(Config(pods=(PodConfig(name="a", url=engine.url),), redis=redis))
     async with Agent(settings, listen=None) as agent:
         assert agent.engines.setup.redis is not None
         await agent.engines.setup.redis.flush()
-        found = await examine(patient, engine, {"port": valkey.port})
+        found = await check(doctor, engine, {"port": valkey.port})
     assert found.code == 0, found.findings
     assert [finding["check"] for finding in found.findings if finding["pod"] is None] == ["redis", "writers"]
 
 
-async def test_a_server_that_is_not_there(patient: Patient, engine: SimEngine) -> None:
-    finding = (await examine(patient, engine, {"port": 1})).only("redis", "blind")
-    assert "cannot be asked" in finding["says"]
+async def test_a_server_that_is_down(doctor: DoctorCommand, engine: SimEngine) -> None:
+    finding = (await check(doctor, engine, {"port": 1})).only("redis", "blind")
+    assert "does not answer" in finding["message"]
 
 
-async def test_pods_without_an_agent(patient: Patient, engine: SimEngine, valkey: Server) -> None:
-    finding = (await examine(patient, engine, {"port": valkey.port})).only("writers", "blind")
-    assert finding["says"].startswith("no agent is alive for a,")
+async def test_pods_without_an_agent(doctor: DoctorCommand, engine: SimEngine, valkey: Server) -> None:
+    finding = (await check(doctor, engine, {"port": valkey.port})).only("writers", "blind")
+    assert finding["message"].endswith("writes for a")
 
 
-async def test_a_user_who_may_not_run_scripts_and_blocks_of_another_size(
-    patient: Patient, engine: SimEngine, valkey: Server
+async def test_a_user_without_scripts_and_blocks_of_another_size(
+    doctor: DoctorCommand, engine: SimEngine, valkey: Server
 ) -> None:
     with valkey.client() as client:
         client.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-@scripting"])
         client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
-    found = await examine(patient, engine, {"port": valkey.port, "username": "reader", "password": "any"})
-    says = {finding["check"]: finding["says"] for finding in found.findings if finding["level"] != "ok"}
-    assert "does not let this user run scripts" in says["redis"]
-    assert says["scheme"] == "blocks of sim in Redis never match: block_size 16 there and 128 here"
+    found = await check(doctor, engine, {"port": valkey.port, "username": "reader", "password": "any"})
+    messages = {finding["check"]: finding["message"] for finding in found.findings if finding["level"] != "ok"}
+    assert "does not let this user run scripts" in messages["redis"]
+    assert messages["scheme"] == "blocks of sim in Redis never match: block_size is 16 there and 128 here"
     assert found.code == 2

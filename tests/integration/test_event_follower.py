@@ -12,6 +12,7 @@ from matrixinfer.config import (
     Config,
     KvEventsConfig,
     ModelConfig,
+    PluginRef,
     PluginsConfig,
     PluginStage,
     PodConfig,
@@ -43,7 +44,7 @@ async def test_a_pod_is_followed_under_the_model_that_it_serves(subscriber: Subs
     assert subscriber.feeds["a"].ledger.model == "m"
 
 
-async def test_a_pod_that_tells_the_same_again_keeps_its_feed(subscriber: Subscriber) -> None:
+async def test_a_pod_that_reports_the_same_again_keeps_its_feed(subscriber: Subscriber) -> None:
     follow = EventFollower(subscriber, Config())
     follow(pod())
     feed = subscriber.feeds["a"]
@@ -51,7 +52,7 @@ async def test_a_pod_that_tells_the_same_again_keeps_its_feed(subscriber: Subscr
     assert subscriber.feeds["a"] is feed
 
 
-async def test_a_pod_that_comes_back_as_another_engine_is_followed_anew(subscriber: Subscriber) -> None:
+async def test_a_pod_that_comes_back_as_another_engine_is_followed_again(subscriber: Subscriber) -> None:
     follow = EventFollower(subscriber, Config())
     follow(pod())
     first = subscriber.feeds["a"]
@@ -82,7 +83,7 @@ async def test_without_exactly_one_configured_model_it_is_not_followed(
 async def test_a_pod_without_events_is_warned_of_once_where_the_profile_wants_them(
     subscriber: Subscriber, aware: bool, warnings: int
 ) -> None:
-    plugins = PluginsConfig() if aware else PluginsConfig(score=PluginStage(enabled=("least-request",)))
+    plugins = PluginsConfig() if aware else PluginsConfig(score=PluginStage(enabled=(PluginRef(name="least-request"),)))
     follow = EventFollower(subscriber, Config(scheduler=SchedulerConfig(plugins=plugins)))
     with structlog.testing.capture_logs() as logs:
         follow(pod(sources=None))
@@ -104,7 +105,7 @@ async def test_every_rank_has_a_feed_of_its_own_that_goes_when_the_rank_does(sub
     assert not subscriber.feeds
 
 
-async def test_endpoints_that_a_pod_has_no_more_are_told_of(subscriber: Subscriber) -> None:
+async def test_endpoints_that_a_pod_no_longer_has_are_reported(subscriber: Subscriber) -> None:
     gone: list[str] = []
     follow = EventFollower(subscriber, ONE_MODEL, on_gone=gone.append)
     follow(pod())

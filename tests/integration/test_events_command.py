@@ -35,7 +35,7 @@ from .kvevents_support import Relay
 NOON = 1_750_000_000 // 86_400 * 86_400 + 12 * 3600
 HASH = 0x1F2E33A0_00000000
 SECRET = 77_001
-"""The first token id of every prompt here."""
+"""The first token id of every prompt in these tests."""
 
 
 def stored(first: int, last: int, *, salt: str | None = None) -> BlockStored:
@@ -87,22 +87,22 @@ class Engine:
         return int(self.endpoint.rpartition(":")[2]), int(self.replay.rpartition(":")[2])
 
     def publish(self, *events: Event) -> None:
-        """Each batch half a second past its number of seconds past noon."""
-        self._publisher.publish(encode(EventBatch(NOON + self._publisher._next + 0.5, list(events))))
+        """Publish a batch. Batch n has the time n.5 seconds after noon."""
+        self._publisher.publish(encode(EventBatch(NOON + self._publisher.published + 0.5, list(events))))
 
     def publish_bytes(self, payload: bytes) -> None:
         self._publisher.publish(payload)
 
     def send(self, *parts: bytes) -> None:
-        self._publisher._pub.send_multipart(list(parts))
+        self._publisher.send_raw(*parts)
 
     def skip(self, frames: int) -> None:
-        """Go on as if these had been published and are no longer to be had."""
-        self._publisher._next += frames
+        """Continue as if this many frames had been published and were gone from the replay buffer."""
+        self._publisher.skip(frames)
 
 
 class Running:
-    """A command that runs in this process, and what it has printed."""
+    """A command that runs in this process, and its output so far."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -123,7 +123,7 @@ class Running:
         self._read()
         return self._err
 
-    async def says(self, words: str, times: int = 1) -> None:
+    async def wait_for(self, words: str, times: int = 1) -> None:
         async with asyncio.timeout(20):
             while (self._out + self._err).count(words) < times:
                 assert not self._task.done(), self._out + self._err
@@ -131,15 +131,19 @@ class Running:
                 self._read()
 
     async def end(self) -> list[str]:
-        """What it printed, once it has ended by itself."""
+        """Wait until it ends by itself, and return its output."""
         async with asyncio.timeout(20):
             await self._task
         return self.out
 
     async def stop(self) -> list[str]:
-        """As `end`, after Ctrl-C."""
+        """Send Ctrl-C, then wait as `end` does."""
         os.kill(os.getpid(), signal.SIGINT)
         return await self.end()
+
+    async def cancel(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
 
     def _read(self) -> None:
         out, err = self._capsys.readouterr()
@@ -151,23 +155,22 @@ class Running:
 async def running(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Running]:
     running = Running(capsys)
     yield running
-    running._task.cancel()
-    await asyncio.wait([running._task])
+    await running.cancel()
 
 
 # Tail
 
 
-async def test_tail_tells_the_history_and_then_what_happens(running: Running) -> None:
+async def test_tail_shows_past_events_and_then_live_ones(running: Running) -> None:
     async with Engine() as engine:
         for batch in EXAMPLE[:2]:
             engine.publish(*batch)
         await running.start(tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
-        await running.says("#1", times=2)
-        await running.says("connected")
+        await running.wait_for("#1", times=2)
+        await running.wait_for("connected")
         for batch in EXAMPLE[2:]:
             engine.publish(*batch)
-        await running.says("#3")
+        await running.wait_for("#3")
         assert await running.stop() == [
             "#0 12:00:00.500  stored 3 blocks of 16 tokens at the start of a prompt, on GPU, with extra keys (salt or media)",
             "#1 12:00:01.500  stored 1 block of 16 tokens after 1f2e33a0…, on GPU",
@@ -185,7 +188,7 @@ async def test_tail_without_a_replay_says_what_it_missed(running: Running) -> No
     async with Engine() as engine:
         engine.publish(stored(0, 1))
         await running.start(tail.tail, "tail", engine.endpoint, "--topic", "kv", "--count", 3)
-        await running.says("connected")
+        await running.wait_for("connected")
         engine.publish(stored(1, 2))
         engine.skip(3)
         engine.publish(stored(0, 2))
@@ -196,14 +199,14 @@ async def test_tail_without_a_replay_says_what_it_missed(running: Running) -> No
         engine.publish(removed(1))
         lines = [line.removeprefix("#").partition("  ")[2] or line for line in await running.end()]
         assert lines[:-3] == [
-            "the first frame seen: what was stored before is not known",
-            "stored 1 block of 16 tokens after 1f2e33a0…, on GPU (ignored, what comes before was never seen)",
-            "frames 2 to 4 are missing: what is held is not known",
+            "the first frame seen: blocks stored before it are unknown",
+            "stored 1 block of 16 tokens after 1f2e33a0…, on GPU (ignored, its parent was never seen)",
+            "frames 2 to 4 are missing: the blocks held are unknown",
             "stored 2 blocks of 16 tokens at the start of a prompt, on GPU",
             "unreadable frame of 1 byte",
-            "a message of 2 parts that is no frame (sizes 9 and 12)",
-            "another topic: `other` (said once)",
-            "frame 7 is missing: what is held is not known",
+            "a message of 2 parts that is not a frame (sizes 9 and 12)",
+            "another topic: `other` (shown once)",
+            "frame 7 is missing: the blocks held are unknown",
             "removed 1 block, from GPU (never seen)",
         ]
         assert lines[-3].endswith("4 frames, 3 events; 0 blocks of 16 tokens held now")
@@ -236,19 +239,19 @@ async def test_tail_prints_objects_and_the_first_tokens_where_asked(running: Run
         assert (last["kind"], last["frames"], last["events"], last["blocks"]) == ("summary", 1, 2, 0)
 
 
-async def test_tail_tells_a_restart_that_the_numbers_do_not_show(running: Running) -> None:
+async def test_tail_detects_a_restart_that_sequence_numbers_do_not_show(running: Running) -> None:
     async with Engine() as engine:
         engine.publish(stored(0, 4))
         await running.start(tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
-        await running.says("#0")
-        await running.says("connected")
-    await running.says("connection lost")
+        await running.wait_for("#0")
+        await running.wait_for("connected")
+    await running.wait_for("connection lost")
     async with Engine(engine.ports) as engine:
         engine.publish(stored(0, 1, salt="new"))
         engine.publish(stored(1, 2))
-        await running.says("connected", times=2)
+        await running.wait_for("connected", times=2)
         engine.publish(stored(2, 3))
-        await running.says("#2")
+        await running.wait_for("#2")
         lines = await running.stop()
     assert [line.partition("  ")[2] for line in lines[1:-3]] == [
         "the engine has restarted: nothing is held",
@@ -259,30 +262,28 @@ async def test_tail_tells_a_restart_that_the_numbers_do_not_show(running: Runnin
     assert lines[-1] == "  1 restart"
 
 
-async def test_tail_says_what_to_look_at_when_nothing_comes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tail_says_what_to_check_when_no_events_arrive(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail, "IDLE_SECONDS", 0.1)
     async with Engine() as engine:
         ports = engine.ports
     await running.start(tail.tail, "tail", engine.endpoint)
-    await running.says(f"waiting: no connection to {engine.endpoint}")
+    await running.wait_for(f"waiting: cannot connect to {engine.endpoint} yet")
     async with Engine(ports):
-        await running.says("waiting: connected, but nothing comes")
+        await running.wait_for("waiting: connected, but no new events")
         await asyncio.sleep(0.3)
         assert running.err.count("waiting") == 2
         assert (await running.stop())[-1].endswith("0 frames, 0 events; 0 blocks held now")
 
 
-async def test_tail_replaces_a_connection_that_is_silently_dead(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tail_replaces_a_dead_connection(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "HEARTBEAT_MS", 50)
     monkeypatch.setattr(connect, "HEARTBEAT_TIMEOUT_MS", 200)
     async with Engine() as engine, Relay(engine.ports[0]) as relay:
         await running.start(tail.tail, "tail", relay.endpoint, "--count", 1)
-        await running.says("connected")
+        await running.wait_for("connected")
         relay.go_silent()
-        await running.says("connection lost")
-        await running.says("connected", times=2)
+        await running.wait_for("connection lost")
+        await running.wait_for("connected", times=2)
         engine.publish(stored(0, 1))
         assert "stored 1 block" in (await running.end())[0]
 
@@ -298,23 +299,23 @@ async def test_tail_waits_for_a_name_to_resolve(running: Running, monkeypatch: p
     monkeypatch.setattr(loop, "getaddrinfo", unknown)
     async with Engine() as engine:
         await running.start(tail.tail, "tail", engine.endpoint.replace("127.0.0.1", "localhost"))
-        await running.says("the name `localhost` does not resolve yet")
+        await running.wait_for("the name `localhost` does not resolve yet")
         await asyncio.sleep(0.2)
         monkeypatch.setattr(loop, "getaddrinfo", lookup)
-        await running.says("connected")
+        await running.wait_for("connected")
         assert running.err.count("resolve") == 1
         await running.stop()
 
 
-async def test_tail_ends_in_time(running: Running) -> None:
+async def test_tail_ends_after_the_given_seconds(running: Running) -> None:
     async with Engine() as engine:
         await running.start(tail.tail, "tail", engine.endpoint, "--seconds", 0.1)
         assert len(await running.end()) == 1
 
 
 @asynccontextmanager
-async def telling(sources: object) -> AsyncIterator[str]:
-    """The URL of an engine whose `/kv_event_sources` says this."""
+async def reporting(sources: object) -> AsyncIterator[str]:
+    """The URL of an engine whose `/kv_event_sources` answers `sources`."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.json_response(sources)
@@ -329,7 +330,7 @@ async def telling(sources: object) -> AsyncIterator[str]:
     await runner.cleanup()
 
 
-async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_shows(running: Running) -> None:
+async def test_tail_follows_every_rank_that_an_engine_reports_as_the_guide_shows(running: Running) -> None:
     async with Engine() as one, Engine() as two:
         ranks = {
             rank: {"endpoint": f"tcp://*:{engine.ports[0]}", "replay_endpoint": f"tcp://*:{engine.ports[1]}"}
@@ -337,7 +338,7 @@ async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_show
         }
         one.publish(stored(0, 3))
         two.publish(stored(0, 1))
-        async with telling(ranks) as url:
+        async with reporting(ranks) as url:
             guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
             (words,) = re.findall(r"^matrixinfer events (.*)$", guide, flags=re.MULTILINE)
             words = words.replace("http://10.0.0.1:8001", f"{url}/")
@@ -350,8 +351,8 @@ async def test_tail_follows_every_rank_that_an_engine_tells_of_as_the_guide_show
         assert f"{two.endpoint}: 1 frame, 1 event; 1 block of 16 tokens held now" in lines
 
 
-async def test_an_engine_that_tells_of_no_publisher_ends_the_command(running: Running) -> None:
-    async with telling({}) as url:
+async def test_an_engine_that_reports_no_publisher_ends_the_command(running: Running) -> None:
+    async with reporting({}) as url:
         await running.start(tail.tail, "tail", url)
         with pytest.raises(ConfigError, match="names no publisher"):
             await running.end()
@@ -360,7 +361,7 @@ async def test_an_engine_that_tells_of_no_publisher_ends_the_command(running: Ru
         await running.end()
 
 
-async def test_an_endpoint_that_zmq_refuses_ends_the_command(running: Running) -> None:
+async def test_an_endpoint_that_zmq_rejects_ends_the_command(running: Running) -> None:
     await running.start(tail.tail, "tail", f"ipc:///{'long/' * 100}")
     with pytest.raises(CannotListen, match="long/"):
         await running.end()
@@ -381,7 +382,7 @@ async def test_a_recording_can_be_checked(running: Running, tmp_path: Path, name
         engine.publish(stored(0, 3))
         args = ("record", engine.endpoint, "--replay", engine.replay, "-o", file, "--count", 2)
         await running.start(record.record, *args)
-        await running.says("connected")
+        await running.wait_for("connected")
         engine.publish(stored(3, 4), removed(2))
         assert await running.end() == []
     report, cut = checked(file)
@@ -392,20 +393,20 @@ async def test_a_recording_can_be_checked(running: Running, tmp_path: Path, name
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-async def test_publishers_are_recorded_apart_and_other_topics_left_out(running: Running, tmp_path: Path) -> None:
+async def test_publishers_are_recorded_separately_and_other_topics_skipped(running: Running, tmp_path: Path) -> None:
     file = tmp_path / "recording.jsonl"
     async with Engine() as one, Engine() as two:
         args = ("record", one.endpoint, two.endpoint, "-o", file, "--topic", "kv", "--count", 2)
         await running.start(record.record, *args)
-        await running.says("connected", times=2)
+        await running.wait_for("connected", times=2)
         one.send(b"other", bytes(8), b"")
-        one.send(b"no frame")
+        one.send(b"not a frame")
         one.publish(stored(0, 3))
         two.publish(stored(0, 2))
         await running.end()
     blocks = {publisher.name: publisher.blocks for publisher in checked(file)[0].publishers}
     assert blocks == {one.endpoint: 3, two.endpoint: 2}
-    assert "2 messages left out" in running.err
+    assert "2 messages skipped" in running.err
 
 
 async def test_a_publisher_that_is_named_twice_is_refused(running: Running, tmp_path: Path) -> None:
@@ -453,7 +454,7 @@ async def test_a_recording_that_is_ended_by_a_signal_can_be_checked(
     assert cut == (last is signal.SIGKILL and name.endswith(".gz"))
 
 
-async def test_tail_ends_well_when_nobody_reads_any_more() -> None:
+async def test_tail_ends_quietly_when_its_pipe_is_closed() -> None:
     async with Engine() as engine:
         engine.publish(stored(0, 1))
         async with process("tail", engine.endpoint, "--replay", engine.replay) as tail:
@@ -470,7 +471,7 @@ async def test_tail_ends_well_when_nobody_reads_any_more() -> None:
 
 @pytest.mark.parametrize("words", [["check", *["tests/data/captures/capture.jsonl.gz"] * 3], ["check", "--help"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-async def test_a_command_ends_quietly_when_nobody_reads_what_it_prints(words: list[str], unbuffered: str) -> None:
+async def test_a_command_ends_quietly_when_its_pipe_is_closed(words: list[str], unbuffered: str) -> None:
     out, into = os.pipe()
     os.close(out)
     command = await asyncio.create_subprocess_exec(
@@ -489,7 +490,7 @@ async def test_a_command_ends_quietly_when_nobody_reads_what_it_prints(words: li
 # The documentation
 
 
-async def test_the_examples_of_the_operations_page_are_what_the_commands_print(
+async def test_the_operations_page_shows_the_real_output(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(__file__).parents[2]
@@ -503,7 +504,7 @@ async def test_the_examples_of_the_operations_page_are_what_the_commands_print(
             "tcp://10.0.0.1:5558": engine.replay,
             "feed.jsonl.gz": str(tmp_path / "feed.jsonl.gz"),
         }
-        page = (root / "docs" / "operations.md").read_text()
+        page = (root / "docs" / "troubleshooting.md").read_text()
         for shown, real in names.items():
             page = page.replace(shown, real)
         examples = [

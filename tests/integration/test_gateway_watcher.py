@@ -161,7 +161,7 @@ async def test_a_change_of_health_is_logged_once_not_at_every_look() -> None:
             await eventually(lambda: registry.pods[0].healthy)
             await asyncio.sleep(0.1)
     events = [entry["event"] for entry in logs]
-    assert events == ["pod_discovered", "pod_up", "pod_down", "pod_up"]
+    assert events == ["pod_discovered", "pod_came_up", "pod_went_down", "pod_came_up"]
     assert logs[2]["reason"].endswith("answered 500")
 
 

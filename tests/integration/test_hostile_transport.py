@@ -22,10 +22,9 @@ import pytest
 import zmq
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
-from tests.unit.kvevents.support import contents
+from tests.unit.kvevents.support import RecordingIndex
 
 SCRIPT = Path(__file__).with_name("hostile_engine.py")
 BLOCK = 16
@@ -69,7 +68,7 @@ class Engine:
 class World:
     """An engine, and a subscriber that follows it."""
 
-    def __init__(self, engine: Engine, subscriber: Subscriber, index: MemoryIndex) -> None:
+    def __init__(self, engine: Engine, subscriber: Subscriber, index: RecordingIndex) -> None:
         self.engine = engine
         self.do = engine.do
         self._subscriber = subscriber
@@ -97,7 +96,7 @@ class World:
             while True:
                 truth = await self.do("truth")
                 if self.feed.state is state and not self.feed.backlog and self.seen == truth["next"]:
-                    return contents(self._index, "a").get("m", set()), set(truth["blocks"])
+                    return self._index.contents("a").get("m", set()), set(truth["blocks"])
                 await asyncio.sleep(0.02)
 
     async def exact(self, seconds: float = 15.0) -> None:
@@ -120,13 +119,13 @@ class World:
     @property
     def seen(self) -> int:
         """Batches."""
-        return self.feed._cursor.next if self.feed._cursor else 0
+        return self.feed.position or 0
 
 
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.3)
-    engine, index = Engine(), MemoryIndex()
+    engine, index = Engine(), RecordingIndex()
     await engine.start()
     try:
         async with Subscriber(index=index, blocks=TokenBlockProcessor(BLOCK)) as subscriber:

@@ -13,8 +13,8 @@ import pytest
 
 from matrixinfer.cli import main
 from matrixinfer.index.redis import layout
+from matrixinfer.index.redis.pod_states import PodState, encode
 from matrixinfer.index.redis.reader import BlockReader
-from matrixinfer.index.redis.states import PodState, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import BlockWriter
 from tests import servers
@@ -28,7 +28,7 @@ Ask = Callable[..., Any]
 
 @pytest.fixture
 def ask(valkey: servers.Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
-    """Run `matrixinfer index`; returns what it prints, as JSON where that was asked for."""
+    """Runs `matrixinfer index` and returns what it prints, parsed if it is JSON."""
     valkey.flush()
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(valkey.port))
@@ -36,21 +36,21 @@ def ask(valkey: servers.Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     def run(*arguments: str, exit_code: int = 0) -> Any:
         capfd.readouterr()
         assert main(["index", *arguments]) == exit_code
-        said = capfd.readouterr()
-        assert not (said.err if exit_code < 2 else said.out)
-        return json.loads(said.out) if "--json" in arguments else said.out + said.err
+        out, err = capfd.readouterr()
+        assert not (err if exit_code < 2 else out)
+        return json.loads(out) if "--json" in arguments else out + err
 
     return run
 
 
 def write(server: servers.Server, model: str, pod: str, blocks: range | list[int], at: float | None = None) -> None:
-    """As a writer of another project does."""
+    """Write entries as a writer of another project does."""
     with server.client() as client:
         for block in blocks:
             client.hset(f"{layout.prefix_of(model)}{block}", pod, str(int(time.time() if at is None else at)))
 
 
-def test_stats_count_what_counts_by_model_and_pod(valkey: servers.Server, ask: Ask) -> None:
+def test_stats_count_valid_and_stale_blocks_by_model_and_pod(valkey: servers.Server, ask: Ask) -> None:
     write(valkey, "qwen", "a", range(600))
     write(valkey, "qwen", "b.svc.cluster.local", range(100))
     write(valkey, "llama", "b", range(7), at=time.time() - 2 * DAY)
@@ -58,7 +58,7 @@ def test_stats_count_what_counts_by_model_and_pod(valkey: servers.Server, ask: A
         client.hset(layout.meta_key("qwen"), mapping=META)
         client.hset(layout.EPOCHS, "b", str(int(time.time()) - 60))
         client.hset(layout.STATES, "b", encode(PodState(trust="exact", feed="complete", model="qwen")))
-        client.set("somebody-else's", "1")
+        client.set("unrelated", "1")
     found = ask("stats", "--json")
     assert found["complete"]
     assert found["keys"] == 600 + 7 + 4
@@ -69,17 +69,21 @@ def test_stats_count_what_counts_by_model_and_pod(valkey: servers.Server, ask: A
     assert 50 < qwen["bytes_per_block"] < 500
     assert (llama["blocks"], llama["entries"], llama["stale"], llama["pods"]) == (7, 0, 7, {})
     assert (found["pods"]["b"]["alive"], found["pods"]["b"]["state"]["trust"]) == (False, "exact")
-    told = ask("stats")
-    assert "qwen" in told
-    assert "--limit" not in told
+    table = ask("stats")
+    assert "qwen" in table
+    assert "--limit" not in table
+    for column in ("block_size", "hash_scheme", "bytes_per_block", "lease_seconds", "last_stamp"):
+        assert column in table
 
 
-def test_stats_say_that_the_scan_was_cut_short(valkey: servers.Server, ask: Ask) -> None:
+def test_stats_say_that_the_scan_was_limited(valkey: servers.Server, ask: Ask) -> None:
     write(valkey, "qwen", "a", range(3_000))
     found = ask("stats", "--limit", "1000", "--json")
     assert not found["complete"]
     assert 0 < found["models"]["qwen"]["blocks"] < 3_000
-    assert "Only about 1,000 keys were looked at (--limit)" in ask("stats", "--limit", "1000")
+    assert "Only about 1,000 keys were scanned: more blocks exist. Use --limit to scan more." in ask(
+        "stats", "--limit", "1000"
+    )
 
 
 def test_stats_of_an_empty_server(ask: Ask) -> None:
@@ -87,7 +91,7 @@ def test_stats_of_an_empty_server(ask: Ask) -> None:
     assert " 0 keys" in ask("stats")
 
 
-def test_a_block_is_shown_with_who_holds_it_and_why_some_do_not_count(valkey: servers.Server, ask: Ask) -> None:
+def test_a_block_is_shown_with_its_holders_and_why_entries_are_invalid(valkey: servers.Server, ask: Ask) -> None:
     now = time.time()
     write(valkey, "qwen", "young", [5])
     write(valkey, "qwen", "old", [5], at=now - 2 * DAY)
@@ -95,14 +99,14 @@ def test_a_block_is_shown_with_who_holds_it_and_why_some_do_not_count(valkey: se
     with valkey.client() as client:
         client.hset(layout.EPOCHS, "cleared", str(int(now)))
     holders = ask("show", "qwen", "5", "--json")["holders"]
-    assert {pod: holder["counts"] for pod, holder in holders.items()} == {"young": True, "old": False, "cleared": False}
-    told = ask("show", "qwen", "5")
-    assert "no: too old, and no writer vouches for the pod" in told
-    assert f"no: stamped before the pod's epoch {int(now)}" in told
+    assert {pod: holder["valid"] for pod, holder in holders.items()} == {"young": True, "old": False, "cleared": False}
+    table = ask("show", "qwen", "5")
+    assert "too old, and the pod has no live writer" in table
+    assert f"stamped before the pod's epoch {int(now)}" in table
     with valkey.client() as client:
         client.hset(layout.LEASES, "old", str(int(now) + 15))
-    assert ask("show", "qwen", "5", "--json")["holders"]["old"]["counts"]
-    assert "nobody holds it" in ask("show", "qwen", "6", exit_code=1)
+    assert ask("show", "qwen", "5", "--json")["holders"]["old"]["valid"]
+    assert "no pod holds this block" in ask("show", "qwen", "6", exit_code=1)
 
 
 def test_a_pod_is_shown_with_its_ranks_and_tiers(valkey: servers.Server, ask: Ask) -> None:
@@ -112,25 +116,25 @@ def test_a_pod_is_shown_with_its_ranks_and_tiers(valkey: servers.Server, ask: As
         client.hset(layout.TOKENS, "a@dp0", "3")
         client.hset(layout.STATES, "a@dp0", "no JSON")
     assert list(ask("show", "--pod", "a", "--json")["pods"]) == ["a", "a@dp0", "a~device"]
-    told = ask("show", "--pod", "a")
-    assert "a: holds 10 of 10 blocks" in told
-    assert "token 3" in told
-    assert "no writer has told of it" in ask("show", "--pod", "nobody", exit_code=1)
+    shown = ask("show", "--pod", "a")
+    assert "a: holds 10 of 10 blocks" in shown
+    assert "token 3" in shown
+    assert "no writer has ever written for it" in ask("show", "--pod", "nobody", exit_code=1)
 
 
 @pytest.mark.parametrize("arguments", [(), ("qwen",), ("qwen", "x"), ("qwen", "5", "--pod", "a")])
-def test_what_to_show_must_be_clear(arguments: tuple[str, ...], ask: Ask) -> None:
+def test_show_needs_either_a_block_or_a_pod(arguments: tuple[str, ...], ask: Ask) -> None:
     ask("show", *arguments, exit_code=2)
 
 
 def test_a_pod_without_a_writer_is_purged(valkey: servers.Server, ask: Ask) -> None:
     write(valkey, "qwen", "a", range(10))
     write(valkey, "qwen", "b", range(10))
-    assert "give --yes" in ask("purge", "--pod", "a", exit_code=2)
-    assert "would count no more" in ask("purge", "--pod", "a", "--dry-run")
+    assert "expected --yes" in ask("purge", "--pod", "a", exit_code=2)
+    assert "would be invalid" in ask("purge", "--pod", "a", "--dry-run")
     assert ask("stats", "--json")["models"]["qwen"]["pods"] == {"a": 10, "b": 10}
     purged = ask("purge", "--pod", "a.svc.cluster.local", "--yes", "--json")
-    assert purged["living_writers"] == []
+    assert purged["live_writers"] == []
     assert purged["epochs"]["a"] > int(time.time())
     assert ask("stats", "--json")["models"]["qwen"]["pods"] == {"b": 10}
 
@@ -149,17 +153,17 @@ def test_a_model_is_purged_and_no_other(valkey: servers.Server, ask: Ask) -> Non
 
 
 @pytest.mark.parametrize("what", [("--pod", "a"), ("--model", "qwen")])
-async def test_a_living_writer_writes_anew_what_was_purged(
+async def test_a_live_writer_writes_again_what_was_purged(
     what: tuple[str, str], valkey: servers.Server, ask: Ask
 ) -> None:
     async with Store(valkey.config()) as store, BlockWriter(store, meta=META, max_age=DAY) as writer:
         writer.add("qwen", "a", list(range(10)))
         await writer.flush()
         purged = await asyncio.to_thread(ask, "purge", *what, "--yes", "--json")
-        assert purged["living_writers"] == ["a"]
+        assert purged["live_writers"] == ["a"]
         reader = BlockReader(store, max_age=DAY)
         assert await reader.match("qwen", list(range(11))) == {}
-        writer.add("qwen", "a", [10])  # its next write, or its next sign of life: then it finds out
+        writer.add("qwen", "a", [10])  # it notices the purge with its next write or heartbeat
         async with asyncio.timeout(10):
             while await reader.match("qwen", list(range(11))) != {"a": 11}:
                 await asyncio.sleep(0.05)
@@ -171,19 +175,19 @@ async def test_a_living_writer_writes_anew_what_was_purged(
 @pytest.mark.parametrize(
     "arguments", [("stats",), ("show", "qwen", "1"), ("show", "--pod", "a"), ("purge", "--pod", "a", "--yes")]
 )
-def test_a_server_that_is_not_there_is_told_in_a_sentence_without_the_password(
+def test_a_server_that_is_down_is_reported_in_one_line_without_the_password(
     arguments: tuple[str, ...], tmp_path: Path, ask: Ask
 ) -> None:
     port = servers.free_port()
     config = tmp_path / "gateway.yaml"
     config.write_text(f"redis: {{port: {port}, password: hunter2, username: me}}")
-    said = ask(*arguments, "--config", str(config), exit_code=2)
-    assert said.startswith(f"matrixinfer: Redis at 127.0.0.1:{port} does not answer: ")
-    assert said.count("\n") == 1
-    assert "hunter2" not in said
+    message = ask(*arguments, "--config", str(config), exit_code=2)
+    assert message.startswith(f"matrixinfer: Redis at 127.0.0.1:{port} does not answer: ")
+    assert message.count("\n") == 1
+    assert "hunter2" not in message
 
 
-def test_the_same_on_a_cluster(tmp_path: Path, ask: Ask) -> None:
+def test_every_command_works_on_a_cluster(tmp_path: Path, ask: Ask) -> None:
     with servers.server(tmp_path / "server", "--cluster-enabled", "yes") as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)

@@ -16,8 +16,8 @@ from matrixinfer.index.redis.store import Store
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import CHANNEL, Peers
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load, Prompt, encode
 from tests.integration.gateway_support import eventually
 from tests.servers import Server, free_port, server
@@ -77,7 +77,7 @@ async def test_load_and_prompts_are_heard(valkey: Server) -> None:
 async def test_what_was_computed_is_remembered_where_events_do_not_tell_all(valkey: Server) -> None:
     async with ends(config_of(valkey)) as (one, other):
         for name in ("sure", "unsure", "unknown"):
-            one.history.sent(name, "m", CHAIN)
+            one.history.record_sent(name, "m", CHAIN)
         await eventually(lambda: "unsure" in other.history, SECONDS)
         assert other.history.match("unsure", "m", CHAIN) == 10
         assert "sure" not in other.history
@@ -112,7 +112,7 @@ async def test_a_lost_server_costs_one_line_and_is_found_again(valkey: Server) -
             await eventually(lambda: other.totals() == {"sure": Load(1, 70)}, SECONDS)
             assert one.peers.dropped > 0
     events = [line["event"] for line in lines]
-    assert events.count("peers_lost") == events.count("peers_heard_again") == 2
+    assert events.count("peers_lost") == events.count("peers_restored") == 2
 
 
 async def test_a_server_that_freezes_is_left_in_time(valkey: Server) -> None:

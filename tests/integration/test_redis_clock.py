@@ -1,4 +1,4 @@
-"""A logical clock in stamps of seconds: whatever the clock and the writers do, what counts is what the holder holds."""
+"""Tests the logical clock: with any clock and any order of writers, exactly the blocks of the current writer count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from matrixinfer.index.redis import scripts
-from matrixinfer.index.redis.commands import Commands, Fenced, Hold
+from matrixinfer.index.redis.commands import Commands, Fenced, Lease
 from matrixinfer.index.redis.outbox import Change
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
@@ -23,7 +23,7 @@ META = {"block_size": "128", "hash_scheme": "prefix", "version": "1"}
 
 
 class Clock:
-    """Seconds, of which many steps share one, and which now and then go back."""
+    """Seconds that rarely advance between steps and sometimes go back."""
 
     def __init__(self, random: random.Random) -> None:
         self.now = 1_700_000_000
@@ -37,23 +37,23 @@ class Clock:
 
 
 class Writers:
-    """Two writers of one pod, as `BlockWriter` has them act, and what the present one holds."""
+    """Two writers of one pod that act like `BlockWriter`, and the blocks of the current one."""
 
     def __init__(self, commands: Commands, clock: Clock, random: random.Random) -> None:
         self.held: set[int] = set()
         self._commands = commands
         self._clock = clock
         self._random = random
-        self._holds: dict[str, Hold] = {}
-        self._holder = ""
-        self._least = 0
+        self._leases: dict[str, Lease] = {}
+        self._current = ""
+        self._min_stamp = 0
 
     async def step(self) -> None:
         self._clock.step()
         act = self._random.choices(
             (self._add, self._remove, self._clear, self._take_over, self._late), weights=(6, 3, 2, 1, 1)
         )[0]
-        if self._holder:
+        if self._current:
             await act()
         else:
             await self._take_over()
@@ -70,42 +70,42 @@ class Writers:
 
     async def _clear(self) -> None:
         self.held.clear()
-        await self._commands.set_epoch(self._holds[self._holder], 0, now=self._clock())
+        await self._commands.set_epoch(self._leases[self._current], 0, now=self._clock())
 
     async def _take_over(self) -> None:
-        """The other one writes all that it holds anew, which is something else, and then begins its epoch."""
-        if self._holder and self._random.random() < 0.5:
-            await self._commands.release(self._holds[self._holder])
-        self._holder = "b" if self._holder == "a" else "a"
-        while (hold := await self._acquire()) is None:
-            self._clock.now += 1  # until the other one's lease is over
-        self._holds[self._holder] = hold
-        self._least = hold.next_epoch
+        """The other writer writes other blocks with stamps of a future epoch and then starts that epoch."""
+        if self._current and self._random.random() < 0.5:
+            await self._commands.release(self._leases[self._current])
+        self._current = "b" if self._current == "a" else "a"
+        while (lease := await self._acquire()) is None:
+            self._clock.now += 1  # until the other writer's lease ends
+        self._leases[self._current] = lease
+        self._min_stamp = lease.next_epoch
         self.held = set(self._some())
         for block in self.held:
             self._clock.step()
             await self._write("+", [block])
         self._clock.step()
-        await self._commands.set_epoch(hold, self._least, now=self._clock())
+        await self._commands.set_epoch(lease, self._min_stamp, now=self._clock())
 
-    async def _acquire(self) -> Hold | None:
-        return await self._commands.acquire("pod-a", self._holder, now=self._clock(), lease=LEASE)
+    async def _acquire(self) -> Lease | None:
+        return await self._commands.acquire("pod-a", self._current, now=self._clock(), lease_seconds=LEASE)
 
     async def _late(self) -> None:
-        """The one that had been taken over from wakes up."""
-        late = next((hold for name, hold in self._holds.items() if name != self._holder), None)
+        """The writer that was replaced wakes up."""
+        late = next((lease for name, lease in self._leases.items() if name != self._current), None)
         if late is None:
             return
         with pytest.raises(Fenced):
-            await self._commands.write(late, [self._change("+", list(BLOCKS))], now=self._clock(), least=0)
+            await self._commands.write(late, [self._change("+", list(BLOCKS))], now=self._clock(), min_stamp=0)
         with pytest.raises(Fenced):
-            await self._commands.write(late, [self._change("-", list(BLOCKS))], now=self._clock(), least=0)
+            await self._commands.write(late, [self._change("-", list(BLOCKS))], now=self._clock(), min_stamp=0)
         with pytest.raises(Fenced):
             await self._commands.set_epoch(late, 0, now=self._clock())
 
     async def _write(self, sign: str, blocks: list[int]) -> None:
         change = self._change(sign, blocks)
-        await self._commands.write(self._holds[self._holder], [change], now=self._clock(), least=self._least)
+        await self._commands.write(self._leases[self._current], [change], now=self._clock(), min_stamp=self._min_stamp)
 
     def _change(self, sign: str, blocks: list[int]) -> Change:
         return Change("llama", "+" if sign == "+" else "-", blocks)
@@ -115,7 +115,7 @@ class Writers:
 
 
 async def errors_in(run: int, server: Server, store: Store, *, scripted: bool = True) -> int:
-    """How often a look-up of each block alone tells something else than the holder holds."""
+    """How often a lookup of each block alone differs from the blocks of the current writer."""
     server.flush()
     chance = random.Random(run)
     clock = Clock(chance)
@@ -137,33 +137,33 @@ async def store(valkey: Server) -> AsyncIterator[Store]:
         yield store
 
 
-async def test_two_hundred_histories_without_an_error(valkey: Server, store: Store) -> None:
+async def test_two_hundred_histories_have_no_error(valkey: Server, store: Store) -> None:
     assert sum([await errors_in(run, valkey, store) for run in range(RUNS)]) == 0
 
 
-async def test_nor_by_pipeline(valkey: Server, store: Store) -> None:
+async def test_histories_have_no_error_with_pipelines(valkey: Server, store: Store) -> None:
     assert sum([await errors_in(run, valkey, store, scripted=False) for run in range(RUNS // 10)]) == 0
 
 
 def clears_at_now(source: str) -> str:
-    """An epoch of the present second, which entries of the same second reach."""
+    """Use the current second as the epoch, so that earlier entries of this second still count."""
     return mutated(source, "new = math.max(math.floor(tonumber(ARGV[4])), epoch, last) + 1", "new = tonumber(ARGV[4])")
 
 
 def clears_after_now(source: str) -> str:
-    """An epoch of the next second, which entries of this second do not reach that are written after the clear."""
+    """Use the next second as the epoch, so that entries written after the clear in this second do not count."""
     return mutated(
         source, "new = math.max(math.floor(tonumber(ARGV[4])), epoch, last) + 1", "new = tonumber(ARGV[4]) + 1"
     )
 
 
 def stamps_with_now(source: str) -> str:
-    """Stamps of the clock alone."""
+    """Use the clock alone for stamps."""
     return mutated(source, "math.max(math.floor(tonumber(ARGV[3])), tonumber(ARGV[4]), epoch)", "tonumber(ARGV[3])")
 
 
 def counts_above(source: str) -> str:
-    """Only what is stamped after the epoch."""
+    """Count only entries with a stamp above the epoch."""
     return mutated(source, "if seen[name] >= floor then", "if seen[name] > floor then")
 
 

@@ -1,4 +1,4 @@
-"""Every way to reach a server, and what is said when it cannot be reached."""
+"""Tests every way to reach a server, and the errors if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HASHES = list(range(1, 9))
 
 
 async def works(config: RedisConfig) -> RedisIndex:
-    """Write and read what was written. Returns the index, closed."""
+    """Write blocks and read them back. Returns the closed index."""
     async with opened(config) as index:
         index.add("llama", "pod-a", HASHES, None)
         index.add("llama", "pod-b", HASHES[:3], None)
@@ -48,7 +48,7 @@ def fresh(valkey: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a password, a user who may do all, and one who may not run scripts."""
+    """A server with a password, a user with all rights, and a user who may not run scripts."""
     with server(
         tmp_path_factory.mktemp("locked"),
         *("--requirepass", SECRET),
@@ -62,7 +62,7 @@ async def test_host_and_port(fresh: Server) -> None:
     await works(fresh.config())
 
 
-async def test_host_port_and_password_of_the_environment(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_host_port_and_password_from_the_environment(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(locked.port))
     monkeypatch.setenv("REDIS_PASSWORD", SECRET)
@@ -118,18 +118,18 @@ async def tls(fresh: Server, signed: tuple[str, object]) -> AsyncIterator[Proxy]
         yield proxy
 
 
-async def test_tls_with_a_certificate_that_is_trusted(fresh: Server, tls: Proxy, signed: tuple[str, object]) -> None:
+async def test_tls_with_a_trusted_certificate(fresh: Server, tls: Proxy, signed: tuple[str, object]) -> None:
     await works(fresh.config(host="localhost", port=tls.port, tls=TlsConfig(ca_file=signed[0])))
     assert tls.connections
 
 
 @pytest.mark.parametrize("trusts", [False, True])
-async def test_tls_is_refused_for_strangers_and_other_names(
+async def test_tls_is_refused_for_untrusted_certificates_and_other_names(
     fresh: Server, tls: Proxy, signed: tuple[str, object], trusts: bool
 ) -> None:
     config = fresh.config(
         port=tls.port, tls=TlsConfig(ca_file=signed[0] if trusts else None)
-    )  # 127.0.0.1 is no localhost
+    )  # the certificate is for localhost, not for 127.0.0.1
     async with Store(config) as store:
         index = RedisIndex(store, BLOCKS, max_age=60)
         with pytest.raises(IndexUnavailable, match="certificate verify failed"):
@@ -150,7 +150,7 @@ async def test_debians_redis(tmp_path: Path) -> None:
         await works(made.config(scripts=False))
 
 
-# What comes between
+# Interruptions
 
 
 async def test_scripts_that_the_server_forgot_are_loaded_again(fresh: Server) -> None:
@@ -165,7 +165,7 @@ async def test_scripts_that_the_server_forgot_are_loaded_again(fresh: Server) ->
         assert index.writer.stats.failures == 0
 
 
-async def test_a_server_that_starts_again_is_filled_again(tmp_path: Path) -> None:
+async def test_a_restarted_server_is_filled_again(tmp_path: Path) -> None:
     with server(tmp_path) as made:
         async with opened(made.config()) as index:
             index.add("llama", "pod-a", HASHES, None)
@@ -180,7 +180,7 @@ async def test_a_server_that_starts_again_is_filled_again(tmp_path: Path) -> Non
             assert index.writer.stats.resyncs == 2
 
 
-async def test_a_frozen_server_is_late_and_its_late_answers_are_nobodys(tmp_path: Path) -> None:
+async def test_a_frozen_server_is_late_and_its_late_answers_are_ignored(tmp_path: Path) -> None:
     with server(tmp_path) as made:
         async with opened(made.config(connections=2)) as index:
             index.add("llama", "pod-a", HASHES, None)
@@ -215,7 +215,7 @@ async def test_a_frozen_server_is_late_and_its_late_answers_are_nobodys(tmp_path
                     assert await patient.match("llama", HASHES) == {"pod-a": 8}
 
 
-async def test_a_write_that_was_given_up_and_arrives_late_changes_nothing(
+async def test_an_abandoned_write_that_arrives_late_changes_nothing(
     fresh: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.index.redis.store.REPLY_SECONDS", 0.3)
@@ -237,15 +237,15 @@ async def test_a_write_that_was_given_up_and_arrives_late_changes_nothing(
         assert await eye.match("llama", HASHES) == {"pod-a": 7}
         proxy.deliver()
         await proxy.settled()
-        assert index.writer.stats.resyncs == 1  # in the beginning
+        assert index.writer.stats.resyncs == 1  # at the start
         assert await eye.match("llama", HASHES) == {"pod-a": 7}
 
 
-# What is said
+# Messages
 
 
 @pytest.mark.parametrize("username", [None, "writer", "nobody"])
-async def test_the_password_is_never_told(
+async def test_the_password_is_never_revealed(
     locked: Server, username: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wrong = SECRET + "-of-yore"
@@ -257,7 +257,7 @@ async def test_the_password_is_never_told(
         async with asyncio.timeout(30):
             while not index.writer.stats.failures:
                 await asyncio.sleep(0.01)
-        told = [
+        texts = [
             repr(config),
             str(config),
             repr(Config(redis=config)),
@@ -266,17 +266,17 @@ async def test_the_password_is_never_told(
             repr(logs),
         ]
         store = index.reader._store
-        told += [repr(store), repr(store.client), repr(store.client.connection_pool)]  # type: ignore[union-attr]
-    told += [*traceback.format_exception(caught.value), *capfd.readouterr()]
+        texts += [repr(store), repr(store.client), repr(store.client.connection_pool)]  # type: ignore[union-attr]
+    texts += [*traceback.format_exception(caught.value), *capfd.readouterr()]
     assert "invalid username-password pair" in str(caught.value)
-    for text in told:
+    for text in texts:
         assert SECRET not in text
     with pytest.raises(IndexUnavailable, match="uthentication"):
         async with Store(locked.config()) as store:
             await RedisIndex(store, BLOCKS, max_age=60).match("llama", HASHES)
 
 
-async def test_a_server_that_is_not_there() -> None:
+async def test_a_server_that_does_not_listen() -> None:
     nowhere = RedisConfig(host="127.0.0.1", port=free_port(), password=SECRET, deadline_seconds=5.0)
     async with Store(nowhere) as store:
         with pytest.raises(IndexUnavailable) as caught:

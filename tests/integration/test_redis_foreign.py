@@ -1,4 +1,4 @@
-"""What others write, by a plain client as they write it: read by script and by pipeline alike, and they read ours."""
+"""Tests the exchange with writers of other projects, which a plain client imitates, by script and by pipeline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ tables = st.dictionaries(names, stamps, max_size=6)
 
 
 def chain(count: int) -> list[int]:
-    """Hashes of 64 bits, as some have them whose hash keeps the top bit."""
+    """Hashes of 64 bits, as in projects that keep the top bit."""
     return [int.from_bytes(hashlib.sha256(str(n).encode()).digest()[:8], "big") for n in range(count)]
 
 
@@ -73,7 +73,7 @@ def fill(
 
 
 async def both_ways(server: Server, hashes: list[int], *, now: float = NOW, max_age: float = MAX_AGE) -> dict[str, int]:
-    """The answer, which is the same by script and by pipeline."""
+    """The answer, which must be the same by script and by pipeline."""
     answers = []
     for scripts in (True, False):
         async with Store(server.config(scripts=scripts)) as store:
@@ -106,7 +106,7 @@ async def test_script_and_pipeline_give_the_same_answer(
 
 @settings(max_examples=5)
 @given(spread=st.lists(st.integers(0, 3), min_size=3, max_size=3), seed=st.integers(1, 100))
-async def test_also_with_thousands_of_pods(valkey: Server, spread: list[int], seed: int) -> None:
+async def test_script_and_pipeline_agree_with_thousands_of_pods(valkey: Server, spread: list[int], seed: int) -> None:
     blocks: list[dict[str | bytes, str | bytes]] = [
         {
             f"pod-{n}.ns{SUFFIX if (n * seed + skew) % 3 == 0 else ''}": str(NOW - n * 40)
@@ -122,7 +122,7 @@ async def test_also_with_thousands_of_pods(valkey: Server, spread: list[int], se
     assert 1_000 < len(found) < 4_500
 
 
-async def test_both_spellings_of_a_pod_at_alternate_blocks_are_one_pod(valkey: Server) -> None:
+async def test_both_spellings_of_a_pod_are_one_pod(valkey: Server) -> None:
     fill(valkey, [{f"pod-a.ns{SUFFIX if n % 2 else ''}": str(NOW)} for n in range(9)])
     assert await both_ways(valkey, chain(9)) == {"pod-a.ns": 9}
 
@@ -135,7 +135,7 @@ async def test_a_chain_over_several_round_trips(valkey: Server) -> None:
 
 
 def old_hash(tokens: list[int]) -> int:
-    """The documented hash of a block alone: SHA-256 of the tokens as 4 bytes each, big endian."""
+    """The documented hash of a separate block: SHA-256 of the tokens, 4 bytes each, big-endian."""
     digest = hashlib.sha256(b"".join(struct.pack(">I", token) for token in tokens)).digest()
     return int.from_bytes(digest[:8], "big") & (2**63 - 1)
 
@@ -155,7 +155,7 @@ async def index(valkey: Server) -> AsyncIterator[RedisIndex]:
         yield index
 
 
-async def test_what_existing_writers_store_is_read(valkey: Server, index: RedisIndex) -> None:
+async def test_blocks_of_existing_writers_are_read(valkey: Server, index: RedisIndex) -> None:
     with valkey.client() as client:
         for n, key in enumerate(OLD_KEYS):
             client.hset(key, "pod-name-1.namespace.svc.cluster.local", str(NOW - 60))
@@ -167,7 +167,7 @@ async def test_what_existing_writers_store_is_read(valkey: Server, index: RedisI
     assert await index.match(MODEL, BLOCKS.chain(TOKENS, salt="secret")) == {}
 
 
-async def test_what_is_written_is_read_by_the_documented_layout(valkey: Server, index: RedisIndex) -> None:
+async def test_written_blocks_have_the_documented_layout(valkey: Server, index: RedisIndex) -> None:
     index.add(MODEL, "pod-name-1.namespace", BLOCKS.chain(TOKENS)[:], None)
     index.remove(MODEL, "pod-name-1.namespace", BLOCKS.chain(TOKENS)[4:])
     await index.flush()
@@ -183,7 +183,7 @@ async def test_what_is_written_is_read_by_the_documented_layout(valkey: Server, 
         assert set(client.scan_iter("matrix:kv:block:*")) == set(OLD_KEYS[:4])
 
 
-async def test_pods_of_others_stay_beside_ours(valkey: Server, index: RedisIndex) -> None:
+async def test_pods_of_other_writers_stay_unchanged(valkey: Server, index: RedisIndex) -> None:
     theirs = "pod-name-2.namespace.svc.cluster.local"
     with valkey.client() as client:
         client.hset(OLD_KEYS[0], theirs, str(NOW - 60))

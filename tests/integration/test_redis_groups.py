@@ -1,4 +1,4 @@
-"""Cluster, and servers behind Sentinel."""
+"""Tests Cluster and servers behind Sentinel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
 
 
 async def matched(index: RedisIndex, hashes: list[int]) -> dict[str, int]:
-    """The answer, once there is one."""
+    """Wait for an answer and return it."""
     async with asyncio.timeout(SETTLE_SECONDS):
         while True:
             try:
@@ -61,7 +61,7 @@ async def test_blocks_are_spread_over_a_cluster(nodes: list[Server]) -> None:
     assert all(held)
 
 
-async def test_on_a_cluster_another_writer_takes_over_and_the_first_one_sees_it(nodes: list[Server]) -> None:
+async def test_on_a_cluster_another_writer_takes_over_and_the_first_one_notices(nodes: list[Server]) -> None:
     config = nodes[0].config(cluster=True)
     async with opened(config) as second:
         async with opened(config) as first:
@@ -113,19 +113,19 @@ async def test_the_next_master_is_found_and_filled(tmp_path: Path) -> None:
 
 
 def knows_all(addresses: tuple[str, ...]) -> bool:
-    """Whether every Sentinel knows the replica and the other two."""
-    told = []
+    """Whether every Sentinel knows the replica and the other two Sentinels."""
+    states = []
     for address in addresses:
         there = Server(folder=Path(), port=int(address.rpartition(":")[2]))
         with there.client() as client:
             try:
-                told.append(client.sentinel_master("mymaster"))
+                states.append(client.sentinel_master("mymaster"))
             except redis.ConnectionError:
                 return False
-    return all(each["num-slaves"] == 1 and each["num-other-sentinels"] == 2 for each in told)
+    return all(each["num-slaves"] == 1 and each["num-other-sentinels"] == 2 for each in states)
 
 
-async def test_a_cluster_that_is_lost_is_unavailable_like_any_other_server(tmp_path: Path) -> None:
+async def test_a_lost_cluster_is_unavailable_like_any_other_server(tmp_path: Path) -> None:
     with cluster(tmp_path) as nodes:
         config = nodes[0].config(cluster=True)
         async with opened(config) as index:
@@ -140,7 +140,7 @@ async def test_a_cluster_that_is_lost_is_unavailable_like_any_other_server(tmp_p
             assert index.reader.circuit == "open"
 
 
-async def test_a_server_that_is_no_cluster_is_unavailable_as_one(tmp_path: Path) -> None:
+async def test_a_single_server_is_unavailable_as_a_cluster(tmp_path: Path) -> None:
     with server(tmp_path) as alone:
         async with opened(alone.config(cluster=True)) as index:
             with pytest.raises(IndexUnavailable):

@@ -1,4 +1,4 @@
-"""What counts no more is deleted in the background, and nothing else is."""
+"""Tests that the reclaimer deletes exactly the entries that no longer count."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def valkey(tmp_path: Path) -> Iterator[Server]:
 
 
 async def entries(store: Store) -> dict[str, int]:
-    """How many each pod has, whether they count or not."""
+    """Number of entries of each pod, whether they count or not."""
     found: dict[str, int] = {}
     async for page in scan.pages(store):
         for block in page:
@@ -37,7 +37,7 @@ async def entries(store: Store) -> dict[str, int]:
     return found
 
 
-async def test_cleared_and_aged_entries_go(valkey: Server) -> None:
+async def test_cleared_and_expired_entries_are_deleted(valkey: Server) -> None:
     async with opened(valkey.config()) as index, Store(valkey.config()) as store:
         index.add("m", "cleared", HASHES, None)
         index.add("m", "alive", HASHES[:30], None)
@@ -61,7 +61,7 @@ async def test_cleared_and_aged_entries_go(valkey: Server) -> None:
         assert client.exists(f"{layout.prefix_of('m')}40") == 0
 
 
-async def test_what_was_stamped_anew_meanwhile_stays(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_entries_that_were_restamped_meanwhile_stay(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(valkey.config()) as index, Store(valkey.config()) as store:
         index.add("m", "pod", HASHES, None)
         await index.flush()
@@ -81,16 +81,18 @@ async def test_what_was_stamped_anew_meanwhile_stays(valkey: Server, monkeypatch
         assert await index.match("m", HASHES) == {"pod": 40}
 
 
-async def test_one_process_at_a_time(valkey: Server) -> None:
+async def test_only_one_process_scans_at_a_time(valkey: Server) -> None:
     async with Store(valkey.config()) as store:
         first = Reclaimer(store, max_age=DAY, keys_per_second=1.0)
         second = Reclaimer(store, max_age=DAY, keys_per_second=1.0)
-        assert (await first._is_alone(), await second._is_alone()) == (True, False)
+        assert (await first.take_lock(), await second.take_lock()) == (True, False)
         with valkey.client() as client:
             assert 0 < client.ttl(LOCK) <= 60
 
 
-async def test_on_a_cluster_too_and_what_slipped_in_is_healed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_on_a_cluster_writes_that_slipped_through_are_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("matrixinfer.index.redis.writer.RECONCILE_SECONDS", 1.0)
     with cluster(tmp_path) as nodes:
         config = nodes[0].config(cluster=True)
@@ -103,7 +105,7 @@ async def test_on_a_cluster_too_and_what_slipped_in_is_healed(tmp_path: Path, mo
             assert await Reclaimer(store, max_age=DAY, keys_per_second=1e9).once() == 40
             assert await entries(store) == {"pod": 40}
             client = store.client
-            await client.hdel(f"{layout.prefix_of('m')}3", "pod")  # as a writer of before does that wakes up
+            await client.hdel(f"{layout.prefix_of('m')}3", "pod")  # like an earlier writer that wakes up
             await client.hset(f"{layout.prefix_of('m')}5", "pod", "1")
             assert await index.match("m", HASHES) == {"pod": 2}
             deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""Writers of one pod: fenced, taken over from, lost in doubt and in time, and never a reader who sees an empty pod."""
+"""Tests writers that compete for one pod: fencing, takeovers and resyncs, during which readers never see an empty pod."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.index.redis import writer as module
-from matrixinfer.index.redis.commands import Commands, Hold
+from matrixinfer.index.redis.commands import Commands, Lease
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
@@ -55,16 +55,18 @@ async def eye(there: Server, clock: Clock) -> AsyncIterator[BlockReader]:
 
 
 @asynccontextmanager
-async def opened(there: Server, name: str, clock: Clock) -> AsyncIterator[BlockWriter]:
+async def opened(
+    there: Server, name: str, clock: Clock, is_known: Callable[[str], bool] | None = None
+) -> AsyncIterator[BlockWriter]:
     async with (
         Store(there.config()) as store,
-        BlockWriter(store, meta=META, max_age=MAX_AGE, clock=clock, name=name) as made,
+        BlockWriter(store, meta=META, max_age=MAX_AGE, clock=clock, name=name, is_known=is_known) as made,
     ):
         yield made
 
 
 async def tick(*writers: BlockWriter) -> None:
-    """Let writers do what is due."""
+    """Let writers do the work that is due."""
     for each in writers:
         each._wake()
         await each.flush()
@@ -77,7 +79,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def held(eye: BlockReader, blocks: Sequence[int]) -> set[int]:
-    """Which blocks count for pod-a, each alone."""
+    """The blocks that count for pod-a, each looked up alone."""
     return {block for block in blocks if "pod-a" in await eye.match("llama", [block])}
 
 
@@ -123,9 +125,7 @@ async def test_a_standby_takes_over_once_the_lease_is_over(there: Server, eye: B
         assert await eye.match("llama", CHAIN) == {"pod-a": 4, "pod-b": 3}
 
 
-async def test_a_lease_that_is_released_is_taken_at_the_next_look(
-    there: Server, eye: BlockReader, clock: Clock
-) -> None:
+async def test_a_released_lease_is_taken_at_the_next_tick(there: Server, eye: BlockReader, clock: Clock) -> None:
     async with opened(there, "standby", clock) as standby:
         async with opened(there, "leaves", clock) as leaves:
             leaves.add("llama", "pod-a", CHAIN[:8])
@@ -140,7 +140,7 @@ async def test_a_lease_that_is_released_is_taken_at_the_next_look(
         assert await eye.match("llama", CHAIN) == {"pod-a": 5}
 
 
-async def test_a_clock_that_is_set_back_keeps_nobody_out_for_long(there: Server, clock: Clock) -> None:
+async def test_a_clock_that_goes_back_does_not_block_other_writers_for_long(there: Server, clock: Clock) -> None:
     async with opened(there, "crashes", clock) as crashes:
         crashes.follow("pod-a")
         await crashes.flush()
@@ -153,14 +153,14 @@ async def test_a_clock_that_is_set_back_keeps_nobody_out_for_long(there: Server,
             assert standby.is_writer("pod-a")
 
 
-async def test_what_was_dropped_in_an_overflow_is_written_anew(
+async def test_changes_dropped_by_an_overflow_are_written_again(
     there: Server, eye: BlockReader, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WAITING_MAX", 10)
     async with opened(there, "writer", clock) as made:
         made.add("llama", "pod-a", CHAIN[:8])
         await made.flush()
-        clock.now += 3  # less than until the lease is renewed, so what follows is stamped beyond the epoch of then
+        clock.now += 3  # the lease is not renewed yet, so the next stamps exceed its next epoch
         made.add("llama", "pod-a", CHAIN[8:16])
         await made.flush()
         clock.now += 1
@@ -187,13 +187,13 @@ async def test_a_server_that_was_replaced_is_filled_without_a_write(
             there.kill()
             there.start()
             clock.now += RENEW_SECONDS
-            await until(lambda: made.stats.resyncs == 2 and not made._pods["pod-a"].doubtful)
+            await until(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
             assert await eye.match("llama", CHAIN) == {"pod-a": 400}
             with there.client() as client:
                 assert client.hgetall("matrix:kv:meta:llama") == META
 
 
-async def test_another_server_with_the_same_data_is_not_believed(
+async def test_another_server_with_the_same_data_is_not_trusted(
     there: Server, eye: BlockReader, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(there, "writer", clock) as made:
@@ -207,11 +207,11 @@ async def test_another_server_with_the_same_data_is_not_believed(
 
         monkeypatch.setattr(made._store, "server_id", other)
         clock.now += RENEW_SECONDS
-        await until(lambda: made.stats.resyncs == 2 and not made._pods["pod-a"].doubtful)
+        await until(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
         assert await eye.match("llama", CHAIN) == {"pod-a": 5}
 
 
-async def test_what_is_held_is_stamped_anew_within_a_third_of_the_age(
+async def test_blocks_are_restamped_within_a_third_of_the_maximum_age(
     there: Server, eye: BlockReader, clock: Clock
 ) -> None:
     keys = [f"matrix:kv:block:llama@{block}" for block in CHAIN[:50]]
@@ -225,7 +225,7 @@ async def test_what_is_held_is_stamped_anew_within_a_third_of_the_age(
                 clock.now += 90
                 for _ in range(4):  # ten blocks a tick
                     await tick(made)
-                # What others do who write there: away with fields that are too old.
+                # Other writers delete fields that are too old.
                 for key in keys:
                     for field, stamp in client.hgetall(key).items():
                         if int(stamp) < clock.now - MAX_AGE:
@@ -233,13 +233,13 @@ async def test_what_is_held_is_stamped_anew_within_a_third_of_the_age(
                         elif field == "pod-a":
                             assert int(stamp) >= clock.now - MAX_AGE / 3
             assert set(client.hgetall(keys[0])) == {"pod-a"}
-    assert await eye.match("llama", CHAIN) == {"pod-a": 30}  # also with nobody who vouches for it
+    assert await eye.match("llama", CHAIN) == {"pod-a": 30}  # even without a living writer
     assert made.stats.restamped >= 30 * 4
     assert made.stats.resyncs == 1
 
 
 @pytest.mark.parametrize(("before", "after"), [(400, 300), (200, 400), (400, 400)])
-async def test_a_resync_has_no_blind_moment(
+async def test_readers_never_see_an_empty_pod_during_a_resync(
     there: Server, eye: BlockReader, clock: Clock, before: int, after: int
 ) -> None:
     async with opened(there, "first", Clock()) as first, opened(there, "second", clock) as second:
@@ -257,14 +257,14 @@ async def test_a_resync_has_no_blind_moment(
     assert min(seen) >= min(before, after)
 
 
-async def test_a_pod_that_comes_back_while_it_is_let_go_of_is_not_lost(
+async def test_a_pod_that_comes_back_during_its_release_is_not_lost(
     there: Server, eye: BlockReader, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(there, "writer", clock) as made:
         release = Commands.release
 
-        async def released(commands: Commands, hold: Hold, **more: Any) -> Any:
-            await release(commands, hold, **more)
+        async def released(commands: Commands, lease: Lease, **more: Any) -> Any:
+            await release(commands, lease, **more)
             made.add("llama", "pod-a", CHAIN[:3])
 
         made.add("llama", "pod-a", CHAIN[:9])
@@ -281,7 +281,7 @@ async def test_a_pod_that_comes_back_while_it_is_let_go_of_is_not_lost(
         assert made.pods == []
 
 
-async def test_what_waits_at_the_end_is_written(there: Server, eye: BlockReader, clock: Clock) -> None:
+async def test_remaining_changes_are_written_at_the_end(there: Server, eye: BlockReader, clock: Clock) -> None:
     async with opened(there, "leaves", clock) as leaves:
         leaves.add("llama", "pod-a", CHAIN[:8])
         await leaves.flush()
@@ -289,12 +289,14 @@ async def test_what_waits_at_the_end_is_written(there: Server, eye: BlockReader,
     assert await eye.match("llama", CHAIN) == {"pod-a": 4}
 
 
-async def test_who_does_not_know_what_a_pod_holds_leaves_it_to_others(
+async def test_a_writer_that_does_not_know_the_content_of_a_pod_releases_it(
     there: Server, eye: BlockReader, clock: Clock
 ) -> None:
-    async with opened(there, "blind", clock) as blind, opened(there, "sees", clock) as sees:
-        known = {"pod-a"}
-        blind.is_known = known.__contains__
+    known = {"pod-a"}
+    async with (
+        opened(there, "blind", clock, is_known=known.__contains__) as blind,
+        opened(there, "sees", clock) as sees,
+    ):
         blind.add("llama", "pod-a", CHAIN[:8])
         await blind.flush()
         sees.add("llama", "pod-a", CHAIN[:5])
@@ -312,12 +314,13 @@ async def test_who_does_not_know_what_a_pod_holds_leaves_it_to_others(
         assert not blind.is_writer("pod-a")
 
 
-async def test_a_pod_that_leaves_in_doubt_is_cleared(there: Server, eye: BlockReader, clock: Clock) -> None:
-    async with opened(there, "writer", clock) as made:
+async def test_a_pod_that_leaves_before_a_resync_is_cleared(there: Server, eye: BlockReader, clock: Clock) -> None:
+    known = {"pod-a"}
+    async with opened(there, "writer", clock, is_known=known.__contains__) as made:
         made.add("llama", "pod-a", CHAIN[:8])
         await made.flush()
-        made._pods["pod-a"].doubtful = True
-        made.is_known = lambda _: False  # its feed is gone already
+        made._pods["pod-a"].needs_resync = True
+        known.clear()  # its feed is gone already
         made.forget("pod-a")
         await made.flush()
         assert await eye.match("llama", CHAIN) == {}

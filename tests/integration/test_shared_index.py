@@ -216,7 +216,7 @@ async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
     engines: Sequence[SimEngine], redis: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = structlog.testing.CapturingLogger()
-    monkeypatch.setattr("matrixinfer.index.redis.states.log", told)
+    monkeypatch.setattr("matrixinfer.index.redis.pod_states.log", told)
     with redis.client() as client:
         client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
     async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
@@ -225,7 +225,7 @@ async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
     (call,) = told.calls
     assert (call.method_name, call.args, call.kwargs["there"]["block_size"]) == (
         "warning",
-        ("redis_scheme_differs",),
+        ("redis_scheme_differed",),
         "16",
     )
 

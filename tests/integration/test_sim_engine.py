@@ -43,7 +43,7 @@ async def test_a_chat_is_answered_in_openais_shape(tokenizer: LocalTokenizer) ->
     }
 
 
-async def test_the_next_turn_hits_the_whole_turn_before(tokenizer: LocalTokenizer) -> None:
+async def test_the_next_turn_hits_the_whole_previous_turn(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client:
         first = await client.post(CHAT, {"messages": MESSAGES, "max_tokens": 30})
         turn = [*MESSAGES, first["choices"][0]["message"], {"role": "user", "content": "Go on."}]
@@ -52,7 +52,7 @@ async def test_the_next_turn_hits_the_whole_turn_before(tokenizer: LocalTokenize
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == computed // 4 * 4
 
 
-async def test_a_streamed_chat_gives_a_chunk_per_token_and_then_the_usage(tokenizer: LocalTokenizer) -> None:
+async def test_a_streamed_chat_has_a_chunk_per_token_and_then_the_usage(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client:
         body = {"messages": MESSAGES, "max_tokens": 5}
         whole = await client.post(CHAT, body)
@@ -67,7 +67,7 @@ async def test_a_streamed_chat_gives_a_chunk_per_token_and_then_the_usage(tokeni
     assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == (whole["usage"]["prompt_tokens"] - 1) // 4 * 4
 
 
-async def test_a_streamed_completion_ends_by_itself_without_a_bound(tokenizer: LocalTokenizer) -> None:
+async def test_a_streamed_completion_without_max_tokens_ends(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client:
         chunks = await client.stream(COMPLETIONS, {"prompt": "The river"})
     assert len(chunks) == CONFIG.default_max_tokens
@@ -135,7 +135,7 @@ async def test_a_request_may_fill_the_context_exactly(tokenizer: LocalTokenizer)
     assert answer["usage"]["total_tokens"] == bounded["usage"]["total_tokens"] == 199 * 4
 
 
-async def test_events_tell_what_is_stored_and_a_replay_repeats_them(tokenizer: LocalTokenizer) -> None:
+async def test_events_report_stored_blocks_and_a_replay_repeats_them(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client, subscribed(client.engine) as feed:
         await client.complete([1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1)
         await client.complete([1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1, cache_salt="s")
@@ -173,20 +173,20 @@ async def test_a_hit_publishes_nothing(tokenizer: LocalTokenizer) -> None:
         assert await client.complete([1, 2, 3, 4, 5]) == 0
         await feed.next()
         assert await client.complete([1, 2, 3, 4, 5]) == 4
-        assert await feed.nothing()
+        assert await feed.is_silent()
 
 
-async def test_a_reset_is_published_with_the_next_step_and_first(tokenizer: LocalTokenizer) -> None:
+async def test_a_reset_is_published_first_in_the_next_step(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client, subscribed(client.engine) as feed:
         await client.complete([1, 2, 3, 4, 5])
         await feed.next()
         assert await client.post("/reset_prefix_cache", {}) == {"success": True}
-        assert await feed.nothing()
+        assert await feed.is_silent()
         assert await client.complete([1, 2, 3, 4, 5]) == 0
         assert [event["type"] for event in await feed.events()] == ["AllBlocksCleared", "BlockStored"]
 
 
-async def test_a_client_that_goes_away_aborts_its_request_and_leaves_its_blocks(tokenizer: LocalTokenizer) -> None:
+async def test_a_disconnected_client_aborts_its_request_and_its_blocks_stay_cached(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, replace(CONFIG, timing=SLOW)) as client:
         body = {"model": "sim", "prompt": [1, 2, 3, 4, 5], "max_tokens": 500, "stream": True}
         async with client.session.post(COMPLETIONS, json=body) as response:
@@ -199,7 +199,7 @@ async def test_a_client_that_goes_away_aborts_its_request_and_leaves_its_blocks(
         assert await client.complete([1, 2, 3, 4, 5]) == 4
 
 
-async def test_tokenize_gives_the_ids_that_the_engine_then_caches(tokenizer: LocalTokenizer) -> None:
+async def test_tokenize_returns_the_ids_that_the_engine_caches(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer) as client, subscribed(client.engine) as feed:
         answer = await client.post("/tokenize", {"messages": MESSAGES})
         await client.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})
@@ -230,7 +230,7 @@ async def test_the_engine_says_what_it_serves_and_where_its_events_are(tokenizer
     ]
 
 
-async def test_metrics_bear_vllms_names(tokenizer: LocalTokenizer) -> None:
+async def test_metrics_have_vllms_names(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, replace(CONFIG, timing=SLOW)) as client:
         await client.complete([1, 2, 3, 4, 5])
         busy = asyncio.create_task(client.complete([1, 2, 3, 4, 5, 6], max_tokens=10))
@@ -294,6 +294,6 @@ async def test_the_command_prints_its_endpoints_and_stops_on_sigterm() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"max_model_len": 145}, {"block_size": 0}, {"num_blocks": 1}, {"max_sequences": 0}])
-def test_sizes_that_cannot_work_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"exceeds the cache|need room"):
+def test_sizes_out_of_range_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"max_model_len|of at least 1"):
         SimEngineConfig(**{"num_blocks": 10, "block_size": 16, **sizes})  # type: ignore[arg-type]

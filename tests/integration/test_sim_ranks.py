@@ -1,4 +1,4 @@
-"""A simulated engine of several data-parallel ranks, and one with LoRA adapters, over real HTTP and ZMQ."""
+"""Simulated engines with several data-parallel ranks, and with LoRA adapters, over real HTTP and ZMQ."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LORA = replace(CONFIG, loras=("french", "terse"))
 SLOW = Timing(step=0.05, prefill_token=0, decode_sequence=0)
 
 
-def neighbours(count: int) -> int:
-    """The first of some free ports in a row."""
+def free_ports(count: int) -> int:
+    """The first of `count` consecutive free ports."""
     for _ in range(50):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port: int = taken.getsockname()[1]
@@ -33,7 +33,7 @@ def neighbours(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-async def test_each_rank_is_a_cache_with_a_feed_of_its_own(tokenizer: LocalTokenizer) -> None:
+async def test_each_rank_has_its_own_cache_and_feed(tokenizer: LocalTokenizer) -> None:
     async with (
         running(tokenizer, RANKS) as client,
         subscribed(client.engine, 0) as first,
@@ -58,7 +58,7 @@ async def test_each_rank_is_a_cache_with_a_feed_of_its_own(tokenizer: LocalToken
 
 
 async def test_ranks_publish_on_the_ports_after_the_given_ones(tokenizer: LocalTokenizer) -> None:
-    port = neighbours(4)
+    port = free_ports(4)
     async with running(tokenizer, replace(RANKS, kv_port=port, replay_port=port + 2)) as client:
         sources = await client.get("/kv_event_sources")
     assert [(source["endpoint"], source["replay_endpoint"]) for source in sources.values()] == [
@@ -79,14 +79,14 @@ async def test_a_rank_out_of_range_is_refused_in_vllms_words(tokenizer: LocalTok
     }
 
 
-async def test_without_a_rank_or_with_a_word_for_one_the_engine_takes_turns(tokenizer: LocalTokenizer) -> None:
+async def test_without_a_valid_rank_header_the_engine_takes_turns(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, RANKS) as client:
         assert [await client.complete(PROMPT) for _ in range(2)] == [0, 0]
         assert [await client.complete(PROMPT, rank=rank) for rank in ("x", "")] == [8, 8]
         assert [rank.stats.prefix_queries for rank in client.engine.ranks] == [18, 18]
 
 
-async def test_without_a_rank_the_engine_takes_the_one_with_less_to_do(tokenizer: LocalTokenizer) -> None:
+async def test_without_a_rank_header_the_least_busy_rank_is_chosen(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, replace(RANKS, timing=SLOW)) as client:
         first, second = client.engine.ranks
         busy = [asyncio.create_task(client.complete([i] * 9, max_tokens=9, rank=1)) for i in range(3)]
@@ -133,5 +133,5 @@ async def test_adapters_are_listed_under_their_model_and_share_no_blocks(tokeniz
 
 @pytest.mark.parametrize("wrong", [{"data_parallel_size": 0}, {"loras": ("sim",)}, {"loras": ("a", "a")}])
 def test_no_ranks_and_names_used_twice_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"at least one rank|one name"):
+    with pytest.raises(ValueError, match=r"at least one rank|the same name twice"):
         replace(CONFIG, **wrong)  # type: ignore[arg-type]

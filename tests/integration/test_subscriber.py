@@ -274,7 +274,11 @@ async def test_an_engine_whose_events_cannot_be_trusted_is_named_with_the_reason
             engine.publisher.publish(msgspec.msgpack.encode([0.0, [page], None]))
             await until(lambda: feed.state is FeedState.UNTRUSTED)
     assert held(index) == 0
-    states = [(line["state"], line.get("reason")) for line in logs if line["event"] == "kv_events_state"]
+    states = [
+        (line["state"], line.get("reason"))
+        for line in logs
+        if line["event"] in {"kv_events_state_changed", "kv_events_degraded"}
+    ]
     assert states[-1] == ("untrusted", feed.untrusted)
 
 
@@ -287,15 +291,15 @@ async def test_an_engine_of_tiny_blocks_is_warned_of_once(subscriber: Subscriber
             for _ in range(2):
                 engine.publish(tiny)
             await until(lambda: feed.stats.frames == 2)
-    lines = [line for line in logs if line["event"] in {"kv_events_small_blocks", "kv_events_layout"}]
+    lines = [line for line in logs if line["event"] in {"kv_events_small_blocks_found", "kv_events_layout_learned"}]
     assert [(line["event"], line["engine_block"]) for line in lines] == [
-        ("kv_events_layout", 8),
-        ("kv_events_small_blocks", 8),
+        ("kv_events_layout_learned", 8),
+        ("kv_events_small_blocks_found", 8),
     ]
     assert lines[0]["hides"] == []
 
 
-async def test_an_engine_that_cannot_be_reached_is_told_of_once_and_stale(
+async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.CONNECT_SECONDS", 0.1)
@@ -307,7 +311,7 @@ async def test_an_engine_that_cannot_be_reached_is_told_of_once_and_stale(
         await asyncio.sleep(0.3)
     assert [line["event"] for line in logs if line["log_level"] == "warning"] == [
         "kv_events_not_connected",
-        "kv_events_state",
+        "kv_events_degraded",
     ]
     async with Engine(ports_of(source)) as engine:
         engine.publish(stored(0, 2))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import zmq
 
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents import wire
@@ -13,10 +15,18 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.replay import FRAME_BYTES
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
-from matrixinfer.kvevents.subscription import Subscription
+from matrixinfer.kvevents.subscription import Shared, Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
+from matrixinfer.tasks import cancel_and_wait
 
 from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    context = zmq.Context()
+    yield Shared(context)
+    context.destroy(linger=0)
 
 
 async def test_what_was_published_before_is_replayed_and_what_comes_after_follows(
@@ -176,23 +186,24 @@ async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
         assert held(index) == 2
 
 
-async def test_a_reply_is_void_once_the_feed_has_moved_on(subscriber: Subscriber) -> None:
+async def test_a_reply_is_void_once_the_feed_has_moved_on(shared: Shared) -> None:
     async with Engine() as engine:
         asked = engine.lose_in_replays([])
         engine.publish(stored(0, 1))
-        assert subscriber._shared is not None
-        async with subscriber._shared.applying:  # as when another feed is catching up
-            feed = subscriber.follow(engine.source())
+        feed = PodFeed(Ledger(pod="a", model="m", blocks=BLOCKS, index=MemoryIndex()), can_replay=True)
+        following = asyncio.create_task(Subscription(shared, engine.source(), feed).run())
+        async with shared.applying:  # as when another feed is catching up
             await until(lambda: asked == [0])
             await asyncio.sleep(0.1)
             feed.disconnected()
             feed.reconnected()
         await until(lambda: complete(feed))
+        await cancel_and_wait(following)
         assert (asked, feed.stats.frames) == ([0, 0, 0], 2)
 
 
 async def test_each_gap_among_held_frames_is_given_up_after_as_many_attempts(
-    subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     naps: list[float] = []
 
@@ -204,11 +215,10 @@ async def test_each_gap_among_held_frames_is_given_up_after_as_many_attempts(
     feed = PodFeed(ledger, can_replay=True)
     for number in (3, 5, 7):
         feed.live(number, encode(EventBatch(float(number), [stored(0, 1)])))
-    assert subscriber._shared is not None
-    subscription = Subscription(subscriber._shared, FeedSource(pod="a", model="m", endpoint="tcp://a:1"), feed)
+    subscription = Subscription(shared, FeedSource(pod="a", model="m", endpoint="tcp://a:1"), feed)
     with monkeypatch.context() as patch:
         patch.setattr("matrixinfer.kvevents.subscription.asyncio.sleep", nap)
-        await subscription._replay()
+        await subscription.replay()
     assert (feed.state, feed.backlog, feed.given_up) == (FeedState.PARTIAL, 0, True)
     assert naps == [0.4, 0.8] * 3
 
@@ -222,17 +232,16 @@ async def test_a_frame_lost_before_a_silence_is_found_by_the_heartbeat(
         await until(lambda: complete(feed))
         engine.publish(stored(0, 1))
         await until(lambda: held(index) == 1)
-        publisher = engine.publisher
-        publisher._buffer.append((publisher._next, encode(EventBatch(0.0, [stored(1, 2)]))))
-        publisher._next += 1
+        engine.publisher.lose(1)
+        engine.publish(stored(1, 2))
         await until(lambda: held(index) == 2 and complete(feed))
-        assert (feed.stats.lost_in_silence, feed.stats.gaps) == (1, 0)
+        assert (feed.stats.silent_losses, feed.stats.gaps) == (1, 0)
         beats = feed.stats.heartbeats
         await until(lambda: feed.stats.heartbeats > beats + 1)
-        assert feed.stats.lost_in_silence == 1
+        assert feed.stats.silent_losses == 1
 
 
-async def test_an_engine_whose_replay_endpoint_falls_silent_is_told_of(
+async def test_an_engine_whose_replay_endpoint_falls_silent_is_noticed(
     subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)

@@ -25,6 +25,7 @@ BODIES: list[dict[str, Any]] = [
     {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {"messages": [USER, {"role": "assistant", "content": "1,230 km."}, USER]},
 ]
+SUMMARY = b"compared with the engine: %d equal, %d different, %d tokenized only by the engine, %d not tokenized by the engine\n"
 
 
 @pytest.fixture
@@ -48,12 +49,12 @@ async def tokenized(
     return code, [json.loads(line) for line in out.splitlines()], err
 
 
-async def test_ids_that_are_the_engines_are_counted(
+async def test_ids_equal_to_the_engines_are_counted(
     url: str, bodies: str, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", "chatml", "--compare", url)
+    code, answers, err = await tokenized(capfdbinary, bodies, "--chat-template", "chatml", "--compare", url)
     assert (code, [set(answer) for answer in answers]) == (0, [{"tokens"}] * 3 + [{"tokens", "complete"}, {"tokens"}])
-    assert told.endswith(b"3 prompts have the engine's ids, 0 differ, 0 only the engine can tell, 0 it does not tell\n")
+    assert err.endswith(SUMMARY % (3, 0, 0, 0))
 
 
 async def test_ids_that_differ_are_shown(
@@ -61,24 +62,24 @@ async def test_ids_that_differ_are_shown(
 ) -> None:
     other = tmp_path / "other.jinja"
     other.write_text("<|im_start|>user\n{{ messages[-1].content }}", encoding="utf-8")
-    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", str(other), "--compare", url)
+    code, answers, err = await tokenized(capfdbinary, bodies, "--chat-template", str(other), "--compare", url)
     assert (code, set(answers[1])) == (1, {"tokens"})
     first, theirs = answers[0]["first_difference"], answers[0]["engine_tokens"]
     assert theirs[:first] == answers[0]["tokens"][:first]
-    assert told.endswith(b"1 prompts have the engine's ids, 2 differ, 0 only the engine can tell, 0 it does not tell\n")
+    assert err.endswith(SUMMARY % (1, 2, 0, 0))
 
 
-async def test_what_only_the_engine_can_tell_is_counted(
+async def test_prompts_that_only_the_engine_can_tokenize_are_counted(
     url: str, bodies: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     failing = tmp_path / "failing.jinja"
     failing.write_text("{{ raise_exception('no') }}", encoding="utf-8")
-    code, answers, told = await tokenized(capfdbinary, bodies, "--chat-template", str(failing), "--compare", url)
+    code, answers, err = await tokenized(capfdbinary, bodies, "--chat-template", str(failing), "--compare", url)
     assert (code, set(answers[0])) == (0, {"error", "engine_tokens"})
-    assert told.endswith(b"1 prompts have the engine's ids, 0 differ, 2 only the engine can tell, 1 it does not tell\n")
+    assert err.endswith(SUMMARY % (1, 0, 2, 1))
 
 
-async def test_a_comparison_of_nothing_proves_nothing(
+async def test_a_comparison_without_equal_ids_does_not_succeed(
     url: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     failing = tmp_path / "failing.jinja"
@@ -90,8 +91,8 @@ async def test_a_comparison_of_nothing_proves_nothing(
 
 
 async def test_an_engine_out_of_reach_ends_the_command(bodies: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    code, answers, told = await tokenized(
+    code, answers, err = await tokenized(
         capfdbinary, bodies, "--chat-template", "chatml", "--compare", "http://127.0.0.1:1"
     )
     assert (code, answers) == (2, [])
-    assert b"--compare" in told
+    assert b"--compare" in err

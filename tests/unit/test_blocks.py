@@ -108,14 +108,14 @@ def test_a_bounded_chain_holds_the_first_blocks_only() -> None:
     assert list(processor.chain(list(range(40)), max_blocks=0)) == []
 
 
-def test_hashing_goes_on_from_a_parent_as_in_one_chain() -> None:
+def test_hashing_continues_from_a_parent_as_in_one_chain() -> None:
     processor = TokenBlockProcessor(4)
     data = token_bytes(list(range(20)))
     whole = processor.hashes(data)
     assert processor.hashes(memoryview(data)[32:], whole[1]) == whole[2:]
 
 
-def test_equal_blocks_differ_by_what_precedes_them_unless_hashed_alone() -> None:
+def test_equal_blocks_with_different_prefixes_differ_unless_hashed_separately() -> None:
     first, second = TokenBlockProcessor(4).chain([7, 7, 7, 7] * 2)
     assert first != second
     first, second = TokenBlockProcessor(4, "block").chain([7, 7, 7, 7] * 2)
@@ -151,7 +151,7 @@ def test_ids_beyond_32_bits_are_refused(token: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[1.5], ["1"], [None], np.array([1, -1]), np.array([0.5])])
-def test_ids_that_are_no_unsigned_integers_are_refused(tokens: Any) -> None:
+def test_ids_that_are_not_unsigned_integers_are_refused(tokens: Any) -> None:
     with pytest.raises(TypeError):
         TokenBlockProcessor(1).chain(tokens)
 
@@ -163,7 +163,7 @@ def test_ids_that_are_no_unsigned_integers_are_refused(tokens: Any) -> None:
     st.integers(0, 40),
     st.integers(0, 12),
 )
-def test_hashes_known_already_are_taken_and_further_ones_are_added_up_to_a_limit(
+def test_known_hashes_are_used_and_extended_up_to_a_limit(
     tokens: list[int], size: int, known: int, more: int, max_blocks: int
 ) -> None:
     blocks = TokenBlockProcessor(size)

@@ -1,21 +1,40 @@
+import importlib
 import inspect
+import pkgutil
 import re
 
 import pytest
 
+import matrixinfer
 from matrixinfer import errors
 from matrixinfer.errors import ConfigError, InvalidRequest, MatrixInferError
 
 
-def test_the_documented_tree_is_the_real_one() -> None:
-    drawn: dict[str, str] = {}
+def drawn() -> dict[str, tuple[str, str]]:
+    """Name to parent and module, as the docstring of `errors` draws them."""
+    found: dict[str, tuple[str, str]] = {}
     branch = [""] * 9
-    for indent, name in re.findall(r"^([│├└─ ]*)(\w+)(?: {2,}|$)", errors.__doc__ or "", re.MULTILINE):
+    for indent, library, name, module in re.findall(
+        r"^([│├└─ ]*)(\w+\.)?(\w+)(?: {2,}(?:([a-z_.]+):)?.*)?$", errors.__doc__ or "", re.MULTILINE
+    ):
         depth = len(indent) // 4
         branch[depth] = name
-        drawn[name] = branch[depth - 1] if depth else "Exception"
-    classes = inspect.getmembers(errors, inspect.isclass)
-    assert drawn == {name: kind.__mro__[1].__name__ for name, kind in classes}
+        if not library:
+            parent = branch[depth - 1] if depth else "Exception"
+            found.setdefault(name, (parent, f"matrixinfer.{module or 'errors'}"))
+    return found
+
+
+def test_the_drawn_tree_lists_every_public_exception_of_the_package() -> None:
+    defined: dict[str, tuple[str, str]] = {}
+    for module in pkgutil.walk_packages(matrixinfer.__path__, "matrixinfer."):
+        if module.name == "matrixinfer.__main__":
+            continue
+        for name, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if issubclass(kind, BaseException) and kind.__module__ == module.name and not name.startswith("_"):
+                assert name not in defined, f"two exceptions are named {name}"
+                defined[name] = (kind.__mro__[1].__name__, module.name)
+    assert drawn() == defined
 
 
 def test_a_configuration_error_shows_its_path() -> None:

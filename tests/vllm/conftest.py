@@ -1,6 +1,6 @@
-"""Engines shared by the scenarios, and the table at the end.
+"""The engines that scenarios share, and the table of results at the end.
 
-`VLLM_DIR` is the folder of the installation (`tests.vllm.install`), `VLLM` the version.
+The environment variable `VLLM_DIR` names the folder of the installation (`tests.vllm.install`), `VLLM` the version.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ ADAPTERS = ("poet", "judge")
 
 @pytest.fixture(scope="session")
 def version() -> str:
-    """Of vLLM."""
+    """The version of vLLM."""
     return _setting("VLLM")
 
 
 @pytest.fixture(scope="session")
 def folder(version: str) -> Path:
-    """Where vLLM is installed, and its model is."""
-    made = Path(_setting("VLLM_DIR")).resolve()
-    if not executable(made, version).exists():
-        pytest.exit(f"vLLM {version} is not installed in {made}: `make test-vllm` installs it", returncode=1)
-    shutil.rmtree(logs_of(made), ignore_errors=True)
-    logs_of(made).mkdir()
-    return made
+    """The folder with the vLLM installation and the model."""
+    path = Path(_setting("VLLM_DIR")).resolve()
+    if not executable(path, version).exists():
+        pytest.exit(f"vLLM {version} is not installed in {path}: `make test-vllm` installs it", returncode=1)
+    shutil.rmtree(logs_of(path), ignore_errors=True)
+    logs_of(path).mkdir()
+    return path
 
 
 def _setting(name: str) -> str:
     if not os.environ.get(name):
-        pytest.exit(f"{name} is not set: run `make test-vllm`", returncode=1)
+        pytest.exit(f"expected the environment variable {name}, it is not set: run `make test-vllm`", returncode=1)
     return os.environ[name]
 
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config, folder: Path, version: str) -> Iterator[Results]:
-    """What the scenarios compare."""
-    made = pytestconfig.stash[_RESULTS] = Results(version)
-    yield made
-    made.write(folder / f"accuracy-{version}.json")
+    """The results of all scenarios, written to a file at the end."""
+    all_results = pytestconfig.stash[_RESULTS] = Results(version)
+    yield all_results
+    all_results.write(folder / f"accuracy-{version}.json")
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +61,14 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(folder: Path, model: Path) -> tuple[tuple[str, Path], ...]:
-    """LoRA adapters of it."""
+    """LoRA adapters of the model: names and folders."""
     return tuple(
         (name, make_adapter(folder / f"adapter-{name}", model, seed=seed)) for seed, name in enumerate(ADAPTERS)
     )
 
 
-class Makers:
-    """Makes engines that are not started yet."""
+class EngineFactory:
+    """Makes engines, which the caller starts."""
 
     def __init__(self, folder: Path, version: str, model: Path) -> None:
         self._folder = folder
@@ -89,20 +89,20 @@ class Makers:
 
 
 @pytest.fixture(scope="session")
-def make(folder: Path, version: str, model: Path) -> Makers:
-    """Makes engines."""
-    return Makers(folder, version, model)
+def make(folder: Path, version: str, model: Path) -> EngineFactory:
+    """Makes engines, which the caller starts."""
+    return EngineFactory(folder, version, model)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engines(make: Makers, adapters: tuple[tuple[str, Path], ...]) -> AsyncIterator[Sequence[Engine]]:
+async def engines(make: EngineFactory, adapters: tuple[tuple[str, Path], ...]) -> AsyncIterator[Sequence[Engine]]:
     """Two engines of 400 blocks of 32 tokens, with adapters."""
     async with running(make(2, Options(adapters=adapters))) as started:
         yield started
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table."""
+    """Print the table of results."""
     results = config.stash.get(_RESULTS, None)
     if results is not None:
         terminalreporter.write_sep("=", f"predictions against vLLM {results.version}")

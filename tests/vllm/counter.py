@@ -1,4 +1,4 @@
-"""What an engine found in its cache, by its own count: for engines whose answers do not tell."""
+"""Reads hits from an engine's own counter, for engines whose answers do not report them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from .results import Tally
 from .target import COMPLETIONS, Target
 
 COUNTED_SECONDS = 10.0
-"""From an answer to the count in `/metrics`."""
+"""How long `/metrics` may lag behind an answer."""
 
 
 class Counter:
-    """Asks through the gateway, one request at a time, and reads the count before and after."""
+    """Sends requests through the gateway, one at a time, and reads the counter before and after each."""
 
     def __init__(self, target: Target, engine: Engine) -> None:
         self._target = target
         self._engine = engine
 
     async def ask(self, tally: Tally, prompt: list[int]) -> tuple[int, int]:
-        """Tokens that were foretold, and that were found."""
+        """Send a request. Returns the predicted hit, and the hit that the engine counted, in tokens."""
         target, body = self._target, {"model": NAME, "prompt": prompt, "max_tokens": 4, "stream": True}
-        await target.quiet()
+        await target.wait_for_events()
         decision = await target.explain(COMPLETIONS, body)
         predicted: int = decision["predicted_hit_tokens"]
         queries, hits = await self._read()
@@ -33,7 +33,7 @@ class Counter:
             while (now := await self._read())[0] < queries + len(prompt):
                 await asyncio.sleep(0.05)
         found = round(now[1] - hits)
-        tally.note(predicted, found)
+        tally.add(predicted, found)
         return predicted, found
 
     async def reset(self) -> None:
@@ -42,7 +42,7 @@ class Counter:
             assert response.status == 200
 
     async def _read(self) -> tuple[float, float]:
-        """Tokens looked up in the cache, and found there, since the engine began."""
+        """Tokens looked up in the cache, and found there, since the engine started."""
         async with self._target.session.get(f"{self._engine.url}/metrics") as response:
             lines = (await response.text()).splitlines()
         queries, hits = (

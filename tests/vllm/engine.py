@@ -27,30 +27,30 @@ NAME = "tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How an engine is started."""
+    """The command line options of an engine."""
 
     block_size: int = 32
     blocks: int = 400
-    """Of the KV cache: it is full after as many, and evicts."""
+    """Blocks in the KV cache."""
     ranks: int = 1
     adapters: tuple[tuple[str, Path], ...] = ()
     """Names and folders."""
-    tells_cached: bool = True
-    """Its answers say how many prompt tokens it found in its cache."""
+    reports_cached: bool = True
+    """Its answers report how many prompt tokens it found in its cache."""
 
 
 @dataclass(kw_only=True)
 class Engine:
-    """One engine, which can be killed and started again on the same ports."""
+    """An engine that can be killed, and started again on the same ports."""
 
     executable: Path
     model: Path
     options: Options
     folder: Path
-    """For its log and caches."""
+    """Has its log and caches."""
     core: int
     ports: Sequence[int] = field(default_factory=list)
-    """Of the API, the events and the replays."""
+    """Ports of the API, the events and the replays."""
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -64,16 +64,16 @@ class Engine:
         return f"tcp://127.0.0.1:{self.ports[1]}"
 
     def replays_of(self, rank: int) -> str:
-        """Where a rank replays them."""
+        """Where a rank replays KV events."""
         return f"tcp://127.0.0.1:{self.ports[2] + rank}"
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """The file with its output."""
         return logs_of(self.folder) / f"engine-{self.ports[0]}.log"
 
     async def start(self) -> None:
-        """Start it and wait until it is healthy. Raises `RuntimeError` when that does not come about."""
+        """Start it and wait until it is healthy. Raises `RuntimeError` when it does not become so in time."""
         if not self.ports:
             self.ports = free_ports(self.options.ranks)
         with self.log.open("ab") as log:
@@ -92,12 +92,14 @@ class Engine:
                 if self.process.returncode is not None or time.monotonic() - began > START_SECONDS:
                     tail = self.log.read_text(errors="replace")[-3000:]
                     await self.stop(signal.SIGKILL)
-                    raise RuntimeError(f"the engine did not start:\n{tail}")
+                    raise RuntimeError(
+                        f"expected a healthy engine within {START_SECONDS:.0f} s, but it did not start:\n{tail}"
+                    )
                 await asyncio.sleep(0.5)
         print(f"engine on port {self.ports[0]} up after {time.monotonic() - began:.0f} s", flush=True)
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it with all its processes."""
+        """End it and all its child processes."""
         if self.process is None:
             return
         process, self.process = self.process, None
@@ -107,13 +109,13 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
-        ends = time.monotonic() + STOP_SECONDS  # what nobody reaps stays, and holds no port
-        while _group_lives(process.pid) and time.monotonic() < ends:
+        ends = time.monotonic() + STOP_SECONDS  # a process that nobody reaps may remain, but has no ports
+        while _group_exists(process.pid) and time.monotonic() < ends:
             await asyncio.sleep(0.05)
 
     def _arguments(self) -> Iterator[str]:
         options, (api, events, replays) = self.options, self.ports
-        told = {
+        events_config = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
             "topic": "kv-events",
@@ -130,7 +132,7 @@ class Engine:
             "max-model-len": min(8192, options.block_size * (options.blocks - 2)),
             "max-num-seqs": 16,
             "tool-call-parser": "pythonic",
-            "kv-events-config": json.dumps(told),
+            "kv-events-config": json.dumps(events_config),
         }
         if options.ranks > 1:
             values["data-parallel-size"] = options.ranks
@@ -141,7 +143,7 @@ class Engine:
             "--enforce-eager",
             "--enable-auto-tool-choice",
         )
-        if options.tells_cached:
+        if options.reports_cached:
             yield "--enable-prompt-tokens-details"
         for name, value in values.items():
             yield from (f"--{name}", str(value))
@@ -164,13 +166,13 @@ class Engine:
 
 
 def logs_of(folder: Path) -> Path:
-    """Where engines print to."""
+    """The folder with the output of engines."""
     return folder / "logs"
 
 
 @asynccontextmanager
 async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
-    """Start engines at the same time, and end them."""
+    """Start engines at the same time. They end with the context."""
     try:
         async with asyncio.TaskGroup() as group:
             for engine in engines:
@@ -182,9 +184,9 @@ async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
 
 
 def free_ports(ranks: int) -> list[int]:
-    """A free port for the API, and two from which on `ranks` ports in a row are free.
+    """A free port for the API, and two ports that each start a range of `ranks` free ones.
 
-    They are below those that systems give to outgoing connections: an engine takes a minute until it binds them.
+    They are below the ports of outgoing connections, as an engine needs a minute until it binds them.
     """
     with ExitStack() as stack:
 
@@ -209,7 +211,7 @@ async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
-def _group_lives(group: int) -> bool:
+def _group_exists(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

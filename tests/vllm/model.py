@@ -1,4 +1,4 @@
-"""A tiny model of random weights with a real tokenizer, and an adapter for it. Its answers mean nothing; its cache is real."""
+"""A tiny model with random weights and a real tokenizer, and an adapter for it: random answers, but a real cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 def make_model(folder: Path) -> Path:
-    """Write the model: a Qwen 2 with two layers, some 35 MB."""
+    """Write the model: a Qwen 2 with two layers, about 35 MB."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     shapes = {"embed_tokens.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,)}
@@ -71,7 +71,7 @@ def make_model(folder: Path) -> Path:
 
 
 def tokenizer_of(model: Path) -> Path:
-    """Its tokenizer's folder. One of its own: beside the model, transformers would use the pattern of Qwen 2."""
+    """The folder of the tokenizer. It is separate, as transformers would use the pattern of Qwen 2 beside the model."""
     return model / "tokenizer"
 
 
@@ -123,7 +123,7 @@ def _random(draw: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np
 
 
 def _save(file: Path, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """The safetensors format: the length of a JSON header, the header, the arrays one after the other."""
+    """Write the safetensors format: the length of a JSON header, the header, and the arrays one after the other."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, array in weights.items():

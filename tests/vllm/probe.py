@@ -1,4 +1,4 @@
-"""Asks engines whether all that they have published has come."""
+"""Asks engines whether every event that they published has arrived."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _END = b"\xff" * 8
 
 
 class Probe:
-    """Questions to the replay sockets in `endpoints`, by the name of the feed."""
+    """Asks the replay sockets in `endpoints`, by name of the feed."""
 
     def __init__(self, endpoints: Mapping[str, str]) -> None:
         self._endpoints = endpoints
 
     async def settled(self, feeds: Mapping[str, PodFeed]) -> None:
-        """Wait until every feed has all that its engine has to tell. Raises `TimeoutError`."""
+        """Wait until every feed has all events of its engine. Raises `TimeoutError`."""
         with zmq.asyncio.Context() as context:
             async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
                 for name, feed in feeds.items():
@@ -36,11 +36,11 @@ class Probe:
                 await asyncio.sleep(0.02)
 
     async def _is_settled(self, socket: zmq.asyncio.Socket, feed: PodFeed) -> bool:
-        """Between two answers an engine publishes what was waiting: if the second brings nothing, nothing was."""
-        if feed._cursor is None:
-            await asyncio.sleep(SILENCE_SECONDS)  # it has lost its place: whatever comes next is a beginning
-            return feed._cursor is None
-        start = feed._cursor.next
+        """Ask twice: between two answers an engine publishes queued events, so two empty answers mean that none are left."""
+        if feed.position is None:
+            await asyncio.sleep(SILENCE_SECONDS)  # the feed has lost its position: the next frame is a new start
+            return feed.position is None
+        start = feed.position
         for _ in range(2):
             await socket.send_multipart([b"", start.to_bytes(8, "big")])
             count = 0

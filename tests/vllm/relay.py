@@ -1,4 +1,4 @@
-"""Stands between an engine's events and who follows them, and loses some."""
+"""A relay between an engine's events and their follower, which can lose or empty frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTHING = msgspec.msgpack.encode([0.0, []])
 
 
 class Relay:
-    """Passes frames on as they come; loses a `share` of them while that is above 0, or empties them while `empties`."""
+    """Forwards frames. Loses a `share` of them while that is above 0, or removes their events while `empties` is set."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.share = 0.0
@@ -29,7 +29,7 @@ class Relay:
         self._draw = random.Random(seed)
 
     async def run(self, source: str) -> None:
-        """Pass on until cancelled."""
+        """Forward frames until cancelled."""
         with zmq.asyncio.Context() as context, context.socket(zmq.SUB) as inner, context.socket(zmq.PUB) as outer:
             inner.subscribe(b"")
             inner.connect(source)
@@ -47,11 +47,11 @@ class Relay:
 
 @asynccontextmanager
 async def relay(source: str, *, seed: int) -> AsyncIterator[Relay]:
-    """A relay at work."""
-    made = Relay(free_ports(1)[0], seed)
-    task = asyncio.create_task(made.run(source))
+    """A running relay."""
+    running = Relay(free_ports(1)[0], seed)
+    task = asyncio.create_task(running.run(source))
     try:
-        yield made
+        yield running
     finally:
         task.cancel()
         await asyncio.wait([task])

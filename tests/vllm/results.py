@@ -1,4 +1,4 @@
-"""What was compared, scenario by scenario. `python -m tests.vllm.results FOLDER` prints the table of docs/accuracy.md."""
+"""The results of all scenarios. `python -m tests.vllm.results FOLDER` prints the table of docs/accuracy.md."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class Tally:
-    """Predictions held against what engines found."""
+    """Counts of predicted hits compared with reported hits."""
 
     compared: int = 0
     exact: int = 0
     over: int = 0
-    """The index claimed more than there was."""
+    """Predictions above the reported hit."""
     largest_error: int = 0
-    """In tokens, either way."""
+    """In tokens, above or below."""
 
-    def note(self, predicted: int, cached: int) -> None:
-        """One more request."""
+    def add(self, predicted: int, cached: int) -> None:
+        """Count one more request."""
         self.compared += 1
         self.exact += predicted == cached
         self.over += predicted > cached
@@ -36,23 +36,23 @@ class Results:
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def of(self, scenario: str) -> Tally:
-        """The tally of a scenario, which begins with its first request."""
+        """The tally of a scenario; a new one if there is none."""
         return self.tallies.setdefault(scenario, Tally())
 
     def write(self, file: Path) -> None:
-        """Keep them as JSON."""
+        """Write the results as JSON."""
         rows = {name: asdict(tally) for name, tally in self.tallies.items()}
         file.write_text(json.dumps({"vllm": self.version, "scenarios": rows}, indent=2) + "\n")
 
 
 def read(file: Path) -> Results:
-    """What `Results.write` has kept."""
+    """Read a file that `Results.write` wrote."""
     kept = json.loads(file.read_text())
     return Results(kept["vllm"], {name: Tally(**row) for name, row in kept["scenarios"].items()})
 
 
 def table(runs: Mapping[str, Results]) -> list[str]:
-    """A table in Markdown: the scenarios, and columns for each version."""
+    """A table in Markdown: one row per scenario, three columns per version."""
     names = dict.fromkeys(name for run in runs.values() for name in run.tallies)
     heads = (head for version in runs for head in (f"{version}: exact", "over", "largest error"))
     return [

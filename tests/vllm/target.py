@@ -1,4 +1,4 @@
-"""A gateway in front of real engines, whose predictions are held against what the engines report."""
+"""A gateway in front of real engines, whose predicted hits are compared with the hits that the engines report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import aiohttp
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import (
+    BlocksConfig,
     Config,
     DriftConfig,
     KvEventsConfig,
     ModelConfig,
-    PluginArgs,
     PodConfig,
     SchedulerConfig,
 )
@@ -33,30 +33,30 @@ Json = dict[str, Any]
 
 
 class Outcome(NamedTuple):
-    """What the gateway itself has noted of a request."""
+    """What the gateway recorded about a request."""
 
     predicted: int
-    """Tokens, when it was decided."""
+    """Predicted hit in tokens, at the time of the decision."""
     cached: int
-    """Tokens, as the engine said."""
+    """Reported hit in tokens."""
 
 
 class Answer(NamedTuple):
-    """What one request came to."""
+    """The result of one request."""
 
     predicted: int
-    """Tokens, at the endpoint that took it."""
+    """Predicted hit in tokens, at the endpoint that answered."""
     cached: int
-    """Tokens, as the engine says."""
+    """Reported hit in tokens."""
     endpoint: str
     best: int
-    """The longest hit that was foretold of any endpoint."""
+    """The longest predicted hit of any endpoint."""
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The gateway, and a client of it. Pods are named `pod-0`, `pod-1`, …"""
+    """The gateway, with a client. Pods are named `pod-0`, `pod-1`, …"""
 
     service: Service
     session: aiohttp.ClientSession
@@ -64,13 +64,13 @@ class Target:
 
     @property
     def feeds(self) -> Mapping[str, PodFeed]:
-        """By endpoint."""
+        """The feeds, by endpoint."""
         return self.service.engines.subscriber.feeds
 
     async def ask(self, tally: Tally, path: str, body: Json) -> Answer:
-        """Send a request whose prediction counts: every event of those before it has come."""
+        """Send a request, after every event of the previous ones has arrived, and add it to the tally."""
         body = {"model": NAME, "temperature": 0, "max_tokens": 4, **body}
-        await self.quiet()
+        await self.wait_for_events()
         decision = await self.explain(path, body)
         async with self.session.post(self.service.gateway.url + path, json=body) as response:
             assert response.status == 200, await response.text()
@@ -79,11 +79,11 @@ class Target:
         assert usage["prompt_tokens"] == decision["tokens"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         hits = {name: pod["predicted_hit_tokens"] for name, pod in decision["pods"].items()}
-        tally.note(hits[endpoint], cached)
+        tally.add(hits[endpoint], cached)
         return Answer(hits[endpoint], cached, endpoint, max(hits.values()), text)
 
     async def explain(self, path: str, body: Json) -> Json:
-        """What would be decided now."""
+        """The decision that the gateway would make now."""
         url = f"{self.service.gateway.admin_url}/debug/route"
         async with self.session.post(url, params={"path": path}, json=body) as response:
             assert response.status == 200, await response.text()
@@ -91,7 +91,7 @@ class Target:
             return decision
 
     async def metric(self, *parts: str) -> float:
-        """The sum of the gateway's own series that begin with the first of `parts` and hold the others."""
+        """The sum of the gateway's series that start with the first of `parts` and contain the others."""
         async with self.session.get(f"{self.service.gateway.url}/metrics") as response:
             lines = (await response.text()).splitlines()
         return sum(
@@ -100,16 +100,16 @@ class Target:
             if line.startswith(parts[0]) and all(part in line for part in parts[1:])
         )
 
-    def noted(self, request_id: str) -> Outcome:
-        """What the gateway has noted of a request that is over."""
+    def recorded(self, request_id: str) -> Outcome:
+        """What the gateway recorded about a finished request."""
         record = next(self.service.decisions.newest(request_id=request_id))
-        assert record.counted is not None, "the engine told of no usage"
+        assert record.counted is not None, "the engine reported no usage"
         predicted = record.view()["predicted_hit_tokens"]
         assert isinstance(predicted, int)
         return Outcome(predicted, record.cached or 0)
 
     async def abort(self, path: str, body: Json, *, after: int) -> None:
-        """Send a request and go away after so many events of its stream."""
+        """Send a request, and disconnect after this many events of its stream."""
         body = {"model": NAME, "temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream": True, **body}
         async with self.session.post(self.service.gateway.url + path, json=body) as response:
             assert response.status == 200
@@ -117,12 +117,12 @@ class Target:
                 await response.content.readuntil(b"\n\n")
             response.close()
 
-    async def quiet(self) -> None:
-        """Wait until the gateway has every event that the engines have published."""
+    async def wait_for_events(self) -> None:
+        """Wait until the gateway has every event that the engines published."""
         await self.probe.settled(self.feeds)
 
-    async def complete(self, count: int) -> None:
-        """Wait until so many feeds know all."""
+    async def wait_for_complete_feeds(self, count: int) -> None:
+        """Wait until there are `count` feeds, and all are complete."""
         await until(lambda: [feed.state.value for feed in self.feeds.values()] == ["complete"] * count)
 
 
@@ -147,7 +147,7 @@ async def _streamed(response: aiohttp.ClientResponse) -> tuple[str, Json]:
 
 
 def feeds_of(number: int, engine: Engine) -> list[str]:
-    """What the gateway calls the feeds of an engine, by rank."""
+    """The gateway's names of an engine's feeds, by rank."""
     ranks = engine.options.ranks
     return [f"pod-{number}@dp{rank}" for rank in range(ranks)] if ranks > 1 else [f"pod-{number}"]
 
@@ -161,9 +161,9 @@ async def gateway(
     injects_usage: bool = False,
     followed: int | None = None,
 ) -> AsyncIterator[Target]:
-    """A gateway with token blocks of `hashed` tokens; `events` are endpoints between it and an engine, by its number.
+    """A gateway with token blocks of `hashed` tokens. `events` replaces the event endpoints of engines, by number.
 
-    It is there once `followed` feeds know all; None stands for those of every rank.
+    Waits until `followed` feeds are complete; None means those of every rank.
     """
     pods = []
     replays: dict[str, str] = {}
@@ -179,21 +179,21 @@ async def gateway(
         admin="127.0.0.1:0",
         models=(ModelConfig(name=NAME, tokenizer=str(tokenizer_of(engines[0].model))),),
         pods=tuple(pods),
-        scheduler=SchedulerConfig(
-            plugin_config=(PluginArgs(name="kvcache-aware", args={"blockSizeToHash": hashed, "maxBlocksToMatch": 0}),),
-            pending_seconds=0.0,
-        ),
+        blocks=BlocksConfig(size=hashed),
+        scheduler=SchedulerConfig(pending_seconds=0.0),
         drift=DriftConfig(inject_usage=injects_usage),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:
         target = Target(service=service, session=session, probe=Probe(replays))
-        await target.complete(sum(engine.options.ranks for engine in engines) if followed is None else followed)
+        await target.wait_for_complete_feeds(
+            sum(engine.options.ranks for engine in engines) if followed is None else followed
+        )
         yield target
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something. Raises `TimeoutError`."""
+    """Wait for a condition. Raises `TimeoutError`."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What the index foretells is what real engines find: request by request, none of them at the same time as another."""
+"""Predicted hits equal the hits that real engines report, for requests sent one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from . import workload
-from .conftest import ADAPTERS, Makers
+from .conftest import ADAPTERS, EngineFactory
 from .engine import NAME, Engine, Options, running
 from .results import Results
 from .target import COMPLETIONS, gateway
@@ -16,11 +16,13 @@ from .target import COMPLETIONS, gateway
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 OTHER_SIZES = (128,)
-TAKES_16 = ("0.28.0",)
-"""Later CPU builds want multiples of 32."""
+SUPPORT_BLOCKS_OF_16 = ("0.28.0",)
+"""Versions with blocks of 16 tokens; later CPU builds require multiples of 32."""
 
 
-async def test_requests_of_many_kinds_are_foretold_exactly(engines: Sequence[Engine], results: Results) -> None:
+async def test_hits_of_many_kinds_of_requests_are_predicted_exactly(
+    engines: Sequence[Engine], results: Results
+) -> None:
     draw, total = random.Random(1), 0
     async with gateway(engines) as target:
         for kind in (
@@ -43,7 +45,7 @@ async def test_requests_of_many_kinds_are_foretold_exactly(engines: Sequence[Eng
     assert total >= 200
 
 
-async def test_adapters_share_nothing_with_their_model_nor_with_each_other(
+async def test_adapters_share_no_blocks_with_their_model_or_each_other(
     engines: Sequence[Engine], results: Results
 ) -> None:
     draw, tally = random.Random(2), results.of("adapters")
@@ -61,7 +63,7 @@ async def test_adapters_share_nothing_with_their_model_nor_with_each_other(
 
 
 @pytest.mark.parametrize("hashed", [16, 64, 128])
-async def test_blocks_of_another_size_than_the_engines(
+async def test_hashed_blocks_of_other_sizes_than_the_engines(
     engines: Sequence[Engine], results: Results, hashed: int
 ) -> None:
     draw, tally = random.Random(hashed), results.of(f"engine 32, hashed {hashed}")
@@ -74,8 +76,8 @@ async def test_blocks_of_another_size_than_the_engines(
     assert tally.largest_error <= max(0, hashed - 32)  # a match ends with a whole block of either size
 
 
-async def test_engines_with_blocks_of_other_sizes(make: Makers, results: Results, version: str) -> None:
-    for size in OTHER_SIZES + ((16,) if version in TAKES_16 else ()):
+async def test_engines_with_blocks_of_other_sizes(make: EngineFactory, results: Results, version: str) -> None:
+    for size in OTHER_SIZES + ((16,) if version in SUPPORT_BLOCKS_OF_16 else ()):
         async with running(make(1, Options(block_size=size, blocks=12_800 // size))) as engines:
             for hashed in (16, 64, 128, 96):
                 draw, tally = random.Random(hashed), results.of(f"engine {size}, hashed {hashed}")

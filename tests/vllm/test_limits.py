@@ -1,4 +1,4 @@
-"""Where no index can foretell all: what is measured there, and that nothing is left behind."""
+"""Cases that no index can predict exactly: how far predictions are off, and that they are exact afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIENTS = 8
 
 
 async def test_several_answers_to_one_prompt(engines: Sequence[Engine], results: Results) -> None:
-    """The second of them finds the blocks of the first, and the engine tells of one of them."""
+    """The second answer finds the blocks of the first, but the engine reports only one of them."""
     draw, during, after = random.Random(31), results.of("n = 2 to 4"), results.of("after n = 2 to 4")
     async with gateway(engines) as target:
         for _ in range(10):
@@ -33,7 +33,7 @@ async def test_several_answers_to_one_prompt(engines: Sequence[Engine], results:
 
 
 async def test_requests_at_the_same_time(engines: Sequence[Engine], results: Results) -> None:
-    """Blocks come and go between a decision and the engine's look-up; no pod is cleared for it."""
+    """Blocks come and go between a decision and the engine's lookup. No pod is cleared because of that."""
     draw = random.Random(32)
     during, after = results.of(f"{CLIENTS} clients at the same time"), results.of("one client after them")
     async with gateway(engines) as target:
@@ -44,7 +44,7 @@ async def test_requests_at_the_same_time(engines: Sequence[Engine], results: Res
                 prefix = own.choice(prefixes)
                 prompt = [*prefix[: own.randrange(len(prefix) // 2, len(prefix))], *workload.ids(own, 50)]
                 outcome = await _ask(target, prompt, own.randrange(1, 40))
-                during.note(*outcome)
+                during.add(*outcome)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(CLIENTS):
@@ -57,9 +57,9 @@ async def test_requests_at_the_same_time(engines: Sequence[Engine], results: Res
 
 
 async def _ask(target: Target, prompt: list[int], max_tokens: int) -> tuple[int, int]:
-    """What was foretold of a request when it was decided, and what the engine found."""
+    """Send a request. Returns the predicted hit at the time of the decision, and the reported hit."""
     body = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens}
     async with target.session.post(target.service.gateway.url + COMPLETIONS, json=body) as response:
         assert response.status == 200
         await response.read()
-        return target.noted(response.headers["x-request-id"])
+        return target.recorded(response.headers["x-request-id"])

@@ -1,4 +1,4 @@
-"""Data-parallel ranks of a real engine: each is a cache of its own, and the gateway chooses among them."""
+"""Data-parallel ranks of a real engine: each has its own cache, and the gateway chooses a rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 
 from . import workload
-from .conftest import Makers
+from .conftest import EngineFactory
 from .engine import NAME, Options, running
 from .results import Results
 from .target import COMPLETIONS, gateway
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 WITHOUT_SOURCES = ("0.28.0",)
-"""Versions that do not tell where their ranks publish (`/kv_event_sources`)."""
+"""Versions that do not report where their ranks publish (`/kv_event_sources`)."""
 
 
-async def test_the_rank_that_is_chosen_is_the_one_that_answers(make: Makers, results: Results, version: str) -> None:
+async def test_the_chosen_rank_answers(make: EngineFactory, results: Results, version: str) -> None:
     if version in WITHOUT_SOURCES:
         await _is_routed_by_load(make)
         return
@@ -38,8 +38,8 @@ async def test_the_rank_that_is_chosen_is_the_one_that_answers(make: Makers, res
     assert tally.exact == tally.compared
 
 
-async def _is_routed_by_load(make: Makers) -> None:
-    """Nothing is known of ranks that do not tell where they publish, nothing is claimed, and every request is answered."""
+async def _is_routed_by_load(make: EngineFactory) -> None:
+    """Without event sources nothing is predicted, and every request is answered."""
     draw = random.Random(6)
     async with running(make(1, Options(ranks=2))) as engines, gateway(engines, followed=0) as target:
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""What happens to real engines and on the way to them: afterwards the index is exact again."""
+"""Failures of real engines and of the network. Afterwards, predictions are exact again."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .target import COMPLETIONS, gateway, until
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 FULL = {"vllm_xargs": {"kv_cache_report_mode": "full"}}
-"""vLLM tells of blocks that the request found, as if they were stored anew."""
+"""With this, vLLM reports the blocks that a request found as if they were stored again."""
 
 
 def has_answered(feed: PodFeed) -> Callable[[], bool]:
-    """Whether the engine has said twice since now that nothing is lost."""
+    """A condition: from now on, the engine has confirmed twice that nothing was lost."""
     before = feed.stats.heartbeats
     return lambda: feed.stats.heartbeats > before + 1 and feed.state is FeedState.COMPLETE
 
 
-async def test_an_engine_that_is_killed_and_comes_back(engines: Sequence[Engine], results: Results) -> None:
+async def test_an_engine_that_is_killed_and_restarted(engines: Sequence[Engine], results: Results) -> None:
     draw, tally = random.Random(11), results.of("engine killed and restarted")
     async with gateway(engines) as target:
         await workload.evictions(target, tally, draw, count=25)
@@ -45,17 +45,17 @@ async def test_an_engine_that_is_killed_and_comes_back(engines: Sequence[Engine]
                 assert response.headers["x-matrixinfer-pod"] == "pod-1"
         await engines[0].start()
         feed = target.feeds["pod-0"]
-        # An engine that has published nothing yet looks like one that keeps no history; its first frame tells.
+        # An engine that has published nothing looks like one without history, until its first frame.
         await until(lambda: feed.state is FeedState.PARTIAL)
         await until(lambda: all(pod.healthy for pod in target.service.engines.registry.pods))
         assert (feed.stats.restarts, len(feed.ledger)) == (1, 0)
         answers = await workload.evictions(target, tally, draw, count=40)
         assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}
-        await target.complete(2)
+        await target.wait_for_complete_feeds(2)
     assert tally.exact == tally.compared
 
 
-async def test_a_gateway_that_comes_to_warm_engines(engines: Sequence[Engine], results: Results) -> None:
+async def test_a_gateway_that_starts_with_warm_engines(engines: Sequence[Engine], results: Results) -> None:
     draw, tally = random.Random(12), results.of("gateway restarted")
     prompts = [workload.ids(draw, 500) for _ in range(6)]
     async with gateway(engines) as target:
@@ -68,11 +68,11 @@ async def test_a_gateway_that_comes_to_warm_engines(engines: Sequence[Engine], r
     assert tally.exact == tally.compared
 
 
-async def test_frames_that_are_lost_on_the_way(
+async def test_frames_that_are_lost(
     engines: Sequence[Engine], results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subscription, "HEARTBEAT_SECONDS", 0.5)
-    draw, tally = random.Random(13), results.of("frames lost on the way")
+    draw, tally = random.Random(13), results.of("frames lost")
     async with relay(engines[0].events, seed=1) as lossy, gateway(engines, events={0: lossy.endpoint}) as target:
         feed = target.feeds["pod-0"]
         for _ in range(3):
@@ -86,7 +86,7 @@ async def test_frames_that_are_lost_on_the_way(
             await until(has_answered(feed))
             await workload.evictions(target, tally, draw, count=22)
         assert lossy.lost > 10
-        assert feed.stats.gaps + feed.stats.lost_in_silence > 0
+        assert feed.stats.gaps + feed.stats.silent_losses > 0
     assert tally.exact == tally.compared
 
 
@@ -108,12 +108,12 @@ async def test_a_cache_that_is_reset_while_the_engine_is_idle(engines: Sequence[
         assert all(answer.cached == answer.predicted == 384 for answer in again)
 
 
-async def test_hits_that_are_told_of_as_new_blocks(
+async def test_hits_that_are_reported_as_new_blocks(
     engines: Sequence[Engine], results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.5)
     draw = random.Random(15)
-    during, after = results.of("hits told of as new blocks"), results.of("after they were healed")
+    during, after = results.of("hits reported as new blocks"), results.of("after their correction")
     async with gateway(engines) as target:
         prefixes = [workload.ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
         for _ in range(120):
@@ -121,9 +121,9 @@ async def test_hits_that_are_told_of_as_new_blocks(
             prompt = [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *workload.ids(draw, 50)]
             options = FULL if draw.random() < 0.2 else {}
             await target.ask(during, COMPLETIONS, {"prompt": prompt, **options})
-        assert all(feed.ledger.stats.told_again for feed in target.feeds.values())
+        assert all(feed.ledger.stats.reported_again for feed in target.feeds.values())
         exact = 0
-        for _ in range(150):  # claims that are left come to light one by one
+        for _ in range(150):  # wrong claims are detected one by one
             before = after.exact
             prefix = draw.choice(prefixes)
             await target.ask(after, COMPLETIONS, {"prompt": [*prefix, *workload.ids(draw, 50)]})
@@ -135,12 +135,12 @@ async def test_hits_that_are_told_of_as_new_blocks(
             assert await target.metric("matrixinfer_kv_resyncs_total") > 0
 
 
-async def test_hits_of_one_block_told_of_are_taken_for_copies_until_answers_tell_otherwise(
+async def test_one_block_hits_reported_as_new_count_as_copies_until_answers_disagree(
     engines: Sequence[Engine], results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.5)
     draw = random.Random(16)
-    during, after = results.of("one-block hits told of as new"), results.of("after they were found out")
+    during, after = results.of("one-block hits reported as new"), results.of("after their detection")
     prompts = [workload.ids(draw, 40) for _ in range(40)]
     async with gateway(engines) as target:
         for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Streams that do not ask for usage, and engines that do not tell what they found."""
+"""Streams that do not request usage, and engines that do not report hits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from matrixinfer.kvevents import subscription
 
 from . import workload
-from .conftest import Makers
+from .conftest import EngineFactory
 from .counter import Counter
 from .engine import NAME, Engine, Options, running
 from .relay import relay
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def chunks_of(target: Target, url: str, body: Json) -> tuple[list[Json], str | None]:
-    """What a client sees of a stream, and the name of its request at the gateway."""
+    """The chunks of a stream as the client sees them, and the request id of the gateway."""
     async with target.session.post(url, json=body) as response:
         assert response.status == 200, await response.text()
         *events, last, end = (await response.text()).split("\n\n")
@@ -32,11 +32,11 @@ async def chunks_of(target: Target, url: str, body: Json) -> tuple[list[Json], s
 
 
 def keys_of(chunks: list[Json]) -> set[frozenset[str]]:
-    """What there is in chunks, but for `system_fingerprint`, which moves to the chunk that reports usage, and nulls."""
+    """The keys of chunks whose values are not null, without `system_fingerprint`, which is in the chunk with usage."""
     return {frozenset(key for key in chunk if chunk[key] is not None) - {"system_fingerprint"} for chunk in chunks}
 
 
-async def test_usage_that_a_client_did_not_ask_for_is_read_and_kept_from_it(
+async def test_usage_that_a_client_did_not_request_is_read_and_removed(
     engines: Sequence[Engine], results: Results
 ) -> None:
     draw, tally = random.Random(21), results.of("streams without usage")
@@ -48,13 +48,13 @@ async def test_usage_that_a_client_did_not_ask_for_is_read_and_kept_from_it(
             body = {"model": NAME, "temperature": 0, "max_tokens": 6, "stream": True, **asked}
             bare, _ = await chunks_of(target, engines[0].url + path, body)
             for options in (None, {"include_usage": False}, {"include_usage": True}):
-                await target.quiet()
+                await target.wait_for_events()
                 chunks, request = await chunks_of(
                     target, target.service.gateway.url + path, body | ({"stream_options": options} if options else {})
                 )
                 assert request is not None
-                outcome = target.noted(request)
-                tally.note(outcome.predicted, outcome.cached)
+                outcome = target.recorded(request)
+                tally.add(outcome.predicted, outcome.cached)
                 if options == {"include_usage": True}:
                     assert chunks[-1]["choices"] == []
                     assert chunks[-1]["usage"]["prompt_tokens"] > 0
@@ -65,15 +65,15 @@ async def test_usage_that_a_client_did_not_ask_for_is_read_and_kept_from_it(
     assert tally.exact == tally.compared
 
 
-async def test_an_engine_that_tells_nothing_is_healed_by_its_own_count_of_hits(
-    make: Makers, results: Results, monkeypatch: pytest.MonkeyPatch
+async def test_drift_of_an_engine_without_usage_is_found_by_its_hit_counter(
+    make: EngineFactory, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subscription, "HEARTBEAT_SECONDS", 600.0)  # which would find the emptied frame
+    monkeypatch.setattr(subscription, "HEARTBEAT_SECONDS", 600.0)  # a heartbeat would find the emptied frame
     draw = random.Random(22)
-    during, after = results.of("no cached tokens told: a reset that was missed"), results.of("the same, healed")
+    during, after = results.of("no cached tokens reported: a missed reset"), results.of("the same, after correction")
     prompts = [workload.ids(draw, 400) for _ in range(28)]
     async with (
-        running(make(1, Options(tells_cached=False))) as engines,
+        running(make(1, Options(reports_cached=False))) as engines,
         relay(engines[0].events, seed=2) as between,
         gateway(engines, events={0: between.endpoint}, injects_usage=True) as target,
     ):
@@ -82,17 +82,17 @@ async def test_an_engine_that_tells_nothing_is_healed_by_its_own_count_of_hits(
             assert await counter.ask(after, prompt) == (0, 0)
         between.empties = True
         await counter.reset()
-        await counter.ask(after, workload.ids(draw, 300))  # with its blocks the engine tells that it was reset
-        await target.quiet()
+        await counter.ask(after, workload.ids(draw, 300))  # the engine publishes the reset together with these blocks
+        await target.wait_for_events()
         assert between.emptied > 0
         between.empties = False
         left = iter(prompts)
         while not await target.metric("matrixinfer_kv_resyncs_total"):
             assert await counter.ask(during, next(left)) == (384, 0)
             await asyncio.sleep(0.8)
-        await target.complete(1)
+        await target.wait_for_complete_feeds(1)
         assert await target.metric("matrixinfer_drift_windows_total", 'result="short"') >= 3
-        assert await target.metric("matrixinfer_drift_total") == 0, "no answer has told of cached tokens"
+        assert await target.metric("matrixinfer_drift_total") == 0, "no answer has reported cached tokens"
         for prompt in (*left, *prompts):
             await counter.ask(after, prompt)
     assert during.exact == 0

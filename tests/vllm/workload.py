@@ -1,4 +1,4 @@
-"""Requests of many kinds, one after the other. Each function asks for some and returns the answers."""
+"""Requests of many kinds, one at a time. Each function sends some and returns the answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ids(draw: random.Random, count: int) -> list[int]:
 
 
 async def texts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
-    """Each three times, the last time with more behind."""
+    """Each text three times, the last time with more text at the end."""
     prompts = [*ODD, *(text(draw, words) for words in (5, 20, 31, 64, 100, 300, 900))]
     return [
         await target.ask(tally, COMPLETIONS, {"prompt": prompt + more})
@@ -59,7 +59,7 @@ async def texts(target: Target, tally: Tally, draw: random.Random) -> list[Answe
 
 
 async def conversations(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
-    """Chats of several turns that carry on with what was generated; half of them streamed."""
+    """Chats of several turns that include the generated replies; half of the turns are streamed."""
     answers = []
     for number in range(6):
         messages = [{"role": "system", "content": text(draw, 60)}] if number % 2 else []
@@ -74,7 +74,7 @@ async def conversations(target: Target, tally: Tally, draw: random.Random) -> li
 
 
 async def tools(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
-    """Tools, calls and their results; each twice."""
+    """Tools, calls and their results, each twice."""
     question = [{"role": "user", "content": text(draw, 40)}]
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln", "n": 2.0}'}}
     called = [
@@ -92,9 +92,9 @@ async def tools(target: Target, tally: Tally, draw: random.Random) -> list[Answe
 
 
 async def salts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
-    """One prompt under several salts and none."""
+    """One prompt with several salts, and without."""
     prompt = text(draw, 150)
-    long = "a long salt " * 10  # engines take 128 characters
+    long = "a long salt " * 10  # engines accept 128 characters
     names = ("A", "A", "B", None, None, "A", "B", long, long, "ü", "ü", None)
     answers = [
         await target.ask(tally, COMPLETIONS, {"prompt": prompt} | ({"cache_salt": name} if name else {}))
@@ -115,7 +115,7 @@ async def multiples(target: Target, tally: Tally, draw: random.Random, *, block:
 
 
 async def aborts(target: Target, tally: Tally, draw: random.Random) -> list[Answer]:
-    """The client goes away in mid-stream; what was computed stays."""
+    """The client disconnects in the middle of a stream. The blocks stay cached."""
     answers = []
     for after in (1, 2, 20, 70) * 2:
         prompt = ids(draw, draw.randrange(40, 300))
@@ -125,7 +125,7 @@ async def aborts(target: Target, tally: Tally, draw: random.Random) -> list[Answ
 
 
 async def evictions(target: Target, tally: Tally, draw: random.Random, *, count: int = 100) -> list[Answer]:
-    """More prefixes than the caches hold, so that what is asked for again may be gone, wholly or in part."""
+    """More prefixes than fit in the caches, so that repeated ones may be evicted, in whole or in part."""
     prefixes = [ids(draw, draw.randrange(800, 2400)) for _ in range(20)]
     return [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in _cut(draw, prefixes, count)]
 

@@ -27,7 +27,7 @@ _STATS = (
     "overflows",
     "heartbeats",
     "missed_heartbeats",
-    "lost_in_silence",
+    "silent_losses",
 )
 
 
@@ -139,7 +139,7 @@ class FeedCollector(Collector):
             blocks.add_metric([pod], len(feed.ledger))
             memory.add_metric([pod], feed.ledger.memory_bytes)
             ledger, stats = feed.ledger.stats, feed.stats
-            for outcome in ("stored", "removed", "copies", "told_again", "orphans", "unknown_removed", "ended"):
+            for outcome in ("stored", "removed", "copies", "reported_again", "orphans", "unknown_removed", "ended"):
                 events.add_metric([pod, outcome], getattr(ledger, outcome))
             received.add_metric([pod], stats.bytes)
             held.add_metric([pod], feed.backlog)
@@ -156,7 +156,7 @@ class FeedCollector(Collector):
 
 
 class PluginCollector(Collector):
-    """Plugins that raised, or broke the contract."""
+    """Plugins that failed or were slow."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -164,8 +164,13 @@ class PluginCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the parts now."""
         rejected = CounterMetricFamily(
-            "matrixinfer_plugin_rejected", "Decisions from which a plugin was left out.", labels=["plugin"]
+            "matrixinfer_plugin_rejected", "Calls of a plugin that raised or broke the contract.", labels=["plugin"]
+        )
+        slow = CounterMetricFamily(
+            "matrixinfer_plugin_slow", "Calls of a plugin that took longer than slowPluginSeconds.", labels=["plugin"]
         )
         for plugin, count in self._scheduler.rejected.items():
             rejected.add_metric([plugin], count)
-        yield rejected
+        for plugin, count in self._scheduler.slow.items():
+            slow.add_metric([plugin], count)
+        yield from (rejected, slow)

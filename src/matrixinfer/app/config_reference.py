@@ -1,4 +1,4 @@
-"""The configuration's reference page, written from the schema itself."""
+"""Writes the reference page of the configuration from the schema."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
-from matrixinfer.config import Config, Section
+from matrixinfer.config import Config, PluginRef, Section
 from matrixinfer.scheduler.framework import Plugin
 
 _HEAD = """# Configuration
 
-One YAML file, read at start: `matrixinfer serve --config FILE`. Keys not listed here are errors, as are values of the
-wrong type or range; the message names the key's path and what was expected. `matrixinfer config check FILE` checks a
-file without starting anything.
+The gateway reads one YAML file when it starts: `matrixinfer serve --config FILE`. A key that is not listed here is an
+error, and so is a value of the wrong type or range; the message names the key's path and what was expected.
+`matrixinfer config check FILE` checks a file without starting anything.
 
-This page is made from the schema by `matrixinfer config reference`.
+This page is generated from the schema by `matrixinfer config reference`.
 """
 
 
 def configuration_page(plugins: Mapping[str, type[Plugin]]) -> str:
-    """The page as Markdown: a table per section, then one per plugin."""
+    """The page as Markdown: a table per section, then one per plugin, with the defaults that are in effect."""
     parts = [_HEAD]
-    for path, section in _sections(Config, ""):
+    for path, section, defaults in _sections(Config, "", Config()):
         title = f"`{path}`" if path else "Top level"
-        parts.append(f"## {title}\n\n{_first_line(section)}\n\n{_table(section)}")
-    parts.append("## Plugins\n\nEnabled under `scheduler.plugins`, with arguments under `scheduler.pluginConfig`.\n")
+        parts.append(f"## {title}\n\n{_first_line(section)}\n\n{_table(section, defaults)}")
+    parts.append("## Plugins\n\nEnable them in `scheduler.plugins`; set their arguments in `scheduler.pluginConfig`.\n")
+    shipped = {entry.name: entry.args for entry in Config().scheduler.plugin_config}
     for name, plugin in sorted(plugins.items()):
-        parts.append(f"### `{name}`\n\n{_first_line(plugin)}\n\n{_table(plugin.Args)}")
+        parts.append(f"### `{name}`\n\n{_first_line(plugin)}\n\n{_table(plugin.Args, shipped.get(name, {}))}")
     return "\n".join(parts)
 
 
-def _sections(section: type[Section], path: str) -> Iterator[tuple[str, type[Section]]]:
-    yield path, section
+def _sections(
+    section: type[Section], path: str, defaults: Section | None
+) -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
+    """Each section below `section`, with its path and the values that its keys have if the file does not set them."""
+    values = {} if defaults is None else {f.encode_name: getattr(defaults, f.name) for f in structs.fields(section)}
+    yield path, section, values
     hints = get_type_hints(section)
-    for field in msgspec.structs.fields(section):
+    for field in structs.fields(section):
+        value = values.get(field.encode_name)
         for kind, suffix in _structs_in(hints[field.name]):
-            yield from _sections(kind, f"{path}.{field.encode_name}{suffix}".lstrip("."))
+            below = value if isinstance(value, kind) else None
+            yield from _sections(kind, f"{path}.{field.encode_name}{suffix}".lstrip("."), below)
 
 
 def _structs_in(kind: Any, suffix: str = "") -> Iterator[tuple[type[Section], str]]:
@@ -50,17 +57,18 @@ def _structs_in(kind: Any, suffix: str = "") -> Iterator[tuple[type[Section], st
         yield from _structs_in(argument, inner)
 
 
-def _table(section: type[Section]) -> str:
-    fields = msgspec.structs.fields(section)
+def _table(section: type[Section], defaults: Mapping[str, Any]) -> str:
+    fields = structs.fields(section)
     if not fields:
         return "No settings.\n"
     hints = get_type_hints(section, include_extras=True)
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in fields:
-        kind, metas = _unwrap(hints[field.name])
+        _, metas = _unwrap(hints[field.name])
         meaning = next((meta.description for meta in metas if meta.description), "")
-        shown = _type_name(kind) + "".join(_bounds(meta) for meta in metas)
-        rows.append(f"| `{field.encode_name}` | {shown} | {_default(field)} | {meaning} |")
+        rows.append(
+            f"| `{field.encode_name}` | {_type_name(hints[field.name])} | {_default(field, defaults)} | {meaning} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -78,7 +86,11 @@ def _bounds(meta: Meta) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    kind, _ = _unwrap(kind)
+    kind, metas = _unwrap(kind)
+    return _bare_type_name(kind) + "".join(map(_bounds, metas))
+
+
+def _bare_type_name(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is type(None):
         return "null"
@@ -95,14 +107,16 @@ def _type_name(kind: Any) -> str:
     return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(kind, "any")
 
 
-def _default(field: msgspec.structs.FieldInfo) -> str:
+def _default(field: structs.FieldInfo, defaults: Mapping[str, Any]) -> str:
     if field.required:
         return "required"
-    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    data = msgspec.to_builtins(value)
-    if isinstance(data, dict) and isinstance(value, Section):
+    own = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    value = defaults.get(field.encode_name, own)
+    if isinstance(value, Section):
         return "see below"
-    return f"`{msgspec.json.encode(data).decode()}`"
+    if isinstance(value, tuple):
+        value = [each.name if each == PluginRef(name=getattr(each, "name", "")) else each for each in value]
+    return f"`{msgspec.json.encode(value).decode()}`"
 
 
 def _first_line(kind: type[Any]) -> str:

@@ -45,7 +45,7 @@ class Engines:
         dry_run: DryRunIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.blocks = token_blocks(config.scheduler)
+        self.blocks = token_blocks(config.blocks)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.setup = IndexSetup(config, self.blocks, models=self.registry.base_models)
         self.subscriber = Subscriber(index=dry_run or self.setup.index, blocks=self.blocks, history=history)

@@ -14,22 +14,21 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.config import BlocksConfig, Config
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
+from matrixinfer.index.redis.pod_states import PodStates
 from matrixinfer.index.redis.reclaim import Reclaimer
-from matrixinfer.index.redis.states import States
 from matrixinfer.index.redis.store import Store
-from matrixinfer.index.redis.warming import fill
+from matrixinfer.index.redis.warm_start import fill
 from matrixinfer.index.tee import TeeIndex
-from matrixinfer.index.warm import WarmIndex
+from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
-from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
-from matrixinfer.scheduler.profile import arguments_of
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
 from matrixinfer.trust.drift import Drift
@@ -50,18 +49,26 @@ class IndexSetup:
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
         self.redis: RedisIndex | None = None
-        self.states: States | None = None
+        self.states: PodStates | None = None
         self.warm: WarmIndex | None = None
         self._reclaimer: Reclaimer | None = None
         self._unvouched = index.writer == "none"
         self._feeds: Mapping[str, PodFeed] = {}
+        self._doubts: Callable[[str], bool] = lambda _: False
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
-            self.redis = RedisIndex(self.store, blocks, max_age=index.max_age_seconds, lease=index.lease_seconds)
+            self.redis = RedisIndex(
+                self.store,
+                blocks,
+                max_age=index.max_age_seconds,
+                lease_seconds=index.lease_seconds,
+                state_of=self._state_of,
+                is_known=self._is_known,
+            )
             self._reclaimer = Reclaimer(
                 self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
             )
         if self.store is not None and index.kind == "redis":
-            self.states = States(self.store, scheme_of(blocks), models=models)
+            self.states = PodStates(self.store, scheme_of(blocks), models=models)
         memory = MemoryIndex(max_blocks=index.max_blocks, prefix_closed=blocks.scheme == "prefix")
         if index.kind == "redis" and self.redis is not None:
             self.index: BlockIndex = self.redis
@@ -70,18 +77,16 @@ class IndexSetup:
         else:
             self.index = memory
         if index.kind == "memory" and index.warm_start:
-            self.index = self.warm = WarmIndex(self.index, max_blocks=index.max_blocks, is_told=self._is_told)
+            self.index = self.warm = WarmIndex(
+                self.index, max_blocks=index.max_blocks, has_own_events=self._has_own_events
+            )
         self.writes = self.redis is not None and index.writer == "gateway"
         """Whether this process writes to Redis."""
         self._stack = AsyncExitStack()
 
     def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
         """Have the writer report on `feeds`. Returns what is known of the caches, from feeds or from other writers' reports."""
-        self._feeds = feeds
-        if self.redis is not None:
-            writer = self.redis.writer
-            writer.state_of = lambda name: state_of(feeds.get(name), doubted=drift.doubts(name))
-            writer.is_known = self._is_known
+        self._feeds, self._doubts = feeds, drift.doubts
         if self.states is not None and not self.follows:
             return ReportedCaches(self.states, unvouched=self._unvouched)
         warm = self.warm
@@ -123,21 +128,23 @@ class IndexSetup:
 
     def _writes_surely(self, pod: str) -> bool:
         writer = None if self.redis is None else self.redis.writer
-        return writer is not None and writer.is_writer(pod) and not writer.is_doubtful(pod)
+        return writer is not None and writer.is_writer(pod) and not writer.needs_resync(pod)
 
-    def _is_told(self, pod: str) -> bool:
+    def _has_own_events(self, pod: str) -> bool:
         """Whether the publisher's own events say more by now than a warm start does."""
         feed = self._feeds.get(pod)
         if feed is None:
             return False
         return feed.state is FeedState.COMPLETE or feed.stats.restarts > 0 or feed.ledger.stats.clears > 0
 
+    def _state_of(self, pod: str) -> str | None:
+        return state_of(self._feeds.get(pod), doubted=self._doubts(pod))
+
     def _is_known(self, pod: str) -> bool:
-        feed = self._feeds.get(pod.partition("~")[0])
+        feed = self._feeds.get(EndpointName.parse(pod).endpoint)
         return feed is not None and feed.state not in _UNKNOWN_YET
 
 
-def token_blocks(scheduler: SchedulerConfig) -> TokenBlockProcessor:
-    """How prompts and caches are cut into blocks, as the arguments of `kvcache-aware` say. Raises `ConfigError`."""
-    hashing = cast("KvCacheAware.Args", arguments_of(scheduler, KvCacheAware))
-    return TokenBlockProcessor(hashing.block_size_to_hash, hashing.hash_scheme)
+def token_blocks(blocks: BlocksConfig) -> TokenBlockProcessor:
+    """How prompts and caches are cut into blocks."""
+    return TokenBlockProcessor(blocks.size, blocks.scheme)

@@ -11,13 +11,13 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.redis.circuit import State
 from matrixinfer.index.redis.index import RedisIndex
-from matrixinfer.index.redis.states import States
+from matrixinfer.index.redis.pod_states import PodStates
 
 
 class RedisCollector(Collector):
     """Lookups, writes, and models whose blocks are hashed differently."""
 
-    def __init__(self, index: RedisIndex, states: States | None) -> None:
+    def __init__(self, index: RedisIndex, states: PodStates | None) -> None:
         self._index = index
         self._states = states
 

@@ -29,14 +29,15 @@ from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
-from matrixinfer.scheduler.framework import Services, Trust
-from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
+from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
 from matrixinfer.traffic.peers.link import Peers
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 
@@ -53,7 +54,9 @@ class Service:
     async def __aenter__(self) -> Self:
         """Start every part. Raises `ConfigError`, and `OSError` when an address is taken."""
         config, clock = self.config, time.monotonic
-        scheduler = build_scheduler(config.scheduler)
+        plugins, watch = discover(), PluginLog(clock)
+        watch.skipped(plugins.broken)
+        scheduler = build_scheduler(config.scheduler, plugins, watch)
         self.metrics = metrics = Metrics()
         history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         load = LoadLedger(clock, config.scheduler.pending_seconds)
@@ -144,7 +147,11 @@ def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:
     return "none" if cache is None else cache.trust
 
 
-def build_scheduler(config: SchedulerConfig) -> Scheduler:
-    """The scheduler with built-in and installed plugins. Raises `ConfigError` or `PluginError`."""
+def build_scheduler(
+    config: SchedulerConfig, plugins: Installed | None = None, watch: PluginWatch | None = None
+) -> Scheduler:
+    """The scheduler with built-in and installed plugins. Raises `ConfigError`."""
+    plugins = discover() if plugins is None else plugins
     generator = random.Random(config.seed)  # noqa: S311 - breaks ties, protects nothing
-    return Scheduler(config, Services(clock=time.perf_counter, rng=generator), discover())
+    services = Services(clock=time.perf_counter, rng=generator)
+    return Scheduler(config, services, plugins, broken=plugins.broken, watch=watch)

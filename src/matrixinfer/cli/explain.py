@@ -1,10 +1,11 @@
-"""`matrixinfer explain`: why requests went where they went, asked of a running gateway."""
+"""`matrixinfer explain`: asks a running gateway why requests went to their pods."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,7 +16,7 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from matrixinfer.cli.arguments import WIDTH, Subparsers
+from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.prompt.openai import CHAT_PATH
 
@@ -24,36 +25,46 @@ Json = Mapping[str, Any]
 
 
 class CannotExplain(MatrixInferError):
-    """The gateway cannot be asked, or does not know."""
+    """The gateway cannot be reached, or has no such decision."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "explain",
-        help="why a request went to its pod",
-        description="Ask a running gateway for its last decisions, for one by its request id, or for what it would decide "
-        "of a body now: every pod's match, trust, load and scores, what was predicted and what the engine reported.",
+        help="show why requests went to their pods",
+        description="Ask a running gateway for its last decisions, for the decision on one request, or for the decision "
+        "that it would make on a request body now. Shows for each pod the matched blocks, trust, load and scores, the "
+        "predicted hit, and the hit that the engine reported.",
     )
-    parser.add_argument("id", nargs="?", metavar="ID", help="the x-request-id of an answer; without it the last ones")
     parser.add_argument(
-        "--admin", default="http://127.0.0.1:8081", metavar="URL", help="the gateway's admin address (%(default)s)"
+        "id", nargs="?", metavar="ID", help="the x-request-id of a response (default: list the last decisions)"
     )
-    parser.add_argument("--last", type=int, default=20, metavar="N", help="how many decisions to list (%(default)s)")
-    parser.add_argument("--pod", metavar="NAME", help="only those that this pod took")
+    parser.add_argument(
+        "--admin",
+        default="http://127.0.0.1:8081",
+        metavar="URL",
+        help="the gateway's admin address (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--last", type=at_least_one, default=20, metavar="N", help="how many decisions to list (default: %(default)s)"
+    )
+    parser.add_argument("--pod", metavar="NAME", help="list only decisions for this pod")
     parser.add_argument(
         "--body",
         type=Path,
         metavar="FILE",
-        help="decide on this request body now, without sending it; - for standard input",
+        help="show the decision on this request body now, without sending it to a pod; - reads standard input",
     )
-    parser.add_argument("--path", default=CHAT_PATH, metavar="PATH", help="the API path of --body (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print what the gateway tells as JSON")
+    parser.add_argument(
+        "--path", default=CHAT_PATH, metavar="PATH", help="the API path that --body is for (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the gateway's answer as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and print. Raises `CannotExplain`."""
+    """Ask the gateway and print its answer. Raises `CannotExplain`."""
     answer = asyncio.run(_ask(args))
     if args.json:
         print(json.dumps(answer, indent=2))
@@ -62,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if args.body is not None or args.id is not None:
         for decision in [answer] if args.body is not None else answer["decisions"]:
             _print_one(console, decision)
-    else:
+    elif answer["decisions"]:
         _print_list(console, answer["decisions"])
+    else:
+        console.print("no decisions yet" if args.pod is None else f"no decisions for the pod {args.pod}")
     return 0
 
 
@@ -81,9 +94,14 @@ async def _ask(args: argparse.Namespace) -> Any:
             async with session.get("/debug/decisions", params=chosen) as response:
                 answer = await _answer(response)
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-        raise CannotExplain(f"cannot ask {base}: {str(error) or type(error).__name__}") from error
+        raise CannotExplain(
+            f"cannot reach the gateway's admin address {base}: {_reason(error)}. Is the gateway running, "
+            "and is --admin the `admin` address of its config?"
+        ) from error
     if args.id is not None and not answer["decisions"]:
-        raise CannotExplain(f"the gateway keeps no decision on the request `{args.id}`")
+        raise CannotExplain(
+            f"the gateway has no decision on the request `{args.id}`: it keeps only the last ones (scheduler.decisionsKept)"
+        )
     return answer
 
 
@@ -91,8 +109,14 @@ async def _answer(response: aiohttp.ClientResponse) -> Any:
     answer = await response.json(content_type=None)
     if response.status != 200:
         message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
-        raise CannotExplain(message or f"the gateway answered {response.status}")
+        raise CannotExplain(message or f"expected status 200 from the gateway, got {response.status}")
     return answer
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__
 
 
 def _read(path: Path) -> bytes:
@@ -103,7 +127,9 @@ def _read(path: Path) -> bytes:
 
 
 def _print_list(console: Console, decisions: Sequence[Json]) -> None:
-    table = Table("time", "request", "model", "tokens", "pod", "trust", "predicted", "cached", "status", box=None)
+    table = Table(
+        *("at", "id", "model", "tokens", "pod", "trust", "predicted_hit_tokens", "cached_tokens", "status"), box=None
+    )
     for decision in decisions:
         pod, reported = decision["pods"][decision["chosen"]], decision["reported"]
         table.add_row(
@@ -124,20 +150,22 @@ def _print_one(console: Console, decision: Json) -> None:
     reported = decision["reported"]
     console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
     console.print(f"prompt: {_shown(decision['tokens'])} tokens, {decision['blocks']} full blocks")
-    console.print(f"predicted hit: {decision['predicted_hit_tokens']} tokens at {decision['chosen']}")
+    console.print(f"predicted hit: {decision['predicted_hit_tokens']} tokens on {decision['chosen']}")
     if reported["status"] is not None:
-        way = " then ".join(reported["attempts"])
+        pods = ", then ".join(reported["attempts"])
         counts = f"{_shown(reported['cached_tokens'])} of {_shown(reported['prompt_tokens'])} tokens cached"
-        console.print(f"answered: {reported['status']} by {way}; the engine reported {counts}")
+        console.print(f"answered: {reported['status']} by {pods}; the engine reported {counts}")
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
     table = Table(
-        "pod", "trust", "match", "coming", "sent", "counts", "load", "waiting", *scorers, "total", "", box=None
+        *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks", "credit", "in_flight", "waiting"),
+        *(*scorers, "total", ""),
+        box=None,
     )
     for name, pod in decision["pods"].items():
         table.add_row(
             name,
             pod["trust"],
-            _match(pod),
+            _matched(pod),
             str(pod["pending_blocks"]),
             str(pod["recent_blocks"]),
             f"{pod['credit']:g}",
@@ -149,13 +177,13 @@ def _print_one(console: Console, decision: Json) -> None:
         )
     console.print(table)
     if len(decision["pods"]) < decision["candidates"]:
-        console.print(f"… and {decision['candidates'] - len(decision['pods'])} more")
+        console.print(f"… and {decision['candidates'] - len(decision['pods'])} more pods")
     for note in decision["notes"]:
         console.print(f"note: {note}")
 
 
-def _match(pod: Json) -> str:
-    """Blocks that the index says are held, and how many of them on faster tiers where there are several."""
+def _matched(pod: Json) -> str:
+    """Matched blocks. If the pod has several cache tiers, the blocks up to each faster tier come first: `8/15`."""
     faster = "".join(f"{count}/" for count in pod["tiers"])
     return faster + _shown(pod["matched_blocks"])
 

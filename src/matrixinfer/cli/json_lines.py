@@ -1,4 +1,4 @@
-"""Commands that answer each line of JSON with one line of JSON, so that they can serve as a coprocess."""
+"""JSON lines in, JSON lines out. Each answer is flushed at once, so that a command can run as a coprocess."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matrixinfer.errors import ConfigError
 
 
 def read(file: Path | None) -> Iterator[bytes]:
-    """The lines of `file`, or of standard input, as they come; blank ones are left out. Raises `ConfigError`."""
+    """The lines of `file`, or of standard input, as they arrive, without blank ones. Raises `ConfigError`."""
     with ExitStack() as stack:
         try:
             source = sys.stdin.buffer if file is None else stack.enter_context(file.open("rb"))
         except OSError as error:
-            raise ConfigError(str(file), f"cannot be read: {error.strerror}") from error
+            raise ConfigError(str(file), f"cannot read the file: {error.strerror}") from error
         for line in iter(source.readline, b""):
             if line.strip():
                 yield line
 
 
 def write(answer: dict[str, object]) -> None:
-    """One line, at once."""
+    """Write one line and flush it."""
     sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
     sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""`matrixinfer render`: what a chat template makes of conversations."""
+"""`matrixinfer render`: renders conversations with a chat template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matrixinfer.prompt.chat_template import CHATML, ChatTemplate
 
 
 class _Conversation(msgspec.Struct, forbid_unknown_fields=True):
-    """The arguments of `apply_chat_template` in transformers; `kwargs` are its further ones."""
+    """The arguments of `apply_chat_template` in transformers. `kwargs` holds the ones without a field here."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -34,26 +34,31 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "render",
-        help="what a chat template makes of conversations",
+        help="render conversations with a chat template",
         description="Read JSON lines {messages, tools, documents, add_generation_prompt, continue_final_message, kwargs} "
-        'and write {"rendered": …} or {"error": …} for each, as transformers renders them. Messages reach the template '
-        "as they are, without what an engine does to them before.",
-    )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the lines; standard input without it")
-    parser.add_argument(
-        "--chat-template", required=True, metavar="TEMPLATE", help="a Jinja file, or `chatml` for the built-in one"
+        'and write {"rendered": …} or {"error": …} for each, as transformers renders them. The template gets the messages '
+        "unchanged: an engine may rewrite them first.",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="a model's folder, for special tokens such as bos_token"
+        "file", nargs="?", type=Path, metavar="FILE", help="file with the lines (default: standard input)"
     )
     parser.add_argument(
-        "--now", type=datetime.fromisoformat, metavar="TIME", help="the time that templates are told, in ISO 8601"
+        "--chat-template", required=True, metavar="TEMPLATE", help="Jinja file, or `chatml` for the built-in template"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder of the model's tokenizer, for special tokens such as bos_token",
+    )
+    parser.add_argument(
+        "--now", type=_time, metavar="TIME", help="the time that the template sees, in ISO 8601 (default: now)"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer every line. Raises `ConfigError` and `TokenizeError` when there is no template to render with."""
+    """Answer every line. Raises `ConfigError` or `TokenizeError` when the template cannot be loaded."""
     template = _template(args)
     for line in json_lines.read(args.file):
         try:
@@ -61,6 +66,13 @@ def run(args: argparse.Namespace) -> int:
         except MatrixInferError as error:
             json_lines.write({"error": str(error)})
     return 0
+
+
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a time in ISO 8601, got `{text}`") from None
 
 
 def _template(args: argparse.Namespace) -> ChatTemplate:
@@ -79,7 +91,7 @@ def _rendered(template: ChatTemplate, line: bytes) -> str:
         "add_generation_prompt": chat.add_generation_prompt,
         "continue_final_message": chat.continue_final_message,
     }
-    twice = {"messages", "tools"} & chat.kwargs.keys()
-    if twice:
-        raise InvalidRequest(f"`kwargs` names `{min(twice)}`, which the line has itself")
+    misplaced = {"messages", "tools"} & chat.kwargs.keys()
+    if misplaced:
+        raise InvalidRequest(f"expected `{min(misplaced)}` beside `kwargs`, not in it")
     return template.render(chat.messages, chat.tools, **arguments | chat.kwargs)

@@ -13,8 +13,8 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.service import Service
-from matrixinfer.cli import engines
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli import engine_arguments
+from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
 from matrixinfer.config import Config, checked, convert
 from matrixinfer.errors import ConfigError
 from matrixinfer.scheduler.policies import POLICIES, with_policy
@@ -26,26 +26,41 @@ def add_parser(subparsers: Subparsers) -> None:
     serve = subparsers.add_parser(
         "serve",
         help="run the gateway",
-        description="Run the gateway, from a config file or from a list of engines. Flags override the file.",
+        description="Run the gateway until SIGTERM or Ctrl-C. Engines come from a config file or from --worker-urls; "
+        "the other options override the file.",
     )
-    engines.add_arguments(serve)
-    serve.add_argument("--policy", choices=sorted(POLICIES), help="ready-made scheduler profile (default: kv_aware)")
-    serve.add_argument("--host", help="address to listen on")
-    serve.add_argument("--port", type=int, help="port to listen on")
-    serve.add_argument("--admin", metavar="HOST:PORT", help="address of /debug, or `none`")
-    serve.add_argument("--request-timeout-secs", type=float, metavar="S")
-    serve.add_argument("--max-payload-size", type=int, metavar="BYTES")
-    serve.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
-    serve.add_argument("--log-json", action=argparse.BooleanOptionalAction, help="JSON log lines (default), or text")
+    engine_arguments.add_arguments(serve)
+    serve.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        help="ready-made scheduler profile (default: the config file's, or kv_aware)",
+    )
+    serve.add_argument("--host", help="address to listen on (default: the config file's)")
+    serve.add_argument("--port", type=port, help="port to listen on, 0 for any free one (default: the config file's)")
+    serve.add_argument(
+        "--admin", metavar="HOST:PORT", help="address that serves /debug, or `none` (default: the config file's)"
+    )
+    serve.add_argument(
+        "--request-timeout-secs", type=duration, metavar="S", help="end a request whose pod sends nothing for S seconds"
+    )
+    serve.add_argument(
+        "--max-payload-size", type=at_least_one, metavar="BYTES", help="largest request body that is accepted"
+    )
+    serve.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], help="least severe log lines to write"
+    )
+    serve.add_argument(
+        "--log-json", action=argparse.BooleanOptionalAction, help="log lines as JSON (default) or as text"
+    )
     serve.set_defaults(run=run)
 
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread that tokenizes may run Python code before the event loop gets its turn; 5 ms is Python's default."""
+"""How long a tokenizing thread may run Python code before the event loop gets a turn. Python's default is 5 ms."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then let requests in flight finish."""
     config = configuration(args)
     configure(config.log)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -63,21 +78,21 @@ async def _serve(config: Config) -> None:
             await stack.enter_async_context(Service(config))
         except OSError as error:
             raise ConfigError("serve", f"cannot listen: {error}") from error
-        gc.freeze()  # what is there now stays: without it each full collection stops the loop for several ms longer
+        gc.freeze()  # start-up objects live on: without this, every full collection pauses the loop for several ms more
         await stop.wait()
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    """The config file, if any, with the flags applied. Raises `ConfigError`."""
-    return _with_flags(engines.configuration(args), args)
+    """The config file, if any, with the command line applied. Raises `ConfigError`."""
+    return _with_flags(engine_arguments.configuration(args), args)
 
 
 def _with_flags(config: Config, args: argparse.Namespace) -> Config:
     replace = msgspec.structs.replace
     if args.policy:
         config = replace(config, scheduler=with_policy(config.scheduler, args.policy))
-    host, _, port = config.listen.rpartition(":")
-    config = replace(config, listen=f"{args.host or host}:{port if args.port is None else args.port}")
+    host, _, old_port = config.listen.rpartition(":")
+    config = replace(config, listen=f"{args.host or host}:{old_port if args.port is None else args.port}")
     if args.admin:
         config = replace(config, admin=None if args.admin == "none" else args.admin)
     limits, log = config.limits, config.log

@@ -1,4 +1,4 @@
-"""`matrixinfer tokenize`: the token ids of requests, as the gateway sees them."""
+"""`matrixinfer tokenize`: prints the token ids of requests, as the gateway computes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MODEL = "model"
 _TIMEOUT_SECONDS = 60.0
 _PROGRESS_LINES = 100
 _PATHS = {"messages": CHAT_PATH, "prompt": COMPLETIONS_PATH, "input": "/v1/responses", "query": "/v1/rerank"}
-"""The API of a body that has this key, where none is named."""
+"""The API of a request body, by a key that it has, unless `--path` names the API."""
 
 _BODY = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -38,26 +38,43 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "tokenize",
-        help="the token ids of requests, as the gateway sees them",
-        description='Read JSON lines of request bodies and write {"tokens": […]} or {"error": …} for each. Of a prompt '
-        'with images, audio or video only the beginning is known ("complete": false).',
+        help="print the token ids of requests, as the gateway computes them",
+        description='Read JSON lines of request bodies and write {"tokens": […]} or {"error": …} for each. Only the '
+        'tokens before the first image, audio or video of a prompt are known; then "complete" is false.',
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the bodies; standard input without it")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's folder, or its vocabulary")
-    parser.add_argument("--chat-template", metavar="TEMPLATE", help="a Jinja file, or `chatml`, instead of the model's")
-    parser.add_argument("--tokenizer-mode", default="auto", choices=["auto", "hf", "mistral", "tiktoken"])
-    parser.add_argument("--pretokenizer", choices=["cl100k", "kimi", "o200k", "qwen2"], help="of tiktoken vocabularies")
+    parser.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help="file with the bodies (default: standard input)"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="folder of the model's tokenizer, or a vocabulary file"
+    )
+    parser.add_argument(
+        "--chat-template", metavar="TEMPLATE", help="Jinja file, or `chatml` (default: the model's own)"
+    )
+    parser.add_argument(
+        "--tokenizer-mode",
+        default="auto",
+        choices=["auto", "hf", "mistral", "tiktoken"],
+        help="format of the tokenizer's files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretokenizer",
+        choices=["cl100k", "kimi", "o200k", "qwen2"],
+        help="how a tiktoken vocabulary splits text before encoding it",
+    )
     parser.add_argument(
         "--path",
         choices=sorted(READERS),
         metavar="PATH",
-        help="the API of all bodies; without it, "
-        + ", ".join(f"{path} for those with `{key}`" for key, path in _PATHS.items()),
+        help=f"the API of all bodies: one of {', '.join(sorted(READERS))} (default: by the keys of a body, "
+        + ", ".join(f"`{key}` means {path}" for key, path in _PATHS.items())
+        + ")",
     )
     parser.add_argument(
         "--compare",
         metavar="URL",
-        help="an engine whose /tokenize is asked, too; exit code 1 when any ids differ, 3 when none could be compared",
+        help="compare with the ids of the engine at URL, from its /tokenize; exit code 1 when any ids differ, 3 when none "
+        "could be compared",
     )
     parser.set_defaults(run=run)
 
@@ -86,7 +103,7 @@ async def _run(args: argparse.Namespace) -> int:
             )
         for line in json_lines.read(args.file):
             json_lines.write(await _answered(line, args.path, tokenizers, comparison))
-    return 0 if comparison is None else comparison.tell()
+    return 0 if comparison is None else comparison.report()
 
 
 async def _answered(
@@ -104,13 +121,13 @@ async def _answered(
 
 
 def _prompt(line: bytes, path: str | None) -> Prompt:
-    """The prompt of a body, whose model does not matter. Raises `InvalidRequest`."""
+    """The prompt of a request body, whatever model it names. Raises `InvalidRequest`."""
     body = fields.decode(_BODY, line)
     if path is None:
         path = next((path for key, path in _PATHS.items() if key in body), None)
     if path is None:
         raise InvalidRequest(
-            f"the body has none of {', '.join(f'`{key}`' for key in _PATHS)}; name its API with --path"
+            f"expected one of {', '.join(f'`{key}`' for key in _PATHS)} in the body; otherwise name its API with --path"
         )
     body.setdefault("model", msgspec.Raw(msgspec.json.encode(_MODEL)))
     return parse(path, msgspec.json.encode(body))
@@ -122,44 +139,44 @@ def _answer(tokenized: Tokenized) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class _AskedEngine:
+class _ComparedEngine:
     url: str
     engine: str | None
 
     def index_name(self, _: str) -> str | None:
-        """One name serves."""
+        """None: the engine is asked for its model by the name that it reports."""
         return None
 
 
 async def _comparison(url: str, api: EngineApi, remote: RemoteTokenizer) -> _Comparison:
-    """Raises `ConfigError` when the engine does not tell what it serves."""
+    """Raises `ConfigError` when the engine does not say which model it serves."""
     try:
         served = await api.models(url.rstrip("/"))
     except EngineDown as error:
         raise ConfigError("--compare", str(error)) from error
     if served is None:
-        raise ConfigError("--compare", f"{url}/v1/models names no model")
-    return _Comparison(remote, _AskedEngine(url, served.engine), served.base_model)
+        raise ConfigError("--compare", f"expected a model in {url}/v1/models, found none")
+    return _Comparison(remote, _ComparedEngine(url, served.engine), served.base_model)
 
 
 class _Comparison:
-    """Compares ids with an engine's, and counts."""
+    """Compares token ids with an engine's and counts the outcomes."""
 
-    def __init__(self, remote: RemoteTokenizer, engine: _AskedEngine, model: str) -> None:
+    def __init__(self, remote: RemoteTokenizer, engine: _ComparedEngine, model: str) -> None:
         self._remote = remote
         self._engine = engine
         self._model = model
-        self._same = self._differing = self._only_theirs = self._refused = 0
+        self._same = self._different = self._engine_only = self._failed = 0
 
     async def compare(self, prompt: Prompt, answer: dict[str, Any]) -> dict[str, object]:
-        """What to add to our answer."""
+        """The fields to add to our answer."""
         if prompt.token_ids is not None or prompt.inexact is not None or not answer.get("complete", True):
             return {}
         self._progress()
         try:
             ids = await self._remote.tokenize(prompt, [self._engine], self._model, timeout_seconds=_TIMEOUT_SECONDS)
         except TokenizeError as error:
-            self._refused += 1
+            self._failed += 1
             return {"engine_error": str(error)}
         theirs, ours = ids.tolist(), answer.get("tokens")
         if prompt.keep_last is not None:
@@ -167,26 +184,26 @@ class _Comparison:
         if prompt.keep_first is not None:
             theirs = theirs[: prompt.keep_first]
         if ours is None:
-            self._only_theirs += 1
+            self._engine_only += 1
             return {"engine_tokens": theirs}
         self._same += theirs == ours
-        self._differing += theirs != ours
+        self._different += theirs != ours
         if theirs == ours:
             return {}
         return {"first_difference": first_difference(ours, theirs), "engine_tokens": theirs}
 
-    def tell(self) -> int:
-        """Print the counts; returns the exit code."""
+    def report(self) -> int:
+        """Print the counts and return the exit code."""
         print(
-            f"{self._same} prompts have the engine's ids, {self._differing} differ, "
-            f"{self._only_theirs} only the engine can tell, {self._refused} it does not tell",
+            f"compared with the engine: {self._same} equal, {self._different} different, "
+            f"{self._engine_only} tokenized only by the engine, {self._failed} not tokenized by the engine",
             file=sys.stderr,
         )
-        if self._differing:
+        if self._different:
             return 1
         return 0 if self._same else 3
 
     def _progress(self) -> None:
-        done = self._same + self._differing + self._only_theirs + self._refused
+        done = self._same + self._different + self._engine_only + self._failed
         if sys.stderr.isatty() and done % _PROGRESS_LINES == 0:
-            print(f"\r{done} compared, {self._differing} differ ", end="", file=sys.stderr, flush=True)
+            print(f"\r{done} compared, {self._different} different ", end="", file=sys.stderr, flush=True)

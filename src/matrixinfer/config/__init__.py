@@ -1,40 +1,40 @@
-"""The configuration: one YAML file, read once, checked whole before anything starts.
+"""The configuration: one YAML file, read once and checked completely before anything starts.
 
-Every section is a frozen struct (`schema`), whose field descriptions are the reference that `docs/configuration.md` is made
-from. An unknown key or a bad value raises `ConfigError` with the key's path, what was expected, and the nearest valid
-name (`complaints`).
+Every section is a frozen struct (`schema`, `scheduling`); `docs/configuration.md` is generated from the descriptions of its
+fields. An unknown key or a bad value raises `ConfigError` with the key's path, what was expected, and the nearest
+valid name (`complaints`). Settings with more than one spelling are brought into one form (`normalise`).
 """
 
-from matrixinfer.config.reading import bare_pod, checked, convert, load, parse, split_address
+from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
+from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
+from matrixinfer.config.scheduling import (
+    BlocksConfig,
+    PluginArgs,
+    PluginRef,
+    PluginsConfig,
+    PluginStage,
+    SchedulerConfig,
+    WeightsConfig,
+)
 from matrixinfer.config.schema import (
     CLUSTER_SUFFIX,
     Config,
-    Count,
     DriftConfig,
     IndexConfig,
     KvEventsConfig,
     LimitsConfig,
     LogConfig,
     ModelConfig,
-    PluginArgs,
-    PluginRef,
-    PluginsConfig,
-    PluginStage,
     PodConfig,
     PodWatchConfig,
     RedisConfig,
-    SchedulerConfig,
-    Seconds,
-    Section,
-    Share,
     TlsConfig,
     TokenizationConfig,
-    WeightsConfig,
-    described,
 )
 
 __all__ = [
     "CLUSTER_SUFFIX",
+    "BlocksConfig",
     "Config",
     "Count",
     "DriftConfig",

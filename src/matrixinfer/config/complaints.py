@@ -1,4 +1,4 @@
-"""Where a value does not fit the schema, and what was expected there, of what msgspec says of it."""
+"""Turns msgspec's errors into a path in the configuration and the value that was expected there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 
 def explain(error: str, kind: Any) -> tuple[str, str]:
-    """Where below `kind` msgspec found an error, and what was expected there."""
+    """The path of an error below `kind`, and what was expected there."""
     parts = re.fullmatch(r"(.*?)(?: - at (`key` in )?`\$(.*)`)?", error, re.DOTALL)
     message, is_key, where = parts.groups() if parts else (error, None, None)
     where = where or ""
@@ -32,7 +32,7 @@ def _hint(name: str, valid: Sequence[str]) -> str:
 
 
 def _kind_at(kind: Any, where: str) -> Any:
-    """The type that belongs at `where`, the path below `kind` as msgspec prints it: `.pods[0].url`."""
+    """The type of the value at `where`, a path below `kind` as msgspec prints it: `.pods[0].url`."""
     for key in re.findall(r"\.([A-Za-z0-9_]+)|\[[^\]]*\]", where):
         if key:
             struct = _struct_in(kind)

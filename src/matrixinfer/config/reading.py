@@ -1,26 +1,31 @@
-"""From a YAML file to a `Config`: read once, checked whole, completed by the environment."""
+"""From a YAML file to a `Config`: read once, checked completely, completed from the environment."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 
-from matrixinfer.config.complaints import explain
+from matrixinfer.config.base import convert
+from matrixinfer.config.normalise import (
+    given_block_keys,
+    with_aliases,
+    with_plugin_refs,
+    with_shipped_arguments,
+    without_aliases,
+)
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.errors import ConfigError
 
-T = TypeVar("T")
-
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; here the second is an error."""
+    """PyYAML silently keeps the last of two equal keys; here the second is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a mapping that has a key twice."""
@@ -33,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load(path: Path) -> Config:
-    """Read and check a YAML file. Relative tokenizer and template paths are taken from the file's folder.
+    """Read and check a YAML file. Relative paths of tokenizers and templates start from the file's folder.
 
     Raises `ConfigError` when the file cannot be read, is not YAML, or does not fit the schema.
     """
@@ -50,18 +55,9 @@ def parse(text: str, *, base: Path) -> Config:
         data = yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError("$", f"not valid YAML: {error}") from error
-    config = convert(data if data is not None else {}, Config, path="$")
+    config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
     models = tuple(_absolute(model, base) for model in config.models)
-    return checked(msgspec.structs.replace(config, models=models))
-
-
-def convert(data: object, kind: type[T], *, path: str) -> T:
-    """Turn plain YAML data into `kind`. Raises `ConfigError` whose path starts at `path`."""
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        where, message = explain(str(error), kind)
-        raise ConfigError(path + where, message) from error
+    return checked(msgspec.structs.replace(config, models=models), given_blocks=given_block_keys(data))
 
 
 def split_address(address: str, *, path: str) -> tuple[str, int]:
@@ -72,11 +68,30 @@ def split_address(address: str, *, path: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def checked(config: Config) -> Config:
-    """The configuration, once what types cannot say holds too; pods' URLs lose a slash at their end.
+def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
+    """Check what types cannot express, and return the configuration in the one form that the rest of the code expects.
 
-    Raises `ConfigError`.
+    A configuration made in code goes through this once, too. `given_blocks` are the keys of `blocks` that were given,
+    also with their default values. Raises `ConfigError`.
     """
+    scheduler = with_shipped_arguments(config.scheduler)
+    blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
+    _check_names_and_addresses(config)
+    return msgspec.structs.replace(
+        config,
+        blocks=blocks,
+        scheduler=without_aliases(scheduler),
+        pods=tuple(map(bare_pod, config.pods)),
+        redis=_checked_redis(config),
+    )
+
+
+def bare_pod(pod: PodConfig) -> PodConfig:
+    """The pod with its name without the cluster's suffix, and its URL without a trailing slash."""
+    return msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
+
+
+def _check_names_and_addresses(config: Config) -> None:
     split_address(config.listen, path="$.listen")
     if config.admin is not None:
         split_address(config.admin, path="$.admin")
@@ -97,40 +112,40 @@ def checked(config: Config) -> Config:
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
-    bare = tuple(map(bare_pod, config.pods))
-    return msgspec.structs.replace(config, pods=bare, redis=_checked_redis(config))
-
-
-def bare_pod(pod: PodConfig) -> PodConfig:
-    """As it is known everywhere: its name without the cluster's suffix, its URL without a slash at its end."""
-    return msgspec.structs.replace(pod, url=pod.url.rstrip("/"), name=pod.name.removesuffix(CLUSTER_SUFFIX))
 
 
 def _checked_redis(config: Config) -> RedisConfig | None:
-    """The server, where one is named or needed, with what the environment says of it."""
+    """The server, if one is named or needed, completed from the environment."""
     redis, index = config.redis, config.index
     if index.kind == "redis" and index.warm_start:
-        raise ConfigError("$.index.warmStart", "goes with kind `memory`: kind `redis` looks up in Redis anyway")
+        raise ConfigError(
+            "$.index.warmStart",
+            "works with kind `memory` only: kind `redis` always looks up in Redis; remove `warmStart`",
+        )
     if index.kind == "memory" and index.writer == "none":
-        raise ConfigError("$.index.writer", "`none` goes with kind `redis`: nobody else writes this process's memory")
+        raise ConfigError(
+            "$.index.writer", "`none` works with kind `redis` only: nobody else can write to this process's memory"
+        )
     if index.lease_seconds > index.max_age_seconds:
-        raise ConfigError("$.index.leaseSeconds", f"expected at most maxAgeSeconds, {index.max_age_seconds:g}")
+        raise ConfigError(
+            "$.index.leaseSeconds", f"expected at most `maxAgeSeconds`, which is {index.max_age_seconds:g}"
+        )
     if redis is None:
         needed = index.kind == "redis" or index.warm_start or index.writer == "gateway"
         return _with_environment(RedisConfig(), os.environ) if needed else None
     for i, address in enumerate(redis.sentinels):
         split_address(address, path=f"$.redis.sentinels[{i}]")
     if sum((redis.socket is not None, bool(redis.sentinels), redis.cluster)) > 1:
-        raise ConfigError("$.redis", "expected one of `socket`, `sentinels` and `cluster` at most")
+        raise ConfigError("$.redis", "expected at most one of `socket`, `sentinels` and `cluster`")
     if redis.cluster and redis.db:
-        raise ConfigError("$.redis.db", "a Cluster has the database 0 only")
+        raise ConfigError("$.redis.db", "expected 0: a Cluster has only database 0")
     return _with_environment(redis, os.environ)
 
 
 def _with_environment(redis: RedisConfig, environment: Mapping[str, str]) -> RedisConfig:
     port = environment.get("REDIS_PORT") or "6379"
     if redis.port is None and not (port.isdecimal() and 0 < int(port) < 65_536):
-        raise ConfigError("$.redis.port", f"expected a port in the environment's REDIS_PORT, got `{port}`")
+        raise ConfigError("$.redis.port", f"expected a port in the environment variable REDIS_PORT, got `{port}`")
     return msgspec.structs.replace(
         redis,
         host=redis.host or environment.get("REDIS_HOST") or "127.0.0.1",
@@ -143,7 +158,7 @@ def _check_url(url: str, *, path: str) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # no number for a port, or half an IPv6 address
+    except ValueError:  # a port that is not a number, or half an IPv6 address
         usable = False
     if not usable or re.search(r"[?#\s]", url):
         raise ConfigError(path, f"expected `http://host:port`, got `{url}`")

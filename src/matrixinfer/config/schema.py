@@ -1,63 +1,52 @@
-"""The schema: what a config file may say, key by key. The descriptions are the reference page."""
+"""The schema: every section and key of a config file. The descriptions become the reference page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
+from matrixinfer.config.base import Count, Seconds, Section, described
+from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
+
 CLUSTER_SUFFIX = ".svc.cluster.local"
-"""What some write behind a pod's name, and others do not."""
-
-Seconds = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
-Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
-
-
-def described(description: str) -> Meta:
-    """Attach the sentence that the reference shows for a field."""
-    return Meta(description=description)
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
-    """Base of every section: frozen, keyword-only, camelCase in YAML, unknown keys refused."""
+"""A suffix that some writers append to a pod's name and others leave out."""
 
 
 class ModelConfig(Section, frozen=True):
     """A model that clients may ask for."""
 
-    name: Annotated[str, described("The engine's own name for the model: the first id of its `/v1/models`.")]
-    aliases: Annotated[tuple[str, ...], described("Other names under which clients may ask for it.")] = ()
+    name: Annotated[str, described("The engine's own name for the model: the first id that its `/v1/models` lists.")]
+    aliases: Annotated[tuple[str, ...], described("Other names by which clients may ask for it.")] = ()
     tokenizer: Annotated[
         str | None,
         described(
-            "The model's folder, or the vocabulary's file in it, relative to the config file. "
-            "Without it, prompts are tokenized by an engine's `/tokenize`."
+            "The model's folder, or the vocabulary file in it, relative to the config file. "
+            "Without it, an engine's `/tokenize` tokenizes prompts."
         ),
     ] = None
     tokenizer_mode: Annotated[
         Literal["auto", "hf", "mistral", "tiktoken"],
         described(
-            "How the vocabulary is read, as the engine does it (`--tokenizer-mode`): `hf` is a `tokenizer.json`; "
-            "`mistral` is Mistral's own `tekken.json` or `tokenizer.model.v*` (extra `mistral`); `tiktoken` is a file of "
-            "ranks (extra `tiktoken`). `auto` tells by the files, and leaves chats to the engine where that writes them "
-            "without a template; every other mode is taken at its word."
+            "How to read the vocabulary; use what the engine uses (`--tokenizer-mode`). `hf` reads a `tokenizer.json`; "
+            "`mistral` reads Mistral's own `tekken.json` or `tokenizer.model.v*` (extra `mistral`); `tiktoken` reads a "
+            "file of ranks (extra `tiktoken`). `auto` chooses by the files that it finds. If the engine formats chats "
+            "without a template, `auto` leaves chats to the engine; the other modes never do."
         ),
     ] = "auto"
     pretokenizer: Annotated[
         Literal["cl100k", "kimi", "o200k", "qwen2"] | None,
         described(
-            "How text is split before a tiktoken vocabulary is applied, which its file does not say. Needed only where "
-            "the folder does not tell; `cl100k` is that of Llama 3 and GLM-4, too."
+            "How text is split before a tiktoken vocabulary is applied. The vocabulary file does not say it, so set this "
+            "if the folder has no other file that does. `cl100k` is also right for Llama 3 and GLM-4."
         ),
     ] = None
     chat_template: Annotated[
         str | None,
         described(
             "Jinja file that overrides the tokenizer's own chat template, or `chatml` for the built-in one. "
-            "Never guessed: a tokenizer without a template needs one named here to serve chats locally."
+            "It is never guessed: a tokenizer without a template needs one here to tokenize chats locally."
         ),
     ] = None
 
@@ -65,11 +54,15 @@ class ModelConfig(Section, frozen=True):
 class KvEventsConfig(Section, frozen=True):
     """Where one engine publishes its KV events (ZMQ)."""
 
-    endpoint: Annotated[str, described("PUB endpoint as seen from here, such as `tcp://10.0.0.1:5557`.")]
+    endpoint: Annotated[str, described("PUB endpoint as reached from here, such as `tcp://10.0.0.1:5557`.")]
     replay_endpoint: Annotated[
-        str | None, described("ROUTER endpoint that replays past batches. Without it a late start stays partly blind.")
+        str | None,
+        described(
+            "ROUTER endpoint that replays past batches. Without it, what the engine cached before this process started "
+            "stays unknown."
+        ),
     ] = None
-    topic: Annotated[str | None, described("Take only this exact topic. By default every topic is taken.")] = None
+    topic: Annotated[str | None, described("Read only this exact topic. By default, every topic is read.")] = None
 
 
 class PodConfig(Section, frozen=True):
@@ -78,14 +71,16 @@ class PodConfig(Section, frozen=True):
     name: Annotated[
         str,
         described(
-            "Unique name, shown in headers, metrics and decisions, and known in Redis: on Kubernetes `pod.namespace`. "
-            "`.svc.cluster.local` at its end is dropped."
+            "Unique name, used in headers, metrics, decisions and Redis; on Kubernetes `pod.namespace`. "
+            "A trailing `.svc.cluster.local` is dropped."
         ),
     ]
-    url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`; a slash at its end is dropped.")]
+    url: Annotated[str, described("Base URL of the engine's HTTP API, without `/v1`; a trailing slash is dropped.")]
     kv_events: Annotated[
         KvEventsConfig | Literal["discover", "none"],
-        described("Endpoints of its KV events; `discover` asks its `/kv_event_sources`; `none` does not listen."),
+        described(
+            "Endpoints of its KV events. `discover` asks the engine's `/kv_event_sources`; `none` does not listen."
+        ),
     ] = "discover"
 
 
@@ -96,102 +91,109 @@ class IndexConfig(Section, frozen=True):
         Literal["memory", "redis"],
         described(
             "`memory` keeps the index in the gateway's own process. `redis` looks blocks up in the Redis or Valkey server of "
-            "`$.redis`, one round trip per request."
+            "`$.redis`, with one round trip per request."
         ),
     ] = "memory"
     max_blocks: Annotated[
         Count,
         described(
-            "Most distinct blocks kept in memory; beyond it the least recently stored are evicted, children first."
+            "Most distinct blocks kept in memory. Beyond it, the blocks stored longest ago are evicted, children first."
         ),
     ] = 4_000_000
     writer: Annotated[
         Literal["gateway", "agents", "none"],
         described(
             "Who writes what engines publish into Redis. `gateway`: this process follows the engines and writes, unless "
-            "another one already does for a pod. `agents`: `matrixinfer agent` beside the engines. `none`: writers of other "
-            "projects, or nobody."
+            "another process already writes for a pod. `agents`: `matrixinfer agent`, running beside the engines. `none`: "
+            "writers of other projects, or nobody."
         ),
     ] = "agents"
     warm_start: Annotated[
         bool,
-        described("With kind `memory`: begin with what Redis knows, until each engine has told its own history."),
+        described("With kind `memory`: start with what Redis knows, until each engine has replayed its own history."),
     ] = False
     max_age_seconds: Annotated[
-        Seconds, described("Entries in Redis of pods without a living writer count for so long after their stamp.")
+        Seconds,
+        described("How long an entry in Redis counts after it was written, if no running writer owns its pod."),
     ] = 86_400.0
     lease_seconds: Annotated[
         Annotated[float, Meta(ge=1)],
         described(
-            "From a writer's last sign of life until another one may take its place, and until what it wrote is doubted. "
-            "Clocks of processes may differ by half of it."
+            "How long after a writer's last sign of life another writer may take over, and what it wrote becomes doubtful. "
+            "The clocks of processes may differ by half of it."
         ),
     ] = 15.0
     reclaim_keys_per_second: Annotated[
         Annotated[int, Meta(ge=0)],
-        described("How many keys a writer looks through per second for entries that count no more; 0 for none."),
+        described("How many keys per second a writer scans for entries that no longer count; 0 turns the scan off."),
     ] = 1_000
 
 
 class TlsConfig(Section, frozen=True):
     """TLS to Redis."""
 
-    ca_file: Annotated[str | None, described("Certificates that are trusted; the system's by default.")] = None
+    ca_file: Annotated[str | None, described("Certificates to trust. By default, those that the system trusts.")] = None
     cert_file: Annotated[str | None, described("This client's certificate.")] = None
-    key_file: Annotated[str | None, described("Its key.")] = None
-    verify: Annotated[bool, described("Whether the server's certificate and name are checked.")] = True
+    key_file: Annotated[str | None, described("The key of this client's certificate.")] = None
+    verify: Annotated[bool, described("Whether to check the server's certificate and name.")] = True
 
 
 class RedisConfig(Section, frozen=True):
-    """A Redis or Valkey server, group of them behind Sentinel, or Cluster, in which processes share what they know."""
+    """The Redis or Valkey through which processes share what they know: one server, a Sentinel group, or a Cluster."""
 
     host: Annotated[
-        str | None, described("Host name or address. Default: the environment's `REDIS_HOST`, else `127.0.0.1`.")
+        str | None,
+        described("Host name or address. Default: the environment variable `REDIS_HOST`, else `127.0.0.1`."),
     ] = None
     port: Annotated[
         Annotated[int, Meta(ge=1, le=65_535)] | None,
-        described("Default: the environment's `REDIS_PORT`, else 6379."),
+        described("Default: the environment variable `REDIS_PORT`, else 6379."),
     ] = None
-    socket: Annotated[str | None, described("Path of a Unix socket, instead of host and port.")] = None
+    socket: Annotated[str | None, described("Path of a Unix socket. Replaces host and port.")] = None
     sentinels: Annotated[
-        tuple[str, ...], described("`host:port` of Sentinels, which tell the master, instead of host and port.")
+        tuple[str, ...],
+        described("Addresses (`host:port`) of Sentinels, which name the master. Replaces host and port."),
     ] = ()
-    sentinel_service: Annotated[str, described("What the Sentinels call the master.")] = "mymaster"
-    sentinel_username: Annotated[str | None, described("User of the Sentinels' access list.")] = None
-    sentinel_password: Annotated[str | None, described("The Sentinels' own password, never shown.")] = None
-    cluster: Annotated[bool, described("Host and port are of a node of a Redis Cluster.")] = False
-    db: Annotated[Annotated[int, Meta(ge=0)], described("Number of the database; 0 on Cluster.")] = 0
-    username: Annotated[str | None, described("User of the server's access list.")] = None
+    sentinel_service: Annotated[str, described("The name by which the Sentinels know the master.")] = "mymaster"
+    sentinel_username: Annotated[str | None, described("User name for the Sentinels.")] = None
+    sentinel_password: Annotated[str | None, described("Password for the Sentinels. Never shown.")] = None
+    cluster: Annotated[bool, described("Whether host and port are those of a Redis Cluster's node.")] = False
+    db: Annotated[Annotated[int, Meta(ge=0)], described("Number of the database. A Cluster has only 0.")] = 0
+    username: Annotated[str | None, described("User name for the server.")] = None
     password: Annotated[
-        str | None, described("Its password, never shown. Default: the environment's `REDIS_PASSWORD`.")
+        str | None,
+        described("Password for the server. Never shown. Default: the environment variable `REDIS_PASSWORD`."),
     ] = None
-    tls: Annotated[TlsConfig | None, described("TLS to the server, and to Sentinels; `{}` with the defaults.")] = None
-    connections: Annotated[Count, described("Connections at most, to each server.")] = 32
+    tls: Annotated[
+        TlsConfig | None, described("TLS to the server and the Sentinels. `{}` turns it on with the defaults.")
+    ] = None
+    connections: Annotated[Count, described("Most connections to each server.")] = 32
     deadline_seconds: Annotated[
-        Seconds, described("Deadline of a look-up; past it the request is routed without the index.")
+        Seconds, described("Deadline of a lookup. A request whose lookup takes longer is routed without the index.")
     ] = 0.02
     scripts: Annotated[
         bool,
         described(
-            "Look up by a script in the server, in a third of the time. `false`, on Cluster, and where the server refuses "
-            "scripts: by a pipeline of reads."
+            "Whether to look up with a script in the server, which takes a third of the time. With `false`, on a Cluster, "
+            "and on servers that refuse scripts, lookups are a pipeline of reads."
         ),
     ] = True
     share_load: Annotated[
-        bool, described("Tell other gateways at the same server what was sent where, and listen to them.")
+        bool,
+        described("Whether to exchange with other gateways on the same server what was sent to which pod."),
     ] = True
 
     def __repr__(self) -> str:
-        """Without the password."""
+        """Show no password."""
         return f"RedisConfig({self.where})"
 
     def __rich_repr__(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]  # pairs are all that Rich needs
-        """Likewise."""
+        """Show no password."""
         yield "where", self.where
 
     @property
     def where(self) -> str:
-        """Which server, for people."""
+        """Address of the server, for people."""
         if self.socket is not None:
             return f"unix://{self.socket}"
         if self.sentinels:
@@ -199,128 +201,52 @@ class RedisConfig(Section, frozen=True):
         return f"{self.host}:{self.port}"
 
 
-class PluginRef(Section, frozen=True):
-    """An enabled plugin and its weight (weights count for scorers only)."""
-
-    name: Annotated[str, described("The plugin's name.")]
-    weight: Annotated[float, Meta(ge=0), described("Factor of this plugin's score in the total.")] = 1.0
-
-
-class PluginStage(Section, frozen=True):
-    """The plugins of one stage, in order."""
-
-    enabled: Annotated[
-        tuple[str | PluginRef, ...], described("Names, or `{name, weight}`; run in the order given.")
-    ] = ()
-
-
-class PluginsConfig(Section, frozen=True, rename="pascal"):
-    """Which plugins run at which stage."""
-
-    filter: Annotated[PluginStage, described("Remove pods that must not take the request.")] = PluginStage(
-        enabled=("least-request", "bounded-load")
-    )
-    score: Annotated[PluginStage, described("Rate each remaining pod 0 to 100; the weighted sum ranks them.")] = (
-        PluginStage(enabled=("kvcache-aware", "least-prefill"))
-    )
-    picker: Annotated[PluginStage, described("Exactly one: turns totals into a ranking.")] = PluginStage(
-        enabled=("max-score",)
-    )
-    post_schedule: Annotated[PluginStage, described("Told of each decision after it is taken.")] = PluginStage()
-
-
-class PluginArgs(Section, frozen=True):
-    """Arguments of one plugin."""
-
-    name: Annotated[str, described("The plugin's name.")]
-    args: Annotated[dict[str, Any], described("Its arguments; see the plugin's own table.")] = {}
-
-
-class WeightsConfig(Section, frozen=True):
-    """What a block counts for that a pod holds, where it is worth less than one in the device's memory."""
-
-    host: Annotated[Share, described("Off-loaded to the host's memory.")] = 0.8
-    storage: Annotated[Share, described("Off-loaded further: to disk, or to another machine.")] = 0.5
-    unproven: Annotated[
-        Share,
-        described("Indexed while the pod's events are doubted, or not indexed but sent there by this gateway."),
-    ] = 0.75
-
-
-class SchedulerConfig(Section, frozen=True):
-    """How a pod is chosen."""
-
-    plugin_config: Annotated[
-        tuple[PluginArgs, ...],
-        described(
-            "Arguments of plugins, by name. The default makes `kvcache-aware` match the whole prompt, and lets "
-            "`bounded-load` keep a conversation on its pod through short bursts. A list given here replaces the whole "
-            "default: plugins it does not name fall back to the defaults of their own tables."
-        ),
-    ] = (
-        PluginArgs(name="kvcache-aware", args={"maxBlocksToMatch": 0}),
-        PluginArgs(name="bounded-load", args={"minInFlight": 6}),
-    )
-    plugins: Annotated[PluginsConfig, described("The profile: which plugins run, and their weights.")] = PluginsConfig()
-    max_prefix_tokens: Annotated[Count, described("Tokens of a prompt that are hashed and looked up at most.")] = (
-        1_000_000
-    )
-    pending_seconds: Annotated[
-        Annotated[float, Meta(ge=0)],
-        described("How long after a request ends its prefix still counts as held by its pod without an event."),
-    ] = 2.0
-    weights: Annotated[WeightsConfig, described("What blocks count for that are off-loaded or doubted.")] = (
-        WeightsConfig()
-    )
-    decisions_kept: Annotated[
-        Annotated[int, Meta(ge=0)],
-        described("Decisions kept for `/debug/decisions` and `matrixinfer explain`; some 5 kB each, without prompts."),
-    ] = 1000
-    seed: Annotated[int, described("Seed of the generator that breaks ties.")] = 0
-
-
 class TokenizationConfig(Section, frozen=True):
-    """Limits of turning prompts into token ids."""
+    """Limits on turning prompts into token ids."""
 
-    timeout_seconds: Annotated[Seconds, described("Deadline of one prompt; past it the request is routed by load.")] = (
-        2.0
-    )
+    timeout_seconds: Annotated[
+        Seconds, described("Deadline for one prompt. A request whose prompt takes longer is routed by load.")
+    ] = 2.0
     max_prompt_bytes: Annotated[
-        Count, described("Requests with a larger body are not tokenized but routed by load.")
+        Count, described("Requests with a larger body are not tokenized; they are routed by load.")
     ] = 4 * 1024 * 1024
     cache_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
-        described("Memory of each configured tokenizer for what it has tokenized, so that only what is new is."),
+        described(
+            "Memory in which each configured tokenizer remembers prompts, so that only the new part of a conversation is "
+            "tokenized."
+        ),
     ] = 256 * 1024 * 1024
 
 
 class DriftConfig(Section, frozen=True):
-    """How what engines find in their caches is held against what the index says."""
+    """How cache hits that engines report are compared with what the index predicted."""
 
     inject_usage: Annotated[
         bool,
         described(
-            "Ask for usage in streams whose client does not (`stream_options.include_usage`), and keep the chunk that "
-            "brings it from the client; vLLM's `system_fingerprint` goes with it. Without it such streams say nothing "
-            "of what was cached."
+            "Whether to ask for usage (`stream_options.include_usage`) in streams whose client does not, and to remove the "
+            "usage chunk before the client sees it; vLLM's `system_fingerprint` goes with it. Without it, such streams do "
+            "not report what was cached."
         ),
     ] = False
 
 
 class LimitsConfig(Section, frozen=True):
-    """Bounds on requests."""
+    """Limits on requests."""
 
     max_body_bytes: Annotated[Count, described("Larger request bodies are answered with 413.")] = 64 * 1024 * 1024
     body_timeout_seconds: Annotated[
-        Seconds, described("A request body that has not come whole after this long is answered with 408.")
+        Seconds, described("A request whose body takes longer to arrive is answered with 408.")
     ] = 60.0
     request_timeout_seconds: Annotated[
-        Seconds, described("A pod that sends nothing for this long ends the request (504 before the first byte).")
+        Seconds,
+        described("A request ends when its pod sends nothing for this long; before the first byte with a 504."),
     ] = 600.0
-    connect_timeout_seconds: Annotated[Seconds, described("Deadline of one connection attempt to a pod.")] = 5.0
-    max_attempts: Annotated[Count, described("Pods tried at most before the first byte.")] = 3
+    connect_timeout_seconds: Annotated[Seconds, described("Deadline of one attempt to connect to a pod.")] = 5.0
+    max_attempts: Annotated[Count, described("Most pods tried before the first byte.")] = 3
     drain_seconds: Annotated[
-        Annotated[float, Meta(ge=0)], described("How long requests in flight may finish after SIGTERM.")
+        Annotated[float, Meta(ge=0)], described("How long requests in flight may take to finish after SIGTERM.")
     ] = 30.0
 
 
@@ -333,40 +259,45 @@ class PodWatchConfig(Section, frozen=True):
     scrape_timeout_seconds: Annotated[Seconds, described("Deadline of one read.")] = 2.0
     stale_after_seconds: Annotated[Seconds, described("Engine metrics older than this count as unknown.")] = 5.0
     unhealthy_after_failures: Annotated[
-        Count, described("Failures in a row (reads or requests) after which a pod is taken only as a last resort.")
+        Count,
+        described("After this many failed reads or requests in a row, a pod is used only as a last resort."),
     ] = 2
     discovery_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/v1/models`.")] = 30.0
 
 
 class LogConfig(Section, frozen=True):
-    """Log output (standard error)."""
+    """Log output, to standard error."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], described("Lowest level that is written.")] = "info"
-    format: Annotated[Literal["json", "console"], described("One JSON object a line, or text for people.")] = "json"
+    format: Annotated[Literal["json", "console"], described("One JSON object per line, or text for people.")] = "json"
 
 
 class Config(Section, frozen=True):
     """The whole configuration."""
 
-    listen: Annotated[str, described("Address of the API: `host:port`; port 0 takes a free one.")] = "127.0.0.1:8080"
-    admin: Annotated[str | None, described("Address of `/debug/…`; keep it private. `null` turns it off.")] = (
+    listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )
     models: Annotated[
-        tuple[ModelConfig, ...], described("Models with settings of their own; others are found from the engines.")
+        tuple[ModelConfig, ...],
+        described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[
         RedisConfig | None,
         described(
-            "Redis or Valkey, used by `index.kind: redis`, `index.writer: gateway`, `index.warmStart` and `matrixinfer agent`. They "
-            "take the server from the environment, else 127.0.0.1:6379, where this is left out."
+            "Redis or Valkey, used by `index.kind: redis`, `index.writer: gateway`, `index.warmStart` and `matrixinfer agent`. If "
+            "it is left out, they take the server from the environment, else 127.0.0.1:6379."
         ),
     ] = None
     scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
-    tokenization: Annotated[TokenizationConfig, described("Limits of tokenizing prompts.")] = TokenizationConfig()
-    drift: Annotated[DriftConfig, described("Holding what engines find against what the index says.")] = DriftConfig()
-    limits: Annotated[LimitsConfig, described("Bounds on requests.")] = LimitsConfig()
+    tokenization: Annotated[TokenizationConfig, described("Limits on tokenizing prompts.")] = TokenizationConfig()
+    drift: Annotated[
+        DriftConfig, described("How hits that engines report are compared with what the index predicted.")
+    ] = DriftConfig()
+    limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()

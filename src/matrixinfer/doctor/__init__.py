@@ -1,4 +1,4 @@
-"""Looks at every engine for what would make KV-aware routing blind or wrong, and says so with the remedy.
+"""Checks every engine for what would make KV-aware routing blind or wrong, and says how to fix it.
 
-`examine` gathers facts over HTTP and ZMQ; `diagnose` is a pure function from facts to findings.
+`gather` collects facts over HTTP, ZMQ and from Redis. `checks` is a pure function from facts to findings.
 """

@@ -1,4 +1,4 @@
-"""What is asked of one engine, but for its events: its model, version, cache, tokens, usage and clock."""
+"""Checks of one engine, other than its events: version, cache, blocks, tokens, usage and clock."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from matrixinfer.doctor.facts import PodFacts, ProbeFacts, SampleFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
-from matrixinfer.prompt.questions import SGLANG
+from matrixinfer.prompt.tokenize_requests import SGLANG
 
 SMALL_BLOCK = 16
-"""Tokens per engine block below which events and memory grow out of proportion."""
+"""With fewer tokens per engine block, events and memory grow out of proportion."""
 LARGE_BLOCK = 1024
-"""Tokens per block that many prompts do not fill."""
+"""With more tokens per block, many prompts fill no block."""
 MAX_SKEW_SECONDS = 2.0
 
 _CACHING_FIX = "start the engine without --no-enable-prefix-caching"
@@ -20,7 +20,7 @@ _DETAILS_FIX = "start the engine with --enable-prompt-tokens-details"
 
 
 def engine(pod: PodFacts) -> Iterator[Verdict]:
-    """Which engine it is, and what its release does not tell."""
+    """Which engine it is, and what its events do not include."""
     hidden = [
         name
         for name, hides in (
@@ -30,34 +30,34 @@ def engine(pod: PodFacts) -> Iterator[Verdict]:
         if hides
     ]
     release = _release(pod.version)
-    shown = f"vLLM {pod.version}" if release else "an engine that does not tell its release"
+    shown = f"vLLM {pod.version}" if release else "an engine of unknown version"
     if pod.served is not None and pod.served.engine == SGLANG:
         yield warning(
-            "it is SGLang, whose events hide salts and adapters: prompts that use them look like plain ones",
-            "send salted prompts and adapters to vLLM; use a release that hashes pages with their parents, and "
-            "--page-size 16 or more",
+            "the engine is SGLang, whose events omit salts and adapters: prompts that use them look like plain ones",
+            "serve prompts with salts or adapters from vLLM. Use a release of SGLang that hashes pages with their parents, "
+            "and --page-size 16 or more",
         )
     elif (release and release < (0, 20)) or (hidden and not release):
         yield warning(
-            f"it is {shown}, whose events hide {' and '.join(hidden) or 'salts and some adapters'}: prompts that use "
-            "them look like plain ones",
+            f"the engine is {shown}, whose events omit {' and '.join(hidden) or 'salts and some adapters'}: prompts that "
+            "use them look like plain ones",
             "upgrade to vLLM 0.20 or later",
         )
     elif hidden:
-        yield warning(f"it is {shown}, but its events hide {' and '.join(hidden)}", "upgrade the engine")
+        yield warning(f"the engine is {shown}, but its events omit {' and '.join(hidden)}", "upgrade the engine")
     elif release and release < (0, 28):
-        yield ok(f"it is {shown}; its older form of events and replays is understood")
+        yield ok(f"the engine is {shown}; the gateway supports its older event format")
     else:
-        yield ok(f"it is {shown}")
+        yield ok(f"the engine is {shown}")
 
 
 def caching(pod: PodFacts) -> Iterator[Verdict]:
-    """Whether it keeps the blocks of prompts at all."""
+    """Whether prefix caching is on."""
     if pod.prefix_caching is False:
-        yield blind("prefix caching is off: it never reuses a prompt", _CACHING_FIX)
+        yield blind("prefix caching is off: the engine never reuses a prompt", _CACHING_FIX)
     elif any(_found_nothing(probe) for probe in pod.probes) and not any(feed.frames for feed in pod.feeds):
         yield blind(
-            "the same prompt, sent twice, found nothing in the cache and no event told of it: prefix caching seems off",
+            "a prompt that was sent twice was not found in the cache, and no event was published: prefix caching seems off",
             _CACHING_FIX,
         )
     elif pod.prefix_caching or any(probe.cached or probe.hits for probe in pod.probes):
@@ -69,85 +69,87 @@ def _found_nothing(probe: ProbeFacts) -> bool:
 
 
 def blocks(pod: PodFacts) -> Iterator[Verdict]:
-    """Whether engine blocks and token blocks suit each other and the prompts."""
-    mine, theirs = pod.token_block, pod.engine_block
+    """Whether the block sizes of engine and gateway suit each other and the prompts."""
+    ours, theirs = pod.token_block, pod.engine_block
     if theirs is None:
         return
-    length, needed = None if pod.served is None else pod.served.context_length, max(mine, theirs)
+    length, needed = None if pod.served is None else pod.served.context_length, max(ours, theirs)
     if length is not None and length <= needed:
         yield blind(
-            f"no prompt ever fills a block of {needed} tokens: the engine takes {length} tokens at most",
-            "lower blockSizeToHash" if mine > theirs else "lower the engine's --block-size",
+            f"no prompt ever fills a block of {needed} tokens: the engine accepts at most {length} tokens",
+            "lower blocks.size" if ours > theirs else "lower the engine's --block-size",
         )
     elif needed > LARGE_BLOCK:
         yield warning(
-            f"prompts shorter than {needed} tokens fill no block, so they are never found in a cache",
-            "lower blockSizeToHash" if mine > theirs else "lower the engine's --block-size",
+            f"prompts shorter than {needed} tokens fill no block, so no cached blocks are ever found for them",
+            "lower blocks.size" if ours > theirs else "lower the engine's --block-size",
         )
     elif theirs < SMALL_BLOCK:
         yield warning(
-            f"its blocks have {_tokens(theirs)}: every few tokens cost an event and an entry in the index",
-            f"start it with blocks of {SMALL_BLOCK} tokens or more (--block-size; SGLang: --page-size)",
+            f"the engine's blocks have {_tokens(theirs)}: every few tokens cost an event and an entry in the index",
+            f"start the engine with at least {SMALL_BLOCK} tokens per block (--block-size; SGLang: --page-size)",
         )
-    elif mine % theirs and theirs % mine:
+    elif ours % theirs and theirs % ours:
         yield warning(
-            f"its blocks have {theirs} tokens, blockSizeToHash is {mine}: neither divides the other, so the index does "
-            "two to three times the work",
-            f"set blockSizeToHash to {theirs}, or a multiple of it",
+            f"the engine's blocks have {theirs} tokens and blocks.size is {ours}: neither divides the other, so that the "
+            "index does two to three times the work",
+            f"set blocks.size to {theirs} or a multiple of it",
         )
     else:
-        yield ok(f"its blocks have {theirs} tokens, blockSizeToHash is {mine}")
+        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}")
 
 
 def tokens(pod: PodFacts) -> Iterator[Verdict]:
-    """Whether prompts get the ids here that the engine caches."""
-    same = [sample.what for sample in pod.samples if sample.compared and sample.first_difference is None]
+    """Whether the gateway computes the token ids that the engine caches."""
+    same = [sample.name for sample in pod.samples if sample.compared and sample.first_difference is None]
     for sample in pod.samples:
         if sample.compared and sample.first_difference is not None:
             yield _differs(sample)
-        elif sample.there is not None and sample.here is None:
+        elif sample.engine_error is not None and sample.gateway_error is None:
             yield warning(
-                f"{sample.what} could not be compared with the engine's ids: {sample.there}",
-                "let the gateway reach the engine's /tokenize; or compare with matrixinfer tokenize --compare URL",
+                f"the token ids of {sample.name} could not be compared with the engine's: {sample.engine_error}",
+                "let the gateway reach the engine's /tokenize, or compare with `matrixinfer tokenize --compare URL`",
             )
-        elif sample.here is not None and (sample.there is None or not sample.optional):
+        elif sample.gateway_error is not None and (sample.engine_error is None or not sample.optional):
             yield blind(
-                f"{sample.what} cannot be tokenized: {sample.here}",
-                "give the model a tokenizer and, where it has none of its own, a chatTemplate; without either, let the "
-                "engine's /tokenize be reached",
+                f"{sample.name} cannot be tokenized: {sample.gateway_error}",
+                "set `tokenizer` of the model and, if the tokenizer has no chat template, `chatTemplate`; or let the gateway "
+                "reach the engine's /tokenize",
             )
     if same:
-        yield ok(f"the ids made here are the engine's for {', '.join(same)}")
-    elif pod.samples and not any(sample.compared or sample.here or sample.there for sample in pod.samples):
-        yield ok("the engine's own /tokenize makes the ids")
+        yield ok(f"the gateway computes the engine's token ids for {', '.join(same)}")
+    elif pod.samples and not any(
+        sample.compared or sample.gateway_error or sample.engine_error for sample in pod.samples
+    ):
+        yield ok("token ids come from the engine's own /tokenize")
 
 
 def _differs(sample: SampleFacts) -> Verdict:
-    is_text = "text" in sample.what
+    is_text = "text" in sample.name
     return blind(
-        f"the ids made here are not the engine's: {sample.what} differs from token {sample.first_difference} on",
-        "take the folder that the engine serves, of the same revision, as `tokenizer`"
+        f"the gateway's token ids are not the engine's: {sample.name} differs from token {sample.first_difference} on",
+        "set `tokenizer` to the folder of the model that the engine serves, in the same revision"
         if is_text
-        else "give the engine's template as `chatTemplate` (--chat-template, --default-chat-template-kwargs there), and "
-        "its folder as `tokenizer`",
+        else "set `chatTemplate` to the engine's template (its --chat-template and --default-chat-template-kwargs), and "
+        "`tokenizer` to the folder of its model",
     )
 
 
 def usage(pod: PodFacts) -> Iterator[Verdict]:
-    """Whether answers tell of cached tokens."""
+    """Whether answers report cached tokens."""
     if not pod.probes:
         return
     if any(probe.cached is not None for probe in pod.probes):
-        yield ok("its answers tell how many tokens were cached")
+        yield ok("answers report how many tokens were cached")
     elif any(probe.hits or (probe.hits is None and probe.predicted) for probe in pod.probes):
         yield warning(
-            "its answers do not tell how many tokens were cached, so that drift between index and cache is seen late",
+            "answers do not report how many tokens were cached, so that drift between index and cache is noticed late",
             _DETAILS_FIX,
         )
 
 
 def clock(pod: PodFacts) -> Iterator[Verdict]:
-    """Whether its clock is ours."""
+    """Whether its clock agrees with the local one."""
     measured = [
         seconds for seconds in (pod.clock_ahead, *(feed.clock_ahead for feed in pod.feeds)) if seconds is not None
     ]
@@ -156,12 +158,12 @@ def clock(pod: PodFacts) -> Iterator[Verdict]:
         return
     if abs(worst) > MAX_SKEW_SECONDS:
         yield warning(
-            f"its clock is {abs(worst):.0f} s {'ahead of' if worst > 0 else 'behind'} the one here, so that "
+            f"the engine's clock is {abs(worst):.0f} s {'ahead of' if worst > 0 else 'behind'} the local one, so that "
             "matrixinfer_kv_lag_seconds is wrong by as much",
-            "synchronize both clocks (NTP)",
+            "synchronize both clocks, for example with NTP",
         )
     else:
-        yield ok("its clock agrees with the one here")
+        yield ok("the engine's clock agrees with the local one")
 
 
 def _release(version: str | None) -> tuple[int, int] | None:

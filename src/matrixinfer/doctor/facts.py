@@ -1,95 +1,95 @@
-"""What was seen of a fleet: plain values, from which `diagnose` makes findings. None means that it is not known."""
+"""Facts about a fleet, as plain values. `checks` turns them into findings. None means that a fact is not known."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.pods.registry import ServedNames
 
 Following: TypeAlias = Literal["discover", "none", "configured"]
-"""What the config says of a pod's KV events."""
+"""How the config says to find a pod's KV events."""
 Replay: TypeAlias = Literal["answers", "silent", "foreign"]
-"""What asking for past batches brought: what was published; no end of the answer in time; another publisher's batches."""
+"""How a replay endpoint answered: with what was published; not completely in time; with another publisher's batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFacts:
-    """One prompt that was tokenized here and by the engine."""
+    """One sample prompt, tokenized by the gateway and by the engine."""
 
-    what: str
-    """Such as `a text`."""
+    name: str
+    """For messages, such as `a text`."""
     optional: bool = False
-    """Not every model takes such a prompt."""
-    here: str | None = None
-    """Why it could not be tokenized here."""
-    there: str | None = None
-    """Why the engine did not tell its ids."""
+    """Not every model accepts such a prompt."""
+    gateway_error: str | None = None
+    """Why the gateway could not tokenize it."""
+    engine_error: str | None = None
+    """Why the engine's ids are not known."""
     compared: bool = False
     first_difference: int | None = None
-    """Position of the first id that differs; None where none does."""
+    """Position of the first id that differs; None when all are equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeFacts:
-    """A new prompt that was sent to one publisher twice. Counts are of tokens."""
+    """A new prompt that was sent twice to one endpoint. Counts are in tokens."""
 
-    refused: str | None = None
-    """Why it was not computed."""
+    failure: str | None = None
+    """Why the engine did not compute it."""
     tokens: int = 0
-    """Of the prompt, as this gateway counts them."""
+    """Length of the prompt, as the gateway counts it."""
     predicted: int = 0
-    """Hit of the second time that the events of the first foretold."""
+    """Predicted hit of the second request, from the events of the first."""
     cached: int | None = None
-    """Hit of the second time, by its usage."""
+    """Reported hit of the second request, from the `usage` of its answer."""
     hits: int | None = None
-    """By how much the engine's own count of hits grew the second time; other requests may be in it."""
+    """Growth of the engine's hit counter during the second request; other requests may have added to it."""
     first_difference: int | None = None
-    """Where the tokens in its events are others than here."""
-    elsewhere: str | None = None
-    """Another publisher of the pod whose events told of it."""
+    """Position of the first token in the engine's events that differs from the gateway's."""
+    published_by: str | None = None
+    """Another publisher of the pod that published the prompt's blocks instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedFacts:
-    """One publisher of KV events: a pod's, or one of its data-parallel ranks'."""
+    """One publisher of KV events: a pod, or one of its data-parallel ranks."""
 
     name: str
     source: KvEventsConfig
     error: str | None = None
-    """Why the endpoint is none, or its name has no address."""
+    """Why the endpoint cannot be used: it is invalid, or its host name does not resolve."""
     connected: bool = False
     frames: int = 0
-    """Live ones under a topic that is taken."""
+    """Live frames with an accepted topic."""
     other_topics: Sequence[str] = ()
-    """Topics of frames that are not."""
+    """Topics of the other frames."""
     malformed: int = 0
     untrusted: str | None = None
-    """Why its events do not tell what it holds."""
+    """Why its events do not show what it caches."""
     block_size: int | None = None
-    """Tokens per engine block, by its events."""
+    """Tokens per engine block, from its events."""
     hides_salts: bool = False
     hides_adapters: bool = False
     clock_ahead: float | None = None
-    """Seconds from here to the time that its last batch bears."""
+    """Seconds by which the timestamp of its last batch is ahead of the local clock."""
     replay: Replay | None = None
-    """None where there is no replay endpoint."""
+    """None without a replay endpoint."""
     probe: ProbeFacts | None = None
-    """None where none was sent."""
+    """None when no probe was sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodFacts:
-    """One engine. Of one that is `down` nothing else is known."""
+    """One engine. If it is `down`, nothing else is known about it."""
 
     name: str
     url: str
     host: str
-    """Of the URL."""
+    """Host of the URL."""
     token_block: int
-    """Tokens per block that is hashed here (`blockSizeToHash`)."""
+    """Tokens per block that the gateway hashes (`blocks.size`)."""
     following: Following
     down: str | None = None
     version: str | None = None
@@ -97,65 +97,61 @@ class PodFacts:
     models_status: int | None = None
     """HTTP status of `/v1/models`; None for a server error or no answer."""
     sources_status: int | None = None
-    """That of `/kv_event_sources`."""
-    told: Sequence[KvEventsConfig] = ()
-    """Publishers that the engine itself names, by rank."""
+    """HTTP status of `/kv_event_sources`, likewise."""
+    reported_sources: Sequence[KvEventsConfig] = ()
+    """Publishers that the engine itself reports, by rank."""
     ranks: int = 1
-    """Data-parallel ranks, by its metrics."""
+    """Data-parallel ranks, from its metrics."""
     prefix_caching: bool | None = None
     block_size: int | None = None
-    """Tokens per engine block, by its metrics."""
+    """Tokens per engine block, from its metrics."""
     clock_ahead: float | None = None
-    """Seconds from here to the time on its clock, by the Date header: at least that much, in either direction."""
+    """Seconds by which its clock is ahead of the local one, or behind if negative; a lower bound, from the Date header."""
     samples: Sequence[SampleFacts] = ()
     feeds: Sequence[FeedFacts] = ()
-    """What this gateway would follow."""
+    """The publishers that the gateway would follow."""
 
     @property
     def engine_block(self) -> int | None:
-        """Tokens per engine block, by its events or else its metrics."""
+        """Tokens per engine block, from its events or else its metrics."""
         sizes = [feed.block_size for feed in self.feeds if feed.block_size is not None]
         return max(sizes) if sizes else self.block_size
 
     @property
     def probes(self) -> Sequence[ProbeFacts]:
-        """Those that were computed."""
-        return [feed.probe for feed in self.feeds if feed.probe is not None and feed.probe.refused is None]
+        """The probes that the engine computed."""
+        return [feed.probe for feed in self.feeds if feed.probe is not None and feed.probe.failure is None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisFacts:
-    """The server of the shared index, and what this config wants of it."""
+    """The server of the shared index, and how the config uses it."""
 
     where: str
-    looks_up: bool
-    """Look-ups go there; else it is written to, or only for starting warm."""
+    is_index: bool
+    """The gateway looks blocks up there. If not, it only writes, or reads once at start."""
     writer: str
     scheme: Mapping[str, str]
-    """How blocks are made here."""
+    """How the gateway makes blocks: block size and hash scheme."""
     error: str | None = None
-    """Why it cannot be asked."""
+    """Why it cannot be reached."""
     slow: bool = False
     refuses_scripts: bool = False
     clock_ahead: float | None = None
-    """Seconds by which its clock is ahead of the one here."""
+    """Seconds by which its clock is ahead of the local one."""
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Models whose blocks there are made otherwise, and how."""
-    vouched: frozenset[str] = frozenset()
-    """Endpoints whose writer is alive, and believes their events."""
-
-    def but(self, **changes: Any) -> RedisFacts:
-        """The same but for some."""
-        return replace(self, **changes)
+    """Schemes of the models whose blocks there are made differently."""
+    endpoints_written: frozenset[str] = frozenset()
+    """Endpoints that have a live writer which trusts their events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetFacts:
-    """Every pod, and what the config says of all of them."""
+    """Facts about every pod, and about the fleet as a whole."""
 
     models: Sequence[ModelConfig]
     pods: Sequence[PodFacts]
     redis: RedisFacts | None = None
-    """None where none is configured."""
+    """None when the config has no Redis."""
     endpoints: Sequence[str] = ()
-    """Names of all pods, or of their ranks."""
+    """Names of all endpoints: pods, or their ranks."""

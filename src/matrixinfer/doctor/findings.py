@@ -1,4 +1,4 @@
-"""What the doctor says."""
+"""The findings that the doctor reports."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Level: TypeAlias = Literal["ok", "warning", "blind"]
-"""`blind`: requests to the pod are routed without, or by wrong, knowledge of its cache."""
+"""`blind`: the gateway routes without knowledge of the pod's cache, or with wrong knowledge."""
 EXIT_CODES: dict[Level, int] = {"ok": 0, "warning": 1, "blind": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What one check found: a sentence, and what mends it unless all is well."""
+    """The result of one check: a sentence, and how to fix the problem if there is one."""
 
     level: Level
-    says: str
+    message: str
     fix: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A verdict with its place. `pod` is None for what concerns the whole fleet."""
+    """A verdict with the check that gave it, and the pod. `pod` is None for a finding about the whole fleet."""
 
     pod: str | None
     check: str
     level: Level
-    says: str
+    message: str
     fix: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How many findings there are of each level, of how many pods, and what that means as an exit code."""
+    """How many pods were checked, how many findings each level has, and the exit code that follows."""
 
     pods: int
     ok: int
@@ -43,23 +43,23 @@ class Summary:
     exit_code: int
 
 
-def ok(says: str) -> Verdict:
-    """All is well."""
-    return Verdict(level="ok", says=says)
+def ok(message: str) -> Verdict:
+    """No problem."""
+    return Verdict(level="ok", message=message)
 
 
-def warning(says: str, fix: str) -> Verdict:
-    """Routing works, but for something."""
-    return Verdict(level="warning", says=says, fix=fix)
+def warning(message: str, fix: str) -> Verdict:
+    """Routing works, with a limitation."""
+    return Verdict(level="warning", message=message, fix=fix)
 
 
-def blind(says: str, fix: str) -> Verdict:
-    """Routing does not see the cache, or sees it wrong."""
-    return Verdict(level="blind", says=says, fix=fix)
+def blind(message: str, fix: str) -> Verdict:
+    """The gateway cannot know the pod's cache, or knows it wrongly."""
+    return Verdict(level="blind", message=message, fix=fix)
 
 
-def sum_up(findings: Sequence[Finding], pods: int) -> Summary:
-    """The worst finding decides the exit code."""
+def summarize(findings: Sequence[Finding], pods: int) -> Summary:
+    """Count the findings. The worst one decides the exit code."""
     counts = Counter(finding.level for finding in findings)
     worst = max((EXIT_CODES[level] for level in counts), default=0)
     return Summary(pods=pods, ok=counts["ok"], warning=counts["warning"], blind=counts["blind"], exit_code=worst)

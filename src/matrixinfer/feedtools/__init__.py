@@ -1,1 +1,1 @@
-"""Captures, mutations and plain-word views of event feeds, for the `events` commands and the doctor."""
+"""Captures of event feeds, checks of them, and readable views, for the `events` commands and the doctor."""

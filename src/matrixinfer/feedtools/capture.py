@@ -1,11 +1,12 @@
 """Checks whether the events of a capture alone predict the hits that the engine reported.
 
-A capture is JSON lines in the order in which things happened. `meta` describes the engine, `event` holds a frame
-(`seq`, `payload_hex`, and `port` where several publishers were recorded), `request` a prompt (`label`, `body`,
-`prompt_token_ids`), `response` what the engine said of it (`label`, `usage`).
+A capture is JSON lines in the order in which things happened. A `meta` line describes the engine, an `event` holds a
+frame (`seq`, `payload_hex`, and `port` if several publishers were recorded), a `request` a prompt (`label`, `body`,
+`prompt_token_ids`), and a `response` the engine's report about it (`label`, `usage`).
 
-Prompts that the events cannot tell are named, not compared: with media or embeddings; with a salt or an adapter in a
-layout that hides those; held by several publishers to different lengths, as nothing says which of them was asked.
+Prompts whose hits the events cannot predict are listed, not compared: those with media or embeddings; those with a salt
+or an adapter in a layout that hides it; and those of which several publishers hold different lengths, as the capture
+does not say which of them was asked.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ Row = Mapping[str, Any]
 
 
 class CaptureError(MatrixInferError):
-    """The file is not a capture, or holds nothing to check."""
+    """The file is not a capture, or there is nothing in it to check."""
 
 
 class LedgerFactory(Protocol):
     """Makes the ledger under test."""
 
     def __call__(self, *, pod: str, model: str, blocks: TokenBlockProcessor, index: BlockIndex) -> Ledger:
-        """As the constructor of `Ledger`."""
+        """Take the arguments of `Ledger`."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """A request whose hit was predicted wrongly, in tokens."""
+    """A request with a wrong prediction, in tokens."""
 
     label: str
     predicted: int
@@ -52,18 +53,18 @@ class Mismatch:
 
 @dataclass(slots=True, kw_only=True)
 class PublisherReport:
-    """One publisher's events, and what they leave."""
+    """One publisher's events, and what they add up to."""
 
     name: str
-    """Its `port`; empty where the capture names none."""
+    """Its `port`; empty if the capture does not have one."""
     frames: int
     malformed: int
-    """Frames that are no batch."""
+    """Frames that are not a batch of events."""
     gaps: int
     restarts: int
     events: int
     unreadable: int
-    """Events that are none."""
+    """Events that could not be read."""
     misfits: int
     """Events whose tokens do not fit their blocks."""
     blocks: int
@@ -71,19 +72,19 @@ class PublisherReport:
     orphans: int
     """Engine blocks dropped because their parent was never seen."""
     untrusted: str | None
-    """Why its events do not tell what the engine holds; None where they do."""
+    """Why its events do not say what the engine holds; None if they do."""
 
 
 @dataclass(slots=True, kw_only=True)
 class CaptureReport:
-    """What one capture showed."""
+    """The result of checking one capture."""
 
     frames: int = 0
     events: int = 0
     requests: int = 0
     """Requests compared."""
     unsupported: dict[str, str] = field(default_factory=dict)
-    """Labels of requests that the events cannot tell, and why."""
+    """The requests whose hits the events cannot predict: their labels, and why."""
     mismatches: list[Mismatch] = field(default_factory=list)
     publishers: list[PublisherReport] = field(default_factory=list)
 
@@ -96,9 +97,9 @@ class CaptureReport:
 def check_capture(
     rows: Iterable[Row], *, block_size: int | None = None, make_ledger: LedgerFactory = Ledger
 ) -> CaptureReport:
-    """Replay a capture through the event core and compare each prediction with the engine's count.
+    """Run a capture through the feed and the ledger, and compare each prediction with the hit that the engine reported.
 
-    `rows` is iterated twice. `block_size` is `blockSizeToHash`, by default the engine's own. Raises `CaptureError`.
+    `rows` is iterated twice. `block_size` is `blocks.size`, by default the engine's block size. Raises `CaptureError`.
     """
     facts = _Facts()
     _for_each(rows, facts.learn)
@@ -106,7 +107,7 @@ def check_capture(
         raise CaptureError("the capture holds no events")
     if facts.engine_block is None and facts.requests:
         raise CaptureError("the capture holds no readable BlockStored event")
-    engine_block = facts.engine_block or 16  # without any nothing is stored, nor asked for
+    engine_block = facts.engine_block or 16  # without requests the size does not matter
     check = _Check(facts, engine_block, block_size or engine_block, make_ledger)
     _for_each(rows, check.take)
     return check.finish()
@@ -116,12 +117,12 @@ def _for_each(rows: Iterable[Row], step: Callable[[Row], None]) -> None:
     for number, row in enumerate(rows, 1):
         try:
             step(row)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # rows are taken on trust
-            raise CaptureError(f"row {number} is not as it should be: {error!r}") from error
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # rows are not validated
+            raise CaptureError(f"row {number} is malformed: {error!r}") from error
 
 
 class _Facts:
-    """What the whole capture tells of its engine."""
+    """What the whole capture says about its engine."""
 
     def __init__(self) -> None:
         self.publishers: dict[str, None] = {}  # an ordered set
@@ -176,7 +177,7 @@ class _Check:
             self._response(row)
 
     def finish(self) -> CaptureReport:
-        """The report, once every row was taken."""
+        """The report, after every row was taken."""
         self.report.publishers = [
             PublisherReport(
                 name=name,
@@ -217,13 +218,13 @@ class _Check:
             self.report.unsupported[row["label"]] = reason
 
     def _tokens(self, model: str, chain: BlockChain, publisher: str, blocks: int) -> int:
-        """Tokens that a publisher holds which holds so many blocks: with the tail, where engine blocks straddle them."""
+        """Tokens behind `blocks` matched blocks of a publisher, with the tail if engine blocks straddle token blocks."""
         tail = chain.tail(blocks, self._engine_block)
         more = tail[0] if tail and publisher in self._index.count(model, tail[1:]) else 0
         return blocks * self._blocks.block_size + more
 
     def _why_not(self, body: Row, model: str, lengths: set[int]) -> str | None:
-        """Why the events cannot tell this prompt's hit; `lengths` in token blocks, of all publishers."""
+        """Why the events cannot predict this prompt's hit; `lengths` in token blocks, of all publishers."""
         if "prompt_embeds" in body or has_media(body.get("messages", ())):
             return "more than tokens"
         if self._facts.hides_salts and body.get("cache_salt") is not None:
@@ -244,7 +245,7 @@ class _Check:
         self.report.requests += 1
         predicted = self._predicted.pop(label)
         size = self._blocks.block_size
-        if self._engine_block % size:  # token blocks tell no more
+        if self._engine_block % size:  # token blocks are no more precise
             predicted, actual = predicted // size * size, actual // size * size
         if predicted != actual:
             self.report.mismatches.append(Mismatch(label=label, predicted=predicted, actual=actual))
@@ -255,7 +256,7 @@ def _publisher(row: Row) -> str:
 
 
 def _batch(row: Row) -> Batch | None:
-    """The frame's events; None when it cannot be read."""
+    """The frame's events; None if it cannot be read."""
     try:
         return decode(bytes.fromhex(row["payload_hex"]))
     except (MalformedFrame, KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Captures on disk: JSON lines, gzipped where the file's name ends in `.gz`."""
+"""Captures on disk: JSON lines, gzipped if the file's name ends in `.gz`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from matrixinfer.errors import MatrixInferError
 
 
 class CaptureFileError(MatrixInferError):
-    """The file cannot be read or written, or holds something else than JSON objects."""
+    """The file cannot be read or written, or holds something other than JSON objects."""
 
 
 class CaptureReader:
-    """The rows of a capture, read anew at each iteration, which raises `CaptureFileError`."""
+    """The rows of a capture. Each iteration reads the file again, and raises `CaptureFileError`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.cut = False
-        """The file ends in the middle of a row or of its compressed data, as that of a killed recording does."""
+        """The file ends in the middle of a row or of its compressed data, as after a recording that was killed."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.cut = False
@@ -56,10 +56,10 @@ class CaptureReader:
 
 
 class CaptureWriter:
-    """Writes a capture, over whatever the file held. Use as a context manager; every method raises `CaptureFileError`.
+    """Writes a capture and overwrites the file. Use it as a context manager; every method raises `CaptureFileError`.
 
-    Captures hold token ids, so only the owner may read the file from here on. What was written before the last
-    `flush` stays readable if the process is killed.
+    Captures hold token ids, so the file becomes readable by its owner only. What was written before the last `flush`
+    stays readable if the process is killed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class CaptureWriter:
         self.size += len(line)
 
     def flush(self) -> None:
-        """Hand everything written so far to the system."""
+        """Hand everything written so far to the operating system."""
         try:
             self._file.flush()
         except OSError as error:
@@ -110,8 +110,8 @@ def _open_for_reading(path: Path) -> BufferedReader | gzip.GzipFile:
 def _owner_only(path: str, flags: int) -> int:
     descriptor = os.open(path, flags, 0o600)
     try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device stays everyone's
-            os.fchmod(descriptor, 0o600)  # the file may have been there, open to others
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # leave devices such as /dev/null as they are
+            os.fchmod(descriptor, 0o600)  # the file may have existed and been open to others
     except OSError:
         os.close(descriptor)
         raise

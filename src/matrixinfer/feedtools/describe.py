@@ -1,4 +1,4 @@
-"""KV events in plain words and as values for JSON. Neither holds prompts or salts; token ids only where asked for."""
+"""KV events as text and as values for JSON, without prompts and salts, and with token ids only on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Line:
     """One thing that happened to a feed."""
 
     kind: str
-    """`stored`, `removed`, `cleared`, or what befell the feed: `gap`, `restart`, …"""
+    """`stored`, `removed`, `cleared`, or what happened to the feed: `gap`, `restart`, …"""
     words: str
     seq: int | None = None
     """Number of the frame."""
@@ -32,11 +32,11 @@ class Line:
 
     @property
     def is_event(self) -> bool:
-        """Whether the engine did this."""
+        """Whether this is an event of the engine."""
         return self.kind in ("stored", "removed", "cleared")
 
     def __str__(self) -> str:
-        """`#42 12:00:01.234  stored 3 blocks …`; what has no frame stands alone."""
+        """`#42 12:00:01.234  stored 3 blocks …`; only the words if the line is not about a frame."""
         return self.words if self.seq is None else f"#{self.seq} {clock(self.time)}  {self.words}"
 
     def value(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def tallied(*counts: tuple[int, str]) -> list[str]:
-    """Each count that is not zero with its noun."""
+    """The counts that are not zero, each with its noun."""
     return [plural(count, noun) for count, noun in counts if count]
 
 
@@ -82,7 +82,7 @@ def clock(time: float | None) -> str:
 
 
 def shown(text: str) -> str:
-    """Text from a wire, short and without what a terminal would act upon."""
+    """Text from the network, shortened, and without control characters."""
     cut = text[:_NAME_LENGTH] + "…" * (len(text) > _NAME_LENGTH)
     return "".join(char if char.isprintable() else "?" for char in cut)
 
@@ -118,7 +118,7 @@ def _stored(event: BlockStored, with_tokens: bool) -> tuple[str, dict[str, Any]]
 
 
 def _has_extra_keys(event: BlockStored) -> bool | None:
-    """Whether a block depends on more than tokens and adapter; None when the layout cannot tell."""
+    """Whether a block depends on more than tokens and adapter; None if the layout does not say."""
     if event.extra_keys is UNSET:
         return None
     per_block = [keys for keys in event.extra_keys or () if isinstance(keys, list)]
@@ -126,7 +126,7 @@ def _has_extra_keys(event: BlockStored) -> bool | None:
 
 
 def _first_tokens(event: BlockStored) -> list[int] | None:
-    """None when the event's tokens do not fit its blocks."""
+    """The first few token ids; None if the event's tokens do not fit its blocks."""
     packed = tokens_of(event)
     if packed is None:
         return None
@@ -143,5 +143,5 @@ def _place(event: BlockStored | BlockRemoved, preposition: str) -> str:
 
 
 def _hex(name: EngineHash) -> str:
-    """An engine's name for a block: 16 hexadecimal digits, or all of a byte string."""
+    """An engine's name for a block, in hexadecimal: 16 digits, or the whole byte string."""
     return name.hex() if isinstance(name, bytes) else f"{name & (1 << 64) - 1:016x}"

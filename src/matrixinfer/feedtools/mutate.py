@@ -1,4 +1,4 @@
-"""Ledgers that misread their events on purpose: a check of captures that is worth its name notices each."""
+"""Ledgers that misread events on purpose, to show that a check of captures notices it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class _Misreading(Ledger, ABC):
 
     @abstractmethod
     def misread(self, event: Event) -> Event | None:
-        """What is taken in place of the event; None: nothing."""
+        """What the ledger applies in place of the event; None for nothing."""
 
 
 class _TakesCopiesForOne(_Misreading):
-    """Repeats each removal until no copy is left, as a set of blocks would have it."""
+    """Removes all copies of a block at once, as a ledger that does not count copies would."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -65,4 +65,4 @@ MUTATIONS: Mapping[str, type[Ledger]] = MappingProxyType(
         "salt": _IgnoresExtraKeys,
     }
 )
-"""By what they leave out: counted copies, AllBlocksCleared, BlockRemoved, extra keys."""
+"""Ledgers by what they ignore: copies, AllBlocksCleared, BlockRemoved, extra keys."""

@@ -1,38 +1,39 @@
-"""One publisher's feed as an operator sees it: frames in, lines in plain words out, a summary at any time."""
+"""One publisher's feed for operators: frames in, readable lines out, and a summary at any time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.feedtools.describe import Line, describe, listed, plural, shown, tallied
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
 from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
 from matrixinfer.kvevents.wire import AllBlocksCleared, BlockStored, Event, MalformedFrame, decode
 
 _MAX_PLACES = 16
-"""Media and groups kept for the summary: a real engine has a few."""
+"""Most media and groups kept for the summary; real engines have a few."""
 _REMARKS = {
-    "orphans": "ignored, what comes before was never seen",
+    "orphans": "ignored, its parent was never seen",
     "misfits": "ignored, its tokens do not fit its blocks",
-    "other_attention": "ignored, not of full attention",
+    "other_attention": "ignored, not full attention",
     "unknown_removed": "never seen",
 }
-"""What to say of an event that raises a count of `LedgerStats`."""
+"""The remark on an event that raises a count of `LedgerStats`."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """What a feed brought. Blocks are the engine's."""
+    """Totals of a feed. Blocks are engine blocks."""
 
     frames: int = 0
     events: int = 0
     blocks: int = 0
-    """Held now, as far as the events tell."""
+    """Held now, as far as the events show."""
     block_size: int | None = None
-    """Tokens per block; None before any was stored."""
+    """Tokens per block; None before the first was stored."""
     salts_visible: bool | None = None
     media: list[str] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
@@ -41,20 +42,20 @@ class Summary:
     """Frames in those gaps."""
     restarts: int = 0
     orphans: int = 0
-    """Blocks dropped because what comes before them was never seen."""
+    """Blocks dropped because their parent was never seen."""
     misfits: int = 0
     """Events whose tokens do not fit their blocks."""
     unreadable_frames: int = 0
     unreadable_events: int = 0
     wrong_frames: int = 0
-    """Messages that are no frames."""
+    """Messages that are not frames."""
     other_topic: int = 0
-    """Frames of another topic than the one that was asked for."""
+    """Frames under another topic than the requested one."""
     untrusted: str | None = None
     """Why the events cannot be trusted."""
 
     def __str__(self) -> str:
-        """A few lines of plain words."""
+        """A few readable lines."""
         return "\n  ".join(filter(None, [self._counts(), self._layout(), self._troubles()]))
 
     def _counts(self) -> str:
@@ -80,31 +81,32 @@ class Summary:
             (self.wrong_frames, "wrong frame"),
             (self.other_topic, "other-topic frame"),
         )
-        return "; ".join(troubles + [f"not to be trusted: {self.untrusted}"] * (self.untrusted is not None))
+        return "; ".join(troubles + [f"not trusted: {self.untrusted}"] * (self.untrusted is not None))
 
 
 class FeedView:
-    """Follows one publisher as the gateway does, but for what it says.
+    """Applies one publisher's frames as the gateway does, and describes them.
 
-    A gap or a restart makes the view forget the blocks held, as what went in between is not known.
+    At a gap or a restart the view forgets the blocks held, as it does not know what was removed in between.
     """
 
     def __init__(self, *, topic: str | None = None, with_tokens: bool = False) -> None:
         self._topic = topic
         self._with_tokens = with_tokens
         self._ledger = Ledger(pod="", model="", blocks=TokenBlockProcessor(), index=MemoryIndex())
-        self._next: int | None = None
+        self._cursor = Cursor(None)
         self._seen = Summary()
 
     def frame(self, seq: int, topic: str | None, payload: bytes) -> Iterator[Line]:
-        """A frame, what comes before it having been handed in or lost. `topic` is None where a replay does not tell."""
+        """Take a frame, in order. `topic` is None for a replayed frame, as replays do not carry it."""
         if self._topic is not None and topic not in (None, self._topic):
             self._seen.other_topic += 1
             if self._seen.other_topic == 1:
-                yield Line(kind="wrong", seq=seq, words=f"another topic: `{shown(topic or '')}` (said once)")
+                yield Line(kind="wrong", seq=seq, words=f"another topic: `{shown(topic or '')}` (shown once)")
             return
-        yield from self._in_sequence(seq)
         self._seen.frames += 1
+        if not (yield from self._in_sequence(seq, payload)):
+            return
         try:
             batch = decode(payload)
         except MalformedFrame:
@@ -121,14 +123,14 @@ class FeedView:
             yield Line(kind="unreadable", seq=seq, words=words, details={"events": batch.unreadable})
 
     def wrong(self, parts: list[bytes]) -> Line:
-        """A message that is no frame."""
+        """Take a message that is not a frame."""
         self._seen.wrong_frames += 1
         sizes = [len(part) for part in parts]
-        words = f"a message of {plural(len(parts), 'part')} that is no frame (sizes {listed(list(map(str, sizes)))})"
+        words = f"a message of {plural(len(parts), 'part')} that is not a frame (sizes {listed(list(map(str, sizes)))})"
         return Line(kind="wrong", words=words, details={"sizes": sizes})
 
     def summary(self) -> Summary:
-        """Everything so far."""
+        """The totals so far."""
         stats = self._ledger.stats
         return replace(
             self._seen,
@@ -138,28 +140,36 @@ class FeedView:
             misfits=stats.misfits,
         )
 
-    def _in_sequence(self, seq: int) -> Iterator[Line]:
-        """What the frame's number says, before its events."""
-        expected, self._next = self._next, seq + 1
-        if expected is None and seq:
-            yield Line(kind="joined", seq=seq, words="the first frame seen: what was stored before is not known")
-        if expected is None or seq == expected:
-            return
-        self._ledger.clear()
-        self._seen.untrusted = None if seq < expected else self._seen.untrusted
-        if seq < expected:
+    def _in_sequence(self, seq: int, payload: bytes) -> Generator[Line, None, bool]:
+        """Lines for what the frame's number shows. False for a frame seen before, whose events do not count."""
+        digest = hash(payload)
+        if self._cursor.next is None and seq:
+            yield Line(kind="joined", seq=seq, words="the first frame seen: blocks stored before it are unknown")
+        means = self._cursor.advance(Source.LIVE, seq, digest)
+        if means is Verdict.DUPLICATE:
+            yield Line(kind="duplicate", seq=seq, words="seen before: ignored")
+            return False
+        if means is Verdict.RESTART:
+            self._ledger.clear()
+            self._seen.untrusted = None
             self._seen.restarts += 1
             yield Line(kind="restart", seq=seq, words="the engine has restarted: nothing is held")
-            expected = 0
-        if seq > expected:
+            self._cursor.restart()
+            means = self._cursor.advance(Source.LIVE, seq, digest)
+        expected = self._cursor.next
+        if means is Verdict.GAP and expected is not None:
+            self._ledger.clear()
             self._seen.gaps += 1
             self._seen.missing += seq - expected
             which = f"frame {expected} is" if seq == expected + 1 else f"frames {expected} to {seq - 1} are"
             details = {"first": expected, "last": seq - 1}
-            yield Line(kind="gap", seq=seq, words=f"{which} missing: what is held is not known", details=details)
+            yield Line(kind="gap", seq=seq, words=f"{which} missing: the blocks held are unknown", details=details)
+            self._cursor.lose()
+            self._cursor.advance(Source.LIVE, seq, digest)
+        return True
 
     def _apply(self, event: Event) -> str | None:
-        """Apply one event; a remark when that was not all well."""
+        """Apply one event; returns a remark if something was wrong with it."""
         seen, stats = self._seen, self._ledger.stats
         if not isinstance(event, AllBlocksCleared):
             _note(seen.media, shown(event.medium or "GPU"))
@@ -172,7 +182,7 @@ class FeedView:
         except UntrustedEvents as error:
             self._ledger.clear()
             seen.untrusted = error.reason
-            return f"not to be trusted: {error.reason}"
+            return f"not trusted: {error.reason}"
         if isinstance(event, BlockStored):
             seen.salts_visible = not self._ledger.hides_salts
         return next((words for name, words in _REMARKS.items() if getattr(stats, name) != before[name]), None)

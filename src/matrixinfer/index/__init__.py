@@ -1,1 +1,1 @@
-"""Which pod holds which block."""
+"""The block index: which pod holds which block."""

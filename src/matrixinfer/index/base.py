@@ -1,4 +1,4 @@
-"""The contract of a block index. One behaviour suite (`tests/conformance/test_block_index.py`) runs on every backend."""
+"""The contract of a block index. Every backend passes `matrixinfer.testing.BlockIndexConformance`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexStats:
-    """Counts of one index. Memory is an estimate in bytes."""
+    """Counters of one index. `memory_bytes` is an estimate."""
 
     blocks: int
     pods: int
@@ -18,46 +18,46 @@ class IndexStats:
 
 
 class BlockIndex(Protocol):
-    """Which pod holds which block, per model.
+    """Stores which pod holds which block, per model.
 
-    Writes return at once; a backend behind a network may buffer them until `flush`. A block is a hash from
-    `matrixinfer.blocks`. Adding what is there and removing what is not changes nothing: whoever feeds the index counts
-    supports. `match` is the only call on the request path.
+    Writes return immediately; a backend behind a network may buffer them until `flush`. A block is a hash from
+    `matrixinfer.blocks`. Adding a block twice, or removing a block that is absent, has no effect: the caller counts the
+    supports of a block. `match` is the only call on the request path.
     """
 
     @property
     def prefix_closed(self) -> bool:
-        """True when a pod that holds block k of a chain holds every block before it, so that look-ups may gallop."""
+        """True if a pod that holds block k of a chain always holds every block before it, so that lookups may gallop."""
         ...
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        """`pod` now holds `hashes`, consecutive blocks of one chain that follows the block `parent`."""
+        """Record that `pod` holds `hashes`: consecutive blocks of one chain, the first of which follows `parent`."""
         ...
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        """`pod` no longer holds `hashes`."""
+        """Record that `pod` no longer holds `hashes`."""
         ...
 
     def clear(self, pod: str) -> None:
-        """`pod` holds nothing any more, of any model."""
+        """Remove all blocks of `pod`, for every model."""
         ...
 
     def forget(self, pod: str) -> None:
-        """`pod` is gone: as `clear`, and nothing is kept for its return."""
+        """As `clear`, and also delete all bookkeeping of `pod`, which has gone."""
         ...
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
-        """How many blocks each pod holds consecutively from the start. Pods that hold none are absent.
+        """How many blocks each pod holds, consecutively from the start. Pods without a match are absent.
 
-        Reads `hashes` only as far as some pod matches (a little further when galloping). Raises `IndexUnavailable`
-        when the backend cannot answer in time.
+        Reads `hashes` only as far as any pod matches, or a little further when galloping. Raises `IndexUnavailable` if
+        the backend cannot answer in time.
         """
         ...
 
     async def flush(self) -> None:
-        """Wait until every write so far is visible to `match`."""
+        """Wait until all writes so far are visible to `match`."""
         ...
 
     def stats(self) -> IndexStats:
-        """Current counts."""
+        """The current counters."""
         ...

@@ -1,8 +1,8 @@
-"""The embedded index: a table per model from block hash to the set of pods that hold it.
+"""The embedded index: for each model, a table from block hash to the set of pods that hold the block.
 
-A set of pods is an integer with one bit per pod; equal sets share one object. The blocks of a model form a tree, by
-parent, so that a memory bound can evict children before parents: what remains is always a prefix. Look-ups need no more
-of a tree than its table of pods. No call stalls the event loop: whatever takes long is left to later writes.
+A set of pods is an integer with one bit per pod; equal sets share one object. The blocks of a model form a tree, linked
+by parent, so that eviction can remove children before parents and always leaves prefixes. Lookups use only the table.
+No call blocks the event loop for long: expensive work is spread over later writes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.tree import Tree
 
-_NAMED_SETS_KEPT = 4_096  # pod sets whose names are kept at hand, as most look-ups meet the same few
-_INTERNED_SETS_KEPT = 65_536  # distinct pod sets that share one object each; beyond it sharing starts anew
-_STRUCK_TOGETHER = 16  # blocks per piece of work
-_SHED_STEPS = 64  # that freeing an emptied dict counts for
+_NAMED_SETS_KEPT = 4_096  # pod sets with a cached list of names: most lookups see the same few sets
+_INTERNED_SETS_KEPT = 65_536  # distinct pod sets with a shared object; beyond this, sharing starts again
+_BLOCKS_PER_STEP = 16  # blocks to clear per piece of work
+_FREE_STEPS = 64  # number of steps that freeing a dict counts for, at least
 
 
 class MemoryIndex:
     """A `BlockIndex` in this process. Not thread-safe: it belongs to one event loop.
 
-    `max_blocks` bounds the distinct blocks over all models. With `prefix_closed` (hash scheme `prefix`) a pod's chain
-    has no holes: a block is taken only after its parent, and look-ups gallop. Without it every block stands alone and
-    look-ups walk.
+    `max_blocks` bounds the number of distinct blocks over all models. With `prefix_closed` (hash scheme `prefix`) a
+    pod's chain has no holes: a block is added only after its parent, and lookups gallop. Without it, blocks are
+    independent and lookups walk.
     """
 
     def __init__(self, *, max_blocks: int = 4_000_000, prefix_closed: bool = True) -> None:
@@ -36,22 +36,22 @@ class MemoryIndex:
         self._evicted = 0
         self._bit_of: dict[str, int] = {}
         self._pod_of: dict[int, str] = {}
-        self._live = 0  # bits of pods that count
-        self._names_of: dict[int, list[str]] = {}  # a set's pods by name, until pods come or go
-        self._dead: list[int] = []  # bits of cleared pods, still set in blocks
+        self._live = 0  # bits of pods that have not been cleared
+        self._names_of: dict[int, list[str]] = {}  # pod set -> names of its pods; emptied when pods come or go
+        self._dead: list[int] = []  # bits of cleared pods that are still set in blocks
         self._next_bit = 1
         self._free_bits: list[int] = []
-        self._dropped: list[Tree] = []  # trees out of use, freed by later writes
+        self._dropped: list[Tree] = []  # unused trees, freed by later writes
         self._reclaim: Iterator[int] | None = None
         self._interned: dict[int, int] = {}
 
     @property
     def prefix_closed(self) -> bool:
-        """Whether look-ups gallop."""
+        """Whether lookups gallop."""
         return self._prefix_closed
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        """Record consecutive blocks. Blocks whose parent the pod does not hold are unreachable and not taken."""
+        """Record consecutive blocks. Ignores them if the pod does not hold their parent: they would be unreachable."""
         if not hashes:
             return
         tree = self._trees.get(model) or Tree(chained=self._prefix_closed)
@@ -68,17 +68,17 @@ class MemoryIndex:
         self._reclaim_some(len(hashes) + 16)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        """Forget that `pod` holds `hashes`."""
+        """Record that `pod` no longer holds `hashes`."""
         tree = self._trees.get(model)
         bit = self._bit_of.get(pod)
         if tree is None or bit is None:
             return
-        self._strike(tree, bit, hashes)
+        self._clear_bits(tree, bit, hashes)
         self._drop_if_empty(model, tree)
         self._reclaim_some(16)
 
     def clear(self, pod: str) -> None:
-        """Forget all that `pod` holds, at once: its bit is retired, and struck from the blocks by later writes."""
+        """Remove all blocks of `pod` in constant time: its bit is retired, and later writes clear it in the blocks."""
         bit = self._bit_of.pop(pod, None)
         if bit is None:
             return
@@ -90,25 +90,25 @@ class MemoryIndex:
             self._start_over()
 
     def forget(self, pod: str) -> None:
-        """As `clear`: nothing else is kept per pod."""
+        """As `clear`: there is no other bookkeeping per pod."""
         self.clear(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
-        """Consecutive blocks per pod; see `count`."""
+        """Number of consecutive blocks per pod; see `count`."""
         return self.count(model, hashes)
 
     def count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
-        """How many blocks each pod holds consecutively from the start; pods that hold none are absent."""
+        """How many blocks each pod holds, consecutively from the start; pods without a match are absent."""
         tree = self._trees.get(model)
         if tree is None or not self._live or not hashes:
             return {}
         return self._gallop(tree, hashes) if self._prefix_closed else self._walk(tree, hashes)
 
     async def flush(self) -> None:
-        """Nothing is buffered."""
+        """Return at once: nothing is buffered."""
 
     def stats(self) -> IndexStats:
-        """Counts; memory counts tables and the integers in them."""
+        """The current counters; `memory_bytes` covers the tables and the integers in them."""
         tables = sum(tree.memory_bytes() for tree in [*self._trees.values(), *self._dropped])
         return IndexStats(
             blocks=self._blocks,
@@ -117,7 +117,7 @@ class MemoryIndex:
             memory_bytes=tables + self._interned.__sizeof__(),
         )
 
-    # Look-up
+    # Lookup
 
     def _walk(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
         pods, shards = tree.pods, len(tree.pods)
@@ -137,9 +137,9 @@ class MemoryIndex:
         return counts
 
     def _gallop(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
-        """Exponential search for the positions at which holders drop out, each then found by bisection.
+        """Find the positions at which holders drop out by exponential search and bisection.
 
-        Valid because the holders of a block hold all blocks before it: the set only shrinks along the chain.
+        This works because the holders of a block hold all blocks before it: the set only shrinks along the chain.
         """
         pods, shards = tree.pods, len(tree.pods)
         counts: dict[str, int] = {}
@@ -167,7 +167,7 @@ class MemoryIndex:
         at_high: int,
         counts: dict[str, int],
     ) -> None:
-        """Name the pods that hold block `low` but not block `high`."""
+        """Write the counts of the pods that hold block `low` but not block `high`."""
         pods, shards = tree.pods, len(tree.pods)
         while high - low > 1:
             middle = (low + high) // 2
@@ -231,8 +231,8 @@ class MemoryIndex:
             self._interned.clear()
         return self._interned.setdefault(bits, bits)
 
-    def _strike(self, tree: Tree, bits: int, blocks: Iterable[int]) -> None:
-        """Clear `bits` of blocks."""
+    def _clear_bits(self, tree: Tree, bits: int, blocks: Iterable[int]) -> None:
+        """Clear `bits` in the pod sets of `blocks`."""
         pods, shards = tree.pods, len(tree.pods)
         empty: list[int] = []
         for block in blocks:
@@ -255,7 +255,7 @@ class MemoryIndex:
             self._drop_if_empty(model, tree)
 
     def _start_over(self) -> None:
-        """No pod is left: drop everything instead of striking it out piece by piece."""
+        """No pod is left: drop all trees instead of clearing bits block by block."""
         self._dropped += self._trees.values()
         self._trees.clear()
         self._interned.clear()
@@ -278,23 +278,23 @@ class MemoryIndex:
             steps -= done
 
     def _reclaiming(self) -> Iterator[int]:
-        """Free dropped trees; strike the bits of cleared pods from every block, then hand them out again.
+        """Free dropped trees, then clear the bits of cleared pods in every block and make those bits reusable.
 
-        Yields after each small piece of work how many steps it took.
+        Yields the number of steps after each small piece of work.
         """
         while self._dropped:
-            for entries in self._dropped[0].shed():
-                yield max(_SHED_STEPS, entries)
+            for entries in self._dropped[0].free():
+                yield max(_FREE_STEPS, entries)
             del self._dropped[0]
         dead_bits, self._dead = self._dead, []
         dead = sum(dead_bits)
         for model, tree in list(self._trees.items()):
             for shard in tree.pods:
                 held = list(shard)
-                for start in range(0, len(held), _STRUCK_TOGETHER):
-                    struck = held[start : start + _STRUCK_TOGETHER]
-                    self._strike(tree, dead, struck)
-                    yield len(struck)
+                for start in range(0, len(held), _BLOCKS_PER_STEP):
+                    some = held[start : start + _BLOCKS_PER_STEP]
+                    self._clear_bits(tree, dead, some)
+                    yield len(some)
             self._drop_if_empty(model, tree)
         self._free_bits += dead_bits
 

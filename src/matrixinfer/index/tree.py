@@ -1,8 +1,8 @@
-"""The blocks of one model: who holds them, what follows what, and which leaf is the oldest.
+"""The blocks of one model: their holders, their parents, and the order in which leaves were stored.
 
-Hashes are spread evenly, so a table is a list of dicts of which a block's hash chooses one. A dict that outgrows its
-memory is copied in one go: at a million blocks that stalls the event loop for tens of milliseconds, in a small dict for
-a fraction of one. As all dicts of a table fill up at about the same time, tables differ in how many they have.
+A table is a list of dicts (shards), and a block's hash selects one of them. When a dict grows, Python copies it in one
+go: with a million blocks that would block the event loop for tens of milliseconds, but with a small dict only for a
+fraction of one. All shards of a table grow at about the same time, so the tables have different numbers of shards.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 Table: TypeAlias = list[dict[int, int]]
-"""A map from blocks: block `b` is in `table[b % len(table)]`."""
+"""A sharded map whose keys are blocks: block `b` is in `table[b % len(table)]`."""
 
-_SHARDS = (512, 609, 724, 861, 512)  # dicts per table, a quarter of a doubling apart; leaves with forks are few
-_UNSHARDED_BLOCKS = 8_192  # up to here a table is one dict: models can be many, as adapters are
-_SAMPLED_SHARDS = 16  # dicts that tell how large a table is
-_HASH_BYTES = 48  # of an integer of 63 bits
-_END = -1  # no block: what precedes the oldest leaf and follows the newest
+_SHARDS = (
+    512,
+    609,
+    724,
+    861,
+    512,
+)  # dicts per table, a quarter of a doubling apart; forks are few, so their table may share a size
+_UNSHARDED_BLOCKS = 8_192  # up to this size a table is one dict, because there can be many models (adapters)
+_SAMPLED_SHARDS = 16  # dicts to measure when estimating the size of a table
+_HASH_BYTES = 48  # memory of an integer of 63 bits
+_END = -1  # not a block: the sentinel before the oldest and after the newest leaf
 
 
 class Tree:
     """The blocks of one model.
 
-    `pods` maps blocks to the bits of their holders. A block that loses its last holder while it has children stays,
-    with no bits, until they go. Unless `chained`, every block stands alone.
+    `pods` maps blocks to the bits of their holders. A block that loses its last holder but has children stays, without
+    bits, until its children are gone. Unless `chained`, blocks have no parents.
     """
 
     __slots__ = ("_chained", "_forks", "_leaves", "_parent_of", "pods", "size")
@@ -33,12 +39,12 @@ class Tree:
         self.pods: Table = [{}]
         self.size = 0
         self._chained = chained
-        self._parent_of: Table = [{}]  # of all blocks but roots
-        self._forks: Table = [{}]  # children of the blocks that have two or more; every other inner block has one
+        self._parent_of: Table = [{}]  # for all blocks except roots
+        self._forks: Table = [{}]  # number of children of blocks with two or more; other inner blocks have one child
         self._leaves = _Ring()
 
     def insert(self, blocks: Sequence[int], parent: int | None) -> None:
-        """Hang new blocks, which `pods` has already: each follows the one before it, and the first `parent`."""
+        """Add new blocks that are already in `pods`: each follows the one before it, and the first follows `parent`."""
         self.size += len(blocks)
         if not self._chained:
             self._leaves.extend(blocks)
@@ -57,23 +63,23 @@ class Tree:
             parent = block
 
     def touch(self, block: int) -> None:
-        """A leaf that was stored again becomes the newest."""
+        """Make a leaf that was stored again the newest one."""
         if block in self._leaves:
             self._leaves.renew(block)
 
     def prune(self, empty: Iterable[int]) -> int:
-        """The blocks `empty` have no holders any more. Returns how many blocks left the tree."""
+        """Remove blocks that have lost all holders, if they are leaves. Returns how many blocks were removed."""
         return sum(self._prune(block) for block in empty if block in self._leaves)
 
     def evict(self, blocks: int) -> int:
-        """Drop the end of the least recently stored branch, `blocks` blocks if it is as long, whoever holds them.
+        """Remove up to `blocks` blocks from the end of the least recently stored branch, regardless of their holders.
 
-        Returns how many blocks left the tree.
+        Returns how many blocks were removed.
         """
         return self._prune(self._leaves.oldest, evicted=blocks)
 
     def shard(self) -> None:
-        """Once the tree is large, go over to many dicts: one table per call, as each takes a millisecond."""
+        """Once the tree is large, split its tables into shards: one table per call, because each takes a millisecond."""
         if self.size <= _UNSHARDED_BLOCKS or len(self._forks) > 1:
             return
         for table, shards in zip(self._tables(), _SHARDS, strict=True):
@@ -81,20 +87,20 @@ class Tree:
                 _spread(table, shards)
                 return
 
-    def shed(self) -> Iterator[int]:
-        """Free a tree that is out of use, dict by dict. Yields how many entries each had."""
+    def free(self) -> Iterator[int]:
+        """Free an unused tree, dict by dict. Yields the number of entries of each dict."""
         for table in self._tables():
             while table:
                 yield len(table.pop())
 
     def memory_bytes(self) -> int:
-        """Estimate: tables and hashes."""
+        """Estimated memory of the tables and the hashes."""
         return sum(map(_table_bytes, self._tables())) + _HASH_BYTES * self.size
 
     def _prune(self, leaf: int, evicted: int = 0) -> int:
-        """Remove a leaf and every ancestor that thereby becomes one, if empty or among the first `evicted`.
+        """Remove a leaf, and each ancestor that becomes a leaf, while they have no holders or fewer than `evicted` are gone.
 
-        One that is held takes the place of `leaf` in age. Returns how many blocks were removed.
+        The ancestor that remains as a leaf inherits the age of `leaf`. Returns how many blocks were removed.
         """
         removed = 0
         block = leaf
@@ -103,7 +109,7 @@ class Tree:
             removed += 1
             del shard[block]
             parent = self._parent_of[block % len(self._parent_of)].pop(block, None)
-            if parent is None or self._has_other_children(parent):
+            if parent is None or self._lose_child(parent):
                 self._leaves.remove(leaf)
                 break
             block = parent
@@ -112,8 +118,8 @@ class Tree:
         self.size -= removed
         return removed
 
-    def _has_other_children(self, parent: int) -> bool:
-        """A child of `parent` has gone: whether others are left."""
+    def _lose_child(self, parent: int) -> bool:
+        """Count a removed child of `parent`. Returns whether other children are left."""
         forks = self._forks[parent % len(self._forks)]
         children = forks.get(parent, 1)
         if children > 2:
@@ -127,9 +133,9 @@ class Tree:
 
 
 class _Ring:
-    """Blocks from the oldest to the newest, as an `OrderedDict` would keep them if it could be sharded.
+    """Blocks in order from oldest to newest: a doubly linked list in sharded tables, like a sharded `OrderedDict`.
 
-    `older` and `newer` map a block to its neighbours; those of `_END` are the newest and the oldest.
+    `older` and `newer` map a block to its neighbours. The neighbours of `_END` are the newest and the oldest block.
     """
 
     __slots__ = ("newer", "older")
@@ -146,7 +152,7 @@ class _Ring:
         return self.newer[_END][_END]
 
     def extend(self, blocks: Sequence[int]) -> None:
-        """Take new blocks as the newest, the last one most so."""
+        """Append new blocks; the last one becomes the newest."""
         older, newer = self.older, self.newer
         olders, newers = len(older), len(newer)
         last = older[_END][_END]
@@ -158,7 +164,7 @@ class _Ring:
         older[_END][_END] = last
 
     def renew(self, block: int) -> None:
-        """Make a block the newest."""
+        """Make a block the newest one."""
         if self.older[_END][_END] != block:
             self.remove(block)
             self.extend((block,))
@@ -167,7 +173,7 @@ class _Ring:
         self._join(*self._pop(block))
 
     def replace(self, block: int, other: int) -> None:
-        """A new block `other` takes the place of `block`."""
+        """Put a new block `other` in the place of `block`."""
         older, newer = self._pop(block)
         self._join(older, other)
         self._join(other, newer)
@@ -188,6 +194,6 @@ def _spread(table: Table, shards: int) -> None:
 
 
 def _table_bytes(table: Table) -> int:
-    """An estimate: dicts of one table are about as large as each other."""
+    """Estimate the size of a table from a sample of its dicts, which are of similar size."""
     sample = table[:_SAMPLED_SHARDS]
     return sum(shard.__sizeof__() for shard in sample) * len(table) // max(1, len(sample))

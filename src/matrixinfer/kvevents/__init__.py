@@ -1,1 +1,1 @@
-"""Engine KV events in, index operations out. All but `subscriber` is free of I/O."""
+"""Engines' KV events in, index operations out. Only connections, replays and subscriptions do I/O."""

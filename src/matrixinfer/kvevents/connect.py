@@ -12,9 +12,9 @@ import zmq
 
 LOOKUP_TIMEOUT = 5.0
 FRAMES_QUEUED = 100_000
-"""Frames per publisher that ZMQ holds for a subscriber that is late, as while history is fetched."""
+"""Frames per publisher that ZMQ queues while the subscriber is busy, for example with a replay."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""A peer that sends a longer one is disconnected."""
+"""ZMQ disconnects a peer that sends a longer message."""
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 
@@ -22,17 +22,17 @@ _Socket = TypeVar("_Socket", bound=zmq.Socket[Any])
 
 
 class Unresolved(zmq.ZMQError):
-    """A host's name has no address, as that of an engine that is not up yet; or none was found in time."""
+    """A host's name has no address yet, or the lookup took too long. Try again later."""
 
 
 def subscribe(context: zmq.Context[_Socket]) -> _Socket:
-    """A socket for everything that one publisher sends, to be connected. ZMQ reconnects it by itself."""
+    """An unconnected socket that takes everything from one publisher. Once connected, ZMQ reconnects it by itself."""
     live = context.socket(zmq.SUB)
     live.setsockopt(zmq.RCVHWM, FRAMES_QUEUED)
     live.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
     live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    # A subscriber sends nothing, so without heartbeats it would wait on a dead connection for ever.
+    # A subscriber sends nothing, so without heartbeats it would wait on a dead connection forever.
     live.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     live.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     live.setsockopt(zmq.SUBSCRIBE, b"")
@@ -42,9 +42,9 @@ def subscribe(context: zmq.Context[_Socket]) -> _Socket:
 async def connect(peer: zmq.Socket[Any], endpoint: str) -> None:
     """Connect `peer` to `tcp://host:port` or `ipc://path`.
 
-    ZMQ tries only the first address of a name, and that is one of IPv6 where IPv6 is allowed. Engines listen on IPv4
-    unless told otherwise. So IPv6 is allowed only where the host has no address of IPv4, which shows once its name
-    resolves. Raises `Unresolved` when it does not: try again later. Raises another `zmq.ZMQError` for a bad endpoint.
+    ZMQ tries only the first address of a name, which is an IPv6 address where IPv6 is allowed, but engines listen on
+    IPv4 by default. So IPv6 is allowed only if the name resolves to no IPv4 address. Raises `Unresolved` if the name
+    does not resolve, and another `zmq.ZMQError` for a bad endpoint.
     """
     peer.setsockopt(zmq.IPV6, int(await _needs_ipv6(endpoint)))
     peer.connect(endpoint)
@@ -52,8 +52,8 @@ async def connect(peer: zmq.Socket[Any], endpoint: str) -> None:
 
 async def _needs_ipv6(endpoint: str) -> bool:
     transport, _, address = endpoint.partition("://")
-    host = address.rpartition(";")[2].rpartition(":")[0].strip("[]")  # `source;destination` is of ZMQ's syntax too
-    if transport != "tcp" or not host:  # a path, or ZMQ says what is wrong
+    host = address.rpartition(";")[2].rpartition(":")[0].strip("[]")  # ZMQ also takes `source;destination`
+    if transport != "tcp" or not host:  # a path; or a bad endpoint, which ZMQ reports
         return False
     try:
         return ipaddress.ip_address(host).version == 6
@@ -62,7 +62,7 @@ async def _needs_ipv6(endpoint: str) -> bool:
 
 
 async def _families(name: str) -> set[socket.AddressFamily]:
-    """Of the addresses that a name has, at least one."""
+    """The address families that a name resolves to: at least one."""
     try:
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)

@@ -1,8 +1,8 @@
-"""Sequence numbers to verdicts: what a numbered frame means for the feed.
+"""Sequence numbers to verdicts: what a numbered frame means for whoever follows a feed.
 
-An engine numbers its batches from 0 at every start. Numbers alone do not tell a replayed duplicate from a restarted
-engine, nor a gap from an engine that restarted and overtook the old number. So the cursor knows digests, and every
-replay begins with the last frame: the same bytes prove that this is still the same engine.
+An engine numbers its batches from 0 at every start. A number alone does not distinguish a replayed duplicate from a
+restarted engine, nor a gap from an engine that restarted and has already passed the old number. So the cursor keeps
+digests, and every replay begins with the last frame: the same bytes prove that this is still the same engine.
 
 Live frames and replays come over two connections. A live frame may come after the replay that brought it, but never
 after a later live one. So the cursor remembers the last live frame and those that replays brought after it.
@@ -14,7 +14,8 @@ after a later live one. So the cursor remembers the last live frame and those th
     the next one     APPLY                           TRUNCATED           APPLY
     greater          GAP                             TRUNCATED           GAP
 
-Before the first frame there is nothing to prove: number 0 is applied, and a replay that begins later is truncated.
+Before the first frame there is nothing to prove: number 0 is applied, and a replay that begins later is truncated. A
+cursor without a position applies any frame.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ from collections.abc import Sequence
 from enum import Enum
 
 REMEMBERED = 10_000
-"""Frames that a live connection may lag behind a replay; engines keep as many by default. Beyond, history is fetched anew."""
+"""Frames that a live connection may lag behind a replay; engines keep as many by default. Beyond, it is a restart."""
 
 
-class Source(Enum):
+class QuickEnum(Enum):
+    """Members hash by identity. Hashed by name, as in `Enum`, tables would cost every frame some microseconds."""
+
+    __hash__ = object.__hash__
+
+
+class Source(QuickEnum):
     """Where a frame comes from."""
 
     LIVE = "live"
     REPLAY = "replay"
 
 
-class Verdict(Enum):
+class Verdict(QuickEnum):
     """What a frame means."""
 
     APPLY = "apply"
@@ -42,18 +49,18 @@ class Verdict(Enum):
     DUPLICATE = "duplicate"
     """Seen before."""
     GAP = "gap"
-    """Frames before it are missing, or this is another engine: a replay will tell."""
+    """Frames before it are missing, or this is another engine: a replay shows which."""
     RESTART = "restart"
-    """The engine started anew: whatever was known is void."""
+    """The engine has restarted: all that was known is void."""
     TRUNCATED = "truncated"
-    """What came before is not to be had any more, and whether this is the same engine cannot be told."""
+    """The engine no longer has the frames before it, and whether it is the same engine is unknown."""
 
 
 def verdict(*, source: Source, seq: int, digest: int, expected: int, proven: bool, known: int | None) -> Verdict:
     """What frame `seq` with `digest` means where the number `expected` is next: a pure function, the table above.
 
-    `proven`: this engine is known to have published the frame before that. `known`: the digest that is remembered of
-    the frame `seq`, None for none.
+    `proven`: this engine is known to have published the frame before `expected`. `known`: the digest remembered for
+    the frame `seq`; None if there is none.
     """
     if seq < expected:
         if source is Source.REPLAY and seq != expected - 1:
@@ -65,39 +72,53 @@ def verdict(*, source: Source, seq: int, digest: int, expected: int, proven: boo
 
 
 class Cursor:
-    """The position in a feed: the next number expected, and what is remembered of the frames before it.
+    """The position in a feed: the next number expected, and what is remembered of the frames before it."""
 
-    A cursor with a `start` other than 0 takes the frame of that number for a beginning.
-    """
-
-    def __init__(self, start: int = 0) -> None:
+    def __init__(self, start: int | None = 0) -> None:
         self.next = start
-        self.proven = start > 0
+        """The number expected next; None without a position: the next frame is taken for the beginning."""
+        self.proven = bool(start)
         """This engine is known to have published the frame before `next`."""
         self._digests: deque[int] = deque(maxlen=REMEMBERED)
 
     @property
     def replay_from(self) -> int:
         """The number that a replay must begin with: the last one applied."""
-        return max(0, self.next - 1)
+        return max(0, (self.next or 0) - 1)
 
     @property
     def lacks_last(self) -> bool:
-        """Whether a replay that ends whole here comes from an engine that never published what was applied last."""
-        return self.next > 0 and not self.proven
+        """Whether a replay that ends whole here comes from an engine that never published the last frame applied."""
+        return bool(self.next) and not self.proven
 
     def is_last(self, frames: Sequence[tuple[int, int]]) -> bool:
-        """Whether `frames`, pairs of number and digest, are just the last frame applied; none before the first."""
-        return list(frames) == ([(self.next - 1, self._digests[-1])] if self._digests else [])
+        """Whether `frames`, pairs of number and digest, are exactly the last frame applied, or empty before the first."""
+        return list(frames) == ([(self.replay_from, self._digests[-1])] if self._digests else [])
+
+    def restart(self) -> None:
+        """Expect frame 0 of a new engine."""
+        self._go_to(0)
+
+    def lose(self) -> None:
+        """Give up the position: the next frame, whichever it is, is taken for the beginning."""
+        self._go_to(None)
+
+    def doubt(self) -> None:
+        """The engine may be another one, until a replay shows the last frame again."""
+        self.proven = False
 
     def advance(self, source: Source, seq: int, digest: int) -> Verdict:
         """The verdict on frame `seq` with `digest`; the cursor moves past a frame to apply.
 
-        A gap leaves the cursor where it is, to be doubted; a restart or a truncated history make it void.
+        On every other verdict the cursor stays where it is: the caller then calls `doubt`, `restart` or `lose`.
         """
-        age = self.next - seq
+        expected = self.next
+        if expected is None:
+            self._go_to(seq)
+            expected = seq
+        age = expected - seq
         known = self._digests[-age] if 0 < age <= len(self._digests) else None
-        means = verdict(source=source, seq=seq, digest=digest, expected=self.next, proven=self.proven, known=known)
+        means = verdict(source=source, seq=seq, digest=digest, expected=expected, proven=self.proven, known=known)
         if means is Verdict.APPLY:
             if source is Source.LIVE:
                 self._digests.clear()
@@ -109,3 +130,7 @@ class Cursor:
                 while len(self._digests) > age:
                     self._digests.popleft()
         return means
+
+    def _go_to(self, start: int | None) -> None:
+        self.next, self.proven = start, bool(start)
+        self._digests.clear()

@@ -1,4 +1,4 @@
-"""Receives from many ZMQ sockets on the event loop without holding it up."""
+"""Receives from many ZMQ sockets on the event loop without blocking it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OnMessage = Callable[[list[bytes]], None]
 
 
 class Drain:
-    """Takes one message of each readable socket after the other, at most `SLICE_SECONDS` per turn of the loop in all.
+    """Takes one message from each readable socket in turn, for at most `SLICE_SECONDS` per turn of the event loop.
 
-    ZMQ's descriptors signal edges: once one has, its socket is read until it is empty, now or in later turns.
+    ZMQ's descriptors signal edges: after a signal a socket is read until it is empty, in this turn or later ones.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Drain:
 
     @contextmanager
     def reading(self, socket: _Socket, on_message: _OnMessage) -> Iterator[None]:
-        """Call `on_message` with the parts of every message that comes, within the context."""
+        """Within the context, call `on_message` with the parts of every message that arrives."""
         descriptor = int(socket.getsockopt(zmq.FD))
         loop = asyncio.get_running_loop()
         loop.add_reader(descriptor, self._queue, socket, on_message)
@@ -62,4 +62,4 @@ class Drain:
                 if time.monotonic() >= deadline:
                     break
         finally:
-            self._go_on()  # even after a fault: no further edge may come for what is left
+            self._go_on()  # even after an error: there may be no further signal for the messages left

@@ -1,4 +1,4 @@
-"""Whose KV events are followed, and under which name: by what pods tell of themselves, as they come, change and go."""
+"""Follows the KV events of pods as they join, change and leave."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = structlog.get_logger(__name__)
 
 
 class EventFollower:
-    """Follows the KV events of pods by what they tell; call it with a pod whenever that may have changed.
+    """Keeps a subscriber on the KV events of every pod. Call it with a pod whenever the pod's facts may have changed.
 
-    `on_gone` is called with the name of every endpoint that a pod does not have any more, `on_followed` whenever feeds may
-    have come. With `listens` false others follow the events, and only what goes is told.
+    It calls `on_gone` with the name of each endpoint that a pod no longer has, and `on_followed` whenever there may be
+    new feeds. With `listens` false another process follows the events, and only `on_gone` is called.
     """
 
     def __init__(
@@ -36,9 +36,7 @@ class EventFollower:
         self._listens = listens
         self._models = [model.name for model in config.models]
         scorers = config.scheduler.plugins.score.enabled
-        self._wanted = (
-            any((ref if isinstance(ref, str) else ref.name) == KvCacheAware.name for ref in scorers) and listens
-        )
+        self._wanted = any(ref.name == KvCacheAware.name for ref in scorers) and listens
         self._warned: set[str] = set()
         self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
         self._endpoints: dict[str, frozenset[str]] = {}
@@ -57,11 +55,11 @@ class EventFollower:
         self._endpoints[pod.name] = endpoints
         if not sources and self._wanted and pod.kv_sources is not None and pod.name not in self._warned:
             self._warned.add(pod.name)
-            reason = "its model is not known" if pod.kv_sources else "it publishes no KV events"
+            reason = "its model is unknown" if pod.kv_sources else "it publishes no KV events"
             log.warning("kv_events_not_followed", pod=pod.name, reason=reason)
 
     def leave(self, pod: Pod) -> None:
-        """The pod is gone, with all its endpoints."""
+        """Stop following a pod that has left, with all its endpoints."""
         self._unfollow(self._following.pop(pod.name, frozenset()))
         self._warned.discard(pod.name)
         for name in self._endpoints.pop(pod.name, frozenset()) | {endpoint.name for endpoint in pod.endpoints}:
@@ -73,9 +71,10 @@ class EventFollower:
 
 
 def feed_sources(pod: Pod, models: Sequence[str]) -> Iterator[FeedSource]:
-    """Where a pod publishes, one for each data-parallel rank; nothing when nowhere or not known.
+    """Where a pod publishes, one source per data-parallel rank; empty if it publishes nowhere or that is unknown.
 
-    A pod that does not tell its model (it may want an API key) has the only one of `models`, those configured.
+    `models` are the configured ones. If there is only one, a pod that does not say which model it serves (it may require
+    an API key) is taken to serve that one.
     """
     model = pod.base_model or (models[0] if len(models) == 1 else None)
     if not pod.kv_sources or model is None:

@@ -1,4 +1,4 @@
-"""The engine blocks that one engine holds, by the chains that they form."""
+"""The engine blocks that one engine holds, as chains."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _RUN_BYTES = 360
 class Forest:
     """The engine blocks of one medium and attention group.
 
-    An engine's hash names a block by all that precedes it too, so a block is nobody's child but its parent's.
+    An engine's hash covers everything before the block, so a block has only one parent.
     """
 
     __slots__ = ("_free", "_runs", "_table", "branches", "copies", "cut", "ended", "tier")
 
     def __init__(self, tier: int = 0) -> None:
         self.tier = tier
-        """Of the medium (`matrixinfer.kvevents.tiers`)."""
+        """The tier of the medium (`matrixinfer.kvevents.tiers`)."""
         self._table = BlockTable()  # block -> number of its run
         self._runs: list[Run | None] = []
         self._free: list[int] = []
         self.branches: dict[int | None, dict[int, Run]] = {}
-        """Block (None: the root) to the runs that branch off it, by their first blocks."""
+        """The runs that branch off a block (None: the root), by their first blocks."""
         self.copies: dict[int, int] = {}
         """Copies beyond the first."""
         self.cut: set[int] = set()
-        """Present, but an ancestor is gone."""
+        """Present, but an ancestor is not."""
         self.ended: set[int] = set()
-        """Present, but not indexed, nor what follows."""
+        """Present, but neither they nor what follows them is indexed."""
 
     def __len__(self) -> int:
         return len(self._table) + len(self.ended)
@@ -42,17 +42,22 @@ class Forest:
         return self._table.get(block) is not None or block in self.ended
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left of any block."""
+        return not (len(self) or any(self._runs) or self.branches or self.copies or self.cut)
+
+    @property
     def memory_bytes(self) -> int:
-        """Memory without the blocks' tokens, estimated."""
+        """Estimated memory, without the blocks' tokens."""
         return _TABLE_BYTES + _BLOCK_BYTES * len(self) + _RUN_BYTES * (len(self._runs) - len(self._free))
 
     def run_of(self, block: int) -> Run | None:
-        """The run that `block` is in; None also for blocks that are not indexed."""
+        """The run that `block` is in; None for blocks that are absent or not indexed."""
         number = self._table.get(block)
         return None if number is None else self._runs[number]
 
     def has_child(self, parent: int | None, above: Run | None, block: int) -> bool:
-        """Whether `block` is present below `parent`, a block of the run `above`, or the root. Not for cut blocks."""
+        """Whether `block` follows `parent`, a block of the run `above`, or the root. Not for cut blocks."""
         if block in self.branches.get(parent, ()):
             return True
         if parent is None or above is None or above.ends_with(parent):
@@ -60,17 +65,17 @@ class Forest:
         return above[above.position(parent) + 1] == block
 
     def extend(self, run: Run, ids: Sequence[int], tokens: bytes) -> None:
-        """Append new blocks to a run. A run that was empty is taken in."""
+        """Append new blocks to a run. A run that was empty joins the forest."""
         if not run.ids:
             self._take_in(run, ids[0])
         run.append(ids, tokens)
         self._table.add(ids, run.number)
 
     def pop_last(self, blocks: Sequence[int], shrunk: dict[Run, None]) -> list[int]:
-        """Remove those of `blocks` that are the last of their run and have nothing below them; returns the others.
+        """Remove those of `blocks` that are the last of their run with nothing below them; return the others.
 
-        Takes them in order, so that neighbours may be named end first. The runs concerned are added to `shrunk`: their
-        tokens and names are not touched.
+        Blocks are taken in order, so neighbours should come last block first. The runs they were in are added to
+        `shrunk`; their tokens and names are left as they are.
         """
         left, pop, runs, branches, pack = [], self._table.pop, self._runs, self.branches, pack_id
         for block in blocks:
@@ -97,7 +102,7 @@ class Forest:
             self._leave_out(run, block)
 
     def split(self, run: Run, position: int) -> None:
-        """Make the blocks behind `position` a run of their own, which branches off there."""
+        """Make the blocks after `position` a run of their own, which branches off there."""
         rest = run.split(position)
         self._take_in(rest, rest[0])
         for block in rest:
@@ -105,9 +110,9 @@ class Forest:
         self._table.add(rest, rest.number)
 
     def below(self, block: int | None) -> Iterator[tuple[Run, int, int]]:
-        """Every present block in the runs that branch off `block` (None: the root), parents first: (run, position, block).
+        """(run, position, block) for every block in the runs that branch off `block` (None: the root), parents first.
 
-        Raises `ValueError` for blocks that follow themselves, which only events that contradict each other make.
+        Raises `ValueError` for a block that follows itself, which only contradictory events produce.
         """
         pending = list(self.branches.get(block, {}).values())
         visits = 0

@@ -1,10 +1,10 @@
-"""Engine blocks to token blocks: what one engine holds, told from its events, kept as index operations.
+"""Engine blocks to token blocks: turns one engine's events into index operations.
 
-An engine names its blocks by opaque hashes and sizes them as it likes; the index names token blocks by their content.
-The ledger is the only owner of engine hashes. It follows each chain of engine blocks (`forest`), cuts its tokens anew
-into token blocks by position, and keeps in the index exactly the token blocks that a prompt can reach: those covered by
-an unbroken path of present engine blocks from the root. Of an engine block that begins before the end of a token block
-and ends within the next one, the index also gets the tail, by which a look-up tells whether all of it matches
+An engine names its blocks by opaque hashes and chooses their size; the index names token blocks by their content. The
+ledger is the only owner of engine hashes. It follows each chain of engine blocks (`forest`), cuts its tokens into token
+blocks by position, and keeps in the index exactly the token blocks that a prompt can reach: those covered by an unbroken
+path of present engine blocks from the root. For an engine block that begins before the end of a token block and ends
+within the next one, the index also gets the tail, by which a lookup finds whether the whole engine block matches
 (`TokenBlockProcessor.overhang`).
 
 Two things are counted: engine copies per hash (a removed copy is not a removed block), and supports per token block
@@ -13,7 +13,7 @@ Two things are counted: engine copies per hash (a removed copy is not a removed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,7 +41,7 @@ from matrixinfer.kvevents.witness import Witness
 from matrixinfer.traffic.history import RoutingHistory
 
 MAX_TOKENS = 64_000_000
-"""Tokens that one engine is believed to hold; a cache of that many is some 10 TB."""
+"""The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
 _SUPPORT_BYTES = 130
 _Place: TypeAlias = tuple[str, int]
@@ -49,7 +49,7 @@ _Place: TypeAlias = tuple[str, int]
 
 
 class UntrustedEvents(MatrixInferError):
-    """What the engine publishes does not tell what it holds. `reason` says why, in plain words."""
+    """The engine's events do not say what it holds. `reason` explains why, for operators."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -58,7 +58,7 @@ class UntrustedEvents(MatrixInferError):
 
 @dataclass(slots=True, kw_only=True)
 class LedgerStats:
-    """What the events said and what became of it, in engine blocks unless named otherwise."""
+    """Counts of what the events reported, in engine blocks unless stated otherwise."""
 
     stored: int = 0
     removed: int = 0
@@ -66,22 +66,22 @@ class LedgerStats:
     """AllBlocksCleared events."""
     copies: int = 0
     """Stored again while present."""
-    told_again: int = 0
-    """Told as stored when a request found them in the cache (vLLM's `kv_cache_report_mode`): no copies."""
+    reported_again: int = 0
+    """Reported as stored because a request found them in the cache (vLLM's `kv_cache_report_mode`): not copies."""
     orphans: int = 0
     """Dropped because their parent was never seen."""
     unknown_removed: int = 0
-    """Removed without having been seen."""
+    """Removed, but never seen."""
     ended: int = 0
     """Present but not indexed: their content depends on more than tokens, adapter and salt."""
     other_attention: int = 0
-    """Events of groups that do not describe whole prefixes."""
+    """Events of attention groups that do not hold whole prefixes."""
     misfits: int = 0
     """Events whose tokens do not fit their blocks."""
 
 
 class Ledger:
-    """Applies one engine's events to the index under `pod`.
+    """Applies one publisher's events to the index, under the endpoint name `pod`.
 
     `model` is the index's name for the engine's base model; blocks of an adapter go under the adapter's name.
     """
@@ -99,18 +99,15 @@ class Ledger:
         self.model = model
         self.stats = LedgerStats()
         self.block_size: int | None = None
-        """Tokens per engine block, the largest where they differ: matches are floored to it. None before the first."""
+        """Tokens per engine block, the largest if they differ: matches are rounded down to it. None before the first."""
         self.has_tails = False
-        """Engine blocks and token blocks straddle each other, so that a look-up has to ask for tails."""
+        """Engine blocks and token blocks straddle each other, so lookups must ask for tails."""
         self.hides_salts = False
-        """The events do not tell a block's salt: a salted prompt looks like a plain one."""
+        """The events do not show a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
-        """The events do not tell a block's adapter."""
-        self.witness: Witness | None = None
-        """Sees new blocks, while somebody wants to know."""
-        self._numbers_adapters = (
-            False  # they give adapters as numbers, so that blocks of one are at least known as such
-        )
+        """The events do not show a block's adapter."""
+        self._witness: Witness | None = None
+        self._numbers_adapters = False  # events give adapters as numbers: their blocks are recognised, not indexed
         self._blocks = blocks
         self._history = history
         self.tiers = Tiers(pod, index, history)
@@ -118,21 +115,40 @@ class Ledger:
 
     @property
     def supports(self) -> Supports:
-        """What supports the token blocks, on whatever tier."""
+        """The supports of token blocks over all tiers."""
         return self.tiers.all
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether the engine has several kinds of attention, so that less may be found than full attention holds."""
+        """Whether the engine has several kinds of attention, so that it may find less than its full attention holds."""
         return self.stats.other_attention > 0 or any(group for _, group in self._forests)
 
+    @property
+    def forests(self) -> Collection[Forest]:
+        """The engine blocks present, by medium and attention group; for reading."""
+        return self._forests.values()
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether a witness sees new blocks."""
+        return self._witness is not None
+
+    def observe(self, witness: Witness) -> None:
+        """Show new blocks to `witness` from now on, and to nobody else."""
+        self._witness = witness
+
+    def stop_observing(self, witness: Witness) -> None:
+        """Show `witness` nothing more; does nothing if another one has taken its place."""
+        if self._witness is witness:
+            self._witness = None
+
     def __len__(self) -> int:
-        """Distinct engine blocks present."""
+        """The number of distinct engine blocks present."""
         return sum(map(len, self._forests.values()))
 
     @property
     def memory_bytes(self) -> int:
-        """Memory, estimated: tables, tokens, and the supports of token blocks."""
+        """Estimated memory of tables, tokens and the supports of token blocks."""
         forests = sum(forest.memory_bytes for forest in self._forests.values())
         return forests + 4 * (self.block_size or 0) * len(self) + _SUPPORT_BYTES * len(self.supports)
 
@@ -141,16 +157,16 @@ class Ledger:
         try:
             self._apply(events)
         except (IndexError, KeyError, ValueError) as error:
-            # No sequence of events that an engine can mean does this; checking each on its way would cost every feed.
+            # No consistent sequence of events does this; checking each event beforehand would slow down every feed.
             raise UntrustedEvents("its events contradict each other") from error
 
     def clear(self) -> None:
-        """The engine holds nothing, or nothing is known of it any more."""
+        """Forget every block: the engine holds nothing, or what it holds is no longer known."""
         self._forests.clear()
         self.tiers.clear()
 
     def reset(self) -> None:
-        """Another engine comes: as `clear`, and nothing is known of its sizes and its layout."""
+        """Expect another engine: clear, and forget block size and layout."""
         self.clear()
         self.tiers.reset()
         self._forget_sent()
@@ -164,7 +180,7 @@ class Ledger:
         place: tuple[str | None, int | None] = (None, None)
         for event in events:
             if isinstance(event, BlockRemoved):
-                # Engines evict block by block, one event each: neighbours are taken together.
+                # Engines evict block by block, with an event for each: adjacent removals are applied together.
                 if removed and place != (event.medium, event.group_idx):
                     self._remove(_place(*place), removed)
                     removed = []
@@ -184,7 +200,7 @@ class Ledger:
             self._remove(_place(*place), removed)
 
     def _forget_sent(self) -> None:
-        """The engine holds nothing, of whatever was sent to it."""
+        """Forget what was sent to the engine: it holds nothing."""
         if self._history is not None:
             self._history.forget(self.pod)
 
@@ -195,7 +211,7 @@ class Ledger:
             self.stats.other_attention += 1
             return
         if event.group_idx and event.kv_cache_spec_kind is None:
-            raise UntrustedEvents("its attention groups cannot be told apart")
+            raise UntrustedEvents("its attention groups cannot be distinguished")
         if event.extra_keys is UNSET:
             self._note_layout(event)
         place = _place(event.medium, event.group_idx)
@@ -220,8 +236,8 @@ class Ledger:
         if not doubtful and _all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        if _is_told_again(forest, event, ids):
-            self.stats.told_again += len(ids)
+        if _is_reported_again(forest, event, ids):
+            self.stats.reported_again += len(ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
             stretch = tokens[first * event.block_size * 4 : last * event.block_size * 4]
@@ -230,7 +246,7 @@ class Ledger:
             self._append(forest, event, first, ids[first:last], stretch, before, above)
 
     def _note_layout(self, event: BlockStored) -> None:
-        """Learn what a layout without extra keys hides. Raises `UntrustedEvents`."""
+        """Note what a layout without extra keys hides. Raises `UntrustedEvents`."""
         self.hides_salts = True
         self._numbers_adapters = self._numbers_adapters or event.lora_id is not None
         self.hides_adapters = event.lora_name is UNSET and not self._numbers_adapters
@@ -242,7 +258,7 @@ class Ledger:
     def _new_stretches(
         self, forest: Forest, event: BlockStored, parent: int | None, ids: Sequence[int]
     ) -> Iterator[tuple[int, int]]:
-        """Stretches [first, last) of blocks that are not present yet; copies of present ones are counted."""
+        """Yield stretches [first, last) of blocks that are not present yet, and count copies of those that are."""
         first = 0
         stretch: set[int] = set()
         for position, block in enumerate(ids):
@@ -251,7 +267,7 @@ class Ledger:
                 stretch.add(block)
                 continue
             if first < position:
-                yield first, position  # from here on its blocks are present
+                yield first, position  # the caller stores them before the next step
             first = position + 1
             stretch.clear()
             if present or block in forest:
@@ -263,7 +279,7 @@ class Ledger:
             yield first, len(ids)
 
     def _check_parent(self, forest: Forest, parent: int | None, block: int) -> None:
-        """A block that is stored again must follow what it followed before. Raises `UntrustedEvents`."""
+        """A block that is stored again must follow the same block as before. Raises `UntrustedEvents`."""
         run = forest.run_of(block)
         if run is None:
             return
@@ -281,7 +297,7 @@ class Ledger:
         parent: int | None,
         above: Run | None,
     ) -> None:
-        """Take new blocks, the event's from position `first`, that follow `parent` (None: the root) in the run `above`."""
+        """Store new blocks, the event's from position `first`, that follow `parent` (None: the root) in the run `above`."""
         if parent is not None and above is None and parent not in forest.ended:
             self.stats.orphans += len(ids)
             return
@@ -302,12 +318,12 @@ class Ledger:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
         forest.extend(run, ids, tokens)
-        if self.witness is not None:
-            self.witness.see(run, position)
+        if self._witness is not None:
+            self._witness.see(run, position)
         self._reach(forest, run, position, ids, parent)
 
     def _reach(self, forest: Forest, run: Run, position: int, ids: Sequence[int], parent: int | None) -> None:
-        """The new blocks `ids`, from `position` of a run, can be reached unless `parent` cannot."""
+        """Support the new blocks `ids`, from `position` of a run on, unless `parent` cannot be reached."""
         if parent in forest.cut:
             forest.cut.update(ids)
             return
@@ -316,7 +332,7 @@ class Ledger:
             self._rejoin(forest, ids)
 
     def _store_copies(self, forest: Forest, place: _Place, ids: Sequence[int]) -> None:
-        """Off-loaded blocks that are named without their tokens: what they hold is known from another tier."""
+        """Store off-loaded blocks that are named without their tokens, which are known from another tier."""
         others = [other for at, other in self._forests.items() if at[1] == place[1] and other is not forest]
         self.stats.stored += len(ids)
         for block in ids:
@@ -345,20 +361,20 @@ class Ledger:
         )
 
     def _rejoin(self, forest: Forest, ids: Sequence[int]) -> None:
-        """Blocks that were cut off by the absence of one of `ids` can be reached again."""
+        """Support the blocks that were cut off while one of `ids` was absent."""
         for block in ids:
             for run, position, child in forest.below(block):
                 forest.cut.discard(child)
                 self._support(forest, run, position, position + 1)
 
     def _support(self, forest: Forest, run: Run, first: int, last: int) -> None:
-        """The blocks [first, last) of a run can be reached."""
+        """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
         for model, names, parent in _supported(run, first, last):
             self.tiers.add(forest.tier, model, names, parent)
         self.has_tails = self.has_tails or run.has_tails
 
     def _present(self, tier: int) -> Iterator[Supported]:
-        """What can be reached of the blocks on tiers up to `tier`, parents first."""
+        """The blocks on tiers up to `tier` that can be reached, parents first."""
         for forest in self._forests.values():
             if forest.tier <= tier:
                 for run, position, block in forest.below(None):
@@ -378,7 +394,7 @@ class Ledger:
             left = self._drop_copies(forest, left)
         present = len(left)
         if not forest.cut:
-            # What is named root first is the end of its run once the rest has gone.
+            # Blocks named root first are the end of their run once those after them have gone.
             left = forest.pop_last(forest.pop_last(left, shrunk)[::-1], shrunk)
         self.stats.removed += present - len(left)
         for run in shrunk:
@@ -389,7 +405,7 @@ class Ledger:
         self.tiers.flush()
 
     def _drop_copies(self, forest: Forest, blocks: Sequence[int]) -> list[int]:
-        """Remove one copy of blocks with several, and blocks that are not indexed; returns the others."""
+        """Remove one copy of each block with several, and blocks that are not indexed; return the others."""
         left, copies = [], forest.copies
         for block in blocks:
             if block in copies:
@@ -404,7 +420,7 @@ class Ledger:
         return left
 
     def _remove_inner(self, forest: Forest, block: int) -> None:
-        """Remove a block that others follow, or that is cut off: what is below it cannot be reached."""
+        """Remove a block that others follow, or that is cut off: what follows it cannot be reached."""
         run = forest.run_of(block)
         if run is None:
             self.stats.unknown_removed += 1
@@ -424,7 +440,7 @@ class Ledger:
         run.truncate()
 
     def _unsupport(self, forest: Forest, run: Run, first: int, last: int) -> None:
-        """The blocks [first, last) of a run cannot be reached any more."""
+        """Drop the supports of the blocks [first, last) of a run, which can no longer be reached."""
         if run.has_tails:
             self.tiers.remove(forest.tier, run.model, [tail for _, tail in run.tails(first, last)])
         _, names = run.completed(first, last)
@@ -432,7 +448,7 @@ class Ledger:
 
 
 def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
-    """What the blocks [first, last) of a run support."""
+    """The token blocks and tails that the blocks [first, last) of a run support."""
     parent, names = run.completed(first, last)
     yield run.model, names, parent
     if run.has_tails:
@@ -445,22 +461,23 @@ def _place(medium: str | None, group: int | None) -> _Place:
 
 
 def _all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequence[int]) -> bool:
-    """Whether it is plain at a glance that none of `ids`, which follow `parent` in the run `above`, is present.
+    """A quick check that none of `ids`, which follow `parent` in the run `above`, is present.
 
-    A block is nobody's child but its parent's, and what follows a new block is new. This holds while no block is there
-    without its parent.
+    A block has only one parent, and what follows a new block is new. This holds while no block is present without its
+    parent.
     """
     if forest.cut or forest.ended or (above is None and parent is not None):
         return False
     return not forest.has_child(parent, above, ids[0]) and len(set(ids)) == len(ids)
 
 
-def _is_told_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -> bool:
-    """Whether the event tells of blocks that a request found, as it may ask vLLM for, and not of copies.
+def _is_reported_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -> bool:
+    """Whether the event reports blocks that a request found in the cache, as vLLM can be asked to do, and not copies.
 
-    That cannot be told for sure. But what is found begins at the root and is all there, and copies begin where a look-up
-    ended: copies of several blocks from the root on come from requests that do not read the cache, which are rare, and
-    to miss one foretells less, not more. One block alone is a prompt of exactly that block, sent twice.
+    That is not certain. But blocks that are found begin at the root and are all present, and copies begin where the
+    engine's lookup ended. Copies of several blocks from the root on come from requests that do not read the cache; they
+    are rare, and missing one predicts a smaller hit, not a larger one. A single block is a prompt of exactly that block,
+    sent twice.
     """
     if event.parent_block_hash is not None or event.extra_keys is UNSET or forest.tier != DEVICE or len(ids) < 2:
         return False
@@ -468,10 +485,10 @@ def _is_told_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -> bo
 
 
 def _usable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tuple[int, str | None]:
-    """How many of `count` blocks from position `first` depend on nothing but tokens, adapter and salt; and the salt.
+    """How many of `count` blocks from position `first` on depend only on tokens, adapter and salt; and the salt.
 
-    Extra keys are untagged: `[adapter name, (item, offset) …, salt, digests …]`, each only where present. A salt is
-    the one string left on a root block; anything else ends what can be indexed.
+    Extra keys are untagged: `[adapter name, (item, offset) …, salt, digests …]`, each only where present. A salt is the
+    only string left on a root block; after anything else nothing more can be indexed.
     """
     if event.lora_id is not None and not event.lora_name:
         return 0, None

@@ -1,6 +1,6 @@
 """Asks an engine for past batches.
 
-Engines drop what the asker does not take at once, without a word: whoever calls must expect holes, and a missing end.
+Engines silently drop what the receiver does not take at once, so a reply may have holes and lack its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matrixinfer.kvevents.drain import Drain
 MAX_BYTES = 64 * 1024 * 1024
 """A longer history takes several requests."""
 FRAME_BYTES = 200
-"""What a frame takes besides its payload."""
+"""Memory of a frame besides its payload."""
 MAX_MALFORMED = 100
 FRAME_TIMEOUT, TIMEOUT = 5.0, 60.0
 _END = b"\xff" * 8
@@ -24,23 +24,23 @@ _END = b"\xff" * 8
 
 @dataclass(slots=True, kw_only=True)
 class Reply:
-    """What an engine answered to one request, within bounds."""
+    """An engine's answer to one request, within bounds."""
 
     frames: list[tuple[int, bytes]] = field(default_factory=list)
     """Number and payload of each batch, in order."""
     size: int = 0
-    """Bytes of memory."""
+    """Memory in bytes."""
     malformed: int = 0
     whole: bool = False
-    """The end marker came."""
+    """The end marker has arrived."""
 
     @property
     def over(self) -> bool:
-        """Nothing more is taken."""
+        """No further message is taken."""
         return self.whole or self.size > MAX_BYTES or self.malformed > MAX_MALFORMED
 
     def take(self, parts: list[bytes]) -> None:
-        """One message: the number and the payload are its last two parts."""
+        """Take one message: its last two parts are the number and the payload."""
         if self.over:
             return
         if len(parts) < 2 or len(parts[-2]) != 8:
@@ -53,7 +53,7 @@ class Reply:
 
 
 async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint: str, start: int) -> Reply:
-    """The batches from number `start` on, as far as they came in time. Raises `zmq.ZMQError` for a bad endpoint."""
+    """The batches from number `start` on that arrive in time. Raises `zmq.ZMQError` for a bad endpoint."""
     reply, news = Reply(), asyncio.Event()
 
     def take(parts: list[bytes]) -> None:
@@ -74,5 +74,5 @@ async def fetch(context: zmq.Context[zmq.Socket[bytes]], drain: Drain, endpoint:
                             await news.wait()
                         news.clear()
             except TimeoutError:
-                pass  # the reply is not whole
+                pass  # the reply stays incomplete
     return reply

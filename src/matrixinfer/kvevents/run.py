@@ -9,13 +9,13 @@ from struct import Struct
 from matrixinfer.blocks import TokenBlockProcessor
 
 pack_id = Struct("<Q").pack
-"""An engine block as the eight bytes that stand for it in `Run.ids`."""
+"""An engine block as eight bytes, as in `Run.ids`."""
 
 
 class Run:
-    """Consecutive engine blocks of one chain; a mutable record that only forest and ledger touch.
+    """Consecutive engine blocks of one chain: a mutable record that only the forest and the ledger change.
 
-    It grows at its end as chains do and shrinks there as engines evict. Offsets count tokens from the chain's root.
+    It grows at its end like a chain, and shrinks there as the engine evicts. Offsets count tokens from the chain's root.
     `tokens` (four bytes each) and `names` (of the token blocks completed) begin at `base`, the last token-block
     boundary at or before `start`.
     """
@@ -52,13 +52,13 @@ class Run:
         self.start = start
         self.base = start // blocks.block_size * blocks.block_size
         self.seed = seed
-        """Hash that the token block at `base` chains to: a token block, a salt or nothing."""
+        """The hash that the token block at `base` chains to: a token block's or a salt's; None for neither."""
         self.number = -1
         self.ids = bytearray()
         """The blocks, eight bytes each."""
         self.tokens = bytearray()
         self.names = array("Q")
-        """No list, for the garbage collector visits every element of one, which takes 10 ms for a million."""
+        """Not a list: the garbage collector visits every element of a list, which takes 10 ms for a million."""
 
     def __len__(self) -> int:
         return len(self.ids) // 8
@@ -70,19 +70,19 @@ class Run:
         return iter(array("Q", bytes(self.ids)))
 
     def ends_with(self, block: int) -> bool:
-        """Whether `block` is the last one."""
+        """Whether `block` is the last block."""
         return self.ids.endswith(pack_id(block))
 
     def position(self, block: int) -> int:
-        """Where in the run `block` is. Raises `ValueError` when it is not there."""
+        """The position of `block` in the run. Raises `ValueError` if it is not there."""
         key = pack_id(block)
         at = len(self.ids) - 8 if self.ids.endswith(key) else self.ids.index(key)
-        while at % 8:  # these bytes also occur across two blocks
+        while at % 8:  # the same bytes across two blocks
             at = self.ids.index(key, at + 1)
         return at // 8
 
     def append(self, ids: Sequence[int], tokens: bytes | bytearray) -> None:
-        """Add blocks and their tokens, and name the token blocks that they complete."""
+        """Append blocks and their tokens, and name the token blocks that they complete."""
         self.ids += array("Q", ids).tobytes()
         self.tokens += tokens
         done = len(self.names)
@@ -91,7 +91,7 @@ class Run:
             self.names.extend(self._blocks.hashes(view[done * self._blocks.block_size * 4 :], parent))
 
     def branch(self, position: int, block_size: int) -> Run:
-        """An empty run of blocks of that size, which follows the block at `position`."""
+        """An empty run of blocks of `block_size`, which follows the block at `position`."""
         start = self._end_of(position)
         run = Run(self._blocks, model=self.model, block_size=block_size, parent=self[position], start=start)
         completed = (run.base - self.base) // self._blocks.block_size
@@ -100,7 +100,7 @@ class Run:
         return run
 
     def like(self, above: Run | None, parent: int | None) -> Run:
-        """The run elsewhere that takes copies of this one's blocks, after `parent` in the run `above`; None at a root."""
+        """The run that copies of this one's blocks join, after `parent` in the run `above`, or at the root (None)."""
         if above is None or parent is None:
             return Run(self._blocks, model=self.model, block_size=self.block_size, seed=self.seed)
         if above.block_size == self.block_size and above.ends_with(parent):
@@ -113,7 +113,7 @@ class Run:
         return bytes(self.tokens[(end - self.block_size) * 4 : end * 4])
 
     def split(self, position: int) -> Run:
-        """Keep the blocks up to `position`; returns those behind it as a run that follows."""
+        """Keep the blocks up to `position`; return those after it as a run that follows."""
         rest = self.branch(position, self.block_size)
         rest.append(list(self)[position + 1 :], self.tokens[(rest.start - self.base) * 4 :])
         del self.ids[8 * position + 8 :]
@@ -121,29 +121,29 @@ class Run:
         return rest
 
     def truncate(self) -> None:
-        """Drop the tokens and names behind the last block."""
+        """Drop the tokens and names after the last block."""
         length = self._end_of(len(self) - 1) - self.base
         del self.tokens[length * 4 :]
         del self.names[length // self._blocks.block_size :]
-        if self.tokens.__alloc__() > len(self.tokens) * 9 // 8 + 64:  # else up to half of it would stay unused
+        if self.tokens.__alloc__() > len(self.tokens) * 9 // 8 + 64:  # or up to half of it would stay unused
             self.tokens = bytearray(self.tokens)
 
     @property
     def recorded(self) -> int:
-        """The blocks of which there are tokens: more than there are blocks before `truncate`."""
+        """The number of blocks whose tokens are kept: between a removal and `truncate`, more than there are blocks."""
         return (self.base + len(self.tokens) // 4 - self.start) // self.block_size
 
     def completed(self, first: int, last: int) -> tuple[int | None, list[int]]:
-        """The token blocks that end in the engine blocks [first, last), and the one before them; None at the root."""
+        """The token block before those that end in the engine blocks [first, last) (None: the root), and those."""
         size = self._blocks.block_size
         low, high = (self._end_of(first - 1) - self.base) // size, (self._end_of(last - 1) - self.base) // size
         parent = self.names[low - 1] if low else self.seed if self.base else None
         return parent, self.names[low:high].tolist()
 
     def before(self, position: int) -> tuple[int | None, bytes]:
-        """What precedes the block at `position`: the name of the last full token block, and the tokens after that.
+        """What precedes the block at `position`: the name of the last full token block, and the tokens after it.
 
-        The name is the salt's where there is no full token block, and None at a root without one.
+        Without a full token block the name is the salt's, or None if there is no salt.
         """
         end = self._end_of(position - 1) - self.base
         size = self._blocks.block_size
@@ -157,7 +157,7 @@ class Run:
         return size % self.block_size != 0 and self.block_size % size != 0
 
     def tails(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """The tails of the engine blocks [first, last), each after the token block that it follows."""
+        """(token block, tail) for each of the engine blocks [first, last) with a tail, which follows that token block."""
         size = self._blocks.block_size
         for position in range(first, last):
             end = self._end_of(position)
@@ -169,5 +169,5 @@ class Run:
             yield before, self._blocks.tail(self.tokens[at - over * 4 : at], before)
 
     def _end_of(self, position: int) -> int:
-        """The offset behind the engine block at `position`."""
+        """The offset of the end of the engine block at `position`."""
         return self.start + (position + 1) * self.block_size

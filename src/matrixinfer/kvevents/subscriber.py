@@ -1,7 +1,7 @@
 """Follows the KV events of many engines.
 
-In one turn of the loop live frames take at most `SLICE_SECONDS`, whatever their backlog and however many engines there
-are, and so do replayed ones; each may be exceeded by one frame.
+Per turn of the event loop live frames take at most `SLICE_SECONDS`, whatever their backlog and the number of engines,
+and so do replayed ones; either may exceed it by one frame.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
-from matrixinfer.kvevents.tiers import publishers
+from matrixinfer.kvevents.tiers import index_names
 from matrixinfer.traffic.history import RoutingHistory
 
 __all__ = ["FeedSource", "Subscriber"]
 
 
 class Subscriber:
-    """Keeps an index up to date with the engines it follows.
+    """Keeps an index up to date with the engines that it follows.
 
-    Use as an async context manager; `follow` and `unfollow` at any time within it.
+    Use it as an async context manager; call `follow` and `unfollow` at any time within it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Subscriber:
         self._history = history
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {}
-        """The feed of each followed publisher by its name; for reading."""
+        """The feed of each publisher that is followed, by its name; for reading."""
         self._followed: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
         self._group = asyncio.TaskGroup()
         self._shared: Shared | None = None
@@ -59,7 +59,7 @@ class Subscriber:
             self._shared = None
 
     def follow(self, source: FeedSource) -> PodFeed:
-        """Follow an engine, which need not be there yet. A name that is followed from another source is followed anew."""
+        """Follow a publisher, which need not be up yet. A name followed from another source so far changes to this one."""
         if self._shared is None:
             raise RuntimeError("the subscriber is not running")
         name = source.name
@@ -76,18 +76,18 @@ class Subscriber:
         return feed
 
     def resync(self, name: str, *, replay: bool) -> None:
-        """What is indexed of a publisher has turned out untrue: fetch its history anew, or forget it. Returns at once."""
+        """The index has turned out wrong for a publisher: fetch its history again, or clear it. Returns at once."""
         if name in self._followed:
             self._followed[name][0].resync(replay=replay)
 
     def unfollow(self, name: str) -> None:
-        """Stop to follow a publisher and forget what it held. Nothing happens when it is not followed."""
+        """Stop following a publisher, and forget its blocks. Does nothing if it is not followed."""
         if name not in self._followed:
             return
         subscription, task = self._followed.pop(name)
         del self.feeds[name]
         subscription.closed = True
         task.cancel()
-        subscription.feed.ledger.clear()  # requests that are there may look at it to their end
-        for publisher in publishers(name):
-            self._index.forget(publisher)
+        subscription.feed.ledger.clear()  # requests in flight may still read it
+        for index_name in index_names(name):
+            self._index.forget(index_name)

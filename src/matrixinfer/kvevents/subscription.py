@@ -1,7 +1,7 @@
 """Follows the KV events of one publisher over ZMQ.
 
 A SUB socket is drained on the event loop, and a task fetches replays when the feed asks for them. ZMQ reconnects by
-itself with back-off; a monitor tells when it has, because what was published in between is lost and the engine may be
+itself with back-off; a monitor reports when it has, because what was published in between is lost and the engine may be
 another one.
 """
 
@@ -18,6 +18,7 @@ import structlog
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import FeedState, PodFeed
@@ -27,17 +28,17 @@ from matrixinfer.kvevents.replay import Reply, fetch
 SMALL_BLOCK = 16
 """Tokens per engine block below which every token costs events and memory out of proportion."""
 CONNECT_SECONDS = 10.0
-"""Time after which a publisher that has not been reached is told of."""
+"""Time after which an unreachable publisher is logged."""
 MAX_REPLAYS = 8
-"""Replays fetched at a time, which bounds the memory that they take together."""
+"""Replays fetched at the same time, which bounds their memory."""
 REPLAY_ATTEMPTS = 3
-"""Rounds in a row without progress after which a replay is given up."""
+"""A replay is given up after so many rounds in a row without progress."""
 RETRY_SECONDS = 30.0
-"""Time after which a replay that was given up is tried again."""
+"""Time until a replay that was given up is tried again."""
 HEARTBEAT_SECONDS = 10.0
-"""Silence after which the engine is asked whether anything was lost, and again after as long."""
+"""A silent engine is asked at this interval whether anything was lost."""
 MAX_HEARTBEATS = 4
-"""Engines asked at a time."""
+"""Engines asked at the same time."""
 RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
 
 _Step = ParamSpec("_Step")
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedSource:
-    """Where one engine publishes, and what its blocks are called in the index."""
+    """Where one engine, or a rank of it, publishes, and the names of its blocks in the index."""
 
     pod: str
     model: str
@@ -57,22 +58,22 @@ class FeedSource:
     replay_endpoint: str | None = None
     topic: str | None = None
     rank: int | None = None
-    """Data-parallel rank, where each has a cache and a feed of its own."""
+    """Data-parallel rank, if each has a cache and a feed of its own."""
 
     @property
     def name(self) -> str:
-        """What this publisher is called in the index: `pod`, or `pod@dp1`."""
-        return self.pod if self.rank is None else f"{self.pod}@dp{self.rank}"
+        """The endpoint name under which the index holds this publisher's blocks: `pod`, or `pod@dp1`."""
+        return str(EndpointName(self.pod, self.rank))
 
 
 class Shared:
-    """What the subscriptions of one process have in common."""
+    """What all subscriptions of one process share."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.context = context
         self.drain = Drain()
         self.applying = asyncio.Lock()
-        """One replay is applied at a time, so that their slices do not add up."""
+        """Only one replay is applied at a time, so that their slices do not add up."""
         self.replaying = asyncio.Semaphore(MAX_REPLAYS)
         self.asking = asyncio.Semaphore(MAX_HEARTBEATS)
 
@@ -84,12 +85,12 @@ class Subscription:
         self.source = source
         self.feed = feed
         self.closed = False
-        """From here on the feed is left alone; the task may take a moment to end."""
+        """The feed is left alone from now on; the task may take a moment to end."""
         self._shared = shared
         self._topic = None if source.topic is None else source.topic.encode()
         self._connected = False
         self._broken = False
-        """A connection was lost and the feed does not know of a new one."""
+        """The connection was lost, and the feed has not learnt of a new one."""
         self._slice_ends = 0.0
         self._replay_wanted = asyncio.Event()
         self._log = log.bind(pod=source.name)
@@ -105,7 +106,7 @@ class Subscription:
             except Unresolved as error:
                 self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
             except Exception:
-                # Supervision boundary: a fault in one feed, such as a bad endpoint, must not end the others.
+                # Supervision boundary: an error in one feed, such as a bad endpoint, must not end the others.
                 log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
             if self._connected:
                 pause = RESTART_MIN_SECONDS
@@ -114,7 +115,7 @@ class Subscription:
             pause = min(pause * 2, RESTART_MAX_SECONDS)
 
     async def _follow(self) -> None:
-        """Follow until cancelled or something breaks."""
+        """Follow until cancelled or something fails."""
         with ExitStack() as stack:
             live = subscribe(self._shared.context)
             stack.callback(live.close, linger=0)
@@ -126,11 +127,11 @@ class Subscription:
             stack.enter_context(self._shared.drain.reading(live, self._on_frame))
             while True:
                 await self._until_replay_wanted()
-                await self._replay()
+                await self.replay()
                 self._note_state()
 
     def resync(self, *, replay: bool) -> None:
-        """What is indexed has turned out untrue: fetch the engine's history anew, or forget it and go on from live."""
+        """The index has turned out wrong: fetch the engine's history again, or clear it and go on from live frames."""
         if replay:
             self._safely(self.feed.start_over)
         else:
@@ -148,7 +149,7 @@ class Subscription:
             stats.wrong_topic += 1
             if stats.wrong_topic == 1:
                 got = parts[0][:64].decode("utf-8", "replace")
-                self._log.warning("kv_events_wrong_topic", expected=self.source.topic, got=got)
+                self._log.warning("kv_events_topic_mismatched", expected=self.source.topic, got=got)
             return
         stats.last_frame_at = time.time()
         self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
@@ -158,7 +159,7 @@ class Subscription:
         if self.closed:
             return
         if parse_monitor_message(parts)["event"] == zmq.EVENT_DISCONNECTED:
-            if self._connected:  # else a handshake failed, and does so again and again
+            if self._connected:  # otherwise a handshake failed, as it will again and again
                 self._log.warning("kv_events_disconnected", endpoint=self.source.endpoint)
                 self._lost()
             return
@@ -182,16 +183,20 @@ class Subscription:
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
             why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
-            log_at = self._log.info if self.feed.state in _GOOD else self._log.warning
-            log_at("kv_events_state", state=self.feed.state.value, **why)
+            if self.feed.state in _GOOD:
+                self._log.info("kv_events_state_changed", state=self.feed.state.value)
+            else:
+                self._log.warning("kv_events_degraded", state=self.feed.state.value, **why)
 
     def _note_layout(self, ledger: Ledger, block_size: int) -> None:
         hidden = {"salts": ledger.hides_salts, "adapters": ledger.hides_adapters}
         self._log.info(
-            "kv_events_layout", engine_block=block_size, hides=[what for what, is_hidden in hidden.items() if is_hidden]
+            "kv_events_layout_learned",
+            engine_block=block_size,
+            hides=[what for what, is_hidden in hidden.items() if is_hidden],
         )
         if block_size < SMALL_BLOCK:
-            self._log.warning("kv_events_small_blocks", engine_block=block_size, better=SMALL_BLOCK)
+            self._log.warning("kv_events_small_blocks_found", engine_block=block_size, better=SMALL_BLOCK)
 
     async def _until_replay_wanted(self) -> None:
         while True:
@@ -213,13 +218,13 @@ class Subscription:
 
     @property
     def _patience(self) -> float:
-        """Seconds to wait for something to happen before something is done."""
+        """Seconds to wait for a wanted replay before looking after the connection."""
         if not (self._connected or self._broken):
             return CONNECT_SECONDS
         return RETRY_SECONDS if self.feed.given_up else HEARTBEAT_SECONDS
 
     async def _heartbeat(self) -> None:
-        """Ask a silent engine for what it has after the last frame: that alone comes back where nothing was lost."""
+        """Ask a silent engine for its frames from the last one on: it answers with that alone if nothing was lost."""
         start, live = self.feed.heartbeat_from, self.feed.stats.last_frame_at
         if start is None:
             return
@@ -236,19 +241,19 @@ class Subscription:
         self._note_state()
 
     async def _try_again(self) -> None:
-        """Start a feed over whose replay was given up, but only once the engine answers."""
+        """Start over with a feed whose replay was given up, but only once the engine answers."""
         async with self._shared.replaying:
-            if not self.feed.given_up:  # it may have become whole meanwhile
+            if not self.feed.given_up:  # it may be complete by now
                 return
             reply = await self._fetch(0)
             if reply.frames and self.feed.given_up:
                 self.feed.start_over()
-                reply.whole = False  # what came since it was asked for was not held: one more round brings it
+                reply.whole = False  # live frames that came meanwhile were not held: another round brings them
                 await self._hand_over(reply, self.feed.epoch)
                 self._note_state()
 
-    async def _replay(self) -> None:
-        """Fetch what the feed asks for in rounds, with back-off; give up for now after some without progress."""
+    async def replay(self) -> None:
+        """Fetch what the feed asks for, in rounds with back-off; give up for now after some rounds without progress."""
         idle = 0
         while (start := self.feed.replay_from) is not None:
             epoch = self.feed.epoch
@@ -261,13 +266,13 @@ class Subscription:
             if idle < REPLAY_ATTEMPTS:
                 await asyncio.sleep(0.2 * 2**idle)
                 continue
-            idle = 0  # what was held may have a gap of its own
+            idle = 0  # the held frames may have a gap of their own
             self._log.warning("kv_events_replay_failed", endpoint=self.source.replay_endpoint)
             self._safely(self.feed.replay_failed)
             await self._catch_up()
 
     async def _hand_over(self, reply: Reply, epoch: int) -> None:
-        """Hand the feed a replay that it asked for in `epoch`, as long as it wants that; then have it catch up."""
+        """Hand the feed a replay that it asked for in `epoch`, as long as it still wants it; then have it catch up."""
         feed = self.feed
         async with self._shared.applying:
             for seq, payload in reply.frames:
@@ -285,13 +290,13 @@ class Subscription:
                 await self._breathe()
 
     async def _breathe(self) -> None:
-        """Let the loop turn when the slice is over."""
+        """Yield to the event loop when the time slice is over."""
         if time.monotonic() > self._slice_ends:
             await asyncio.sleep(0)
             self._slice_ends = time.monotonic() + SLICE_SECONDS
 
     async def _fetch(self, start: int) -> Reply:
-        """What the engine has from number `start` on; an empty reply when it cannot be asked."""
+        """What the engine has from number `start` on; an empty reply if it cannot be asked."""
         if self.source.replay_endpoint is None:
             return Reply()
         try:
@@ -305,11 +310,11 @@ class Subscription:
         return reply
 
     def _safely(self, step: Callable[_Step, bool | None], *args: _Step.args, **kwargs: _Step.kwargs) -> bool:
-        """Let the feed take a step; False when the step says so."""
+        """Let the feed take a step. False if the step returns it."""
         try:
             return step(*args, **kwargs) is not False
         except Exception:
-            # Supervision boundary: a fault over one frame must not stop the feed.
+            # Supervision boundary: an error over one frame must not stop the feed.
             log.exception("kv_events_frame_failed", pod=self.source.name)
-            self.feed.spoiled()
+            self.feed.failed_to_apply()
             return True

@@ -1,8 +1,8 @@
-"""How many engine blocks support each token block of one publisher."""
+"""Counts how many engine blocks support each token block of one endpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
@@ -10,7 +10,7 @@ from matrixinfer.traffic.history import RoutingHistory
 
 
 class Watch:
-    """Whether a token block has lost its support since somebody began to watch."""
+    """Records whether a token block has lost its last support since the watch began."""
 
     __slots__ = ("gone", "name")
 
@@ -20,13 +20,13 @@ class Watch:
 
 
 class Supports:
-    """Counts supports, and tells the index of token blocks that gain their first or lose their last.
+    """Counts supports, and adds token blocks to the index with their first support, and removes them with their last.
 
-    Removals reach the index with `flush`, so that many of them are one call.
+    Removals reach the index with `flush`, many in one call.
     """
 
     def __init__(self, pod: str, index: BlockIndex, history: RoutingHistory | None = None) -> None:
-        """`history` is told what is gone, as it must not be believed to be there any more."""
+        """`history` learns which blocks are gone, so that it no longer counts them as sent."""
         self._pod = pod
         self._index = index
         self._history = history
@@ -37,13 +37,18 @@ class Supports:
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
 
+    @property
+    def models(self) -> Collection[str]:
+        """The models with token blocks that are supported."""
+        return self._counts.keys()
+
     def held(self, model: str, names: Iterable[int]) -> int:
-        """How many of `names` are supported, up to the first that is not."""
+        """How many of `names`, from the first on, are supported without a break."""
         counts = self._counts.get(model, {})
         return sum(1 for _ in takewhile(counts.__contains__, names))
 
     def add(self, model: str, names: Sequence[int], parent: int | None) -> None:
-        """One more engine block, or several in a row, supports `names`, which follow the token block `parent`."""
+        """Add one supporter to each block in `names`, consecutive blocks that follow the token block `parent`."""
         if not names:
             return
         counts = self._counts.setdefault(model, {})
@@ -55,7 +60,7 @@ class Supports:
         self._index.add(model, self._pod, names, parent)
 
     def remove(self, model: str, names: Iterable[int]) -> None:
-        """One less supports `names`. Raises `KeyError` for what nothing supports."""
+        """Drop one supporter of each block in `names`. Raises `KeyError` for a block without supporters."""
         counts = self._counts.get(model, {})
         for name in names:
             left = counts[name] - 1
@@ -70,15 +75,15 @@ class Supports:
             self._counts.pop(model, None)  # adapters come and go
 
     def flush(self) -> None:
-        """Tell the index what is gone."""
+        """Remove from the index what has lost its last support."""
         for model, names in self._gone.items():
             self._index.remove(model, self._pod, names)
             if self._history is not None:
-                self._history.refuted(self._pod, model, names)
+                self._history.drop(self._pod, model, names)
         self._gone.clear()
 
     def clear(self) -> None:
-        """Nothing is supported any more."""
+        """Drop every support."""
         self._counts.clear()
         self._gone.clear()
         for watches in self._watches.values():
@@ -88,17 +93,17 @@ class Supports:
         self._index.clear(self._pod)
 
     def forget(self) -> None:
-        """There will be none any more."""
+        """Have the index forget the endpoint, once its supports are cleared."""
         self._index.forget(self._pod)
 
     def watch(self, name: int) -> Watch:
-        """Begin to watch a token block that is supported; end it with `unwatch`."""
+        """Begin to watch a token block that is supported. End with `unwatch`."""
         watch = Watch(name)
         self._watches.setdefault(name, []).append(watch)
         return watch
 
     def unwatch(self, watch: Watch) -> None:
-        """Nobody wants to know any more."""
+        """End a watch."""
         watches = self._watches.get(watch.name, [])
         if watch in watches:
             watches.remove(watch)

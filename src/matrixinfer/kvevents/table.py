@@ -1,8 +1,8 @@
 """A dense map from engine blocks to small numbers.
 
-A dict spends about 100 bytes on a 64-bit key and its value; here it is 14. Records of 12 bytes, a key and a number, lie in
-a fixed number of buckets, each a byte string that is searched by its own `find`. Nothing ever moves all at once, as a
-dict does when it grows: with a million blocks that would stop the event loop for tens of milliseconds.
+A dict spends about 100 bytes on a 64-bit key and its value, this table 14. Records of 12 bytes, a key and a number, lie
+in a fixed number of buckets, each a byte string that its own `find` searches. A dict moves all its entries at once when
+it grows, which would block the event loop for tens of milliseconds at a million blocks; here nothing ever moves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MASK = _BUCKETS - 1
 
 
 class BlockTable:
-    """Numbers below 2^32 by engine block, an integer of 64 bits without sign whose low bits are random."""
+    """Maps engine blocks, unsigned 64-bit integers with random low bits, to numbers below 2^32."""
 
     __slots__ = ("_buckets", "_count")
 
@@ -29,7 +29,7 @@ class BlockTable:
         return self._count
 
     def get(self, block: int) -> int | None:
-        """The block's number."""
+        """The block's number; None if it is not in the table."""
         bucket = self._buckets[block & _MASK]
         if bucket is None:
             return None
@@ -40,7 +40,7 @@ class BlockTable:
         return number
 
     def add(self, blocks: Iterable[int], number: int) -> None:
-        """Give `number` to blocks that are not there yet."""
+        """Give `number` to blocks that are not in the table yet."""
         buckets, pack, added = self._buckets, _RECORD.pack, 0
         for block in blocks:
             bucket = buckets[block & _MASK]
@@ -52,7 +52,7 @@ class BlockTable:
         self._count += added
 
     def pop(self, block: int) -> int | None:
-        """Remove a block. Returns the number that it had."""
+        """Remove a block and return its number; None if it is not in the table."""
         bucket = self._buckets[block & _MASK]
         if bucket is None:
             return None
@@ -66,7 +66,7 @@ class BlockTable:
 
 
 def _aligned(bucket: bytearray, block: int, at: int) -> int:
-    """Where the record of `block` begins, whose bytes first occur at `at`, but not at a record's beginning; or -1."""
+    """The start of the record of `block`, whose bytes first occur at `at`, in the middle of a record; -1 if there is none."""
     key = _KEY.pack(block)
     while at >= 0 and at % _SIZE:
         at = bucket.find(key, at + 1)

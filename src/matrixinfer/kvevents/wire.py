@@ -1,4 +1,4 @@
-"""Bytes of a KV event batch to typed events, in every layout that engines use.
+"""Decodes batches of KV events to typed events, in every layout that engines use.
 
 A batch is a msgpack array `[timestamp, events, rank?]` or a map of the same; an event is a map tagged by `type` (vLLM
 from 0.24 on) or an array that begins with its type (vLLM before, SGLang). Arrays grew at their end from release to
@@ -9,8 +9,8 @@ release, so one type reads them all::
      , lora_name                                                   vLLM 0.16
      , extra_keys, group_idx, …]                                   vLLM 0.20
 
-A layout that differs is one more pair of batch and event types below. Unknown fields pass; an event that cannot be read
-is counted and skipped, so that the rest of its batch still counts; a payload that is no batch is a `MalformedFrame`.
+A new layout is one more pair of batch and event types below. Unknown fields are ignored. An event that cannot be read is
+counted and skipped, so that the rest of its batch still counts. A payload that is not a batch raises `MalformedFrame`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from msgspec import UNSET, UnsetType
 from matrixinfer.errors import MatrixInferError
 
 EngineHash: TypeAlias = int | bytes
-"""An engine's name for one of its blocks: opaque, an integer of 64 bits (SGLang's are signed) or a byte string."""
+"""An engine's opaque name for one of its blocks: a 64-bit integer (signed in SGLang) or a byte string."""
 
 
 class MalformedFrame(MatrixInferError):
@@ -33,7 +33,7 @@ class MalformedFrame(MatrixInferError):
 
 
 class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockStored"):
-    """The engine cached `block_hashes`, consecutive blocks after `parent_block_hash`."""
+    """The engine stored `block_hashes`, consecutive blocks after `parent_block_hash`."""
 
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None = None
@@ -43,18 +43,18 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | UnsetType | None = None
-    """UNSET when the layout cannot tell."""
+    """UNSET if the layout does not have it."""
     extra_keys: list[Any] | UnsetType | None = None
-    """Per block None or what else its content depends on: adapter, multimodal items, salt, embeddings (untagged).
+    """What else the content of each block depends on: adapter, multimodal items, salt, embeddings (untagged), or None.
 
-    None when no block has any; UNSET when the layout cannot tell.
+    None if no block has any; UNSET if the layout does not have it.
     """
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
-    """The engine dropped one copy of each of `block_hashes`."""
+    """The engine removed one copy of each block in `block_hashes`."""
 
     block_hashes: list[EngineHash]
     medium: str | None = None
@@ -62,7 +62,7 @@ class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 
 
 class AllBlocksCleared(msgspec.Struct, frozen=True, tag_field="type", tag="AllBlocksCleared"):
-    """The engine dropped every block."""
+    """The engine removed every block."""
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
@@ -77,7 +77,7 @@ class Batch(msgspec.Struct, frozen=True):
     rank: int | None
     unreadable: int = 0
     unreadable_stored: int = 0
-    """Those of them that are BlockStored. What they brought stays unknown, but nothing that is known went with them."""
+    """How many of the unreadable events are BlockStored: blocks stay unknown, but no known block was removed."""
 
 
 class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
@@ -134,7 +134,7 @@ _EVENTS: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_Map, _Array)))
 _TOKENS = msgspec.msgpack.Decoder(list[int])
 _BIGRAMS = msgspec.msgpack.Decoder(list[tuple[int, int]])
 _TWO_TO_64 = 1 << 64
-# What msgspec raises for bytes that are not what they should be.
+# What msgspec raises for unexpected bytes.
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -150,7 +150,7 @@ def decode(payload: bytes) -> Batch:
 
 
 def tokens_of(event: BlockStored) -> bytes | None:
-    """The event's tokens as `blocks.token_bytes` gives them; None when they do not fit its block count and size."""
+    """The event's tokens as `blocks.token_bytes` packs them; None if they do not fit its block count and size."""
     try:
         tokens = _TOKENS.decode(event.token_ids)
         if len(tokens) != len(event.block_hashes) * event.block_size:
@@ -163,7 +163,7 @@ def tokens_of(event: BlockStored) -> bytes | None:
 
 
 def has_bigrams(event: BlockStored) -> bool:
-    """Whether the event gives pairs of tokens, as SGLang does where it drafts with EAGLE."""
+    """Whether the event holds pairs of tokens, as SGLang's do when it drafts with EAGLE."""
     try:
         return len(_BIGRAMS.decode(event.token_ids)) > 0
     except _UNREADABLE:
@@ -171,9 +171,9 @@ def has_bigrams(event: BlockStored) -> bool:
 
 
 def is_hash_of_tokens_alone(event: BlockStored) -> bool:
-    """Whether an event's one block is named by the hash that Python gives its tokens, as in older SGLang.
+    """Whether the event has one block, named by Python's hash of its tokens, as in older SGLang.
 
-    CPython hashes a tuple of integers alike in every process. A name that depends on what precedes the block differs.
+    CPython hashes a tuple of integers to the same value in every process. A name that covers the preceding blocks differs.
     """
     if len(event.block_hashes) != 1:
         return False
@@ -184,18 +184,18 @@ def is_hash_of_tokens_alone(event: BlockStored) -> bool:
 
 
 def block_ids(engine_hashes: Sequence[EngineHash]) -> Sequence[int]:
-    """One integer of 64 bits without sign per engine block; of a byte string its last eight bytes, as vLLM shortens it."""
+    """One unsigned 64-bit integer per engine block; a byte string counts by its last eight bytes, as vLLM shortens it."""
     try:
-        # The usual case costs one pass in C; the checker cannot see that comparing byte strings with 0 raises.
+        # The usual case takes one pass in C; mypy cannot see that comparing byte strings with 0 raises.
         if min(engine_hashes) >= 0:  # type: ignore[operator]
             return engine_hashes  # type: ignore[return-value]
     except (TypeError, ValueError):
-        pass  # byte strings among them, or none at all
+        pass  # there are byte strings, or nothing
     return [name % _TWO_TO_64 if isinstance(name, int) else int.from_bytes(name[-8:], "big") for name in engine_hashes]
 
 
 def _decode_one_by_one(payload: bytes) -> Batch:
-    """Event by event, so that one which cannot be read costs only itself."""
+    """Decode event by event, so that one unreadable event loses only itself."""
     for layout in _UNREAD:
         try:
             batch = layout.decode(payload)

@@ -1,9 +1,9 @@
-"""What an engine computes of one prompt, as its events show it: whether its tokens are ours.
+"""Checks from an engine's events whether the engine tokenizes a prompt as the gateway does.
 
-An engine that holds the first `held` tokens of a prompt computes the rest and stores it as blocks that follow the block
-which ends there. So while the prompt is under way, a new chain of blocks after exactly those tokens is that prompt's,
-if it is the only one. Its tokens are then the engine's own ids of the prompt. When there is none (the engine held more
-than was known) or more than one (another prompt goes on from the same place), nothing follows.
+An engine that holds the first `held` tokens of a prompt computes the rest, and stores it as blocks that follow the block
+which ends there. So while the prompt is in flight, a new chain of blocks after exactly those tokens belongs to that
+prompt, if there is only one such chain. Its tokens are then the engine's own token ids of the prompt. No chain (the
+engine held more than was known) or several (other prompts continue from the same place) prove nothing.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from matrixinfer.kvevents.run import Run
 
 
 class Witness:
-    """Looks for blocks of `ids`, shape (n,), that follow the first `held`.
+    """Looks for blocks of the prompt `ids`, shape (n,), that follow its first `held` tokens.
 
-    `chain` are its hashes of blocks of `block_size` tokens, `model` is the index's name of the model. The prompt has
-    neither salt nor media.
+    `chain` holds the prompt's hashes for blocks of `block_size` tokens; `model` is the index's name of the model. The
+    prompt has neither salt nor media.
     """
 
     def __init__(
         self, model: str, ids: TokenIds | Sequence[int], chain: Sequence[int], *, held: int, block_size: int
     ) -> None:
         self.chains = 0
-        """New chains seen after those tokens."""
+        """How many new chains followed those tokens."""
         self.first_difference: int | None = None
-        """Position in the prompt of the first token that differs in the last chain seen; None when none does."""
+        """Position in the prompt of the first token that differs in the last chain seen; None if all are equal."""
         self._model = model
         self._tokens = token_bytes(ids)
         self._held = held
@@ -35,7 +35,7 @@ class Witness:
         self._parent = chain[blocks - 1] if blocks else None
 
     def see(self, run: Run, position: int) -> None:
-        """Blocks were appended to `run` from `position` on."""
+        """Look at the blocks that were appended to `run` from `position` on."""
         if run.start + position * run.block_size != self._held or run.model != self._model:
             return
         parent, rest = run.before(position)
@@ -46,7 +46,7 @@ class Witness:
         self.first_difference = self._difference(bytes(run.tokens[start - 4 * run.base :]))
 
     def is_like(self, other: Witness) -> bool:
-        """Whether blocks that `other` looks for may be taken for those that this one does."""
+        """Whether this witness could mistake blocks that `other` looks for for its own."""
         return (self._model, self._held, self._parent) == (other._model, other._held, other._parent)
 
     def _difference(self, theirs: bytes) -> int | None:

@@ -1,1 +1,1 @@
-"""Which engine replicas there are, whether they answer, what they serve and how loaded they are."""
+"""The pods (engine replicas): whether they answer, what they serve and how loaded they are."""

@@ -1,4 +1,4 @@
-"""What a gateway asks an engine over HTTP: its names, its KV event endpoints, its load. vLLM and SGLang alike."""
+"""Reads an engine's HTTP API: its model names, its publishers of KV events and its load. Supports vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -13,74 +13,75 @@ import aiohttp
 import msgspec
 
 from matrixinfer.config import KvEventsConfig
+from matrixinfer.errors import MatrixInferError
 from matrixinfer.pods.registry import EngineMetrics, RankMetrics, ServedNames
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-"""Longer answers are refused. vLLM's `/metrics`, the longest, has some 200 KB."""
+"""Longer answers are refused. The longest, vLLM's `/metrics`, has about 200 KB."""
 
 _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
 _CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
 _PREFIX_HITS = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_total")
 _LOADED = (b"vllm:external_prefix_cache_hits_total",)
-"""Found on slower tiers, and counted apart."""
+"""Hits on slower tiers, which vLLM counts separately."""
 _PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
 _CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
 _BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="(\d{1,9})"')
 _PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
 _RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
-"""vLLM's label of data-parallel ranks, and SGLang's."""
+"""The label of data-parallel ranks in vLLM and in SGLang."""
 _Sample = tuple[int | None, float]
 """Rank and value."""
 _ANY_HOST = ("*", "0.0.0.0", "[::]")  # noqa: S104 - read from engines, never bound
 
 
-class EngineDown(Exception):
+class EngineDown(MatrixInferError):
     """The engine cannot be reached, does not answer in time, or answers with a server error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What an engine answered to a GET, other than a server error."""
+    """An engine's answer to a GET that is not a server error."""
 
     status: int
     body: bytes
     date: str | None
-    """Its `Date` header: the time on its clock, to the second."""
+    """Its `Date` header: the time on the engine's clock, in seconds."""
 
 
 class EngineApi:
-    """Reads engines' HTTP APIs, each read within `timeout_seconds`. Every method raises `EngineDown`."""
+    """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown`."""
 
     def __init__(self, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
     async def models(self, url: str) -> ServedNames | None:
-        """The names that the engine serves; None when it does not tell (it may want an API key)."""
+        """The model names that the engine serves; None if it does not report them (it may require an API key)."""
         body = await self._get(f"{url}/v1/models")
         return None if body is None else parse_models(body)
 
     async def kv_sources(self, url: str) -> tuple[KvEventsConfig, ...]:
-        """Where it publishes KV events, one per data-parallel rank; empty when it publishes none or does not tell."""
+        """Its publishers of KV events, one per data-parallel rank; empty if it has none or does not report them."""
         body = await self._get(f"{url}/kv_event_sources")
         return () if body is None else parse_kv_sources(body, host=urlsplit(url).hostname or "")
 
     async def check(self, url: str) -> None:
-        """Ask its `/health`. Any answer but a server error is a good one: not every engine has that path."""
+        """Check `/health`. Any answer but a server error counts as healthy, because some engines lack that path."""
         await self._get(f"{url}/health")
 
     async def metrics(self, url: str, *, now: float) -> EngineMetrics:
-        """Its load; every figure is None when it exports no metrics. `now` stamps the reading."""
+        """Its load; every value is None if it exports no metrics. `now` is the time of the reading, in seconds."""
         return parse_metrics(await self._get(f"{url}/metrics") or b"", read_at=now)
 
     async def _get(self, url: str) -> bytes | None:
-        """The body of a 200; None for any answer that says: not here, not for you."""
+        """The body of a 200 answer; None for any other status, such as 401 or 404."""
         answer = await self.ask(url)
         return answer.body if answer.status == 200 else None
 
     async def ask(self, url: str) -> Answer:
-        """GET a whole `url`. The body of an answer other than 200 is not read."""
+        """GET `url`. The body is read only if the status is 200. Raises `EngineDown`."""
         try:
             async with self._session.get(url, timeout=self._timeout, allow_redirects=False) as response:
                 if response.status >= 500:
@@ -117,9 +118,9 @@ class _Cards(msgspec.Struct):
 
 
 def parse_models(body: bytes) -> ServedNames | None:
-    """The names in an engine's `/v1/models`; None when it cannot be read or names no base model.
+    """The names in an engine's `/v1/models`; None if the answer is malformed or names no base model.
 
-    Entries with a parent are adapters. Of the others, all names of one model, the first is the engine's own.
+    Entries with a parent are adapters. All others are names of the same model; the first is the engine's own.
     """
     try:
         cards = msgspec.json.decode(body, type=_Cards).data
@@ -139,7 +140,7 @@ def parse_models(body: bytes) -> ServedNames | None:
 
 
 def parse_version(body: bytes) -> str | None:
-    """The version in an engine's `/version`; None when it cannot be read."""
+    """The version in an engine's `/version`; None if the answer is malformed."""
     try:
         return msgspec.json.decode(body, type=_Version).version
     except msgspec.DecodeError:
@@ -147,10 +148,10 @@ def parse_version(body: bytes) -> str | None:
 
 
 def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:
-    """The endpoints in an engine's `/kv_event_sources`, by rank; `host` replaces wildcard addresses.
+    """The publishers in an engine's `/kv_event_sources`, by rank; `host` replaces wildcard addresses.
 
-    vLLM 0.32 answers with a map from rank to source, its later releases with a list. Sources that are off, use another
-    transport or cannot be read are left out.
+    vLLM 0.32 answers with a map from rank to source, later releases with a list. Sources that are disabled, use another
+    transport or are malformed are left out.
     """
     try:
         answer: Any = msgspec.json.decode(body)
@@ -184,9 +185,9 @@ def _reachable(endpoint: str, host: str) -> str:
 
 
 def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
-    """The load in an exposition text: requests summed over all its series (ranks, models), cache usage their highest.
+    """The load in a Prometheus exposition: request counts summed over all series (ranks, models), the highest cache usage.
 
-    Looks for the few names it needs instead of parsing the text: 30 µs for 200 KB.
+    It searches for the few names it needs instead of parsing the whole text, which takes 30 µs for 200 KB.
     """
     series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS, _PREFIX_QUERIES)]
     if series[3]:
@@ -233,7 +234,7 @@ def _sum(samples: Sequence[_Sample]) -> int | None:
 
 
 def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:
-    """Every series' value, and the rank that it is of, of the first of `names` that the text has."""
+    """The rank and value of every series with the first of `names` that occurs in the text."""
     for name in names:
         values = []
         start = -1
@@ -250,10 +251,10 @@ def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:
 
 
 def _value(text: bytes, start: int, after_name: int, end: int) -> float | None:
-    """The value of the sample line that may start at `start`; None where no sample of exactly that name does."""
+    """The value of the sample line at `start`; None if no sample with exactly that name starts there."""
     if (start and text[start - 1 : start] != b"\n") or text[after_name : after_name + 1] not in (b"{", b" "):
         return None
-    # Label values may hold spaces and braces, but nothing after the last brace does.
+    # Label values may contain spaces and braces, but the text after the last brace does not.
     fields = text[max(after_name, text.rfind(b"}", after_name, end) + 1) : end].split()
     try:
         value = float(fields[0])

@@ -1,4 +1,7 @@
-"""What is known about every pod, and which pods serve a model. No I/O: the watcher and the router report what they saw."""
+"""Stores what is known about every pod, and finds the pods that serve a model.
+
+It does no I/O: the watcher and the router report their observations.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import NoPodAvailable, UnknownModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMetrics:
-    """One reading of an engine's metrics. None: the engine does not export that one."""
+    """One reading of an engine's metrics. A value is None if the engine does not export it."""
 
     running: int | None
     waiting: int | None
     cache_usage: float | None
-    """Share of KV blocks in use, 0 to 1."""
+    """Fraction of KV blocks in use, 0 to 1."""
     read_at: float
-    """Seconds on the registry's clock, when the reading began."""
+    """When the reading began, in seconds on the registry's clock."""
     prefix_hits: int | None = None
-    """Prompt tokens that the engine has found in its cache since it started, on whatever tier."""
+    """Prompt tokens found in the engine's cache since it started, on any tier."""
     prefix_queries: int | None = None
-    """Prompt tokens that it has looked up there."""
+    """Prompt tokens looked up in the engine's cache since it started."""
     block_size: int | None = None
-    """Tokens per block of its cache."""
+    """Tokens per block of the engine's cache."""
     prefix_caching: bool | None = None
-    """Whether it keeps the blocks of prompts for those that begin alike."""
+    """Whether the engine reuses the blocks of earlier prompts (prefix caching)."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
-    """The same of each data-parallel rank, where the engine tells them apart."""
+    """The metrics of each data-parallel rank, if the engine reports them separately."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMetrics:
-    """What `EngineMetrics` has of one data-parallel rank."""
+    """The fields of `EngineMetrics` for one data-parallel rank."""
 
     running: int | None = None
     waiting: int | None = None
@@ -44,28 +48,29 @@ class RankMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a request can go: a pod, or one data-parallel rank of it, each of which is a cache of its own."""
+    """A cache that can be chosen: a pod, or one of its data-parallel ranks, each of which has a separate cache."""
 
     name: str
-    """The pod's, or `pod@dp0`, `pod@dp1`, …; so the index and the feeds name it, too."""
+    """The pod's name, or `pod@dp0`, `pod@dp1`, …; the index and the feeds use the same name."""
     pod: Pod
     rank: int | None
+    """The data-parallel rank; None for the whole pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedNames:
-    """The names that one engine answers to."""
+    """The model names that one engine serves."""
 
     base_model: str
-    """The engine's own name of its model, which is the index's name as well."""
+    """The engine's own name of its model, which the index uses as well."""
     aliases: frozenset[str]
-    """Every name of the base model, itself included."""
+    """All names of the base model, including `base_model`."""
     adapters: Mapping[str, str]
-    """Adapter name to the model below it."""
+    """Maps adapter names to the model that they adapt."""
     engine: str | None = None
-    """What the engine calls itself as the owner of its models, such as `vllm` or `sglang`."""
+    """The engine's name of its kind, the owner of its models, such as `vllm` or `sglang`."""
     context_length: int | None = None
-    """Most tokens of prompt and reply together; None where it does not tell."""
+    """Maximum number of tokens of prompt and reply together; None if the engine does not report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,62 +79,62 @@ class ServedModel:
 
     name: str
     parent: str | None = None
-    """The model below an adapter; None for base models."""
+    """The model that an adapter adapts; None for base models."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pod:
-    """One engine replica as last seen. Only its registry changes it."""
+    """The last known state of one engine replica. Only its registry changes it."""
 
     config: PodConfig
     served: ServedNames | None = None
-    """None until the engine told."""
+    """None until the engine has reported it."""
     kv_sources: tuple[KvEventsConfig, ...] | None = None
-    """Where it publishes KV events, one per data-parallel rank; empty: nowhere; None: not asked yet."""
+    """Its publishers of KV events, one per data-parallel rank; empty if it has none, None if it was not asked yet."""
     metrics: EngineMetrics | None = None
     failures: int = 0
-    """Failures in a row."""
+    """Number of consecutive failures."""
     healthy: bool = False
-    """False until it answered once, and after too many failures in a row."""
+    """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
-    """It has left: nothing is sent there any more."""
+    """True once the pod has left the registry: no more requests are sent there."""
     endpoints: Sequence[Endpoint] = ()
-    """Itself, or each of its data-parallel ranks where it publishes the events of several."""
+    """The pod itself, or each data-parallel rank if it publishes events of several ranks."""
 
     def __post_init__(self) -> None:
-        self.publishes(self.kv_sources)
+        self.set_kv_sources(self.kv_sources)
 
     @property
     def name(self) -> str:
-        """Unique name."""
+        """The unique name."""
         return self.config.name
 
     @property
     def url(self) -> str:
-        """Base URL of its HTTP API."""
+        """The base URL of its HTTP API."""
         return self.config.url
 
     @property
     def engine(self) -> str | None:
-        """What it calls itself; None until it told."""
+        """The engine's name of its kind; None until the engine has reported it."""
         return None if self.served is None else self.served.engine
 
     @property
     def base_model(self) -> str | None:
-        """The engine's own name of its model; None until it told."""
+        """The engine's own name of its model; None until the engine has reported it."""
         return None if self.served is None else self.served.base_model
 
-    def publishes(self, sources: tuple[KvEventsConfig, ...] | None) -> None:
-        """Where it publishes KV events is known, or not any more."""
+    def set_kv_sources(self, sources: tuple[KvEventsConfig, ...] | None) -> None:
+        """Set its publishers of KV events, and its endpoints accordingly. None: not known."""
         self.kv_sources = sources
         ranks = len(sources or ())
         self.endpoints = tuple(
-            Endpoint(name=self.name if rank is None else f"{self.name}@dp{rank}", pod=self, rank=rank)
+            Endpoint(name=str(EndpointName(self.name, rank)), pod=self, rank=rank)
             for rank in (range(ranks) if ranks > 1 else (None,))
         )
 
     def index_name(self, name: str) -> str | None:
-        """The index's name of a model that this engine is known to serve, else None."""
+        """The index's name of a model if this engine is known to serve it, else None."""
         if self.served is None:
             return None
         if name in self.served.aliases:
@@ -138,9 +143,9 @@ class Pod:
 
 
 class PodRegistry:
-    """Every pod of the fleet, which may come and go. Whoever reads metrics stamps them with `clock`, in seconds.
+    """All pods of the fleet; pods may join and leave.
 
-    What is reported of pods that have left says nothing any more.
+    `clock` returns seconds, and stamps the readings of metrics. Reports about pods that have left are ignored.
     """
 
     def __init__(
@@ -157,15 +162,15 @@ class PodRegistry:
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
 
     def join(self, config: PodConfig) -> Pod:
-        """A pod comes, under a name that no other has. Raises `ValueError` where one has."""
+        """Add a pod. Raises `ValueError` if a pod with that name exists."""
         if config.name in self._by_name:
-            raise ValueError(f"there is a pod `{config.name}` already")
+            raise ValueError(f"a pod named `{config.name}` already exists")
         pod = self._by_name[config.name] = Pod(config=config, kv_sources=_configured_sources(config))
         self.pods = (*self.pods, pod)
         return pod
 
     def leave(self, name: str) -> Pod | None:
-        """A pod goes; None where there is none of that name."""
+        """Remove a pod and return it; None if no pod has that name."""
         pod = self._by_name.pop(name, None)
         if pod is not None:
             pod.gone = True
@@ -173,32 +178,35 @@ class PodRegistry:
         return pod
 
     def has(self, pod: str, endpoint: str) -> bool:
-        """Whether `endpoint` is one of the pod's."""
+        """Whether the pod has an endpoint with that name."""
         state = self._by_name.get(pod)
         return state is not None and any(each.name == endpoint for each in state.endpoints)
 
     def resolve(self, requested: str) -> tuple[str, list[Pod]]:
-        """The index's name of a model and the pods that may serve it.
+        """The index's name of a model, and the pods that may serve it.
 
-        Only healthy pods, unless none is: then all, as a last resort. Pods that have not told what they serve are
-        taken for a configured model that no other pod serves. Raises `UnknownModel` when every pod has told, none
-        serves the name and no configuration knows it; `NoPodAvailable` when a pod may yet turn out to serve it.
+        Returns only healthy pods, or as a last resort all pods if none is healthy. If no pod is known to serve a
+        configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
+        if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
+        model now, but one may later.
         """
         name = self._configured.get(requested, requested)
         index_name, pods = self._serving(name)
         if not pods:
-            untold = [pod for pod in self.pods if pod.served is None]
+            unidentified = [pod for pod in self.pods if pod.served is None]
             if requested not in self._configured:
-                if not untold:
+                if not unidentified:
                     raise UnknownModel(f"The model `{requested}` does not exist.", param="model")
-                raise NoPodAvailable(f"No pod serves the model `{requested}`; {len(untold)} have not answered yet.")
-            if not untold:
+                raise NoPodAvailable(
+                    f"No pod serves the model `{requested}`; {len(unidentified)} have not answered yet."
+                )
+            if not unidentified:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")
-            index_name, pods = name, untold
+            index_name, pods = name, unidentified
         return index_name, [pod for pod in pods if pod.healthy] or pods
 
     def configured_name(self, model: str, pods: Sequence[Pod]) -> str:
-        """The name under which a model that `pods` serve is configured, which may be one of its aliases; else its own."""
+        """The configured name of a model that `pods` serve, found by the model's own name or an alias; else its own name."""
         if model in self._configured:
             return self._configured[model]
         aliases = {
@@ -207,31 +215,31 @@ class PodRegistry:
         return next((self._configured[alias] for alias in sorted(aliases) if alias in self._configured), model)
 
     def models(self) -> list[ServedModel]:
-        """Every name that `resolve` finds pods for, by name."""
+        """All names for which `resolve` finds pods, sorted."""
         found: dict[str, str | None] = {}
         for pod in self.pods:
             if pod.served is not None:
                 found.update(dict.fromkeys(pod.served.aliases))
                 found.update(pod.served.adapters)
-        untold = any(pod.served is None for pod in self.pods)
+        unidentified = any(pod.served is None for pod in self.pods)
         for alias, name in self._configured.items():
             if name in found:
                 found.setdefault(alias, found[name])
-            elif untold:
+            elif unidentified:
                 found.setdefault(alias, None)
         return [ServedModel(name=name, parent=found[name]) for name in sorted(found)]
 
     def base_models(self) -> list[str]:
-        """The index's names of the models that engines have told of, without adapters."""
+        """The index's names of the models that engines have reported, without adapters."""
         return sorted({pod.base_model for pod in self.pods if pod.base_model is not None})
 
     def is_endpoint(self, name: str) -> bool:
-        """Whether it is the name of a pod, or of a rank of one."""
-        pod = self._by_name.get(name) or self._by_name.get(name.rpartition("@dp")[0])
+        """Whether a pod, or a rank of a pod, has that name."""
+        pod = self._by_name.get(name) or self._by_name.get(EndpointName.parse(name).pod)
         return pod is not None and any(endpoint.name == name for endpoint in pod.endpoints)
 
     def names(self) -> set[str]:
-        """Every name of a model that is served now, and every one that is configured."""
+        """All model names that are served now or configured."""
         served = [pod.served for pod in self.pods if pod.served is not None]
         return set(self._configured).union(*(each.aliases for each in served), *(each.adapters for each in served))
 
@@ -240,21 +248,21 @@ class PodRegistry:
         return any(pod.healthy for pod in self.pods)
 
     def metrics_of(self, pod: Pod, now: float) -> EngineMetrics | None:
-        """The pod's last metrics, or None when there are none or they are too old to say anything."""
+        """The pod's last metrics; None if there are none or they are too old to be useful."""
         metrics = pod.metrics
         if metrics is None or now - metrics.read_at > self._watch.stale_after_seconds:
             return None
         return metrics
 
     def name_at(self, pod: str, requested: str) -> str:
-        """The name to ask a pod for: the requested one where the pod may know it, else the one it is an alias of."""
+        """The model name to send to a pod: the requested name if the pod knows it, else the name that it is an alias of."""
         state = self._by_name.get(pod)
         if state is not None and state.index_name(requested) is not None:
             return requested
         return self._configured.get(requested, requested)
 
     def failed(self, pod: str) -> None:
-        """The pod refused or broke a connection, or did not answer a read in time."""
+        """Report that the pod refused or broke a connection, or did not answer in time."""
         state = self._by_name.get(pod)
         if state is None:
             return
@@ -263,7 +271,7 @@ class PodRegistry:
             state.healthy = False
 
     def answered(self, pod: str) -> None:
-        """The pod answered something other than a server error."""
+        """Report that the pod answered with something other than a server error."""
         state = self._by_name.get(pod)
         if state is not None:
             state.failures = 0
@@ -272,23 +280,23 @@ class PodRegistry:
     def learn(
         self, pod: str, *, served: ServedNames | None = None, kv_sources: tuple[KvEventsConfig, ...] | None = None
     ) -> None:
-        """Record what the pod serves or where it publishes; None leaves what was known."""
+        """Record the pod's models or publishers; None leaves the previous value."""
         state = self._by_name.get(pod)
         if state is None:
             return
         if served is not None:
             state.served = served
         if kv_sources is not None:
-            state.publishes(kv_sources)
+            state.set_kv_sources(kv_sources)
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
-        """The pod's metrics were read."""
+        """Record a reading of the pod's metrics."""
         state = self._by_name.get(pod)
         if state is not None:
             state.metrics = metrics
 
     def _serving(self, name: str) -> tuple[str, list[Pod]]:
-        """Pods known to serve a name. Where engines name the same model differently, the first pod's name counts."""
+        """The pods known to serve a name. If engines name the same model differently, the first pod's name is used."""
         names = [(pod, pod.index_name(name)) for pod in self.pods]
         serving = [(pod, index_name) for pod, index_name in names if index_name is not None]
         return serving[0][1] if serving else name, [pod for pod, _ in serving]

@@ -1,4 +1,4 @@
-"""Watches every pod: what it serves, where it publishes its KV events, whether it answers, how loaded it is."""
+"""Polls every pod for its health, models, publishers of KV events and load."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 
 MAX_BACK_OFF_SECONDS = 5.0
-"""A pod that is down is looked at no less often, unless the interval itself is longer."""
+"""Longest pause between polls of a pod that is down, unless the configured interval is longer."""
 
 log = structlog.get_logger(__name__)
 
 
 class PodWatcher:
-    """One task per pod while the context is open; `watch` and `unwatch` as pods come and go within it.
+    """Runs one task per pod. Use as an async context manager; call `watch` and `unwatch` as pods come and go.
 
-    `on_discovered` is called with a pod whenever what it tells about itself is new, and `on_measured` at every reading.
-    A pod that was down is asked anew as soon as it answers: it may be another engine.
+    `on_discovered` is called with a pod whenever it reports new models or publishers, `on_measured` at every reading.
+    A pod that was down is discovered again as soon as it answers, because it may be another engine.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PodWatcher:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
-        """Start watching."""
+        """Start a task for every pod in the registry."""
         await self._group.__aenter__()
         for pod in self._registry.pods:
             self.watch(pod)
@@ -64,31 +64,31 @@ class PodWatcher:
         await self._group.__aexit__(None, None, None)
 
     def watch(self, pod: Pod) -> None:
-        """Look at a pod from now on, which is not looked at yet."""
+        """Start polling a pod that is not being polled yet."""
         self._tasks[pod.name] = self._group.create_task(self._watch(pod), name=f"watch {pod.name}")
 
     def unwatch(self, name: str) -> None:
-        """A pod has left the registry. Nothing happens where it is not looked at."""
+        """Stop polling a pod that has left the registry. No effect if it is not being polled."""
         if name not in self._tasks:
             return
         self._tasks.pop(name).cancel()
         self._announced.pop(name, None)
-        self._heard(name)
+        self._stop_waiting_for(name)
 
     async def first_round(self, seconds: float) -> bool:
-        """Wait until every pod has answered once, at most `seconds`. False when some have not."""
+        """Wait up to `seconds` until every pod has answered once. Returns False if some have not."""
         if not self._silent:
             return True
         try:
             async with asyncio.timeout(seconds):
                 await self._all_answered.wait()
         except TimeoutError:
-            log.warning("pods_silent", pods=sorted(self._silent))
+            log.warning("pods_wait_timed_out", pods=sorted(self._silent))
             return False
         return True
 
     async def _watch(self, pod: Pod) -> None:
-        """Look at one pod for ever."""
+        """Poll one pod forever."""
         clock = self._registry.clock
         discover_at = clock()
         was_healthy: bool | None = None
@@ -98,7 +98,7 @@ class PodWatcher:
                 if clock() >= discover_at or not pod.healthy:
                     await self._discover(pod)
                     discover_at = clock() + self._config.discovery_interval_seconds
-                # Its metrics answer even where the engine behind the API has died.
+                # `/metrics` answers even after the engine behind the API has died, so check the health first.
                 await self._api.check(pod.url)
                 metrics = await self._api.metrics(pod.url, now=clock())
                 self._registry.measured(pod.name, metrics)
@@ -109,7 +109,7 @@ class PodWatcher:
                 reason = str(error)
                 self._registry.failed(pod.name)
             except Exception as error:
-                # Supervision boundary: a fault in reading one pod must not end the gateway.
+                # Supervision boundary: an error while polling one pod must not end the gateway.
                 log.exception("pod_watch_failed", pod=pod.name)
                 reason = type(error).__name__
                 self._registry.failed(pod.name)
@@ -122,33 +122,33 @@ class PodWatcher:
         served = await self._api.models(pod.url)
         sources = await self._api.kv_sources(pod.url) if pod.config.kv_events == "discover" else None
         self._registry.learn(pod.name, served=served, kv_sources=sources)
-        told = (pod.served, pod.kv_sources)
-        if served is not None and told != self._announced.get(pod.name):
+        reported = (pod.served, pod.kv_sources)
+        if served is not None and reported != self._announced.get(pod.name):
             if self._on_discovered is not None:
                 self._on_discovered(pod)
-            self._announced[pod.name] = told
+            self._announced[pod.name] = reported
             log.info("pod_discovered", pod=pod.name, model=served.base_model, adapters=sorted(served.adapters))
 
     def _answered(self, pod: Pod) -> None:
         self._registry.answered(pod.name)
-        self._heard(pod.name)
+        self._stop_waiting_for(pod.name)
 
-    def _heard(self, name: str) -> None:
-        """Nobody need wait for a pod any more."""
+    def _stop_waiting_for(self, name: str) -> None:
+        """`first_round` need not wait for this pod any longer."""
         self._silent.discard(name)
         if not self._silent:
             self._all_answered.set()
 
     def _delay(self, pod: Pod) -> float:
-        """Seconds until the next look: the interval, doubled per failure up to a bound, ± 10 % so that looks spread."""
+        """Seconds until the next poll: the interval, doubled per failure up to a bound, ± 10 % to spread the polls."""
         interval = self._config.scrape_interval_seconds
         back_off = min(interval * 2.0 ** min(pod.failures, 16), max(interval, MAX_BACK_OFF_SECONDS))
-        return back_off * random.uniform(0.9, 1.1)  # noqa: S311 - spreads reads, protects nothing
+        return back_off * random.uniform(0.9, 1.1)  # noqa: S311 - spreads polls, no security purpose
 
     def _log_health(self, pod: Pod, reason: str | None) -> None:
         if not pod.healthy:
-            log.warning("pod_down", pod=pod.name, reason=reason)
-        elif pod.served is None:
-            log.warning("pod_up", pod=pod.name, note="it does not tell its models; it serves configured ones only")
-        else:
-            log.info("pod_up", pod=pod.name, model=pod.served.base_model)
+            log.warning("pod_went_down", pod=pod.name, reason=reason)
+            return
+        log.info("pod_came_up", pod=pod.name, model=pod.base_model)
+        if pod.served is None:
+            log.warning("pod_models_withheld", pod=pod.name, note="it only gets requests for configured models")

@@ -1,1 +1,1 @@
-"""From a request's body to the token ids that the engine caches."""
+"""Turns a request's body into the token ids that the engine caches."""

@@ -1,4 +1,4 @@
-"""Anthropic's Messages API: a request becomes the chat that vLLM makes of it."""
+"""Reads requests of Anthropic's Messages API into the chat that vLLM builds from them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Message(Struct):
 
     @property
     def blocks(self) -> list[_Block]:
-        """The content, text as a block too."""
+        """The content as blocks; plain text becomes one text block."""
         return [_Block(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
@@ -70,7 +70,7 @@ class _Request(fields.Request, kw_only=True):
 
     @property
     def system_text(self) -> str:
-        """The system prompt, without a line in it that changes from request to request."""
+        """The system prompt without the billing line, which differs in every request."""
         return self.system if isinstance(self.system, str) else _system_text(self.system or [])
 
 
@@ -80,7 +80,7 @@ _TOOLS = msgspec.json.Decoder(list[_Definition] | None)
 
 
 def message(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/messages`."""
+    """Read a request to `/v1/messages`. Raises `InvalidRequest`."""
     request = fields.decode(_REQUEST, body)
     sent = fields.decode(_MESSAGES, request.messages, "messages")
     tools = fields.decode(_TOOLS, request.tools, "tools")
@@ -102,14 +102,14 @@ def message(path: str, body: bytes) -> Prompt:
 
 
 def count(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/messages/count_tokens`: any engine of the model can answer, and none computes it."""
+    """Read a request to `/v1/messages/count_tokens`, which any engine of the model can answer. Raises `InvalidRequest`."""
     return fields.prompt(
         path,
         fields.decode(_REQUEST, body),
         len(body),
         prefix=b"",
         add_special_tokens=False,
-        inexact="the engine counts the tokens and computes nothing",
+        inexact="the request only counts tokens; the engine computes nothing",
     )
 
 
@@ -129,7 +129,7 @@ def _chat(request: _Request, sent: list[_Message], tools: list[_Definition] | No
         raise TokenizeError("the messages are empty")
     off = request.thinking is not None and request.thinking.type == "disabled"
     if off and "enable_thinking" in (request.chat_template_kwargs or {}):
-        raise TokenizeError("thinking is declined in two ways")
+        raise TokenizeError("`thinking` and `chat_template_kwargs.enable_thinking` are both set")
     effort = None if request.output_config is None else request.output_config.effort
     return Chat(
         messages=messages,
@@ -146,7 +146,7 @@ def _system_text(blocks: list[_Block]) -> str:
 
 
 def _append(messages: list[fields.Object], role: str, blocks: list[_Block]) -> None:
-    """Add a message of blocks. Results of tools are messages of their own, before the rest of a user's message."""
+    """Append a message made of blocks. Tool results become separate messages before the rest of a user's message."""
     parts: list[fields.Object] = []
     calls: list[fields.Object] = []
     reasoning: list[str] = []
@@ -177,19 +177,19 @@ def _append(messages: list[fields.Object], role: str, blocks: list[_Block]) -> N
 
 
 def _image() -> fields.Object:
-    """Stands for an image, whose token ids are the engine's to know: it matters only where it is."""
+    """A placeholder for an image. Only its position matters: the engine alone knows its token ids."""
     return {"type": "image_url", "image_url": {}}
 
 
 def _tool_call(block: _Block) -> fields.Object:
     if not block.id:
-        raise TokenizeError("a tool call has no id, so that the engine makes one up")
+        raise TokenizeError("a tool call has no id; the engine generates one")
     arguments = msgspec.json.encode(block.input or {}).decode()
     return {"id": block.id, "type": "function", "function": {"name": block.name or "", "arguments": arguments}}
 
 
 def _tool_result(block: _Block) -> list[fields.Object]:
-    """The messages of a tool's result: its text, and after it its images and the tools that it names."""
+    """The messages of a tool's result: its text, then its images, then the tools that it references."""
     items = block.content if isinstance(block.content, list) else []
     text = "\n".join(str(item.get("text", "")) for item in items if item.get("type") == "text")
     result = {"role": "tool", "tool_call_id": block.tool_use_id or ""}
@@ -204,7 +204,7 @@ def _tool_result(block: _Block) -> list[fields.Object]:
 
 
 def _tools(tools: list[_Definition] | None, sent: list[_Message]) -> list[fields.Object] | None:
-    """The tools in effect at the conversation's end: system messages may add and remove some."""
+    """The tools in effect at the end of the conversation: system messages may add and remove tools."""
     changes = [
         block
         for each in sent
@@ -225,7 +225,7 @@ def _tools(tools: list[_Definition] | None, sent: list[_Message]) -> list[fields
             name = change.definition.name
             known[name] = change.definition
         elif name not in known:
-            raise TokenizeError("a tool is named that is not declared")
+            raise TokenizeError("a message adds or removes a tool that the request does not declare")
         elif block.type == "tool_addition":
             known[name] = msgspec.structs.replace(known[name], defer_loading=None)
         if block.type == "tool_removal":
@@ -238,7 +238,7 @@ def _tools(tools: list[_Definition] | None, sent: list[_Message]) -> list[fields
 def _tool(tool: _Definition) -> fields.Object:
     schema = tool.input_schema
     if schema is None:
-        raise TokenizeError("a tool has no schema, so that it is the engine's own")
+        raise TokenizeError("a tool has no schema; it is built into the engine")
     return {
         "type": "function",
         "function": {

@@ -1,7 +1,6 @@
-"""What a request asks of a model, and what a tokenizer makes of it.
+"""Prompts, tokens and the tokenizer protocol.
 
-`Prompt` is read from a request's body by one module per API; `Tokenizer` is what every implementation of a model's
-tokenizer offers; `Tokens` is what it returns.
+One module per API reads a `Prompt` from a request's body. A `Tokenizer` turns a `Prompt` into `Tokens`.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chat:
-    """What a chat template is given."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
-    """As sent: plain dicts, keys in the client's order. Never empty."""
+    """As the client sent them: plain dicts with keys in the client's order. Never empty."""
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
-    """A template that the request brings along. It is the engine's to render, never ours."""
+    """A template that the request supplies. Only the engine renders it, never this process."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Variables of the template, those that request fields stand for among them."""
+    """Variables of the template, including those that are set from other request fields."""
     in_schema_order: bool = True
-    """False when the engine makes the messages itself, so that its schema puts no keys of tool calls in order."""
+    """False when the engine builds the messages itself: its schema then does not reorder the keys of tool calls."""
     joins_system: bool = False
-    """Later system messages join the first one where the template refuses them; see `fit.fitted`."""
+    """Later system messages are merged into the first one if the template refuses them; see `template_traits.adapt`."""
     thinking_off: bool = False
-    """Thinking was declined in words that not every template knows; see `fit.fitted`."""
+    """Thinking is disabled by a value that not every template knows; see `template_traits.adapt`."""
 
     @property
     def own_template(self) -> bool:
-        """True when the request brings its own template."""
+        """True when the request supplies its own template."""
         return self.chat_template is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """What a request asks of a model: exactly one of `chat`, `text`, `token_ids` and `inexact` is set."""
+    """A request's prompt. Exactly one of `chat`, `text`, `token_ids` and `inexact` is set."""
 
     path: str
     model: str
@@ -55,23 +54,23 @@ class Prompt:
     text: str | None
     token_ids: TokenIds | None
     add_special_tokens: bool
-    """Whether the tokenizer adds its own special tokens such as BOS. Chat templates write theirs."""
+    """Whether the tokenizer adds its own special tokens such as BOS. Chat templates write them themselves."""
     cache_salt: str | None
     size: int
-    """Bytes of the whole request body."""
+    """Size of the whole request body, in bytes."""
     prefix: bytes
-    """The prompt as the client sent it, to match approximately without tokens: the JSON of tools and messages, the
-    text in UTF-8, or the JSON of the token ids. Empty when the engine will not compute it."""
+    """The prompt as the client sent it, for approximate matching without tokens: the JSON of tools and messages, the
+    text in UTF-8, or the JSON of the token ids. Empty when the engine does not compute the prompt."""
     inexact: str | None = None
-    """Why the token ids do not follow from the request, such as state that the engine keeps."""
+    """Why the token ids cannot be derived from the request, such as state that the engine keeps."""
     keep_last: int | None = None
-    """The engine drops all but this many tokens at the prompt's end. Never 0."""
+    """The engine keeps only this many tokens from the prompt's end. Never 0."""
     keep_first: int | None = None
-    """The engine drops all but this many tokens at the prompt's beginning. Never 0."""
+    """The engine keeps only this many tokens from the prompt's beginning. Never 0."""
     reads_cache: bool = True
-    """False when the engine computes the whole prompt whatever it has cached, as for log-probabilities of the prompt."""
+    """False when the engine ignores its cache and computes the whole prompt, as for log-probabilities of the prompt."""
     counted: bool = True
-    """False when the engine's usage counts other tokens than these: of further prompts, or of a prompt cut to fit."""
+    """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,37 +79,37 @@ class Tokens:
 
     ids: TokenIds
     complete: bool = True
-    """False when they are only the beginning: what comes before the first image, audio or video."""
+    """False when `ids` cover only the text before the first image, audio or video."""
     hashes: SharedHashes | None = None
-    """Hashes of the first blocks, where earlier prompts began with the same ids. Whoever hashes further blocks extends
-    the list in place, for prompts to come; it is that of prompts without a cache salt. None: nothing is remembered."""
+    """Hashes of the first blocks, known from earlier prompts that began with the same ids, without a cache salt. Code
+    that hashes further blocks extends this list in place, so later prompts reuse them. None if there is no cache."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
-    """Milliseconds of each step that ran here: `render` (the chat template) and `tokenize`."""
+    """Milliseconds per step that ran in this process: `render` (the chat template) and `tokenize`."""
 
 
 class Tokenizer(Protocol):
-    """A model's tokenizer and chat template, run in this process. Safe to use from several threads."""
+    """A model's tokenizer and chat template, run in this process. Thread-safe."""
 
     @property
     def name(self) -> str:
-        """The library that makes the ids, for logs and metrics."""
+        """The library that produces the ids, for logs and metrics."""
         ...
 
     @property
     def inline_bytes(self) -> int:
-        """Requests up to this size take so little time that they need no thread."""
+        """Largest request, in bytes, that is fast enough to tokenize on the event loop."""
         ...
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """The ids that the engine caches for `prompt`, whose `token_ids` is None. Raises `TokenizeError`.
 
-        `keep_last` is left to the caller.
+        Does not truncate: the caller applies `keep_first` and `keep_last`.
         """
         ...
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first position where two prompts' ids differ, which may be the shorter one's end; None where none does."""
+    """The first position where two prompts' ids differ (the end of the shorter one counts), or None if they are equal."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     end = None if len(ours) == len(theirs) else min(len(ours), len(theirs))
     return next((i for i, (one, other) in pairs if one != other), end)

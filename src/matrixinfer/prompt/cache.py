@@ -1,10 +1,10 @@
-"""Tokenizing only what is new: pieces of text and beginnings of prompts that were seen before.
+"""A cache of token ids, so that only new text is tokenized.
 
-A text is cut where that changes no ids (`segments`), and the ids of every piece are remembered by its content. So a
-conversation that has grown by a turn costs the new turn, and a system prompt is tokenized once.
+A text is cut into pieces at positions where cutting changes no ids (`segments`), and the ids of every piece are cached
+by its content. A conversation that has grown by one turn costs only the new turn; a system prompt is tokenized once.
 
-What prompts begin with is remembered too, as a tree of pieces, with the block hashes that were computed along each path.
-A text is followed down that tree by comparing it in place, which takes 2 µs for 4 KiB.
+The beginnings of prompts are cached too, as a tree of pieces with the block hashes computed along each path. A lookup
+walks down that tree by comparing the text in place, which takes 2 µs for 4 KiB.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ V = TypeVar("V")
 NO_TOKENS: TokenIds = np.empty(0, dtype=np.uint32)
 
 _ENTRY_BYTES = 400
-"""What an entry takes beside its text, ids and hashes: objects, a place in a dict."""
+"""Memory of an entry besides its text, ids and hashes: objects and a slot in a dict."""
 _HASH_BYTES = 44
-"""A block hash in a list: a Python integer and its pointer."""
+"""Memory of a block hash in a list: a Python integer and its pointer."""
 _SAMPLE_CHARS = 32
 _PLACES = 4
-"""Pieces after the same path that look alike in their samples and are remembered nevertheless."""
+"""How many pieces with the same sample are kept after the same path."""
 
 _Key = tuple[int, str, int]
-"""The number of the path before a beginning, a sample of its last piece, and the place among those that look alike."""
+"""The number of the preceding path, a sample of the last piece, and a place among pieces with the same sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """Counts since the start, and what is held now."""
+    """Counters since the start, and the current size."""
 
     hit_chars: int
-    """Characters whose ids were remembered."""
+    """Characters whose ids came from the cache."""
     miss_chars: int
     """Characters that were tokenized."""
     bytes: int
-    """Memory held, as estimated."""
+    """Estimated memory in use."""
     entries: int
     evicted: int
 
 
 class TokenCache:
-    """Remembers up to `max_bytes`, least recently used first out. Safe to use from several threads.
+    """Caches up to `max_bytes` and evicts the least recently used entries. Thread-safe.
 
-    `block_size` is that of the hashes kept for beginnings.
+    `block_size` is the block size, in tokens, of the hashes that are cached for beginnings.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TokenCache:
 
     @property
     def stats(self) -> CacheStats:
-        """Counts as of now."""
+        """The current counters."""
         pieces, beginnings = self._pieces, self._beginnings
         return CacheStats(
             hit_chars=self._hits,
@@ -92,10 +92,10 @@ class TokenCache:
     def encode(
         self, text: str, *, before: TokenIds = NO_TOKENS, after: TokenIds = NO_TOKENS
     ) -> tuple[TokenIds, SharedHashes]:
-        """The ids of `text` between `before` and `after`, shape (n,), and the block hashes known of their beginning.
+        """The ids of `text` between `before` and `after`, shape (n,), and the known block hashes of their beginning.
 
-        The list is meant to be extended as further blocks are hashed; prompts to come profit from it. `before` must be
-        the same whenever it is not empty. Raises what `encode_each` raises.
+        The caller extends the list of hashes as it hashes further blocks; later prompts then reuse them. `before` must
+        be the same in every call in which it is not empty. Raises what `encode_each` raises.
         """
         key = (0, "", 0)
         root = _Beginning(key=key, before=key, number=-1 if len(before) else 0, text="", ids=before, tokens=len(before))
@@ -117,7 +117,7 @@ class TokenCache:
             return ids, self._remember(path, list(zip(texts[:-1], pieces, strict=False)))
 
     def _follow(self, root: _Beginning, text: str) -> list[_Beginning]:
-        """The remembered beginnings of `text`, each a piece longer than the one before."""
+        """The cached beginnings of `text`, each one piece longer than the one before."""
         path = [root]
         start = 0
         while found := self._next(path[-1], text, start):
@@ -126,7 +126,7 @@ class TokenCache:
         return path
 
     def _next(self, last: _Beginning, text: str, start: int) -> _Beginning | None:
-        """The remembered beginning that goes on after `last` as `text` does from `start` on."""
+        """The cached beginning that continues `last` the way `text` continues at `start`."""
         sample = self._sample(text, start)
         for place in range(_PLACES):
             found = self._beginnings.get((last.number, sample, place))
@@ -137,21 +137,21 @@ class TokenCache:
         return None
 
     def _sample(self, text: str, start: int) -> str:
-        """What tells most pieces apart: their first characters, and the last of those that each of them has."""
+        """A short key that distinguishes most pieces: the first characters, and the last within the shortest length."""
         stop = start + self.cutter.shortest
         return text[start : min(start + _SAMPLE_CHARS, stop)] + text[max(start, stop - _SAMPLE_CHARS) : stop]
 
     def _remember(self, path: list[_Beginning], pieces: Sequence[tuple[str, TokenIds]]) -> SharedHashes:
-        """Go on from `path` with `pieces`. Returns the block hashes known, which all beginnings on the way now share."""
+        """Extend `path` by `pieces`. Returns the known block hashes, which all beginnings on the path now share."""
         known = path[-1].hashes[: path[-1].tokens // self._block_size]
         for i, (text, ids) in enumerate(pieces):
             last, sample = path[-1], self._sample(text, 0)
-            place = 0 if i else self._place(last, sample)  # nothing else follows what is new itself
+            place = 0 if i else self._place(last, sample)  # nothing else follows a new piece yet
             tokens = last.tokens + len(ids)
             key, number = (last.number, sample, place), next(self._numbers)
             path.append(_Beginning(key=key, number=number, text=text, ids=ids, tokens=tokens, before=last.key))
         hashes = SharedHashes(known, limit=path[-1].tokens // self._block_size)
-        for each in reversed(path[1:]):  # so that those which lead to others stay longer
+        for each in reversed(path[1:]):  # the shortest are used last, so they stay longest
             each.hashes = hashes
             if self._beginnings.get(each.key) is not each:
                 size = _bytes(each.text, each.ids) + len(each.ids) // self._block_size * _HASH_BYTES
@@ -160,7 +160,7 @@ class TokenCache:
         return hashes
 
     def _shorten(self, evicted: _Beginning) -> None:
-        """What leads to an evicted beginning keeps no hashes beyond its own."""
+        """Trim the hashes of the beginnings that lead to an evicted one to their own length."""
         shared, before = evicted.hashes, self._beginnings.peek(evicted.before)
         kept = shared[: before.tokens // self._block_size] if before is not None else []
         while before is not None and before.hashes is shared:
@@ -168,25 +168,25 @@ class TokenCache:
             before = self._beginnings.peek(before.before)
 
     def _place(self, last: _Beginning, sample: str) -> int:
-        """A free place for a beginning after `last`, or any."""
+        """A free place for a beginning after `last`; any place if all are taken."""
         free = (place for place in range(_PLACES) if self._beginnings.get((last.number, sample, place)) is None)
         return next(free, next(self._numbers) % _PLACES)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Beginning:
-    """A path of pieces from a prompt's start, of which this is the last."""
+    """The last piece of a path of pieces that starts at a prompt's beginning."""
 
     key: _Key
     number: int
     text: str
     ids: TokenIds
     tokens: int
-    """Of the whole path."""
+    """Number of tokens in the whole path."""
     before: _Key
-    """That of the path before; its own at a root."""
+    """Key of the preceding path; a root has its own key here."""
     hashes: list[int] = field(default_factory=list)
-    """Begins with the hashes of the path's blocks, as far as they are known."""
+    """Starts with the known hashes of the path's blocks; may go on with those of longer paths."""
 
 
 def _bytes(text: str, ids: TokenIds) -> int:
@@ -194,7 +194,7 @@ def _bytes(text: str, ids: TokenIds) -> int:
 
 
 class _Lru(Generic[K, V]):
-    """A dict of bounded cost, least recently used first out."""
+    """A dict of bounded size that evicts the least recently used entries."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -213,14 +213,14 @@ class _Lru(Generic[K, V]):
         return entry[0]
 
     def peek(self, key: K) -> V | None:
-        """As `get`, without making it young."""
+        """As `get`, without marking the entry as used."""
         entry = self._entries.get(key)
         return None if entry is None else entry[0]
 
     def put(self, key: K, value: V, size: int) -> list[V]:
-        """Keep `value`, which takes `size` bytes and the entry itself; one that is too large is not kept.
+        """Store `value`, whose content takes `size` bytes, unless it is larger than the whole cache.
 
-        Returns what had to go for it.
+        Returns the values that were replaced or evicted.
         """
         cost = size + _ENTRY_BYTES
         if cost > self._max_bytes:

@@ -1,7 +1,7 @@
-"""Chat templates, rendered as Hugging Face transformers renders them.
+"""Renders chat templates as Hugging Face transformers renders them.
 
-The dialect (sandbox, whitespace control, `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`, how a final
-message is continued) is that of `apply_chat_template` in transformers 5.
+The dialect (sandbox, whitespace control, `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`, continuing a
+final message) is that of `apply_chat_template` in transformers 5.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHATML = """\
 """The built-in template `chatml`: `<|im_start|>{role}\\n{content}<|im_end|>\\n` per message, tools as JSON lines first."""
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
-"""What `ChatTemplate.render` passes itself; no request variable may stand for it."""
+"""Variables that `ChatTemplate.render` sets itself; a request cannot override them."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -55,9 +55,9 @@ _FINAL_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplate:
-    """A template, compiled once. Special tokens are variables of it; one that is None is undefined.
+    """A compiled template. Special tokens become variables of the template; a token that is None stays undefined.
 
-    `now` is the clock behind `strftime_now`. Raises `TokenizeError` when `source` is not a template.
+    `now` is the clock of `strftime_now`. Raises `TokenizeError` if `source` is not a valid template.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self.content_parts = walks_content(tree)
-            """True when the template walks a message's content as a list of parts."""
+            """True when the template loops over a message's content as a list of parts."""
             self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
         self.source = source
         self.knows_developers = '"developer"' in source or "'developer'" in source
-        """True when the template names the role `developer`; vLLM looks for the quoted word in the same way."""
+        """True when the template mentions the role `developer`; vLLM searches for the quoted word in the same way."""
         self._reads_content = "content" in source
         self._special_tokens = {name: token for name, token in special_tokens.items() if token is not None}
 
@@ -87,13 +87,13 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt's text. `messages` are not changed; `variables` are what the request adds for the template.
+        """The prompt's text. `messages` are not modified; `variables` are further variables from the request.
 
-        Raises `TokenizeError` for whatever goes wrong. It quotes what the template says of itself, not the prompt.
+        Raises `TokenizeError` for any failure. Its message may quote the template's own error text, never the prompt.
         """
         if continue_final_message:
             if add_generation_prompt:
-                raise TokenizeError("a final message cannot be continued and followed by a generation prompt")
+                raise TokenizeError("`continue_final_message` and `add_generation_prompt` cannot both be set")
             messages, final = self._marked(messages)
         context: dict[str, Any] = {
             **self._special_tokens,
@@ -112,7 +112,7 @@ class ChatTemplate:
         return _cut(text, final) if continue_final_message else text
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
-        """The messages with a mark after the text that is to be continued, and that text."""
+        """The messages with a mark after the text to continue, and that text."""
         if not messages:
             raise TokenizeError("there is no message to continue")
         *before, last = messages
@@ -128,7 +128,7 @@ class ChatTemplate:
 
 
 def _shaped(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without its nulls, its reasoning under all the names that templates read it by."""
+    """A message without its null values, and with its reasoning under every name that templates use for it."""
     shaped = {key: value for key, value in message.items() if value is not None}
     for name in _REASONING:
         if name in shaped:
@@ -140,5 +140,5 @@ def _cut(text: str, final: str) -> str:
     at = text.rfind(_FINAL_MARK.rstrip())
     if at < 0 or final.strip() not in text:
         raise TokenizeError("the chat template drops the final message, so it cannot be continued")
-    # A template that trims the message takes the blank off the mark, and would have taken blanks before it too.
+    # A template that trims the message also strips the mark's trailing blank, and would have stripped the text's.
     return text[:at] if text.startswith(_FINAL_MARK, at) else text[:at].rstrip()

@@ -1,9 +1,9 @@
-"""Which form of message content a chat template expects.
+"""Detects which form of message content a chat template expects.
 
-vLLM looks at the template to decide how it hands over `content`: as a list of parts (`openai`) to a template that
-loops over a message's content, as one string (`string`) to any other. Token ids are exact only if this is decided the
-same way, so the rule is vLLM's: names are followed through plain assignments, filters, tests and slices, not through
-macros.
+vLLM inspects the template to decide how it passes `content`: as a list of parts (`openai`) to a template that loops
+over a message's content, as one string (`string`) to any other. Token ids are exact only if the gateway decides the
+same way, so this follows vLLM's rule: names are tracked through plain assignments, filters, tests and slices, not
+through macros.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jinja2 import nodes
 
 
 def walks_content(template: nodes.Template) -> bool:
-    """True when the template has a loop over `content` of an item of `messages`."""
+    """True when the template loops over the `content` of an item of `messages`."""
     lists = _aliases(template, "messages")
     loops = [(loop.target, _source(loop.iter)) for loop in template.find_all(nodes.For)]
     items = {target.name for target, source in loops if isinstance(target, nodes.Name) and _is_name(source, lists)}
@@ -20,7 +20,7 @@ def walks_content(template: nodes.Template) -> bool:
 
 
 def _aliases(template: nodes.Template, name: str) -> set[str]:
-    """`name` and every variable that is assigned from it, directly or not."""
+    """`name` and every variable assigned from it, directly or indirectly."""
     assigned = [(each.target, _source(each.node)) for each in template.find_all(nodes.Assign)]
     names: set[str] = set()
     more = {name}
@@ -33,7 +33,7 @@ def _aliases(template: nodes.Template, name: str) -> set[str]:
 
 
 def _source(node: nodes.Node | None) -> nodes.Node | None:
-    """What `node` reads, behind filters, tests and slices."""
+    """The expression that `node` reads, without filters, tests and slices."""
     while True:
         match node:
             case nodes.Filter(node=inner) | nodes.Test(node=inner) | nodes.Getitem(node=inner, arg=nodes.Slice()):

@@ -1,9 +1,9 @@
-"""A chat as vLLM hands it to the chat template.
+"""Reshapes a chat as vLLM does before it renders the chat template.
 
-Clients send the OpenAI form; vLLM reshapes it before the template sees it, and so the ids that it caches are those of
-the reshaped chat: content becomes one string or a list of text parts, tool-call arguments become objects, tool calls
-and definitions get their keys in a fixed order. The rules are those of `chat_utils` and the request schema in vLLM
-0.32. What vLLM refuses may come out in any form or raise `TokenizeError`: no engine computes it.
+Clients send the OpenAI form. vLLM reshapes it before the template sees it, so the ids that it caches are those of the
+reshaped chat: content becomes one string or a list of text parts, tool-call arguments become objects, and the keys of
+tool calls and tool definitions get a fixed order. The rules are those of `chat_utils` and the request schema in vLLM
+0.32. A chat that vLLM refuses may yield any result or raise `TokenizeError`: no engine computes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TEXT_KEYS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-"""Types of content parts that are text, and the key that holds it."""
+"""The types of text parts, and the key that holds the text."""
 
 _KNOWN_PART_KEYS = frozenset(
     {
@@ -49,26 +49,26 @@ _KNOWN_PART_KEYS = frozenset(
         ),
     }
 )
-"""Keys of content parts that vLLM knows. A template that is given parts gets a text's other keys too."""
+"""Keys of content parts that vLLM knows. Templates that take parts also get the unknown keys of text parts."""
 
 BILLING_HEADER = "x-anthropic-billing-header"
-"""How a line begins that Claude Code puts first, different in every request; vLLM drops it from system messages."""
+"""Start of the line that Claude Code puts first and that differs in every request; vLLM drops it from system messages."""
 
 
 def has_media(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """True when some message carries anything but text: the engine alone knows its token ids."""
+    """True when a message contains anything but text: only the engine knows the token ids of that."""
     return any(is_media(part) for message in messages for part in _listed(message))
 
 
 def is_media(part: object) -> bool:
-    """True when a content part is anything but text, such as an image, or of a kind that nobody knows."""
+    """True when a content part is not text: an image, audio, video or an unknown type."""
     return not isinstance(part, str) and not (isinstance(part, dict) and (_is_text(part) or _is_reference(part)))
 
 
 def engine_messages(
     messages: Iterable[Mapping[str, Any]], *, parts: bool, in_schema_order: bool = True
 ) -> list[dict[str, Any]]:
-    """The messages as the template gets them: content as a list of parts, or joined to one string.
+    """The messages as the template gets them: content as a list of parts if `parts`, else joined into one string.
 
     `in_schema_order` is `Chat.in_schema_order`. Raises `TokenizeError` for content that is not text.
     """
@@ -78,7 +78,7 @@ def engine_messages(
 def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Engine messages for a template that does not know the role `developer`.
 
-    Developers become system messages, and those are put together in one, which comes first.
+    Developer messages become system messages, and all system messages are merged into one at the front.
     """
     if all(message["role"] != "developer" for message in messages):
         return messages
@@ -91,7 +91,7 @@ def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def engine_tools(tools: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Tool definitions with their keys in vLLM's order; a missing description or schema is null."""
+    """Tool definitions with keys in vLLM's order; a missing description or schema becomes null."""
     return None if tools is None else [_tool(tool) for tool in tools]
 
 
@@ -121,7 +121,7 @@ def _content(role: object, content: object, *, parts: bool) -> str | list[dict[s
     if role == "system":
         sent = [rest for part in sent if (rest := _without_billing(part)) is not None]
     shaped = [shape for part in sent if (shape := _part(part)) is not None]
-    # Tool results are one string whatever the template: few templates expect parts there.
+    # Tool results are one string for every template: few templates expect parts there.
     if parts and not (role == "tool" and all(part["type"] == "text" for part in shaped)):
         return shaped
     texts = [part["text"] if part["type"] == "text" else part["name"] for part in shaped]
@@ -129,7 +129,7 @@ def _content(role: object, content: object, *, parts: bool) -> str | list[dict[s
 
 
 def _part(part: object) -> dict[str, Any] | None:
-    """A content part as a template that walks parts gets it, or None when it is dropped."""
+    """A content part as templates that take parts get it, or None if it is dropped."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if isinstance(part, dict) and _is_text(part):
@@ -140,7 +140,7 @@ def _part(part: object) -> dict[str, Any] | None:
             return {"type": "text", "text": text} | {key: part[key] for key in part if key not in _KNOWN_PART_KEYS}
     elif isinstance(part, dict) and _is_reference(part):
         return {"type": "tool_reference", "name": part["name"]}
-    raise TokenizeError("a message carries content that is not text")
+    raise TokenizeError("a message contains content that is not text")
 
 
 def _is_text(part: Mapping[str, Any]) -> bool:
@@ -153,7 +153,7 @@ def _is_reference(part: Mapping[str, Any]) -> bool:
 
 
 def _without_billing(part: object) -> object | None:
-    """The part as sent without its header line; one that is nothing else goes as a whole."""
+    """The part without the billing line, or None if nothing else is left."""
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
     if not isinstance(text, str) or not text.startswith(BILLING_HEADER):
         return part
@@ -164,12 +164,12 @@ def _without_billing(part: object) -> object | None:
 
 
 def _assistant(message: Mapping[str, Any], *, in_schema_order: bool) -> dict[str, Any]:
-    """What an answer of the model has besides its content."""
+    """The fields of an assistant message besides role and content."""
     shaped: dict[str, Any] = {}
     calls = message.get("tool_calls")
     if calls:
         if not isinstance(calls, list):
-            raise TokenizeError("a message's tool calls are no list")
+            raise TokenizeError("a message's tool calls are not a list")
         shaped["tool_calls"] = [_tool_call(call, in_schema_order=in_schema_order) for call in calls]
     reasoning = message.get("reasoning")
     if reasoning is None:
@@ -180,7 +180,7 @@ def _assistant(message: Mapping[str, Any], *, in_schema_order: bool) -> dict[str
 
 
 def _tool_call(call: object, *, in_schema_order: bool) -> dict[str, Any]:
-    """Keys in the order of vLLM's schema, unknown ones last. Arguments that are no JSON object become an empty one."""
+    """Keys in the order of vLLM's schema, unknown ones last. Arguments that are not a JSON object become `{}`."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise TokenizeError("a tool call has no function")
     function = call["function"]
@@ -197,7 +197,7 @@ def _tool_call(call: object, *, in_schema_order: bool) -> dict[str, Any]:
 
 
 def _developer_tools(tools: object) -> object:
-    """Tools that a developer's message brings along: only their keys are put in order."""
+    """The tools of a developer message: only their keys are reordered."""
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in tools
     ):
@@ -220,7 +220,7 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ordered(fields: Mapping[str, Any], *first: str) -> dict[str, Any]:
-    """The fields with the keys `first` in front, where there are any."""
+    """The fields, with those of the keys `first` that exist moved to the front."""
     return {**{key: fields[key] for key in first if key in fields}, **fields}
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids: gigatoken where it is exact, Hugging Face `tokenizers` where it is not."""
+"""Encodes text to token ids: gigatoken where it is exact, Hugging Face `tokenizers` everywhere else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import tokenizers
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.young_characters import has_young_characters
+from matrixinfer.prompt.disputed_characters import has_disputed_characters
 
 T = TypeVar("T")
 
-HARD = (
+TRICKY_TEXTS = (
     "",
     " ",
     "Hello, world!",
@@ -36,45 +36,45 @@ HARD = (
     "zero\u200bwidth \ufeffbom \u00a0nbsp \u3000wide \x00\x01\x7f control",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!????---===~~~",
 )
-"""Text on which tokenizers tend to differ: blanks, contractions, digits, scripts, joiners, control characters."""
+"""Texts on which tokenizers tend to differ: blanks, contractions, digits, scripts, joiners, control characters."""
 
 _MAX_SPECIALS = 64
 
 _INLINE_EXACT_BYTES = 2 * 1024
 
 _SHORT_BYTES = 32 * 1024
-_LOOK_BYTES = 32 * 1024 * 1024
+_RELOAD_CHECK_BYTES = 32 * 1024 * 1024
 _MAX_GROWTH_BYTES = 512 * 1024 * 1024
 
 
-class TakesLong(TokenizeError):
-    """This text is not to be encoded on an event loop: it would stand still for long."""
+class NeedsThread(TokenizeError):
+    """Encoding this text would block the event loop for too long; encode it in a thread."""
 
 
 class Encoder(Protocol):
-    """One implementation of a tokenizer. Adds no special tokens of its own; finds those in the text."""
+    """One implementation of a tokenizer. It adds no special tokens, but recognizes those in the text."""
 
     name: str
     inline_bytes: int
-    """Text up to this long takes a millisecond at most; one of a single endless word takes ten times that."""
+    """Text up to this size takes at most a millisecond, or ten if it is a single endless word."""
     piece_chars: int
-    """Pieces of this length are worth remembering: shorter ones are as well encoded anew."""
+    """The shortest piece worth caching, in characters: shorter ones are just as fast to encode again."""
 
     def encode(self, text: str) -> TokenIds:
-        """Token ids of `text`, shape (n,). May raise any `Exception`."""
+        """The token ids of `text`, shape (n,). May raise any `Exception`."""
         ...
 
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
-        """Token ids of each of `texts`. May raise any `Exception`."""
+        """The token ids of each of `texts`, each of shape (n,). May raise any `Exception`."""
         ...
 
     def decode(self, ids: TokenIds) -> bytes:
-        """The bytes that the ids stand for, special tokens included. May raise any `Exception`."""
+        """The bytes that the ids encode, including special tokens. May raise any `Exception`."""
         ...
 
 
 class Reference:
-    """Hugging Face `tokenizers`: knows every model, a hundred times slower."""
+    """Hugging Face `tokenizers`: supports every model, but is a hundred times slower than gigatoken."""
 
     name = "tokenizers"
     inline_bytes = 2 * 1024
@@ -84,25 +84,22 @@ class Reference:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> TokenIds:
-        """See `Encoder`."""
         return self.encode_each([text])[0]
 
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
-        """See `Encoder`."""
         # Unlike `encode`, the batch call releases the GIL.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: TokenIds) -> bytes:
-        """See `Encoder`."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
 
 
 class Gigatoken:
-    """64 KB in half a millisecond; byte-level and SentencePiece BPE only.
+    """gigatoken: encodes 64 KB in half a millisecond; supports byte-level and SentencePiece BPE only.
 
-    Texts with characters on which it may differ go to `exact`: on an event loop short ones only, longer ones raise
-    `TakesLong`. `load` makes one, and may be called again; what it raises the first time is raised.
+    Texts with disputed characters go to `exact`. On an event loop that is done for short texts only; longer ones raise
+    `NeedsThread`. `load` creates the tokenizer and may be called again later; the constructor raises what it raises.
     """
 
     name = "gigatoken"
@@ -114,29 +111,27 @@ class Gigatoken:
         self._exact = exact
         with _panics():
             self._tokenizer = load()
-        self._bytes = 0
-        self._settled = resident_bytes()
+        self._bytes_since_check = 0
+        self._resident_after_load = resident_bytes()
 
     def encode(self, text: str) -> TokenIds:
-        """See `Encoder`."""
         return self.encode_each([text])[0]
 
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
-        """See `Encoder`."""
         data = [text.encode() for text in texts]
-        young = not all(map(str.isascii, texts)) and has_young_characters(b"".join(data))
-        if young and sum(map(len, data)) > _INLINE_EXACT_BYTES and _on_loop():
-            raise TakesLong("a character is too young for gigatoken")
+        disputed = not all(map(str.isascii, texts)) and has_disputed_characters(b"".join(data))
+        if disputed and sum(map(len, data)) > _INLINE_EXACT_BYTES and _on_loop():
+            raise NeedsThread("the text has characters that gigatoken may encode differently")
         with _panics():
             return [
-                self._exact.encode(text) if young and has_young_characters(each) else self._encode(each)
+                self._exact.encode(text) if disputed and has_disputed_characters(each) else self._encode(each)
                 for text, each in zip(texts, data, strict=True)
             ]
 
     def _encode(self, utf8: bytes) -> TokenIds:
-        self._bytes += len(utf8)
-        if self._bytes > _LOOK_BYTES:
-            self._look()
+        self._bytes_since_check += len(utf8)
+        if self._bytes_since_check > _RELOAD_CHECK_BYTES:
+            self._reload_if_grown()
         if len(utf8) <= _SHORT_BYTES:
             return self._tokenizer.encode(utf8)
         # `encode` holds the GIL for the whole text; a batch of one does not, and costs 5 µs more.
@@ -144,39 +139,42 @@ class Gigatoken:
         return rows[0, : int(lengths[0])]
 
     def decode(self, ids: TokenIds) -> bytes:
-        """See `Encoder`."""
-        # gigatoken itself aborts on ids that it does not know.
+        # gigatoken aborts the process on unknown ids.
         if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
             raise ValueError("an id is outside the vocabulary")
         return self._tokenizer.decode(ids)
 
-    def _look(self) -> None:
-        """Begin anew where it has grown too large: it remembers every word that it has met, without bound.
+    def _reload_if_grown(self) -> None:
+        """Replace the tokenizer once it has grown too large: it caches every word that it sees, without bound.
 
-        A text of random words costs 9 bytes a byte; 110 MB of source code have cost 9 MB. A new one takes 0.4 s, for which
-        it holds the interpreter, so it is made seldom. A file that has changed meanwhile is not taken.
+        Random words cost 9 bytes per byte of text; 110 MB of source code cost 9 MB. Loading a new one takes 0.4 s and
+        holds the GIL, so it happens rarely. If its file has changed meanwhile, the old one is kept.
         """
-        self._bytes = 0
+        self._bytes_since_check = 0
         resident = resident_bytes()
-        if resident - self._settled <= _MAX_GROWTH_BYTES:
+        if resident - self._resident_after_load <= _MAX_GROWTH_BYTES:
             return
         log = structlog.get_logger(__name__)
+        reason: str | None = None
         try:
             with _panics():
-                renewed = self._load()
+                reloaded = self._load()
         except (RuntimeError, ValueError, OSError) as error:
-            log.warning("tokenizer.not_renewed", reason=str(error).partition("\n")[0])
+            reason = str(error).partition("\n")[0]
         else:
-            if all(agree(self._tokenizer.encode, renewed.encode, text.encode()) for text in HARD):
-                self._tokenizer = renewed
+            if all(agree(self._tokenizer.encode, reloaded.encode, text.encode()) for text in TRICKY_TEXTS):
+                self._tokenizer = reloaded
             else:
-                log.warning("tokenizer.not_renewed", reason="its file has changed")
-        self._settled = resident_bytes()
-        log.info("tokenizer.renewed", resident_bytes=resident, now=self._settled)
+                reason = "its file has changed"
+        self._resident_after_load = resident_bytes()
+        if reason is None:
+            log.info("tokenizer_reloaded", resident_bytes=resident, now=self._resident_after_load)
+        else:
+            log.warning("tokenizer_reload_failed", reason=reason)
 
 
 def _on_loop() -> bool:
-    """Whether an event loop runs in this thread."""
+    """Whether an event loop is running in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -186,7 +184,7 @@ def _on_loop() -> bool:
 
 @contextmanager
 def _panics() -> Iterator[None]:
-    """Raise `RuntimeError` for a panic in gigatoken's Rust, which is no `Exception` and would end the process."""
+    """Turn a panic in gigatoken's Rust code into `RuntimeError`: as a bare `BaseException` it would end the process."""
     try:
         yield
     except BaseException as error:
@@ -198,29 +196,29 @@ def _panics() -> Iterator[None]:
 def choose(
     load: Callable[[], gigatoken.Tokenizer], exact: Encoder, special_tokens: Sequence[str], *, source: str
 ) -> Encoder:
-    """gigatoken, if its ids equal those of `exact` on every sample, else `exact`.
+    """Choose gigatoken if its ids equal those of `exact` on every sample, else `exact`.
 
-    Encodes the samples, which also pays for gigatoken's slow first call. `source` names the tokenizer in logs.
+    Encoding the samples also absorbs gigatoken's slow first call. `source` names the tokenizer in logs.
     """
     log = structlog.get_logger(__name__).bind(tokenizer=source)
     try:
         fast = Gigatoken(load, exact)
     except (RuntimeError, ValueError) as error:
-        log.info("tokenizer.slow", reason=str(error).partition("\n")[0])
+        log.info("gigatoken_refused", reason=str(error).partition("\n")[0])
         return exact
     some = special_tokens[:_MAX_SPECIALS]
-    samples = (*HARD, "a ".join(some), " ".join(some))
+    samples = (*TRICKY_TEXTS, "a ".join(some), " ".join(some))
     differing = [sample for sample in samples if not agree(fast.encode, exact.encode, sample)]
     if differing:
         log.warning(
-            "tokenizer.mismatch", sample=differing[0], differing=len(differing), of=len(samples), used=exact.name
+            "gigatoken_mismatched", sample=differing[0], differing=len(differing), of=len(samples), used=exact.name
         )
         return exact
     return fast
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell in `/proc`."""
+    """Resident memory of this process; 0 if `/proc` does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -229,7 +227,7 @@ def resident_bytes() -> int:
 
 
 def agree(one: Callable[[T], TokenIds], other: Callable[[T], TokenIds], text: T) -> bool:
-    """True when both encode `text` to the same ids. A text that one of them cannot encode is a disagreement."""
+    """True when both encode `text` to the same ids. If either of them fails, they disagree."""
     try:
         return np.array_equal(one(text), other(text))
     except Exception:  # noqa: BLE001 - boundary: both are foreign code, and `tokenizers` raises bare Exception
@@ -237,7 +235,7 @@ def agree(one: Callable[[T], TokenIds], other: Callable[[T], TokenIds], text: T)
 
 
 def added_around(reference: tokenizers.Tokenizer) -> tuple[TokenIds, TokenIds]:
-    """The ids that the post-processor puts before and after a text. Raises `ValueError` when it changes more."""
+    """The ids that the post-processor adds before and after a text. Raises `ValueError` if it changes anything else."""
     for probe in ("a", "0", " "):
         plain = reference.encode(probe, add_special_tokens=False).ids
         whole = reference.encode(probe).ids
@@ -247,4 +245,4 @@ def added_around(reference: tokenizers.Tokenizer) -> tuple[TokenIds, TokenIds]:
         stop = start + len(plain)
         if whole[start:stop] == plain:
             return np.array(whole[:start], dtype=np.uint32), np.array(whole[stop:], dtype=np.uint32)
-    raise ValueError("its post-processor changes more than the ends of a text")
+    raise ValueError("its post-processor changes more than the start and the end of a text")

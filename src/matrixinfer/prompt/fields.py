@@ -1,4 +1,4 @@
-"""What the requests of all APIs have in common: how they are decoded, and how their fields make a `Prompt`."""
+"""What the requests of all APIs share: decoding, and building a `Prompt` from their fields."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RAW_LIST = msgspec.json.Decoder(Annotated[list[Raw], Meta(min_length=1)])
 _WHOLE_BYTES = 512 * 1024
 
 _ENGINE_ARGUMENTS = frozenset({"chat_template", "conversation", "messages", "tokenize", "tools"})
-"""Names that the engine gives the template itself. Under `chat_template_kwargs` they replace what the request says."""
+"""Template variables that the engine sets. In `chat_template_kwargs` they override the request's own fields."""
 
 
 class _Transfer(Struct):
@@ -35,7 +35,7 @@ class _Transfer(Struct):
 
 
 class Request(Struct, kw_only=True):
-    """The fields that every API has in vLLM. What does not matter for routing is left for the engine to judge."""
+    """The fields that all APIs of vLLM share. Only the engine validates fields that do not matter for routing."""
 
     model: str
     stream: bool | None = None
@@ -46,17 +46,19 @@ class Request(Struct, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class First:
-    """The prompt that decides among those of a request: its text or its token ids."""
+class FirstPrompt:
+    """The first of a request's prompts, as text or token ids. Routing looks at this one only."""
 
     text: str | None
     token_ids: TokenIds | None
     prefix: bytes
+    """See `Prompt.prefix`."""
     alone: bool
+    """True when the request has no other prompt."""
 
 
 class ChatRequest(Request, kw_only=True):
-    """The fields of a chat. Messages are left undecoded for `Prompt.prefix`."""
+    """The fields of a chat. Messages stay undecoded for `Prompt.prefix`."""
 
     messages: Raw
     add_generation_prompt: bool | None = None
@@ -67,7 +69,7 @@ class ChatRequest(Request, kw_only=True):
 
 
 def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | None = None) -> T:
-    """Decode `data`, the whole body or the field `param` of it. Raises `InvalidRequest`."""
+    """Decode `data`: the whole body, or its field `param`. Raises `InvalidRequest`."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
@@ -90,46 +92,46 @@ def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | Non
 def messages(data: Raw) -> list[Object]:
     """Decode the field `messages`. Raises `InvalidRequest`.
 
-    Long ones are decoded one by one, so that other threads get their turn in between: a decoder keeps it to itself.
+    A long list is decoded message by message, so that other threads can run in between: the decoder holds the GIL.
     """
     if memoryview(data).nbytes > _WHOLE_BYTES:
         try:
             return [_OBJECT.decode(each) for each in _RAW_LIST.decode(data)]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass  # said in full below
+            pass  # `decode` raises it below, with the field's path
     return decode(MESSAGES, data, "messages")
 
 
-def first(prompts: str | list[Any], param: str) -> First:
-    """The first of `prompts`: a text, texts, token ids or lists of them. Raises `InvalidRequest`."""
+def first_prompt(prompts: str | list[Any], param: str) -> FirstPrompt:
+    """The first of `prompts`, which is a text, a list of texts, token ids, or lists of token ids. Raises `InvalidRequest`."""
     if isinstance(prompts, str):
-        return First(text=prompts, token_ids=None, prefix=prompts.encode(), alone=True)
+        return FirstPrompt(text=prompts, token_ids=None, prefix=prompts.encode(), alone=True)
     if not prompts:
         raise InvalidRequest(f"`{param}` must not be empty", param=param)
     head, alone = prompts[0], len(prompts) == 1
     if isinstance(head, str):
-        return First(text=head, token_ids=None, prefix=head.encode(), alone=alone)
+        return FirstPrompt(text=head, token_ids=None, prefix=head.encode(), alone=alone)
     if isinstance(head, int):
         head, alone = prompts, True
     elif not head:
         raise InvalidRequest(f"`{param}[0]` must not be empty", param=param)
     try:
-        ids = array("I", head)  # checks and converts in a third of the time that numpy takes
+        ids = array("I", head)  # checks and converts three times as fast as numpy
     except TypeError as error:
         raise InvalidRequest(f"`{param}` must not mix token ids with anything else", param=param) from error
     prefix = msgspec.json.encode(head)
-    return First(text=None, token_ids=np.frombuffer(ids, dtype=np.uint32), prefix=prefix, alone=alone)
+    return FirstPrompt(text=None, token_ids=np.frombuffer(ids, dtype=np.uint32), prefix=prefix, alone=alone)
 
 
 def required(param: str) -> InvalidRequest:
-    """The error for a field that is missing."""
+    """The error for a missing field."""
     return InvalidRequest(f"`{param}` is required", param=param)
 
 
 def template_variables(sent: Object | None, *, effort: str | None = None) -> Object | None:
-    """Variables of the template: those sent, and the reasoning effort, which turns thinking on or off.
+    """The template's variables: those in `sent`, plus the reasoning effort, which also turns thinking on or off.
 
-    As in vLLM null and "auto" stand for what is not set.
+    As in vLLM, null and "auto" mean "not set". Returns None if no variable is set.
     """
     variables = dict(sent or {})
     if effort is not None:
@@ -153,15 +155,15 @@ def prompt(
     reads_cache: bool = True,
     counted: bool = True,
 ) -> Prompt:
-    """The prompt of a request of `size` bytes.
+    """Build the `Prompt` of a request of `size` bytes.
 
-    `truncates` is where the engine truncates a prompt unless the request names a side: left where it generates, right
-    where it pools, and None in APIs that know no truncation.
+    `truncates` is the side on which the engine truncates a prompt unless the request names one: left when generating,
+    right when pooling, and None in APIs without truncation.
     """
     side = truncates and (request.truncation_side or truncates)
     keep = None if side is None else request.truncate_prompt_tokens
     if keep is not None and keep <= 0:
-        keep = None  # -1 is the whole context, which a prompt seldom exceeds; 0 leaves nothing to compute
+        keep = None  # -1 means the whole context, which prompts rarely exceed; 0 leaves nothing to compute
     if (
         keep is not None
         and side == "left"
@@ -169,7 +171,7 @@ def prompt(
         and add_special_tokens
         and token_ids is None
     ):
-        inexact = inexact or "the tokenizer's own special tokens stay where the prompt is truncated"
+        inexact = inexact or "the engine keeps the tokenizer's own special tokens when it truncates the prompt"
     inexact = inexact or _replaced(request, chat)
     if inexact is not None:
         chat = text = token_ids = None
@@ -193,11 +195,11 @@ def prompt(
 
 
 def _replaced(request: Request, chat: Chat | None) -> str | None:
-    """What takes the place of a chat that the request spells out, if anything does."""
+    """Why the engine uses something else than the chat in the request, or None if it uses the chat."""
     if chat is None:
         return None
     if request.kv_transfer_params is not None and request.kv_transfer_params.prompt_token_ids is not None:
-        return "another engine's token ids come with the chat"
+        return "the request carries another engine's token ids"
     if chat.chat_template_kwargs and not _ENGINE_ARGUMENTS.isdisjoint(chat.chat_template_kwargs):
-        return "`chat_template_kwargs` replaces what the engine gives the template"
+        return "`chat_template_kwargs` overrides variables that the engine sets"
     return None

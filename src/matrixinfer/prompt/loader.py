@@ -1,4 +1,4 @@
-"""A model's tokenizer by its configuration and the files in its folder."""
+"""Loads a model's tokenizer, chosen by its configuration and the files in its folder."""
 
 from __future__ import annotations
 
@@ -28,59 +28,55 @@ RENDERED_BY_ENGINE: Mapping[str, str] = MappingProxyType(
         "MoonshotKimiaForCausalLM": "kimi_audio",
     }
 )
-"""Architectures whose chats vLLM 0.32 writes without a chat template, and the tokenizer mode that it takes for them."""
+"""Architectures whose chats vLLM 0.32 renders without a chat template, and the tokenizer mode that it uses for them."""
 
 _HARMONY_TYPE = "gpt_oss"
-"""The model type whose chats vLLM writes in the harmony format, whatever the tokenizer mode; its `/tokenize` does not."""
-_HARMONY = "the engine writes chats of gpt-oss in the harmony format, without a template"
+"""The model type whose chats vLLM renders in the harmony format in every tokenizer mode, except in `/tokenize`."""
+_HARMONY = "the engine renders chats of gpt-oss in the harmony format, without a template"
 
 _MISTRAL_FILE = re.compile(r"tekken\.json|tokenizer\.model\.v.*")
 _MISTRAL_ONLY_FILE = re.compile(r"tekken.*\.json|.*\.model\.v\d+(m\d+)?")
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-_LOOKED_FOR = (
-    "tokenizer.json, tekken.json, tokenizer.model.v*, tiktoken.model, *.tiktoken or a tokenizer.model of ranks"
-)
+_ALL_KINDS = "tokenizer.json, tekken.json, tokenizer.model.v*, tiktoken.model, *.tiktoken or a tokenizer.model of ranks"
 
 
 class TextTokenizer:
-    """A tokenizer for a model whose chats only the engine can write: it encodes texts and refuses chats.
+    """A tokenizer for a model whose chats only the engine can render: it encodes texts and refuses chats.
 
-    `tells` says whether the engine's `/tokenize` writes them as it does for requests.
+    `ask_engine` is True if the engine's `/tokenize` renders chats as it does for requests. `reason` goes into the
+    `TokenizeError` for chats.
     """
 
-    def __init__(self, tokenizer: Tokenizer, reason: str, *, tells: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, reason: str, *, ask_engine: bool) -> None:
         self._tokenizer = tokenizer
         self._reason = reason
-        self.tells = tells
+        self.ask_engine = ask_engine
 
     @property
     def name(self) -> str:
-        """See `Tokenizer`."""
         return self._tokenizer.name
 
     @property
     def inline_bytes(self) -> int:
-        """See `Tokenizer`."""
         return self._tokenizer.inline_bytes
 
     def tokenize(self, prompt: Prompt) -> Tokens:
-        """See `Tokenizer`."""
         if prompt.chat is not None:
             raise TokenizeError(self._reason)
         return self._tokenizer.tokenize(prompt)
 
 
 def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: int = 0) -> Tokenizer:
-    """The tokenizer of `model`, whose `tokenizer` is set; takes seconds for large vocabularies.
+    """Load the tokenizer of `model`, whose `tokenizer` must be set. Takes seconds for large vocabularies.
 
     `block_size` and `cache_bytes` are those of `LocalTokenizer.load`. Raises `ConfigError` below the key `where` of the
-    model's configuration: when there is no file of the configured kind, when files leave the kind open, and when the
-    extra is not installed that reads it.
+    model's configuration: if there is no file of the configured kind, if the files allow more than one kind, or if
+    reading the file needs an extra that is not installed.
     """
     if model.tokenizer is None:
-        raise ConfigError(f"{where}.tokenizer", "the model's folder is not configured")
+        raise ConfigError(f"{where}.tokenizer", "expected the path of the model's folder")
     path = Path(model.tokenizer)
-    mode, file = _found(path, model.tokenizer_mode, where=f"{where}.tokenizer")
+    mode, file = _find(path, model.tokenizer_mode, where=f"{where}.tokenizer")
     tokenizer: Tokenizer
     if mode == "mistral":
         return _mistral(file, where=f"{where}.tokenizer")
@@ -90,8 +86,8 @@ def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: 
         tokenizer = LocalTokenizer.load(
             file, model.chat_template, where=where, block_size=block_size, cache_bytes=cache_bytes
         )
-    reason = _engine_writes(file.parent, model, where=f"{where}.tokenizer")
-    return tokenizer if reason is None else TextTokenizer(tokenizer, reason, tells=reason != _HARMONY)
+    reason = _engine_renders(file.parent, model, where=f"{where}.tokenizer")
+    return tokenizer if reason is None else TextTokenizer(tokenizer, reason, ask_engine=reason != _HARMONY)
 
 
 def _mistral(file: Path, *, where: str) -> Tokenizer:
@@ -116,8 +112,8 @@ def _missing(extra: str, file: Path, *, where: str) -> ConfigError:
     return ConfigError(where, f"{file} needs an extra: pip install 'matrixinfer-gateway[{extra}]'")
 
 
-def _found(path: Path, mode: str, *, where: str) -> tuple[Mode, Path]:
-    """What kind of vocabulary is at `path`, and its file."""
+def _find(path: Path, mode: str, *, where: str) -> tuple[Mode, Path]:
+    """Find the vocabulary at `path`: its kind and its file."""
     if path.is_file():
         return _kind(path, mode), path
     if not path.is_dir():
@@ -127,17 +123,17 @@ def _found(path: Path, mode: str, *, where: str) -> tuple[Mode, Path]:
     own = _mistral_file(names, only_named=mode == "auto")
     ranks = next((each for each in names.values() if _is_ranks(each)), None)
     if mode == "auto" and own and any(re.fullmatch(r"consolidated.*\.safetensors", name) for name in names):
-        return "mistral", own  # as vLLM: Mistral's own weights and vocabulary
+        return "mistral", own  # as in vLLM: Mistral's own weights and vocabulary
     if mode == "auto" and own and json and not any(name.endswith(".safetensors") for name in names):
         raise ConfigError(
             f"{where}Mode",
-            f"{path} holds {own.name} and {json.name}; say `mistral` or `hf`, whichever the engine takes",
+            f"{path} has both {own.name} and {json.name}; set `mistral` or `hf`, whichever the engine uses",
         )
     found: dict[Mode, Path | None] = {"hf": json, "mistral": own, "tiktoken": ranks}
     for kind, file in found.items():
         if file is not None and mode in ("auto", kind):
             return kind, file
-    raise ConfigError(where, f"{path} has no vocabulary for `tokenizerMode: {mode}`; looked for {_wanted(mode)}")
+    raise ConfigError(where, f"{path} has no vocabulary for `tokenizerMode: {mode}`; looked for {_file_names(mode)}")
 
 
 def _kind(file: Path, mode: str) -> Mode:
@@ -149,7 +145,7 @@ def _kind(file: Path, mode: str) -> Mode:
 
 
 def _mistral_file(names: Mapping[str, Path], *, only_named: bool) -> Path | None:
-    """The file that mistral-common takes: `tekken.json` first, else the last by name."""
+    """The file that mistral-common loads: `tekken.json` if it exists, else the last match by name."""
     if "tekken.json" in names:
         return names["tekken.json"]
     pattern = _MISTRAL_FILE if only_named else re.compile(r".*\.model(\.v\d+(m\d+)?)?")
@@ -157,23 +153,23 @@ def _mistral_file(names: Mapping[str, Path], *, only_named: bool) -> Path | None
 
 
 def _is_ranks(file: Path) -> bool:
-    """True for lines of base64 and a number, in a file that is named as such vocabularies are."""
+    """True if the file is named like a tiktoken vocabulary and starts with a line of base64 and a number."""
     if file.suffix not in (".model", ".tiktoken"):
         return False
     with file.open("rb") as opened:
         return _RANKS.fullmatch(opened.readline(4096)) is not None
 
 
-def _wanted(mode: str) -> str:
+def _file_names(mode: str) -> str:
     return {
         "hf": "tokenizer.json",
         "mistral": "tekken.json or *.model.v*",
         "tiktoken": "tiktoken.model, *.tiktoken or a tokenizer.model of ranks",
-    }.get(mode, _LOOKED_FOR)
+    }.get(mode, _ALL_KINDS)
 
 
-def _engine_writes(folder: Path, model: ModelConfig, *, where: str) -> str | None:
-    """Why only the engine can write the model's chats, if so. A configured chat template says that it can be done here."""
+def _engine_renders(folder: Path, model: ModelConfig, *, where: str) -> str | None:
+    """Why only the engine can render the model's chats, or None. A configured chat template always means None."""
     if model.chat_template is not None:
         return None
     config = read_json(folder / "config.json", where=where)
@@ -184,12 +180,12 @@ def _engine_writes(folder: Path, model: ModelConfig, *, where: str) -> str | Non
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
         if name in RENDERED_BY_ENGINE:
-            return f"the engine writes chats of {name} itself, without a template"
-    return _code_writes(folder, where=where)
+            return f"the engine renders chats of {name} itself, without a template"
+    return _code_renders(folder, where=where)
 
 
-def _code_writes(folder: Path, *, where: str) -> str | None:
-    """Code in the model's folder, which the engine runs, may do more than the chat template says."""
+def _code_renders(folder: Path, *, where: str) -> str | None:
+    """Why the model's own code, which the engine runs, may render chats differently from the template; else None."""
     config: Mapping[str, Any] = read_json(folder / "tokenizer_config.json", where=where)
     code = code_of(config)
     if code is None:
@@ -197,4 +193,4 @@ def _code_writes(folder: Path, *, where: str) -> str | None:
     file = folder / f"{code.rpartition('--')[2].partition('.')[0]}.py"
     if file.is_file() and "def apply_chat_template(" not in read_text(file, where=where):
         return None
-    return f"the model's own code ({code}) may write chats otherwise than its template"
+    return f"the model's own code ({code}) may render chats differently from its template"

@@ -22,13 +22,13 @@ from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
-from matrixinfer.prompt.fit import Fit, fit, fitted
 from matrixinfer.prompt.multimodal import before_media
 from matrixinfer.prompt.segments import Cutter, cutter_of
+from matrixinfer.prompt.template_traits import TemplateTraits, adapt, probe
 
 
 class LocalTokenizer:
-    """Renders chats and encodes text exactly as the engine does. Safe to use from several threads."""
+    """Renders chats and encodes text exactly as the engine does. Thread-safe."""
 
     def __init__(
         self,
@@ -58,16 +58,16 @@ class LocalTokenizer:
         block_size: int = 128,
         cache_bytes: int = 0,
     ) -> LocalTokenizer:
-        """Load `tokenizer.json`, given as the file or as its folder; takes seconds for large vocabularies.
+        """Load `tokenizer.json`, given as the file or as its folder. Takes seconds for large vocabularies.
 
-        `chat_template` is `chatml`, a Jinja file, or None for the tokenizer's own. Up to `cache_bytes` of what was
-        tokenized are remembered, with hashes of blocks of `block_size` tokens. Raises `ConfigError` at the key `where`
-        of the model's configuration.
+        `chat_template` is `chatml`, a Jinja file, or None for the tokenizer's own. Up to `cache_bytes` of token ids
+        are cached, with hashes of blocks of `block_size` tokens. Raises `ConfigError` below the key `where` of the
+        model's configuration.
         """
         files = tokenizer_files.read(path, where=f"{where}.tokenizer")
         try:
             reference = tokenizers.Tokenizer.from_buffer(files.data)
-            # What a file says about batches of training text does not hold for prompts.
+            # The file's padding and truncation are meant for training batches, not for prompts.
             reference.no_padding()
             reference.no_truncation()
             around = encoders.added_around(reference)
@@ -106,9 +106,9 @@ class LocalTokenizer:
         block_size: int,
         cache_bytes: int,
     ) -> LocalTokenizer:
-        """Put it together of its parts; the other arguments are those of `load`.
+        """Build the tokenizer from its parts. The other arguments are those of `load`.
 
-        `description` is the vocabulary's, as a `tokenizer.json` has it, and `around` what it adds before and after a text.
+        `description` has the form of a `tokenizer.json`; `around` are the ids added before and after a text.
         """
         sources = files.templates
         if chat_template is not None:
@@ -120,7 +120,7 @@ class LocalTokenizer:
         except TokenizeError as error:
             raise ConfigError(f"{where}.chatTemplate", str(error)) from error
         cutter = cutter_of(description, sources.values(), shortest=encoder.piece_chars)
-        cutter = _proven(cutter, encoder, source=str(files.path))
+        cutter = _verified(cutter, encoder, source=str(files.path))
         cache = TokenCache(encoder.encode_each, cutter, block_size=block_size, max_bytes=cache_bytes)
         before, after = around
         return cls(encoder, before=before, after=after, templates=templates, cache=cache)
@@ -132,16 +132,16 @@ class LocalTokenizer:
 
     @property
     def cache_stats(self) -> CacheStats:
-        """What its cache holds and has been good for."""
+        """Counters and size of the token cache."""
         return self._cache.stats
 
     @property
     def inline_bytes(self) -> int:
-        """Larger requests are better tokenized in a thread."""
+        """Larger requests, in bytes, should be tokenized in a thread."""
         return self._encoder.inline_bytes
 
     def tokenize(self, prompt: Prompt) -> Tokens:
-        """See `Tokenizer`."""
+        """See `Tokenizer.tokenize`."""
         timings: dict[str, float] = {}
         text, complete = prompt.text, True
         if prompt.chat is not None:
@@ -157,26 +157,26 @@ class LocalTokenizer:
         return Tokens(ids=ids, complete=complete, hashes=hashes, timings_ms=timings)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
-        """Token ids of `text`, shape (n,), between those that the tokenizer adds. Raises `TokenizeError`."""
+        """The token ids of `text`, shape (n,), optionally with the special tokens around it. Raises `TokenizeError`."""
         return self._encode(text, before=add_special_tokens, after=add_special_tokens)[0]
 
     def render(self, chat: Chat) -> str:
-        """The chat as the engine's template writes it. Raises `TokenizeError`."""
-        template, chat = self._template(chat), self._fitted(chat)
+        """The chat's text as the engine renders it. Raises `TokenizeError`."""
+        template, chat = self._template(chat), self._adapted(chat)
         messages = engine_messages(chat.messages, parts=template.content_parts, in_schema_order=chat.in_schema_order)
-        return _written(template, chat, messages)
+        return _rendered(template, chat, messages)
 
     def render_before_media(self, chat: Chat) -> str:
-        """What the engine's template certainly writes before the first image, audio or video, in whole tokens.
+        """The text that certainly precedes the first image, audio or video, cut at a token boundary.
 
         Raises `TokenizeError`.
         """
-        template, chat = self._template(chat), self._fitted(chat)
-        text = before_media(chat, partial(_written, template, chat), parts=template.content_parts)
+        template, chat = self._template(chat), self._adapted(chat)
+        text = before_media(chat, partial(_rendered, template, chat), parts=template.content_parts)
         return self._cache.cutter.settled(text)
 
     def decode(self, ids: TokenIds) -> bytes:
-        """The bytes behind token ids, special tokens included. Raises `TokenizeError` for unknown ids."""
+        """The bytes that token ids encode, including special tokens. Raises `TokenizeError` for unknown ids."""
         try:
             return self._encoder.decode(ids)
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
@@ -187,30 +187,30 @@ class LocalTokenizer:
             return self._cache.encode(
                 text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
             )
-        except encoders.TakesLong:
+        except encoders.NeedsThread:
             raise
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error
 
-    def _fitted(self, chat: Chat) -> Chat:
-        return fitted(chat, self._fit) if chat.joins_system or chat.thinking_off else chat
+    def _adapted(self, chat: Chat) -> Chat:
+        return adapt(chat, self._traits) if chat.joins_system or chat.thinking_off else chat
 
     @cached_property
-    def _fit(self) -> Fit:
-        return fit((template.source for template in self._templates.values()), self.render)
+    def _traits(self) -> TemplateTraits:
+        return probe((template.source for template in self._templates.values()), self.render)
 
     def _template(self, chat: Chat) -> ChatTemplate:
         if chat.own_template:
-            raise TokenizeError("the request brings its own chat template")
+            raise TokenizeError("the request supplies its own chat template")
         names = ("tool_use", "default") if chat.tools is not None else ("default",)
         for name in names:
             if name in self._templates:
                 return self._templates[name]
-        raise TokenizeError("the tokenizer has no chat template; name one as `chatTemplate` of the model")
+        raise TokenizeError("the tokenizer has no chat template; set `chatTemplate` of the model")
 
 
-def _written(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
-    """What the template makes of engine messages."""
+def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
+    """Render engine messages with the template."""
     sent = chat.chat_template_kwargs or {}
     variables = {key: value for key, value in sent.items() if key not in RESERVED}
     return template.render(
@@ -223,13 +223,13 @@ def _written(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]])
     )
 
 
-def _proven(cutter: Cutter, encoder: encoders.Encoder, *, source: str) -> Cutter:
-    """`cutter`, if cutting leaves the ids of a sample as they are, else one that cuts nothing."""
-    block = "\nLine ".join(encoders.HARD) * (1 + encoder.piece_chars // 500)
+def _verified(cutter: Cutter, encoder: encoders.Encoder, *, source: str) -> Cutter:
+    """`cutter` if cutting does not change the ids of a sample, else a cutter that never cuts."""
+    block = "\nLine ".join(encoders.TRICKY_TEXTS) * (1 + encoder.piece_chars // 500)
     sample = block.join(("", *cutter.tokens, "", "\n", ""))
     if encoders.agree(encoder.encode, lambda text: np.concatenate(encoder.encode_each(cutter.cut(text))), sample):
         return cutter
-    structlog.get_logger(__name__).warning("tokenizer.uncut", tokenizer=source)
+    structlog.get_logger(__name__).warning("tokenizer_cutting_disabled", tokenizer=source)
     return Cutter()
 
 

@@ -1,4 +1,4 @@
-"""Which tokenizer serves which model, and the limits that hold for all of them."""
+"""Chooses the tokenizer for a model, and enforces the limits that all tokenizers share."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
-from matrixinfer.prompt.encoders import TakesLong
+from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
 
 _THREADS = 2
 _MAX_QUEUED = 256
-"""Prompts that wait for a thread, or are in one."""
+"""Limit of prompts that wait for a thread or are being tokenized in one."""
 _INLINE_BODY_BYTES = 256 * 1024
 _INLINE_PIECES = 256
-"""Chats of more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
+"""Chats with more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokenized:
-    """A prompt's tokens, and who made them."""
+    """A prompt's tokens, and where they come from: the request itself, this process or an engine."""
 
     tokens: Tokens
     source: Literal["request", "local", "remote"]
 
 
 class TokenizerManager:
-    """Tokenizes prompts: by the model's own tokenizer where one is configured, else by asking an engine.
+    """Tokenizes prompts with the model's own tokenizer if one is configured, else by asking an engine.
 
     Use as an async context manager, which loads the tokenizers and owns the threads.
     """
@@ -61,10 +61,10 @@ class TokenizerManager:
         self._queued = 0
 
     async def __aenter__(self) -> Self:
-        """Load the configured tokenizers. Raises `ConfigError` when one cannot be loaded."""
+        """Load the configured tokenizers. Raises `ConfigError` if one cannot be loaded."""
         self._local = await asyncio.to_thread(self._load)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        # Of its own, as no request can be routed that waits to be read behind others that are tokenized.
+        # A separate thread: a request must not wait for others to be tokenized before it is even parsed.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         return self
 
@@ -77,34 +77,34 @@ class TokenizerManager:
 
     @property
     def caches(self) -> Mapping[str, CacheStats]:
-        """What the models' own tokenizers remember, by model."""
+        """The token cache counters of each model's own tokenizer, by model."""
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
 
     async def read(self, path: str, body: bytes) -> Prompt:
-        """`parse`, in a thread where the body is large."""
+        """`parse` the body, in a thread if it is large. Raises `InvalidRequest`."""
         if len(body) <= _INLINE_BODY_BYTES:
             return parse(path, body)
         return await asyncio.get_running_loop().run_in_executor(self._reader, parse, path, body)
 
     async def tokenize(self, prompt: Prompt, *, model: str, engines: Sequence[Engine]) -> Tokenized:
-        """Token ids of `prompt` for `model`, the index's name of it.
+        """The token ids of `prompt` for `model`, the index's name of the model.
 
-        `engines` serve the model; they are asked where it has no tokenizer of its own here.
-        Raises only `TokenizeError`: also when the request is too large or the deadline passes.
+        `engines` serve the model; they are asked if the model has no tokenizer here, or if only an engine can render
+        the prompt. Raises only `TokenizeError`, also if the request is too large or the deadline passes.
         """
         if prompt.inexact is not None:
             raise TokenizeError(prompt.inexact)
         if prompt.token_ids is not None:
-            return Tokenized(tokens=_kept(Tokens(ids=prompt.token_ids), prompt), source="request")
+            return Tokenized(tokens=_truncated(Tokens(ids=prompt.token_ids), prompt), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 tokenizer = self._local.get(model)
-                if tokenizer is None or _is_engines(prompt, tokenizer):
+                if tokenizer is None or _needs_engine(prompt, tokenizer):
                     return await self._ask(prompt, model, engines)
                 tokens = await self._run(tokenizer, prompt)
-                return Tokenized(tokens=_kept(tokens, prompt), source="local")
+                return Tokenized(tokens=_truncated(tokens, prompt), source="local")
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
@@ -121,14 +121,14 @@ class TokenizerManager:
         }
 
     async def _run(self, tokenizer: Tokenizer, prompt: Prompt) -> Tokens:
-        """Tokenize here where that takes no time worth speaking of, else in a thread."""
+        """Tokenize on the event loop if that is fast, else in a thread."""
         if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
             try:
                 return tokenizer.tokenize(prompt)
-            except TakesLong:
+            except NeedsThread:
                 pass
         if self._queued >= _MAX_QUEUED:
-            raise TokenizeError(f"{_MAX_QUEUED} prompts wait for their token ids already")
+            raise TokenizeError(f"{_MAX_QUEUED} prompts are already waiting to be tokenized")
         job = asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.tokenize, prompt)
         self._queued += 1
         job.add_done_callback(self._dequeued)
@@ -139,24 +139,24 @@ class TokenizerManager:
 
     async def _ask(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         if self._remote is None or not engines:
-            raise TokenizeError(f"no tokenizer is configured for {model}, and no engine can be asked")
+            raise TokenizeError(f"no tokenizer is configured for {model}, and there is no engine to ask")
         start = self._clock()
         ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
         took = {"tokenize": (self._clock() - start) * 1e3}
-        return Tokenized(tokens=_kept(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
+        return Tokenized(tokens=_truncated(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
 
 
-def _is_engines(prompt: Prompt, tokenizer: Tokenizer) -> bool:
-    """Whether only an engine can write the prompt, and tells how."""
+def _needs_engine(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """Whether only an engine can render the prompt, and its `/tokenize` does so exactly."""
     if prompt.chat is None:
         return False
-    return prompt.chat.own_template or (isinstance(tokenizer, loader.TextTokenizer) and tokenizer.tells)
+    return prompt.chat.own_template or (isinstance(tokenizer, loader.TextTokenizer) and tokenizer.ask_engine)
 
 
-def _kept(tokens: Tokens, prompt: Prompt) -> Tokens:
-    """The tokens that the engine keeps of a prompt that it is to truncate."""
+def _truncated(tokens: Tokens, prompt: Prompt) -> Tokens:
+    """The tokens that remain after the engine truncates the prompt, if the request asks it to."""
     if prompt.keep_last is not None and not tokens.complete:
-        raise TokenizeError("the prompt carries images, audio or video and is truncated from its beginning")
+        raise TokenizeError("the prompt contains images, audio or video, and its beginning is truncated")
     if prompt.keep_last is not None and len(tokens.ids) > prompt.keep_last:
         return replace(tokens, ids=tokens.ids[-prompt.keep_last :], hashes=None)
     if prompt.keep_first is not None and len(tokens.ids) > prompt.keep_first:
@@ -165,7 +165,7 @@ def _kept(tokens: Tokens, prompt: Prompt) -> Tokens:
 
 
 def _pieces(prompt: Prompt) -> int:
-    """How many things are shaped one by one for the chat template."""
+    """How many items the chat template processes one by one."""
     chat = prompt.chat
     if chat is None:
         return 0

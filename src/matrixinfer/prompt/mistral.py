@@ -1,8 +1,7 @@
-"""Mistral's own tokenizers and chat encoding, run by `mistral-common`.
+"""Mistral's own tokenizers and chat encoding, as implemented by `mistral-common`.
 
-Mistral's models have no chat template: `mistral-common` makes token ids of messages itself, in a way that depends on
-the version that the vocabulary names. What happens to a chat before that follows vLLM 0.32 with
-`--tokenizer-mode mistral`.
+Mistral's models have no chat template: `mistral-common` turns messages into token ids directly, in a way that depends
+on the version that the vocabulary names. The chat is prepared as vLLM 0.32 does with `--tokenizer-mode mistral`.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Library
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.conversation import engine_tools, has_media
-from matrixinfer.prompt.fit import Fit, fitted
+from matrixinfer.prompt.template_traits import TemplateTraits, adapt
 
 _ID_CHARS = 9
-"""vLLM keeps this many characters at the end of a tool call's id; Mistral's models know no longer ones."""
+"""vLLM keeps only the last characters of a tool call's id; Mistral's models do not know longer ids."""
 
 _RESPONSES_PATH = "/v1/responses"
-"""The one API whose tool call ids vLLM leaves as they are."""
+"""The only API whose tool call ids vLLM does not shorten."""
 
 _ENCODING_ARGUMENTS = frozenset({"max_length", "padding", "tokenize", "truncation"})
-"""Names under `chat_template_kwargs` that change what vLLM's tokenizer returns."""
+"""Keys of `chat_template_kwargs` that change what vLLM's tokenizer returns."""
 
 _EFFORT_VERSION = 15
-"""The first version of the vocabularies that knows the reasoning effort."""
+"""The first vocabulary version that supports the reasoning effort."""
 
-_FIT = Fit(joins_system=True, disabled_effort="none")
-"""What vLLM assumes of a model without a chat template, and finds of vocabularies that know the reasoning effort."""
+_TRAITS = TemplateTraits(joins_system=True, disabled_effort="none")
+"""What vLLM assumes for a model without a chat template, and detects for vocabularies with a reasoning effort."""
 
 
 class MistralTokenizer:
-    """Encodes chats and texts exactly as vLLM does. Safe to use from several threads."""
+    """Encodes chats and texts exactly as vLLM does. Thread-safe."""
 
     name = "mistral-common"
     inline_bytes = 2 * 1024
@@ -60,17 +59,17 @@ class MistralTokenizer:
         try:
             library = Library.from_file(str(file), mode=ValidationMode.test)
         except Exception as error:  # boundary: the library raises KeyError, AssertionError and others on odd files
-            raise ConfigError(where, f"{file} is not a usable tokenizer of Mistral's: {error}") from error
+            raise ConfigError(where, f"{file} is not a usable Mistral tokenizer: {error}") from error
         return cls(library)
 
     def tokenize(self, prompt: Prompt) -> Tokens:
-        """See `Tokenizer`. A chat is not rendered to text first, so only `tokenize` is timed."""
+        """See `Tokenizer.tokenize`. A chat is not rendered to text first, so only `tokenize` is timed."""
         start = self._clock()
         if prompt.chat is not None:
             _check(prompt.chat)
         try:
             ids = self._encode(prompt)
-        except Exception as error:  # noqa: BLE001 - boundary: the library raises whatever its validation comes to
+        except Exception as error:  # noqa: BLE001 - boundary: the library's validation raises many types
             # Not `from error`: its messages quote the prompt.
             raise TokenizeError(f"{self.name} refused the prompt: {type(error).__name__}") from None
         took = (self._clock() - start) * 1e3
@@ -84,7 +83,7 @@ class MistralTokenizer:
         return self._library.instruct_tokenizer.tokenizer.encode(prompt.text, bos=prompt.add_special_tokens, eos=False)
 
     def _encode_chat(self, chat: Chat, *, short_ids: bool) -> list[int]:
-        chat = fitted(chat, _FIT)
+        chat = adapt(chat, _TRAITS)
         settings: dict[str, Any] = {}
         if int(self._library.version.value.removeprefix("v")) >= _EFFORT_VERSION:
             settings["reasoning_effort"] = (chat.chat_template_kwargs or {}).get("reasoning_effort")
@@ -99,22 +98,24 @@ class MistralTokenizer:
 
 
 def _check(chat: Chat) -> None:
-    """Refuse what vLLM refuses, and what it does otherwise than by encoding the messages."""
+    """Refuse chats that vLLM refuses, and chats that it does not encode from their messages alone."""
     if chat.own_template:
-        raise TokenizeError("the request brings its own chat template")
+        raise TokenizeError("the request supplies its own chat template")
     if has_media(chat.messages):
-        raise TokenizeError("the prompt carries images, audio or video")
+        raise TokenizeError("the prompt contains images, audio or video")
     if not _ENCODING_ARGUMENTS.isdisjoint(chat.chat_template_kwargs or ()):
         raise TokenizeError("`chat_template_kwargs` changes how the engine encodes the chat")
     last_is_answer = chat.messages[-1].get("role") == "assistant"
     if chat.add_generation_prompt and (last_is_answer or chat.continue_final_message):
-        raise TokenizeError("an answer at the end takes no generation prompt")
+        raise TokenizeError(
+            "`add_generation_prompt` is set, but the chat ends with an assistant message or continues one"
+        )
     if chat.continue_final_message and not last_is_answer:
-        raise TokenizeError("the final message is no answer, so it cannot be continued")
+        raise TokenizeError("`continue_final_message` is set, but the final message is not from the assistant")
 
 
 def _message(message: Mapping[str, Any], *, short_ids: bool) -> dict[str, Any]:
-    """A message as vLLM hands it to the library."""
+    """A message as vLLM passes it to the library."""
     shaped = {key: value for key, value in message.items() if key != "reasoning_content"}
     if message.get("reasoning") is None:
         shaped["reasoning"] = message.get("reasoning_content")
@@ -126,7 +127,7 @@ def _message(message: Mapping[str, Any], *, short_ids: bool) -> dict[str, Any]:
 
 
 def _tool_call(call: Mapping[str, Any], *, short_ids: bool) -> dict[str, Any]:
-    """Arguments that are no JSON object become an empty one, as for every other model."""
+    """Arguments that are not a JSON object become `{}`, as for every other model."""
     function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str):

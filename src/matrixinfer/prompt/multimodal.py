@@ -1,9 +1,9 @@
-"""The text before the first image, audio or video of a chat: what is certain of such a prompt.
+"""Renders the text before the first image, audio or video of a chat: the only part of such a prompt that is certain.
 
-vLLM gives a template that walks content parts each medium as a part of its own, and the template writes its own
-placeholder. Where content is one string, vLLM puts a placeholder of the model's into the message's text, in front of
-it or in between. Either way the engine replaces it by as many tokens as the medium has. Nothing of that is guessed:
-the chat is rendered with marks where media are, and only what every rendering begins with is taken.
+If a template takes content parts, vLLM passes each medium as a part and the template writes a placeholder. If content
+is one string, vLLM inserts the model's placeholder into the message's text, before or inside it. Either way the engine
+replaces the placeholder by as many tokens as the medium needs. None of that is guessed here: the chat is rendered with
+marks in place of media, and only the text that all renderings begin with is used.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _Message = dict[str, Any]
 _Write = Callable[[list[_Message]], str]
 
 _MARK = "\ue000medium\ue001"
-"""Private characters: text that has them, too, only makes the certain part shorter."""
+"""Private-use characters. If a text contains them as well, the certain part only gets shorter."""
 
 _KINDS = (
     ("image", ("image_url", "input_image", "image_pil", "image_embeds")),
     ("audio", ("audio_url", "input_audio", "audio_embeds")),
     ("video", ("video_url", "video_embeds")),
 )
-"""What vLLM calls a part for the template, by the part's type or, where it has none, by its key."""
+"""The part type that vLLM passes to the template, and the part types (or keys, if there is no type) that map to it."""
 
 
 def before_media(chat: Chat, write: _Write, *, parts: bool) -> str:
-    """The beginning of the chat's text that comes before its first medium, possibly empty.
+    """The chat's text before its first medium, possibly empty.
 
-    `write` is given messages as `engine_messages` shapes them, `parts` says in which form, and returns the template's
-    text. A tokenizer may join the last characters with what follows. Raises `TokenizeError`.
+    `write` renders messages in the form of `engine_messages`; `parts` selects that form. A tokenizer may merge the last
+    characters with the text that follows. Raises `TokenizeError`.
     """
     first = next((i for i, message in enumerate(chat.messages) if has_media([message])), None)
     if first is None:
-        raise TokenizeError("the prompt carries no images, audio or video")
+        raise TokenizeError("the prompt contains no images, audio or video")
 
     def shaped(messages: Sequence[Mapping[str, Any]]) -> list[_Message]:
         return engine_messages(messages, parts=parts, in_schema_order=chat.in_schema_order)
@@ -54,7 +54,7 @@ def before_media(chat: Chat, write: _Write, *, parts: bool) -> str:
 
 
 def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with marks for media."""
+    """The message with marks in place of media."""
     if not has_media([message]):
         return message
     return {**message, "content": [_text(_MARK) if is_media(part) else part for part in message["content"]]}
@@ -66,7 +66,7 @@ def _media_first(message: Mapping[str, Any]) -> object:
 
 
 def _with_media(messages: Sequence[Mapping[str, Any]], shaped: list[_Message]) -> list[_Message]:
-    """The shaped messages with the parts that the template is really given for media."""
+    """The shaped messages with the media parts that the template really gets."""
     return [
         {**after, "content": _parts(before["content"])} if has_media([before]) else after
         for before, after in zip(messages, shaped, strict=True)
@@ -90,13 +90,13 @@ def _medium(part: object) -> _Message:
         for kind, names in _KINDS:
             if any(name in names for name in named):
                 return {"type": kind}
-    raise TokenizeError("a message carries content of an unknown kind")
+    raise TokenizeError("a message contains content of an unknown type")
 
 
 def _keeps_order(message: Mapping[str, Any], write: _Write) -> bool:
-    """True when the template writes a message's text that comes before its first medium in that order.
+    """True when the template writes the text before a message's first medium in the original order.
 
-    Some write all images first. It is tried with texts that cannot be taken for a placeholder.
+    Some templates write all images first. This is tested with texts that cannot be confused with a placeholder.
     """
     content = message["content"]
     at = next(i for i, part in enumerate(content) if is_media(part))
@@ -118,11 +118,11 @@ def _text(text: str) -> _Message:
 
 
 def _before_mark(text: str) -> str:
-    """What comes before the first mark; nothing when the template drops it."""
+    """The text before the first mark, or "" if the template dropped the mark."""
     at = text.find(_MARK)
     return text[: max(at, 0)]
 
 
 def _common(text: str, other: str) -> str:
-    """What both begin with."""
+    """The longest common prefix."""
     return text[: bisect_left(range(len(text)), 1, key=lambda i: not other.startswith(text[: i + 1]))]

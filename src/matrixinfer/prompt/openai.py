@@ -1,4 +1,4 @@
-"""Chats and completions of the OpenAI API, as vLLM reads them."""
+"""Reads chats and completions of the OpenAI API as vLLM does."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
 
 
 def chat(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/chat/completions`.
+    """Read a request to `/v1/chat/completions`. Raises `InvalidRequest`.
 
-    Tools reach the template even under `tool_choice: none`, which is how vLLM behaves unless it is started with
-    `--exclude-tools-when-tool-choice-none`. Asked to echo, vLLM computes log-probabilities of the whole prompt.
+    Tools reach the template even with `tool_choice: none`, as in vLLM unless it runs with
+    `--exclude-tools-when-tool-choice-none`. With `echo`, vLLM computes log-probabilities of the whole prompt.
     """
     request = fields.decode(_CHAT, body)
     tools = fields.decode(fields.OBJECTS, request.tools, "tools")
@@ -67,18 +67,18 @@ def chat(path: str, body: bytes) -> Prompt:
 
 
 def completion(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/completions`. Of a list of prompts the first decides; embeddings come before any other."""
+    """Read a request to `/v1/completions`. Routing uses the first prompt; embeddings come first. Raises `InvalidRequest`."""
     request = fields.decode(_COMPLETION, body)
     inexact: str | None = None
     if bytes(request.prompt_embeds) != b"null":
-        inexact = "the prompt is made of embeddings"
-        first = fields.First(text=None, token_ids=None, prefix=bytes(request.prompt_embeds), alone=False)
+        inexact = "the prompt consists of embeddings"
+        first = fields.FirstPrompt(text=None, token_ids=None, prefix=bytes(request.prompt_embeds), alone=False)
     elif request.prompt is not None:
-        first = fields.first(request.prompt, "prompt")
+        first = fields.first_prompt(request.prompt, "prompt")
     else:
         raise fields.required("prompt")
     if request.suffix is not None:
-        inexact = inexact or "only the engine knows how a suffix is put"
+        inexact = inexact or "only the engine knows how it inserts a suffix"
     echoed = request.echo is True and request.logprobs is not None
     return fields.prompt(
         path,

@@ -1,7 +1,7 @@
-"""Embeddings, scores and rankings, as vLLM reads them. Of several prompts the one that is computed first decides.
+"""Reads requests for embeddings, scores and rankings as vLLM does. Routing uses the prompt that is computed first.
 
-Models that read text in lower case, or that put an instruction in front of it, see other tokens: their prompts are
-short, are seldom cached, and match nothing.
+Models that lowercase text or prepend an instruction see other tokens. Their prompts are short, are rarely cached, and
+match nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ _INPUT = msgspec.json.Decoder(str | list[str | TokenId | fields.Object | list[To
 
 
 def embeddings(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/embeddings`: texts, token ids or chats as `input`, chats as `messages`."""
+    """Read a request to `/v1/embeddings`: texts, token ids or chats in `input`, or chats in `messages`.
+
+    Raises `InvalidRequest`.
+    """
     request = fields.decode(_EMBEDDING, body)
     param = "input" if bytes(request.messages) == b"null" else "messages"
     raw = request.input if param == "input" else request.messages
@@ -60,7 +63,7 @@ def embeddings(path: str, body: bytes) -> Prompt:
         return _chat(path, request, messages, len(body), count=len(value) if batch else 1)
     if param == "messages":
         raise InvalidRequest("`messages` must be a list of messages", param=param)
-    first = fields.first(value, param)
+    first = fields.first_prompt(value, param)
     return fields.prompt(
         path,
         request,
@@ -75,16 +78,16 @@ def embeddings(path: str, body: bytes) -> Prompt:
 
 
 def rerank(path: str, body: bytes) -> Prompt:
-    """Read a request to `/rerank`; see `score`."""
+    """Read a request to `/rerank`; see `score`. Raises `InvalidRequest`."""
     request = fields.decode(_RERANK, body)
     return _query(path, request, request.query, len(body))
 
 
 def score(path: str, body: bytes) -> Prompt:
-    """Read a request to `/score`. The first query is the prompt.
+    """Read a request to `/score`. The first query is the prompt. Raises `InvalidRequest`.
 
-    That is what a bi-encoder computes first. A cross-encoder puts the document behind the query, so that only what
-    comes before the query's last tokens is certain; one with a template of its own sees another text.
+    A bi-encoder computes the first query first. A cross-encoder appends the document to the query, so the ids are
+    certain only up to the query's last tokens; a cross-encoder with its own template sees another text.
     """
     request = fields.decode(_SCORE, body)
     queries = next(
@@ -120,9 +123,9 @@ def _chat(path: str, request: _EmbeddingRequest, messages: list[fields.Object], 
 def _query(path: str, request: _ScoringRequest, query: str | fields.Object, size: int) -> Prompt:
     inexact = None
     if not isinstance(query, str):
-        inexact = "the query carries content that is not text"
+        inexact = "the query contains content that is not text"
     elif request.max_tokens_per_query:
-        inexact = "the engine shortens the query"
+        inexact = "the engine truncates the query"
     return fields.prompt(
         path,
         request,

@@ -1,7 +1,7 @@
-"""Token ids from the engines themselves: the `/tokenize` of vLLM and SGLang.
+"""Asks the engines for token ids: the `/tokenize` of vLLM and SGLang.
 
-At most two engines are asked for a prompt, another one first each time, and those that failed lately last. Requests that
-ask the same at the same time share one answer.
+At most two engines are asked per prompt, in round-robin order; engines that failed recently come last. Concurrent calls
+with the same prompt share one answer.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import numpy as np
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Prompt, TokenId
-from matrixinfer.prompt.questions import question
+from matrixinfer.prompt.tokenize_requests import tokenize_request
 
 _ENGINES_ASKED = 2
-_MAX_QUESTIONS = 1024
-"""Different questions under way at once."""
+_MAX_PROMPTS = 1024
+"""Limit of different prompts that are being tokenized at the same time."""
 _REST_SECONDS = 5.0
-"""An engine that failed is asked last for this long."""
+"""For this long, an engine that failed is asked only after the others."""
 _INLINE_BYTES = 64 * 1024
-"""Longer answers are decoded in a thread: it takes 8 ms per MiB."""
+"""Longer answers are decoded in a thread: decoding takes 8 ms per MiB."""
 _ABSENT_SECONDS = 60.0
-"""An engine without the endpoint is not asked for this long."""
+"""For this long, an engine without `/tokenize` is not asked at all."""
 
 
 class Engine(Protocol):
-    """Who can be asked."""
+    """An engine that can be asked."""
 
     @property
     def url(self) -> str:
@@ -43,11 +43,11 @@ class Engine(Protocol):
 
     @property
     def engine(self) -> str | None:
-        """What it calls itself, such as `vllm`; None until it told."""
+        """The engine's own name of its kind, such as `vllm`; None until it has reported it."""
         ...
 
     def index_name(self, name: str) -> str | None:
-        """Its own name of a model that a client asks for; None when it is not known to serve it."""
+        """The engine's own name of the model that a client requested; None if it is not known to serve it."""
         ...
 
 
@@ -63,7 +63,7 @@ def _ids(answer: bytes) -> TokenIds:
 
 
 class _Failed(TokenizeError):
-    """This engine cannot answer now, or not at all (`absent`); another one may."""
+    """This engine cannot answer now, or has no `/tokenize` at all (`absent`). Another engine may answer."""
 
     def __init__(self, message: str, *, absent: bool = False) -> None:
         super().__init__(message)
@@ -71,15 +71,15 @@ class _Failed(TokenizeError):
 
 
 @dataclass(slots=True)
-class _Asked:
-    """A question under way, and how many wait for its answer."""
+class _Request:
+    """A request to the engines, and how many callers wait for its answer."""
 
     task: asyncio.Task[TokenIds]
     waiting: int = 0
 
 
 class RemoteTokenizer:
-    """Asks engines. Every wait has a deadline: the caller's. With `rests` false those that failed are asked on."""
+    """Asks engines for token ids, within the caller's deadline. With `rests=False`, engines that failed are not skipped."""
 
     def __init__(
         self,
@@ -94,56 +94,57 @@ class RemoteTokenizer:
         self._rests = rests
         self._clock = clock
         self._turns = itertools.count()
-        self._under_way: dict[bytes, _Asked] = {}
-        self._resting: dict[str, tuple[float, bool]] = {}  # URL -> until when, and whether the endpoint is absent
+        self._under_way: dict[bytes, _Request] = {}
+        self._resting: dict[str, tuple[float, bool]] = {}  # URL -> end of the rest, and whether `/tokenize` is absent
 
     async def tokenize(
         self, prompt: Prompt, engines: Sequence[Engine], model: str, *, timeout_seconds: float
     ) -> TokenIds:
-        """The ids of `prompt`, shape (n,), as one of `engines`, which serve `model`, sees it.
+        """The ids of `prompt`, shape (n,), according to one of `engines`, which serve `model`.
 
-        Raises `TokenizeError` when they refuse, fail, answer nonsense or take longer than `timeout_seconds`.
+        Raises `TokenizeError` if the engines refuse, fail, give an invalid answer or take longer than
+        `timeout_seconds`.
         """
         chosen = self._chosen(engines)
         bodies = [
-            msgspec.json.encode(question(prompt, engine.index_name(prompt.model) or model, engine.engine))
+            msgspec.json.encode(tokenize_request(prompt, engine.index_name(prompt.model) or model, engine.engine))
             for engine in chosen
         ]
-        asked = self._under_way.get(bodies[0])
-        if asked is None:
-            if len(self._under_way) >= _MAX_QUESTIONS:
-                raise TokenizeError(f"{_MAX_QUESTIONS} prompts are being tokenized by engines already")
+        request = self._under_way.get(bodies[0])
+        if request is None:
+            if len(self._under_way) >= _MAX_PROMPTS:
+                raise TokenizeError(f"engines are already tokenizing {_MAX_PROMPTS} prompts")
             asking = self._ask([engine.url for engine in chosen], bodies, timeout_seconds / len(chosen))
-            asked = self._under_way[bodies[0]] = _Asked(asyncio.create_task(asking))
-            asked.task.add_done_callback(lambda task: self._answered(bodies[0], task))
-        asked.waiting += 1
+            request = self._under_way[bodies[0]] = _Request(asyncio.create_task(asking))
+            request.task.add_done_callback(lambda task: self._answered(bodies[0], task))
+        request.waiting += 1
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await asyncio.shield(asked.task)
+                return await asyncio.shield(request.task)
         except TimeoutError as error:
             raise TokenizeError(f"no engine answered within {timeout_seconds} s") from error
         finally:
-            asked.waiting -= 1
-            if not asked.waiting:
-                self._leave(bodies[0], asked.task)  # nobody may join what is about to end
-                asked.task.cancel()  # of no effect when it is done
+            request.waiting -= 1
+            if not request.waiting:
+                self._leave(bodies[0], request.task)  # a later caller must not join a task that is being cancelled
+                request.task.cancel()  # no effect if it is done
 
     def _answered(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
         self._leave(body, task)
         if not task.cancelled():
-            task.exception()  # whoever waited has it; when nobody does any more, it is of no interest
+            task.exception()  # mark it as retrieved: waiting callers got it, and without any it does not matter
 
     def _leave(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
         if body in self._under_way and self._under_way[body].task is task:
             del self._under_way[body]
 
     def _chosen(self, engines: Sequence[Engine]) -> list[Engine]:
-        """Whom to ask, in this order. Raises `TokenizeError` when there is nobody."""
+        """The engines to ask, in this order. Raises `TokenizeError` if there is none."""
         now = self._clock()
         self._resting = {url: rest for url, rest in self._resting.items() if rest[0] > now}
         able = [engine for engine in engines if not self._resting.get(engine.url, (0.0, False))[1]]
         if not able:
-            raise TokenizeError("no engine can be asked" if not engines else "the engines have no /tokenize")
+            raise TokenizeError("there is no engine to ask" if not engines else "the engines have no /tokenize")
         turn = next(self._turns) % len(able)
         order = sorted((*able[turn:], *able[:turn]), key=lambda engine: engine.url in self._resting)
         return order[:_ENGINES_ASKED]
@@ -161,7 +162,7 @@ class RemoteTokenizer:
         raise TokenizeError("; ".join(failures))
 
     async def _post(self, url: str, body: bytes, timeout_seconds: float) -> TokenIds:
-        """Ask one engine. Raises `TokenizeError` when it refuses the prompt, as others would, and `_Failed` else."""
+        """Ask one engine. Raises `TokenizeError` if it refuses the prompt, as others would too; else `_Failed`."""
         try:
             async with self._session.post(
                 f"{url.rstrip('/')}/tokenize",
@@ -179,16 +180,16 @@ class RemoteTokenizer:
         except TimeoutError as error:
             raise _Failed(f"{url}/tokenize did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Failed(f"{url}/tokenize is out of reach: {type(error).__name__}") from error
+            raise _Failed(f"cannot reach {url}/tokenize: {type(error).__name__}") from error
         try:
             return _ids(answer) if len(answer) <= _INLINE_BYTES else await asyncio.to_thread(_ids, answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _Failed(f"{url}/tokenize answered something else than token ids") from error
+            raise _Failed(f"{url}/tokenize did not answer with token ids") from error
 
     async def _read(self, response: aiohttp.ClientResponse, url: str) -> bytes:
         answer = bytearray()
         async for chunk in response.content.iter_any():
             answer += chunk
             if len(answer) > self._max_response_bytes:
-                raise _Failed(f"{url}/tokenize answered more than {self._max_response_bytes} bytes")
+                raise _Failed(f"{url}/tokenize answered with more than {self._max_response_bytes} bytes")
         return bytes(answer)

@@ -1,4 +1,4 @@
-"""Which API each path is, and how its requests are read."""
+"""Maps each path that takes a prompt to the function that reads its requests."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
         "/v2/rerank": pooling.rerank,
     }
 )
-"""Every path that takes a prompt, and its reader."""
+"""Path to reader. A reader takes the path and the body, and raises `InvalidRequest`."""
 
 
 def parse(path: str, body: bytes) -> Prompt:
-    """Read a request. Raises `InvalidRequest`, whose `param` names the field at fault."""
+    """Read a request. Raises `InvalidRequest`, whose `param` names the invalid field."""
     reader = READERS.get(path)
     if reader is None:
         raise InvalidRequest(f"{path} is not an API that takes a prompt")

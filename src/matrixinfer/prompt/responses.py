@@ -1,4 +1,4 @@
-"""The OpenAI API's `/v1/responses`: input items become the chat that vLLM makes of them."""
+"""Reads requests to the OpenAI API's `/v1/responses` into the chat that vLLM builds from their input items."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _CUSTOM_TOOL_PARAMETERS = {
     "required": ["input"],
     "additionalProperties": False,
 }
-"""vLLM shows a model its custom tools as functions of one string; the words are vLLM's."""
+"""vLLM presents custom tools to a model as functions of one string, with this description."""
 
 _UNFINISHED = ("in_progress", "incomplete")
 
 
 def response(path: str, body: bytes) -> Prompt:
-    """Read a request to `/v1/responses`.
+    """Read a request to `/v1/responses`. Raises `InvalidRequest`.
 
-    vLLM lets the tokenizer add its special tokens here, even to what a template writes.
+    Here vLLM lets the tokenizer add its special tokens even to rendered chats.
     """
     request = fields.decode(_REQUEST, body)
     items = fields.decode(_INPUT, request.input, "input")
@@ -53,7 +53,7 @@ def response(path: str, body: bytes) -> Prompt:
     chat: Chat | None = None
     inexact: str | None = None
     if request.previous_response_id is not None or request.previous_input_messages is not None:
-        inexact = "the engine keeps the conversation's beginning"
+        inexact = "the engine stores the beginning of the conversation"
     else:
         try:
             chat = _chat(request, items, tools)
@@ -96,7 +96,7 @@ def _chat(request: _Request, items: str | list[fields.Object], tools: list[field
 
 
 def _append(messages: list[fields.Object], item: fields.Object) -> None:
-    """Add an item to the messages made of those before it. One answer's reasoning, text and calls become one message.
+    """Append an item. The reasoning, text and tool calls of one assistant turn become one message.
 
     Raises `TokenizeError` for items that vLLM does not render.
     """
@@ -112,11 +112,11 @@ def _append(messages: list[fields.Object], item: fields.Object) -> None:
     elif isinstance(role, str):
         messages.append(item)
     else:
-        raise TokenizeError("an input item is of a kind that the engine does not render")
+        raise TokenizeError("the engine does not render input items of this type")
 
 
 def _answer(messages: list[fields.Object], key: str, value: object) -> None:
-    """Add to the model's answer before it what that does not have yet, or begin another."""
+    """Add a field to the last assistant message if it lacks that field, else start another message."""
     last = messages[-1] if messages and messages[-1].get("role") == "assistant" else None
     if key == "tool_calls" and last is not None:
         before = last.get(key)
@@ -128,7 +128,7 @@ def _answer(messages: list[fields.Object], key: str, value: object) -> None:
 
 
 def _first_text(content: object) -> str | None:
-    """An answer's text: vLLM takes the first part alone."""
+    """An assistant message's text: vLLM uses only the first part."""
     if isinstance(content, list):
         content = content[0].get("text") if content and isinstance(content[0], dict) else None
     return content if isinstance(content, str) else None
@@ -155,7 +155,7 @@ def _is_unfinished(item: fields.Object) -> bool:
 
 
 def _tools(tools: list[fields.Object]) -> list[fields.Object]:
-    """The tools that a model is shown: functions, those of namespaces, and custom tools. Others run in the engine."""
+    """The tools that the model sees: functions, functions in namespaces, and custom tools. Others run in the engine."""
     shown: list[fields.Object] = []
     for tool in tools:
         match tool.get("type"):

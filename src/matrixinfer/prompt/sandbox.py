@@ -1,7 +1,7 @@
-"""The Jinja dialect of chat templates, as Hugging Face transformers 5 sets it up: a sandbox with a few things more.
+"""The Jinja dialect of chat templates: a sandbox with the extensions of Hugging Face transformers 5.
 
-Jinja's sandbox looks at every attribute that a template asks for, in several steps of Python. Most are keys of
-messages, methods of texts and the state of a loop; for those the outcome is known beforehand.
+Jinja's sandbox checks every attribute access in several Python calls. Most accesses are keys of messages, methods of
+strings and loop variables, for which the result is known in advance; those take a short cut here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from jinja2.utils import Namespace
 
 _ATTRIBUTES_OF_DICTS = frozenset(dir(dict))
 _METHODS_OF_TEXTS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
-"""Those that the sandbox hands out as they are; formatting it wraps."""
+"""The sandbox returns these methods unchanged; it wraps the formatting methods."""
 _STATE_OF_LOOPS = frozenset({"depth", "depth0", "first", "index", "index0", "last", "length", "revindex", "revindex0"})
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles chat templates. `now` is the clock behind `strftime_now`."""
+    """Compiles chat templates. `now` is the clock of `strftime_now`."""
 
     def __init__(self, *, now: Callable[[], datetime]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -40,7 +40,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """See `Environment`: the outcomes are those of the base class, found sooner."""
+        """Return what the base class returns, but faster."""
         kind = type(obj)
         if kind is dict:
             if attribute not in _ATTRIBUTES_OF_DICTS:
@@ -63,7 +63,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Variables(Namespace):
-    """Jinja's `namespace`, without names that lead into Python's own."""
+    """Jinja's `namespace` that refuses names with a leading underscore, which could reach Python internals."""
 
     def __init__(*args: Any, **fields: Any) -> None:
         self, *rest = args
@@ -79,17 +79,17 @@ class _Variables(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace has no room for {name!r}")
+        raise SecurityError(f"a namespace cannot have the attribute {name!r}")
 
 
 class _Dicts:
-    """What a template may do with `dict`."""
+    """The parts of `dict` that a template may use."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As of `dict`."""
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
@@ -101,7 +101,7 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block has a scope of its own, which no loop control reaches out of.
+        # A call block has its own scope, so `break` and `continue` inside it cannot leave it.
         return nodes.CallBlock(self.call_method("_rendered"), [], [], body).set_lineno(line)
 
     def _rendered(self, caller: Callable[[], str]) -> str:
@@ -119,5 +119,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
+    """Plain JSON. Jinja's own filter escapes HTML, which models have not seen in training."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,15 +1,15 @@
-r"""Where a text can be cut so that its pieces' token ids, one after the other, are the ids of the whole.
+r"""Finds positions where a text can be cut so that the token ids of its pieces, concatenated, equal those of the whole.
 
-Two kinds of places are certain:
+Two kinds of positions are safe:
 
-- Before an added token. A tokenizer finds its added tokens in the text first and treats what lies between them each by
-  itself, unless a token is stretched by its flags, or a rule holds for the text's beginning only.
-- After a line break, before an ASCII letter, where no match of the pre-tokenizer's pattern can hold both. Normal forms
-  do not compose the two either.
+- Before an added token. A tokenizer first finds its added tokens in the text and then encodes the text between them
+  separately, unless a token's flags extend its match, or a rule applies only at the start of the text.
+- After a line break and before an ASCII letter, if no match of the pre-tokenizer's pattern can contain both.
+  Normalization does not compose the two either.
 
-A tokenizer is asked what it consists of, and anything that is not known here to keep to this means: no cut. Long prompts
-are mostly conversations, which begin with the same pieces every time, so that a cache of pieces tokenizes only what is
-new.
+The tokenizer's description is inspected, and any component that is not known to be safe here disables cutting. Long
+prompts are mostly conversations that begin with the same pieces every time, so a cache of pieces leaves only the new
+text to be tokenized.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 _LINE = re.compile(r"\n(?=[A-Za-z])")
 
 _MAX_TOKENS = 256
-"""Added tokens that are looked for at most."""
+"""Limit of added tokens to search for."""
 
 _LOCAL_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
-"""They change a text between added tokens, or on the two sides of a line's end, each by itself."""
+"""Normalizers that treat the texts between added tokens, and before and after a line break, independently."""
 
 _PIECEWISE = frozenset({"Split", "Digits", "Punctuation"})
-"""Pre-tokenizers that know no beginning of the text: what they do with a piece does not depend on its place."""
+"""Pre-tokenizers whose result for a piece does not depend on its position in the text."""
 
 _LINEWISE = frozenset(
     {
@@ -51,31 +51,31 @@ _LINEWISE = frozenset(
         r"\s+",
     }
 )
-r"""Alternatives of the patterns in use. None matches a line break and a letter after it."""
+r"""Alternatives of the patterns in use. None matches a line break followed by a letter."""
 
 _LINE_END = r"\s*[\r\n]+"
 _BLANKS = (r"\s+(?!\S)", r"\s+")
-"""They treat blanks at a text's end in their own way, so the alternative for line ends must come before them."""
+"""These treat blanks at the end of a text specially, so the alternative for line ends must come before them."""
 
 
 class Cutter:
-    """Cuts texts for one tokenizer: before the added tokens `tokens` and, where pieces get long, at `lines`.
+    """Cuts texts for one tokenizer: before the added tokens `tokens` and, with `lines`, at line ends in long pieces.
 
-    A piece has `shortest` characters at least, but for the last one.
+    Every piece but the last has at least `shortest` characters.
     """
 
     def __init__(self, tokens: Sequence[str] = (), *, lines: bool = False, shortest: int = 64) -> None:
         self.tokens = tokens
         self.lines = lines
         self.shortest = shortest
-        self._longest = 2 * shortest  # beyond it a line's end will do
+        self._longest = 2 * shortest  # longer pieces are cut at a line end
         longest_first = sorted(tokens, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
 
     def cut(self, text: str, start: int = 0) -> list[str]:
-        """The pieces of `text` from `start` on, where a piece begins; none of them is empty.
+        """The pieces of `text` from `start` on, where a piece must begin. No piece is empty.
 
-        A text that goes on after `text` has the same pieces but the last.
+        A longer text that begins with `text` has the same pieces except for the last one.
         """
         pieces: list[str] = []
         end = len(text)
@@ -95,26 +95,26 @@ class Cutter:
         return pieces
 
     def cuts(self, text: str, at: int) -> bool:
-        """Whether `text` may be cut at `at`, or ends there."""
+        """Whether `text` may be cut at position `at`, or ends there."""
         if at == len(text) or (self._tokens is not None and self._tokens.match(text, at)):
             return True
         return self.lines and at > 0 and _LINE.match(text, at - 1) is not None
 
     def settled(self, text: str) -> str:
-        """The beginning of `text` whose ids do not depend on what follows `text`."""
+        """The beginning of `text` whose ids do not depend on any text appended to it."""
         return text[: max((0, *(text.rfind(token) for token in self.tokens)))]
 
     def _token(self, text: str, start: int) -> int:
-        """Where the first token from `start` on begins; the text's end if there is none."""
+        """The position of the first added token from `start` on, or the end of the text."""
         found = None if self._tokens is None else self._tokens.search(text, start)
         return len(text) if found is None else found.start()
 
 
 def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str], *, shortest: int = 64) -> Cutter:
-    """The cutter for a tokenizer, given as the JSON of its `tokenizer.json`.
+    """The cutter for a tokenizer, which is given as the decoded `tokenizer.json`.
 
-    Of its added tokens those are looked for that the chat templates write. Where they write none of them, all that
-    qualify are, but for numbered ones, which are places held for later use.
+    It cuts at the added tokens that the chat templates contain. If they contain none, it cuts at all safe added tokens
+    except numbered ones, which are reserved for later use.
     """
     normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
     pre_tokenizers = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
@@ -130,7 +130,7 @@ def cutter_of(tokenizer: Mapping[str, Any], templates: Iterable[str], *, shortes
 
 
 def _parts(node: object, key: str) -> list[Mapping[str, Any]]:
-    """A part of a tokenizer as a flat list: a sequence holds others."""
+    """A component of a tokenizer as a flat list; a `Sequence` contains others."""
     if not isinstance(node, dict):
         return []
     if node.get("type") != "Sequence":
@@ -140,7 +140,7 @@ def _parts(node: object, key: str) -> list[Mapping[str, Any]]:
 
 def _is_local(normalizer: Mapping[str, Any]) -> bool:
     if normalizer.get("type") == "Replace":
-        # A single character can be split by no cut.
+        # No cut can split a single character.
         pattern = normalizer.get("pattern")
         return isinstance(pattern, dict) and len(pattern.get("String", "")) == 1
     return normalizer.get("type") in _LOCAL_NORMALIZERS
@@ -155,7 +155,7 @@ def _is_piecewise(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _certain(candidates: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tokens that are found wherever they stand: nothing stretches them, and no other token can run into them."""
+    """The tokens that are always found in full: no flag extends them, and no other token can overlap them."""
     contents = [token["content"] for token in added]
     ends = {content[i:] for content in contents for i in range(1, len(content))}
     inner = "\0".join(content[1:] for content in contents)
@@ -171,7 +171,7 @@ def _certain(candidates: Sequence[Mapping[str, Any]], added: Sequence[Mapping[st
 
 
 def _is_linewise(normalizers: Sequence[Mapping[str, Any]], pre_tokenizers: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a line's end and a letter after it are always kept apart, and each is treated as if it stood alone."""
+    """Whether a line break and a following letter are always separated, and each side is encoded independently."""
     splits = [_alternatives(each) for each in pre_tokenizers if each.get("type") == "Split"]
     others = [each for each in pre_tokenizers if each.get("type") != "Split"]
     return (
@@ -187,12 +187,12 @@ def _ends_lines_first(alternatives: Sequence[str]) -> bool:
 
 
 def _takes_line_breaks(token: Mapping[str, Any]) -> bool:
-    """Whether an added token may take in a line break before a letter: one of its own, or what it strips before it."""
+    """Whether an added token may include a line break before a letter: in its text, or by stripping blanks before it."""
     return "\n" in token["content"] or (token["lstrip"] and token["content"][:1].isalpha())
 
 
 def _alternatives(split: Mapping[str, Any]) -> list[str]:
-    """The alternatives of a pattern, cut at the bars that no bracket encloses; the whole where it is not isolated."""
+    """The alternatives of a split pattern, separated at top-level bars; `[""]`, which is never safe, for other splits."""
     pattern = split.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if not isinstance(regex, str) or split.get("behavior") != "Isolated" or split.get("invert"):

@@ -1,8 +1,8 @@
-"""Vocabularies in tiktoken's form: a line of base64 and a rank for each token.
+"""Loads vocabularies in tiktoken's format: one line per token, with base64 and a rank.
 
-Such a file carries neither special tokens, which `tokenizer_config.json` names, nor the pattern that splits a text,
-which the model's code holds. The patterns in use are few; one is chosen by the configuration where the folder does not
-tell.
+Such a file contains neither the special tokens, which are in `tokenizer_config.json`, nor the pattern that splits a
+text, which is in the model's code. Only a few patterns are in use; if the folder does not determine one, the
+configuration must.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from matrixinfer.prompt.tokenizer_files import TokenizerFiles, code_of, read_voc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How models of a family use their ranks."""
+    """How a family of models uses its ranks."""
 
     pattern: str
-    """Matches the pieces that are encoded each by itself; regular expression of tiktoken."""
+    """A regular expression in tiktoken's dialect. Each match is encoded separately."""
     reserved: int = 0
-    """Ids after the ranks that are special tokens, named or not."""
+    """Number of ids after the ranks that are special tokens, named or not."""
     slices: bool = False
-    """Long texts are sliced first, as Kimi's own code does."""
+    """Whether long texts are sliced first, as Kimi's own code does."""
 
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -52,7 +52,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "cl100k": Family(pattern=rf"{_WORDS}|\p{{N}}{{1,3}}|{_MARKS}|{_BLANKS}"),
         "kimi": Family(
-            # Han characters are words of their own, so they leave the classes of letters.
+            # Han characters form separate words, so they are excluded from the classes of letters.
             pattern=r"[\p{Han}]+|"
             + _CASED_WORDS.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]")
             + rf"|\p{{N}}{{1,3}}|{_MARKS}|{_BLANKS}",
@@ -63,18 +63,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2": Family(pattern=rf"{_WORDS}|\p{{N}}|{_MARKS}|{_BLANKS}"),
     }
 )
-"""Named as gigatoken names them."""
+"""The names are those that gigatoken uses."""
 
 _SLICE_CHARS = 400_000
 _RUN_CHARS = 25_000
-"""Kimi's code slices a text between special tokens: at every 400,000 characters, and inside the slices where more than
-25,000 in a row are blanks, or none of them is."""
+"""Kimi's code slices the text between special tokens after every 400,000 characters, and within such a slice after every
+25,000 characters of a run of blanks or of non-blanks."""
 
 _RUNS = re.compile(r"\s+|\S+")
 
 
 class Tiktoken:
-    """The reference: the library that the format is named after."""
+    """Encodes with tiktoken, the library that defines the format."""
 
     name = "tiktoken"
     inline_bytes = 8 * 1024
@@ -84,21 +84,18 @@ class Tiktoken:
         self._encoding = encoding
 
     def encode(self, text: str) -> TokenIds:
-        """See `Encoder`."""
         ids: TokenIds = self._encoding.encode_to_numpy(text, allowed_special="all")
         return ids
 
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
-        """See `Encoder`."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: TokenIds) -> bytes:
-        """See `Encoder`."""
         return self._encoding.decode_bytes(ids.tolist())
 
 
 class Sliced:
-    """Encodes long texts in Kimi's slices; `special_tokens` are found before."""
+    """Encodes long texts in Kimi's slices, after splitting them at `special_tokens`."""
 
     def __init__(self, encoder: Encoder, special_tokens: Mapping[str, int]) -> None:
         self.name = encoder.name
@@ -109,13 +106,11 @@ class Sliced:
         self._special_tokens = re.compile("(" + "|".join(map(re.escape, special_tokens)) + ")")
 
     def encode(self, text: str) -> TokenIds:
-        """See `Encoder`."""
         if len(text) <= _RUN_CHARS:
             return self._encoder.encode(text)
         return np.concatenate([self._encoder.encode(each) for each in self._slices(text)])
 
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
-        """See `Encoder`."""
         return [self.encode(text) for text in texts]
 
     def _slices(self, text: str) -> Iterator[str]:
@@ -134,48 +129,48 @@ def _by_runs(text: str) -> Iterator[str]:
 
 
 def family_of(files: TokenizerFiles, pretokenizer: str | None, *, where: str) -> str:
-    """The name of the family that the vocabulary belongs to: the configured one, else what the folder tells.
+    """The name of the vocabulary's family: the configured one, else the one that the folder indicates.
 
-    Raises `ConfigError` at the key `where` of the model's configuration when neither says it.
+    Raises `ConfigError` below the key `where` of the model's configuration if neither determines it.
     """
     if pretokenizer is not None:
         return pretokenizer
     name = files.path.name
     code = code_of(files.config)
     if code is None and name.endswith(".model"):
-        return "cl100k"  # transformers' own reader knows only this pattern
+        return "cl100k"  # transformers' own reader supports only this pattern
     if code is not None and code.startswith("tokenization_kimi."):
         return "kimi"
     if name in ("cl100k_base.tiktoken", "o200k_base.tiktoken"):
         return name.partition("_")[0]
     raise ConfigError(
-        f"{where}.pretokenizer", f"{files.path} does not say how text is split; name one of {', '.join(FAMILIES)}"
+        f"{where}.pretokenizer", f"{files.path} does not say how text is split; expected one of {', '.join(FAMILIES)}"
     )
 
 
 def special_tokens_of(config: Mapping[str, Any], ranks: int, family: Family) -> dict[str, int]:
-    """Special tokens and their ids: those that `added_tokens_decoder` names, and placeholders for ids between them.
+    """Special tokens and their ids: those in `added_tokens_decoder`, and placeholders for the unnamed ids.
 
-    Raises `ValueError` for tokens that tiktoken does not find for certain: those that stretch over the blanks around
-    them, and one that begins another.
+    Raises `ValueError` for tokens that tiktoken may not find: those that also match the blanks around them, and those
+    that another token starts with.
     """
     named: dict[int, str] = {}
     for key, token in (config.get("added_tokens_decoder") or {}).items():
         if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise ValueError(f"the added token {key} has flags that tiktoken does not know")
+            raise ValueError(f"the added token {key} has flags that tiktoken does not support")
         named[int(key)] = token["content"]
     if not named:
-        raise ValueError("tokenizer_config.json beside it names no special tokens (`added_tokens_decoder`)")
+        raise ValueError("tokenizer_config.json beside it has no special tokens (`added_tokens_decoder`)")
     stop = max(max(named) + 1, ranks + family.reserved)
     tokens = {named.get(i, f"<|reserved_token_{i}|>"): i for i in (*sorted(named), *range(ranks, stop))}
     ordered = sorted(tokens)
     if any(after.startswith(before) for before, after in itertools.pairwise(ordered)):
-        raise ValueError("one of its special tokens begins another")
+        raise ValueError("one of its special tokens starts with another one")
     return tokens
 
 
 def read_ranks(data: bytes) -> dict[bytes, int]:
-    """Token to rank. Raises `ValueError` when a line is not base64 and a number."""
+    """Map each token to its rank. Raises `ValueError` if a line is not base64 and a number."""
     ranks: dict[bytes, int] = {}
     for line in data.splitlines():
         token, _, rank = line.partition(b" ")
@@ -185,7 +180,7 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
 
 
 def encoder_of(file: Path, ranks: dict[bytes, int], special_tokens: dict[str, int], family: str) -> Encoder:
-    """The fastest encoder whose ids equal tiktoken's on a sample."""
+    """The fastest encoder whose ids equal tiktoken's on samples."""
     pattern = FAMILIES[family].pattern
     exact = Tiktoken(
         tiktoken.Encoding(file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
@@ -209,7 +204,7 @@ def load(
     block_size: int = 128,
     cache_bytes: int = 0,
 ) -> LocalTokenizer:
-    """Load a file of ranks; the other arguments are those of `LocalTokenizer.load`. Raises `ConfigError`."""
+    """Load a file of ranks. The other arguments are those of `LocalTokenizer.load`. Raises `ConfigError`."""
     files = read_vocabulary(file, where=f"{where}.tokenizer")
     name = family_of(files, pretokenizer, where=where)
     try:
@@ -233,13 +228,13 @@ def load(
 
 
 def _added(files: TokenizerFiles, side: str, special_tokens: Mapping[str, int]) -> TokenIds:
-    """What transformers puts before (`bos`) or after (`eos`) a text; a model's own code is known to add nothing."""
+    """The ids that transformers adds before (`bos`) or after (`eos`) a text; models' own code adds none."""
     wanted = files.config.get(f"add_{side}_token") is True and code_of(files.config) is None
     return np.array([special_tokens[files.special_tokens[f"{side}_token"]]] if wanted else [], dtype=np.uint32)
 
 
 def _description(family: str, special_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """The vocabulary as a `tokenizer.json` describes it, as far as the cutter asks."""
+    """The vocabulary in the form of a `tokenizer.json`, as far as the cutter needs it."""
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
     return {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": FAMILIES[family].pattern}, "behavior": "Isolated"},

@@ -1,4 +1,4 @@
-"""What a model's folder says about its tokenizer, in Hugging Face's layout."""
+"""Reads the tokenizer files in a model's folder, in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """The contents of a vocabulary, such as `tokenizer.json`, and of what lies beside it."""
+    """A vocabulary file, such as `tokenizer.json`, and the contents of the files beside it."""
 
     path: Path
     data: bytes
     config: Mapping[str, Any]
-    """`tokenizer_config.json`."""
+    """The contents of `tokenizer_config.json`."""
     special_tokens: Mapping[str, str]
-    """Name to token, such as `bos_token` to `<s>`."""
+    """Maps names to tokens, such as `bos_token` to `<s>`."""
     templates: Mapping[str, str]
-    """Name to chat template; a lone template is named `default`."""
+    """Maps names to chat templates; a single template is named `default`."""
 
 
 def read(path: Path, *, where: str) -> TokenizerFiles:
@@ -43,7 +43,7 @@ def read(path: Path, *, where: str) -> TokenizerFiles:
 
 
 def read_vocabulary(file: Path, *, where: str) -> TokenizerFiles:
-    """Read a vocabulary's file of whatever kind, and what lies beside it. Raises `ConfigError` at the key `where`."""
+    """Read a vocabulary file of any kind and the files beside it. Raises `ConfigError` at the key `where`."""
     folder = file.parent
     config = read_json(folder / "tokenizer_config.json", where=where)
     template = folder / "chat_template.jinja"
@@ -62,7 +62,7 @@ def read_vocabulary(file: Path, *, where: str) -> TokenizerFiles:
 
 
 def special_tokens(folder: Path, *, where: str) -> dict[str, str]:
-    """Name to special token, such as `bos_token` to `<s>`, of a model's folder. Raises `ConfigError` at the key `where`."""
+    """The special tokens of a model's folder by name, such as `bos_token`. Raises `ConfigError` at the key `where`."""
     files = ("special_tokens_map.json", "tokenizer_config.json")
     return {
         name: token for file in files for name, token in _special_tokens(read_json(folder / file, where=where)).items()
@@ -70,7 +70,7 @@ def special_tokens(folder: Path, *, where: str) -> dict[str, str]:
 
 
 def read_text(path: Path, *, where: str) -> str:
-    """A UTF-8 text file. Raises `ConfigError` at the key `where`."""
+    """Read a UTF-8 text file. Raises `ConfigError` at the key `where`."""
     try:
         return _bytes(path, where).decode()
     except UnicodeDecodeError as error:
@@ -78,7 +78,7 @@ def read_text(path: Path, *, where: str) -> str:
 
 
 def read_json(path: Path, *, where: str) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file. Raises `ConfigError` at the key `where`."""
+    """Read a JSON object; empty if the file does not exist. Raises `ConfigError` at the key `where`."""
     if not path.is_file():
         return {}
     try:
@@ -88,7 +88,7 @@ def read_json(path: Path, *, where: str) -> dict[str, Any]:
 
 
 def code_of(config: Mapping[str, Any]) -> str | None:
-    """The class that a `tokenizer_config.json` names as code of the model's own, such as `tokenization_kimi.Tokenizer`."""
+    """The tokenizer class in the model's own code that `tokenizer_config.json` names, or None."""
     automatic = config.get("auto_map")
     named = automatic.get("AutoTokenizer") if isinstance(automatic, dict) else None
     return next((name for name in named if isinstance(name, str)), None) if isinstance(named, list) else None
@@ -104,7 +104,7 @@ def _bytes(path: Path, where: str) -> bytes:
 
 
 def _named_templates(value: object) -> dict[str, str]:
-    """One template, or a list of `{name, template}`."""
+    """Templates by name, from one template or a list of `{name, template}`."""
     if isinstance(value, str):
         return {"default": value}
     named = value if isinstance(value, list) else []
@@ -116,7 +116,7 @@ def _named_templates(value: object) -> dict[str, str]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Entries `…_token`, each a string or an object with `content`; models name further ones under a key of its own."""
+    """Entries `…_token`, each a string or an object with `content`; some models put more under `extra_special_tokens`."""
     extra = config.get("extra_special_tokens")
     entries = {**(extra if isinstance(extra, dict) else {}), **config}
     tokens = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
-from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.routing.holdings import Matches, holdings
+from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
-from matrixinfer.scheduler.credit import cached_credit
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 
@@ -46,12 +46,12 @@ class Candidates:
 
     def _candidate(self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
-        cache, match, tail, tiers = self._lookup.held(name, matches)
-        trust = "none" if prepared.is_approximate or cache is None else cache.trust
-        pending = recent = 0
-        if prepared.prompt.reads_cache:
-            pending = load.pending(name, request.model, request.chain, match or 0)
-            recent = 0 if trust == "exact" else self._history.match(name, request.model, request.chain)
+        there = self._lookup.held(name, matches)
+        cache, match, tail, tiers = there
+        reads_cache, approximate = prepared.prompt.reads_cache, prepared.is_approximate
+        trust, pending, recent, credit = holdings(
+            name, request, there, load, self._history, self._weights, reads_cache, approximate
+        )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         engine: EngineMetrics | RankMetrics | None = metrics
         if metrics is not None and endpoint.rank is not None:
@@ -59,9 +59,6 @@ class Candidates:
         engine_block = None if cache is None else cache.engine_block
         if engine_block is None and metrics is not None:
             engine_block = metrics.block_size
-        credit: float | None = None
-        if trust != "exact" or tiers:
-            credit = cached_credit(trust, self._weights, match=match or 0, tiers=tiers, pending=pending, recent=recent)
         return Candidate(
             name=name,
             url=endpoint.pod.url,

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from matrixinfer.blocks import BlockChain
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.trust.cache_views import Caches, CacheView
+from matrixinfer.routing.holdings import Held, Matches, held, straddled
+from matrixinfer.trust.cache_views import Caches
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matches:
-    """Matches by endpoint name."""
-
-    blocks: Mapping[str, int]
-    """Matched token blocks, consecutive from the prompt's start. Endpoints that hold none are absent."""
-    tails: Mapping[str, int]
-    """Tokens held beyond those blocks, where engine blocks straddle them. Endpoints that hold none are absent."""
-
-
-class Held(NamedTuple):
-    """What one endpoint holds of a prompt."""
-
-    cache: CacheView | None
-    """What is known of its cache; None when nobody follows its events."""
-    blocks: int | None
-    """Matched token blocks; None when the index cannot say."""
-    tail: int
-    """Tokens held beyond those blocks."""
-    tiers: Sequence[int]
-    """How many of the blocks, from the start, are on the device; on the device or the host. Empty when all are."""
+__all__ = ["Held", "Lookup", "Matches"]
 
 
 class Lookup:
@@ -65,26 +43,12 @@ class Lookup:
 
     async def _tails(self, model: str, chain: BlockChain, matches: Mapping[str, int]) -> Mapping[str, int]:
         """Where engine blocks straddle token blocks: how many tokens behind each match its last engine block holds."""
-        ends: dict[tuple[int, int], list[str]] = {}
-        for name, count in matches.items():
-            cache = self._caches.of(name)
-            if cache is None or not cache.has_tails or cache.engine_block is None:
-                continue
-            tail = chain.tail(count, cache.engine_block)
-            if tail is not None:
-                ends.setdefault(tail, []).append(name)
         tails: dict[str, int] = {}
-        for (tokens, block), names in ends.items():
+        for (tokens, block), names in straddled(chain, matches, self._caches).items():
             holders = await self._index.match(model, [block])
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
     def held(self, endpoint: str, matches: Matches | None) -> Held:
         """What `endpoint` holds now. `matches` is None when the index was not asked or could not answer."""
-        cache = self._caches.of(endpoint)
-        if matches is None or cache is None or cache.trust == "none":
-            return Held(cache, None, 0, ())
-        blocks = matches.blocks
-        match = blocks.get(endpoint, 0)
-        tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # another process may write them
-        return Held(cache, match, matches.tails.get(endpoint, 0), tiers)
+        return held(endpoint, self._caches.of(endpoint), matches)

@@ -17,6 +17,7 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.prepare import Prepared, Preparer
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
@@ -105,13 +106,7 @@ class Router:
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
         """Count the request at an endpoint, with the blocks that it brings there."""
-        return self._load.charge(
-            pod.name,
-            request.model,
-            hashes=request.chain,
-            start=pod.matched_blocks or 0,
-            queued_tokens=(request.prompt_tokens or 0) - pod.predicted_hit(request.prompt_tokens, request.block_size),
-        )
+        return charge(self._load, request, pod)
 
     def _close(self, request: InFlight) -> None:
         """The request is over: settle what it held, and forget endpoints that have gone meanwhile."""

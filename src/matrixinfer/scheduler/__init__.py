@@ -1,1 +1,1 @@
-"""Chooses a pod: filters, scorers and a picker over an immutable snapshot of candidates."""
+"""Chooses a pod: filters, scorers and a picker work on an immutable snapshot of the candidates."""

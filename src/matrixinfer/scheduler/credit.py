@@ -1,7 +1,8 @@
-"""What the blocks count for that an endpoint holds, or is believed to hold.
+"""The credit for blocks that an endpoint holds, or probably holds.
 
-A block in the device's memory that events tell of counts one. Less counts what must be loaded from a slower tier, what is
-indexed but doubted, and what was only recent there. Blocks on their way (`Candidate.pending_blocks`) are counted apart.
+A block in the device's memory that the engine's events report counts 1. A block counts less if it must be loaded from a
+slower tier, if it is indexed but in doubt, or if it was only sent there lately. Pending blocks
+(`Candidate.pending_blocks`) are added elsewhere.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from matrixinfer.scheduler.framework import Trust
 def cached_credit(
     trust: Trust, weights: WeightsConfig, *, match: int, tiers: Sequence[int], pending: int, recent: int
 ) -> float:
-    """What `match` blocks, of which the first `tiers[0]` are on the device, count for, and what was recent besides.
+    """The credit for the first `match` blocks of a prompt and the `recent` blocks beyond them.
 
-    `tiers` are counts from the start, up to each faster tier than the slowest; none where there is but one. `pending`
-    blocks follow the match, and `recent` begins with the prompt.
+    `tiers` says how many blocks, from the start, are on the device, and how many are there or on the next faster tier;
+    it is empty if there is only one tier. `pending` blocks follow the match; `recent` counts from the prompt's start.
     """
     if trust == "none":
         return weights.unproven * max(0, recent - pending)

@@ -1,9 +1,9 @@
-"""The plugin contract, whole.
+"""The whole plugin contract.
 
 A plugin is a class with a `name`, an `Args` struct for its arguments in YAML, a constructor `(args, services)`, and the
-methods of one or more of the four stages below. Plugins are synchronous and do no I/O: whatever must be awaited is
-already in the request and the candidates. Lists returned are aligned with `candidates`. Packages add plugins through
-the entry-point group `matrixinfer.plugins`, whose entries name plugin classes.
+methods of one or more of the four stages below. Plugins are synchronous and do no I/O: everything that must be awaited
+is already in the request and the candidates. A list that a plugin returns has one item per candidate, in the same
+order. Packages add plugins through the entry-point group `matrixinfer.plugins`, whose entries name plugin classes.
 
     candidates ─> Filter … ─> Scorer … ─> Picker ─> Decision ─> PostSchedule …
 """
@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import msgspec
 
 from matrixinfer.config import Section
+from matrixinfer.config.endpoint_names import EndpointName
 
 Trust: TypeAlias = Literal["exact", "partial", "stale", "none"]
-"""How far what the index says of an endpoint is believed: all and only that is cached; true, but more may be; may be
-untrue; says nothing."""
+"""How far the index is believed about an endpoint. `exact`: exactly what it says is cached. `partial`: that is cached, and
+perhaps more. `stale`: that may no longer be cached. `none`: it says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,77 +31,78 @@ class SchedulingRequest:
 
     id: str
     model: str
-    """The index's name of the model (adapters are models of their own)."""
+    """The index's name for the model. An adapter is a model of its own."""
     prompt_tokens: int | None
-    """Tokens in the prompt; None when it was not tokenized."""
+    """Tokens in the prompt; None if it was not tokenized."""
     block_size: int
     """Tokens per block of `chain`."""
     chain: Sequence[int]
-    """Hashes of the prompt's full blocks, computed as they are read. Empty when not tokenized."""
+    """Hashes of the prompt's full blocks, computed as they are read. Empty if the prompt was not tokenized."""
     prefix: bytes
     """The prompt as the client sent it (text, or messages as JSON), for approximate matching without tokens."""
     session: str | None = None
-    """The client's session id, where it sends one."""
+    """The client's session id, if it sends one."""
     now: float = 0.0
     """Seconds on the monotonic clock."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One pod, or one data-parallel rank of it, at the moment of the decision. None means unknown, which is not zero.
+    """One endpoint, which is a pod or a data-parallel rank of it, at the moment of the decision.
 
-    A struct because hundreds are made per decision, and it is made in a third of a dataclass's time.
+    None means unknown, which is not zero. This is a struct because a decision makes hundreds of them, and a dataclass
+    takes three times as long to make.
     """
 
     name: str
-    """The pod's, or `pod@dp0` for a rank of it."""
+    """The pod's name, or `pod@dp0` for a rank."""
     url: str
     rank: int | None = None
-    """Data-parallel rank; None for a pod that is one cache."""
+    """Data-parallel rank; None for a pod with a single cache."""
     in_flight: int = 0
-    """Requests that this gateway, and others that it hears, have in flight there."""
+    """Requests that this gateway, and the gateways that it hears, have in flight there."""
     queued_tokens: int = 0
-    """Prompt tokens of those requests that the pod has yet to compute, as far as the gateways know."""
+    """Prompt tokens of those requests that the pod still has to compute, as far as the gateways know."""
     peers_in_flight: int = 0
-    """How many of `in_flight` are of other gateways."""
+    """How many of `in_flight` belong to other gateways."""
     running: int | None = None
     waiting: int | None = None
     cache_usage: float | None = None
-    """Engine metrics: requests running and waiting, share of KV blocks in use (0 to 1)."""
+    """The engine's own metrics: requests running, requests waiting, share of KV blocks in use (0 to 1)."""
     metrics_age: float | None = None
     """Seconds since those metrics were read."""
     feed: str | None = None
-    """State of the pod's KV events: `complete`, or why more or less may be cached than indexed; None without a feed."""
+    """State of the pod's KV events: `complete`, or why more or less may be cached than is indexed; None without a feed."""
     trust: Trust = "none"
     engine_block: int | None = None
-    """Tokens per block of the engine's cache; None until its events told."""
+    """Tokens per block of the engine's cache; None until its events say it."""
     matched_blocks: int | None = None
-    """Consecutive blocks from the start that the index says the pod holds; None when the index could not say."""
+    """Blocks from the prompt's start that the index says are held there, without a gap; None if it could not say."""
     matched_tail: int = 0
-    """Tokens held beyond those blocks, to the end of an engine block that reaches over the last one's end."""
+    """Tokens held beyond those blocks, up to the end of the engine block that spans the end of the last one."""
     tiers: Sequence[int] = ()
-    """Where the pod keeps blocks on slower tiers too: how many of `matched_blocks`, from the start, are on the device; on
-    the device or in the host's memory."""
+    """How many of `matched_blocks`, from the start, are on the device, and how many are there or in the host's memory.
+    Empty if the endpoint has no slower tiers."""
     pending_blocks: int = 0
-    """Further consecutive blocks that requests in flight, or just finished, are bringing there."""
+    """The blocks that follow, without a gap, and that requests in flight or just finished bring there."""
     recent_blocks: int = 0
-    """Consecutive blocks from the start that were sent there lately, where the index cannot say whether it holds them."""
+    """Blocks from the prompt's start that were sent there lately, if the index cannot say whether they are held."""
     cached_credit: float | None = None
-    """What the blocks matched and sent count for (`matrixinfer.scheduler.credit`); None: each of `matched_blocks` one."""
+    """Credit for the matched and recent blocks (`matrixinfer.scheduler.credit`); None counts each of `matched_blocks` as 1."""
 
     @property
     def pod(self) -> str:
-        """Name of the pod that it is, or that it is a rank of."""
-        return self.name if self.rank is None else self.name.removesuffix(f"@dp{self.rank}")
+        """Name of the pod, also if this is a rank of it."""
+        return self.name if self.rank is None else EndpointName.parse(self.name).pod
 
     @property
     def credit(self) -> float:
-        """What counts as held of the prompt, in blocks: matched, sent and on their way."""
+        """Credit for the matched, recent and pending blocks of the prompt, in blocks."""
         return ((self.matched_blocks or 0) if self.cached_credit is None else self.cached_credit) + self.pending_blocks
 
     def predicted_hit(self, prompt_tokens: int | None, block_size: int) -> int:
-        """Prompt tokens that the pod is expected to find in its cache: whole engine blocks, and never the last token.
+        """Predict how many prompt tokens the endpoint will find cached: whole engine blocks, and never the last token.
 
-        `block_size` is that of the blocks counted here.
+        `block_size` is the size of the blocks that are counted here.
         """
         if not prompt_tokens:
             return 0
@@ -113,14 +115,14 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def load(self) -> int:
-        """Requests at the pod: those that gateways tell of, or the engine's count where others send to it as well."""
+        """Requests at the endpoint: what the gateways count, or what the engine counts, if others send to it as well."""
         engine = (self.running or 0) + (self.waiting or 0)
         return engine if engine > self.in_flight else self.in_flight  # noqa: FURB136  # twice as fast as max() here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """A scorer's answer: one value from 0 to 100 per candidate, and a note where the values need a reason."""
+    """A scorer's answer: one value from 0 to 100 per candidate, and a note if the values need a reason."""
 
     values: Sequence[float]
     note: str | None = None
@@ -128,7 +130,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the scheduler lends to plugins. Draws from `rng` are undone after a dry run."""
+    """What the scheduler lends to plugins. It undoes draws from `rng` after a dry run."""
 
     clock: Callable[[], float]
     rng: random.Random
@@ -136,22 +138,22 @@ class Services:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What was decided, and all that is needed to say why."""
+    """What was decided, and everything that is needed to explain it."""
 
     request: SchedulingRequest
     candidates: Sequence[Candidate]
     ranked: Sequence[Candidate]
-    """Best first; the rest are fallbacks. Filtered candidates are absent. Never empty."""
+    """Best first; the others are fallbacks. Without filtered candidates. Never empty."""
     filtered: Mapping[str, str]
-    """Pod name to the filter that removed it and its reason."""
+    """Candidate's name to the filter that removed it, and its reason."""
     scores: Mapping[str, Mapping[str, float]]
-    """Scorer name to pod name to score, before weights."""
+    """Scorer's name to candidate's name to score, before weights."""
     totals: Mapping[str, float]
-    """Pod name to weighted sum."""
+    """Candidate's name to weighted sum of scores."""
     timings_ms: Mapping[str, float]
     """Milliseconds spent in each plugin."""
     notes: Sequence[str] = field(default_factory=tuple)
-    """What the decision had to do without, in plain words."""
+    """What the decision had to do without, for people."""
 
     @property
     def chosen(self) -> Candidate:
@@ -160,9 +162,9 @@ class Decision:
 
     @property
     def attempts(self) -> Sequence[Candidate]:
-        """Every pod worth trying, in order: the ranked ones and, as a last resort, those that filters removed.
+        """Every pod to try, in order: first the ranked ones, then, as a last resort, those that filters removed.
 
-        Of each pod its best rank: the others are behind the same address.
+        A pod with several ranks is represented by its best one, as all ranks have the same address.
         """
         best: dict[str, Candidate] = {}
         for candidate in (*self.ranked, *(each for each in self.candidates if each.name in self.filtered)):
@@ -171,7 +173,7 @@ class Decision:
 
 
 class Plugin(Protocol):
-    """What every plugin has."""
+    """What every plugin needs."""
 
     name: ClassVar[str]
     Args: ClassVar[type[Section]]
@@ -181,10 +183,10 @@ class Plugin(Protocol):
 
 @runtime_checkable
 class Filter(Protocol):
-    """Removes candidates. A filter that would remove all of them is set aside for that request, and noted."""
+    """Removes candidates. If a filter would remove all of them, the scheduler ignores it for that request and says so."""
 
     def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[str | None]:
-        """None to keep a candidate, or the reason to remove it."""
+        """Return None to keep a candidate, or the reason to remove it."""
         ...
 
 
@@ -193,7 +195,7 @@ class Scorer(Protocol):
     """Rates candidates."""
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """0 (worst) to 100 (best) per candidate."""
+        """Return 0 (worst) to 100 (best) per candidate."""
         ...
 
 
@@ -204,14 +206,26 @@ class Picker(Protocol):
     def pick(
         self, request: SchedulingRequest, candidates: Sequence[Candidate], totals: Sequence[float]
     ) -> Sequence[int]:
-        """Positions of all candidates, best first."""
+        """Return the positions of all candidates, best first."""
         ...
 
 
 @runtime_checkable
 class PostSchedule(Protocol):
-    """Learns of decisions. Not called for dry runs, so it is the only stage that may change a plugin's state."""
+    """Sees each decision. The scheduler skips it in dry runs, so it is the only stage that may change a plugin's state."""
 
     def post_schedule(self, request: SchedulingRequest, decision: Decision) -> None:
-        """The request goes to `decision.chosen`."""
+        """See that the request goes to `decision.chosen`."""
+        ...
+
+
+class PluginWatch(Protocol):
+    """Sees what goes wrong in plugins, also in dry runs; the scheduler itself writes no log."""
+
+    def failed(self, plugin: str, stage: str, error: BaseException, reason: str) -> None:
+        """A call raised `error`. `reason` quotes no message of foreign code, so it may be shown."""
+        ...
+
+    def slow(self, plugin: str, stage: str, seconds: float) -> None:
+        """A call took longer than `scheduler.slowPluginSeconds`."""
         ...

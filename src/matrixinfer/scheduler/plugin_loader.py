@@ -1,6 +1,6 @@
 """Finds scheduler plugins: the built-in ones, and those that installed packages bring as entry points.
 
-A package names its plugin classes under the group `matrixinfer.plugins`, each under the plugin's own name::
+A package names its plugin classes in the group `matrixinfer.plugins`, each under the plugin's own name::
 
     [project.entry-points."matrixinfer.plugins"]
     my-scorer = "my_package:MyScorer"
@@ -8,7 +8,7 @@ A package names its plugin classes under the group `matrixinfer.plugins`, each u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import cast
@@ -21,35 +21,68 @@ from matrixinfer.scheduler.plugins import BUILT_IN
 GROUP = "matrixinfer.plugins"
 
 
-def discover() -> Mapping[str, type[Plugin]]:
-    """Every plugin by name.
+class Installed(Mapping[str, type[Plugin]]):
+    """The plugins that can be enabled, by name."""
 
-    Raises `PluginError` for an entry that cannot be imported, is no plugin, or takes a name that is taken.
+    def __init__(self, usable: Mapping[str, type[Plugin]], broken: Mapping[str, str]) -> None:
+        self._usable = MappingProxyType(dict(usable))
+        self.broken = MappingProxyType(dict(broken))
+        """Name to reason of each installed plugin that cannot be used. It may have the name of one that can."""
+
+    def __getitem__(self, name: str) -> type[Plugin]:
+        return self._usable[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._usable)
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+
+def discover() -> Installed:
+    """Find every plugin. A package's plugin is broken if it cannot be imported, is no plugin, or its name is taken.
+
+    A built-in plugin keeps its name. If several packages claim a name, none of them gets it.
     """
-    found = dict(BUILT_IN)
+    usable: dict[str, type[Plugin]] = dict(BUILT_IN)
+    broken: dict[str, str] = {}
+    claims: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
-        where = f"plugin `{entry.name}` ({entry.value})"
-        plugin = _load(entry, where)
-        if entry.name in found:
-            taken = found[entry.name]
-            raise PluginError(f"{where}: the name is already taken by {taken.__module__}.{taken.__qualname__}")
-        found[entry.name] = plugin
-    return MappingProxyType(found)
+        if entry not in claims.setdefault(entry.name, []):
+            claims[entry.name].append(entry)
+    for name, (entry, *others) in claims.items():
+        if name in BUILT_IN:
+            broken[name] = f"{entry.value}: the built-in plugin has that name; rename this one"
+        elif others:
+            values = ", ".join(sorted(each.value for each in (entry, *others)))
+            broken[name] = f"several packages have a plugin of that name: {values}; uninstall all but one"
+        else:
+            try:
+                usable[name] = _load(entry)
+            except PluginError as error:
+                broken[name] = f"{entry.value}: {error}"
+    return Installed(usable, broken)
 
 
-def _load(entry: EntryPoint, where: str) -> type[Plugin]:
+def _load(entry: EntryPoint) -> type[Plugin]:
     try:
         plugin = entry.load()
-    except Exception as error:  # Supervision boundary: importing someone's package may raise anything.
-        raise PluginError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
+        _check(plugin, entry.name)
+    except (KeyboardInterrupt, PluginError):
+        raise
+    except BaseException as error:  # Supervision boundary: a package's code may raise anything, also `SystemExit`.
+        raise PluginError(f"cannot be imported: {type(error).__name__}: {error}") from error
+    return cast("type[Plugin]", plugin)
+
+
+def _check(plugin: object, name: str) -> None:
+    """Raise `PluginError` unless this is a plugin class of that name."""
     if not isinstance(plugin, type):
-        raise PluginError(f"{where}: is not a class")
-    name = getattr(plugin, "name", None)
-    if name != entry.name:
-        raise PluginError(f"{where}: the class calls itself {name!r}; entry and class must agree")
+        raise PluginError("expected a class")
+    if getattr(plugin, "name", None) != name:
+        raise PluginError(f"the class has the name {getattr(plugin, 'name', None)!r}, expected that of its entry point")
     args = getattr(plugin, "Args", None)
     if not (isinstance(args, type) and issubclass(args, Section)):
-        raise PluginError(f"{where}: needs a class `Args` derived from `matrixinfer.config.Section`")
+        raise PluginError("expected a class `Args` derived from `matrixinfer.config.Section`")
     if not any(issubclass(plugin, stage) for stage in (Filter, Scorer, Picker, PostSchedule)):
-        raise PluginError(f"{where}: has the method of no stage: filter, score, pick or post_schedule")
-    return cast("type[Plugin]", plugin)
+        raise PluginError("expected the method of a stage: filter, score, pick or post_schedule")

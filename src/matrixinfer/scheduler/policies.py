@@ -1,4 +1,4 @@
-"""Ready-made scheduler profiles under the names that the field uses for routing policies."""
+"""Ready-made scheduler profiles, with the usual names of routing policies."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
         "random": _profile(PluginRef(name="random")),
     }
 )
-"""`kv_aware` is the default; `cache_aware` routes by the gateway's own history, without events or tokens."""
+"""`kv_aware` is the default. `cache_aware` uses only the gateway's own history: no events, no tokens."""
 
 
 def with_policy(scheduler: SchedulerConfig, policy: str) -> SchedulerConfig:
-    """The configuration with the profile of `policy`; plugin arguments stay. Raises `KeyError`."""
+    """The configuration with the profile of `policy` and its own plugin arguments. Raises `KeyError`."""
     return msgspec.structs.replace(scheduler, plugins=POLICIES[policy])

@@ -1,7 +1,7 @@
-"""Runs a profile: filters, scorers, the picker, and then whoever wants to know.
+"""Runs a profile: the filters, the scorers, the picker, and then the plugins that want to see the decision.
 
-A plugin may be anyone's code. One that raises, or answers what the contract forbids, has no say in that decision: a
-note tells so, `Scheduler.rejected` counts it, and the request is still routed.
+A plugin may be anyone's code. If it raises, or returns what the contract forbids, the decision is made without it: a
+note says so, `Scheduler.rejected` counts it, the watch sees it, and the request is still routed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from matrixinfer.scheduler.framework import (
     Filter,
     Picker,
     Plugin,
+    PluginWatch,
     PostSchedule,
     SchedulingRequest,
     Scorer,
@@ -34,16 +35,29 @@ Pods = Sequence[Candidate]
 
 
 class Scheduler:
-    """Decides which pod takes a request. Synchronous, without I/O; one call at a time.
+    """Decides which pod gets a request. Synchronous, without I/O; one call at a time.
 
-    `registry` maps names to plugin classes. Raises `ConfigError` when the profile in `config` does not fit it.
+    `registry` maps names to plugin classes, and `broken` maps the names of plugins that cannot be used to the reason.
+    Raises `ConfigError` if the profile in `config` does not fit them.
     """
 
-    def __init__(self, config: SchedulerConfig, services: Services, registry: Mapping[str, type[Plugin]]) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        services: Services,
+        registry: Mapping[str, type[Plugin]],
+        *,
+        broken: Mapping[str, str] = MappingProxyType({}),
+        watch: PluginWatch | None = None,
+    ) -> None:
         self._services = services
-        self._profile = build(config, services, registry)
+        self._watch = watch or _Unwatched()
+        self._slow_seconds = config.slow_plugin_seconds
+        self._profile = build(config, services, registry, broken)
         self.rejected: dict[str, int] = dict.fromkeys(self._profile.plugins, 0)
-        """How often each enabled plugin raised or answered what the contract forbids."""
+        """How often each enabled plugin raised, or returned what the contract forbids."""
+        self.slow: dict[str, int] = dict.fromkeys(self._profile.plugins, 0)
+        """How many calls of each enabled plugin took longer than `slowPluginSeconds`."""
 
     @property
     def plugins(self) -> Mapping[str, Plugin]:
@@ -53,13 +67,13 @@ class Scheduler:
     def schedule(
         self, request: SchedulingRequest, candidates: Sequence[Candidate], *, dry_run: bool = False
     ) -> Decision:
-        """Rank `candidates` for `request`. A dry run changes no state: no draw, no count, no plugin's memory.
+        """Rank `candidates` for `request`. A dry run changes nothing: no draw, no count, no plugin's state.
 
-        Raises `NoPodAvailable` when there are no candidates.
+        Raises `NoPodAvailable` if there are no candidates.
         """
         if not candidates:
             raise NoPodAvailable(f"no pod serves the model `{request.model}` now")
-        attempts = _Attempts(self._services.clock)
+        attempts = _Attempts(self._services.clock, self._watch, self._slow_seconds)
         if dry_run:
             state = self._services.rng.getstate()
             try:
@@ -68,9 +82,11 @@ class Scheduler:
                 self._services.rng.setstate(state)
         decision = self._decide(request, tuple(candidates), attempts)
         if self._profile.listeners:
-            decision = self._tell(request, decision, attempts)
+            decision = self._post_schedule(request, decision, attempts)
         for name in attempts.failed:
             self.rejected[name] += 1
+        for name in attempts.slow:
+            self.slow[name] += 1
         return decision
 
     def _decide(self, request: SchedulingRequest, candidates: tuple[Candidate, ...], attempts: _Attempts) -> Decision:
@@ -79,7 +95,7 @@ class Scheduler:
         totals = [0.0] * len(pods)
         scores: dict[str, Mapping[str, float]] = {}
         for name, weight, scorer in self._profile.scorers:
-            answer = attempts.run(name, _score, scorer, request, pods)
+            answer = attempts.run("Score", name, _score, scorer, request, pods)
             if answer is None:
                 continue
             scores[name] = dict(zip(names, answer.values, strict=True))
@@ -87,7 +103,7 @@ class Scheduler:
             if answer.note is not None:
                 attempts.notes.append(f"{name}: {answer.note}")
         name, picker = self._profile.picker
-        order = attempts.run(name, _pick, picker, request, pods, totals)
+        order = attempts.run("Picker", name, _pick, picker, request, pods, totals)
         if order is None:
             order = sorted(range(len(pods)), key=totals.__getitem__, reverse=True)
         return Decision(
@@ -106,12 +122,12 @@ class Scheduler:
     ) -> tuple[tuple[Candidate, ...], dict[str, str]]:
         filtered: dict[str, str] = {}
         for name, plugin in self._profile.filters:
-            reasons = attempts.run(name, _filter, plugin, request, pods)
+            reasons = attempts.run("Filter", name, _filter, plugin, request, pods)
             if reasons is None or reasons.count(None) == len(pods):
                 continue
             kept = tuple(pod for pod, reason in zip(pods, reasons, strict=True) if reason is None)
             if not kept:
-                attempts.notes.append(f"{name}: set aside, as it would remove every pod that is left")
+                attempts.notes.append(f"{name}: ignored, as it would remove every remaining pod")
                 continue
             for pod, reason in zip(pods, reasons, strict=True):
                 if reason is not None:
@@ -119,43 +135,63 @@ class Scheduler:
             pods = kept
         return pods, filtered
 
-    def _tell(self, request: SchedulingRequest, decision: Decision, attempts: _Attempts) -> Decision:
+    def _post_schedule(self, request: SchedulingRequest, decision: Decision, attempts: _Attempts) -> Decision:
         for name, listener in self._profile.listeners:
-            attempts.run(name, _post_schedule, listener, request, decision)
+            attempts.run("PostSchedule", name, _post_schedule, listener, request, decision)
         return replace(decision, timings_ms=attempts.timings_ms, notes=tuple(attempts.notes))
 
 
+class _Unwatched:
+    """A watch for schedulers whose plugins nobody watches."""
+
+    def failed(self, plugin: str, stage: str, error: BaseException, reason: str) -> None: ...
+
+    def slow(self, plugin: str, stage: str, seconds: float) -> None: ...
+
+
 class _Attempts:
-    """What running the plugins of one decision gave besides their answers."""
+    """The calls of plugins in one decision: who failed, who was slow, what must be noted, how long each took."""
 
-    __slots__ = ("_clock", "failed", "notes", "timings_ms")
+    __slots__ = ("_clock", "_slow_seconds", "_watch", "failed", "notes", "slow", "timings_ms")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], watch: PluginWatch, slow_seconds: float) -> None:
         self._clock = clock
+        self._watch = watch
+        self._slow_seconds = slow_seconds
         self.failed: list[str] = []
+        self.slow: list[str] = []
         self.notes: list[str] = []
         self.timings_ms: dict[str, float] = {}
 
-    def run(self, name: str, stage: Callable[..., T], *args: object) -> T | None:
-        """Return the stage's checked answer, or None when the plugin `name` has no say in this decision."""
+    def run(self, stage: str, name: str, call: Callable[..., T], *args: object) -> T | None:
+        """Return the checked answer of the plugin `name`, or None if it failed."""
         start = self._clock()
         try:
-            return stage(*args)
-        except Exception as error:  # noqa: BLE001  # Supervision boundary: no plugin may fail a request.
+            return call(*args)
+        except KeyboardInterrupt:
+            raise  # it comes from the user
+        except BaseException as error:  # noqa: BLE001
+            # Supervision boundary: no plugin may fail a request. `SystemExit` must not end the gateway; and as nothing
+            # here is awaited, a `CancelledError` is the plugin's own, and must not look like a cancelled request.
+            reason = _reason(error)
             self.failed.append(name)
-            self.notes.append(f"{name}: left out, as it {_what_happened(error)}")
+            self.notes.append(f"{name}: left out, as it {reason}")
+            self._watch.failed(name, stage, error, reason)
             return None
         finally:
-            elapsed = (self._clock() - start) * 1e3
-            self.timings_ms[name] = self.timings_ms.get(name, 0.0) + elapsed
+            seconds = self._clock() - start
+            self.timings_ms[name] = self.timings_ms.get(name, 0.0) + seconds * 1e3
+            if seconds > self._slow_seconds:
+                self.slow.append(name)
+                self._watch.slow(name, stage, seconds)
 
 
 def _filter(plugin: Filter, request: SchedulingRequest, pods: Pods) -> list[str | None]:
     reasons = list(plugin.filter(request, pods))
     if len(reasons) != len(pods):
-        raise PluginError(f"answered {len(reasons)} reasons for {len(pods)} pods")
+        raise PluginError(f"returned {len(reasons)} reasons for {len(pods)} pods")
     if reasons.count(None) != len(pods) and not all(reason is None or isinstance(reason, str) for reason in reasons):
-        raise PluginError("answered a reason that is neither text nor None")
+        raise PluginError("returned a reason that is neither text nor None")
     return reasons
 
 
@@ -163,17 +199,19 @@ def _score(plugin: Scorer, request: SchedulingRequest, pods: Pods) -> Scores:
     answer = plugin.score(request, pods)
     values = list(map(float, answer.values))
     if len(values) != len(pods):
-        raise PluginError(f"answered {len(values)} scores for {len(pods)} pods")
-    # `min` and `max` may step over a NaN; a sum cannot.
+        raise PluginError(f"returned {len(values)} scores for {len(pods)} pods")
+    # `min` and `max` may overlook a NaN; a sum cannot.
     if not (min(values) >= 0.0 and max(values) <= 100.0 and math.isfinite(sum(values))):
-        raise PluginError("answered a score that is not between 0 and 100")
+        raise PluginError("returned a score that is not between 0 and 100")
+    if not (answer.note is None or isinstance(answer.note, str)):
+        raise PluginError("returned a note that is neither text nor None")
     return Scores(values=values, note=answer.note)
 
 
 def _pick(plugin: Picker, request: SchedulingRequest, pods: Pods, totals: Sequence[float]) -> list[int]:
     order = list(map(index, plugin.pick(request, pods, tuple(totals))))
     if sorted(order) != list(range(len(pods))):
-        raise PluginError("did not rank every pod once")
+        raise PluginError("did not rank every pod exactly once")
     return order
 
 
@@ -181,10 +219,10 @@ def _post_schedule(plugin: PostSchedule, request: SchedulingRequest, decision: D
     plugin.post_schedule(request, decision)
 
 
-def _what_happened(error: Exception) -> str:
-    """Tell a failure in words. Foreign messages may quote the prompt, so of those only type and place are told."""
-    if isinstance(error, PluginError):
-        return str(error)
+def _reason(error: BaseException) -> str:
+    """Describe a failure. A foreign message may quote the prompt, so for foreign errors only type and place are named."""
+    if isinstance(error, PluginError) and len(error.args) == 1 and type(error.args[0]) is str:
+        return error.args[0]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,1 +1,1 @@
-"""A simulated engine: one vLLM replica's cache and timing as a pure model, and its HTTP API and KV events around it."""
+"""A simulated engine: cache and timing of one vLLM replica as a pure model, with its HTTP API and KV events around it."""

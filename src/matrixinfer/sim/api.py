@@ -1,4 +1,4 @@
-"""vLLM's JSON: requests as far as the engine reads them, and every answer it gives."""
+"""vLLM's JSON: the fields of requests that the simulated engine reads, and all its answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class GenerateOptions(msgspec.Struct, frozen=True):
-    """What decides the reply. The prompt and its kin are parsed by `prompt.openai`; the rest is ignored."""
+    """The fields that shape the reply. `prompt.openai` parses the prompt; other fields are ignored."""
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -33,17 +33,17 @@ class GenerateOptions(msgspec.Struct, frozen=True):
 
     @property
     def reports_hits(self) -> bool:
-        """Whether the KV events are to tell of reused blocks, too."""
+        """Whether KV events should report reused blocks, too."""
         return self.vllm_xargs is not None and self.vllm_xargs.get("kv_cache_report_mode") == "full"
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate."""
+        """Maximum number of tokens to generate."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True):
-    """`/tokenize`: a text or a chat."""
+    """A request to `/tokenize`: a text or a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -57,7 +57,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True):
 
     @property
     def chat(self) -> Chat | None:
-        """The chat, if it is one."""
+        """The chat, if the request has one."""
         if self.messages is None:
             return None
         return Chat(
@@ -72,7 +72,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """One generation request and its reply, as answers show them."""
+    """One generation request and its reply, in the form that answers need."""
 
     chat: bool
     request_id: str
@@ -82,8 +82,8 @@ class Exchange:
     reply: Reply
     finish_reason: str
     include_usage: bool
-    tells_cached: bool = True
-    """Usage tells how many tokens were cached."""
+    reports_cached: bool = True
+    """`usage` reports how many prompt tokens were cached."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -91,7 +91,7 @@ class Exchange:
         return {"x-request-id": self.request_id}
 
     def answer(self, cached_tokens: int) -> Json:
-        """Give the whole reply at once."""
+        """The whole reply in one body."""
         text = self.reply.text
         content: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason, "stop_reason": None}
@@ -99,7 +99,7 @@ class Exchange:
         return self._envelope(kind, [choice]) | {"usage": self._usage(cached_tokens)}
 
     def chunks(self, start: int, end: int, cached_tokens: int) -> bytes:
-        """Server-sent events of the tokens from `start` to `end`, with what opens and closes the stream."""
+        """Server-sent events for the tokens [start, end), with those that open and close the stream."""
         last = len(self.reply.ids) - 1
         parts = []
         if start == 0 and self.chat:
@@ -128,7 +128,7 @@ class Exchange:
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + generated,
             "completion_tokens": generated,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens} if self.tells_cached else None,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens} if self.reports_cached else None,
         }
 
     @property
@@ -137,7 +137,7 @@ class Exchange:
 
 
 def models(config: SimEngineConfig, created: int) -> Json:
-    """List the served names, then the adapters: `/v1/models`."""
+    """The answer of `/v1/models`: the served names, then the adapters."""
     shared = {"object": "model", "created": created, "owned_by": "vllm"}
     base = {"root": config.model, "parent": None, "max_model_len": config.context_length}
     adapter = {"parent": config.names[0], "max_model_len": None}
@@ -149,13 +149,13 @@ def models(config: SimEngineConfig, created: int) -> Json:
 
 
 def error(failure: RequestError) -> tuple[int, Json]:
-    """Give the status and body of a refusal."""
+    """Status and body of an error answer."""
     status, kind = (404, "NotFoundError") if isinstance(failure, UnknownModel) else (400, "BadRequestError")
     return status, {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": status}}
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """Read a request body. Raises `InvalidRequest`."""
+    """Decode a request body. Raises `InvalidRequest`."""
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:

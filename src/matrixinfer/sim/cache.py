@@ -1,10 +1,13 @@
-"""A paged prefix cache that behaves as vLLM's (block pool and KV cache manager of 0.32, one full-attention group).
+"""A paged prefix cache that behaves like vLLM's (block pool and KV cache manager of 0.32, one full-attention group).
 
-What is copied is behaviour, down to the order of evictions: a block is named by a hash of all tokens up to its end; a
-request takes the cached blocks of its prefix and fresh ones for the rest; full blocks become reusable when they are
-scheduled, prompt and reply alike; a block that two requests compute at once is kept twice under one hash; blocks
-nobody uses wait in a queue from whose head they are reused, last use first, a request's tail before its head. Below it
-there may be a CPU tier, from which what has left the GPU is loaded back when a prompt needs it.
+It copies the behaviour, including the order of evictions:
+- A block is named by a hash of all tokens up to its end.
+- A request uses the cached blocks of its prefix, and free ones for the rest.
+- A full block, of prompt or reply, becomes reusable when it is scheduled.
+- A block that two requests compute at the same time is stored twice under one hash.
+- Unused blocks wait in a queue and are reused from its head: least recently used first, a request's tail before its head.
+
+Blocks that leave the GPU may stay in a CPU tier, and are loaded back when a prompt needs them.
 """
 
 from __future__ import annotations
@@ -22,15 +25,15 @@ from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, 
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter. Blocks computed with one serve only requests with the same."""
+    """A LoRA adapter. Blocks that were computed with it serve only requests with the same adapter."""
 
     number: int
-    """From 1."""
+    """Starts at 1."""
     name: str
 
 
 class Sequence:
-    """One request's tokens, the hashes of its full blocks, and the blocks that it holds."""
+    """One request's tokens, the hashes of its full blocks, and the cache blocks that it uses."""
 
     __slots__ = ("adapter", "block_size", "blocks", "hashes", "salt", "stored", "tokens")
 
@@ -43,9 +46,9 @@ class Sequence:
         self.adapter = adapter
         self.hashes: list[int] = []
         self.blocks: list[int] = []
-        """Ids of the blocks held, in the order of the tokens."""
+        """Ids of its cache blocks, in the order of the tokens."""
         self.stored = 0
-        """How many of them, from the start, are reusable by others."""
+        """How many of these blocks, from the start, other requests can reuse."""
         self._hash_full_blocks()
 
     def append(self, token: int) -> None:
@@ -55,7 +58,7 @@ class Sequence:
             self._hash_full_blocks()
 
     def stored_event(self, first: int, last: int) -> BlockStored:
-        """Tell that the blocks [first, last) are stored."""
+        """The event that the blocks [first, last) were stored."""
         name = () if self.adapter is None else (self.adapter.name,)
         salt = () if self.salt is None else (self.salt,)
         return BlockStored(
@@ -83,13 +86,13 @@ class Sequence:
 
 
 class PagedPrefixCache:
-    """`num_blocks` blocks of `block_size` tokens, of which block 0 is never handed out (vLLM's null block)."""
+    """`num_blocks` blocks of `block_size` tokens. Block 0 is never used (vLLM's null block)."""
 
     def __init__(
         self, num_blocks: int, block_size: int, cpu: CpuTier | None = None, *, prefix_caching: bool = True
     ) -> None:
         if num_blocks < 2 or block_size < 1:
-            raise ValueError(f"need at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
+            raise ValueError(f"expected at least 2 blocks of at least 1 token, got {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._users = [0] * num_blocks
@@ -102,12 +105,12 @@ class PagedPrefixCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit at once."""
+        """Tokens that fit at the same time."""
         return (self.num_blocks - 1) * self.block_size
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use by requests, 0 to 1. Blocks that are only cached do not count."""
+        """Share of blocks that running requests use, 0 to 1. Blocks that are only cached do not count."""
         return 1 - len(self._free) / (self.num_blocks - 1)
 
     def lookup(self, sequence: Sequence) -> list[int]:
@@ -124,28 +127,28 @@ class PagedPrefixCache:
         return found
 
     def load(self, sequence: Sequence, found: int) -> int:
-        """Count the blocks after the first `found` that come back from the CPU tier once they are allocated."""
+        """Count the blocks after the first `found` that the CPU tier has and allocation will load back."""
         if self._cpu is None:
             return 0
         last = (len(sequence.tokens) - 1) // self.block_size
-        held = list(takewhile(self._cpu.__contains__, sequence.hashes[found:last]))
-        self._cpu.use(held)
-        return len(held)
+        loadable = list(takewhile(self._cpu.__contains__, sequence.hashes[found:last]))
+        self._cpu.use(loadable)
+        return len(loadable)
 
     def report(self, sequence: Sequence, found: int) -> None:
-        """Tell of the first `found` blocks, which are here, as if they were stored now."""
+        """Report the first `found` blocks, which are cached already, as if they were stored now."""
         if found:
             self._events.append(sequence.stored_event(0, found))
 
     def fits(self, sequence: Sequence, hit: Items[int]) -> bool:
-        """Whether all of `sequence` can get slots now, given the blocks `hit` of a look-up."""
+        """Whether all of `sequence` fits now, given the blocks `hit` that `lookup` found."""
         return self._lacking(sequence, len(sequence.tokens), hit) <= len(self._free)
 
     def allocate(self, sequence: Sequence, computed: int, hit: Items[int] = ()) -> bool:
-        """Give `sequence` slots for its first `computed` tokens and make the blocks that they fill reusable.
+        """Allocate blocks for the first `computed` tokens of `sequence`, and make the full ones reusable.
 
-        `hit` is what `lookup` gave, for a sequence that holds no blocks yet. Returns False, with nothing changed, when
-        there are too few free blocks.
+        `hit` is the result of `lookup`, for a sequence without blocks. Returns False, and changes nothing, when there
+        are too few free blocks.
         """
         lacking = self._lacking(sequence, computed, hit)
         if lacking > len(self._free):
@@ -162,19 +165,19 @@ class PagedPrefixCache:
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """Give up the sequence's blocks. Cached ones stay until they are reused, tail first."""
+        """Free the sequence's blocks. Cached ones stay until they are reused, tail first."""
         for block in reversed(sequence.blocks):
             self._users[block] -= 1
             if not self._users[block]:
                 self._free[block] = None
-        # A block without a hash can serve nobody: reuse it before any that is cached.
+        # A block without a hash serves no other request: reuse it before any cached one.
         for block in sequence.blocks[sequence.stored :]:
             self._free.move_to_end(block, last=False)
         sequence.blocks = []
         sequence.stored = 0
 
     def reset(self) -> bool:
-        """Forget everything cached. Returns False, with nothing changed, while any block is in use."""
+        """Clear the cache. Returns False, and changes nothing, while any block is in use."""
         if len(self._free) < self.num_blocks - 1:
             return False
         self._copies.clear()
@@ -185,7 +188,7 @@ class PagedPrefixCache:
         return True
 
     def take_events(self) -> list[Event]:
-        """Hand over what changed since the last call, in order."""
+        """Return the events since the last call, in order."""
         events, self._events = self._events, []
         return events
 

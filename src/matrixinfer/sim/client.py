@@ -1,4 +1,4 @@
-"""A streaming chat client that measures what its user feels, and drives whole conversations."""
+"""A streaming chat client that measures time to first token, and drives whole conversations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matrixinfer.sim.workload import Conversation, messages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One request as its client saw it."""
+    """The result of one request, as the client saw it."""
 
     pod: str | None
-    """Where the gateway says that it went."""
+    """The pod that answered, according to the gateway."""
     ttft: float | None
-    """Seconds from sending to the first token; None when none came."""
+    """Seconds from sending the request to its first token; None when there was no token."""
     error: str | None = None
 
 
@@ -40,10 +40,10 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, model: str, told: Sequence[dict[str, str]], *, max_tokens: int
+    session: aiohttp.ClientSession, url: str, model: str, chat: Sequence[dict[str, str]], *, max_tokens: int
 ) -> tuple[str, Outcome]:
-    """Stream one chat completion; the reply's text, and what happened."""
-    body = {"model": model, "messages": told, "max_tokens": max_tokens, "stream": True}
+    """Stream one chat completion. Returns the text of the reply, and the outcome."""
+    body = {"model": model, "messages": chat, "max_tokens": max_tokens, "stream": True}
     began = time.monotonic()
     pieces: list[str] = []
     ttft: float | None = None
@@ -77,7 +77,7 @@ async def converse(
     think_seconds: float,
     on_outcome: Callable[[Outcome], None],
 ) -> None:
-    """Hold all conversations of `plan` at once, each turn after the reply to the one before and a pause to think."""
+    """Hold all conversations of `plan` at the same time. A turn starts `think_seconds` after the last reply."""
 
     async def hold(conversation: Conversation) -> None:
         await asyncio.sleep(conversation.starts_after)

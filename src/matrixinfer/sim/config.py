@@ -11,62 +11,68 @@ from matrixinfer.sim.publisher import BUFFER_BATCHES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimEngineConfig:
-    """One replica. Raises `ValueError` for sizes below 1, or a `max_model_len` that the cache could never hold."""
+    """Settings of one replica. Raises `ValueError` for values out of range, or a `max_model_len` that exceeds the cache."""
 
     model: str = "sim"
-    """The model's path or name: the `root` in `/v1/models`."""
+    """Path or name of the model: the `root` in `/v1/models`."""
     served_model_names: tuple[str, ...] = ()
-    """Names that requests may use, the first being the engine's own. Empty: the model's."""
+    """Names that requests may use; the first is the engine's own. Empty: the name of the model."""
     loras: tuple[str, ...] = ()
-    """Names of LoRA adapters. Requests for one compute blocks of its own."""
+    """Names of LoRA adapters. Each has its own blocks."""
     data_parallel_size: int = 1
-    """Ranks, each with a cache of its own."""
+    """Number of ranks. Each has its own cache."""
     block_size: int = 16
     num_blocks: int = 8192
     cpu_blocks: int = 0
-    """Blocks kept on the CPU, also after they had to leave the GPU."""
+    """Size of the CPU tier, which keeps blocks that the GPU evicts."""
     lazy_offload: bool = False
-    """They are copied there only when they have to leave."""
+    """Copy a block to the CPU when the GPU evicts it, not when it is stored."""
     bare_cpu_events: bool = False
-    """KV events of the CPU tier name its blocks without their tokens."""
+    """KV events of the CPU tier name blocks without their tokens."""
     prefix_caching: bool = True
-    """Without it nothing is kept of a prompt, and no event tells of one."""
+    """If off, no block is cached and no event is published."""
     prompt_tokens_details: bool = True
-    """Usage tells how many prompt tokens the cache held."""
+    """`usage` reports how many prompt tokens were cached."""
     max_model_len: int | None = None
-    """Tokens of prompt and reply together. None: as many as the cache holds."""
+    """Maximum tokens of prompt and reply together. None: as many as the cache holds."""
     max_batched_tokens: int = 2048
     max_sequences: int = 256
     default_max_tokens: int = 64
-    """Length of a reply to a request that does not bound it."""
+    """Length of the reply to a request without `max_tokens`."""
     timing: Timing = field(default_factory=Timing)
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0
     replay_port: int = 0
-    """Ports; 0 takes a free one. Rank n publishes n ports above those given for the KV events."""
+    """Ports; 0 means any free one. Rank n uses `kv_port + n` and `replay_port + n`."""
     topic: str = ""
     """Topic of the KV events."""
     buffer_batches: int = BUFFER_BATCHES
-    """Batches of KV events that can be replayed."""
+    """KV event batches that are kept for replay."""
     lose_frames: float = 0.0
-    """Share of batches that are never sent live, only replayed; 0 to 1."""
+    """Share of batches, 0 to 1, that are not sent live and can only be replayed."""
     seed: int = 0
-    """Of the replies, and of the frames lost. Replicas with the same seed give the same reply to the same prompt."""
+    """Random seed of replies and lost frames. Replicas with the same seed give the same reply to the same prompt."""
 
     def __post_init__(self) -> None:
         sizes = (self.block_size, self.max_batched_tokens, self.max_sequences, self.default_max_tokens)
         if min(sizes) < 1 or self.cache_tokens < 2:
-            raise ValueError("blocks, steps and replies need room for a token, the cache for two")
+            raise ValueError(
+                "expected block size, tokens per step, sequences and reply length of at least 1, and a cache of at least 2 tokens"
+            )
         if self.data_parallel_size < 1:
-            raise ValueError("an engine has at least one rank")
+            raise ValueError("expected at least one rank")
         if min(self.cpu_blocks, self.buffer_batches) < 0 or not 0 <= self.lose_frames <= 1:
-            raise ValueError("tiers and buffers have no less than nothing, and at most all frames can be lost")
+            raise ValueError(
+                "expected CPU blocks and replay batches of at least 0, and a share of lost frames from 0 to 1"
+            )
         names = (*self.names, *self.loras)
         if len(set(names)) < len(names):
-            raise ValueError("two models of one name")
+            raise ValueError("expected different names for all models and adapters, got the same name twice")
         if self.context_length > self.cache_tokens:
-            raise ValueError(f"max_model_len {self.max_model_len} exceeds the cache of {self.cache_tokens} tokens")
+            raise ValueError(
+                f"expected max_model_len of at most {self.cache_tokens}, the tokens that the cache holds, got {self.max_model_len}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ class SimEngineConfig:
         return self.served_model_names or (self.model,)
 
     def adapter(self, name: str) -> Adapter | None:
-        """Give the adapter that a request for `name` uses."""
+        """The adapter that a request for `name` uses, if any."""
         return Adapter(self.loras.index(name) + 1, name) if name in self.loras else None
 
     @property
@@ -84,5 +90,5 @@ class SimEngineConfig:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and reply together."""
+        """Maximum tokens of prompt and reply together."""
         return self.cache_tokens if self.max_model_len is None else self.max_model_len

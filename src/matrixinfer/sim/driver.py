@@ -1,4 +1,4 @@
-"""Runs an engine model in real time: steps it, lets the steps take their time, tells requests of their tokens."""
+"""Runs an engine model in real time: steps it, waits for each step's duration, and reports tokens to requests."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from matrixinfer.sim.events import Event
 from matrixinfer.sim.model import EngineModel, EngineRequest, Output, StepResult
 
 _MAX_LAG_SECONDS = 0.05
-"""A busy engine makes up for late timers so that its rate is the model's, but not for longer stalls."""
+"""A busy engine catches up after late timers, so that it is as fast as the model, but not after longer stalls."""
 
 
 class Ticket:
-    """A request's progress as the last step left it."""
+    """A request's progress after the last step."""
 
     def __init__(self) -> None:
         self.generated = 0
         """Tokens of the reply so far."""
         self.cached_tokens = 0
         """Prompt tokens that came from the cache; known with the first token."""
-        self._news = asyncio.Event()
+        self._advanced = asyncio.Event()
 
     async def wait(self, seen: int) -> int:
-        """How many tokens there are, once there are more than `seen`."""
+        """Wait until there are more tokens than `seen`, and return how many."""
         while self.generated <= seen:
-            self._news.clear()
-            await self._news.wait()
+            self._advanced.clear()
+            await self._advanced.wait()
         return self.generated
 
     def advance(self, output: Output) -> None:
-        """Take a step's news."""
+        """Apply the output of a step."""
         self.generated = output.generated
         self.cached_tokens = output.cached_tokens
-        self._news.set()
+        self._advanced.set()
 
 
 class EngineDriver:
-    """Steps a model. `run` is its one task; `publish` gets the events of each step that has any, when it ends."""
+    """Steps a model in its only task, `run`. `publish` gets the events of a step, if any, when the step ends."""
 
     def __init__(self, model: EngineModel, publish: Callable[[list[Event]], None]) -> None:
         self.model = model
@@ -48,12 +48,12 @@ class EngineDriver:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are open, whatever the model knows of them."""
+        """Requests whose context is open, also when the model has finished them."""
         return len(self._tickets)
 
     @contextmanager
     def request(self, request: EngineRequest) -> Iterator[Ticket]:
-        """Submit a request; leaving the context aborts what is left of it. Raises `ValueError` as `submit` does."""
+        """Submit a request. Leaving the context aborts it if it is unfinished. Raises `ValueError` as `submit` does."""
         self.model.submit(request)
         ticket = self._tickets[request.id] = Ticket()
         self._work.set()
@@ -65,7 +65,7 @@ class EngineDriver:
                 self.model.abort(request.id)
 
     async def run(self) -> None:
-        """Step whenever there is work, until cancelled."""
+        """Step while there is work, until cancelled."""
         clock = asyncio.get_running_loop().time
         due = clock()
         while True:
@@ -77,7 +77,7 @@ class EngineDriver:
             result = model.step()
             due = max(due, clock() - _MAX_LAG_SECONDS) + result.duration
             await asyncio.sleep(due - clock())
-            if model is self.model:  # else the engine has restarted meanwhile
+            if model is self.model:  # otherwise the engine has restarted during the step
                 self._deliver(result)
 
     def _deliver(self, result: StepResult) -> None:

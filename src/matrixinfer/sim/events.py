@@ -1,6 +1,6 @@
-"""KV cache events as vLLM 0.32 puts them on the wire: maps tagged `type`, in a batch that is an array.
+"""KV cache events in the wire format of vLLM 0.32: maps tagged `type`, in a batch that is an array.
 
-Field names and their order are the engine's own. `encode` gives the payload of one ZMQ message.
+Names and order of the fields are vLLM's. `encode` returns the payload of one ZMQ message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Medium: TypeAlias = Literal["GPU", "CPU"]
 
 
 class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockStored"):
-    """Consecutive blocks of one chain became reusable. `token_ids` holds the tokens of all of them."""
+    """Consecutive blocks of one chain became reusable. `token_ids` has the tokens of all of them."""
 
     block_hashes: list[int]
     parent_block_hash: int | None
@@ -23,7 +23,7 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     medium: Medium = "GPU"
     lora_name: str | None = None
     extra_keys: list[tuple[str, ...] | None] | None
-    """One entry per block: what its hash covers besides tokens. A cache salt marks the first block only."""
+    """One entry per block: what its hash covers besides tokens. A cache salt is in the first block's only."""
     group_idx: int = 0
     kv_cache_spec_kind: Literal["full_attention"] | None = "full_attention"
 
@@ -37,14 +37,14 @@ class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 
 
 class AllBlocksCleared(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="AllBlocksCleared"):
-    """Nothing is cached any more."""
+    """The cache was cleared."""
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class EventBatch(msgspec.Struct, frozen=True, array_like=True):
-    """What one engine step changed, in order. `ts` is unix time in seconds."""
+    """The changes of one engine step, in order. `ts` is Unix time in seconds."""
 
     ts: float
     events: list[Event]
@@ -52,5 +52,5 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 def encode(batch: EventBatch) -> bytes:
-    """Write the batch as msgpack."""
+    """Encode the batch as msgpack."""
     return msgspec.msgpack.encode(batch)

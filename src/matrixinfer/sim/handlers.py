@@ -1,6 +1,6 @@
-"""The simulated engine's HTTP API: vLLM's paths around the ranks' models.
+"""The simulated engine's HTTP API, with vLLM's paths.
 
-Replies are made up, one choice per request; of a list of prompts the first is answered.
+Replies are made up, with one choice per request. Only the first of a list of prompts is answered.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from matrixinfer.sim.rank import Balancer, EngineRank
 from matrixinfer.sim.reply import ReplyWriter
 
 _VERSION = "0.32.0"
-"""The vLLM release whose API and event layout this is."""
+"""The vLLM release whose API and event layout the engine has."""
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class EngineHandlers:
-    """Answers requests with what the ranks compute."""
+    """Answers requests by running them on the ranks."""
 
     def __init__(self, config: SimEngineConfig, tokenizer: LocalTokenizer, ranks: Sequence[EngineRank]) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class EngineHandlers:
         self._ids = count()
 
     def application(self) -> web.Application:
-        """Give the paths and what answers them."""
+        """The application with all paths."""
         app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_refusals])
         app.add_routes(
             [
@@ -67,13 +67,13 @@ class EngineHandlers:
         return app
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        came = time.monotonic()
+        received_at = time.monotonic()
         body = await request.read()
         prompt = requests.parse(request.path, body)
         options = api.decode(body, api.GenerateOptions)
         self._check_model(prompt.model)
         if options.n not in (None, 1):
-            raise InvalidRequest("this engine gives one choice per request", param="n")
+            raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
         ids = prompt.token_ids
         if ids is None:
             ids = self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens)
@@ -87,7 +87,7 @@ class EngineHandlers:
             reply=reply,
             finish_reason="stop" if options.limit is None else "length",
             include_usage=options.stream_options is not None and options.stream_options.include_usage,
-            tells_cached=self._config.prompt_tokens_details,
+            reports_cached=self._config.prompt_tokens_details,
         )
         rank = self._rank(request)
         work = EngineRequest(
@@ -100,15 +100,15 @@ class EngineHandlers:
         )
         with rank.driver.request(work) as ticket:
             if prompt.stream:
-                return await self._stream(request, exchange, ticket, rank, came)
+                return await self._stream(request, exchange, ticket, rank, received_at)
             seen = await ticket.wait(0)
-            self._metrics.first_token(rank, time.monotonic() - came)
+            self._metrics.first_token(rank, time.monotonic() - received_at)
             while seen < len(reply.ids):
                 seen = await ticket.wait(seen)
             return _json(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
 
     async def _stream(
-        self, request: web.Request, exchange: api.Exchange, ticket: Ticket, rank: EngineRank, came: float
+        self, request: web.Request, exchange: api.Exchange, ticket: Ticket, rank: EngineRank, received_at: float
     ) -> web.StreamResponse:
         headers = {"content-type": "text/event-stream; charset=utf-8", **exchange.headers}
         response = web.StreamResponse(headers=headers)
@@ -117,7 +117,7 @@ class EngineHandlers:
         while seen < len(exchange.reply.ids):
             generated = await ticket.wait(seen)
             if not seen:
-                self._metrics.first_token(rank, time.monotonic() - came)
+                self._metrics.first_token(rank, time.monotonic() - received_at)
             await response.write(exchange.chunks(seen, generated, ticket.cached_tokens))
             seen = generated
         await response.write_eof()
@@ -156,7 +156,7 @@ class EngineHandlers:
         return _json({"version": _VERSION})
 
     def _rank(self, request: web.Request) -> EngineRank:
-        """Take the rank that the request is pinned to; as with vLLM, what is no number pins it to none."""
+        """The rank that the request names or, as with vLLM, any rank if the header is missing or not a number."""
         try:
             pinned = int(request.headers.get(_RANK_HEADER, ""))
         except ValueError:
@@ -180,7 +180,7 @@ class EngineHandlers:
         if limit is not None and limit < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, got {limit}.", param="max_tokens")
         if not prompt_tokens:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
+            raise InvalidRequest("expected a prompt of at least one token", param="prompt")
         room = self._config.context_length - prompt_tokens
         if room < (limit or 1):
             raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""`/metrics` under vLLM's names."""
+"""`/metrics`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.7
 
 
 class EngineMetrics:
-    """Reads the ranks' models when scraped; only times to first token are recorded as they happen."""
+    """Reads the ranks' models when scraped. Only times to first token are recorded when they happen."""
 
     def __init__(self, config: SimEngineConfig, ranks: Sequence[EngineRank]) -> None:
         self._config = config
@@ -47,15 +47,15 @@ class EngineMetrics:
             self._first_token.labels(*self._labels(rank))
 
     def first_token(self, rank: EngineRank, seconds: float) -> None:
-        """Record that a request got its first token this long after it came."""
+        """Record the time from a request's arrival to its first token."""
         self._first_token.labels(*self._labels(rank)).observe(seconds)
 
     def render(self) -> bytes:
-        """Write the exposition text."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Read the models; the registry calls this."""
+        """Read the models. Called by the registry."""
         stats = [(self._labels(rank), rank.stats) for rank in self._ranks]
         for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _TOTALS)):
             for name, (text, read) in metrics.items():

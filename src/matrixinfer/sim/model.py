@@ -1,7 +1,7 @@
 """One engine as a pure model: continuous batching over a paged prefix cache.
 
-No clock, no I/O, no randomness. The caller submits requests, runs a step, lets the step's duration pass (really or in
-virtual time), and then hands out the step's outputs and events.
+It has no clock, I/O or randomness. The caller submits requests, runs a step, lets its duration pass (in real or virtual
+time), and then delivers its outputs and events.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from matrixinfer.sim.stats import EngineStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long a step takes, all in seconds: a sum of terms, each linear in what the step computes."""
+    """How long a step takes, in seconds: a sum of terms, each linear in what the step computes."""
 
     step: float = 0.004
-    """Every step."""
+    """For every step."""
     prefill_token: float = 0.0001
-    """Each prompt token computed (cached ones cost nothing)."""
+    """For each prompt token that is computed; cached ones cost nothing."""
     decode_sequence: float = 0.0002
-    """Each sequence that gets one more token."""
+    """For each sequence that gets one more token."""
     attention_pair: float = 0.0
-    """Each pair of a computed token and a token before it."""
+    """For each pair of a computed token and a token before it."""
     load_block: float = 0.00005
-    """Each block that comes back from the CPU tier."""
+    """For each block that is loaded from the CPU tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """A prompt and the reply that the engine gives to it."""
+    """A prompt, and the reply that the engine will give."""
 
     id: int
     prompt: TokenIds
     reply: Items[int]
-    """Token ids, at least one."""
+    """Token ids; at least one."""
     salt: str | None = None
-    """Only requests of the same salt share blocks."""
+    """Only requests with the same salt share blocks."""
     adapter: Adapter | None = None
-    """Only requests of the same adapter do, or of none."""
+    """Only requests with the same adapter share blocks."""
     reports_hits: bool = False
-    """Events tell of the blocks that it finds in the cache as if they were stored anew."""
+    """Events report the blocks that it finds in the cache as if they were stored again."""
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A request has one more token."""
+    """One more token of a request's reply."""
 
     request_id: int
     generated: int
     """Tokens of the reply so far."""
     cached_tokens: int
-    """Prompt tokens that the cache held, on any tier, when the request was first scheduled."""
+    """Prompt tokens that were cached, on any tier, when the request was first scheduled."""
     finished: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step does. Outputs and events are due when its duration (seconds) is over."""
+    """The result of one step. Deliver outputs and events when its duration, in seconds, has passed."""
 
     duration: float
     outputs: list[Output]
@@ -76,9 +76,9 @@ class _Work(NamedTuple):
 
     run: _Run
     tokens: int
-    """To compute."""
+    """Tokens to compute."""
     loaded: int = 0
-    """Blocks from the CPU tier."""
+    """Blocks to load from the CPU tier."""
 
 
 class _Run:
@@ -99,10 +99,10 @@ class _Run:
 
 
 class EngineModel:
-    """First come, first served, at most `max_tokens` computed per step (long prompts in chunks), as vLLM schedules.
+    """Schedules as vLLM does: first come, first served, at most `max_tokens` per step, long prompts in chunks.
 
-    Running requests go first. One that finds no free block pushes out the latest arrival, which later starts again
-    from what the cache still holds.
+    Running requests go first. If one finds no free block, the latest arrival is preempted: it later starts again, from
+    the blocks that are still cached.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class EngineModel:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to step for."""
+        """Whether any request is unfinished."""
         return bool(self._running or self._waiting)
 
     @property
@@ -139,16 +139,16 @@ class EngineModel:
         )
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `ValueError` when it is empty or can never fit in the cache."""
+        """Queue a request. Raises `ValueError` when it is empty, or longer than the cache."""
         total = len(request.prompt) + len(request.reply)
         if not len(request.prompt) or not len(request.reply):
-            raise ValueError("a request needs at least one prompt token and one reply token")
+            raise ValueError("expected at least one prompt token and one reply token")
         if total > self._cache.capacity:
-            raise ValueError(f"{total} tokens never fit in a cache of {self._cache.capacity}")
+            raise ValueError(f"expected at most {self._cache.capacity} tokens, which the cache holds, got {total}")
         self._waiting.append(_Run(request, self._cache.block_size))
 
     def abort(self, request_id: int) -> None:
-        """Drop a request, if it is still there. The blocks that it filled stay cached."""
+        """Drop a request if it is unfinished. The blocks that it filled stay cached."""
         for run in self._running:
             if run.request.id == request_id:
                 self._running.remove(run)
@@ -160,7 +160,7 @@ class EngineModel:
                 return
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False while any is in use. The event comes with the next step, as vLLM's does."""
+        """Clear the cache; False while any block is in use. The event comes with the next step, as with vLLM."""
         return self._cache.reset()
 
     def step(self) -> StepResult:
@@ -175,7 +175,7 @@ class EngineModel:
         return StepResult(duration=duration, outputs=outputs, events=self._cache.take_events())
 
     def _schedule_running(self, batch: list[_Work]) -> int:
-        """Return the tokens left of the step's budget; none when a request had to be preempted."""
+        """Return the rest of the step's token budget, or 0 when a request was preempted."""
         budget = self._max_tokens
         preempted = False
         position = 0
@@ -196,7 +196,7 @@ class EngineModel:
             run = self._waiting[0]
             hit = self._cache.lookup(run.sequence)
             if not self._cache.fits(run.sequence, hit):
-                # Only a release frees blocks: until one does, looking again is work for nothing.
+                # Only a release frees blocks: do not look again before one does.
                 self._full = True
                 return
             if run.request.reports_hits:

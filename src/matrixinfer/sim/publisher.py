@@ -1,8 +1,8 @@
-"""KV events over ZMQ as vLLM publishes them: PUB for what happens, ROUTER for what happened.
+"""Publishes KV events over ZMQ as vLLM does: live ones on a PUB socket, past ones on a ROUTER socket.
 
-PUB frames are `[topic, seq, payload]`, with `seq` as 8 bytes big endian, 0 for the first batch after a start. A DEALER
-that sends `["", seq]` to the ROUTER gets `["", topic, seq, payload]` for every batch still buffered from `seq` on, then
-the end marker `["", "", ff×8, ""]`. A request of any other form gets no answer.
+PUB frames are `[topic, seq, payload]`. `seq` has 8 bytes, big endian, and starts at 0. A DEALER that sends `["", seq]` to
+the ROUTER receives `["", topic, seq, payload]` for every buffered batch from `seq` on, then the end marker
+`["", "", ff×8, ""]`. Any other request gets no answer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _END = b"\xff" * 8
 
 
 class EventPublisher:
-    """Publishes batches while its context is open. `serve` answers replays until it is cancelled.
+    """Publishes batches while its context is open. `serve` answers replay requests until it is cancelled.
 
-    The ROUTER keeps ZMQ's default high-water mark, so a slow reader loses frames of a long replay, as with vLLM.
+    The ROUTER has ZMQ's default high-water mark, so that a slow reader loses frames of a long replay, as with vLLM.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class EventPublisher:
         loss: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """`loss` is the share of batches that are not sent, chosen by `seed`; a replay has them all the same."""
+        """`loss` is the share of batches, chosen by `seed`, that are not sent live. Replays include them."""
         self._host = host
         self._ports = (port, replay_port)
         self._topic = topic.encode()
@@ -76,16 +76,16 @@ class EventPublisher:
 
     @property
     def replay_endpoint(self) -> str:
-        """Where to ask for past batches."""
+        """Where to request past batches."""
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def published(self) -> int:
-        """Batches so far, which is the number of the next."""
+        """Batches published so far; also the sequence number of the next."""
         return self._next
 
     def source(self) -> dict[str, object]:
-        """Describe it as one entry of vLLM's `/kv_event_sources`."""
+        """This publisher as an entry of vLLM's `/kv_event_sources`."""
         publish, replay = (f"tcp://*:{end.rpartition(':')[2]}" for end in (self.endpoint, self.replay_endpoint))
         return {
             "enable_kv_cache_events": True,
@@ -99,7 +99,7 @@ class EventPublisher:
         }
 
     def publish(self, payload: bytes) -> None:
-        """Send one batch. Never waits: a subscriber that is too slow loses messages."""
+        """Publish one batch. Never waits: a subscriber that is too slow loses messages."""
         if self._to_lose:
             self._to_lose -= 1
         elif self._draw.random() >= self._loss:
@@ -107,17 +107,25 @@ class EventPublisher:
         self._buffer.append((self._next, payload))
         self._next += 1
 
+    def send_raw(self, *parts: bytes) -> None:
+        """Send any message live, for example one that is not a valid frame."""
+        self._pub.send_multipart(parts, zmq.NOBLOCK)
+
+    def skip(self, batches: int) -> None:
+        """Skip sequence numbers, as if these batches were lost and are no longer kept for replay."""
+        self._next += batches
+
     def lose(self, batches: int) -> None:
-        """Do not send the next batches, as if they were lost on their way."""
+        """Do not send the next `batches` live, as if the network lost them."""
         self._to_lose = batches
 
     def restart(self) -> None:
-        """Begin anew, as a new engine behind the same endpoints does: no history, and the next batch is number 0."""
+        """Start again as a new engine on the same endpoints: with no history, and sequence number 0."""
         self._next = 0
         self._buffer.clear()
 
     async def serve(self) -> None:
-        """Answer replay requests, one after the other."""
+        """Answer replay requests, one at a time."""
         while True:
             match await self._router.recv_multipart():
                 case [peer, b"", start] if len(start) == 8:

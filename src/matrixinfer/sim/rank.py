@@ -1,4 +1,4 @@
-"""One data-parallel rank of an engine: a cache and a model of its own, publishing on endpoints of its own."""
+"""One data-parallel rank of an engine, with its own cache, model and publisher."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class EngineRank:
 
     @property
     def stats(self) -> EngineStats:
-        """What the rank counts."""
+        """The rank's counters."""
         return self.driver.model.stats
 
     def restart(self) -> None:
-        """Begin anew with an empty cache and no history, on the same endpoints. Raises `RuntimeError` unless idle."""
+        """Restart on the same endpoints, with an empty cache and no history. Raises `RuntimeError` unless idle."""
         if self.driver.in_flight:
-            raise RuntimeError("requests are under way")
+            raise RuntimeError("expected an idle engine, but requests are in flight")
         self.driver.model = self._new_model()
         self.publisher.restart()
 
@@ -81,7 +81,7 @@ class EngineRank:
 
 
 class Balancer:
-    """Chooses among ranks as vLLM does: the one with the fewest requests in flight, in turn where several have."""
+    """Chooses a rank as vLLM does: the one with the fewest requests in flight, taking turns among equals."""
 
     def __init__(self, ranks: tuple[EngineRank, ...]) -> None:
         self._ranks = ranks

@@ -1,7 +1,7 @@
-"""Replies: plain words, chosen by a hash of the prompt.
+"""Replies made of common words, chosen by a hash of the prompt.
 
-A chat's next turn contains the reply as text. Its tokens must come out as the ones that the engine generated, or the
-prefix would end there; so replies are made of words that are one token each.
+The next turn of a chat contains the reply as text. It must have the same tokens that the engine generated, or the cached
+prefix would end there. So replies consist of words that are one token each.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ own page paper part people place plan plant point power problem question read ri
 see sentence set should show side simple small some sound south start state still stop story study such sun
 system table take tell than that their them then there these they thing think this those thought three through
 time together took tree turn under until use very walk want watch water way well went were what when where which
-while white who why will with without wood word work world would write year young""".split()  # noqa: SIM905 - two hundred words read better so
+while white who why will with without wood word work world would write year young""".split()  # noqa: SIM905 - a list of two hundred strings is hard to read
 _ENOUGH_WORDS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """Token ids and, one for one, the text that each adds."""
+    """Token ids, and the text of each."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
@@ -42,7 +42,7 @@ class Reply:
 
 
 class ReplyWriter:
-    """Writes replies in a tokenizer's own tokens."""
+    """Writes replies in the tokens of a tokenizer."""
 
     def __init__(self, tokenizer: LocalTokenizer, seed: int) -> None:
         self._seed = seed
@@ -50,7 +50,7 @@ class ReplyWriter:
         self._rest = _vocabulary(tokenizer, [f" {word}" for word in _WORDS])
 
     def write(self, prompt: TokenIds, length: int) -> Reply:
-        """Write the reply of `length` tokens to a prompt: always the same for the same prompt and seed."""
+        """The reply of `length` tokens to a prompt. It depends only on prompt and seed."""
         digest = sha256(prompt.astype("<u4", copy=False).tobytes()).digest()
         rng = random.Random(digest + self._seed.to_bytes(8, "little", signed=True))
         tokens = list(rng.choice(self._first))
@@ -63,7 +63,7 @@ class ReplyWriter:
 
 
 def _vocabulary(tokenizer: LocalTokenizer, words: list[str]) -> list[list[tuple[int, str]]]:
-    """Each word as its tokens: `(id, text)`. Words of one token only, where there are enough of them."""
+    """The tokens of each word, as `(id, text)`. If enough words have a single token, only those."""
     spelled = []
     for word in words:
         ids = tokenizer.encode(word, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""The simulated engine: one vLLM replica, its ranks and its HTTP API, while its context is open."""
+"""The simulated engine as a server: ranks and HTTP API of one vLLM replica."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHUTDOWN_SECONDS = 1.0
 
 
 class SimEngine:
-    """A replica that serves while its context is open. Several may share a process and a tokenizer."""
+    """A replica that serves while its context is open. Several can share a process and a tokenizer."""
 
     def __init__(self, config: SimEngineConfig, tokenizer: LocalTokenizer) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class SimEngine:
                 await stack.enter_async_context(rank)
             listener = stack.enter_context(socket.create_server((self.config.host, self.config.port)))
             self._port = listener.getsockname()[1]
-            # A client that goes away must cancel its handler: that is what aborts a request.
+            # When a client disconnects, its handler must be cancelled: that aborts the request.
             runner = web.AppRunner(
                 self._handlers.application(),
                 handler_cancellation=True,
@@ -60,20 +60,20 @@ class SimEngine:
 
     @property
     def kv_endpoint(self) -> str:
-        """PUB endpoint of the first rank's KV events."""
+        """Where the first rank publishes KV events."""
         return self.ranks[0].publisher.endpoint
 
     @property
     def replay_endpoint(self) -> str:
-        """ROUTER endpoint of the first rank's past KV events."""
+        """Where the first rank replays past KV events."""
         return self.ranks[0].publisher.replay_endpoint
 
     @property
     def stats(self) -> EngineStats:
-        """What the ranks count, together."""
-        return EngineStats.over(rank.stats for rank in self.ranks)
+        """The counters of all ranks together."""
+        return EngineStats.total(rank.stats for rank in self.ranks)
 
     def restart(self) -> None:
-        """Begin anew on the same endpoints, as a new process would. Raises `RuntimeError` unless idle."""
+        """Restart on the same endpoints, as a new process would. Raises `RuntimeError` unless idle."""
         for rank in self.ranks:
             rank.restart()

@@ -1,4 +1,4 @@
-"""What an engine counts, named as vLLM's metrics."""
+"""Counters of an engine, named like vLLM's metrics."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges and totals of one rank, or of several."""
+    """Gauges and totals of one rank, or of several together."""
 
     running: int
     waiting: int
     cache_usage: float
-    """Share of blocks that requests hold, 0 to 1; 0 when idle. Of several ranks the highest."""
+    """Share of blocks that running requests use, 0 to 1. For several ranks: the highest."""
     prefix_queries: int
     prefix_hits: int
-    """Prompt tokens looked up and found, over all requests."""
+    """Prompt tokens looked up, and found on the GPU, over all requests."""
     loaded_tokens: int
-    """Prompt tokens found in the CPU tier besides those."""
+    """Prompt tokens found in the CPU tier, in addition to those."""
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
 
     @classmethod
-    def over(cls, ranks: Iterable[EngineStats]) -> EngineStats:
-        """Of at least one rank, all together."""
+    def total(cls, ranks: Iterable[EngineStats]) -> EngineStats:
+        """The sum over at least one rank; `cache_usage` is the maximum."""
         each = list(ranks)
         counts = {field.name: sum(getattr(stats, field.name) for stats in each) for field in fields(cls)}
         return cls(**counts | {"cache_usage": max(stats.cache_usage for stats in each)})

@@ -1,4 +1,4 @@
-"""Conversations in real text: several applications, each with a system prompt of its own, asked over many turns."""
+"""Conversations in real text: several applications, each with its own system prompt, over many turns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What one user says: a system prompt shared with others, then one message per turn."""
+    """The messages of one user: a system prompt shared with others, then one message per turn."""
 
     system: str
     turns: tuple[str, ...]
@@ -19,7 +19,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadShape:
-    """How many conversations, how long, and how much of them is shared. Lengths are in characters of English prose."""
+    """Number and length of the conversations, and how much text they share. Lengths are in characters."""
 
     conversations: int = 36
     turns: int = 6
@@ -27,12 +27,12 @@ class WorkloadShape:
     system_chars: int = 6_000
     turn_chars: int = 2_400
     ramp_seconds: float = 6.0
-    """The conversations start at random moments within this time."""
+    """Conversations start at random times within this many seconds."""
     seed: int = 0
 
 
 def conversations(shape: WorkloadShape) -> list[Conversation]:
-    """The workload of `shape`, by start time; equal shapes give equal workloads."""
+    """The conversations of a workload, by start time. Equal shapes give equal workloads."""
     draw = random.Random(shape.seed)
     prose = _Prose(draw)
     systems = [f"You are assistant {i}.\n{prose.cut(shape.system_chars)}" for i in range(shape.applications)]
@@ -51,7 +51,7 @@ def conversations(shape: WorkloadShape) -> list[Conversation]:
 
 
 class _Prose:
-    """Consecutive cuts from the standard library's language reference, shuffled by topic."""
+    """Consecutive pieces of the Python language reference, shuffled by topic."""
 
     def __init__(self, draw: random.Random) -> None:
         names = sorted(topics)
@@ -66,8 +66,8 @@ class _Prose:
 
 
 def messages(conversation: Conversation, replies: list[str]) -> list[dict[str, str]]:
-    """The messages of the turn that follows `replies`."""
-    told = [{"role": "system", "content": conversation.system}]
+    """The messages of the request that follows `replies`."""
+    chat = [{"role": "system", "content": conversation.system}]
     for question, reply in zip(conversation.turns, replies, strict=False):
-        told += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return [*told, {"role": "user", "content": conversation.turns[len(replies)]}]
+        chat += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return [*chat, {"role": "user", "content": conversation.turns[len(replies)]}]

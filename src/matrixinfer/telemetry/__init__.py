@@ -1,1 +1,1 @@
-"""What the gateway says about itself: metrics and logs."""
+"""Metrics and logs of the gateway."""

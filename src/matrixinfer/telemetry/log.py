@@ -1,4 +1,4 @@
-"""Structured logging to standard error. Events are short names with fields; prompts and token ids are never fields."""
+"""Structured logging to standard error. Events are short names with fields; no field holds a prompt or token ids."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matrixinfer.config import LogConfig
 
 
 def configure(config: LogConfig) -> None:
-    """Set up logging for the process: structlog's own loggers and, from warnings up, those of libraries."""
+    """Set up logging for the process: its own loggers and, from warnings up, those of libraries."""
     renderer: structlog.typing.Processor
     if config.format == "json":
         renderer = structlog.processors.JSONRenderer()
-        # The default of both formats shows local variables, which hold prompts.
+        # By default, both formats show local variables, which hold prompts.
         frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         exceptions: list[structlog.typing.Processor] = [structlog.processors.ExceptionRenderer(frames)]
     else:
@@ -31,7 +31,7 @@ def configure(config: LogConfig) -> None:
     ]
     structlog.configure(
         processors=[*shared, renderer],
-        # Calls below the level cost one method call that does nothing.
+        # A call below the level costs one method call that does nothing.
         wrapper_class=structlog.make_filtering_bound_logger(config.level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,

@@ -1,1 +1,1 @@
-"""What was sent where, by this gateway and by others: load, routing history, peers."""
+"""Tracks which requests went to which pod, from this gateway and from others: load, routing history, peers."""

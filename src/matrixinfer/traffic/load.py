@@ -1,110 +1,120 @@
-"""What this gateway has sent to each pod and has not seen finished: the load and the prefixes that are on their way.
+"""Tracks the requests that this gateway has in flight at each pod: their load and their pending blocks.
 
-Prefixes that other gateways tell of count as well, for some time (`LoadLedger.add_pending`).
+Pending blocks that other gateways report count as well, for a limited time (`LoadLedger.add_pending`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-_DRAINED_PER_CHARGE = 64
-"""Faded blocks forgotten per charge, beyond twice those it brings: what fades is forgotten faster than it comes."""
+_DELETED_PER_CHARGE = 64
+"""Expired blocks to delete per charge, besides two for each new block, so that deletion outpaces growth."""
+
+
+OnCharge: TypeAlias = Callable[[str, str, Sequence[int], int, "Charge"], None]
+"""Arguments: pod, model, hashes and start as passed to `LoadLedger.charge`, and the charge."""
 
 
 class LoadLedger:
-    """Requests in flight per pod, prompt tokens that they have yet to compute, and the blocks they are bringing.
+    """Per pod: the requests in flight, the prompt tokens they still have to compute, and their pending blocks.
 
-    A block counts as pending at a pod while a request that brings it is in flight there, and for `pending_seconds`
-    after; by then the engine's events say whether it is there. `clock` gives seconds and never goes back. At most
-    `max_pending_blocks` blocks are remembered, counted per request; further requests are charged without theirs.
+    A block is pending at a pod while a request that brings it is in flight there, and for `pending_seconds` after
+    that; by then the engine's events have reported it. `clock` returns seconds and is monotonic. The ledger keeps at
+    most `max_pending_blocks` blocks, counted per request; beyond that, requests are charged without their blocks.
     """
 
     def __init__(
         self, clock: Callable[[], float], pending_seconds: float, *, max_pending_blocks: int = 1_000_000
     ) -> None:
         self._clock = clock
-        self._assumed_seconds = pending_seconds
-        self._max_assumed_blocks = max_pending_blocks
+        self._pending_seconds = pending_seconds
+        self._max_pending_blocks = max_pending_blocks
         self._pods: dict[str, _PodLoad] = {}
         self._pending: dict[tuple[str, str], _Pending] = {}
         self._fading: deque[tuple[float, _Pending, list[int]]] = deque()
-        self._remembered = 0
-        self.on_charge: Callable[[str, str, Sequence[int], int, Charge], None] | None = None
-        """Told of each request that brings blocks: pod, model, hashes and start as charged, and its charge."""
+        self._stored_blocks = 0
+        self._subscribers: list[OnCharge] = []
+
+    def subscribe(self, on_charge: OnCharge) -> Callable[[], None]:
+        """Call `on_charge` for each charged request that brings blocks. Returns a function that unsubscribes."""
+        self._subscribers.append(on_charge)
+        return lambda: self._subscribers.remove(on_charge)
 
     def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
-        """Count a request that goes to `pod` now.
+        """Count a request that is sent to `pod` now.
 
-        `hashes` is the prompt's chain, of which the pod's index match covers `start` blocks; the rest is pending at the
-        pod. `queued_tokens` are the prompt tokens that the pod must compute.
+        `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod.
+        `queued_tokens` is the number of prompt tokens that the pod must compute.
         """
         wanted = max(0, len(hashes) - start)
-        self._drain(2 * wanted + _DRAINED_PER_CHARGE)
-        count = min(wanted, self._max_assumed_blocks - self._remembered)
+        self._delete_expired(2 * wanted + _DELETED_PER_CHARGE)
+        count = min(wanted, self._max_pending_blocks - self._stored_blocks)
         blocks = list(hashes[start : start + count]) if count else []
         load = self._pods.setdefault(pod, _PodLoad())
         load.in_flight += 1
         load.queued_tokens += queued_tokens
         pending = None
         if blocks:
-            self._remembered += len(blocks)
+            self._stored_blocks += len(blocks)
             pending = self._pending.setdefault((pod, model), _Pending((pod, model)))
-            pending.hold(blocks)
+            pending.add(blocks)
         charge = Charge(self, pod, load, pending, blocks, queued_tokens)
-        if wanted and self.on_charge is not None:
-            self.on_charge(pod, model, hashes, start, charge)
+        if wanted:
+            for on_charge in self._subscribers:
+                on_charge(pod, model, hashes, start, charge)
         return charge
 
     def add_pending(self, pod: str, model: str, hashes: Sequence[int]) -> None:
-        """Take `hashes` for what a request elsewhere is bringing to `pod`, for `pending_seconds` from now on."""
-        self._drain(2 * len(hashes) + _DRAINED_PER_CHARGE)
-        blocks = list(hashes[: self._max_assumed_blocks - self._remembered])
+        """Make `hashes` pending at `pod` for `pending_seconds` from now: a request of another gateway brings them."""
+        self._delete_expired(2 * len(hashes) + _DELETED_PER_CHARGE)
+        blocks = list(hashes[: self._max_pending_blocks - self._stored_blocks])
         if not blocks:
             return
-        self._remembered += len(blocks)
+        self._stored_blocks += len(blocks)
         pending = self._pending.setdefault((pod, model), _Pending((pod, model)))
-        pending.hold(blocks)
-        self._let_fade(pending, blocks)
+        pending.add(blocks)
+        self._fade(pending, blocks)
 
     def in_flight(self, pod: str) -> int:
-        """Count the requests in flight at `pod`."""
+        """Number of requests in flight at `pod`."""
         load = self._pods.get(pod)
         return 0 if load is None else load.in_flight
 
     def queued_tokens(self, pod: str) -> int:
-        """Sum the prompt tokens of requests at `pod` whose first byte has not come."""
+        """Prompt tokens of the requests at `pod` that have not received their first byte."""
         load = self._pods.get(pod)
         return 0 if load is None else load.queued_tokens
 
     def loads(self) -> dict[str, tuple[int, int]]:
-        """Requests in flight and queued tokens of each pod that has any."""
+        """Requests in flight and queued tokens of each pod that has requests in flight."""
         return {pod: (load.in_flight, load.queued_tokens) for pod, load in self._pods.items()}
 
     def total(self) -> int:
-        """Count the requests in flight at all pods."""
+        """Number of requests in flight at all pods."""
         return sum(load.in_flight for load in self._pods.values())
 
     def __len__(self) -> int:
-        """Blocks remembered, counted per request; those whose time is over go with later requests."""
-        return self._remembered
+        """Number of stored blocks, counted per request. Later requests delete expired ones."""
+        return self._stored_blocks
 
     def pending(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
-        """Count the further consecutive blocks, from position `start` on, that are pending at `pod`.
+        """How many consecutive blocks from position `start` on are pending at `pod`.
 
-        Reads `hashes` only where something is pending, and no further than the first block that is not.
+        Reads `hashes` only if any block is pending there. The search is exponential, then binary.
         """
         pending = self._pending.get((pod, model))
         return 0 if pending is None else pending.count(hashes, start, self._clock())
 
     def forget(self, pod: str) -> None:
-        """Drop all about `pod`, which is gone. Charges still open there count nowhere any more."""
+        """Delete all data of `pod`, which has gone. Charges that are still open there no longer count."""
         self._pods.pop(pod, None)
         for key in [key for key in self._pending if key[0] == pod]:
             del self._pending[key]
         fading = [each for each in self._fading if each[1].key[0] == pod]
         if fading:
-            self._remembered -= sum(len(blocks) for _, _, blocks in fading)
+            self._stored_blocks -= sum(len(blocks) for _, _, blocks in fading)
             self._fading = deque(each for each in self._fading if each[1].key[0] != pod)
 
     def _release(
@@ -116,14 +126,14 @@ class LoadLedger:
         if pending is None:
             return
         if computed:
-            self._let_fade(pending, blocks)
+            self._fade(pending, blocks)
         else:
-            pending.let_go(blocks)
-            self._remembered -= len(blocks)
+            pending.release(blocks)
+            self._stored_blocks -= len(blocks)
             self._drop_if_empty(pending)
 
-    def _let_fade(self, pending: _Pending, blocks: list[int]) -> None:
-        until = self._clock() + self._assumed_seconds
+    def _fade(self, pending: _Pending, blocks: list[int]) -> None:
+        until = self._clock() + self._pending_seconds
         pending.fade(blocks, until)
         self._fading.append((until, pending, blocks))
 
@@ -131,8 +141,8 @@ class LoadLedger:
         if pending.empty and self._pending.get(pending.key) is pending:
             del self._pending[pending.key]
 
-    def _drain(self, budget: int) -> None:
-        """Forget up to `budget` blocks whose time is over. Look-ups do not depend on it, memory does."""
+    def _delete_expired(self, budget: int) -> None:
+        """Delete up to `budget` expired blocks. This frees memory; lookups ignore expired blocks anyway."""
         now = self._clock()
         while self._fading and budget > 0:
             until, pending, blocks = self._fading[0]
@@ -141,7 +151,7 @@ class LoadLedger:
             gone = blocks[-budget:]
             del blocks[-budget:]
             budget -= len(gone)
-            self._remembered -= len(gone)
+            self._stored_blocks -= len(gone)
             pending.drop(gone, until)
             if blocks:
                 return
@@ -150,9 +160,9 @@ class LoadLedger:
 
 
 class Charge:
-    """One request's hold on a pod. Its methods may be called at any time, any number of times."""
+    """The share of one request in a pod's load. Its methods may be called at any time, any number of times."""
 
-    __slots__ = ("_blocks", "_ledger", "_load", "_pending", "_pod", "_queued_tokens", "_released", "waits")
+    __slots__ = ("_blocks", "_ledger", "_load", "_pending", "_pod", "_queued_tokens", "_released", "awaits_first_byte")
 
     def __init__(
         self,
@@ -170,21 +180,21 @@ class Charge:
         self._blocks = blocks
         self._queued_tokens = queued_tokens
         self._released = False
-        self.waits = True
-        """Whether the answer has yet to begin."""
+        self.awaits_first_byte = True
+        """True until the answer begins."""
 
     def first_byte(self) -> None:
-        """Note that the answer began, so the prompt is computed."""
+        """Record that the answer has begun, so the prompt has been computed."""
         self._load.queued_tokens -= self._queued_tokens
         self._queued_tokens = 0
-        self.waits = False
+        self.awaits_first_byte = False
 
     def release(self) -> None:
-        """End the hold: the request is over, and its prompt was computed."""
+        """End the charge: the request is over, and the pod has computed its prompt."""
         self._end(computed=True)
 
     def cancel(self) -> None:
-        """End the hold of a request that the pod did not compute: it leaves nothing there."""
+        """End the charge of a request whose prompt the pod did not compute: its blocks stop being pending at once."""
         self._end(computed=False)
 
     def _end(self, *, computed: bool) -> None:
@@ -196,7 +206,7 @@ class Charge:
 
 
 class _PodLoad:
-    """Sums over one pod's open charges."""
+    """Totals over one pod's open charges."""
 
     __slots__ = ("in_flight", "queued_tokens")
 
@@ -206,7 +216,7 @@ class _PodLoad:
 
 
 class _Pending:
-    """The blocks of one model that are pending at one pod: held by requests in flight, or fading after them."""
+    """The pending blocks of one model at one pod: of requests in flight, and fading ones of requests that have ended."""
 
     __slots__ = ("_fading", "_held", "_until", "key")
 
@@ -220,13 +230,13 @@ class _Pending:
     def empty(self) -> bool:
         return not self._held and not self._fading
 
-    def hold(self, blocks: list[int]) -> None:
+    def add(self, blocks: list[int]) -> None:
         held = self._held
         for block in blocks:
             held[block] = held.get(block, 0) + 1
 
-    def let_go(self, blocks: list[int]) -> None:
-        """One request less holds `blocks`, and leaves nothing behind."""
+    def release(self, blocks: list[int]) -> None:
+        """Remove one request's `blocks`; they do not fade."""
         held = self._held
         for block in blocks:
             if held[block] > 1:
@@ -235,15 +245,15 @@ class _Pending:
                 del held[block]
 
     def fade(self, blocks: list[int], until: float) -> None:
-        """One request less holds `blocks`. `until` never falls from call to call."""
-        self.let_go(blocks)
+        """Remove one request's `blocks`, which stay pending until `until`. `until` must not decrease between calls."""
+        self.release(blocks)
         for block in blocks:
             if block not in self._held:
                 self._fading[block] = until
         self._until = until
 
     def drop(self, blocks: list[int], until: float) -> None:
-        """Forget those of `blocks` that did not fade again after `until`."""
+        """Delete those of `blocks` that expire at `until`, and not later because another request brought them."""
         for block in blocks:
             if self._fading.get(block) == until:
                 del self._fading[block]
@@ -253,22 +263,23 @@ class _Pending:
         if not self._held and not fading:
             return 0
 
-        def there(position: int) -> bool:
+        def is_pending(position: int) -> bool:
             block = hashes[position]
             return block in self._held or fading.get(block, now) > now
 
-        if start >= len(hashes) or not there(start):
+        if start >= len(hashes) or not is_pending(start):
             return 0
-        # Requests bring whole chains, so what is there ends once (it may not where the index has since lost blocks that
-        # an earlier request built on; then this is an estimate). Exponential search for the end, then bisection.
+        # Requests bring whole chains, so the pending blocks normally form one run. (If the index has since lost blocks
+        # that an earlier request built on, there may be gaps, and the result is an estimate.) Exponential search for
+        # the end of the run, then bisection.
         last, step, end = start, 1, len(hashes)
-        while last + step < end and there(last + step):
+        while last + step < end and is_pending(last + step):
             last += step
             step *= 2
         end = min(end, last + step)
         while end - last > 1:
             middle = (last + end) // 2
-            if there(middle):
+            if is_pending(middle):
                 last = middle
             else:
                 end = middle

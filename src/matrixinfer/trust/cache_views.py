@@ -7,7 +7,7 @@ from typing import Protocol, get_args
 
 import msgspec
 
-from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
@@ -67,7 +67,7 @@ class ReportedCaches:
     An endpoint that nobody reports is unknown. With `unvouched` it counts as partly known: its writer reports nothing.
     """
 
-    def __init__(self, states: States, *, unvouched: bool = False) -> None:
+    def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
         self._states = states
         self._unvouched = unvouched
 

@@ -30,7 +30,7 @@ def asked(label: str, cached: int, **body: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def capture(tmp_path: Path) -> Path:
-    """A capture with one hit predicted well, one badly, and one prompt that its events cannot tell."""
+    """A capture with a correct prediction, a wrong one, and a prompt whose hit cannot be predicted."""
     rows = [STORED, *asked("right", 16), *asked("wrong", 4), *asked("embeds", 0, prompt_embeds="x")]
     file = tmp_path / "capture.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,7 +54,7 @@ def publisher(**fields: Any) -> dict[str, Any]:
 
 def test_check_prints_what_it_found_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", "--json", ORACLE, RESET, RANKS]) == 1
-    common = {"cut": False, "unsupported": {}, "mismatches": []}
+    common = {"truncated": False, "unsupported": {}, "mismatches": []}
     assert json.loads(capsys.readouterr().out) == {
         "files": [
             {
@@ -92,8 +92,8 @@ def test_check_prints_what_it_found_as_json(capsys: pytest.CaptureFixture[str]) 
 def test_check_succeeds_when_every_hit_is_predicted(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", str(good)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{good}: 1 frame, 1 event, 1 request: every hit as predicted",
-        "  4 engine blocks held at the end",
+        f"{good}: 1 frame, 1 event, 1 request: every hit was predicted",
+        "  4 engine blocks cached at the end",
     ]
 
 
@@ -101,35 +101,35 @@ def test_check_names_each_difference(capture: Path, capsys: pytest.CaptureFixtur
     assert main(["events", "check", str(capture)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         f"{capture}: 1 frame, 1 event, 2 requests: 1 mismatch",
-        "  4 engine blocks held at the end",
-        "  embeds: not predictable, more than tokens",
-        "  wrong: predicted 16 cached tokens, engine reported 4",
+        "  4 engine blocks cached at the end",
+        "  embeds: cannot be predicted: more than tokens",
+        "  wrong: predicted 16 cached tokens, the engine reported 4",
     ]
 
 
-def test_check_tells_publishers_apart_and_needs_no_requests(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_each_publisher_and_needs_no_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", RANKS]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{RANKS}: 5 frames, 5 events, 0 requests: no requests to compare",
-        "  publisher 5557: 3 frames, 3 events, 9 engine blocks held at the end",
-        "  publisher 5558: 2 frames, 2 events, 6 engine blocks held at the end",
+        "  publisher 5557: 3 frames, 3 events, 9 engine blocks cached at the end",
+        "  publisher 5558: 2 frames, 2 events, 6 engine blocks cached at the end",
     ]
 
 
 def test_check_fails_where_a_frame_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "capture.jsonl"
-    unheard = {"kind": "event", "seq": 2, "payload_hex": frame(CLEARED, {"type": "Unheard"}).hex()}
+    unknown = {"kind": "event", "seq": 2, "payload_hex": frame(CLEARED, {"type": "Unknown"}).hex()}
     garbage = {"kind": "event", "seq": 1, "payload_hex": "c1"}
-    file.write_text("\n".join(map(json.dumps, [STORED, garbage, unheard])))
+    file.write_text("\n".join(map(json.dumps, [STORED, garbage, unknown])))
     assert main(["events", "check", str(file)]) == 1
     assert capsys.readouterr().out.splitlines()[1] == (
-        "  0 engine blocks held at the end; 1 unreadable frame; 1 unreadable event"
+        "  0 engine blocks cached at the end; 1 unreadable frame; 1 unreadable event"
     )
 
 
 def test_check_takes_another_block_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", RESET, "--block-size", "128"]) == 0
-    assert "every hit as predicted" in capsys.readouterr().out
+    assert "every hit was predicted" in capsys.readouterr().out
 
 
 def test_a_block_size_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +151,7 @@ def test_a_block_size_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -
         ("other.jsonl", b'{"kind": "event"}'),
     ],
 )
-def test_what_is_no_capture_does_not_hide_the_others(
+def test_a_file_that_is_not_a_capture_does_not_hide_the_others(
     tmp_path: Path, good: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
 ) -> None:
     file = tmp_path / name
@@ -166,33 +166,33 @@ def test_what_is_no_capture_does_not_hide_the_others(
     assert (first["requests"], second) == (1, {"file": str(file), "error": second["error"]})
 
 
-def test_check_reads_a_file_that_is_cut_short_up_to_there(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reads_a_truncated_file_up_to_its_last_row(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good.write_text(good.read_text() + "\n{")
     assert main(["events", "check", str(good)]) == 0
-    assert "  the file is cut short; checked up to there" in capsys.readouterr().out.splitlines()
+    assert "  the file is truncated: checked up to its last complete row" in capsys.readouterr().out.splitlines()
 
 
 # Mutations
 
 
 @pytest.mark.parametrize(("mutation", "hits"), [("copies", 4), ("clear", 14), ("removed", 2), ("salt", 21)])
-def test_every_mutation_is_noticed(mutation: str, hits: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_mutation_is_detected(mutation: str, hits: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", ORACLE, "--mutate", mutation]) == 0
     first, *differences = capsys.readouterr().out.splitlines()
     assert first.endswith(f": `{mutation}` makes {hits} hits differ")
     assert len(differences) == hits
 
 
-def test_a_mismatch_that_is_there_anyway_notices_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mismatch_without_the_mutation_detects_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", RESET, "--mutate", "clear"]) == 1
-    assert capsys.readouterr().out == f"{RESET}: 30 frames, 138 events, 25 requests: `clear` goes unnoticed\n"
+    assert capsys.readouterr().out == f"{RESET}: 30 frames, 138 events, 25 requests: `clear` was not detected\n"
 
 
 def test_mutations_are_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", "--json", RESET, RANKS, "--mutate", "salt"]) == 1
     reset, ranks = json.loads(capsys.readouterr().out)["files"]
-    assert (reset["mutation"], reset["noticed"], len(reset["mismatches"])) == ("salt", 1, 2)
-    assert (ranks["mutation"], ranks["noticed"], ranks["mismatches"]) == ("salt", 0, [])
+    assert (reset["mutation"], reset["detected"], len(reset["mismatches"])) == ("salt", 1, 2)
+    assert (ranks["mutation"], ranks["detected"], ranks["mismatches"]) == ("salt", 0, [])
 
 
 # Arguments of tail and record
@@ -212,18 +212,21 @@ def test_mutations_are_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
         ["record", "tcp://10.0.0.1:5557"],
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["events", *words])
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "expected" in err or "required" in err
 
 
-def test_the_help_of_record_warns_of_what_a_recording_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_record_warns_that_a_recording_contains_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["events", "record", "--help"])
-    assert "holds token ids, and so the prompts" in " ".join(capsys.readouterr().out.split())
+    assert "contains token ids, and so the text of prompts" in " ".join(capsys.readouterr().out.split())
 
 
-async def test_replays_belong_to_the_endpoints_in_their_order() -> None:
+async def test_replay_endpoints_belong_to_the_endpoints_in_order() -> None:
     assert await sources(["tcp://a:1", "tcp://b:1"], ["tcp://a:2"]) == [
         KvEventsConfig(endpoint="tcp://a:1", replay_endpoint="tcp://a:2"),
         KvEventsConfig(endpoint="tcp://b:1"),
@@ -231,6 +234,6 @@ async def test_replays_belong_to_the_endpoints_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("addresses", [["tcp://a:1"], ["http://a:8001", "tcp://b:1"]])
-async def test_replays_without_an_endpoint_are_refused(addresses: list[str]) -> None:
+async def test_replay_endpoints_without_an_endpoint_are_refused(addresses: list[str]) -> None:
     with pytest.raises(ConfigError, match="--replay"):
         await sources(addresses, ["tcp://a:2", "tcp://b:2"])

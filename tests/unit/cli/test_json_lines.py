@@ -20,7 +20,7 @@ Run = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
-    """Runs a command with these lines as its input; returns what it answers."""
+    """Runs a command with these lines on standard input, and returns its answers."""
 
     def run(*arguments: str, lines: list[Any], code: int = 0) -> list[dict[str, Any]]:
         sent = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
@@ -103,7 +103,7 @@ def test_the_built_in_template_has_a_name(run: Run) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--chat-template", "absent.jinja"), ("--chat-template", "chatml", "absent")])
-def test_a_file_that_is_not_there_ends_the_command(run: Run, arguments: tuple[str, ...]) -> None:
+def test_a_missing_file_ends_the_command(run: Run, arguments: tuple[str, ...]) -> None:
     assert run("render", *arguments, lines=[], code=2) == []
 
 
@@ -150,7 +150,7 @@ def test_a_body_that_cannot_be_tokenized_gets_an_error(run: Run, model: Path) ->
     assert "chat template" in answers[3]["error"]
 
 
-def test_the_api_can_be_named(run: Run, model: Path) -> None:
+def test_the_path_selects_the_api(run: Run, model: Path) -> None:
     arguments = ("tokenize", "--tokenizer", str(model), "--path", "/v1/embeddings")
     (answer,) = run(*arguments, lines=[{"input": "hi"}])
     assert answer["tokens"] == LocalTokenizer.load(model, None).encode("hi", add_special_tokens=True).tolist()

@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
 @pytest.mark.parametrize("row", [{}, {"more": "x" * 20_000}])
-def test_a_full_disk_is_told(row: dict[str, Any]) -> None:
+def test_a_full_disk_is_reported(row: dict[str, Any]) -> None:
     with pytest.raises(CaptureFileError, match="No space"), CaptureWriter(Path("/dev/full")) as capture:
         capture.write(row)
 

@@ -47,7 +47,7 @@ def words(event: dict[str, Any] | list[Any], **options: Any) -> str:
         (CLEARED, "cleared everything"),
     ],
 )
-def test_events_are_told_in_plain_words(event: dict[str, Any] | list[Any], expected: str) -> None:
+def test_events_are_described_in_words(event: dict[str, Any] | list[Any], expected: str) -> None:
     assert words(event) == expected
 
 
@@ -74,7 +74,7 @@ def test_tokens_that_do_not_fit_are_not_shown() -> None:
     assert "tokens 5" not in words(stored([1], TOKENS[:3], block_size=16), with_tokens=True)
 
 
-def test_whether_a_layout_tells_extra_keys_is_in_the_value() -> None:
+def test_the_value_says_whether_a_layout_has_extra_keys() -> None:
     for event, expected in (
         (stored([1], TOKENS[:16], extra_keys=[["salt"]]), True),
         (stored([1], TOKENS[:16]), False),

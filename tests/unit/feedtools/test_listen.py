@@ -9,7 +9,7 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.feedtools import listen
-from matrixinfer.feedtools.listen import CannotListen, Frame, Listener, News, _Publisher
+from matrixinfer.feedtools.listen import CannotListen, Frame, FrameSequence, Listener, News
 from matrixinfer.kvevents.replay import Reply
 
 SOURCE = KvEventsConfig(endpoint="tcp://engine:1", replay_endpoint="tcp://engine:2")
@@ -29,7 +29,7 @@ class Replays:
         self.asked: list[int] = []
         self.news: list[News] = []
         source = SOURCE if replay else KvEventsConfig(endpoint=SOURCE.endpoint)
-        self.publisher = _Publisher(source, self._put, self._fetch)
+        self.sequence = FrameSequence(source, self._put, self._fetch)
 
     async def _put(self, news: News) -> None:
         self.news.append(news)
@@ -48,10 +48,10 @@ class Replays:
     async def live(self, *numbers: int, engine: str = "a") -> None:
         for seq in numbers:
             self.publish(seq, engine=engine)
-            await self.publisher._live(seq, b"kv", payload(seq, engine))
+            await self.sequence.live(seq, b"kv", payload(seq, engine))
 
     async def history(self) -> None:
-        await self.publisher._replay(SOURCE.replay_endpoint or "")
+        await self.sequence.history()
 
     @property
     def seen(self) -> list[str]:
@@ -78,7 +78,7 @@ async def test_a_gap_is_filled_before_the_frame_that_showed_it() -> None:
     engine.publish(1, 2)
     await engine.live(3, 4)
     assert engine.seen == ["a0", "a1", "a2", "a3", "a4"]
-    assert engine.asked == [0, 0]
+    assert engine.asked == [0]
 
 
 async def test_a_hole_in_a_reply_is_asked_for_again() -> None:
@@ -116,7 +116,7 @@ async def test_a_smaller_number_is_a_new_engine_whose_history_comes_first() -> N
     assert engine.seen == ["a0", "a1", "a2", "b0", "b1"]
 
 
-async def test_an_engine_that_restarted_and_overtook_is_told_by_its_bytes() -> None:
+async def test_an_engine_that_restarted_and_overtook_is_recognised_by_its_bytes() -> None:
     engine = Replays()
     await engine.live(0, 1)
     engine.has.clear()
@@ -130,7 +130,7 @@ async def test_after_a_lost_connection_even_the_next_number_must_prove_its_engin
     await engine.live(0, 1)
     engine.has.clear()
     engine.publish(0, 1, engine="b")
-    engine.publisher.in_doubt = True
+    engine.sequence.in_doubt = True
     await engine.live(2, 3, engine="b")
     assert engine.seen == ["a0", "a1", "b0", "b1", "b2", "b3"]
 
@@ -138,9 +138,16 @@ async def test_after_a_lost_connection_even_the_next_number_must_prove_its_engin
 async def test_the_same_engine_after_a_lost_connection_goes_on() -> None:
     engine = Replays()
     await engine.live(0, 1)
-    engine.publisher.in_doubt = True
+    engine.sequence.in_doubt = True
     await engine.live(2, 3)
     assert engine.seen == ["a0", "a1", "a2", "a3"]
+
+
+async def test_the_last_frame_repeated_is_passed_on_once() -> None:
+    engine = Replays()
+    await engine.live(0, 1, 1)
+    assert engine.seen == ["a0", "a1"]
+    assert engine.asked == []
 
 
 async def test_without_a_replay_frames_pass_as_they_come() -> None:
@@ -169,14 +176,14 @@ async def test_a_listener_that_is_cancelled_while_a_name_is_looked_up_leaves_not
             await listener.next(60)
     assert looked_up == endpoints
     assert asyncio.all_tasks() == before
-    assert listener._context.closed
+    assert listener.closed
 
 
-async def test_an_endpoint_that_is_none_is_told_and_leaves_nothing_behind() -> None:
+async def test_an_invalid_endpoint_is_reported_and_leaves_nothing_behind() -> None:
     listener = Listener([KvEventsConfig(endpoint=endpoint) for endpoint in ("tcp://127.0.0.1:1", "tcp://none")])
     before = asyncio.all_tasks()
     with pytest.raises(CannotListen, match="tcp://none: Invalid"):
         async with listener:
             await listener.next(10)
     assert asyncio.all_tasks() == before
-    assert listener._context.closed
+    assert listener.closed

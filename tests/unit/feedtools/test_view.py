@@ -15,7 +15,7 @@ def kinds(view: FeedView, seq: int, *events: Any) -> list[str]:
     return [line.kind for line in view.frame(seq, "kv", frame(*events))]
 
 
-def test_a_feed_from_its_start_is_told_and_summed_up() -> None:
+def test_a_feed_from_its_start_is_shown_and_summed_up() -> None:
     view = FeedView()
     assert kinds(view, 0, stored([1, 2], TOKENS[:32]), removed([2])) == ["stored", "removed"]
     assert kinds(view, 1, CLEARED) == ["cleared"]
@@ -28,7 +28,7 @@ def test_a_feed_from_its_start_is_told_and_summed_up() -> None:
     )
 
 
-def test_nothing_yet_is_told_as_nothing() -> None:
+def test_nothing_yet_is_shown_as_nothing() -> None:
     summary = FeedView().summary()
     assert (summary.block_size, summary.salts_visible) == (None, None)
     assert str(summary) == "0 frames, 0 events; 0 blocks held now"
@@ -51,7 +51,15 @@ def test_smaller_numbers_are_a_restart_that_may_have_a_gap_of_its_own() -> None:
     assert (summary.restarts, summary.gaps, summary.missing, summary.blocks) == (2, 1, 5, 0)
 
 
-def test_unreadable_events_are_told_after_those_that_can_be_read() -> None:
+def test_a_frame_that_comes_twice_counts_its_events_once() -> None:
+    view = FeedView()
+    kinds(view, 0, stored([1], TOKENS[:16]))
+    assert kinds(view, 0, stored([1], TOKENS[:16])) == ["duplicate"]
+    summary = view.summary()
+    assert (summary.frames, summary.events, summary.blocks, summary.restarts) == (2, 1, 1, 0)
+
+
+def test_unreadable_events_are_shown_after_those_that_can_be_read() -> None:
     assert kinds(FeedView(), 0, {"type": "Unheard"}, CLEARED) == ["cleared", "unreadable"]
 
 
@@ -69,20 +77,20 @@ def test_layouts_that_hide_salts_are_named() -> None:
     assert "salts hidden" in str(view.summary())
 
 
-def test_what_cannot_be_trusted_is_told_once_until_the_engine_restarts() -> None:
+def test_what_cannot_be_trusted_is_shown_once_until_the_engine_restarts() -> None:
     view = FeedView()
     bigrams = ["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"]
     first, second = view.frame(0, None, frame(bigrams, bigrams))
-    assert "not to be trusted" in first.words
-    assert "not to be trusted" not in second.words
+    assert "not trusted" in first.words
+    assert "not trusted" not in second.words
     summary = view.summary()
     assert summary.blocks == 0
-    assert f"not to be trusted: {summary.untrusted}" in str(summary)
+    assert f"not trusted: {summary.untrusted}" in str(summary)
     kinds(view, 0, stored([1], TOKENS[:16]))
     assert (view.summary().untrusted, view.summary().blocks) == (None, 1)
 
 
-def test_other_topics_are_counted_and_told_once() -> None:
+def test_other_topics_are_counted_and_shown_once() -> None:
     view = FeedView(topic="other")
     assert kinds(view, 0, CLEARED) == ["wrong"]
     assert kinds(view, 1, CLEARED) == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.gateway.usage import UsageStripper, Tail, Usage, usage
+from matrixinfer.gateway.usage import Tail, Usage, UsageStripper, usage
 
 USAGE = {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
 RESPONSES_USAGE = {

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.index.memory import MemoryIndex
-from tests.conformance.block_index import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
+from matrixinfer.testing.index_oracle import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
 A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
 
 
 @pytest.fixture(scope="module", autouse=True, params=[None, 3], ids=["one dict per table", "many dicts per table"])
 def unsharded_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything holds for large trees as well, of which each table is many dicts."""
+    """Shard all trees, so that every test also covers large trees."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
             patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", request.param)
@@ -29,7 +29,7 @@ def kept(index: MemoryIndex, chain: list[int], model: str = "llama") -> int:
     return max(index.count(model, chain).values(), default=0)
 
 
-# The bound
+# Eviction
 
 
 @st.composite
@@ -40,7 +40,7 @@ def stores(draw: st.DrawFn) -> tuple[Tree, list[tuple[str, str, int]]]:
 
 
 @given(stores(), st.integers(1, 12))
-def test_a_full_index_keeps_its_bound_and_nothing_but_prefixes(
+def test_a_full_index_keeps_its_bound_and_only_prefixes(
     stored: tuple[Tree, list[tuple[str, str, int]]], bound: int
 ) -> None:
     tree, adds = stored
@@ -58,7 +58,7 @@ def test_a_full_index_keeps_its_bound_and_nothing_but_prefixes(
 
 
 @given(histories(), st.integers(1, 12))
-def test_galloping_equals_walking_whatever_happened(history: tuple[Tree, list[Operation]], bound: int) -> None:
+def test_galloping_equals_walking(history: tuple[Tree, list[Operation]], bound: int) -> None:
     tree, operations = history
     index = MemoryIndex(max_blocks=bound)
     model = Model(tree, prefix_closed=True)
@@ -74,7 +74,7 @@ def test_galloping_equals_walking_whatever_happened(history: tuple[Tree, list[Op
         assert index.stats().blocks <= bound
 
 
-def test_the_least_recently_stored_branch_goes_first_and_from_its_end() -> None:
+def test_the_least_recently_stored_branch_is_evicted_first_from_its_end() -> None:
     index = MemoryIndex(max_blocks=20)
     index.add("llama", "pod-a", A, None)
     index.add("llama", "pod-a", B, None)
@@ -93,7 +93,7 @@ def test_a_shared_prefix_outlives_its_older_branches() -> None:
     assert index.count("llama", prefix + new) == {"pod-a": 5, "pod-b": 10}
 
 
-def test_what_remains_of_a_branch_keeps_its_age() -> None:
+def test_the_rest_of_a_branch_keeps_its_age() -> None:
     index = MemoryIndex(max_blocks=20)
     index.add("llama", "pod-a", A, None)
     index.add("llama", "pod-a", B, None)
@@ -120,7 +120,7 @@ def test_a_chain_longer_than_the_bound_keeps_its_beginning() -> None:
     assert held(index, A) == 4
 
 
-def test_what_follows_an_evicted_block_is_not_taken_and_leaves_no_trace() -> None:
+def test_blocks_after_an_evicted_block_are_ignored() -> None:
     index = MemoryIndex(max_blocks=4)
     index.add("llama", "pod-a", A, None)
     index.add("llama", "pod-a", B, A[-1])
@@ -138,7 +138,7 @@ def test_models_that_lost_their_last_block_are_dropped() -> None:
     assert (index.stats().blocks, len(index._trees)) == (0, 0)
 
 
-def test_blocks_that_stand_alone_are_evicted_oldest_first() -> None:
+def test_independent_blocks_are_evicted_oldest_first() -> None:
     index = MemoryIndex(max_blocks=4, prefix_closed=False)
     index.add("llama", "pod-a", A[:3], None)
     index.add("llama", "pod-a", A[:1], None)
@@ -154,7 +154,7 @@ def test_a_bound_below_one_is_refused() -> None:
 # Cleared pods
 
 
-def test_later_writes_reclaim_what_a_cleared_pod_held() -> None:
+def test_later_writes_reclaim_the_blocks_of_a_cleared_pod() -> None:
     index = MemoryIndex()
     index.add("llama", "pod-a", A, None)
     index.add("qwen", "pod-a", B, None)
@@ -185,7 +185,7 @@ def test_the_bits_of_cleared_pods_are_used_again_while_others_stay() -> None:
     assert index.count("llama", B) == {"stays": len(B)}
 
 
-def test_when_the_last_pod_is_cleared_nothing_is_left_at_all() -> None:
+def test_clearing_the_last_pod_empties_the_index() -> None:
     index = MemoryIndex()
     pods = [f"pod-{number}" for number in range(200)]
     for pod in pods:
@@ -199,7 +199,7 @@ def test_when_the_last_pod_is_cleared_nothing_is_left_at_all() -> None:
     assert index.count("llama", A) == {"new": 2}
 
 
-def test_what_the_last_pod_held_is_freed_piece_by_piece_by_later_writes() -> None:
+def test_the_blocks_of_the_last_pod_are_freed_gradually_by_later_writes() -> None:
     index = MemoryIndex()
     for start in range(0, 20_000, 1_000):
         index.add("llama", "pod-a", [name_of(node) for node in range(start, start + 1_000)], None)
@@ -213,7 +213,7 @@ def test_what_the_last_pod_held_is_freed_piece_by_piece_by_later_writes() -> Non
     assert index.count("llama", C) == {"pod-b": 1}
 
 
-def test_a_new_pod_does_not_inherit_the_blocks_of_the_one_whose_bit_it_takes() -> None:
+def test_a_new_pod_does_not_inherit_the_blocks_of_the_previous_owner_of_its_bit() -> None:
     index = MemoryIndex()
     index.add("llama", "pod-a", A, None)
     index.add("llama", "pod-b", A, None)
@@ -227,7 +227,7 @@ def test_a_new_pod_does_not_inherit_the_blocks_of_the_one_whose_bit_it_takes() -
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10), st.booleans()), max_size=200))
-def test_pods_that_come_and_go_hold_what_they_stored_last(turns: list[tuple[int, int, bool]]) -> None:
+def test_pods_that_come_and_go_have_the_blocks_they_stored_last(turns: list[tuple[int, int, bool]]) -> None:
     index = MemoryIndex()
     expected: dict[str, int] = {}
     for number, blocks, leaves in turns:
@@ -245,7 +245,7 @@ def test_pods_that_come_and_go_hold_what_they_stored_last(turns: list[tuple[int,
 
 
 @pytest.mark.parametrize("prefix_closed", [True, False])
-def test_no_dict_of_a_large_tree_is_large_enough_to_stall_the_loop(prefix_closed: bool) -> None:
+def test_no_dict_of_a_large_tree_is_large_enough_to_block_the_loop(prefix_closed: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", 1_000)
         patch.setattr("matrixinfer.index.tree._SHARDS", (512, 609, 724, 861, 512))
@@ -257,7 +257,7 @@ def test_no_dict_of_a_large_tree_is_large_enough_to_stall_the_loop(prefix_closed
 
 def test_equal_sets_of_pods_share_one_object() -> None:
     index = MemoryIndex()
-    for number in range(100):  # beyond the integers that Python shares by itself
+    for number in range(100):  # more than the integers that Python itself shares
         index.add("llama", f"pod-{number}", A, None)
     sets = {id(pods) for shard in index._trees["llama"].pods for pods in shard.values()}
     assert len(sets) == 1

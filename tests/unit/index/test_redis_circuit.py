@@ -31,7 +31,7 @@ PROBING = [*HALF_OPEN, "admits"]
         (["failed", "abandoned", "failed"], "open", False),
         (OPEN, "open", False),
         ([*OPEN, FIRST - 0.01], "open", False),
-        ([*OPEN, "failed", "failed", FIRST], "half-open", True),  # those that were on their way do not prolong it
+        ([*OPEN, "failed", "failed", FIRST], "half-open", True),  # late failures do not prolong the pause
         (HALF_OPEN, "half-open", True),
         (PROBING, "half-open", False),
         ([*PROBING, "abandoned"], "half-open", True),
@@ -40,7 +40,7 @@ PROBING = [*HALF_OPEN, "admits"]
         ([*PROBING, "failed"], "open", False),
         ([*PROBING, "failed", FIRST], "open", False),
         ([*PROBING, "failed", SECOND], "half-open", True),
-        ([*PROBING, "failed", SECOND, "admits", "succeeded", *HALF_OPEN], "half-open", True),  # at first again
+        ([*PROBING, "failed", SECOND, "admits", "succeeded", *HALF_OPEN], "half-open", True),  # the first pause again
     ],
 )
 def test_states(steps: list[str | float], state: str, admits: bool) -> None:
@@ -56,7 +56,7 @@ def test_states(steps: list[str | float], state: str, admits: bool) -> None:
 
 
 @given(st.lists(st.booleans(), max_size=50))
-def test_whatever_answers_it_is_asked_again_within_the_longest_pause(answers: list[bool]) -> None:
+def test_after_any_answers_the_server_is_asked_again_within_the_longest_pause(answers: list[bool]) -> None:
     clock = Clock()
     circuit = Circuit(clock, failures=3)
     for good in answers:

@@ -20,7 +20,7 @@ def test_a_block_is_read_back_from_its_key(model: str, block: int) -> None:
 @pytest.mark.parametrize(
     "key", ["", "matrix:kv:block:", "matrix:kv:block:m@", "matrix:kv:block:m@1x", "matrix:kv:block:7", "other:m@7"]
 )
-def test_other_keys_name_no_block(key: str) -> None:
+def test_other_keys_are_not_blocks(key: str) -> None:
     assert layout.block_of(key) is None
 
 
@@ -57,16 +57,16 @@ def test_numbers_are_digits(text: bytes | str, number: int) -> None:
         b"1" * 20,
     ],
 )
-def test_everything_else_is_no_number(text: bytes | str | None) -> None:
+def test_any_other_text_is_not_a_number(text: bytes | str | None) -> None:
     assert layout.number(text) is None
 
 
-def test_of_two_spellings_the_newest_stamp_counts_and_garbage_does_not() -> None:
+def test_the_newest_stamp_of_two_spellings_counts_and_garbage_does_not() -> None:
     assert layout.named({LONG: b"9", b"pod-a.ns": b"5", b"pod-b.ns": b"soon"}) == {"pod-a.ns": 9}
     assert layout.named({LONG: b"soon", b"pod-a.ns": b"5"}) == {"pod-a.ns": 5}
 
 
-def test_names_that_are_no_text_stay_different() -> None:
+def test_names_that_are_not_utf8_stay_different() -> None:
     assert len(layout.named({b"\xff": b"1", b"\xfe": b"1"})) == 2
     assert len(layout.floors({b"\xff": b"1"}, {b"\xfe": b"1"}, now=5, max_age=1)) == 2
 
@@ -74,21 +74,21 @@ def test_names_that_are_no_text_stay_different() -> None:
 @pytest.mark.parametrize(
     ("epoch", "lease", "floor"),
     [
-        (0, 0, 900),  # nobody vouches for it: by age
+        (0, 0, 900),  # without a living writer, the age decides
         (0, 999, 900),
-        (0, 1000, 0),  # a living writer does
+        (0, 1000, 0),  # with a living writer, it does not
         (950, 1000, 950),
         (950, 0, 950),
         (800, 0, 900),
     ],
 )
-def test_the_least_stamp_that_counts(epoch: int, lease: int, floor: int) -> None:
+def test_the_smallest_stamp_that_counts(epoch: int, lease: int, floor: int) -> None:
     assert layout.floor_of(now=1000, epoch=epoch, lease=lease, max_age=100) == floor
     epochs, leases = {b"pod-a": str(epoch).encode()}, {b"pod-a": str(lease).encode()}
     assert layout.floors(epochs, leases, now=1000, max_age=100) == {"pod-a": floor}
 
 
-def test_tables_that_lack_a_pod_or_hold_garbage_say_nothing_of_it() -> None:
+def test_missing_or_malformed_rows_are_treated_as_absent() -> None:
     assert layout.floors({b"pod-a": b"950"}, {b"pod-b": b"soon"}, now=1000, max_age=100) == {"pod-a": 950, "pod-b": 900}
 
 
@@ -110,7 +110,7 @@ PODS = ("a", "b", "c")
     st.dictionaries(st.sampled_from(PODS), st.integers(0, 4)),
     st.integers(0, 4),
 )
-def test_counts_are_of_consecutive_blocks_whose_stamps_reach_the_floor(
+def test_consecutive_blocks_with_a_sufficient_stamp_count(
     blocks: list[dict[str, int]], floors: dict[str, int], default: int
 ) -> None:
     expected = {}
@@ -122,12 +122,12 @@ def test_counts_are_of_consecutive_blocks_whose_stamps_reach_the_floor(
     assert layout.count(entries, floors, default) == expected
 
 
-def test_pairs_come_as_one_list() -> None:
+def test_pairs_are_read_from_a_flat_list() -> None:
     assert layout.pairs([b"a", 3, b"b", 1]) == {"a": 3, "b": 1}
     assert layout.pairs([]) == {}
 
 
 @pytest.mark.parametrize("flat", [[b"a"], [b"a", b"3"], [3, b"a"], [b"a", 3, b"b"], [None, None]])
-def test_what_does_not_pair_up_is_refused(flat: list[bytes | int]) -> None:
-    with pytest.raises(ValueError, match=r"pair up|neither name nor count"):
+def test_a_malformed_list_of_pairs_is_refused(flat: list[bytes | int]) -> None:
+    with pytest.raises(ValueError, match=r"expected pairs|expected names"):
         layout.pairs(flat)

@@ -1,4 +1,4 @@
-"""The outbox against a plain list of single steps, which is what a server would have done with them one by one."""
+"""Tests the outbox against a server that applies every change one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ models = st.sampled_from(MODELS)
 
 
 def written(server: Server, taken: list[Change] | Clear) -> None:
-    """Do to `server` what was taken."""
+    """Apply the taken changes to `server`."""
     if isinstance(taken, Clear):
         server.clear()
         return
@@ -37,7 +37,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.held: Server = set()
         self.server: Server = set()
         self.steps: list[tuple[str, Any]] = []
-        """What waits, one block a step."""
+        """The unwritten changes, one step per block."""
 
     def _note(self, sign: str, model: str, changed: list[int]) -> None:
         if not self.box_overflowed:
@@ -113,7 +113,7 @@ TestOutbox = OutboxMachine.TestCase
 
 
 @given(blocks, blocks)
-def test_what_is_put_back_comes_before_what_came_meanwhile(first: list[int], then: list[int]) -> None:
+def test_returned_changes_come_before_newer_ones(first: list[int], then: list[int]) -> None:
     box = Outbox(100)
     box.add("llama", first)
     taken = box.take(100)
@@ -128,7 +128,7 @@ def test_what_is_put_back_comes_before_what_came_meanwhile(first: list[int], the
     assert server == {("llama", block) for block in then}
 
 
-def test_a_pod_that_is_cleared_leaves_nothing_to_be_written_before() -> None:
+def test_a_clear_replaces_unwritten_changes() -> None:
     box = Outbox(100)
     box.add("llama", [1, 2])
     box.clear()

@@ -1,5 +1,6 @@
 """Events as an engine writes them, and what an index holds after them."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import EngineHash, decode
+from matrixinfer.traffic.history import RoutingHistory
 
 POD, MODEL = "pod-a", "llama"
 
@@ -48,37 +50,51 @@ def frame(*events: Any, timestamp: float = 1.5, rank: int | None = 0) -> bytes:
     return msgspec.msgpack.encode([timestamp, events, rank])
 
 
-def contents(index: MemoryIndex, pod: str = POD) -> dict[str, set[int]]:
-    """The blocks that a pod holds, by model; models without any are absent."""
-    bit = index._bit_of.get(pod, 0)
-    held = {
-        model: {block for shard in tree.pods for block, pods in shard.items() if pods & bit}
-        for model, tree in index._trees.items()
-    }
-    return {model: blocks for model, blocks in held.items() if blocks}
+class RecordingIndex(MemoryIndex):
+    """An index that records its contents.
 
+    A `strict` one trusts its writer less: no block without its parent, nothing removed that is not there.
+    """
 
-class StrictIndex(MemoryIndex):
-    """An index that trusts its writer less: no block without its parent, nothing removed that is not there."""
+    def __init__(self, *, prefix_closed: bool = True, strict: bool = False) -> None:
+        super().__init__(prefix_closed=prefix_closed)
+        self._strict = strict
+        self._held: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+
+    def contents(self, pod: str = POD) -> dict[str, set[int]]:
+        """The blocks that a pod holds, by model; models without any are absent."""
+        return {model: set(blocks) for model, blocks in self._held[pod].items() if blocks}
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        held = contents(self, pod).get(model, set())
-        assert parent is None or parent in held or not self.prefix_closed
+        held = self._held[pod][model]
+        assert not self._strict or parent is None or parent in held or not self.prefix_closed
+        held.update(hashes)
         super().add(model, pod, hashes, parent)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        gone = list(hashes)
-        assert set(gone) <= contents(self, pod).get(model, set())
+        gone, held = list(hashes), self._held[pod][model]
+        assert not self._strict or held.issuperset(gone)
+        held.difference_update(gone)
         super().remove(model, pod, gone)
+
+    def clear(self, pod: str) -> None:
+        self._held.pop(pod, None)
+        super().clear(pod)
+
+    def forget(self, pod: str) -> None:
+        self._held.pop(pod, None)
+        super().forget(pod)
 
 
 class Follower:
     """A ledger, the index that it feeds, and short ways to drive and read them."""
 
-    def __init__(self, blocks: TokenBlockProcessor, index: MemoryIndex | None = None) -> None:
+    def __init__(
+        self, blocks: TokenBlockProcessor, history: RoutingHistory | None = None, *, strict: bool = True
+    ) -> None:
         self.blocks = blocks
-        self.index = index or StrictIndex(prefix_closed=blocks.scheme == "prefix")
-        self.ledger = Ledger(pod=POD, model=MODEL, blocks=blocks, index=self.index)
+        self.index = RecordingIndex(prefix_closed=blocks.scheme == "prefix", strict=strict)
+        self.ledger = Ledger(pod=POD, model=MODEL, blocks=blocks, index=self.index, history=history)
 
     def apply(self, *events: Any) -> None:
         """Apply events through their wire format: maps, arrays, or both."""
@@ -91,7 +107,7 @@ class Follower:
         return self.index.count(model, self.blocks.chain(tokens, salt=salt)).get(POD, 0) * self.blocks.block_size
 
     def hit(self, tokens: Sequence[int], engine_block: int) -> int:
-        """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, as the index tells."""
+        """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, according to the index."""
         chain = self.blocks.chain(tokens)
         blocks = self.index.count(MODEL, chain).get(POD, 0)
         tail = chain.tail(blocks, engine_block)
@@ -101,4 +117,4 @@ class Follower:
     @property
     def total(self) -> int:
         """Token blocks held, over all models."""
-        return sum(map(len, contents(self.index).values()))
+        return sum(map(len, self.index.contents().values()))

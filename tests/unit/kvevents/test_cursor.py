@@ -26,7 +26,7 @@ def test_a_cursor_that_begins_anywhere_takes_the_frame_there() -> None:
 @pytest.mark.parametrize(
     ("source", "seq", "verdict"), [(LIVE, 0, APPLY), (REPLAY, 0, APPLY), (LIVE, 1, GAP), (REPLAY, 1, TRUNCATED)]
 )
-def test_of_an_engine_of_which_nothing_is_known_a_frame_means(source: Source, seq: int, verdict: Verdict) -> None:
+def test_what_the_first_frame_of_an_unknown_engine_means(source: Source, seq: int, verdict: Verdict) -> None:
     cursor = Cursor()
     assert cursor.advance(source, seq, 1) is verdict
     assert cursor.next == (verdict is APPLY)

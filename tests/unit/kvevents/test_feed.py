@@ -105,7 +105,7 @@ def test_an_engine_whose_first_batch_was_lost_is_asked_for_it() -> None:
     assert (feed.state, feed.replay_from, feed.held) == (COMPLETE, None, 2)
 
 
-def test_history_that_is_no_longer_to_be_had_leaves_the_feed_partial() -> None:
+def test_history_that_the_engine_no_longer_has_leaves_the_feed_partial() -> None:
     feed = Feed()
     feed.replay([2, 3])
     assert (feed.state, feed.held, feed.ledger.stats.orphans, feed.stats.truncated) == (PARTIAL, 0, 2, 1)
@@ -158,7 +158,7 @@ def test_held_frames_are_applied_one_by_one_and_new_ones_wait_for_their_turn() -
     assert (feed.state, feed.held, feed.backlog) == (COMPLETE, 5, 0)
 
 
-def test_a_gap_whose_beginning_is_no_longer_to_be_had_clears_and_goes_on_partially() -> None:
+def test_a_gap_whose_beginning_the_engine_no_longer_has_clears_and_goes_on_partially() -> None:
     feed = complete_feed(3)
     feed.hear([6])
     feed.replay([5, 6])
@@ -202,7 +202,7 @@ def test_frames_missing_before_an_end_marker_show_by_the_live_frames_that_follow
     assert (feed.state, feed.held) == (COMPLETE, 7)
 
 
-def test_a_replay_that_cannot_be_had_clears_and_goes_on_from_what_was_held() -> None:
+def test_a_replay_that_fails_clears_and_goes_on_from_what_was_held() -> None:
     feed = complete_feed(3)
     feed.live(5, frame(stored([8], PROMPT[1:2], parent=102)))
     feed.live(6, ROOT)
@@ -346,7 +346,7 @@ def test_the_last_number_with_other_bytes_is_a_new_engine_and_with_the_same_a_du
     assert (feed.state, feed.held, feed.stats.restarts) == (SYNCING, 0, 1)
 
 
-def test_a_new_engine_that_overtook_the_old_number_is_told_by_the_last_frame() -> None:
+def test_a_new_engine_that_overtook_the_old_number_is_recognised_by_the_last_frame() -> None:
     feed = complete_feed(6)
     feed.hear([9], RESTARTED)
     assert (feed.replay_from, feed.stats.gaps) == (5, 1)
@@ -549,7 +549,7 @@ def test_a_malformed_frame_in_a_replay_leaves_the_feed_partial() -> None:
 
 def test_a_frame_that_could_not_be_applied_clears() -> None:
     feed = complete_feed(3)
-    feed.spoiled()
+    feed.failed_to_apply()
     assert (feed.state, feed.held, feed.stats.malformed) == (PARTIAL, 0, 1)
 
 
@@ -584,7 +584,7 @@ def test_a_clear_that_was_held_empties_the_pod_after_the_frames_that_were_lost()
     assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 1, None)
 
 
-def test_after_a_clear_there_is_no_history_left_to_try_for() -> None:
+def test_after_a_clear_no_history_is_worth_another_try() -> None:
     feed = complete_feed(3)
     feed.hear([5])
     feed.fail()
@@ -664,7 +664,7 @@ def followed(*, frames: int = 3) -> Feed:
     return feed
 
 
-def test_the_last_frame_alone_proves_that_nothing_was_lost_in_silence() -> None:
+def test_the_last_frame_alone_proves_that_a_silent_engine_published_nothing() -> None:
     feed = followed()
     assert feed.heartbeat_from == 2
     feed.heartbeat([(2, FRAMES[2])])
@@ -678,10 +678,10 @@ def test_an_engine_without_frames_proves_it_by_the_bare_end() -> None:
     assert feed.state is COMPLETE
     feed.heartbeat([(0, FRAMES[0])])
     feed.replay([0])
-    assert (feed.state, feed.stats.lost_in_silence, feed.follower.held(PROMPT)) == (COMPLETE, 1, 1)
+    assert (feed.state, feed.stats.silent_losses, feed.follower.held(PROMPT)) == (COMPLETE, 1, 1)
 
 
-def test_frames_that_were_lost_in_silence_are_replayed() -> None:
+def test_silent_losses_are_replayed() -> None:
     feed = followed()
     feed.heartbeat([(2, FRAMES[2]), (3, FRAMES[3])])
     assert (feed.state, feed.replay_from) == (SYNCING, 2)
@@ -713,7 +713,7 @@ def test_an_engine_that_does_not_answer_is_silent_until_it_is_heard_again() -> N
     assert not feed.is_silent
 
 
-def test_nothing_is_asked_where_it_cannot_be_told_or_is_under_way() -> None:
+def test_no_heartbeat_is_asked_for_where_the_answer_would_say_nothing() -> None:
     assert Feed().heartbeat_from is None  # its first replay is under way
     assert Feed(can_replay=False).heartbeat_from is None
     feed = followed()

@@ -15,7 +15,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import feed as feed_module
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 
-from .support import CLEARED, MODEL, Follower, contents, frame, removed, stored
+from .support import CLEARED, MODEL, Follower, frame, removed, stored
 
 BLOCKS = TokenBlockProcessor(1)
 WISHES = st.lists(st.integers(0, 99), max_size=4)
@@ -24,8 +24,8 @@ BUFFERED = st.sampled_from([0, 2, 6, 100])
 
 class Link(Enum):
     UP = "up"
-    BROKEN = "broken"  # nothing gets through, and the feed has not been told
-    BACK = "back"  # the feed has been told that it broke, but not yet that it is back
+    BROKEN = "broken"  # nothing gets through, and the feed has not noticed
+    BACK = "back"  # the feed knows that it broke, but not yet that it is back
 
 
 def spoil_all(_: bytes) -> bytes:
@@ -103,8 +103,8 @@ class Engine:
 class FeedMachine(RuleBasedStateMachine):
     """A connection that loses, delays, breaks and comes back, an engine that restarts, and a feed that must keep up.
 
-    One thing no feed can tell: a restart that nobody announces, and whose first frame to arrive has by accident the very
-    number that is expected. It is left out.
+    No feed can notice a restart that nobody announces if the first frame to arrive has, by accident, the number that is
+    expected. That is left out.
     """
 
     can_replay = True
@@ -119,7 +119,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.link = Link.UP
         self.answer: tuple[int, list[tuple[int, bytes]]] | None = None  # a replay under way
         self.late: deque[tuple[int, bytes]] = deque()  # live frames on their way
-        self.told = 0  # batches up to which the feed has been told, live or by a replay that nothing was lost of
+        self.seen = 0  # batches up to which the feed has seen all, live or by a whole replay
         self.asked_at = 0  # batches that the engine had published when it answered
 
     def teardown(self) -> None:
@@ -154,14 +154,14 @@ class FeedMachine(RuleBasedStateMachine):
             self.hear_late()
         if self.link is not Link.BROKEN:
             self.feed.live(len(self.engine.batches) - 1, self.engine.batches[-1])
-            self.told = len(self.engine.batches)
+            self.seen = len(self.engine.batches)
 
     @precondition(lambda self: self.late)
     @rule()
     def hear_late(self) -> None:
         number, payload = self.late.popleft()
         self.feed.live(number, payload)
-        self.told = max(self.told, number + 1)
+        self.seen = max(self.seen, number + 1)
 
     @precondition(lambda self: self.link is Link.UP)
     @rule(first=st.integers(0, 12), buffered=BUFFERED)
@@ -171,7 +171,7 @@ class FeedMachine(RuleBasedStateMachine):
             self.hear_late()
         while first in self._expected():
             first += 1
-        self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
+        self.engine, self.seen = Engine(self.engine.run + 1, buffered), 0
         for n in range(first):
             self.engine.publish([5 * n, 5 * n + 1])
         self.engine.publish([0])
@@ -179,9 +179,9 @@ class FeedMachine(RuleBasedStateMachine):
 
     def _expected(self) -> set[int]:
         """Numbers that the feed expects next, or may when the replay under way has come."""
-        cursor, held = self.feed._cursor, [number for number, _ in self.feed._held]
+        held = [number for number, _ in self.feed.queue]
         answered = [] if self.answer is None else [number for number, _ in self.answer[1]]
-        return {cursor.next if cursor else 0} | {number + 1 for number in held[-1:] + answered}
+        return {self.feed.position or 0} | {number + 1 for number in held[-1:] + answered}
 
     # The connection
 
@@ -189,7 +189,7 @@ class FeedMachine(RuleBasedStateMachine):
     @rule(restarts=st.booleans(), buffered=BUFFERED)
     def break_connection(self, restarts: bool, buffered: int) -> None:
         if restarts:
-            self.engine, self.told = Engine(self.engine.run + 1, buffered), 0
+            self.engine, self.seen = Engine(self.engine.run + 1, buffered), 0
         self.late.clear()
         self.link = Link.BROKEN
 
@@ -214,8 +214,7 @@ class FeedMachine(RuleBasedStateMachine):
         assert start is not None
         had = self.engine.replay(start)
         frames = [f for position, f in enumerate(had) if position not in lost]
-        cursor = self.feed._cursor
-        if not any(number >= (cursor.next if cursor else 0) for number, _ in frames):
+        if not any(number >= (self.feed.position or 0) for number, _ in frames):
             frames = had  # a queue that is empty has room for something
         self.answer, self.asked_at = (self.feed.epoch, frames), len(self.engine.batches)
 
@@ -234,7 +233,7 @@ class FeedMachine(RuleBasedStateMachine):
                 return
         {"whole": feed.replay_ended, "broken": feed.replay_broke_off, "given up": feed.replay_failed}[end]()
         if end == "whole" and not feed.backlog:
-            self.told = max(self.told, min(self.asked_at, len(self.engine.batches)))
+            self.seen = max(self.seen, min(self.asked_at, len(self.engine.batches)))
 
     @precondition(lambda self: self.feed.backlog)
     @rule()
@@ -281,34 +280,33 @@ class FeedMachine(RuleBasedStateMachine):
     @property
     def caught_up(self) -> bool:
         """Nothing is under way, and the feed has seen the engine's last batch."""
-        cursor = self.feed._cursor
-        at_end = (cursor.next if cursor else 0) == len(self.engine.batches)
+        at_end = (self.feed.position or 0) == len(self.engine.batches)
         return at_end and self.link is Link.UP and self.feed.replay_from is None and not self.feed.backlog
 
     @property
     def believes_so(self) -> bool:
-        """Nothing is under way, and nothing happened that the feed has not been told.
+        """Nothing is under way, and the feed has seen everything that happened.
 
-        It cannot know of an engine that keeps no history, and of which nothing was ever heard.
+        It cannot know about an engine that keeps no history and was never heard.
         """
-        is_told = self.told == len(self.engine.batches) and not self.late and self.link is Link.UP
-        return is_told and bool(self.engine.buffered or self.feed.stats.frames)
+        has_seen_all = self.seen == len(self.engine.batches) and not self.late and self.link is Link.UP
+        return has_seen_all and bool(self.engine.buffered or self.feed.stats.frames)
 
     @invariant()
     def a_complete_feed_knows_exactly_what_the_engine_holds(self) -> None:
         if self.feed.state is FeedState.COMPLETE and (self.caught_up or self.believes_so):
-            assert contents(self.follower.index).get(MODEL, set()) == self.engine.truth()
+            assert self.follower.index.contents().get(MODEL, set()) == self.engine.truth()
 
     @invariant()
     def no_feed_claims_more_than_the_engine_holds(self) -> None:
         if self.caught_up:
             assert self.feed.state is not FeedState.STALE
-            assert contents(self.follower.index).get(MODEL, set()) <= self.engine.truth()
+            assert self.follower.index.contents().get(MODEL, set()) <= self.engine.truth()
 
     @invariant()
-    def of_an_engine_that_cannot_be_trusted_nothing_is_claimed(self) -> None:
+    def nothing_is_claimed_for_an_untrusted_engine(self) -> None:
         if self.feed.state is FeedState.UNTRUSTED:
-            assert not contents(self.follower.index)
+            assert not self.follower.index.contents()
 
     @invariant()
     def a_feed_whose_connection_is_down_says_so(self) -> None:
@@ -317,10 +315,10 @@ class FeedMachine(RuleBasedStateMachine):
 
     @invariant()
     def held_frames_are_in_order_and_bounded(self) -> None:
-        numbers = [number for number, _ in self.feed._held]
+        numbers = [number for number, _ in self.feed.queue]
         assert numbers == sorted(set(numbers))
         assert len(numbers) <= feed_module.MAX_HELD_FRAMES + 1
-        assert self.feed._held_bytes == sum(len(payload) for _, payload in self.feed._held)
+        assert self.feed.queue.bytes == sum(len(payload) for _, payload in self.feed.queue)
 
 
 class LiveOnlyMachine(FeedMachine):

@@ -7,7 +7,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import ledger as ledger_module
 from matrixinfer.kvevents.ledger import UntrustedEvents
 
-from .support import CLEARED, Follower, contents, removed, stored
+from .support import CLEARED, Follower, removed, stored
 
 PROMPT = list(range(48))
 GROUP_2: dict[str, Any] = {"group_idx": 2, "kv_cache_spec_kind": "full_attention"}
@@ -49,14 +49,14 @@ def test_copies_inside_a_longer_event_are_counted_and_the_rest_is_taken(same: Fo
     assert same.ledger.stats.copies == 2
 
 
-def test_hits_told_as_stored_are_no_copies(same: Follower) -> None:
+def test_hits_reported_as_stored_are_not_copies(same: Follower) -> None:
     same.apply(stored([11, 12, 13], PROMPT[:12]), *[stored([11, 12], PROMPT[:8])] * 3)
-    assert (same.ledger.stats.copies, same.ledger.stats.told_again) == (0, 6)
+    assert (same.ledger.stats.copies, same.ledger.stats.reported_again) == (0, 6)
     same.apply(removed([13, 12]))
     assert same.held(PROMPT) == 4
 
 
-def test_one_block_of_the_root_and_off_loaded_ones_told_twice_are_copies(same: Follower) -> None:
+def test_one_block_of_the_root_and_off_loaded_ones_stored_twice_are_copies(same: Follower) -> None:
     same.apply(*[stored([11], PROMPT[:4])] * 2, *[stored([11, 12], PROMPT[:8], medium="CPU")] * 2)
     same.apply(removed([11]), removed([12, 11], medium="CPU"))
     assert (same.held(PROMPT), same.ledger.stats.copies) == (8, 3)
@@ -207,7 +207,7 @@ def test_an_adapter_and_a_salt_go_together(same: Follower) -> None:
     assert same.held(PROMPT, model="poet") == 0
 
 
-def test_an_adapter_without_extra_keys_is_told_by_its_name(same: Follower) -> None:
+def test_an_adapter_without_extra_keys_is_recognised_by_its_name(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4], lora_id=1, lora_name="poet", extra_keys=None))
     assert (same.held(PROMPT, model="poet"), same.held(PROMPT)) == (4, 0)
 
@@ -275,7 +275,7 @@ def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
     same.apply(
         *(stored([11], PROMPT[:4], group_idx=group, kv_cache_spec_kind="full_attention") for group in range(100))
     )
-    assert len(same.ledger._forests) == 16
+    assert len(same.ledger.forests) == 16
     assert same.ledger.stats.misfits == 84
 
 
@@ -321,7 +321,7 @@ def test_clearing_the_ledger_touches_no_other_pod(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4]))
     same.index.add("llama", "pod-b", list(same.blocks.chain(PROMPT)), None)
     same.ledger.clear()
-    assert contents(same.index) == {}
+    assert same.index.contents() == {}
     assert same.index.count("llama", same.blocks.chain(PROMPT)) == {"pod-b": 12}
 
 
@@ -331,7 +331,7 @@ def test_an_eviction_may_name_a_chain_from_its_root(same: Follower) -> None:
     assert same.ledger.stats.removed == 3
 
 
-def test_evictions_of_different_places_in_a_row_are_told_apart(same: Follower) -> None:
+def test_evictions_of_different_places_in_a_row_are_distinguished(same: Follower) -> None:
     for medium in ("GPU", "CPU"):
         same.apply(stored([11, 12], PROMPT[:8], medium=medium))
     same.apply(removed([12], medium="GPU"), removed([12], medium="CPU"), removed([11], medium="CPU"))
@@ -387,7 +387,7 @@ def test_an_engine_that_numbers_its_adapters_does_not_hide_them(same: Follower) 
 
 def test_what_an_adapter_left_behind_is_given_back(same: Follower) -> None:
     same.apply(stored([11], PROMPT[:4], lora_name="poet", lora_id=1), removed([11]))
-    assert same.ledger.supports._counts == {}
+    assert not same.ledger.supports.models
 
 
 @pytest.mark.parametrize("parent", [None, 11])

@@ -9,7 +9,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents.tiers import DEVICE, HOST, STORAGE, tier_of
 from matrixinfer.traffic.history import RoutingHistory
 
-from .support import CLEARED, MODEL, POD, Follower, contents, removed, stored
+from .support import CLEARED, MODEL, POD, Follower, removed, stored
 
 PROMPT = list(range(32))
 
@@ -51,7 +51,7 @@ def test_what_is_off_loaded_and_evicted_is_still_held_but_not_on_the_device(ledg
     assert tiers(ledger) == [4, 4]
 
 
-def test_three_tiers_are_told_apart_in_whatever_order_they_come(ledger: Follower) -> None:
+def test_three_tiers_are_distinguished_in_any_order(ledger: Follower) -> None:
     ledger.apply(stored([1, 2, 3], PROMPT[:12]))
     ledger.apply(stored([1, 2, 3], PROMPT[:12], medium="DISK"), removed([3, 2]))
     assert tiers(ledger) == [1, 3]
@@ -111,20 +111,20 @@ def test_nothing_is_left_of_any_tier_after_a_clear_or_a_reset(ledger: Follower) 
     assert tiers(ledger) == [2, 2]
     ledger.ledger.reset()
     assert tiers(ledger) == [0]
-    assert contents(ledger.index, f"{POD}~device") == {}
+    assert ledger.index.contents(f"{POD}~device") == {}
 
 
-def test_what_the_events_tell_is_gone_is_not_believed_to_have_been_sent() -> None:
-    history, follower = RoutingHistory(), Follower(TokenBlockProcessor(4))
-    follower.ledger._history = follower.ledger.supports._history = history
+def test_blocks_that_events_report_as_removed_no_longer_count_as_sent() -> None:
+    history = RoutingHistory()
+    follower = Follower(TokenBlockProcessor(4), history)
     chain = list(follower.blocks.chain(PROMPT[:16]))
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(stored([1, 2], PROMPT[:8]), removed([2]))
     assert history.match(POD, MODEL, chain) == 1
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.apply(CLEARED)
     assert POD not in history
-    history.sent(POD, MODEL, chain)
+    history.record_sent(POD, MODEL, chain)
     follower.ledger.clear()  # frames were lost: what was sent may still be there
     assert POD in history
     follower.ledger.reset()

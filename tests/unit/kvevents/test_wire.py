@@ -82,7 +82,7 @@ TOKENS = [1, 2, 3, 4]
         ),
     ],
 )
-def test_events_that_are_arrays_are_told_by_their_length(
+def test_events_that_are_arrays_are_recognised_by_their_length(
     array: list[object], medium: str | None, adapter: object, extra_keys: object, group: int | None
 ) -> None:
     batch = decode(frame(array, ["BlockRemoved", [6], "CPU"], ["AllBlocksCleared"]))
@@ -114,7 +114,7 @@ def test_an_array_whose_fields_have_other_types_is_not_guessed() -> None:
         (5, 0),
     ],
 )
-def test_of_what_cannot_be_read_it_is_told_whether_it_only_added(event: object, stored: int) -> None:
+def test_unreadable_events_that_only_add_blocks_are_counted_apart(event: object, stored: int) -> None:
     batch = decode(frame(event))
     assert (batch.unreadable, batch.unreadable_stored) == (1, stored)
 
@@ -141,13 +141,13 @@ def test_a_batch_may_be_a_map() -> None:
     assert (list(map(essence, batch.events)), batch.rank, batch.unreadable) == ([([1], "GPU")], 3, 1)
 
 
-def test_blocks_named_by_pythons_hash_of_their_tokens_are_told() -> None:
+def test_blocks_named_by_pythons_hash_of_their_tokens_are_recognised() -> None:
     assert is_hash_of_tokens_alone(only_stored(block_hashes=[hash(tuple(TOKENS))], token_ids=TOKENS))
     assert not is_hash_of_tokens_alone(only_stored(block_hashes=[12], token_ids=TOKENS))
     assert not is_hash_of_tokens_alone(only_stored(block_hashes=[12], token_ids=None))
 
 
-def test_pairs_of_tokens_are_told() -> None:
+def test_pairs_of_tokens_are_recognised() -> None:
     assert has_bigrams(only_stored(token_ids=[(1, 2), (2, 3)]))
     assert not has_bigrams(only_stored(token_ids=TOKENS))
     assert not has_bigrams(only_stored(token_ids=[]))
@@ -283,7 +283,7 @@ def test_a_frame_with_any_byte_changed_raises_nothing_else(layout: str) -> None:
         {"token_ids": "1234"},
     ],
 )
-def test_tokens_that_do_not_fit_their_blocks_are_none(fields: dict[str, object]) -> None:
+def test_tokens_that_do_not_fit_their_blocks_are_rejected(fields: dict[str, object]) -> None:
     assert tokens_of(only_stored(**fields)) is None
 
 

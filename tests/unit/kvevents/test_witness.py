@@ -40,7 +40,7 @@ class Engine:
     def witness(self, ids: Sequence[int], held: int) -> Witness:
         size = self.blocks.block_size
         made = Witness("m", np.array(ids, dtype=np.uint32), self.blocks.chain(ids), held=held, block_size=size)
-        self.ledger.witness = made
+        self.ledger.observe(made)
         return made
 
     def _name(self, ids: Sequence[int], block: int, salt: str | None) -> int:
@@ -66,7 +66,7 @@ def test_the_blocks_that_follow_what_was_held_are_the_prompts(engine: Engine, he
 
 
 @pytest.mark.parametrize("at", [12, 13, 17])
-def test_the_first_token_that_differs_is_told(engine: Engine, at: int) -> None:
+def test_the_first_token_that_differs_is_reported(engine: Engine, at: int) -> None:
     theirs = [*IDS[:at], 7, *IDS[at:]]
     engine.stores(theirs, 0, 3)
     witness = engine.witness(IDS, 12)

@@ -47,13 +47,13 @@ sglang:token_usage{model_name="m",tp_rank="0"} 0.28
     [(VLLM, (7, 2, 0.5)), (OLD_VLLM, (1, 0, 0.125)), (SGLANG, (7, 1, 0.28)), (b"", (None, None, None))],
     ids=["vllm", "old vllm", "sglang", "nothing"],
 )
-def test_load_is_read_under_every_engine_s_names(text: bytes, expected: tuple[object, ...]) -> None:
+def test_load_is_read_under_the_names_of_every_engine(text: bytes, expected: tuple[object, ...]) -> None:
     metrics = parse_metrics(text, read_at=5.0)
     assert (metrics.running, metrics.waiting, metrics.cache_usage) == expected
     assert metrics.read_at == 5.0
 
 
-def test_ranks_are_told_apart_where_there_are_several() -> None:
+def test_several_ranks_are_reported_separately() -> None:
     ranks = parse_metrics(VLLM, read_at=0.0).ranks
     assert {rank: (each.waiting, each.cache_usage) for rank, each in ranks.items()} == {0: (0, 0.25), 1: (2, 0.5)}
     assert parse_metrics(SGLANG, read_at=0.0).ranks == {}
@@ -74,7 +74,7 @@ def test_ranks_are_told_apart_where_there_are_several() -> None:
         b"\x00\xff\n" * 3,
     ],
 )
-def test_what_is_no_sample_of_the_name_is_unknown_not_zero(text: bytes) -> None:
+def test_a_missing_sample_is_unknown_and_not_zero(text: bytes) -> None:
     assert parse_metrics(text, read_at=0.0).running is None
 
 
@@ -83,7 +83,7 @@ def test_a_timestamp_after_the_value_is_ignored() -> None:
 
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 1000)), max_size=5, unique_by=lambda pair: pair[0]))
-def test_sums_agree_with_the_library_that_engines_expose_metrics_with(series: list[tuple[str, int]]) -> None:
+def test_sums_agree_with_prometheus_client(series: list[tuple[str, int]]) -> None:
     registry = CollectorRegistry()
     for name in ("vllm:num_requests_running_before", "vllm:num_requests_running", "vllm:num_requests_running_z"):
         gauge = Gauge(name, "Text with vllm:num_requests_running 9 inside.", ["model_name"], registry=registry)
@@ -110,11 +110,11 @@ def test_the_first_name_without_a_parent_is_the_engine_s_own() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{}", b'{"data":[]}', b'{"data":[{"id":1}]}', b'{"data":[{"id":"a","parent":"b"}]}', b"\xff"]
 )
-def test_a_model_list_without_a_base_model_tells_nothing(body: bytes) -> None:
+def test_a_model_list_without_a_base_model_is_ignored(body: bytes) -> None:
     assert parse_models(body) is None
 
 
-def test_event_sources_are_read_as_vllm_0_32_gives_them() -> None:
+def test_event_sources_are_read_in_the_form_of_vllm_0_32() -> None:
     one = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
@@ -129,7 +129,7 @@ def test_event_sources_are_read_as_vllm_0_32_gives_them() -> None:
     assert sources[0] == KvEventsConfig(endpoint="tcp://10.0.0.7:5557", replay_endpoint="tcp://10.0.0.7:5558")
 
 
-def test_event_sources_are_read_as_a_list_too() -> None:
+def test_event_sources_are_read_in_the_form_of_a_list() -> None:
     body = msgspec.json.encode(
         [{"data_parallel_rank": 0, "endpoint": "tcp://10.0.0.1:5557", "replay_endpoint": None, "topic": ""}]
     )
@@ -162,12 +162,12 @@ def test_only_wildcard_addresses_are_replaced_by_the_pod_s_host(endpoint: str, e
         [{"endpoint": "tcp://*:1", "enable_kv_cache_events": False}],
     ],
 )
-def test_sources_that_publish_nothing_are_left_out(answer: object) -> None:
+def test_sources_that_do_not_publish_are_left_out(answer: object) -> None:
     assert parse_kv_sources(msgspec.json.encode(answer), host="h") == ()
     assert parse_kv_sources(b"\xff", host="h") == ()
 
 
-def test_hits_and_block_size_are_read_where_they_are_told() -> None:
+def test_hits_and_block_size_are_read() -> None:
     text = b"""\
 # TYPE vllm:prefix_cache_hits_total counter
 vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 96.0
@@ -206,14 +206,14 @@ def test_the_cache_s_settings_are_read_from_its_info(labels: bytes, expected: tu
     assert (metrics.block_size, metrics.prefix_caching) == expected
 
 
-@pytest.mark.parametrize(("told", "expected"), [(8192, 8192), (None, None), ("8192", None)])
-def test_the_context_s_length_is_that_of_the_first_name(told: object, expected: int | None) -> None:
-    served = parse_models(msgspec.json.encode({"data": [{"id": "m", "max_model_len": told}, {"id": "n"}]}))
+@pytest.mark.parametrize(("reported", "expected"), [(8192, 8192), (None, None), ("8192", None)])
+def test_the_context_length_is_that_of_the_first_name(reported: object, expected: int | None) -> None:
+    served = parse_models(msgspec.json.encode({"data": [{"id": "m", "max_model_len": reported}, {"id": "n"}]}))
     assert served is not None
     assert served.context_length == expected
 
 
-def test_a_version_is_read_where_there_is_one() -> None:
+def test_a_version_is_read_if_there_is_one() -> None:
     assert parse_version(b'{"version":"0.32.0"}') == "0.32.0"
     assert parse_version(b"{}") is None
     assert parse_version(b"404") is None

@@ -31,7 +31,7 @@ def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> No
     assert resolve(fleet, "big") == ("big", ["b"])
 
 
-def test_configured_aliases_map_to_the_model_and_are_rewritten_only_where_the_pod_does_not_know_them() -> None:
+def test_configured_aliases_are_rewritten_only_for_pods_that_do_not_know_them() -> None:
     fleet = registry("a", models=(ModelConfig(name="tiny", aliases=("small", "tiny-x")),))
     fleet.learn("a", served=TINY)
     assert resolve(fleet, "small") == ("tiny", ["a"])
@@ -40,7 +40,7 @@ def test_configured_aliases_map_to_the_model_and_are_rewritten_only_where_the_po
     assert fleet.name_at("a", "lora") == "lora"
 
 
-def test_a_pod_that_has_not_told_is_taken_only_for_a_configured_model_that_no_other_serves() -> None:
+def test_an_unidentified_pod_is_assumed_to_serve_configured_models_that_no_other_pod_serves() -> None:
     fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)),))
     assert resolve(fleet, "small") == ("tiny", ["a", "b"])
     assert fleet.name_at("a", "small") == "tiny"
@@ -55,7 +55,7 @@ def test_endpoints_are_pods_or_their_ranks() -> None:
     assert [name for name in names if fleet.is_endpoint(name)] == ["a", "b@dp1"]
 
 
-def test_a_name_is_unknown_only_once_every_pod_has_told() -> None:
+def test_a_name_is_unknown_only_once_every_pod_is_identified() -> None:
     fleet = registry("a", "b")
     fleet.learn("a", served=TINY)
     with pytest.raises(NoPodAvailable):
@@ -73,7 +73,7 @@ def test_a_configured_model_that_no_pod_serves_is_unavailable_not_unknown() -> N
         fleet.resolve("big")
 
 
-def test_unhealthy_pods_are_left_out_until_none_is_healthy() -> None:
+def test_unhealthy_pods_are_left_out_unless_no_pod_is_healthy() -> None:
     fleet = registry("a", "b")
     for name in ("a", "b"):
         fleet.learn(name, served=TINY)
@@ -89,7 +89,7 @@ def test_unhealthy_pods_are_left_out_until_none_is_healthy() -> None:
     assert resolve(fleet, "tiny") == ("tiny", ["a"])
 
 
-def test_only_failures_in_a_row_count() -> None:
+def test_only_consecutive_failures_count() -> None:
     fleet = registry("a", failures=2)
     fleet.answered("a")
     for _ in range(5):
@@ -112,7 +112,7 @@ def test_old_metrics_are_unknown() -> None:
     assert fleet.metrics_of(pod, 15.1) is None
 
 
-def test_the_list_of_models_is_what_resolves() -> None:
+def test_the_list_of_models_contains_the_names_that_resolve() -> None:
     fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)), ModelConfig(name="gone")))
     assert [model.name for model in fleet.models()] == ["gone", "small", "tiny"]
     fleet.learn("a", served=TINY)
@@ -124,7 +124,7 @@ def test_the_list_of_models_is_what_resolves() -> None:
         fleet.resolve(model.name)
 
 
-def test_event_sources_are_unknown_only_where_the_engine_must_be_asked() -> None:
+def test_event_sources_are_unknown_only_if_the_engine_must_be_asked() -> None:
     endpoint = KvEventsConfig(endpoint="tcp://h:1")
     pods = [
         PodConfig(name="asked", url="http://a"),
@@ -151,7 +151,7 @@ def test_a_model_may_be_configured_under_any_name_that_its_engines_know() -> Non
     ]
 
 
-def test_pods_come_and_go_and_nothing_is_said_of_those_that_have_left() -> None:
+def test_pods_join_and_leave_and_reports_about_former_pods_are_ignored() -> None:
     fleet = registry("a", models=(ModelConfig(name="tiny"),))
     fleet.learn("a", served=TINY)
     pod = fleet.join(PodConfig(name="b", url="http://b"))

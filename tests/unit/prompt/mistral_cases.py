@@ -1,4 +1,4 @@
-"""Requests to a model of Mistral's, the refused ones among them; `mistral_golden.json` has vLLM's answers in this order."""
+"""Requests to a Mistral model, including refused ones. `mistral_golden.json` has vLLM's answers in the same order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocabularies of Mistral's, of several versions, made from those that the wheel of mistral-common carries."""
+"""Mistral vocabularies of several versions, built from those in the wheel of mistral-common."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = (*_CARRIED, *_VERSIONS)
 
 
 def vocabulary(folder: Path, name: str) -> Path:
-    """Write the vocabulary `name` into `folder`, under the name that models publish it."""
+    """Write the vocabulary `name` into `folder`, with the file name that models use."""
     folder.mkdir(parents=True, exist_ok=True)
     if name in _CARRIED:
         source, target = _CARRIED[name]

@@ -1,4 +1,4 @@
-"""Small tokenizers, made where they are needed."""
+"""Builds small tokenizers for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXTS = tuple(pydoc_data.topics.topics.values())
 
 
 def tokenizer(*, normalizer: normalizers.Normalizer | None = None, bos: bool = False, eos: bool = False) -> Tokenizer:
-    """A byte-level BPE of 600 tokens with `<s>` 0, `</s>` 1 and the ChatML marks."""
+    """Train a byte-level BPE of 600 tokens with `<s>` 0, `</s>` 1 and the ChatML marks."""
     made = Tokenizer(models.BPE())
     if normalizer is not None:
         made.normalizer = normalizer
@@ -34,7 +34,7 @@ def tokenizer(*, normalizer: normalizers.Normalizer | None = None, bos: bool = F
 
 
 def folder(path: Path, made: Tokenizer, **config: object) -> Path:
-    """A model's folder with this tokenizer and this `tokenizer_config.json`."""
+    """Write a model's folder with this tokenizer and this `tokenizer_config.json`."""
     path.mkdir(parents=True, exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Conversations as templates meet them, and templates that use what the dialect has."""
+"""Conversations for templates, and templates that use the features of the dialect."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "date": {"messages": _ASKED, "date_string": "03 Feb 2031", "xml_tools": False},
     "special token": {"messages": _ASKED, "bos_token": "<other>", "custom": [1, {"a": None}]},
 }
-"""By name, the arguments of `apply_chat_template`; those that it does not know are variables of the template."""
+"""Arguments of `apply_chat_template`, by name of the case. Unknown arguments become variables of the template."""
 
 _LOOP = "{% for m in messages %}"
 DIALECT: dict[str, str] = {
@@ -218,4 +218,4 @@ DIALECT: dict[str, str] = {
     + "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c['function']['arguments'] | tojson }}"
     "{{ c.function.arguments.items() | list if c.function.arguments is mapping }}{% endfor %}{{ m.content }}{% endfor %}",
 }
-"""Templates by what they use."""
+"""Templates by the feature that they use."""

@@ -9,8 +9,8 @@ from matrixinfer.errors import InvalidRequest, TokenizeError
 from matrixinfer.prompt.anthropic import COUNT_PATH, MESSAGES_PATH
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.chat_template import ChatTemplate
-from matrixinfer.prompt.fit import Fit, fit, fitted
 from matrixinfer.prompt.requests import parse
+from matrixinfer.prompt.template_traits import TemplateTraits, adapt, probe
 
 HELLO = {"role": "user", "content": "hello"}
 TOOL = {"name": "f", "input_schema": {"properties": {}}}
@@ -35,14 +35,14 @@ def test_a_request_without_blocks_is_the_same_chat_after_its_system_prompt() -> 
     assert not prompt.add_special_tokens
 
 
-def test_the_header_that_changes_with_every_request_is_dropped() -> None:
+def test_the_billing_line_is_dropped() -> None:
     header = {"type": "text", "text": "x-anthropic-billing-header: cch=1"}
     blocks = [header, {"type": "text", "text": "be "}, {"type": "text", "text": "nice"}]
     assert chat_of(system=blocks).messages[0] == {"role": "system", "content": "be nice"}
     assert chat_of(system=[header]).messages == [HELLO]
 
 
-def test_results_of_tools_come_before_the_rest_of_the_message() -> None:
+def test_tool_results_come_before_the_rest_of_the_message() -> None:
     content = [
         {"type": "text", "text": "and?"},
         {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "a"}, {"type": "text"}]},
@@ -53,7 +53,7 @@ def test_results_of_tools_come_before_the_rest_of_the_message() -> None:
     ]
 
 
-def test_an_answer_has_its_thoughts_and_calls() -> None:
+def test_an_assistant_message_has_its_reasoning_and_tool_calls() -> None:
     content = [
         {"type": "thinking", "thinking": "hm", "signature": "s"},
         {"type": "redacted_thinking", "data": "x"},
@@ -78,7 +78,7 @@ def test_an_image_stays_where_it_is() -> None:
     ]
 
 
-def test_a_tool_s_schema_is_an_object_s_unless_it_says_otherwise() -> None:
+def test_a_tool_schema_has_the_type_object_by_default() -> None:
     (tool,) = chat_of(tools=[TOOL]).tools or []
     assert tool["function"]["parameters"] == {"properties": {}, "type": "object"}
     assert chat_of().tools is None
@@ -94,7 +94,7 @@ def test_a_tool_s_schema_is_an_object_s_unless_it_says_otherwise() -> None:
         {"thinking": {"type": "disabled"}, "chat_template_kwargs": {"enable_thinking": False}},
     ],
 )
-def test_what_the_engine_alone_knows_is_not_exact(fields: dict[str, Any]) -> None:
+def test_prompts_that_depend_on_the_engine_are_inexact(fields: dict[str, Any]) -> None:
     assert message(**fields).inexact
 
 
@@ -157,19 +157,21 @@ SYSTEM_FIRST = "{% for m in messages %}{% if m.role == 'system' and not loop.fir
         (LOOP + "{{ 1 + 'x' }}", True, "low"),
     ],
 )
-def test_templates_are_tried_as_vllm_does_when_it_starts(source: str, joins: bool, effort: str) -> None:
+def test_templates_are_probed_as_in_vllm(source: str, joins: bool, effort: str) -> None:
     template = ChatTemplate(source)
 
     def render(chat: Chat) -> str:
         return template.render(chat.messages, **(chat.chat_template_kwargs or {}))
 
-    assert fit([LOOP, source], render) == Fit(joins_system=joins, disabled_effort="low" if effort == "low" else "none")
+    assert probe([LOOP, source], render) == TemplateTraits(
+        joins_system=joins, disabled_effort="low" if effort == "low" else "none"
+    )
 
 
-def test_a_later_system_message_joins_the_first_where_the_template_refuses_it() -> None:
+def test_later_system_messages_are_merged_if_the_template_refuses_them() -> None:
     chat = chat_of(HELLO, {"role": "system", "content": "b"}, {"role": "system", "content": "c"}, system="a")
     assert chat.joins_system
-    strict = fitted(chat, Fit(joins_system=True, disabled_effort="none"))
+    strict = adapt(chat, TemplateTraits(joins_system=True, disabled_effort="none"))
     assert strict.messages == [{"role": "system", "content": "abc"}, HELLO]
     assert not chat_of(HELLO, system="a").joins_system
     with pytest.raises(TokenizeError):

@@ -31,7 +31,7 @@ AFTER = np.array([1], dtype=np.uint32)
 
 
 class Reference:
-    """The ids of whole texts, and how many characters were asked for."""
+    """Encodes whole texts and counts the characters."""
 
     def __init__(self, made: Tokenizer) -> None:
         self._made = made
@@ -62,7 +62,7 @@ edits = st.lists(
 
 
 def edited(text: str, change: tuple[float, float, str]) -> str:
-    """`text` with something put at a place, most often its end, in place of a part of what follows."""
+    """`text` with a part replaced, most often at its end."""
     at, until, new = change
     start = len(text) if at > 0.5 else round(2 * at * len(text))
     return text[:start] + new + text[start + round(until * 20) :]
@@ -71,7 +71,7 @@ def edited(text: str, change: tuple[float, float, str]) -> str:
 @settings(deadline=None)
 @given(start=st.lists(st.sampled_from(TURNS), max_size=12).map("".join), changes=edits, around=st.booleans())
 @pytest.mark.parametrize("max_bytes", [0, 3_000, 1_000_000])
-def test_ids_and_hashes_are_those_of_a_text_never_seen(
+def test_cached_ids_and_hashes_equal_those_of_a_fresh_text(
     made: Tokenizer, max_bytes: int, start: str, changes: Sequence[tuple[float, float, str]], around: bool
 ) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
@@ -105,19 +105,19 @@ def test_a_conversation_that_has_grown_costs_the_new_turn(made: Tokenizer) -> No
     assert hashes == list(blocks.chain(ids))[: len(hashes)]
 
 
-def test_a_prompt_that_was_not_hashed_far_takes_nothing_from_others(made: Tokenizer) -> None:
+def test_a_prompt_with_few_hashes_does_not_shorten_those_of_others(made: Tokenizer) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
     tested = cache(reference)
     system = "<|im_start|>system\nBe kind to everyone.<|im_end|>"
     first, other = system + "<|im_start|>user\nFirst of two" * 4, system + "<|im_start|>user\nOther of two" * 4
     ids, hashes = tested.encode(first)
     list(blocks.chain(ids, hashes=hashes))
-    tested.encode(other)  # of which no block is hashed beyond those that both begin with
+    tested.encode(other)  # only the blocks that both texts begin with are hashed
     _, again = tested.encode(first)
     assert again == list(blocks.chain(reference(first[: first.rindex("<|im_start|>")])))
 
 
-def test_a_text_that_goes_on_where_another_was_cut_is_not_cut_there(made: Tokenizer) -> None:
+def test_a_text_is_not_cut_inside_a_token_where_a_shorter_text_ended(made: Tokenizer) -> None:
     reference = Reference(made)
     tested = cache(reference)
     for text in ("Hello there, <|im_end|>", "Hello there, what?<|im_end|>", "Hello there, "):
@@ -133,13 +133,13 @@ def test_memory_is_bounded_and_counted(made: Tokenizer) -> None:
     assert stats.evicted > 0
     assert 0 < stats.entries < 100
     assert stats.hit_chars + stats.miss_chars == sum(3 * len(f"<|im_start|>user {i}<|im_end|>") for i in range(300))
-    assert stats.hit_chars > stats.miss_chars  # each was there three times, and the end mark always
+    assert stats.hit_chars > stats.miss_chars  # each text came three times, and the end mark always
 
 
-def test_hashes_are_kept_only_as_far_as_they_are_counted(made: Tokenizer) -> None:
+def test_only_hashes_that_count_towards_the_memory_bound_are_kept(made: Tokenizer) -> None:
     reference, blocks = Reference(made), TokenBlockProcessor(4)
     tested = cache(reference, max_bytes=40_000)
-    for i in range(40):  # long last pieces are not remembered, and their hashes neither
+    for i in range(40):  # long last pieces are not cached, and neither are their hashes
         for length in (1, 3, 6):
             text = f"<|im_start|>user {i}" + "<|im_end|>what was that" * length + "<|im_start|>" + f"tail {i} " * 200
             ids, hashes = tested.encode(text)
@@ -150,7 +150,7 @@ def test_hashes_are_kept_only_as_far_as_they_are_counted(made: Tokenizer) -> Non
     assert 0 < sum(kept.values()) <= owned + len(tested._beginnings)
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
+def test_an_entry_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
     reference = Reference(made)
     tested = cache(reference, max_bytes=10_000)
     small, large = "<|im_start|>small", "<|im_start|>" + "large " * 3000
@@ -160,7 +160,7 @@ def test_what_is_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
 
 
 def hurried(put: Callable[..., Any]) -> Callable[..., Any]:
-    """As `put`, but other threads run in the middle of it: between what it reads of the sum and what it writes."""
+    """As `put`, but let other threads run between reading and writing the sum."""
 
     def slow(self: _Lru[Any, Any], key: object, value: object, size: int) -> Any:
         held = self.bytes

@@ -1,4 +1,4 @@
-"""The token ids that real engines gave for the requests in the captures."""
+"""Compares token ids with those that real engines used for the requests in the captures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matrixinfer.prompt.requests import parse
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
 RECORDED = ("capture", "capture-lora", "capture-v028-bs16")
-"""Those with requests as clients send them, from vLLM 0.32 and 0.28."""
+"""Captures that contain the clients' requests, from vLLM 0.32 and 0.28."""
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -24,17 +24,17 @@ SPECIAL = (
     *("<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>"),
     *("<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
-"""Qwen 2.5's, in the order of their ids."""
+"""The added tokens of Qwen 2.5, in the order of their ids."""
 
 THINKING_OFF = (
     "{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
 )
-"""What the engine's template had besides that of Qwen 2.5."""
+"""The additions of the engine's template to that of Qwen 2.5."""
 
 
 def packaged(package: str, name: str) -> Path:
-    """A file that comes with a package which is not imported."""
+    """A file of a package, which is not imported."""
     (found,) = [file for file in importlib.metadata.files(package) or () if file.name == name]
     return Path(str(found.locate()))
 
@@ -66,6 +66,6 @@ def test_every_recorded_request_has_the_engines_ids(qwen: LocalTokenizer, name: 
 
 
 def requests(name: str) -> list[dict[str, Any]]:
-    """Those that bring a prompt."""
+    """The requests that have a prompt."""
     rows = CaptureReader(CAPTURES / f"{name}.jsonl.gz")
     return [row for row in rows if row["kind"] == "request" and row.get("prompt_token_ids")]

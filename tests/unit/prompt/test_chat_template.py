@@ -40,13 +40,13 @@ def test_chatml_lists_tools_first() -> None:
     assert text.startswith(start)
 
 
-def test_block_tags_take_their_line_with_them() -> None:
+def test_block_tags_remove_their_whole_line() -> None:
     assert (
         render("{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}") == "hi\n"
     )
 
 
-def test_loops_can_be_left() -> None:
+def test_break_leaves_a_loop() -> None:
     assert render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
 
 
@@ -69,7 +69,7 @@ def test_special_tokens_are_variables_and_absent_ones_are_undefined() -> None:
     assert template.render([USER]) == "<s>|False|"
 
 
-def test_variables_do_not_replace_what_is_rendered() -> None:
+def test_variables_cannot_override_the_messages() -> None:
     assert render("{{ self is defined }}{{ x }}", self=1, x=2) == "True2"
 
 
@@ -80,7 +80,7 @@ def test_a_generation_block_renders_its_body() -> None:
     assert render(source, [USER, USER]) == "[hi]1;[hi]2;"
 
 
-def test_no_loop_is_left_out_of_a_generation_block() -> None:
+def test_break_cannot_leave_a_generation_block() -> None:
     with pytest.raises(TokenizeError, match="does not compile"):
         ChatTemplate("{% for m in messages %}{% generation %}{% continue %}{% endgeneration %}{% endfor %}")
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_continued_is_an_error(source: str, message: dict[str, An
 
 
 def test_a_final_message_is_not_continued_before_a_generation_prompt() -> None:
-    with pytest.raises(TokenizeError, match="generation prompt"):
+    with pytest.raises(TokenizeError, match="cannot both be set"):
         render(PLAIN, [ASSISTANT], continue_final_message=True)
 
 
@@ -156,7 +156,7 @@ def test_a_template_may_refuse_a_chat() -> None:
         "{% include 'other' %}",
     ],
 )
-def test_whatever_fails_in_a_template_is_a_tokenize_error(source: str) -> None:
+def test_any_failure_in_a_template_is_a_tokenize_error(source: str) -> None:
     with pytest.raises(TokenizeError):
         render(source)
 
@@ -201,7 +201,7 @@ LOOP = "{% for m in messages %}"
         (LOOP + "{% set c = m.content %}{% for p in c %}{% endfor %}{% endfor %}", False),
     ],
 )
-def test_the_form_of_content_is_read_off_the_template(source: str, parts: bool) -> None:
+def test_the_template_determines_the_form_of_content(source: str, parts: bool) -> None:
     assert ChatTemplate(source).content_parts is parts
 
 

@@ -1,8 +1,8 @@
-"""What vLLM does to messages before the template.
+"""Tests how messages are reshaped before the template is rendered.
 
-`vllm_conversations.jsonl` holds messages, and what the request schema and `chat_utils` of vLLM 0.32 made of them for
-templates that take strings and for those that walk parts; under `"developers": false` for one that does not know the
-role `developer`.
+`vllm_conversations.jsonl` has messages, and what the request schema and `chat_utils` of vLLM 0.32 turn them into for
+templates that take strings and for templates that take parts; with `"developers": false` for a template that does not
+know the role `developer`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize("case", GOLDEN, ids=map(str, range(len(GOLDEN))))
 @pytest.mark.parametrize("form", ["string", "parts"])
-def test_messages_become_what_vllm_makes_of_them(case: dict[str, Any], form: str) -> None:
+def test_messages_are_reshaped_as_in_vllm(case: dict[str, Any], form: str) -> None:
     shaped = engine_messages(case["messages"], parts=form == "parts")
     if not case.get("developers", True):
         shaped = without_developers(shaped)
@@ -85,7 +85,7 @@ def test_arguments_of_a_tool_call_become_an_object(arguments: Any, expected: dic
     assert call["function"] == {"name": "f", "arguments": arguments}
 
 
-def test_tool_calls_that_the_engine_makes_keep_the_order_of_their_keys() -> None:
+def test_tool_calls_built_by_the_engine_keep_the_order_of_their_keys() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     (shaped,) = engine_messages([{"role": "assistant", "tool_calls": [call]}], parts=False, in_schema_order=False)
     assert json.dumps(shaped["tool_calls"]) == '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
@@ -96,7 +96,7 @@ def test_an_empty_list_of_tool_calls_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
-def test_reasoning_has_both_of_its_names(key: str) -> None:
+def test_reasoning_gets_both_names(key: str) -> None:
     shaped = one({"role": "assistant", "content": "x", key: "because"})
     assert (shaped["reasoning"], shaped["reasoning_content"]) == ("because", "because")
 
@@ -131,7 +131,7 @@ def test_a_system_message_loses_its_billing_header(content: Any, texts: list[str
     assert one(message, parts=True)["content"] == [{"type": "text", "text": text} for text in texts]
 
 
-def test_other_messages_keep_what_looks_like_a_billing_header() -> None:
+def test_other_messages_keep_a_line_that_looks_like_a_billing_header() -> None:
     for role in ("user", "developer"):
         assert one({"role": role, "content": HEADER})["content"] == HEADER
 
@@ -155,7 +155,9 @@ USER = {"role": "user", "content": "u"}
         ),
     ],
 )
-def test_developers_become_one_system_message(messages: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+def test_developer_messages_become_one_system_message(
+    messages: list[dict[str, Any]], expected: list[dict[str, Any]]
+) -> None:
     assert without_developers(messages) == expected
     assert DEVELOPER["role"] == "developer"
 
@@ -201,7 +203,7 @@ def test_tools_have_their_keys_in_the_order_of_the_schema() -> None:
         {"role": "assistant", "tool_calls": [{"function": 3}]},
     ],
 )
-def test_what_is_not_text_is_an_error(message: dict[str, Any]) -> None:
+def test_content_that_is_not_text_is_an_error(message: dict[str, Any]) -> None:
     with pytest.raises(TokenizeError):
         one(message)
 
@@ -215,7 +217,7 @@ MESSAGE_KEYS = ["role", "content", "name", "tool_calls", "tool_call_id", "reason
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(MESSAGE_KEYS), JSON), max_size=3), st.booleans())
-def test_nothing_is_raised_but_a_tokenize_error(messages: list[dict[str, Any]], parts: bool) -> None:
+def test_only_tokenize_errors_are_raised(messages: list[dict[str, Any]], parts: bool) -> None:
     has_media(messages)
     with suppress(TokenizeError):
         without_developers(engine_messages(messages, parts=parts))
@@ -240,5 +242,5 @@ def test_a_tool_without_a_function_is_an_error() -> None:
         ([{"image_url": "x"}], True),
     ],
 )
-def test_media_is_seen(content: Any, media: bool) -> None:
+def test_media_is_detected(content: Any, media: bool) -> None:
     assert has_media([{"role": "user", "content": "x"}, {"role": "user", "content": content}]) is media

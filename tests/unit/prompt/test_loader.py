@@ -49,7 +49,7 @@ def write(path: Path, name: str, value: object) -> None:
 
 
 def library(path: Path, **settings: Any) -> str:
-    """Which library reads the vocabulary, for a small one."""
+    """The library that reads a small vocabulary."""
     loaded = load(ModelConfig(name="m", tokenizer=str(path), **settings), where="$.models[0]")
     return {"gigatoken": "hf"}.get(loaded.name, loaded.name)
 
@@ -60,7 +60,7 @@ def ids(path: Path, prompt: Prompt, **settings: Any) -> list[int]:
     return found
 
 
-def test_the_only_vocabulary_in_a_folder_is_taken(tmp_path: Path) -> None:
+def test_the_only_vocabulary_in_a_folder_is_used(tmp_path: Path) -> None:
     hf(tmp_path / "hf")
     mistral(tmp_path / "mistral")
     tiktoken(tmp_path / "tiktoken")
@@ -71,7 +71,7 @@ def test_the_only_vocabulary_in_a_folder_is_taken(tmp_path: Path) -> None:
     assert ids(tmp_path / "llama", CHAT) == [*b"hi"]
 
 
-def test_a_file_is_told_by_its_name_and_its_first_line(tmp_path: Path) -> None:
+def test_the_name_and_the_first_line_determine_the_kind_of_a_file(tmp_path: Path) -> None:
     hf(tmp_path / "hf")
     mistral(tmp_path / "mistral")
     tiktoken(tmp_path / "tiktoken", "tokenizer.model")
@@ -88,7 +88,7 @@ def test_mistral_vocabularies_beside_mistral_weights_come_first_as_in_vllm(model
     assert library(model, tokenizer_mode="hf") == "hf"
 
 
-def test_mistral_vocabularies_beside_other_weights_are_not_taken_as_in_vllm(model: Path) -> None:
+def test_mistral_vocabularies_beside_other_weights_are_ignored_as_in_vllm(model: Path) -> None:
     hf(model)
     mistral(model)
     write(model, "model-00001-of-00002.safetensors", "")
@@ -117,14 +117,14 @@ def test_tokenizer_json_comes_before_ranks_unless_the_configuration_says_otherwi
     ("mode", "wanted"),
     [("auto", "tekken.json"), ("hf", "tokenizer.json"), ("mistral", r"\*\.model\.v\*"), ("tiktoken", r"\*\.tiktoken")],
 )
-def test_an_error_names_what_was_looked_for(model: Path, mode: str, wanted: str) -> None:
+def test_an_error_names_the_expected_files(model: Path, mode: str, wanted: str) -> None:
     model.mkdir()
     write(model, "tokenizer.txt", "")
     with pytest.raises(ConfigError, match=rf"^\$\.models\[0\]\.tokenizer: .*`tokenizerMode: {mode}`.*{wanted}"):
         library(model, tokenizer_mode=mode)
 
 
-def test_a_folder_that_is_not_there_is_named(model: Path) -> None:
+def test_an_error_names_a_missing_folder(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"^\$\.models\[0\]\.tokenizer: .*model does not exist"):
         library(model)
 
@@ -133,7 +133,7 @@ def test_a_folder_that_is_not_there_is_named(model: Path) -> None:
     ("extra", "package", "module"),
     [("mistral", "mistral_common", "mistral"), ("tiktoken", "tiktoken", "tiktoken_files")],
 )
-def test_a_missing_extra_is_named(
+def test_an_error_names_a_missing_extra(
     model: Path, monkeypatch: pytest.MonkeyPatch, extra: str, package: str, module: str
 ) -> None:
     mistral(model) if extra == "mistral" else tiktoken(model)
@@ -146,10 +146,10 @@ def test_a_missing_extra_is_named(
 
 
 @pytest.mark.parametrize("architecture", sorted(RENDERED_BY_ENGINE))
-def test_chats_that_the_engine_writes_itself_are_refused(model: Path, architecture: str) -> None:
+def test_chats_that_the_engine_renders_itself_are_refused(model: Path, architecture: str) -> None:
     hf(model)
     write(model, "config.json", {"architectures": [architecture]})
-    with pytest.raises(TokenizeError, match=f"the engine writes chats of {architecture} itself"):
+    with pytest.raises(TokenizeError, match=f"the engine renders chats of {architecture} itself"):
         ids(model, CHAT)
     assert ids(model, TEXT)
     assert ids(model, CHAT, tokenizer_mode="hf")
@@ -170,7 +170,7 @@ def test_chats_of_gpt_oss_are_refused_in_every_mode(model: Path) -> None:
 @pytest.mark.parametrize(
     "source", [None, "class TikTokenTokenizer:\n    def apply_chat_template(self):\n        pass\n"]
 )
-def test_chats_of_a_model_whose_own_code_may_write_them_are_refused(model: Path, source: str | None) -> None:
+def test_chats_that_the_models_own_code_may_render_are_refused(model: Path, source: str | None) -> None:
     tiktoken(model, auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]})
     if source is not None:
         write(model, "tokenization_kimi.py", source)
@@ -179,7 +179,7 @@ def test_chats_of_a_model_whose_own_code_may_write_them_are_refused(model: Path,
     assert ids(model, TEXT) == [*b"hi"]
 
 
-def test_chats_of_a_model_whose_own_code_writes_none_are_served(model: Path) -> None:
+def test_chats_that_the_models_own_code_does_not_render_are_served(model: Path) -> None:
     tiktoken(model, auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]})
     write(model, "tokenization_kimi.py", "class TikTokenTokenizer:\n    pass\n")
     assert ids(model, CHAT) == [*b"hi"]

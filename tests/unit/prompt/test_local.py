@@ -109,10 +109,10 @@ def test_an_encoder_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
             lambda: gigatoken.Tokenizer.from_json(data), encoders.Reference(reference), [], source="x"
         )
     assert chosen.name == "tokenizers"
-    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["tokenizer.mismatch"]
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["gigatoken_mismatched"]
 
 
-def test_a_character_that_gigatoken_classes_otherwise_is_left_to_the_reference(
+def test_a_disputed_character_is_left_to_the_reference(
     deepseek: LocalTokenizer, deepseek_reference: tokenizers.Tokenizer
 ) -> None:
     text = "A letter since Unicode 17: \ufbc3:A"
@@ -122,17 +122,17 @@ def test_a_character_that_gigatoken_classes_otherwise_is_left_to_the_reference(
     assert bare.encode(text).tolist() != expected
 
 
-def test_gigatoken_begins_anew_once_it_has_grown_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_reloaded_once_it_has_grown_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tokenizer()
     resident = iter([1000, 1400, 2001, 1200, 1300, 1900])
     monkeypatch.setattr(encoders, "resident_bytes", lambda: next(resident))
-    monkeypatch.setattr(encoders, "_LOOK_BYTES", 10)
+    monkeypatch.setattr(encoders, "_RELOAD_CHECK_BYTES", 10)
     monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", 1000)
     with capture_logs() as logs:
         fast = encoders.Gigatoken(lambda: gigatoken.Tokenizer.from_json(made.to_str()), encoders.Reference(made))
         for _ in range(8):
             assert fast.encode("hello").tolist() == made.encode("hello").ids
-    assert [entry["event"] for entry in logs] == ["tokenizer.renewed"]
+    assert [entry["event"] for entry in logs] == ["tokenizer_reloaded"]
 
 
 def test_a_cutter_that_changes_ids_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +140,11 @@ def test_a_cutter_that_changes_ids_is_not_used(tmp_path: Path, monkeypatch: pyte
     made = tokenizer()
     with capture_logs() as logs:
         local = LocalTokenizer.load(folder(tmp_path, made), None)
-    assert [entry["event"] for entry in logs] == ["tokenizer.uncut"]
+    assert [entry["event"] for entry in logs] == ["tokenizer_cutting_disabled"]
     assert local.encode("hello there", add_special_tokens=False).tolist() == made.encode("hello there").ids
 
 
-def test_a_prompt_that_goes_on_brings_the_hashes_of_its_beginning(deepseek_folder: Path) -> None:
+def test_a_longer_prompt_gets_the_hashes_of_its_beginning(deepseek_folder: Path) -> None:
     local = LocalTokenizer.load(deepseek_folder, "chatml", block_size=16, cache_bytes=1_000_000)
     blocks = TokenBlockProcessor(16)
     first = local.tokenize(completion("<｜User｜>" + 9 * TEXTS[0] + "<｜Assistant｜>"))
@@ -213,7 +213,7 @@ def test_special_tokens_come_from_both_files(tmp_path: Path) -> None:
     assert LocalTokenizer.load(path, None).render(HELLO) == "<s></s><t>False"
 
 
-def test_variables_of_the_request_reach_the_template_but_replace_nothing(tmp_path: Path) -> None:
+def test_variables_of_the_request_reach_the_template_but_override_nothing(tmp_path: Path) -> None:
     source = "{{ messages[0].content }}{{ mood }}{{ add_generation_prompt }}{{ self is defined }}{{ tools }}"
     local = LocalTokenizer.load(folder(tmp_path, tokenizer(), chat_template=source), None)
     variables = {"mood": "!", "messages": 1, "add_generation_prompt": False, "tools": 1, "self": 1, "no name": 1}
@@ -229,7 +229,7 @@ def test_documents_may_come_as_a_variable(tmp_path: Path) -> None:
     assert local.render(field) == "field"
 
 
-def test_content_has_the_form_that_the_template_walks(tmp_path: Path) -> None:
+def test_content_has_the_form_that_the_template_expects(tmp_path: Path) -> None:
     walking = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
     parts = Chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}])
@@ -238,7 +238,7 @@ def test_content_has_the_form_that_the_template_walks(tmp_path: Path) -> None:
         assert (local.render(parts), local.render(HELLO)) == expected
 
 
-def test_developers_are_system_messages_to_a_template_that_does_not_name_them(tmp_path: Path) -> None:
+def test_developer_messages_become_system_messages_if_the_template_does_not_know_them(tmp_path: Path) -> None:
     ignorant = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     chat = Chat(messages=[*HELLO.messages, {"role": "developer", "content": "be brief"}])
     for source, expected in (
@@ -283,7 +283,7 @@ def test_a_path_that_does_not_exist_is_a_config_error(tmp_path: Path) -> None:
         LocalTokenizer.load(folder(tmp_path, tokenizer()), str(tmp_path / "no.jinja"))
 
 
-def test_named_templates_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+def test_named_templates_are_in_a_separate_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "model", tokenizer())
     (path / "chat_template.jinja").write_text("plain {{ messages[0].content }}")
     (path / "additional_chat_templates").mkdir()
@@ -295,7 +295,7 @@ def test_named_templates_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert made.render(Chat(messages=messages, tools=tools)) == "tools hi"
 
 
-def test_a_tokenizer_that_has_grown_is_made_anew_from_what_it_was_made_of(
+def test_a_reload_that_fails_or_changes_ids_keeps_the_old_tokenizer(
     deepseek_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = (deepseek_folder / "tokenizer.json").read_bytes()
@@ -304,20 +304,20 @@ def test_a_tokenizer_that_has_grown_is_made_anew_from_what_it_was_made_of(
     def load() -> gigatoken.Tokenizer:
         made.append("first" if not made else "again")
         if len(made) == 3:
-            raise ValueError("it is gone")
+            raise ValueError("no such file")
         source = data if len(made) < 3 else tokenizer().to_str().encode()
         return gigatoken.Tokenizer.from_json(source)
 
     exact = encoders.Reference(tokenizers.Tokenizer.from_buffer(data))
     encoder = encoders.Gigatoken(load, exact)
-    monkeypatch.setattr(encoders, "_LOOK_BYTES", 0)
+    monkeypatch.setattr(encoders, "_RELOAD_CHECK_BYTES", 0)
     monkeypatch.setattr(encoders, "_MAX_GROWTH_BYTES", -(1 << 60))
     expected = exact.encode("Hello there").tolist()
     with capture_logs() as logs:
-        for _ in range(3):  # renewed, gone, another one
+        for _ in range(3):  # reloaded, file missing, file changed
             assert encoder.encode("Hello there").tolist() == expected
     assert len(made) == 4
-    assert [log.get("reason") for log in logs if log["event"] == "tokenizer.not_renewed"] == [
-        "it is gone",
+    assert [log.get("reason") for log in logs if log["event"] == "tokenizer_reload_failed"] == [
+        "no such file",
         "its file has changed",
     ]

@@ -43,7 +43,7 @@ PODS = [Pod()]
 
 
 class FakeRemote(RemoteTokenizer):
-    """Gives one answer; None is never given."""
+    """Gives one answer, or never answers if it is None."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -126,7 +126,7 @@ async def test_one_deadline_covers_all_engines() -> None:
             await tokenizers.tokenize(text("x"), model="m", engines=PODS)
 
 
-async def test_nobody_to_ask_is_an_error() -> None:
+async def test_no_engine_to_ask_is_an_error() -> None:
     for remote in (None, FakeRemote([])):
         async with manager(None, remote) as tokenizers:
             with pytest.raises(TokenizeError, match="no engine"):
@@ -145,7 +145,7 @@ async def test_a_prompt_above_the_limit_is_not_tokenized(model: Path) -> None:
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
 
 
-async def test_of_a_prompt_with_an_image_only_the_beginning_is_known(model: Path) -> None:
+async def test_only_the_beginning_of_a_prompt_with_an_image_is_known(model: Path) -> None:
     messages = [{"role": "system", "content": "Look well."}, {"role": "user", "content": IMAGE}]
     async with manager(model) as tokenizers:
         tokens = (await tokenizers.tokenize(conversation(messages), model="m", engines=[])).tokens
@@ -158,7 +158,7 @@ async def test_of_a_prompt_with_an_image_only_the_beginning_is_known(model: Path
     ("architecture", "asked"),
     [({"architectures": ["DeepseekV32ForCausalLM"]}, True), ({"model_type": "gpt_oss"}, False)],
 )
-async def test_a_chat_that_only_the_engine_can_write_asks_an_engine_that_tells(
+async def test_a_chat_that_only_the_engine_can_render_asks_an_engine_whose_tokenize_does(
     model: Path, architecture: dict[str, Any], asked: bool
 ) -> None:
     (model / "config.json").write_text(json.dumps(architecture))
@@ -172,7 +172,7 @@ async def test_a_chat_that_only_the_engine_can_write_asks_an_engine_that_tells(
     assert len(remote.asked) == asked
 
 
-async def test_a_prompt_that_is_truncated_keeps_what_the_engine_keeps(model: Path) -> None:
+async def test_a_truncated_prompt_keeps_what_the_engine_keeps(model: Path) -> None:
     async with manager(model, cache_bytes=100_000) as tokenizers:
         whole = (await tokenizers.tokenize(text("one two three"), model="m", engines=[])).tokens
         for field in ("keep_last", "keep_first"):
@@ -189,7 +189,7 @@ async def test_a_prompt_that_is_truncated_keeps_what_the_engine_keeps(model: Pat
     assert cut.tokens.ids.tolist() == [6, 7]
 
 
-async def test_a_prompt_that_does_not_follow_from_its_request_is_not_tokenized(model: Path) -> None:
+async def test_an_inexact_prompt_is_not_tokenized(model: Path) -> None:
     async with manager(model, FakeRemote([1])) as tokenizers:
         with pytest.raises(TokenizeError, match="the engine keeps it"):
             await tokenizers.tokenize(
@@ -197,7 +197,7 @@ async def test_a_prompt_that_does_not_follow_from_its_request_is_not_tokenized(m
             )
 
 
-async def test_a_prompt_is_read_however_many_are_being_tokenized(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompts_are_read_while_many_are_being_tokenized(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(LocalTokenizer, "tokenize", lambda self, prompt: release.wait(30))
     monkeypatch.setattr("matrixinfer.prompt.manager._MAX_QUEUED", 3)
@@ -205,14 +205,14 @@ async def test_a_prompt_is_read_however_many_are_being_tokenized(model: Path, mo
     async with manager(model, timeout_seconds=0.1) as tokenizers:
         waiting = [asyncio.create_task(tokenizers.tokenize(long, model="m", engines=[])) for _ in range(4)]
         errors = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [str(error) for error in errors].count("3 prompts wait for their token ids already") == 1
+        assert [str(error) for error in errors].count("3 prompts are already waiting to be tokenized") == 1
         assert [str(error) for error in errors].count("no token ids within 0.1 s") == 3
         body = json.dumps({"model": "m", "prompt": "word " * 100_000}).encode()
         assert (await tokenizers.read(COMPLETIONS_PATH, body)).size == len(body)
         release.set()
 
 
-async def test_a_long_text_with_a_character_too_young_is_left_to_a_thread(
+async def test_a_long_text_with_a_disputed_character_is_encoded_in_a_thread(
     deepseek_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = Tokenizer.from_file(str(deepseek_folder / "tokenizer.json"))
@@ -253,7 +253,7 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
     assert threads == [True, False, False, False, False]
 
 
-async def test_a_slow_tokenizer_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_deadline_applies_to_a_slow_tokenizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
     def render(self: LocalTokenizer, chat: Chat) -> str:
@@ -294,7 +294,7 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
-async def test_a_large_body_is_read_elsewhere(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     threads: list[str] = []
 
     def noting(path: str, body: bytes) -> Prompt:

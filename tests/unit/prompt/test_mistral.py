@@ -129,11 +129,13 @@ def test_later_system_messages_of_anthropic_requests_join_the_first(tekken: Mist
         (chat(user("w"), chat_template="{{ 1 }}"), "its own chat template"),
         (chat(user([{"type": "image_url", "image_url": {"url": "data:"}}])), "images, audio or video"),
         (chat(user("w"), chat_template_kwargs={"max_length": 3}), "changes how the engine encodes"),
-        (chat(user("w"), answer("a")), "takes no generation prompt"),
-        (chat(user("w"), add_generation_prompt=False, continue_final_message=True), "is no answer"),
+        (chat(user("w"), answer("a")), "ends with an assistant message"),
+        (chat(user("w"), add_generation_prompt=False, continue_final_message=True), "not from the assistant"),
     ],
 )
-def test_what_vllm_does_otherwise_is_refused(tekken: MistralTokenizer, body: dict[str, Any], why: str) -> None:
+def test_chats_that_vllm_does_not_encode_from_messages_are_refused(
+    tekken: MistralTokenizer, body: dict[str, Any], why: str
+) -> None:
     with pytest.raises(TokenizeError, match=why):
         tekken.tokenize(read(body))
 
@@ -160,11 +162,11 @@ def test_no_error_quotes_the_prompt(tekken: MistralTokenizer, messages: list[dic
     )
 
 
-def test_a_file_that_is_no_vocabulary_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_vocabulary_is_a_config_error(tmp_path: Path) -> None:
     file = tmp_path / "tekken.json"
     for text in ("{}", "[", '{"config": {"version": "v99"}}'):
         file.write_text(text, encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"^\$\.models\[0\]\.tokenizer: .*not a usable tokenizer"):
+        with pytest.raises(ConfigError, match=r"^\$\.models\[0\]\.tokenizer: .*not a usable Mistral tokenizer"):
             MistralTokenizer.load(file, where="$.models[0].tokenizer")
 
 

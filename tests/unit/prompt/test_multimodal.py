@@ -1,4 +1,4 @@
-"""The certain beginning of chats with media, with the templates of real vision models and with tricky ones."""
+"""Tests the certain beginning of chats with media, with templates of real vision models and with tricky ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def real(name: str) -> ChatTemplate:
         ("gemma3", "<s><start_of_turn>user\nbe nice\n\nlook:"),
         ("idefics3", "<|begin_of_text|>System: be nice<end_of_utterance>\nUser: look: "),
         ("smolvlm", "<|im_start|>System: be nice<end_of_utterance>\nUser: look: "),
-        # Images come before the message's text, or wherever the engine puts them.
+        # Images come before the message's text, or at a position that only the engine knows.
         ("llava_next", "<<SYS>>\nbe nice\n<</SYS>>\n\n[INST] "),
         ("lfm2_2_5_vl", "<s><|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\n"),
     ],
@@ -78,7 +78,7 @@ TURNS = st.lists(st.sampled_from(["hi", "", " look\n", "<|vision_start|>", "a<|i
     texts=TURNS,
     rest=st.lists(st.just(IMAGE), max_size=2),
 )
-def test_it_is_what_the_rendering_has_before_the_first_placeholder(
+def test_the_text_equals_the_rendering_before_the_first_placeholder(
     name: str, turns: list[str], texts: list[str], rest: list[dict[str, Any]]
 ) -> None:
     template = real(name)
@@ -110,7 +110,7 @@ AS_STRING = "{% for m in messages %}[{{ m.role }}]{{ m['content'] | trim }}{% en
         (BY_PART, [user(VIDEO, text("c")), user(IMAGE)], "[user]"),
         (BY_PART, [user({"image_url": "x", "uuid": "u"})], "[user]"),
         (IMAGES_FIRST, [user(text("a"), IMAGE)], "[user]"),
-        # What looks like the placeholder is no proof that the medium comes after it.
+        # Text that looks like the placeholder does not prove that the medium follows.
         (IMAGES_FIRST, [user(text("<image>"), IMAGE)], "[user]"),
         (COUNTING, [SYSTEM, user(text("a"), IMAGE)], "images: "),
         (LAST_ONLY, [user(text("a"), IMAGE), user(text("b"))], ""),
@@ -118,14 +118,14 @@ AS_STRING = "{% for m in messages %}[{{ m.role }}]{{ m['content'] | trim }}{% en
         (AS_STRING, [user(IMAGE, text("c")), user(IMAGE)], "[user]"),
     ],
 )
-def test_only_what_is_certain_is_taken(source: str, messages: list[dict[str, Any]], beginning: str) -> None:
+def test_only_the_certain_text_is_used(source: str, messages: list[dict[str, Any]], beginning: str) -> None:
     assert before(ChatTemplate(source), *messages) == beginning
 
 
 @pytest.mark.parametrize(
     "content", ["x", [text("x")], [{"type": "file", "file": {}}], [{"type": "prompt_embeds", "data": "x"}], [3]]
 )
-def test_a_chat_without_media_that_anyone_knows_is_an_error(content: Any) -> None:
+def test_a_chat_without_known_media_is_an_error(content: Any) -> None:
     with pytest.raises(TokenizeError):
         before(ChatTemplate(BY_PART), {"role": "user", "content": content})
 

@@ -98,7 +98,7 @@ def test_the_first_list_of_token_ids_decides(prompt: Any) -> None:
     assert parsed.text is None
 
 
-def test_special_tokens_can_be_asked_for_and_declined() -> None:
+def test_special_tokens_can_be_turned_on_and_off() -> None:
     assert chat(add_special_tokens=True).add_special_tokens
     assert not completion("x", add_special_tokens=False).add_special_tokens
 
@@ -106,7 +106,7 @@ def test_special_tokens_can_be_asked_for_and_declined() -> None:
 @pytest.mark.parametrize(
     "prompt", [[True], [-1], [2**32], [1.5], [1, "a"], ["a", None], [[1], None], [], [[]], {}, None, 3, [[True]]]
 )
-def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+def test_an_invalid_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         completion(prompt)
     assert caught.value.param is not None
@@ -180,7 +180,7 @@ def test_variables_that_are_null_or_auto_do_not_reach_the_template() -> None:
         ({"echo": True}, False),
     ],
 )
-def test_a_chat_whose_log_probabilities_are_asked_for_reads_no_cache(fields: dict[str, Any], reads: bool) -> None:
+def test_a_chat_with_prompt_log_probabilities_does_not_read_the_cache(fields: dict[str, Any], reads: bool) -> None:
     assert chat(**fields).reads_cache is reads
 
 
@@ -193,14 +193,16 @@ def test_a_chat_whose_log_probabilities_are_asked_for_reads_no_cache(fields: dic
         ({"prompt_logprobs": 1}, False),
     ],
 )
-def test_a_completion_that_echoes_log_probabilities_reads_no_cache(fields: dict[str, Any], reads: bool) -> None:
+def test_a_completion_that_echoes_log_probabilities_does_not_read_the_cache(
+    fields: dict[str, Any], reads: bool
+) -> None:
     assert completion("x", **fields).reads_cache is reads
 
 
 @pytest.mark.parametrize(
     ("prompt", "alone"), [("x", True), (["x"], True), (["x", "y"], False), ([1, 2], True), ([[1], [2]], False)]
 )
-def test_a_prompt_among_others_is_not_alone(prompt: Any, alone: bool) -> None:
+def test_usage_is_not_comparable_for_several_prompts(prompt: Any, alone: bool) -> None:
     assert completion(prompt).counted is alone
 
 
@@ -224,7 +226,7 @@ def test_a_truncated_prompt_keeps_its_end(fields: dict[str, Any], last: int | No
         assert (prompt.keep_last, prompt.keep_first, prompt.inexact) == (last, first, None)
 
 
-def test_a_text_with_special_tokens_around_it_is_cut_in_between_unless_a_side_is_named() -> None:
+def test_truncation_of_a_text_with_special_tokens_is_inexact_unless_a_side_is_named() -> None:
     assert completion("x", truncate_prompt_tokens=8).inexact is not None
     assert completion("x", truncate_prompt_tokens=8, truncation_side="left").inexact is None
 
@@ -239,13 +241,13 @@ def test_a_text_with_special_tokens_around_it_is_cut_in_between_unless_a_side_is
         (chat(chat_template_kwargs={"tools": []}), json.dumps(HELLO).encode()),
     ],
 )
-def test_what_only_the_engine_can_tokenize_says_so(prompt: Prompt, prefix: bytes) -> None:
+def test_a_prompt_that_only_the_engine_can_tokenize_is_inexact(prompt: Prompt, prefix: bytes) -> None:
     assert prompt.inexact
     assert (prompt.chat, prompt.text, prompt.token_ids) == (None, None, None)
     assert prompt.prefix == prefix
 
 
-def test_a_long_chat_is_read_as_a_short_one_is() -> None:
+def test_a_long_chat_is_read_like_a_short_one() -> None:
     long: list[Any] = [{"role": "user", "content": "é" * 200_000}, {"content": None, "role": "assistant"}]
     prompt = parse(CHAT_PATH, json.dumps({"model": "m", "messages": long}).encode())
     assert prompt.chat is not None
@@ -254,12 +256,12 @@ def test_a_long_chat_is_read_as_a_short_one_is() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["text", None, 5])
-def test_what_is_wrong_in_a_long_chat_is_said_as_in_a_short_one(wrong: object) -> None:
-    told = []
+def test_errors_in_a_long_chat_are_the_same_as_in_a_short_one(wrong: object) -> None:
+    errors = []
     for text in ("short", "é" * 200_000):
         messages = [{"role": "user", "content": text}, wrong]
         with pytest.raises(InvalidRequest) as refused:
             parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages}).encode())
-        told.append((refused.value.message, refused.value.param))
-    assert told[0] == told[1]
-    assert told[0][1] == "messages[1]"
+        errors.append((refused.value.message, refused.value.param))
+    assert errors[0] == errors[1]
+    assert errors[0][1] == "messages[1]"

@@ -58,7 +58,7 @@ def test_a_chat_is_embedded_without_a_generation_prompt(fields: dict[str, Any], 
 
 
 @pytest.mark.parametrize("value", ["x", [1, 2]])
-def test_engines_that_embed_keep_the_beginning_of_what_is_too_long(value: Any) -> None:
+def test_embedding_truncates_the_end_of_a_prompt(value: Any) -> None:
     prompt = embedding(input=value, truncate_prompt_tokens=8)
     assert (prompt.keep_first, prompt.keep_last, prompt.inexact) == (8, None, None)
 
@@ -78,7 +78,7 @@ def test_a_score_begins_with_the_first_query(path: str, name: str, value: Any) -
 
 
 @pytest.mark.parametrize("fields", [{"query": {"content": []}}, {"query": "q", "max_tokens_per_query": 4}])
-def test_a_query_that_only_the_engine_can_tokenize_says_so(fields: dict[str, Any]) -> None:
+def test_a_query_that_only_the_engine_can_tokenize_is_inexact(fields: dict[str, Any]) -> None:
     prompt = request("/rerank", **fields)
     assert prompt.inexact
     assert prompt.text is None

@@ -1,8 +1,8 @@
-"""All APIs together.
+"""Tests all APIs together.
 
-`vllm_requests.jsonl` holds bodies and what vLLM 0.32 made of them: the messages for a template that takes strings, and
-the template's variables, tools among them. For Anthropic messages also `joined`, for a template that refuses later
-system messages, and `low`, the variables for one that does not know how not to think.
+`vllm_requests.jsonl` has bodies and what vLLM 0.32 builds from them: the messages for a template that takes strings,
+and the template's variables, including tools. For Anthropic messages it also has `joined`, for a template that refuses
+later system messages, and `low`, the variables for a template that cannot disable thinking.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.conversation import engine_messages, engine_tools
-from matrixinfer.prompt.fit import Fit, fitted
 from matrixinfer.prompt.requests import READERS, parse
+from matrixinfer.prompt.template_traits import TemplateTraits, adapt
 
 GOLDEN = [json.loads(line) for line in Path(__file__).with_name("vllm_requests.jsonl").read_text("utf-8").splitlines()]
 ANTHROPIC = [case for case in GOLDEN if "joined" in case]
@@ -42,7 +42,7 @@ BODIES: Mapping[str, Mapping[str, Any]] = {
     "/v1/rerank": {"query": "x"},
     "/v2/rerank": {"query": "x"},
 }
-"""A request of each API without its model."""
+"""A request of each API, without `model`."""
 
 KINDS = (
     *("text", "message", "function_call", "function_call_output", "reasoning", "custom", "namespace", "function"),
@@ -72,11 +72,11 @@ ITEMS = st.lists(
     min_size=1,
     max_size=4,
 )
-"""What resembles messages, items, blocks and tools."""
+"""Values that resemble messages, items, blocks and tools."""
 
 
 def variables(chat: Chat) -> dict[str, Any]:
-    """What the template is given besides messages."""
+    """The arguments of the template besides messages."""
     given: dict[str, Any] = (chat.chat_template_kwargs or {}) | {
         "add_generation_prompt": chat.add_generation_prompt,
         "continue_final_message": chat.continue_final_message,
@@ -86,7 +86,7 @@ def variables(chat: Chat) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=map(str, range(len(GOLDEN))))
-def test_a_request_becomes_the_chat_that_vllm_makes_of_it(case: dict[str, Any]) -> None:
+def test_a_request_becomes_the_chat_that_vllm_builds(case: dict[str, Any]) -> None:
     prompt = parse(case["path"], json.dumps(case["body"]).encode())
     chat = prompt.chat
     assert chat is not None
@@ -97,13 +97,13 @@ def test_a_request_becomes_the_chat_that_vllm_makes_of_it(case: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("case", ANTHROPIC, ids=map(str, range(len(ANTHROPIC))))
-def test_an_anthropic_chat_is_fitted_to_the_template_as_vllm_does(case: dict[str, Any]) -> None:
+def test_an_anthropic_chat_is_adapted_to_the_template_as_in_vllm(case: dict[str, Any]) -> None:
     chat = parse(case["path"], json.dumps(case["body"]).encode()).chat
     assert chat is not None
-    low = fitted(chat, Fit(joins_system=True, disabled_effort="low"))
+    low = adapt(chat, TemplateTraits(joins_system=True, disabled_effort="low"))
     assert json.dumps(engine_messages(low.messages, parts=False)) == json.dumps(case["joined"])
     assert variables(low) == case["low"] | {key: case["variables"][key] for key in ("tools",) if low.tools is not None}
-    assert fitted(chat, Fit(joins_system=False, disabled_effort="none")) is chat
+    assert adapt(chat, TemplateTraits(joins_system=False, disabled_effort="none")) is chat
 
 
 def test_a_path_that_takes_no_prompt_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_a_model_is_required(path: str) -> None:
 
 
 @given(path=st.sampled_from(list(READERS)), junk=st.binary(max_size=60), data=st.data())
-def test_no_body_raises_anything_but_an_invalid_request(path: str, junk: bytes, data: st.DataObject) -> None:
+def test_every_body_is_read_or_raises_invalid_request(path: str, junk: bytes, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(BODIES[path])))
     others = json.dumps({"model": "m", **{key: value for key, value in BODIES[path].items() if key != name}}).encode()
     blocks = ITEMS.map(lambda items: [{"role": "user", "content": items}])

@@ -30,7 +30,7 @@ CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 THOUGHT = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "because"}]}
 
 
-def test_a_text_is_a_user_s_message_after_the_instructions() -> None:
+def test_a_text_becomes_a_user_message_after_the_instructions() -> None:
     prompt = response("hello", instructions="be nice", stream=True, cache_salt="s")
     assert prompt.chat is not None
     assert prompt.chat.messages == [{"role": "system", "content": "be nice"}, {"role": "user", "content": "hello"}]
@@ -60,13 +60,13 @@ def test_reasoning_text_and_calls_of_one_answer_become_one_message() -> None:
     ]
 
 
-def test_what_an_answer_has_already_begins_another() -> None:
+def test_a_second_text_starts_another_assistant_message() -> None:
     messages = chat_of([answer("a"), answer("b"), THOUGHT, THOUGHT]).messages
     assert [message.get("content") for message in messages] == ["a", "b", None]
     assert [message.get("reasoning") for message in messages] == [None, "because", "because"]
 
 
-def test_instructions_are_no_answer_to_add_to() -> None:
+def test_items_are_not_merged_into_the_instructions() -> None:
     assert [message["role"] for message in chat_of([CALL], instructions="x").messages] == ["system", "assistant"]
 
 
@@ -87,7 +87,7 @@ def test_an_unfinished_answer_is_continued(status: str) -> None:
         ([], {}),
     ],
 )
-def test_what_the_engine_alone_knows_is_not_exact(value: Any, fields: dict[str, Any]) -> None:
+def test_prompts_that_depend_on_the_engine_are_inexact(value: Any, fields: dict[str, Any]) -> None:
     prompt = response(value, **fields)
     assert prompt.inexact
     assert prompt.chat is None

@@ -112,7 +112,7 @@ def test_the_pieces_have_the_ids_of_the_whole(
 
 @pytest.mark.parametrize("shortest", [1, 8, 64])
 @given(texts, texts)
-def test_a_text_that_goes_on_keeps_all_pieces_but_the_last(shortest: int, text: str, more: str) -> None:
+def test_a_longer_text_keeps_all_pieces_but_the_last(shortest: int, text: str, more: str) -> None:
     cutter = Cutter(("<s>", "<|im_start|>"), lines=True, shortest=shortest)
     kept = cutter.cut(text)[:-1]
     assert all(len(piece) >= shortest for piece in kept)
@@ -128,7 +128,7 @@ def test_long_pieces_are_cut_at_lines() -> None:
     assert Cutter(("<s>",), shortest=1000).cut(text) == [text[:-3], "<s>"]
 
 
-def test_without_a_template_all_certain_tokens_are_cut_at() -> None:
+def test_without_a_template_texts_are_cut_at_all_safe_tokens() -> None:
     tokenizer = made(PATTERNS["qwen2"])
     assert set(cutter_of(spec(tokenizer), []).tokens) == {"<s>", "<|im_start|>", "<|im_end|>"}
     assert cutter_of(spec(tokenizer), ["{{ '<|im_end|>' }}"]).tokens == ["<|im_end|>"]
@@ -144,13 +144,13 @@ def test_without_a_template_all_certain_tokens_are_cut_at() -> None:
         AddedToken(" <x>", normalized=False),
     ],
 )
-def test_tokens_that_something_stretches_are_not_cut_at(token: AddedToken) -> None:
+def test_texts_are_not_cut_at_tokens_that_flags_extend(token: AddedToken) -> None:
     tokens = cutter_of(spec(made(PATTERNS["qwen2"], None, token)), []).tokens
     assert set(tokens) == {"<s>", "<|im_start|>", "<|im_end|>"}
 
 
 @pytest.mark.parametrize("other", ["a<s>", "x<", "a<|im_start|>b", "y<s"])
-def test_tokens_that_others_run_into_are_not_cut_at(other: str) -> None:
+def test_texts_are_not_cut_at_tokens_that_others_overlap(other: str) -> None:
     tokenizer = made(PATTERNS["qwen2"], None, AddedToken(other, normalized=False))
     tokens = set(cutter_of(spec(tokenizer), []).tokens)
     assert tokens < {"<s>", "<|im_start|>", "<|im_end|>", other}
@@ -160,7 +160,7 @@ def test_tokens_that_others_run_into_are_not_cut_at(other: str) -> None:
             assert [id_ for piece in cut for id_ in ids(tokenizer, piece)] == ids(tokenizer, text)
 
 
-def test_a_normalizer_takes_the_tokens_that_it_may_change() -> None:
+def test_texts_are_not_cut_at_tokens_that_a_normalizer_may_change() -> None:
     token = AddedToken("<N>", normalized=True)
     assert "<N>" in cutter_of(spec(made(PATTERNS["qwen2"], None, token)), []).tokens
     assert "<N>" not in cutter_of(spec(made(PATTERNS["qwen2"], normalizers.NFC(), token)), []).tokens
@@ -184,7 +184,7 @@ def _with(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled"}]}),
     ],
 )
-def test_what_is_not_known_to_be_certain_is_not_cut(part: str, value: object) -> None:
+def test_unknown_components_disable_cutting(part: str, value: object) -> None:
     cutter = cutter_of(_with(lambda tokenizer: tokenizer.update({part: value})), [])
     assert (list(cutter.tokens), cutter.lines) == ([], False)
 
@@ -194,7 +194,7 @@ def test_patterns_that_look_across_lines_are_not_cut_at_lines() -> None:
     cutter = cutter_of(spec(tokenizer), [])
     assert cutter.tokens
     assert not cutter.lines
-    # This is why: blanks before a letter are treated otherwise than blanks at a text's end.
+    # The reason: blanks before a letter are treated differently from blanks at the end of a text.
     assert ids(tokenizer, "a\n\n") + ids(tokenizer, "B") != ids(tokenizer, "a\n\nB")
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_settled_before_the_first_token() -> None:
     assert Cutter(("<image>", "<s>")).settled("<s>USER<image>Hello") == "<s>USER"
 
 
-def test_lines_are_not_cut_where_a_token_takes_in_the_line_break_before_it() -> None:
+def test_lines_are_not_cut_if_a_token_strips_the_line_break_before_it() -> None:
     for token in (AddedToken("Answer", lstrip=True), AddedToken("\nA")):
         assert not cutter_of(json.loads(made(PATTERNS["qwen2"], None, token).to_str()), ()).lines
     for token in (AddedToken("Answer"), AddedToken("<|x|>", lstrip=True)):

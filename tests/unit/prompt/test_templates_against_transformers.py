@@ -1,4 +1,4 @@
-"""Every rendering is that of transformers, and every refusal is one there."""
+"""Checks that templates render, and fail, exactly as in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def carried() -> dict[str, str]:
-    """The templates of real models in the wheel of trl, which is never imported."""
+    """The templates of real models in the wheel of trl, which is not imported."""
     files = importlib.metadata.files("trl") or []
     found = {file.stem: Path(str(file.locate())) for file in files if file.name.endswith(".jinja")}
     return {name: path.read_text(encoding="utf-8") for name, path in sorted(found.items())}
@@ -48,7 +48,7 @@ class Clock(datetime):
 def theirs() -> Iterator[PreTrainedTokenizerFast]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template_utils, "datetime", Clock)
-        make: Any = PreTrainedTokenizerFast  # its constructor has no types
+        make: Any = PreTrainedTokenizerFast  # its constructor is not annotated
         yield make(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL)
 
 
@@ -94,13 +94,13 @@ def test_a_template_renders_as_in_transformers(theirs: PreTrainedTokenizerFast, 
 
 
 def test_real_templates_render_most_shapes(theirs: PreTrainedTokenizerFast) -> None:
-    """So that agreement is not that of refusals."""
+    """Checks that most cases render, so that the comparison is not one of failures only."""
     renderings = [expected(theirs, source, chat) for source in REAL.values() for chat in CHATS.values()]
     assert sum(each is not None for each in renderings) > 0.7 * len(renderings)
 
 
 @pytest.mark.parametrize("tools", [None, [], [{"type": "function", "function": {"name": "f"}}]])
-def test_of_named_templates_the_one_for_tools_is_chosen_as_in_transformers(
+def test_the_named_template_for_tools_is_chosen_as_in_transformers(
     theirs: PreTrainedTokenizerFast, tmp_path: Path, tools: list[dict[str, Any]] | None
 ) -> None:
     named = {"default": "default {{ messages[0].content }}", "tool_use": "tools {{ tools | length }}"}
@@ -110,8 +110,8 @@ def test_of_named_templates_the_one_for_tools_is_chosen_as_in_transformers(
     assert ours == expected(theirs, None, {"messages": [{"role": "user", "content": "a"}], "tools": tools})
 
 
-def test_the_dialect_knows_nothing_but_this() -> None:
-    """Names that transformers gives a template; anything more would render here and fail in the engine."""
+def test_the_dialect_has_no_other_extensions() -> None:
+    """The names that transformers gives a template. A template that uses more would render here but fail in the engine."""
     environment = chat_template_utils._compile_jinja_template("{{ 1 }}").environment
     ours = ChatTemplate("{{ 1 }}")._template.environment
     assert isinstance(environment, jinja2.Environment)

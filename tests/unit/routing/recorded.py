@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.prompts import chat, tokenizer_path
+from msgspec import structs
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
@@ -34,7 +35,7 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 from .support import Dispatcher, Parts
@@ -170,7 +171,7 @@ async def over_fleets() -> AsyncIterator[str]:
                     ),
                 )
         if draw.random() < 0.5:
-            gateway.peers.hear("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
+            gateway.peers.update("x", {"a": Load(draw.randrange(8), draw.randrange(500))}, gateway.clock())
         in_flight: list[InFlight] = []
         for turn in range(5):
             tokens = [*prompt[: draw.randrange(8, 49)], *(draw.randrange(1000) for _ in range(draw.randrange(12)))]
@@ -192,7 +193,8 @@ def _tell(feed: PodFeed, tokens: list[int], draw: random.Random) -> None:
         for _ in range(3):
             feed.heartbeat_missed()
     elif kind == "untrusted":
-        feed.untrusted = "its events do not tell"
+        odd = structs.replace(next(_stored([0] * 8)), group_idx=1, kv_cache_spec_kind=None)
+        feed.live(feed.position or 0, encode(EventBatch(ts=0.0, events=[odd])))
 
 
 def _stored(tokens: list[int]) -> Iterator[BlockStored]:

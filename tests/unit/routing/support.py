@@ -28,7 +28,7 @@ from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.parity import Parity

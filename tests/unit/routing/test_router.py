@@ -30,7 +30,7 @@ from matrixinfer.sim.events import BlockStored, EventBatch, encode
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import PeerLoads
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 from .support import Dispatcher, Parts
@@ -444,7 +444,7 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
 
 async def test_what_other_gateways_have_in_flight_counts() -> None:
     world = World()
-    world.peers.hear("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
+    world.peers.update("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
     sent = await world.dispatch()
     assert sent.decision.chosen.name == "b"
     decision = await world.explain()

@@ -1,4 +1,4 @@
-"""Small builders, and a clock that moves when told."""
+"""Small builders, and a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -37,17 +37,23 @@ def profile(
     return SchedulerConfig(
         plugin_config=tuple(args),
         plugins=PluginsConfig(
-            filter=PluginStage(enabled=tuple(filters)),
-            score=PluginStage(enabled=tuple(scorers)),
-            picker=PluginStage(enabled=tuple(pickers)),
-            post_schedule=PluginStage(enabled=tuple(listeners)),
+            filter=_stage(filters),
+            score=_stage(scorers),
+            picker=_stage(pickers),
+            post_schedule=_stage(listeners),
         ),
     )
 
 
-def scheduler(config: SchedulerConfig, *own: type[Plugin], seed: int = 0) -> Scheduler:
+def _stage(enabled: Enabled) -> PluginStage:
+    return PluginStage(enabled=tuple(PluginRef(name=each) if isinstance(each, str) else each for each in enabled))
+
+
+def scheduler(
+    config: SchedulerConfig, *own: type[Plugin], seed: int = 0, broken: Mapping[str, str] | None = None
+) -> Scheduler:
     registry: Mapping[str, type[Plugin]] = {**BUILT_IN, **{plugin.name: plugin for plugin in own}}
-    return Scheduler(config, services(seed), registry)
+    return Scheduler(config, services(seed), registry, broken=broken or {})
 
 
 def request(**fields: Any) -> SchedulingRequest:

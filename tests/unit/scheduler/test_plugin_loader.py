@@ -9,9 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
-from matrixinfer.config import PluginsConfig, PluginStage, SchedulerConfig
-from matrixinfer.errors import PluginError
+from matrixinfer.app.service import Service
+from matrixinfer.cli import main
+from matrixinfer.config import (
+    Config,
+    ModelConfig,
+    PluginArgs,
+    PluginRef,
+    PluginsConfig,
+    PluginStage,
+    PodConfig,
+    SchedulerConfig,
+)
+from matrixinfer.errors import ConfigError
 from matrixinfer.scheduler import plugin_loader
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugins import BUILT_IN
@@ -31,6 +43,12 @@ class Longest(Plugin):
     def score(self, request, candidates):
         return Scores(values=[float(len(pod.name)) for pod in candidates])
 
+class Raising(Longest):
+    name = "raising"
+
+    def score(self, request, candidates):
+        raise ValueError(request.prefix)
+
 class NoStage(Plugin):
     name = "no-stage"
     Args = Section
@@ -46,17 +64,19 @@ not_a_class = "text"
 
 
 class Site:
-    """A folder on `sys.path` with one installed distribution in it."""
+    """A folder on `sys.path` in which distributions are installed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "acme_plugins.py").write_text(GOOD)
         (folder / "acme_broken.py").write_text("import a_module_that_is_not_there")
+        (folder / "acme_leaving.py").write_text("raise SystemExit(3)")
+        (folder / "acme_interrupted.py").write_text("raise KeyboardInterrupt")
 
-    def declare(self, *entries: str) -> None:
-        info = self.folder / "acme_plugins-1.0.dist-info"
+    def declare(self, *entries: str, package: str = "acme-plugins") -> None:
+        info = self.folder / f"{package.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-plugins\nVersion: 1.0\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("\n".join([f"[{plugin_loader.GROUP}]", *entries]))
         importlib.invalidate_caches()
 
@@ -65,8 +85,7 @@ class Site:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.syspath_prepend(tmp_path)
     yield Site(tmp_path)
-    for module in ("acme_plugins", "acme_broken"):
-        sys.modules.pop(module, None)
+    sys.modules.pop("acme_plugins", None)
 
 
 def test_without_other_packages_there_are_the_built_in_plugins() -> None:
@@ -75,7 +94,7 @@ def test_without_other_packages_there_are_the_built_in_plugins() -> None:
 
 def test_a_plugin_of_another_package_takes_part_in_decisions(site: Site) -> None:
     site.declare("longest-name = acme_plugins:Longest")
-    config = SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=("longest-name",))))
+    config = SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=(PluginRef(name="longest-name"),))))
     scheduler = Scheduler(config, Services(clock=lambda: 0.0, rng=random.Random(0)), plugin_loader.discover())
     request = SchedulingRequest(id="r", model="m", prompt_tokens=None, block_size=16, chain=(), prefix=b"")
     decision = scheduler.schedule(request, [Candidate(name="a", url=""), Candidate(name="abc", url="")])
@@ -84,20 +103,101 @@ def test_a_plugin_of_another_package_takes_part_in_decisions(site: Site) -> None
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "reason"),
     [
         ("broken = acme_broken:Plugin", "cannot be imported: ModuleNotFoundError"),
+        ("leaving = acme_leaving:Plugin", "cannot be imported: SystemExit: 3"),
         ("missing = acme_plugins:Missing", "cannot be imported: AttributeError"),
-        ("text = acme_plugins:not_a_class", "is not a class"),
-        ("other-name = acme_plugins:Longest", "calls itself 'longest-name'"),
-        ("no-args = acme_plugins:NoArgs", "needs a class `Args`"),
-        ("no-stage = acme_plugins:NoStage", "has the method of no stage"),
-        ("random = acme_plugins:Random", "the name is already taken by matrixinfer.scheduler.plugins.random.Random"),
+        ("text = acme_plugins:not_a_class", "expected a class"),
+        (
+            "other-name = acme_plugins:Longest",
+            "the class has the name 'longest-name', expected that of its entry point",
+        ),
+        ("no-args = acme_plugins:NoArgs", "expected a class `Args`"),
+        ("no-stage = acme_plugins:NoStage", "expected the method of a stage"),
     ],
 )
-def test_an_entry_that_is_no_plugin_is_refused_by_name(site: Site, entry: str, words: str) -> None:
+def test_a_broken_plugin_is_listed_with_the_reason_and_refused_where_it_is_enabled(
+    site: Site, entry: str, reason: str
+) -> None:
+    name, _, value = entry.partition(" = ")
     site.declare(entry)
-    with pytest.raises(PluginError) as caught:
+    installed = plugin_loader.discover()
+    assert dict(installed) == dict(BUILT_IN)
+    assert list(installed.broken) == [name]
+    assert installed.broken[name].startswith(f"{value}: {reason}")
+
+    def made(config: SchedulerConfig) -> Scheduler:
+        services = Services(clock=lambda: 0.0, rng=random.Random(0))
+        return Scheduler(config, services, installed, broken=installed.broken)
+
+    made(SchedulerConfig(plugin_config=(PluginArgs(name=name, args={"old": 1}),)))  # turned off, its arguments stay
+    with pytest.raises(ConfigError) as caught:
+        made(SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=(PluginRef(name=name),)))))
+    assert caught.value.path == "$.scheduler.plugins.Score.enabled[0]"
+    assert caught.value.message == f"the plugin `{name}` cannot be used: {installed.broken[name]}"
+
+
+def test_an_import_that_the_user_interrupts_is_interrupted(site: Site) -> None:
+    site.declare("interrupted = acme_interrupted:Plugin")
+    with pytest.raises(KeyboardInterrupt):
         plugin_loader.discover()
-    assert str(caught.value).startswith(f"plugin `{entry.split(maxsplit=1)[0]}` (")
-    assert words in str(caught.value)
+
+
+def test_a_built_in_plugin_keeps_its_name(site: Site) -> None:
+    site.declare("random = acme_plugins:Random")
+    installed = plugin_loader.discover()
+    assert dict(installed) == dict(BUILT_IN)
+    assert installed.broken["random"].startswith("acme_plugins:Random: the built-in plugin has that name")
+
+
+def test_a_name_that_two_packages_claim_belongs_to_neither(site: Site) -> None:
+    site.declare("longest-name = acme_plugins:Longest")
+    site.declare("longest-name = acme_more:Longest", package="acme-more")
+    installed = plugin_loader.discover()
+    assert "longest-name" not in installed
+    assert "acme_more:Longest, acme_plugins:Longest" in installed.broken["longest-name"]
+
+
+def test_checking_a_configuration_lists_broken_plugins(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.declare("broken = acme_broken:Plugin")
+    file = tmp_path / "config.yaml"
+    file.write_text("{}")
+    assert main(["config", "check", str(file)]) == 0
+    assert "the installed plugin `broken` cannot be used: acme_broken:Plugin: cannot" in capsys.readouterr().err
+
+
+async def test_a_gateway_starts_beside_a_broken_plugin_and_says_so(site: Site) -> None:
+    site.declare("broken = acme_broken:Plugin")
+    with structlog.testing.capture_logs() as logs:
+        async with Service(Config(listen="127.0.0.1:0", admin=None)):
+            pass
+    (line,) = [line for line in logs if line["event"] == "plugin_skipped"]
+    assert (line["plugin"], line["log_level"]) == ("broken", "warning")
+    assert "cannot be imported: ModuleNotFoundError" in line["reason"]
+
+
+async def test_a_gateway_logs_a_failing_plugin_and_says_nothing_of_the_prompt(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.app.engines.FIRST_LOOK_SECONDS", 0.01)
+    site.declare("raising = acme_plugins:Raising")
+    config = Config(
+        listen="127.0.0.1:0",
+        admin=None,
+        models=(ModelConfig(name="m"),),
+        pods=(PodConfig(name="a", url="http://127.0.0.1:1", kv_events="none"),),
+        scheduler=SchedulerConfig(plugins=PluginsConfig(score=PluginStage(enabled=(PluginRef(name="raising"),)))),
+    )
+    body = b'{"model": "m", "prompt": "secret"}'
+    with structlog.testing.capture_logs() as logs:
+        async with Service(config) as service:
+            for _ in range(2):
+                await service.router.explain("/v1/completions", body)
+    (line,) = [line for line in logs if line["event"] == "plugin_failed"]
+    assert (line["plugin"], line["stage"]) == ("raising", "Score")
+    assert line["traceback"][-1] == "ValueError"
+    assert line["traceback"][-2].endswith(":Raising.score")
+    assert "secret" not in repr(line)

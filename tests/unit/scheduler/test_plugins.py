@@ -1,8 +1,9 @@
-"""What each built-in plugin answers."""
+"""What each built-in plugin returns."""
 
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
@@ -17,8 +18,6 @@ from matrixinfer.scheduler.framework import Candidate, Decision, Filter, PostSch
 from matrixinfer.scheduler.plugins import BUILT_IN
 from matrixinfer.scheduler.plugins.bounded_load import bound
 from matrixinfer.scheduler.plugins.least_request import spread
-from matrixinfer.scheduler.plugins.prefix_cache import PrefixCache
-from matrixinfer.scheduler.plugins.round_robin import RoundRobin
 
 from .support import pod, pods, request, services
 
@@ -43,7 +42,7 @@ def removed(name: str, candidates: Sequence[Candidate], **args: Any) -> list[str
     return [c.name for c, reason in zip(candidates, reasons, strict=True) if reason is not None]
 
 
-def tell(plugin: PostSchedule, asked: SchedulingRequest, candidates: Sequence[Candidate], chosen: Candidate) -> None:
+def send(plugin: PostSchedule, asked: SchedulingRequest, candidates: Sequence[Candidate], chosen: Candidate) -> None:
     plugin.post_schedule(
         asked,
         Decision(
@@ -53,11 +52,11 @@ def tell(plugin: PostSchedule, asked: SchedulingRequest, candidates: Sequence[Ca
 
 
 class TestKvCacheAware:
-    def test_scores_the_share_of_blocks_held_or_on_their_way(self) -> None:
+    def test_scores_the_share_of_matched_and_pending_blocks(self) -> None:
         candidates = [
             pod("none", matched_blocks=0),
             pod("half", matched_blocks=2),
-            pod("coming", matched_blocks=1, pending_blocks=2),
+            pod("pending", matched_blocks=1, pending_blocks=2),
             pod("all", matched_blocks=4, pending_blocks=3),
         ]
         assert score("kvcache-aware", candidates) == Scores(values=[0.0, 50.0, 75.0, 100.0])
@@ -77,12 +76,12 @@ class TestKvCacheAware:
 
         assert score("kvcache-aware", [pod("a", matched_blocks=4)], request(chain=Lazy())).values == [100.0]
 
-    def test_counts_only_assumed_blocks_where_the_index_could_not_say(self) -> None:
+    def test_counts_only_pending_blocks_where_the_index_could_not_say(self) -> None:
         answer = score("kvcache-aware", [pod("a", pending_blocks=1), pod("b", matched_blocks=4)])
         assert answer == Scores(values=[25.0, 100.0], note="the index could not say what 1 of 2 pods hold")
 
     @pytest.mark.parametrize(("tokens", "size", "says"), [(64, 64, True), (64, None, False), (65, 64, False)])
-    def test_a_prompt_within_one_block_of_every_engine_is_said_to_hit_nothing(
+    def test_says_that_a_prompt_within_one_block_of_every_engine_has_no_hit(
         self, tokens: int, size: int | None, says: bool
     ) -> None:
         candidates = [pod("a", engine_block=128, matched_blocks=4), pod("b", engine_block=size, matched_blocks=4)]
@@ -182,25 +181,29 @@ class TestRoundRobin:
         for _ in range(4):
             values = plugin.score(request(), candidates).values
             chosen = candidates[values.index(100.0)]
-            tell(plugin, request(), candidates, chosen)
+            send(plugin, request(), candidates, chosen)
             taken.append(chosen.name)
         assert taken == ["a", "b", "c", "a"]
         assert plugin.score(request(model="other"), candidates).values == pytest.approx([100 / 3, 100.0, 200 / 3])
 
     def test_goes_on_by_name_when_pods_come_and_go(self) -> None:
         plugin = make("round-robin")
-        tell(plugin, request(), [pod("b")], pod("b"))
+        send(plugin, request(), [pod("b")], pod("b"))
         assert plugin.score(request(), [pod("a"), pod("bb"), pod("c")]).values[1] == 100.0
         assert plugin.score(request(), [pod("a"), pod("aa")]).values[0] == 100.0
 
-    def test_remembers_a_bounded_number_of_models(self) -> None:
+    def test_remembers_the_turn_of_the_models_used_last(self) -> None:
         plugin = make("round-robin")
-        assert isinstance(plugin, RoundRobin)
+        candidates = [pod("a"), pod("b")]
         for model in (*map(str, range(1024)), "0", "one more"):
-            tell(plugin, request(model=model), [pod("a")], pod("a"))
-        assert len(plugin._last) == 1024
-        assert {"0", "one more"} <= set(plugin._last)
-        assert "1" not in plugin._last
+            send(plugin, request(model=model), candidates, candidates[0])
+
+        def turn(model: str) -> str:
+            values: Sequence[float] = plugin.score(request(model=model), candidates).values
+            return candidates[values.index(100.0)].name
+
+        assert [turn(model) for model in ("0", "2", "one more")] == ["b", "b", "b"]
+        assert turn("1") == "a"
 
 
 def test_random_draws_are_uniform_and_seeded() -> None:
@@ -215,8 +218,8 @@ class TestPrefixCache:
     def test_scores_what_was_sent_to_a_pod_before(self) -> None:
         plugin = make("prefix-cache", blockBytes=4)
         candidates = pods(3)
-        tell(plugin, request(prefix=b"aaaabbbbcccc"), candidates, candidates[0])
-        tell(plugin, request(prefix=b"aaaaxxxx"), candidates, candidates[1])
+        send(plugin, request(prefix=b"aaaabbbbcccc"), candidates, candidates[0])
+        send(plugin, request(prefix=b"aaaaxxxx"), candidates, candidates[1])
         values = plugin.score(request(prefix=b"aaaabbbbccccdddd!"), candidates).values
         assert values == [75.0, 25.0, 0.0]
         assert plugin.score(request(prefix=b"xxxxbbbb"), candidates).values == [0.0, 0.0, 0.0]
@@ -228,35 +231,39 @@ class TestPrefixCache:
 
     def test_considers_a_bounded_part_of_the_prompt(self) -> None:
         plugin = make("prefix-cache", blockBytes=1, maxBlocksToMatch=2)
-        tell(plugin, request(prefix=b"abc"), [pod("a")], pod("a"))
-        assert len(plugin._sent) == 2
+        send(plugin, request(prefix=b"abc"), [pod("a")], pod("a"))
         assert plugin.score(request(prefix=b"abx"), [pod("a")]).values == [100.0]
 
     def test_forgets_the_ends_of_the_oldest_prompts_first(self) -> None:
         plugin = make("prefix-cache", blockBytes=1, maxBlocks=5)
-        tell(plugin, request(prefix=b"abcd"), [pod("a")], pod("a"))
-        tell(plugin, request(prefix=b"xyz"), [pod("a")], pod("a"))
-        assert len(plugin._sent) == 5
+        send(plugin, request(prefix=b"abcd"), [pod("a")], pod("a"))
+        send(plugin, request(prefix=b"xyz"), [pod("a")], pod("a"))
         assert plugin.score(request(prefix=b"abcd"), [pod("a")]).values == [50.0]
         assert plugin.score(request(prefix=b"xyz"), [pod("a")]).values == [100.0]
 
-    def test_drops_pods_that_are_gone_from_what_it_touches(self) -> None:
+    def test_forgets_pods_that_have_gone(self) -> None:
         plugin = make("prefix-cache", blockBytes=1)
-        tell(plugin, request(prefix=b"ab"), [pod("gone"), pod("a")], pod("gone"))
-        tell(plugin, request(prefix=b"ab"), [pod("a")], pod("a"))
-        assert set(plugin._sent.values()) == {frozenset({"a"})}
+        both = [pod("gone"), pod("a")]
+        send(plugin, request(prefix=b"ab"), both, both[0])
+        send(plugin, request(prefix=b"ab"), both[1:], both[1])
+        assert plugin.score(request(prefix=b"ab"), both).values == [0.0, 100.0]
 
-    def test_blocks_that_went_to_the_same_pods_share_one_set(self) -> None:
+    def test_blocks_that_went_to_the_same_pods_share_one_set_of_pods(self) -> None:
         plugin = make("prefix-cache", blockBytes=1)
-        candidates = pods(2)
-        for chosen in candidates:
-            tell(plugin, request(prefix=b"abcdefgh"), candidates, chosen)
-        assert len({id(sent) for sent in plugin._sent.values()}) == 1
+        candidates, blocks = pods(8), 2048
+        asked = request(prefix=b"x" * blocks)
+        tracemalloc.start()
+        try:
+            for chosen in candidates:
+                send(plugin, asked, candidates, chosen)
+            memory, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert memory / blocks < 400  # a set of eight names alone takes more than 700 bytes
 
     def test_agrees_with_a_set_of_prefixes_per_pod(self) -> None:
         draw = random.Random(5)
         plugin = make("prefix-cache", blockBytes=1)
-        assert isinstance(plugin, PrefixCache)
         candidates = pods(4)
         known: dict[str, set[bytes]] = {c.name: set() for c in candidates}
         for _ in range(300):
@@ -269,8 +276,8 @@ class TestPrefixCache:
                 expected.append(100.0 * held / len(text))
             assert plugin.score(request(prefix=text), candidates).values == expected
             chosen = draw.choice(candidates)
-            tell(plugin, request(prefix=text), candidates, chosen)
+            send(plugin, request(prefix=text), candidates, chosen)
             known[chosen.name] |= {text[: i + 1] for i in range(len(text))}
             if draw.random() < 0.1:
-                plugin._sent.clear()
+                plugin = make("prefix-cache", blockBytes=1)
                 known = {c.name: set() for c in candidates}

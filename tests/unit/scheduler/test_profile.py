@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import pytest
@@ -40,11 +41,15 @@ def both(name: str) -> PluginArgs:
                 "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
             ),
         ),
-        (profile(filters=("zzz",)), "$.scheduler.plugins.Filter.enabled[0]", ("unknown plugin `zzz`; there are",)),
+        (
+            profile(filters=("zzz",)),
+            "$.scheduler.plugins.Filter.enabled[0]",
+            ("unknown plugin `zzz`; expected one of: bounded-load,",),
+        ),
         (
             profile(filters=("random",)),
             "$.scheduler.plugins.Filter.enabled[0]",
-            ("cannot run at stage Filter; these can: bounded-load, least-request",),
+            ("cannot run at stage Filter; expected one of: bounded-load, least-request",),
         ),
         (profile(listeners=("random",)), "$.scheduler.plugins.PostSchedule.enabled[0]", ("prefix-cache, round-robin",)),
         (
@@ -73,6 +78,11 @@ def both(name: str) -> PluginArgs:
             profile(args=[PluginArgs(name="kvcache-aware", args={"maxBlocks": 1})]),
             "$.scheduler.pluginConfig[0].args.maxBlocks",
             ("did you mean `maxBlocksToMatch`?",),
+        ),
+        (
+            profile(scorers=("kvcache-aware",), args=[PluginArgs(name="kvcache-aware", args={"hashScheme": "block"})]),
+            "$.scheduler.plugins.Score.enabled[0]",
+            ("sets `Config.blocks` instead",),
         ),
         (profile(listeners=("strict",)), "$.scheduler.pluginConfig.strict.args", ("missing required field `needed`",)),
     ],
@@ -116,3 +126,63 @@ def test_arguments_reach_the_plugin() -> None:
     strict = scheduler(profile(listeners=("strict",), args=args), Strict).plugins["strict"]
     assert isinstance(strict, Strict)
     assert strict.needed == 7
+
+
+def made_by(constructor: Callable[..., None], args: type[Section] = Section) -> type[Plugin]:
+    class Mine(Plugin):
+        name: ClassVar[str] = "mine"
+        Args: ClassVar[type[Section]] = args
+
+        def score(self, request: object, candidates: object) -> None: ...
+
+    Mine.__init__ = constructor  # type: ignore[method-assign]
+    return Mine
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def constructor(self: object, args: object, services: object) -> None:
+        raise error
+
+    return constructor
+
+
+@pytest.mark.parametrize(
+    ("constructor", "words"),
+    [
+        (lambda self: None, "has another signature than `__init__(self, args, services)`: TypeError: "),
+        (lambda self, args, services, more: None, "has another signature than `__init__(self, args, services)`"),
+        (raising(TypeError("no number")), "failed: TypeError: no number (test_profile.py:"),
+        (raising(ValueError("no such rack")), "failed: ValueError: no such rack (test_profile.py:"),
+        (raising(SystemExit(1)), "failed: SystemExit: 1 (test_profile.py:"),
+    ],
+)
+def test_a_plugin_that_cannot_be_made_is_named_where_it_is_enabled(
+    constructor: Callable[..., None], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        scheduler(profile(scorers=("random", "mine")), made_by(constructor))
+    assert caught.value.path == "$.scheduler.plugins.Score.enabled[1]"
+    assert caught.value.message.startswith(f"the constructor of `mine` {words}")
+
+
+def test_a_constructor_that_the_user_interrupts_is_interrupted() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        scheduler(profile(scorers=("mine",)), made_by(raising(KeyboardInterrupt())))
+
+
+class Unreadable(Section, frozen=True):
+    when: Annotated[complex | bytes | list[int] | set[int], described("A type that YAML cannot have.")] = 1j
+
+
+class Leaving(Section, frozen=True):
+    def __post_init__(self) -> None:
+        raise SystemExit(1)
+
+
+@pytest.mark.parametrize(("args", "words"), [(Unreadable, "TypeError"), (Leaving, "SystemExit: 1")])
+def test_arguments_that_cannot_be_read_are_the_plugins_fault(args: type[Section], words: str) -> None:
+    given = [PluginArgs(name="mine", args={})]
+    with pytest.raises(ConfigError) as caught:
+        scheduler(profile(args=given), made_by(lambda self, args, services: None, args))
+    assert caught.value.path == "$.scheduler.pluginConfig[0].args"
+    assert caught.value.message.startswith(f"the `Args` of `mine` cannot be read: {words}")

@@ -68,7 +68,7 @@ def test_totals_are_weighted_sums_and_rank_the_pods() -> None:
     assert decision.chosen.name == "pod-0"
 
 
-def test_filters_run_in_order_over_what_is_left_and_tell_their_reasons() -> None:
+def test_filters_run_in_order_over_the_remaining_pods_and_give_their_reasons() -> None:
     seen: list[list[str]] = []
 
     def removing(name: str) -> Method:
@@ -92,12 +92,12 @@ def test_filters_run_in_order_over_what_is_left_and_tell_their_reasons() -> None
     assert len(decision.candidates) == 3
 
 
-def test_a_filter_that_would_remove_all_is_set_aside_and_noted() -> None:
+def test_a_filter_that_would_remove_all_is_ignored_and_noted() -> None:
     made = scheduler(profile(filters=("all",)), own("all", filter=lambda _r, c: ["no"] * len(c)))
     decision = made.schedule(request(), pods(2))
     assert len(decision.ranked) == 2
     assert not decision.filtered
-    assert decision.notes == ("all: set aside, as it would remove every pod that is left",)
+    assert decision.notes == ("all: ignored, as it would remove every remaining pod",)
     assert made.rejected["all"] == 0
 
 
@@ -111,6 +111,7 @@ def test_a_filter_that_would_remove_all_is_set_aside_and_noted() -> None:
         (lambda: Scores(values=[-0.1, 0.0]), "not between 0 and 100"),
         (lambda: Scores(values=[1.0]), "1 scores for 2 pods"),
         (lambda: Scores(values=[1.0, 2.0, 3.0]), "3 scores for 2 pods"),
+        (lambda: Scores(values=[1.0, 2.0], note=7), "a note that is neither text nor None"),  # type: ignore[arg-type]
         (lambda: None, "raised AttributeError at scheduler.py:"),
         (broken, "raised KeyError at test_scheduler.py:"),
     ],
@@ -154,11 +155,11 @@ def test_the_notes_of_scorers_carry_their_names() -> None:
     assert made.schedule(request(), pods(1)).notes == ("a: nothing to go by",)
 
 
-def test_whoever_has_post_schedule_is_told_once() -> None:
-    told: list[tuple[str, str]] = []
+def test_a_plugin_with_post_schedule_sees_each_decision_once() -> None:
+    shown: list[tuple[str, str]] = []
 
     def listening(name: str) -> Method:
-        return lambda _r, decision: told.append((name, decision.chosen.name))
+        return lambda _r, decision: shown.append((name, decision.chosen.name))
 
     made = scheduler(
         profile(filters=("both",), scorers=("both",), listeners=("only", "both")),
@@ -171,30 +172,30 @@ def test_whoever_has_post_schedule_is_told_once() -> None:
         own("only", post_schedule=listening("only")),
     )
     made.schedule(request(), pods(1))
-    assert told == [("both", "pod-0"), ("only", "pod-0")]
+    assert shown == [("both", "pod-0"), ("only", "pod-0")]
 
 
 def test_a_listener_that_raises_changes_nothing_but_notes_and_count() -> None:
-    told: list[Decision] = []
+    shown: list[Decision] = []
     made = scheduler(
         profile(listeners=("bad", "good")),
         own("bad", post_schedule=broken),
-        own("good", post_schedule=lambda _r, decision: told.append(decision)),
+        own("good", post_schedule=lambda _r, decision: shown.append(decision)),
     )
     decision = made.schedule(request(), pods(1))
-    assert len(told) == 1
+    assert len(shown) == 1
     assert "bad: left out, as it raised KeyError" in decision.notes[0]
     assert made.rejected["bad"] == 1
 
 
-def test_a_dry_run_tells_nobody_counts_nothing_and_keeps_no_draw() -> None:
-    told: list[Decision] = []
-    config = profile(scorers=("random", "bad"), listeners=("tell",))
+def test_a_dry_run_shows_nobody_the_decision_counts_nothing_and_keeps_no_draw() -> None:
+    shown: list[Decision] = []
+    config = profile(scorers=("random", "bad"), listeners=("looking",))
     rng = random.Random(3)
     registry = {
         **BUILT_IN,
         "bad": own("bad", score=broken),
-        "tell": own("tell", post_schedule=lambda _r, decision: told.append(decision)),
+        "looking": own("looking", post_schedule=lambda _r, decision: shown.append(decision)),
     }
     made = Scheduler(config, Services(clock=FakeClock(), rng=rng), registry)
     before = rng.getstate()
@@ -202,25 +203,22 @@ def test_a_dry_run_tells_nobody_counts_nothing_and_keeps_no_draw() -> None:
     again = made.schedule(request(), pods(8), dry_run=True)
     assert rng.getstate() == before
     assert first == again
-    assert not told
+    assert not shown
     assert not any(made.rejected.values())
     assert made.schedule(request(), pods(8)).ranked == first.ranked
     assert rng.getstate() != before
 
 
-def test_the_draws_of_a_dry_run_are_undone_even_without_candidates_left_to_ask() -> None:
-    class Fatal(BaseException):
-        pass
-
+def test_the_draws_of_a_dry_run_are_undone_also_when_the_user_interrupts_it() -> None:
     def draw_and_die(_: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
         rng.random()
-        raise Fatal
+        raise KeyboardInterrupt
 
     rng = random.Random(3)
     before = rng.getstate()
-    registry = {**BUILT_IN, "fatal": own("fatal", score=draw_and_die)}
-    made = Scheduler(profile(scorers=("fatal",)), Services(clock=FakeClock(), rng=rng), registry)
-    with pytest.raises(Fatal):
+    registry = {**BUILT_IN, "dying": own("dying", score=draw_and_die)}
+    made = Scheduler(profile(scorers=("dying",)), Services(clock=FakeClock(), rng=rng), registry)
+    with pytest.raises(KeyboardInterrupt):
         made.schedule(request(), pods(1), dry_run=True)
     assert rng.getstate() == before
 

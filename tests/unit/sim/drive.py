@@ -1,4 +1,4 @@
-"""A random drive of a cache, call for call the one that vLLM's own manager was recorded under (see `vllm_0_32.json`)."""
+"""Random calls of a cache: the same calls under which vLLM's own manager was recorded (see `vllm_0_32.json`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SALTED = 0.1
 
 
 def drive(*, block_size: int, num_blocks: int, seed: int, steps: int) -> tuple[list[int], list[list[Event]]]:
-    """Tokens found by each look-up, and the event batches, of `steps` random calls.
+    """Make `steps` random calls. Returns the tokens that each lookup found, and the event batches.
 
-    The draws and their order are the recording's: changing any makes the comparison meaningless.
+    The random draws and their order are those of the recording: changing any makes the comparison meaningless.
     """
     rng = random.Random(seed)
     cache = PagedPrefixCache(num_blocks, block_size)
@@ -61,7 +61,7 @@ def _decode(cache: PagedPrefixCache, running: list[Sequence], rng: random.Random
 
 
 def _prompt(rng: random.Random, history: list[list[int]], vocabulary: list[int], block_size: int) -> list[int]:
-    """A known prefix, often cut at a block boundary, often with something new behind it."""
+    """A known prefix, often cut at a block boundary, often followed by new tokens."""
     ids: list[int] = []
     if history and rng.random() < 0.75:
         ids = list(rng.choice(history))
@@ -74,9 +74,9 @@ def _prompt(rng: random.Random, history: list[list[int]], vocabulary: list[int],
 
 
 def digest(batches: Iterable[Iterable[object]]) -> str:
-    """SHA-256 of event batches, whatever the engine's block hashes: each is replaced by the order of its first sight.
+    """SHA-256 of event batches, independent of block hashes: each is replaced by a number, in order of appearance.
 
-    Events are structs or, as decoded from a recording, maps. The order of their fields counts.
+    Events are structs or, from a recording, maps. The order of their fields matters.
     """
     numbers: dict[int | None, int | None] = {None: None}
     state = sha256()

@@ -22,7 +22,7 @@ def sequence(tokens: Iterable[int], salt: str | None = None, adapter: Adapter | 
 def put(
     cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None
 ) -> Sequence:
-    """Run a prompt through the cache, up to the point where its blocks are held."""
+    """Allocate blocks for a prompt."""
     held = sequence(tokens, salt, adapter)
     assert cache.allocate(held, len(held.tokens), cache.lookup(held))
     return held
@@ -41,7 +41,7 @@ def test_a_repeated_prompt_hits_all_but_the_block_of_its_last_token() -> None:
     assert hit(cache, [9, 2, 3, 4, 5]) == 0
 
 
-def test_without_prefix_caching_nothing_is_kept_and_nothing_told() -> None:
+def test_without_prefix_caching_nothing_is_cached_and_no_event_published() -> None:
     cache = PagedPrefixCache(16, SIZE, prefix_caching=False)
     cache.release(put(cache, [1, 2, 3, 4, 5]))
     assert (hit(cache, [1, 2, 3, 4, 5]), cache.take_events()) == (0, [])
@@ -87,7 +87,7 @@ def test_generated_tokens_fill_blocks_that_others_can_use() -> None:
     assert hit(cache, [1, 2, 3, 4, 5]) == 4
 
 
-def test_a_salt_parts_the_prompts_and_marks_the_first_block_only() -> None:
+def test_a_salt_separates_prompts_and_is_in_the_first_blocks_event_only() -> None:
     cache = PagedPrefixCache(16, SIZE)
     put(cache, [1, 2, 3, 4, 5], salt="a")
     (event,) = cache.take_events()
@@ -98,7 +98,7 @@ def test_a_salt_parts_the_prompts_and_marks_the_first_block_only() -> None:
     assert hit(cache, [1, 2, 3, 4, 5]) == 0
 
 
-def test_an_adapter_parts_the_prompts_and_marks_every_block_and_the_salt_comes_after_it() -> None:
+def test_an_adapter_separates_prompts_and_is_in_every_blocks_event_before_the_salt() -> None:
     cache = PagedPrefixCache(32, SIZE)
     french, terse = Adapter(1, "french"), Adapter(2, "terse")
     put(cache, [1, 2, 3, 4, 5], adapter=french)
@@ -135,12 +135,12 @@ def test_usage_counts_only_blocks_in_use() -> None:
 
 @pytest.mark.parametrize(("blocks", "size"), [(1, 16), (8, 0)])
 def test_a_cache_without_room_for_a_token_is_refused(blocks: int, size: int) -> None:
-    with pytest.raises(ValueError, match="need at least"):
+    with pytest.raises(ValueError, match="expected at least"):
         PagedPrefixCache(blocks, size)
 
 
-class Consumer:
-    """What a reader of the events believes: how many copies there are of each chain of tokens."""
+class EventReader:
+    """What a reader of the events knows: how many copies each chain of tokens has."""
 
     def __init__(self) -> None:
         self.copies: Counter[int] = Counter()
@@ -182,19 +182,19 @@ salts = st.sampled_from([None, "a"])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Requests come, grow and go. Events, read with copies counted, always tell the next hit."""
+    """Requests start, grow and end. A reader of the events that counts copies always knows the next hit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = PagedPrefixCache(8, SIZE)
-        self.consumer = Consumer()
+        self.reader = EventReader()
         self.running: list[Sequence] = []
 
     @rule(tokens=prompts, salt=salts)
     def begin(self, tokens: list[int], salt: str | None) -> None:
         new = sequence(tokens, salt)
         found = self.cache.lookup(new)
-        assert len(found) * SIZE == self.consumer.hit(tokens, salt)
+        assert len(found) * SIZE == self.reader.hit(tokens, salt)
         if self.cache.fits(new, found):
             assert self.cache.allocate(new, len(tokens), found)
             self.running.append(new)
@@ -218,12 +218,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.reset() == (not self.running)
 
     @invariant()
-    def events_tell_what_is_there(self) -> None:
-        self.consumer.read(self.cache.take_events())
-        assert all(count >= 0 for count in self.consumer.copies.values())
+    def events_report_the_cached_blocks(self) -> None:
+        self.reader.read(self.cache.take_events())
+        assert all(count >= 0 for count in self.reader.copies.values())
 
     @invariant()
-    def running_requests_hold_distinct_room_for_their_tokens(self) -> None:
+    def running_requests_have_enough_blocks(self) -> None:
         held = {block for each in self.running for block in each.blocks}
         assert 0 not in held
         assert self.cache.usage == pytest.approx(len(held) / 7)

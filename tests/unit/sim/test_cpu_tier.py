@@ -24,14 +24,14 @@ def sequence(tokens: Iterable[int], adapter: Adapter | None = None) -> Sequence:
 
 
 def found(cache: PagedPrefixCache, tokens: Iterable[int]) -> tuple[int, int]:
-    """Blocks on the GPU, and after them on the CPU."""
-    asked = sequence(tokens)
-    here = len(cache.lookup(asked))
-    return here, cache.load(asked, here)
+    """Blocks that are found on the GPU, and then on the CPU."""
+    prompt = sequence(tokens)
+    on_gpu = len(cache.lookup(prompt))
+    return on_gpu, cache.load(prompt, on_gpu)
 
 
 def run(cache: PagedPrefixCache, tokens: Iterable[int], adapter: Adapter | None = None) -> list[Event]:
-    """Serve a prompt; what that changed."""
+    """Serve a prompt and return the events."""
     held = sequence(tokens, adapter)
     hit = cache.lookup(held)
     cache.load(held, len(hit))
@@ -40,7 +40,7 @@ def run(cache: PagedPrefixCache, tokens: Iterable[int], adapter: Adapter | None 
     return cache.take_events()
 
 
-def told(events: list[Event]) -> list[tuple[str, str, int]]:
+def changes(events: list[Event]) -> list[tuple[str, str, int]]:
     return [
         (type(event).__name__, event.medium, len(event.block_hashes))
         for event in events
@@ -48,11 +48,11 @@ def told(events: list[Event]) -> list[tuple[str, str, int]]:
     ]
 
 
-def test_what_leaves_the_gpu_stays_on_the_cpu_and_is_told_whole() -> None:
+def test_evicted_blocks_stay_on_the_cpu_with_complete_events() -> None:
     cache = tiers(2, 8)
     (stored,) = run(cache, A, Adapter(1, "x"))
     events = run(cache, B)
-    assert told(events) == [
+    assert changes(events) == [
         ("BlockStored", "CPU", 1),
         ("BlockRemoved", "GPU", 1),
         ("BlockStored", "CPU", 1),
@@ -66,13 +66,13 @@ def test_what_leaves_the_gpu_stays_on_the_cpu_and_is_told_whole() -> None:
     assert (tail.token_ids, tail.block_size, tail.lora_name, tail.extra_keys) == ([3, 4], SIZE, "x", [("x",)])
 
 
-def test_what_is_stored_on_the_gpu_is_copied_at_once_unless_that_is_lazy() -> None:
+def test_stored_blocks_are_copied_at_once_unless_lazy() -> None:
     cache = tiers(2, 8, lazy=False)
     stored, *copied = run(cache, A)
     assert isinstance(stored, BlockStored)
-    assert told(copied) == [("BlockStored", "CPU", 1)] * 2
+    assert changes(copied) == [("BlockStored", "CPU", 1)] * 2
     assert [event.block_hashes[0] for event in copied if isinstance(event, BlockStored)] == stored.block_hashes
-    assert told(run(cache, B))[:2] == [("BlockRemoved", "GPU", 1)] * 2
+    assert changes(run(cache, B))[:2] == [("BlockRemoved", "GPU", 1)] * 2
     assert found(cache, [*A, 0]) == (0, 2)
 
 
@@ -83,19 +83,19 @@ def test_a_prompts_tail_leaves_the_cpu_before_its_head() -> None:
     assert (found(cache, [*A, 0]), found(cache, [*B, 0])) == ((0, 1), (2, 0))
 
 
-def test_blocks_come_back_and_are_stored_on_the_gpu_again() -> None:
+def test_blocks_are_loaded_back_to_the_gpu() -> None:
     cache = tiers(2, 8)
     run(cache, A)
     run(cache, B)
     assert found(cache, [*A, 0]) == (0, 2)
     events = run(cache, A)
-    assert told(events)[-1] == ("BlockStored", "GPU", 2)
+    assert changes(events)[-1] == ("BlockStored", "GPU", 2)
     assert found(cache, [*A, 0]) == (2, 0)
     assert found(cache, [*B, 0]) == (0, 2)
-    assert [event[0] for event in told(run(cache, B))] == ["BlockRemoved", "BlockRemoved", "BlockStored"]
+    assert [event[0] for event in changes(run(cache, B))] == ["BlockRemoved", "BlockRemoved", "BlockStored"]
 
 
-def test_the_last_token_is_computed_whatever_is_held() -> None:
+def test_the_last_token_is_always_computed() -> None:
     cache = tiers(2, 8)
     run(cache, A)
     run(cache, B)
@@ -112,7 +112,7 @@ def test_the_least_recently_used_leaves_the_cpu_first() -> None:
     assert (found(cache, [*A, 0]), found(cache, [*B, 0])) == ((0, 0), (0, 2))
 
 
-def test_a_copy_that_stays_on_the_gpu_is_not_kept_below() -> None:
+def test_a_block_is_copied_only_when_its_last_copy_leaves_the_gpu() -> None:
     cache = tiers(4, 8)
     first, second = sequence(A[:2]), sequence(A[:2])
     for each in (first, second):
@@ -121,7 +121,7 @@ def test_a_copy_that_stays_on_the_gpu_is_not_kept_below() -> None:
     cache.take_events()
     held = sequence([*B, 9, 10])
     assert cache.allocate(held, 6)
-    assert ("BlockRemoved", "GPU", 1) in told(events := cache.take_events())
+    assert ("BlockRemoved", "GPU", 1) in changes(events := cache.take_events())
     assert not any(isinstance(event, BlockStored) and event.medium == "CPU" for event in events)
 
 
@@ -146,7 +146,7 @@ def test_a_reset_clears_both_tiers() -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_events_tell_what_each_tier_holds(lazy: bool) -> None:
+def test_events_report_what_each_tier_holds(lazy: bool) -> None:
     draw = random.Random(1)
     cache = tiers(12, 10, lazy=lazy)
     held: dict[str, list[int]] = {"GPU": [], "CPU": []}
@@ -159,12 +159,12 @@ def test_events_tell_what_each_tier_holds(lazy: bool) -> None:
                     held[event.medium].append(block)
                 else:
                     held[event.medium].remove(block)
-        asked = sequence([*draw.choice(prompts), 7])
-        here = len(cache.lookup(asked))
-        below = cache.load(asked, here)
-        assert set(asked.hashes[:here]) <= set(held["GPU"])
-        assert set(asked.hashes[here : here + below]) <= set(held["CPU"])
-        rest = asked.hashes[here + below : (len(asked.tokens) - 1) // SIZE]
+        prompt = sequence([*draw.choice(prompts), 7])
+        on_gpu = len(cache.lookup(prompt))
+        on_cpu = cache.load(prompt, on_gpu)
+        assert set(prompt.hashes[:on_gpu]) <= set(held["GPU"])
+        assert set(prompt.hashes[on_gpu : on_gpu + on_cpu]) <= set(held["CPU"])
+        rest = prompt.hashes[on_gpu + on_cpu : (len(prompt.tokens) - 1) // SIZE]
         assert not rest or rest[0] not in held["CPU"]
     assert len(held["CPU"]) == len(set(held["CPU"])) == 10
 

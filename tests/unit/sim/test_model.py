@@ -57,7 +57,7 @@ def test_cached_tokens_take_no_time() -> None:
     assert (engine.stats.prefix_queries, engine.stats.prefix_hits) == (100, 48)
 
 
-def test_hits_are_told_as_stored_from_the_root_on_where_a_request_wants_it() -> None:
+def test_hits_are_reported_as_stored_from_the_root_if_a_request_asks_for_it() -> None:
     engine = model()
     engine.submit(request(1, range(10)))
     (first,) = (event for step in drain(engine) for event in step.events)
@@ -122,7 +122,7 @@ def test_requests_wait_for_blocks_until_another_ends() -> None:
     assert [output.request_id for step in drain(engine) for output in step.outputs] == [1, 2]
 
 
-def test_the_latest_arrival_gives_way_when_blocks_run_out_and_starts_again() -> None:
+def test_the_latest_arrival_is_preempted_when_blocks_run_out_and_starts_again() -> None:
     engine = model(blocks=11)
     engine.submit(request(1, range(16), reply=20))
     engine.submit(request(2, range(100, 116), reply=20))
@@ -136,7 +136,7 @@ def test_the_latest_arrival_gives_way_when_blocks_run_out_and_starts_again() -> 
     assert [output.request_id for output in outputs if output.finished] == [1, 2]
 
 
-def test_an_aborted_request_leaves_its_blocks_cached_and_gives_no_more_tokens() -> None:
+def test_an_aborted_request_leaves_its_blocks_cached_and_gets_no_more_tokens() -> None:
     engine = model()
     engine.submit(request(1, range(40), reply=50))
     engine.submit(request(2, range(100, 900), reply=50))
@@ -186,7 +186,7 @@ def test_a_reset_is_refused_while_a_request_runs() -> None:
     assert not engine.reset_prefix_cache()
 
 
-def test_usage_is_the_share_of_blocks_held_by_requests() -> None:
+def test_usage_is_the_share_of_blocks_that_requests_use() -> None:
     engine = model(blocks=11)
     engine.submit(request(1, range(20), reply=2))
     engine.step()
@@ -201,10 +201,10 @@ def test_usage_is_the_share_of_blocks_held_by_requests() -> None:
         st.tuples(st.integers(0, 6), st.integers(1, 24), st.integers(1, 12), st.booleans()), min_size=1, max_size=12
     )
 )
-def test_whatever_comes_every_request_gets_its_reply_in_order_unless_aborted(
+def test_every_request_gets_its_reply_in_order_unless_aborted(
     arrivals: list[tuple[int, int, int, bool]],
 ) -> None:
-    """Each arrival: steps since the one before, tokens of prompt and reply, whether it is aborted one step later."""
+    """An arrival: steps since the previous one, tokens of prompt and reply, whether it is aborted one step later."""
     engine = model(blocks=11, max_tokens=7, max_sequences=3)
     seen: dict[int, list[int]] = {key: [] for key in range(len(arrivals))}
     aborted: set[int] = set()
@@ -235,6 +235,6 @@ def test_whatever_comes_every_request_gets_its_reply_in_order_unless_aborted(
 
 
 @pytest.mark.parametrize(("prompt", "reply"), [(0, 1), (1, 0), (30, 11)])
-def test_what_can_never_run_is_refused(prompt: int, reply: int) -> None:
-    with pytest.raises(ValueError, match=r"never fit|at least one"):
+def test_a_request_that_can_never_run_is_refused(prompt: int, reply: int) -> None:
+    with pytest.raises(ValueError, match=r"which the cache holds|at least one"):
         model(blocks=11).submit(request(1, range(prompt), reply))

@@ -1,4 +1,4 @@
-"""The cache and the wire form against recordings of vLLM 0.32 itself."""
+"""The cache and the wire format, compared with recordings of vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORDING = msgspec.json.decode(Path(__file__).with_name("vllm_0_32.json").read_
 
 
 @pytest.mark.parametrize("run", RECORDING["runs"], ids=lambda run: f"block-{run['block_size']}")
-def test_every_hit_and_every_event_is_the_one_of_vllms_own_manager(run: _Run) -> None:
+def test_every_hit_and_every_event_equals_vllms(run: _Run) -> None:
     hits, batches = drive(
         block_size=run["block_size"], num_blocks=run["num_blocks"], seed=run["seed"], steps=run["steps"]
     )

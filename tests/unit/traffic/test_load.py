@@ -1,4 +1,4 @@
-"""The load ledger against a naive one."""
+"""Tests the load ledger, also against a naive one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_charge_counts_until_it_is_released() -> None:
     assert (ledger.in_flight("a"), ledger.queued_tokens("a"), ledger.total()) == (0, 0, 1)
 
 
-def test_only_blocks_beyond_the_match_are_assumed() -> None:
+def test_only_blocks_beyond_the_match_are_pending() -> None:
     ledger = LoadLedger(FakeClock(), 2.0)
     ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=2, queued_tokens=0)
     assert ledger.pending("a", "m", [1, 2, 3, 4, 5], 2) == 2
@@ -56,7 +56,7 @@ def test_only_blocks_beyond_the_match_are_assumed() -> None:
     assert ledger.pending("b", "m", [1, 2, 3, 4], 2) == 0
 
 
-def test_assumed_blocks_outlive_the_request_by_the_time_given() -> None:
+def test_blocks_stay_pending_for_a_while_after_their_request() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     charge = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
@@ -78,7 +78,7 @@ def test_a_block_that_another_request_brings_does_not_fade() -> None:
     assert ledger.pending("a", "m", [1, 2], 0) == 1
 
 
-def test_what_is_assumed_of_others_is_no_load_and_fades() -> None:
+def test_pending_blocks_of_peers_are_not_load_and_fade() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0, max_pending_blocks=5)
     ledger.add_pending("a", "m", [1, 2, 3])
@@ -90,12 +90,12 @@ def test_what_is_assumed_of_others_is_no_load_and_fades() -> None:
     ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0).release()
     clock.now = 2.0
     assert ledger.pending("a", "m", [1, 2, 3], 0) == 0
-    ledger.add_pending("a", "m", [1])  # what has faded makes room
+    ledger.add_pending("a", "m", [1])  # expired blocks make room
     assert ledger.pending("a", "m", [1, 2], 0) == 1
-    assert ledger._remembered == 1
+    assert len(ledger) == 1
 
 
-def test_a_request_in_flight_keeps_what_is_assumed_of_others() -> None:
+def test_a_request_in_flight_keeps_pending_blocks_of_peers() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     charge = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
@@ -119,18 +119,18 @@ def test_each_block_fades_at_its_own_time() -> None:
     assert ledger.pending("a", "m", [2], 0) == 1
 
 
-def test_a_block_brought_again_fades_from_its_last_request_on() -> None:
+def test_a_block_brought_again_fades_after_its_last_request() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=0).release()
     clock.now = 1.0
     ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=0).release()
     clock.now = 2.5
-    ledger.charge("b", "m", hashes=[], start=0, queued_tokens=0)  # gives back what the first one left
+    ledger.charge("b", "m", hashes=[], start=0, queued_tokens=0)  # deletes the blocks of the first one
     assert ledger.pending("a", "m", [1], 0) == 1
 
 
-def test_a_pod_with_nothing_assumed_reads_no_hash() -> None:
+def test_without_pending_blocks_no_hash_is_read() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     assert ledger.pending("a", "m", Untouchable(), 0) == 0
@@ -155,22 +155,22 @@ def test_the_bound_on_blocks_keeps_the_start_of_the_chain() -> None:
     assert ledger.pending("c", "m", [1, 2, 3], 0) == 3
 
 
-def test_what_has_faded_is_given_back_a_little_at_a_time() -> None:
+def test_expired_blocks_are_deleted_a_few_at_a_time() -> None:
     clock = FakeClock()
     ledger = LoadLedger(clock, 2.0)
     ledger.charge("a", "m", hashes=range(1000), start=0, queued_tokens=0).release()
     clock.now = 3.0
-    remembered = []
+    stored = []
     for _ in range(20):
         ledger.charge("b", "m", hashes=[], start=0, queued_tokens=0)
-        remembered.append(ledger._remembered)
-    assert all(before - after <= 64 for before, after in zip([1000, *remembered], remembered, strict=False))
-    assert remembered[-1] == 0
+        stored.append(len(ledger))
+    assert all(before - after <= 64 for before, after in zip([1000, *stored], stored, strict=False))
+    assert stored[-1] == 0
     assert not ledger._pending
     assert not ledger._fading
 
 
-def test_a_forgotten_pod_starts_anew_whatever_was_open() -> None:
+def test_a_forgotten_pod_starts_again_while_charges_are_open() -> None:
     ledger = LoadLedger(FakeClock(), 2.0)
     old = ledger.charge("a", "m", hashes=[1], start=0, queued_tokens=3)
     ledger.forget("a")
@@ -185,7 +185,7 @@ def test_a_forgotten_pod_starts_anew_whatever_was_open() -> None:
 
 @dataclass
 class Naive:
-    """One charge, as the naive ledger writes it down."""
+    """One charge in the naive ledger."""
 
     pod: str
     model: str
@@ -197,12 +197,12 @@ class Naive:
 
 
 def chained(tokens: list[int]) -> list[int]:
-    """Numbers that, like block hashes, stand for everything up to their position."""
+    """Numbers that, like block hashes, identify everything up to their position."""
     return [int("1" + "".join(map(str, tokens[: i + 1]))) for i in range(len(tokens))]
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Every charge is kept for ever; every answer is worked out from all of them."""
+    """The model keeps every charge forever and computes every answer from all of them."""
 
     charges = Bundle("charges")
     pods = st.sampled_from("ab")
@@ -252,13 +252,13 @@ class LedgerMachine(RuleBasedStateMachine):
         return multiple()
 
     @rule(pod=pods, model=models, chain=chains, start=starts)
-    def assumed(self, pod: str, model: str, chain: list[int], start: int) -> None:
-        there = set[int]()
+    def pending(self, pod: str, model: str, chain: list[int], start: int) -> None:
+        pending = set[int]()
         for one in self._known(pod):
             if one.model == model and (one.released is None or self.clock.now < one.released + 2.0):
-                there |= one.blocks
+                pending |= one.blocks
         expected = 0
-        while start + expected < len(chain) and chain[start + expected] in there:
+        while start + expected < len(chain) and chain[start + expected] in pending:
             expected += 1
         assert self.ledger.pending(pod, model, chain, start) == expected
 
@@ -276,7 +276,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clock.now += 3.0
         for _ in self.all:
             self.ledger.charge("c", "m", hashes=[], start=0, queued_tokens=0)
-        assert (self.ledger._remembered, self.ledger._pending) == (0, {})
+        assert (len(self.ledger), self.ledger._pending) == (0, {})
 
     def _known(self, pod: str) -> list[Naive]:
         return [one for one in self.all if one.pod == pod and not one.forgotten]
@@ -297,3 +297,16 @@ def test_a_cancelled_charge_leaves_nothing_behind() -> None:
     kept.release()
     assert ledger.pending("a", "m", [1, 2, 3], 0) == 0
     assert ledger.total() == 0
+
+
+def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
+    ledger, seen = LoadLedger(FakeClock(), 2.0), list[tuple[str, str, list[int], int, Charge]]()
+    unsubscribe = ledger.subscribe(
+        lambda pod, model, hashes, start, charge: seen.append((pod, model, list(hashes), start, charge))
+    )
+    ledger.charge("a", "m", hashes=[1, 2], start=2, queued_tokens=0)
+    charge = ledger.charge("a", "m", hashes=[1, 2], start=1, queued_tokens=0)
+    assert seen == [("a", "m", [1, 2], 1, charge)]
+    unsubscribe()
+    ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
+    assert len(seen) == 1

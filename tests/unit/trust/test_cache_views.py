@@ -5,15 +5,15 @@ import pytest
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import RedisConfig
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.index.redis.states import PodState, States, encode
+from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.trust.cache_views import FeedCaches, ReportedCaches, SharedCaches, state_of
 
 
-def told(trust: str, *, alive: bool = True) -> States:
-    states = States(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
+def told(trust: str, *, alive: bool = True) -> PodStates:
+    states = PodStates(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
     states._states["pod-a"] = PodState(
         trust=trust, feed="complete", model="m", engine_block=16, tiers=("pod-a~device",)
     )

@@ -19,58 +19,65 @@ from matrixinfer.feedtools.mutate import MUTATIONS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What the check of one file gave."""
+    """The result of checking one file."""
 
     file: str
     error: str | None = None
-    cut: bool = False
-    """The file ends in mid-row, and was checked up to there."""
+    truncated: bool = False
+    """The file ends in the middle of a row. It was checked up to there."""
     report: CaptureReport | None = None
-    """Without any mutation; None with an error."""
+    """The check without a mutation; None when the file cannot be checked."""
     mutated: CaptureReport | None = None
-    """With the mutation, where one was asked for."""
+    """The check with the mutation, if one was requested."""
 
     @property
-    def noticed(self) -> list[Mismatch]:
-        """Mismatches that only the mutation makes."""
+    def detected(self) -> list[Mismatch]:
+        """Mismatches that only the mutation causes."""
         if self.report is None or self.mutated is None:
             return []
         return [mismatch for mismatch in self.mutated.mismatches if mismatch not in self.report.mismatches]
 
     @property
     def exit_code(self) -> int:
-        """0 when all is as it should be: every hit predicted and frame read, or the mutation noticed."""
+        """0 when every hit was predicted and every frame read or, with a mutation, when the mutation was detected."""
         if self.report is None:
             return 2
-        good = self.noticed if self.mutated is not None else not self.report.mismatches and not self.report.unreadable
-        return 0 if good else 1
+        report = self.report
+        passed = self.detected if self.mutated is not None else not report.mismatches and not report.unreadable
+        return 0 if passed else 1
 
 
 def add_parser(commands: Subparsers) -> None:
     """Register the command."""
     check = commands.add_parser(
         "check",
-        help="do the recorded events predict the recorded hits?",
-        description="Replay captures of raw frames through the event core and compare the hit that it predicts for "
-        "each request with the one that the engine reported. Exit code 1 when any differ or a frame cannot be read, "
-        "2 when a file cannot be checked.",
+        help="check that recorded events predict the recorded hits",
+        description="Replay captures through the gateway's own event handling, and compare the hit that it predicts for "
+        "each recorded request with the hit that the engine reported. Exit code: 0 all equal, 1 a hit differs or a frame "
+        "cannot be read, 2 a file cannot be checked.",
     )
-    check.add_argument("captures", nargs="+", type=Path, metavar="CAPTURE", help="JSON lines, plain or gzipped")
     check.add_argument(
-        "--block-size", type=at_least_one, metavar="N", help="blockSizeToHash (default: the engine's own block size)"
+        "captures", nargs="+", type=Path, metavar="CAPTURE", help="capture file: JSON lines, plain or gzipped"
+    )
+    check.add_argument(
+        "--block-size",
+        type=at_least_one,
+        metavar="N",
+        help="tokens per hashed block, as `blocks.size` (default: the engine's block size)",
     )
     check.add_argument(
         "--mutate",
         choices=tuple(MUTATIONS),
-        help="misread the events on purpose, to see that the check bites: take copies of a block for one, ignore "
-        "clears, removals, or salts and other extra keys. Exit code 0 when every file notices, 1 when one does not",
+        help="misread the events on purpose, to see that the check detects it: `copies` counts all copies of a block as "
+        "one, `clear` and `removed` ignore those events, `salt` ignores salts and other extra keys. Exit code 0 when "
+        "every file detects it, 1 when one does not",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check every file, whatever becomes of the others."""
+    """Check every file, even when another one cannot be checked."""
     results = [_check(path, args.block_size, args.mutate) for path in args.captures]
     if args.json:
         print(json.dumps({"files": [_value(result, args.mutate) for result in results]}, indent=2))
@@ -89,34 +96,34 @@ def _check(path: Path, block_size: int | None, mutation: str | None) -> Result:
         mutated = mutation and check_capture(rows, block_size=block_size, make_ledger=MUTATIONS[mutation])
     except MatrixInferError as error:
         return Result(file=str(path), error=str(error))
-    return Result(file=str(path), cut=rows.cut, report=report, mutated=mutated or None)
+    return Result(file=str(path), truncated=rows.cut, report=report, mutated=mutated or None)
 
 
 def _value(result: Result, mutation: str | None) -> dict[str, Any]:
     report = result.report if result.mutated is None else result.mutated
     if report is None:
         return {"file": result.file, "error": result.error}
-    value = {"file": result.file, "cut": result.cut, **asdict(report)}
+    value = {"file": result.file, "truncated": result.truncated, **asdict(report)}
     if mutation is not None:
-        value |= {"mutation": mutation, "noticed": len(result.noticed)}
+        value |= {"mutation": mutation, "detected": len(result.detected)}
     return value
 
 
 def _lines(result: Result, mutation: str | None) -> list[str]:
-    """What people read of a file."""
+    """The result as text, one line per fact."""
     report = result.report
     if report is None:
         return []
     counts = [(report.frames, "frame"), (report.events, "event"), (report.requests, "request")]
     first = f"{result.file}: {', '.join(plural(*count) for count in counts)}: "
     if mutation is not None:
-        found = result.noticed
-        first += f"`{mutation}` makes {plural(len(found), 'hit')} differ" if found else f"`{mutation}` goes unnoticed"
+        found = result.detected
+        first += f"`{mutation}` makes {plural(len(found), 'hit')} differ" if found else f"`{mutation}` was not detected"
         return [first, *map(_difference, found)]
     lines = [first + _verdict(report)]
-    lines += ["the file is cut short; checked up to there"] * result.cut
+    lines += ["the file is truncated: checked up to its last complete row"] * result.truncated
     lines += [_feed(publisher) for publisher in report.publishers]
-    lines += [f"{shown(label)}: not predictable, {reason}" for label, reason in report.unsupported.items()]
+    lines += [f"{shown(label)}: cannot be predicted: {reason}" for label, reason in report.unsupported.items()]
     return lines + [_difference(mismatch) for mismatch in report.mismatches]
 
 
@@ -125,16 +132,17 @@ def _verdict(report: CaptureReport) -> str:
         return "no requests to compare"
     if report.mismatches:
         return f"{len(report.mismatches)} mismatches" if len(report.mismatches) > 1 else "1 mismatch"
-    return "every hit as predicted"
+    return "every hit was predicted"
 
 
 def _difference(mismatch: Mismatch) -> str:
-    predicted, actual = mismatch.predicted, mismatch.actual
-    return f"{shown(mismatch.label)}: predicted {predicted} cached tokens, engine reported {actual}"
+    return (
+        f"{shown(mismatch.label)}: predicted {mismatch.predicted} cached tokens, the engine reported {mismatch.actual}"
+    )
 
 
 def _feed(publisher: PublisherReport) -> str:
-    words = [f"{plural(publisher.blocks, 'engine block')} held at the end"]
+    words = [f"{plural(publisher.blocks, 'engine block')} cached at the end"]
     if publisher.name:
         counts = f"{plural(publisher.frames, 'frame')}, {plural(publisher.events, 'event')}"
         words[0] = f"publisher {shown(publisher.name)}: {counts}, {words[0]}"
@@ -147,5 +155,5 @@ def _feed(publisher: PublisherReport) -> str:
         (publisher.orphans, "orphan block"),
     )
     if publisher.untrusted is not None:
-        words.append(f"not to be trusted: {publisher.untrusted}")
+        words.append(f"not trusted: {publisher.untrusted}")
     return "; ".join(words)

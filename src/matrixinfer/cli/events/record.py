@@ -1,4 +1,4 @@
-"""`matrixinfer events record`: raw frames of engines' feeds into a capture."""
+"""`matrixinfer events record`: records the raw KV event frames of engines in a capture file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from matrixinfer import __version__
 from matrixinfer.cli.arguments import Subparsers
-from matrixinfer.cli.events.sources import add_arguments, address, sources, until_told
+from matrixinfer.cli.events.sources import add_arguments, address, sources, until_stopped
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.feedtools.capture_file import CaptureWriter
 from matrixinfer.feedtools.describe import plural
 from matrixinfer.feedtools.listen import Frame, Listener, Note, Stray
 
 FLUSH_SECONDS = 1.0
-"""What a killed recording may lack."""
+"""A recording that is killed loses at most the frames of this long."""
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -27,39 +27,44 @@ def add_parser(commands: Subparsers) -> None:
         "record",
         help="record what engines publish, for `events check`",
         description="Record the raw KV event frames of one or more publishers until Ctrl-C. "
-        "A recording holds token ids, and so the prompts: treat it as you treat them.",
+        "A recording contains token ids, and so the text of prompts: protect it as you protect prompts.",
     )
     parser.add_argument(
         "endpoints",
         nargs="+",
         type=address,
         metavar="ENDPOINT",
-        help="where an engine publishes, such as tcp://10.0.0.1:5557; or its HTTP URL: every rank that its "
-        "/kv_event_sources names is recorded, history first",
+        help="where an engine publishes, such as tcp://10.0.0.1:5557. Or the engine's HTTP URL: then every rank in its "
+        "/kv_event_sources is recorded, past events first",
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FILE", help="the capture; gzipped if it ends in .gz"
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the capture file; gzipped if its name ends in .gz",
     )
     add_arguments(parser, unit="frames")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record until told to stop."""
+    """Record until a limit is reached or a signal arrives."""
     asyncio.run(record(args))
     return 0
 
 
 async def record(args: argparse.Namespace) -> None:
-    """Write what comes. Raises `ConfigError`, `CannotListen` and `CaptureFileError`."""
+    """Record to the file. Raises `ConfigError`, `CannotListen` or `CaptureFileError`."""
     found = await sources(args.endpoints, args.replay)
     with CaptureWriter(args.output) as capture:
         recorder = _Recorder(capture, found, topic=args.topic, count=args.count)
         try:
-            async with until_told(args.seconds):
+            async with until_stopped(args.seconds):
                 await recorder.record()
         finally:
-            recorder.say_progress(end="\n")
+            recorder.print_progress(end="\n")
 
 
 class _Recorder:
@@ -71,11 +76,11 @@ class _Recorder:
         self._topic = None if topic is None else topic.encode()
         self._count = count
         self._frames = 0
-        self._left_out = 0
+        self._skipped = 0
         self._flushed = time.monotonic()
 
     async def record(self) -> None:
-        """Write what comes until enough has."""
+        """Write frames until there are `count`."""
         self._capture.write(self._meta())
         async with Listener(self._sources) as listener:
             while self._count is None or self._frames < self._count:
@@ -85,22 +90,22 @@ class _Recorder:
                 elif isinstance(news, Frame):
                     self._take(news)
                 elif isinstance(news, Stray):
-                    self._left_out += 1
+                    self._skipped += 1
                 if time.monotonic() >= self._flushed + FLUSH_SECONDS:
                     self._capture.flush()
-                    self.say_progress()
+                    self.print_progress()
                     self._flushed = time.monotonic()
 
-    def say_progress(self, end: str = "\r") -> None:
-        """How much there is, on standard error: over and over in one line of a terminal, else once."""
+    def print_progress(self, end: str = "\r") -> None:
+        """Print the totals to standard error: on a terminal in one line that is overwritten, otherwise at the end only."""
         if end == "\n" or sys.stderr.isatty():
-            left_out = f", {plural(self._left_out, 'message')} left out" if self._left_out else ""
+            skipped = f", {plural(self._skipped, 'message')} skipped" if self._skipped else ""
             size = f"{self._capture.size:,} bytes"
-            print(f"{plural(self._frames, 'frame')}, {size}{left_out}", file=sys.stderr, end=end, flush=True)
+            print(f"{plural(self._frames, 'frame')}, {size}{skipped}", file=sys.stderr, end=end, flush=True)
 
     def _take(self, frame: Frame) -> None:
         if self._topic is not None and frame.topic not in (None, self._topic):
-            self._left_out += 1
+            self._skipped += 1
             return
         row: dict[str, Any] = {"kind": "event", "t": time.time()}
         if len(self._sources) > 1:

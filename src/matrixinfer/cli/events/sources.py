@@ -1,4 +1,4 @@
-"""What the commands that listen to feeds share: where to listen, and until when."""
+"""What the commands that listen to KV events share: where to listen, and when to stop."""
 
 from __future__ import annotations
 
@@ -20,43 +20,45 @@ _TIMEOUT_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
-    """The arguments of every command that listens."""
+    """Add the arguments of every command that listens."""
     add = parser.add_argument
     add("--replay", action="append", default=[], type=_endpoint, metavar="ENDPOINT", help="where the engine replays "
-        "past batches, in the order of the endpoints: starts with the engine's history, and fills gaps")  # fmt: skip
-    add("--topic", help="take only this exact topic (default: every topic)")
+        "past events; one per ENDPOINT, in the same order. Starts with the past events, and fills gaps")  # fmt: skip
+    add("--topic", help="accept only events with exactly this topic (default: every topic)")
     add("--count", type=at_least_one, metavar="N", help=f"stop after N {unit}")
     add("--seconds", type=duration, metavar="S", help="stop after S seconds")
 
 
 def address(text: str) -> str:
-    """The type of arguments that name a publisher or an engine."""
+    """An argument that names a publisher or an engine."""
     return text.rstrip("/") if re.match(r"https?://.", text) else _endpoint(text)
 
 
 async def sources(addresses: Sequence[str], replays: Sequence[str]) -> list[KvEventsConfig]:
-    """Where to listen: endpoints as given, an engine's URL as the publishers that it tells of, one per rank.
+    """The publishers to listen to. An engine's URL stands for the publishers that it reports, one per rank.
 
     Raises `ConfigError`.
     """
     if len(replays) > len(addresses) or (replays and any(map(_is_url, addresses))):
-        raise ConfigError("--replay", "give one per endpoint; an engine's URL tells its own")
+        raise ConfigError(
+            "--replay", "expected at most one per ENDPOINT, and none with an engine's URL, which reports its own"
+        )
     found: list[KvEventsConfig] = []
     for number, where in enumerate(addresses):
         if _is_url(where):
-            found += await _told(where)
+            found += await _published_by(where)
         else:
             found.append(
                 KvEventsConfig(endpoint=where, replay_endpoint=replays[number] if number < len(replays) else None)
             )
     if len({source.endpoint for source in found}) < len(found):
-        raise ConfigError("ENDPOINT", "the same publisher is named twice")
+        raise ConfigError("ENDPOINT", "expected different publishers, got the same one twice")
     return found
 
 
 @asynccontextmanager
-async def until_told(seconds: float | None) -> AsyncIterator[None]:
-    """Leave the context after `seconds`, on SIGINT or on SIGTERM: all are normal ends."""
+async def until_stopped(seconds: float | None) -> AsyncIterator[None]:
+    """Leave the context after `seconds`, on SIGINT or on SIGTERM. None of them is an error."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
@@ -77,15 +79,17 @@ async def until_told(seconds: float | None) -> AsyncIterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _told(url: str) -> tuple[KvEventsConfig, ...]:
+async def _published_by(url: str) -> tuple[KvEventsConfig, ...]:
     async with aiohttp.ClientSession() as session:
         try:
-            told = await EngineApi(session, _TIMEOUT_SECONDS).kv_sources(url)
+            found = await EngineApi(session, _TIMEOUT_SECONDS).kv_sources(url)
         except EngineDown as error:
             raise ConfigError("ENDPOINT", str(error)) from error
-    if not told:
-        raise ConfigError("ENDPOINT", f"{url} names no publisher in /kv_event_sources; give its tcp:// endpoint")
-    return told
+    if not found:
+        raise ConfigError(
+            "ENDPOINT", f"{url} names no publisher in /kv_event_sources: give the tcp:// endpoint on which it publishes"
+        )
+    return found
 
 
 def _is_url(text: str) -> bool:
@@ -94,5 +98,5 @@ def _is_url(text: str) -> bool:
 
 def _endpoint(text: str) -> str:
     if not re.match(r"(tcp://[^*/]+:\d+|ipc://.+)$", text):
-        raise argparse.ArgumentTypeError(f"expected `tcp://host:port`, got `{text}`")
+        raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT or ipc://PATH, got `{text}`")
     return text

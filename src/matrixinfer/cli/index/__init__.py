@@ -1,4 +1,4 @@
-"""`matrixinfer index`: looks at the shared index in Redis, and purges what should not be there."""
+"""`matrixinfer index`: shows the shared index in Redis, and purges entries from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matrixinfer.cli.index import purge, show, stats
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the commands."""
-    index = subparsers.add_parser("index", help="look at the shared index in Redis, or purge it")
+    index = subparsers.add_parser("index", help="show the shared index in Redis, or purge entries from it")
     commands = index.add_subparsers(title="commands", required=True, metavar="COMMAND")
     stats.add_parser(commands)
     show.add_parser(commands)

@@ -1,4 +1,4 @@
-"""`matrixinfer index stats`: what the shared index holds, of which models and pods, and who writes it."""
+"""`matrixinfer index stats`: counts the blocks in the shared index by model and pod, and shows their writers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from rich.table import Table
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
-from matrixinfer.cli.index.server import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.survey import Survey, survey
 
@@ -18,23 +18,23 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "stats",
-        help="what the index holds, and who writes it",
-        description="Count the blocks of every model and pod, those that count and those that do not, and tell of their "
-        "writers. Looks at every key once, a page at a time.",
+        help="count the blocks in the index, and show their writers",
+        description="Count the blocks of every model and pod, valid and stale ones, and show the writers of each pod. "
+        "Scans every key once, a page at a time. A stale entry is too old, or stamped before its pod's epoch.",
     )
     parser.add_argument(
         "--limit",
         type=at_least_one,
         default=1_000_000,
         metavar="KEYS",
-        help="look at about so many keys at most (%(default)s)",
+        help="scan about this many keys at most (default: %(default)s)",
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Count and print. Raises `IndexUnavailable`."""
+    """Count the blocks and print the result. Raises `IndexUnavailable`."""
     found = asyncio.run(_survey(args))
     if args.json:
         print_json(found)
@@ -46,26 +46,26 @@ def run(args: argparse.Namespace) -> int:
 async def _survey(args: argparse.Namespace) -> Survey:
     config = configuration(args)
     async with server(config) as store:
-        with progress(min(args.limit, await scan.size(store))) as told:
-            return await survey(store, max_age=config.index.max_age_seconds, limit=args.limit, progress=told)
+        with progress(min(args.limit, await scan.size(store))) as advance:
+            return await survey(store, max_age=config.index.max_age_seconds, limit=args.limit, progress=advance)
 
 
 def _print(found: Survey) -> None:
     used = "" if found.used_bytes is None else f", {found.used_bytes / 2**20:,.1f} MiB used"
     console.print(f"{found.server}: {found.keys:,} keys{used}")
     if not found.complete:
-        console.print(
-            f"Only about {found.looked_at:,} keys were looked at (--limit): there are more blocks than told here."
-        )
-    models = Table("model", "blocks", "entries", "stale", "pods", "block size", "scheme", "bytes per block", box=None)
+        console.print(f"Only about {found.looked_at:,} keys were scanned: more blocks exist. Use --limit to scan more.")
+    models = Table(
+        *("model", "blocks", "entries", "stale", "pods", "block_size", "hash_scheme", "bytes_per_block"), box=None
+    )
     for name, model in sorted(found.models.items()):
         size = "-" if model.bytes_per_block is None else f"{model.bytes_per_block:,.0f}"
-        told = (model.scheme.get(key, "-") for key in ("block_size", "hash_scheme"))
+        scheme = (model.scheme.get(key, "-") for key in ("block_size", "hash_scheme"))
         counts = (model.blocks, model.entries, model.stale, len(model.pods))
-        models.add_row(name, *(f"{count:,}" for count in counts), *told, size)
+        models.add_row(name, *(f"{count:,}" for count in counts), *scheme, size)
     console.print(models)
     now = time.time()
-    pods = Table("pod", "blocks", "writer", "lease", "trust", "feed", "epoch", "last stamp", box=None)
+    pods = Table("pod", "blocks", "writer", "lease_seconds", "trust", "feed", "epoch", "last_stamp", box=None)
     for name in sorted({*found.pods, *(pod for model in found.models.values() for pod in model.pods)}):
         row = found.pods.get(name)
         if row is None:
@@ -75,7 +75,7 @@ def _print(found: Survey) -> None:
             name,
             f"{found.held(name):,}",
             (row.writer or "-")[:12],
-            f"{row.lease_seconds} s" if row.alive else "over",
+            str(row.lease_seconds) if row.alive else "expired",
             "-" if row.state is None else row.state.trust,
             "-" if row.state is None else row.state.feed,
             "-" if row.epoch is None else str(row.epoch),

@@ -1,7 +1,7 @@
-"""Whether to ask a server that has failed: a circuit breaker as a pure state machine.
+"""Decides whether to ask a server that has failed: a circuit breaker as a pure state machine.
 
-closed ──failures in a row──> open ──pause over──> half-open ──answer──> closed
-                                ^                      └──────failure──> open, for twice as long
+closed ──consecutive failures──> open ──pause is over──> half-open ──answer──> closed
+                                  ^                          └──────failure──> open, for twice as long
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
 
 
 class Circuit:
-    """Counts failures in a row. `clock` gives seconds and never goes back."""
+    """Opens after `failures` consecutive failures. `clock` returns seconds and is monotonic."""
 
     def __init__(self, clock: Callable[[], float], *, failures: int = FAILURES) -> None:
         self._clock = clock
-        self._allowed = failures
+        self._max_failures = failures
         self._failures = 0
         self._pause = FIRST_PAUSE_SECONDS
         self._until: float | None = None  # None: closed
@@ -28,13 +28,13 @@ class Circuit:
 
     @property
     def state(self) -> State:
-        """As it is now."""
+        """The current state."""
         if self._until is None:
             return "closed"
         return "open" if self._clock() < self._until else "half-open"
 
     def admits(self) -> bool:
-        """Whether to ask now; in state half-open only one at a time, which must tell what came of it."""
+        """Whether to ask now. When half-open, admits one request at a time, which must report its outcome."""
         state = self.state
         if state == "half-open" and not self._probing:
             self._probing = True
@@ -42,22 +42,22 @@ class Circuit:
         return state == "closed"
 
     def succeeded(self) -> None:
-        """The server answered."""
+        """Report that the server answered."""
         self._failures, self._pause, self._until, self._probing = 0, FIRST_PAUSE_SECONDS, None, False
 
     def failed(self) -> None:
-        """It did not, or not in time."""
+        """Report that the server did not answer, or not in time."""
         if self._until is not None:
             if self._probing:
                 self._probing = False
                 self._open(min(2 * self._pause, LONGEST_PAUSE_SECONDS))
             return
         self._failures += 1
-        if self._failures >= self._allowed:
+        if self._failures >= self._max_failures:
             self._open(FIRST_PAUSE_SECONDS)
 
     def abandoned(self) -> None:
-        """Whoever asked went away before there was an answer: nothing follows."""
+        """Report that the request was cancelled before an answer: that changes nothing."""
         self._probing = False
 
     def _open(self, pause: float) -> None:

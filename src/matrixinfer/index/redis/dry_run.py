@@ -1,4 +1,4 @@
-"""An index that only says what it would write into Redis."""
+"""An index that prints the commands that it would send to Redis."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from matrixinfer.index.redis import layout
 
 
 class DryRunIndex:
-    """A `BlockIndex` that hands the commands which would be sent, as text, to `say`. Nothing matches.
+    """A `BlockIndex` that passes the commands it would send, as text, to `say`. Nothing ever matches.
 
-    Use as an async context manager: as with a connection, nothing is said before and after.
+    Use as an async context manager: outside of it no commands are printed.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._to = say
+        self._write = say
         self._open = False
 
     async def __aenter__(self) -> Self:
@@ -31,38 +31,35 @@ class DryRunIndex:
 
     def _say(self, line: str) -> None:
         if self._open:
-            self._to(line)
+            self._write(line)
 
     @property
     def prefix_closed(self) -> bool:
-        """As in Redis."""
         return False
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        """One line a block."""
+        """Print one line per block."""
         for block in hashes:
             self._say(f"HSET {layout.prefix_of(model)}{block} {pod} <now>")
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        """One line a block."""
+        """Print one line per block."""
         for block in hashes:
             self._say(f"HDEL {layout.prefix_of(model)}{block} {pod}")
 
     def clear(self, pod: str) -> None:
-        """One line."""
-        self._say(f"HSET {layout.EPOCHS} {pod} <above all that was stamped>")
+        """Print one line."""
+        self._say(f"HSET {layout.EPOCHS} {pod} <above all stamps>")
 
     def forget(self, pod: str) -> None:
         """As `clear`."""
         self.clear(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
-        """Nothing."""
         return {}
 
     async def flush(self) -> None:
-        """Nothing waits."""
+        """Return at once: nothing is buffered."""
 
     def stats(self) -> IndexStats:
-        """Nothing is kept."""
         return IndexStats(blocks=0, pods=0, evicted=0, memory_bytes=0)

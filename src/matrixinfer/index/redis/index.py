@@ -15,17 +15,19 @@ from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
 
 VERSION = "1"
-"""Of the layout."""
+"""Version of the layout."""
 _COUNTED_EXACTLY = 50_000
+"""Up to this many entries, `stats` counts distinct blocks."""
 _ENTRY_BYTES = 110
-"""Of one block of one pod in this process, estimated."""
+"""Estimated memory of one entry, a block of a pod, in this process."""
 
 
 class RedisIndex:
-    """A `BlockIndex` whose blocks are in Redis, for whoever reads and writes them there.
+    """A `BlockIndex` whose blocks are in Redis, where other processes read and write them too.
 
-    Use as an async context manager. What is added here is written by this process, as long as it is the pod's writer;
-    what is matched may have been written by anyone.
+    Use as an async context manager. This process writes the blocks of a pod as long as it is the pod's writer; matches
+    include the blocks of all writers. `max_age` and `lease_seconds` are in seconds, and `clock` returns Unix seconds.
+    `state_of` and `is_known` are those of `BlockWriter`.
     """
 
     def __init__(
@@ -34,12 +36,23 @@ class RedisIndex:
         blocks: TokenBlockProcessor,
         *,
         max_age: float,
-        lease: float = LEASE_SECONDS,
+        lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
+        state_of: Callable[[str], str | None] | None = None,
+        is_known: Callable[[str], bool] | None = None,
     ) -> None:
         self.reader = BlockReader(store, max_age=max_age, clock=clock)
-        self.writer = BlockWriter(store, meta=scheme_of(blocks), max_age=max_age, lease=lease, clock=clock, name=name)
+        self.writer = BlockWriter(
+            store,
+            meta=scheme_of(blocks),
+            max_age=max_age,
+            lease_seconds=lease_seconds,
+            clock=clock,
+            name=name,
+            state_of=state_of,
+            is_known=is_known,
+        )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -53,45 +66,45 @@ class RedisIndex:
 
     @property
     def prefix_closed(self) -> bool:
-        """Never: writers of other projects leave holes, and entries age one by one."""
+        """Always false: writers of other projects leave holes, and entries expire one by one."""
         return False
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
-        """`pod` now holds `hashes`; `parent` does not matter."""
+        """Record that `pod` holds `hashes`. `parent` is ignored."""
         self.writer.add(model, pod, hashes)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
-        """`pod` no longer holds `hashes`."""
+        """Record that `pod` no longer holds `hashes`."""
         self.writer.remove(model, pod, list(hashes))
 
     def clear(self, pod: str) -> None:
-        """`pod` holds nothing any more, of any model."""
+        """Remove all blocks of `pod`, for every model."""
         self.writer.clear(pod)
 
     def forget(self, pod: str) -> None:
-        """`pod` is gone."""
+        """Remove all data of `pod`, which has gone."""
         self.writer.forget(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
-        """How many blocks each pod holds consecutively from the start. Raises `IndexUnavailable`."""
+        """How many blocks each pod holds, consecutively from the start. Raises `IndexUnavailable`."""
         return await self.reader.match(model, hashes)
 
     async def flush(self) -> None:
-        """Wait until every write so far is visible. Raises `IndexUnavailable` when that takes too long."""
+        """Wait until all writes so far are visible. Raises `IndexUnavailable` if that takes too long."""
         await self.writer.flush()
 
     def stats(self) -> IndexStats:
-        """Counts of what this process writes. Where that is much, a block counts once for each pod."""
-        # One set of all blocks would hold up the loop where there are many.
-        boxes = [box for pod in self.writer.pods if (box := self.writer.held(pod)) is not None and len(box)]
-        models = {model for box in boxes for model in box.models}
-        entries = sum(map(len, boxes))
+        """Counters of what this process writes. If that is a lot, a block counts once per pod."""
+        # With many entries, building a set of all blocks would block the event loop.
+        outboxes = [outbox for pod in self.writer.pods if (outbox := self.writer.held(pod)) is not None and len(outbox)]
+        models = {model for outbox in outboxes for model in outbox.models}
+        entries = sum(map(len, outboxes))
         blocks = entries
-        if len(boxes) > 1 and entries <= _COUNTED_EXACTLY:
-            blocks = sum(len(set().union(*(box.blocks_of(model) for box in boxes))) for model in models)
-        return IndexStats(blocks=blocks, pods=len(boxes), evicted=0, memory_bytes=entries * _ENTRY_BYTES)
+        if len(outboxes) > 1 and entries <= _COUNTED_EXACTLY:
+            blocks = sum(len(set().union(*(outbox.blocks_of(model) for outbox in outboxes))) for model in models)
+        return IndexStats(blocks=blocks, pods=len(outboxes), evicted=0, memory_bytes=entries * _ENTRY_BYTES)
 
 
 def scheme_of(blocks: TokenBlockProcessor) -> dict[str, str]:
-    """What `matrix:kv:meta:{model}` tells of a model's blocks."""
+    """The fields of `matrix:kv:meta:{model}`: how a model's blocks are hashed."""
     return {"block_size": str(blocks.block_size), "hash_scheme": blocks.scheme, "version": VERSION}

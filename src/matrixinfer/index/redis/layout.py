@@ -1,22 +1,22 @@
-"""What lies where in Redis, and which of it counts. Pure.
+"""The keys in Redis, and the rules for which entries count. Pure.
 
-    matrix:kv:block:{model}@{hash}    hash: pod -> Unix seconds of the writer's stamp, as decimal text
+    matrix:kv:block:{model}@{hash}    hash: pod -> the writer's stamp in Unix seconds, as decimal text
     matrix:kv:meta:{model}            hash: block_size, hash_scheme, version
 
-The first is the layout that MatrixInfer and kthena use. The rest is ours; the braces are a hash tag of Redis Cluster, which
-keeps the small tables in one slot, so that one script may change them together:
+MatrixInfer and kthena also use the first key. The others belong to this gateway. The braces are a hash tag of Redis
+Cluster: it keeps the small tables in one slot, so that one script can change them together:
 
-    {matrix:kv}:epochs     pod -> stamp below which its entries do not count
+    {matrix:kv}:epochs     pod -> epoch: entries with a smaller stamp do not count
     {matrix:kv}:stamps     pod -> the last stamp of its writer
     {matrix:kv}:tokens     pod -> fencing token of its writer
-    {matrix:kv}:writers    pod -> who that is
-    {matrix:kv}:leases     pod -> Unix seconds until which the writer is believed to be alive
-    {matrix:kv}:states     pod -> JSON: how far the writer believes the pod's events, and what it learned of its blocks
+    {matrix:kv}:writers    pod -> id of its writer
+    {matrix:kv}:leases     pod -> Unix seconds until which the writer is considered alive
+    {matrix:kv}:states     pod -> JSON: the writer's trust in the pod's events, and what it knows about its blocks
 
-**A logical clock, as a stamp has only seconds.** A writer stamps `max(now, epoch)`. To clear a pod its epoch becomes
-`max(now, epoch, last stamp) + 1`, so whatever was stamped before does not count, and whatever is stamped afterwards does,
-within the same second or with a clock that goes back. An entry counts if its stamp is at least its pod's epoch and,
-where no living writer vouches for the pod, at most `max_age` seconds old.
+**Stamps form a logical clock, because they have a resolution of one second.** A writer stamps `max(now, epoch)`. To
+clear a pod, its epoch becomes `max(now, epoch, last stamp) + 1`. So earlier entries do not count and later ones do, even
+within the same second or if the clock goes back. An entry counts if its stamp is at least its pod's epoch and, unless
+the pod has a living writer, at most `max_age` seconds old.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ LEASES = "{matrix:kv}:leases"
 STATES = "{matrix:kv}:states"
 
 SUFFIX = CLUSTER_SUFFIX
-"""What some writers add to a pod's name, and others do not."""
+"""A suffix that some writers add to a pod's name."""
 
 Entries = Mapping[bytes, bytes]
-"""One block as Redis holds it: names of pods, and stamps."""
+"""One block as stored in Redis: pod names to stamps."""
 
 
 def prefix_of(model: str) -> str:
-    """What the keys of a model's blocks begin with; the decimal hash follows."""
+    """The prefix of the keys of a model's blocks; the hash follows in decimal."""
     return f"{BLOCKS}{model}@"
 
 
 def block_of(key: str) -> tuple[str, int] | None:
-    """The model and the hash that a block's key names; None for other keys."""
+    """The model and the hash in a block's key; None for other keys."""
     model, separator, block = key.removeprefix(BLOCKS).rpartition("@")
     if not key.startswith(BLOCKS) or not separator or not block.isdecimal():
         return None
@@ -56,43 +56,43 @@ def block_of(key: str) -> tuple[str, int] | None:
 
 
 def meta_key(model: str) -> str:
-    """Where a model's scheme is told."""
+    """The key that describes how a model's blocks are hashed."""
     return META + model
 
 
 def canonical(pod: str) -> str:
-    """The name by which pods are compared, whoever wrote it."""
+    """A pod's name without the suffix that some writers add."""
     return pod.removesuffix(SUFFIX)
 
 
 def stamp(now: float, epoch: int) -> int:
-    """What a writer writes at Unix time `now`."""
+    """The stamp of a writer at Unix time `now`, in seconds."""
     return max(int(now), epoch)
 
 
 def next_epoch(now: float, epoch: int, last: int) -> int:
-    """The epoch of a pod that is cleared, whose writer's last stamp was `last`."""
+    """The new epoch of a pod that is being cleared. `last` is its writer's last stamp."""
     return max(int(now), epoch, last) + 1
 
 
 def floor_of(*, now: float, epoch: int, lease: float, max_age: float) -> int:
-    """The least stamp of a pod that counts."""
+    """The smallest stamp of a pod that counts. `lease` is the end of its writer's lease; 0 if it has no writer."""
     return epoch if lease >= now else max(epoch, int(now - max_age))
 
 
 def number(text: bytes | str | None) -> int | None:
-    """A count or a stamp as Redis holds it; None for what is not 1 to 19 digits, as everywhere in `scripts`."""
+    """Parse a count or a stamp. None unless it is 1 to 19 digits; `scripts` parses the same way."""
     digits = text.encode() if isinstance(text, str) else text
     return int(digits) if digits and digits.isdigit() and len(digits) < 20 else None
 
 
 def text_of(name: bytes) -> str:
-    """A pod's name; names that are no UTF-8 stay different from each other."""
+    """Decode a pod's name; different names that are not UTF-8 stay different."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def named(entries: Entries) -> dict[str, int]:
-    """The newest stamp of each pod at one block, by canonical name. What is no stamp is left out."""
+    """The newest stamp of each pod in one block, by canonical name. Invalid stamps are left out."""
     stamps: dict[str, int] = {}
     for name, text in entries.items():
         pod, value = canonical(text_of(name)), number(text)
@@ -102,24 +102,24 @@ def named(entries: Entries) -> dict[str, int]:
 
 
 def count(blocks: Iterable[Entries], floors: Mapping[str, int], default: int) -> dict[str, int]:
-    """How many of a prompt's `blocks` each pod holds consecutively from the start; pods that hold none are absent.
+    """How many of a prompt's `blocks` each pod holds, consecutively from the start; pods without a match are absent.
 
-    `floors` are the least stamps that count, `default` that of pods without one. The script in `scripts` does the same.
+    `floors` are the smallest stamps that count, by pod; `default` applies to other pods. `scripts.MATCH` does the same.
     """
     counts: dict[str, int] = {}
     for position, entries in enumerate(blocks):
         held = [pod for pod, at in named(entries).items() if at >= floors.get(pod, default)]
-        going_on = [pod for pod in held if counts.get(pod, 0) == position]
-        if not going_on:
+        continuing = [pod for pod in held if counts.get(pod, 0) == position]
+        if not continuing:
             break
-        counts.update((pod, position + 1) for pod in going_on)
+        counts.update((pod, position + 1) for pod in continuing)
     return counts
 
 
 def floors(
     epochs: Mapping[bytes, bytes], leases: Mapping[bytes, bytes], *, now: float, max_age: float
 ) -> dict[str, int]:
-    """The least stamp that counts of every pod that has an epoch or a lease."""
+    """The smallest stamp that counts, for every pod with an epoch or a lease."""
     return {
         text_of(pod): floor_of(
             now=now, epoch=number(epochs.get(pod)) or 0, lease=number(leases.get(pod)) or 0, max_age=max_age
@@ -129,10 +129,10 @@ def floors(
 
 
 def pairs(flat: Sequence[bytes | int]) -> dict[str, int]:
-    """Names and counts that came as one list. Raises `ValueError` for what is no such list."""
+    """Turn a flat list of names and counts into a dict. Raises `ValueError` if the list is malformed."""
     if len(flat) % 2:
-        raise ValueError("names and counts do not pair up")
+        raise ValueError("expected pairs of a name and a count")
     names, values = flat[::2], flat[1::2]
     if {*map(type, names)} - {bytes} or {*map(type, values)} - {int}:
-        raise ValueError("neither name nor count")
+        raise ValueError("expected names as bytes and counts as integers")
     return dict(zip(map(text_of, cast("Sequence[bytes]", names)), cast("Sequence[int]", values), strict=True))

@@ -1,4 +1,4 @@
-"""What one pod holds, and what of it is still to be written, in order. Pure."""
+"""The blocks that one pod holds, and the changes that are not yet written to Redis, in order. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Sign: TypeAlias = Literal["+", "-"]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Blocks that are to be added or removed."""
+    """Blocks to add (`+`) or to remove (`-`)."""
 
     model: str
     sign: Sign
@@ -20,14 +20,17 @@ class Change:
 
 
 class Clear:
-    """Everything is to be cleared."""
+    """Remove all blocks of the pod."""
 
 
 CLEAR = Clear()
 
 
 class Outbox:
-    """One pod's. At most `bound` blocks wait to be written; beyond it `overflowed` says that all must be written anew."""
+    """The outbox of one pod, for at most `bound` unwritten blocks.
+
+    Beyond that bound, unwritten changes are dropped and `overflowed` is set: all blocks must then be written again.
+    """
 
     def __init__(self, bound: int) -> None:
         self.overflowed = False
@@ -37,30 +40,30 @@ class Outbox:
         self._waiting = 0
 
     def __len__(self) -> int:
-        """Entries held: blocks, each counted once per model."""
+        """Number of blocks that the pod holds, counted per model."""
         return sum(map(len, self._held.values()))
 
     @property
     def waiting(self) -> int:
-        """Blocks that wait to be written; at least one when anything does."""
+        """Number of unwritten blocks; at least 1 if there is any unwritten change."""
         return max(self._waiting, bool(self._changes))
 
     @property
     def held(self) -> Iterator[tuple[str, list[int]]]:
-        """The blocks held of each model, oldest first."""
+        """The blocks that the pod holds, by model, oldest first."""
         return ((model, list(blocks)) for model, blocks in self._held.items())
 
     def blocks_of(self, model: str) -> Iterable[int]:
-        """What is held of one model."""
+        """The blocks of one model that the pod holds."""
         return self._held.get(model, {}).keys()
 
     @property
     def models(self) -> list[str]:
-        """Of which anything is held."""
+        """The models of which the pod holds blocks."""
         return list(self._held)
 
     def add(self, model: str, hashes: Sequence[int]) -> None:
-        """The pod now holds `hashes`."""
+        """Record that the pod holds `hashes`."""
         held = self._held.get(model, {})
         if held.keys().isdisjoint(hashes):
             new = list(dict.fromkeys(hashes))
@@ -71,22 +74,22 @@ class Outbox:
         self._note(Change(model, "+", new))
 
     def remove(self, model: str, hashes: Iterable[int]) -> None:
-        """The pod no longer holds `hashes`."""
+        """Record that the pod no longer holds `hashes`."""
         held = self._held.get(model, {})
-        gone = [block for block in hashes if held.pop(block, 0) is None]
+        removed = [block for block in hashes if held.pop(block, 0) is None]
         if not held:
             self._held.pop(model, None)
-        self._note(Change(model, "-", gone))
+        self._note(Change(model, "-", removed))
 
     def clear(self) -> None:
-        """The pod holds nothing."""
+        """Record that the pod holds nothing."""
         self._held.clear()
         self._changes.clear()
         self._waiting = 0
         self._changes.append(CLEAR)
 
     def take(self, count: int) -> list[Change] | Clear | None:
-        """What comes next: changes of about `count` blocks, or a clear; None when nothing waits."""
+        """Take the next changes: up to `count` blocks, or a clear; None if everything is written."""
         if not self._changes:
             return None
         if isinstance(self._changes[0], Clear):
@@ -107,7 +110,7 @@ class Outbox:
         return taken
 
     def put_back(self, taken: list[Change] | Clear) -> None:
-        """What was taken could not be written: it comes first again."""
+        """Return changes that could not be written to the front of the queue."""
         if isinstance(taken, Clear):
             self._changes.appendleft(taken)
             return
@@ -115,7 +118,7 @@ class Outbox:
         self._waiting += sum(len(change.blocks) for change in taken)
 
     def drop(self) -> None:
-        """All that is held is about to be written anew: nothing else waits."""
+        """Drop all unwritten changes, because all blocks that the pod holds are about to be written."""
         self._changes.clear()
         self._waiting, self.overflowed = 0, False
 

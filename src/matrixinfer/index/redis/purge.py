@@ -1,25 +1,25 @@
-"""What operators delete. Living writers find out within seconds, and write anew what their engines hold."""
+"""Deletes data at an operator's request. Living writers notice within seconds and write their pods' blocks again."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.redis import layout, scan, scripts
 from matrixinfer.index.redis.store import Script, Store
 
 
 def names_of(pod: str, known: Iterable[str]) -> list[str]:
-    """The names under which the index may hold a pod: its own, and of `known` those of its ranks and tiers."""
+    """The names under which the index may list a pod: its own, and those in `known` of its ranks and tiers."""
     name = layout.canonical(pod)
-    pattern = re.compile(re.escape(name) + r"(@dp\d+)?(~.+)?")
-    return [name, *(other for other in known if other != name and pattern.fullmatch(other))]
+    parsed = ((other, EndpointName.parse(other)) for other in known if other != name)
+    return [name, *(other for other, parts in parsed if name in (parts.pod, parts.endpoint))]
 
 
 async def purge_pod(store: Store, name: str, *, clock: Callable[[], float] = time.time) -> int:
-    """Let nothing count that was written under a name until now; returns its epoch. Raises `IndexUnavailable`."""
+    """Invalidate all entries written under a name until now. Returns the new epoch. Raises `IndexUnavailable`."""
     keys = (layout.TOKENS, layout.EPOCHS, layout.STAMPS)
     return int(await store.run(Script(scripts.PURGE), keys, (name, clock())))
 
@@ -27,27 +27,30 @@ async def purge_pod(store: Store, name: str, *, clock: Callable[[], float] = tim
 async def purge_model(
     store: Store, model: str, *, dry_run: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> int:
-    """Delete the keys of a model; returns how many there were. With `dry_run` only count. Raises `IndexUnavailable`."""
+    """Delete the keys of a model, or only count them with `dry_run`. Returns their number. Raises `IndexUnavailable`.
+
+    `progress` is called with the number of keys looked at.
+    """
     client: Any = store.client
-    gone = looked_at = 0
+    deleted = looked_at = 0
     async for keys in scan.key_pages(store, model=model):
         looked_at += scan.PAGE
         progress(looked_at)
         mine = [key for key in keys if (named := layout.block_of(key.decode("utf-8", "replace"))) and named[0] == model]
         if dry_run or not mine:
-            gone += len(mine)
+            deleted += len(mine)
             continue
         pipeline: Any = client.pipeline(transaction=False)
-        for key in mine:  # one by one: on Cluster they are of different slots
+        for key in mine:  # one by one: on Cluster they are in different slots
             pipeline.execute_command("UNLINK", key)
-        gone += sum(await store.ask(pipeline.execute()))
+        deleted += sum(await store.ask(pipeline.execute()))
     if not dry_run:
         await store.ask(client.unlink(layout.meta_key(model)))
-    return gone
+    return deleted
 
 
 async def take_tokens(store: Store, names: Iterable[str]) -> None:
-    """Have the writers of these pods write all anew. Raises `IndexUnavailable`."""
+    """Make the writers of these pods write all blocks again. Raises `IndexUnavailable`."""
     client: Any = store.client
     for name in names:
         await store.ask(client.hincrby(layout.TOKENS, name, 1))

@@ -1,4 +1,4 @@
-"""Look-ups in Redis: one round trip, within a deadline, behind a circuit breaker."""
+"""Lookups in Redis: one round trip, with a deadline and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from matrixinfer.index.redis.circuit import Circuit, State
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store, unavailable
 
 CHUNK = 512
-"""Blocks per round trip: longer prompts take another one only if some pod holds all of these."""
+"""Blocks per round trip. Longer prompts need another round trip only if a pod holds all of these."""
 
 _RESERVED = 4
-"""Connections that are left to writers, states and other gateways."""
+"""Connections that lookups leave free for the writer, pod states and peers."""
 
 log = structlog.get_logger(__name__)
 
 
 OUTCOMES = ("answered", "late", "failed", "refused")
-"""`late`: past the deadline; `refused`: not asked, as the circuit was open."""
+"""`late`: the deadline passed. `refused`: the server was not asked because the circuit was open."""
 
 
 @dataclass(slots=True)
 class ReaderStats:
-    """Look-ups since the start, by what came of them."""
+    """Lookups since the start."""
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    """Number of lookups by outcome."""
     seconds: float = 0.0
-    """That all of them took together."""
+    """Total duration of all lookups."""
 
 
 class BlockReader:
-    """Counts consecutive blocks per pod. `clock` is Unix time in seconds."""
+    """Counts consecutive blocks per pod. `max_age` is in seconds; `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -54,33 +55,33 @@ class BlockReader:
         self._clock = clock
         self._monotonic = monotonic
         self._circuit = Circuit(monotonic)
-        self._turns = asyncio.Semaphore(max(1, store.config.connections - _RESERVED))
+        self._slots = asyncio.Semaphore(max(1, store.config.connections - _RESERVED))
         self._scripted = store.config.scripts and not store.is_cluster
         self._script = Script(scripts.MATCH)
 
     @property
     def circuit(self) -> State:
-        """Whether the server is asked."""
+        """State of the circuit breaker."""
         return self._circuit.state
 
     async def match(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
-        """How many of `hashes` each pod holds consecutively from the start. Raises `IndexUnavailable`."""
+        """How many of `hashes` each pod holds, consecutively from the start. Raises `IndexUnavailable`."""
         if not hashes:
             return {}
         if not self._circuit.admits():
             self.stats.outcomes["refused"] += 1
-            raise IndexUnavailable(f"not asked, as {self._store.config.where} failed before")
+            raise IndexUnavailable(f"{self._store.config.where} has failed repeatedly, so it is not asked for a while")
         began = self._monotonic()
         counts: dict[str, int] = {}
         try:
-            async with asyncio.timeout(self._store.config.deadline_seconds), self._turns:
+            async with asyncio.timeout(self._store.config.deadline_seconds), self._slots:
                 await self._count(model, hashes, counts)
         except TimeoutError as error:
-            if counts:  # of the first chunks: the rest of a long prompt may be held as well
+            if counts:  # the first chunks of a long prompt were answered; that is a valid lower bound
                 return self._answered("late", counts)
             self._failed("late")
             milliseconds = self._store.config.deadline_seconds * 1000
-            raise IndexUnavailable(f"no answer of {self._store.config.where} within {milliseconds:g} ms") from error
+            raise IndexUnavailable(f"no answer from {self._store.config.where} within {milliseconds:g} ms") from error
         except IndexUnavailable:
             self._failed("failed")
             raise
@@ -106,13 +107,13 @@ class BlockReader:
             log.warning("redis_circuit_opened", server=self._store.config.where)
 
     async def _count(self, model: str, hashes: Sequence[int], counts: dict[str, int]) -> None:
-        """Fill `counts`, chunk by chunk."""
+        """Fill `counts` chunk by chunk."""
         for start in range(0, len(hashes), CHUNK):
             asked = hashes[start : start + CHUNK]
             found = await self._ask(model, asked)
-            going_on = {pod: held for pod, held in found.items() if counts.get(pod, 0) == start}
-            counts.update((pod, start + held) for pod, held in going_on.items())
-            if max(going_on.values(), default=0) < len(asked):
+            continuing = {pod: held for pod, held in found.items() if counts.get(pod, 0) == start}
+            counts.update((pod, start + held) for pod, held in continuing.items())
+            if max(continuing.values(), default=0) < len(asked):
                 break
 
     async def _ask(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
@@ -132,7 +133,7 @@ class BlockReader:
             return layout.pairs(found)
 
     async def _by_pipeline(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
-        """As the script does, with every block fetched: on Cluster each server is asked for those of its slots."""
+        """Do what the script does, but fetch every block; on Cluster, each from the server that has its slot."""
         now, prefix = self._clock(), layout.prefix_of(model)
         with unavailable():
             pipeline: Any = self._store.client.pipeline(transaction=False)

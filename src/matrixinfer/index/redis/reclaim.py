@@ -1,4 +1,4 @@
-"""Deletes what counts no more: of pods that were cleared or are gone. In the background, a few keys at a time."""
+"""Deletes entries that no longer count, of pods that were cleared or have gone. Works slowly in the background."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from matrixinfer.tasks import cancel_and_wait
 
 LOCK = "{matrix:kv}:reclaimer"
 LOCK_SECONDS = 60
-"""One process at a time looks through the keys."""
+"""Lifetime of the lock, which lets only one process at a time scan the keys."""
 PAUSE_SECONDS = 60.0
-"""From the end of one pass to the next."""
+"""Pause between two passes."""
 
 log = structlog.get_logger(__name__)
 
 
 class Reclaimer:
-    """Use as an async context manager; it owns one task. `clock` is Unix time in seconds."""
+    """Scans all keys in the background. Use as an async context manager; it owns one task.
+
+    `max_age` is in seconds; `clock` returns Unix seconds. With `keys_per_second` 0 it does nothing.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class Reclaimer:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.reclaimed = 0
-        """Entries deleted since the start."""
+        """Number of entries deleted since the start."""
         self._store = store
         self._max_age = max_age
         self._keys_per_second = keys_per_second
@@ -57,8 +60,8 @@ class Reclaimer:
         await cancel_and_wait(self._task)
 
     async def once(self) -> int:
-        """Look through all keys; returns how many entries were deleted. Raises `IndexUnavailable`."""
-        gone = 0
+        """Scan all keys once. Returns the number of deleted entries. Raises `IndexUnavailable`."""
+        total = 0
         await self._drop_rows()
         async for page in scan.pages(self._store, keys_per_second=self._keys_per_second):
             floors = await scan.floors(self._store, max_age=self._max_age, clock=self._clock)
@@ -66,14 +69,14 @@ class Reclaimer:
             for block in page:
                 if any(at < floors.get(pod, default) for pod, at in block.stamps.items()):
                     deleted = await self._reclaim(block, floors, default)
-                    gone += deleted
+                    total += deleted
                     self.reclaimed += deleted
-            if not await self._is_alone():
-                raise IndexUnavailable("another process has begun to look through the keys")
-        return gone
+            if not await self.take_lock():
+                raise IndexUnavailable("another process has started to scan the keys")
+        return total
 
     async def _drop_rows(self) -> None:
-        """What is kept of pods that nobody writes any more, and whose entries are all too old to count, goes too."""
+        """Delete the rows of pods without a living writer whose entries are all too old to count."""
         client: Any = self._store.client
         leases = await self._store.ask(client.hgetall(layout.LEASES))
         epochs = await self._store.ask(client.hgetall(layout.EPOCHS))
@@ -89,7 +92,7 @@ class Reclaimer:
                 await self._store.ask(client.hdel(table, *old))
 
     async def _reclaim(self, block: scan.Block, floors: dict[str, int], default: int) -> int:
-        """Compare and delete in one step: an entry may have been stamped anew since it was looked at."""
+        """Compare and delete in one atomic step, because an entry may have been restamped since it was read."""
         args: list[str | int] = [default, layout.SUFFIX]
         for pod in block.stamps.keys() & floors.keys():
             args += (pod, floors[pod])
@@ -98,19 +101,19 @@ class Reclaimer:
     async def _run(self) -> None:
         while True:
             try:
-                if await self._is_alone():
-                    gone = await self.once()
-                    if gone:
-                        log.info("redis_reclaimed", entries=gone)
+                if await self.take_lock():
+                    deleted = await self.once()
+                    if deleted:
+                        log.info("redis_entries_reclaimed", entries=deleted)
             except IndexUnavailable as error:
-                log.info("redis_reclaim_broke_off", error=str(error))
+                log.info("redis_reclaim_interrupted", error=str(error))
             except Exception:
-                # Supervision boundary: whatever lies in Redis, the next pass comes.
+                # Supervision boundary: unexpected data in Redis must not end the task.
                 log.exception("redis_reclaim_failed")
             await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _is_alone(self) -> bool:
-        """Take the lock, or keep it: it is lost where one page took longer than `LOCK_SECONDS`."""
+    async def take_lock(self) -> bool:
+        """Take or extend the lock. It is lost if one page took longer than `LOCK_SECONDS`."""
         client: Any = self._store.client
         if await self._store.ask(client.set(LOCK, self._name, nx=True, ex=LOCK_SECONDS)):
             return True

@@ -1,4 +1,4 @@
-"""Every block in Redis, page by page: for starting warm, for operators, and for what counts no more. Never for a request."""
+"""Scans all blocks in Redis page by page: for warm starts, operators and the reclaimer, but never for a request."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.store import Store, unavailable
 
 PAGE = 500
-"""Keys that the server looks at for one page."""
+"""Number of keys that the server looks at per page."""
 
 
 class Block(NamedTuple):
-    """One block and who holds it."""
+    """One block and its holders."""
 
     key: bytes
     model: str
     hash: int
     stamps: Mapping[str, int]
-    """By canonical pod name; what is no stamp is left out."""
+    """Stamps by canonical pod name; invalid stamps are left out."""
 
 
 async def pages(
     store: Store, *, model: str | None = None, keys_per_second: float | None = None
 ) -> AsyncIterator[list[Block]]:
-    """All blocks, of one model or of every one, some of them perhaps twice. Raises `IndexUnavailable`."""
+    """Yield all blocks of one model, or of all models. A block may come twice. Raises `IndexUnavailable`."""
     async for keys in key_pages(store, model=model, keys_per_second=keys_per_second):
         if keys:
             yield await fetch(store, keys)
@@ -36,8 +36,8 @@ async def pages(
 async def key_pages(
     store: Store, *, model: str | None = None, keys_per_second: float | None = None
 ) -> AsyncIterator[list[bytes]]:
-    """As `pages`, but keys only, and also pages without any: the server has looked at `PAGE` keys for each."""
-    pattern = f"{layout.BLOCKS}{'*' if model is None else _literally(model) + '@*'}"
+    """As `pages`, but yield only keys, and also empty pages: the server looks at `PAGE` keys for each."""
+    pattern = f"{layout.BLOCKS}{'*' if model is None else _escaped(model) + '@*'}"
     await store.ready()
     for node in _nodes(store):
         cursor = 0
@@ -52,13 +52,13 @@ async def key_pages(
 
 
 async def size(store: Store) -> int:
-    """How many keys there are, of whatever kind. Raises `IndexUnavailable`."""
+    """Number of keys of any kind in the database. Raises `IndexUnavailable`."""
     client: Any = store.client
     return int(await store.ask(client.dbsize()))
 
 
 async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = time.time) -> dict[str, int]:
-    """The least stamp that counts, of every pod that has an epoch or a lease. Raises `IndexUnavailable`."""
+    """The smallest stamp that counts, for every pod with an epoch or a lease. Raises `IndexUnavailable`."""
     client: Any = store.client
     epochs = await store.ask(client.hgetall(layout.EPOCHS))
     leases = await store.ask(client.hgetall(layout.LEASES))
@@ -66,7 +66,7 @@ async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = t
 
 
 async def fetch(store: Store, keys: Sequence[bytes]) -> list[Block]:
-    """The blocks of these keys; keys that are none are left out. Raises `IndexUnavailable`."""
+    """Read the blocks with these keys; keys of other kinds are left out. Raises `IndexUnavailable`."""
     with unavailable():
         pipeline: Any = store.client.pipeline(transaction=False)
         for key in keys:
@@ -94,6 +94,6 @@ async def _scan(store: Store, node: Any, cursor: int, pattern: str) -> tuple[int
     return int(next(iter(cursors.values()))), keys
 
 
-def _literally(text: str) -> str:
-    """For a pattern of SCAN."""
+def _escaped(text: str) -> str:
+    """Escape `text` for a pattern of SCAN."""
     return "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in text)

@@ -1,7 +1,7 @@
-"""What runs in the server: one round trip each, and atomic.
+"""Lua scripts that run in the server: one round trip each, and atomic.
 
-The scripts work on keys that they put together themselves, so they are for one server (alone, or behind Sentinel); what
-takes all its keys as such runs on Cluster, too.
+`MATCH` and `WRITE` build keys themselves, so they run on a single server only (with or without Sentinel). The other
+scripts receive all their keys as arguments and run on Cluster, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from matrixinfer.index.redis.layout import SUFFIX
 _NUMBER = """
 local known = {}
 local function number(text)
-  -- As `layout.number`, with -1 for what is none. Most stamps of a prompt are equal: each is looked at once.
+  -- As `layout.number`, with -1 for invalid text. Most stamps of a prompt are equal: each text is parsed once.
   if not text then return -1 end
   if not known[text] then
     known[text] = #text < 20 and string.match(text, '^%d+$') and tonumber(text) or -1
@@ -22,7 +22,7 @@ end
 
 MATCH = f"""
 -- How many of the given blocks each pod holds consecutively from the start.
--- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by blanks
+-- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by spaces
 -- Returns pod, count, pod, count, ...
 {_NUMBER}
 local prefix, now, oldest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -48,8 +48,8 @@ local function all(entries)
   return seen, names
 end
 
--- What a table says of pods: all of it where that is less than to ask for each.
-local function told(key, names)
+-- The values of pods in a table. Reads the whole table if that is cheaper than reading each pod.
+local function values_of(key, names)
   local values = {{}}
   if call('HLEN', key) <= 4 * #names then
     local flat = call('HGETALL', key)
@@ -65,7 +65,7 @@ end
 
 local function first(entries)
   local seen, names = all(entries)
-  local epochs, leases = told(KEYS[1], names), told(KEYS[2], names)
+  local epochs, leases = values_of(KEYS[1], names), values_of(KEYS[2], names)
   size = #entries / 2
   for i = 1, #names do
     local name = names[i]
@@ -78,7 +78,7 @@ local function first(entries)
   end
 end
 
--- Whether entries have every pod, in this order, as those of one prompt's next block mostly have.
+-- Whether entries contain every pod, in the same order. For the next block of a prompt that is usually true.
 local function alike(entries)
   local next, pod, good = 1, pods[1], nil
   for i = 1, #entries, 2 do
@@ -97,7 +97,7 @@ local function alike(entries)
   return false
 end
 
--- Keep those of `names` that are left, whose stamps count.
+-- Keep those of `names` that still match and whose stamps count.
 local function keep(names, seen, block)
   local left = {{}}
   for i = 1, #names do
@@ -116,7 +116,7 @@ local function keep(names, seen, block)
   pods = left
 end
 
--- Few pods among many are asked for by name, others are looked for among all.
+-- Read a few pods among many by name, else read all entries.
 local function narrow(key, block)
   if #pods * 4 >= size or #pods > 1000 then
     local entries = call('HGETALL', key)
@@ -161,9 +161,9 @@ return found
 """
 
 ACQUIRE = """
--- Become the writer of a pod, or stay it.
+-- Become or remain the writer of a pod.
 -- KEYS tokens, writers, leases, epochs, stamps  ARGV pod, writer, now, lease in seconds, 1 for a new token
--- Returns the fencing token, and the least epoch above all that was stamped; nothing while another writer lives.
+-- Returns the fencing token and the smallest epoch above all stamps; nothing while another writer is alive.
 local pod, now = ARGV[1], tonumber(ARGV[3])
 local owner, lease = redis.call('HGET', KEYS[2], pod), tonumber(redis.call('HGET', KEYS[3], pod) or 0) or 0
 local token = redis.call('HGET', KEYS[1], pod)
@@ -179,15 +179,15 @@ return {tonumber(token), math.max(math.floor(now), epoch, last) + 1}
 """
 
 STATE = """
--- Tell how far the pod's events are believed. KEYS tokens, states  ARGV pod, token, state
--- Returns 0 where another writer has come.
+-- Publish the pod's state. KEYS tokens, states  ARGV pod, token, state
+-- Returns 0 if another writer has taken over.
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
 return 1
 """
 
 RELEASE = """
--- Stop to be the writer of a pod. KEYS tokens, leases, states  ARGV pod, token, 1 when the pod is gone
+-- Stop being the writer of a pod. KEYS tokens, leases, states  ARGV pod, token, 1 if the pod has gone
 if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then
   redis.call('HDEL', KEYS[2], ARGV[1])
   if ARGV[3] == '1' then redis.call('HDEL', KEYS[3], ARGV[1]) end
@@ -196,8 +196,9 @@ return 1
 """
 
 EPOCH = """
--- Let nothing count that is stamped below an epoch. KEYS tokens, epochs, stamps  ARGV pod, token, epoch or 0, now
--- Epoch 0 clears: the epoch is then the least above all stamps. Returns the epoch, 0 where another writer has come.
+-- Invalidate all entries with a stamp below an epoch. KEYS tokens, epochs, stamps  ARGV pod, token, epoch or 0, now
+-- Epoch 0 clears the pod: its epoch becomes the smallest one above all stamps.
+-- Returns the epoch, or 0 if another writer has taken over.
 local pod = ARGV[1]
 if redis.call('HGET', KEYS[1], pod) ~= ARGV[2] then return 0 end
 local epoch, last = tonumber(redis.call('HGET', KEYS[2], pod) or 0) or 0, tonumber(redis.call('HGET', KEYS[3], pod) or 0) or 0
@@ -208,7 +209,7 @@ return math.max(new, epoch)
 """
 
 PURGE = """
--- Let nothing of a pod count, whoever wrote it; a living writer finds its token gone, and writes anew what the pod holds.
+-- Invalidate all entries of a pod from any writer. A living writer finds its token replaced and writes all blocks again.
 -- KEYS tokens, epochs, stamps  ARGV pod, now
 -- Returns the epoch.
 local pod = ARGV[1]
@@ -230,8 +231,8 @@ if tonumber(stamp) > last then redis.call('HSET', KEYS[3], pod, stamp) end
 
 STAMP = (
     """
--- The stamp for a pod's entries now. KEYS tokens, epochs, stamps  ARGV pod, token, now, least stamp
--- Returns 0 where another writer has come.
+-- The current stamp for a pod's entries. KEYS tokens, epochs, stamps  ARGV pod, token, now, smallest stamp
+-- Returns 0 if another writer has taken over.
 """
     + _STAMP
     + "return tonumber(stamp)"
@@ -240,8 +241,8 @@ STAMP = (
 WRITE = (
     """
 -- Add and remove a pod's blocks, in order.
--- KEYS tokens, epochs, stamps  ARGV pod, token, now, least stamp, then `key prefix, + or -, hashes` again and again
--- Returns the stamp, 0 where another writer has come.
+-- KEYS tokens, epochs, stamps  ARGV pod, token, now, smallest stamp, then repeatedly: key prefix, + or -, hashes
+-- Returns the stamp, or 0 if another writer has taken over.
 """
     + _STAMP
     + """
@@ -257,8 +258,8 @@ return tonumber(stamp)
 
 RECLAIM = (
     """
--- Delete the entries of one block that do not count. KEYS block  ARGV default floor, suffix, then `pod, floor` again and again
--- Returns how many.
+-- Delete the entries of one block that do not count. KEYS block  ARGV default floor, suffix, then repeatedly: pod, floor
+-- Returns the number of deleted entries.
 """
     + _NUMBER
     + """

@@ -1,4 +1,4 @@
-"""The connection to Redis or Valkey: one client per process, with an owner, whatever stands behind it."""
+"""The connection to Redis or Valkey, alone, behind Sentinel or as a Cluster: one client per process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matrixinfer.errors import IndexUnavailable
 
 CONNECT_SECONDS = 2.0
 REPLY_SECONDS = 5.0
-"""Deadline of one reply where the caller has none of its own."""
+"""Deadline for one reply if the caller has no shorter one."""
 
 T = TypeVar("T")
 Client = Redis | RedisCluster
@@ -31,7 +31,7 @@ class ScriptsRefused(IndexUnavailable):
 
 
 class Script:
-    """Lua for the server, loaded when it is first needed, and again when the server has lost it."""
+    """A Lua script, loaded into the server on first use, and again if the server has lost it."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -39,9 +39,9 @@ class Script:
 
 
 class Store:
-    """Owns the client. Use as an async context manager; it connects when it is first asked something.
+    """Owns the client. Use as an async context manager; it connects on first use.
 
-    Nothing is tried again here: whoever asks knows whether there is time for that.
+    It never retries: only the caller knows whether there is time for that.
     """
 
     def __init__(self, config: RedisConfig) -> None:
@@ -50,7 +50,7 @@ class Store:
 
     @property
     def is_cluster(self) -> bool:
-        """Keys are spread over servers, so that a script reaches those of one slot only."""
+        """Whether keys are spread over servers, so that a script can only access one slot."""
         return self.config.cluster
 
     async def __aenter__(self) -> Self:
@@ -67,14 +67,14 @@ class Store:
                 await client.aclose()
 
     async def run(self, script: Script, keys: Sequence[str | bytes], args: Sequence[str | int | float | bytes]) -> Any:
-        """What a script returns. Raises `IndexUnavailable`; `ScriptsRefused` where none may run."""
+        """Run a script and return its result. Raises `IndexUnavailable`; `ScriptsRefused` if scripts may not run."""
         with unavailable():
             try:
                 if script.sha is None:
                     script.sha = await self._load(script)
                 try:
                     return await self._answer(self.client.evalsha(script.sha, len(keys), *keys, *args))
-                except NoScriptError:  # the server has been restarted, or is another one
+                except NoScriptError:  # the server was restarted or replaced
                     script.sha = await self._load(script)
                     return await self._answer(self.client.evalsha(script.sha, len(keys), *keys, *args))
             except NoPermissionError as error:
@@ -85,18 +85,18 @@ class Store:
                 raise
 
     async def ask(self, answer: Awaitable[T]) -> T:
-        """An answer of the client. Raises `IndexUnavailable`."""
+        """Await an answer of the client. Raises `IndexUnavailable`."""
         with unavailable():
             return cast("T", await self._answer(answer))
 
     async def ready(self) -> None:
-        """On Cluster, learn which server has which slots, which most commands do by themselves. Raises `IndexUnavailable`."""
+        """On Cluster, read which server has which slots; most commands do so themselves. Raises `IndexUnavailable`."""
         if self.is_cluster:
             with unavailable():
                 await self._answer(cast("RedisCluster", self.client).initialize())
 
     async def server_id(self) -> str | None:
-        """What tells this server process from others; None where that cannot be told. Raises `IndexUnavailable`."""
+        """A unique id of the server process; None if the server does not report one. Raises `IndexUnavailable`."""
         if self.is_cluster:
             return None
         try:
@@ -119,18 +119,18 @@ class Store:
 
 @contextmanager
 def unavailable() -> Iterator[None]:
-    """Turns what the client raises into `IndexUnavailable`, without what the server was told."""
+    """Turn the client's exceptions into `IndexUnavailable`, without the arguments of commands."""
     try:
         yield
     except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
-        raise IndexUnavailable(_said(error)) from error
+        raise IndexUnavailable(_error_line(error)) from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        # The client reads replies as they should be; one that is not like that surfaces as such.
+        # The client does not validate replies; malformed ones surface as these exceptions.
         raise IndexUnavailable(f"malformed reply: {type(error).__name__}") from error
 
 
-def _said(error: BaseException) -> str:
-    """One line; servers repeat the arguments of a command that they do not take."""
+def _error_line(error: BaseException) -> str:
+    """The error in one line. Servers repeat the arguments of a command that they reject; these are cut off."""
     return (str(error) or type(error).__name__).partition("\n")[0].partition(", with args")[0][:200]
 
 
@@ -139,8 +139,8 @@ def _client(config: RedisConfig) -> Client:
         "username": config.username,
         "password": config.password,
         "socket_connect_timeout": CONNECT_SECONDS,
-        # The client would keep it by `asyncio.wait_for`, which before Python 3.12 may lose a cancellation, and with it the
-        # deadline of whoever asks. Every question asked here has one.
+        # The client would use `asyncio.wait_for`, which before Python 3.12 may lose a cancellation and with it the
+        # caller's deadline. Every request made here has a deadline.
         "socket_timeout": None,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
@@ -153,11 +153,11 @@ def _client(config: RedisConfig) -> Client:
             max_connections=config.connections,
             require_full_coverage=False,
             ssl=config.tls is not None,
-            **{**common, "retry": Retry(NoBackoff(), 1)},  # slots may have moved
+            **{**common, "retry": Retry(NoBackoff(), 1)},  # one retry, because slots may have moved
             **tls,
         )
     if config.sentinels:
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis-py has no annotations there
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis-py is not annotated here
             [split_address(address, path="$.redis.sentinels") for address in config.sentinels],
             sentinel_kwargs={
                 "socket_connect_timeout": CONNECT_SECONDS,
@@ -169,7 +169,7 @@ def _client(config: RedisConfig) -> Client:
                 **tls,
             },
         )
-        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]  # nor there
+        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]  # nor here
             config.sentinel_service,
             sentinel,
             db=config.db,

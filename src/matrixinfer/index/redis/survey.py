@@ -1,4 +1,4 @@
-"""What operators want to know of the index as a whole. Blocks are counted by a scan that ends somewhere."""
+"""Summarizes the whole index for operators. Blocks are counted by a scan with a limit."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from redis.exceptions import RedisError
 
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scan
-from matrixinfer.index.redis.states import PodState, decode
+from matrixinfer.index.redis.pod_states import PodState, decode
 from matrixinfer.index.redis.store import Store
 
 SAMPLE = 100
-"""Blocks of a model whose memory the server is asked for."""
+"""Number of blocks per model whose memory is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodRow:
-    """One pod, as the small tables tell of it; None for what they do not."""
+    """One pod according to the small tables; None for missing values."""
 
     writer: str | None
     alive: bool
-    """Whether that writer has lately given a sign of life."""
+    """Whether that writer's lease is valid."""
     lease_seconds: int | None
-    """From now to the end of its lease."""
+    """Seconds until its lease ends."""
     token: int | None
     epoch: int | None
     last_stamp: int | None
@@ -39,34 +39,34 @@ class ModelRow:
 
     blocks: int = 0
     entries: int = 0
-    """Blocks of pods that count."""
+    """Number of entries that count, summed over pods."""
     stale: int = 0
-    """Those that do not: stamped below the pod's epoch, or too old while no writer vouches for the pod."""
+    """Number of entries that do not count: with a stamp below the pod's epoch, or too old without a living writer."""
     pods: dict[str, int] = field(default_factory=dict)
-    """Blocks that count, of each pod."""
+    """Number of entries that count, by pod."""
     scheme: dict[str, str] = field(default_factory=dict)
-    """How they are made, by their writers' word."""
+    """How the blocks are hashed, according to their writers."""
     bytes_per_block: float | None = None
-    """By a sample; None where the server does not tell."""
+    """Estimated from a sample; None if the server does not report it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
-    """What was found."""
+    """The result of a survey."""
 
     server: str
     keys: int
-    """Of whatever kind that the server has."""
+    """Number of keys of any kind in the database."""
     used_bytes: int | None
     looked_at: int = 0
-    """Keys, about."""
+    """Approximate number of keys looked at."""
     complete: bool = False
-    """Whether these were all."""
+    """Whether the scan covered all keys."""
     models: dict[str, ModelRow] = field(default_factory=dict)
     pods: dict[str, PodRow] = field(default_factory=dict)
 
     def held(self, pod: str) -> int:
-        """Blocks of one pod that count, of every model."""
+        """Number of entries of one pod that count, over all models."""
         return sum(model.pods.get(pod, 0) for model in self.models.values())
 
 
@@ -78,7 +78,10 @@ async def survey(
     clock: Callable[[], float] = time.time,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Survey:
-    """Look at about `limit` keys at most. A key that moves meanwhile may count twice. Raises `IndexUnavailable`."""
+    """Scan about `limit` keys at most. A key that moves meanwhile may count twice. Raises `IndexUnavailable`.
+
+    `max_age` is in seconds; `clock` returns Unix seconds; `progress` is called with the number of keys looked at.
+    """
     name, used = await _server(store)
     found = Survey(server=name, keys=await scan.size(store), used_bytes=used)
     found.pods = await pods(store, clock=clock)
@@ -98,14 +101,14 @@ async def survey(
         found.complete = True
     client: Any = store.client
     for model, row in found.models.items():
-        told = await store.ask(client.hgetall(layout.meta_key(model)))
-        row.scheme = {name.decode(): value.decode("utf-8", "replace") for name, value in told.items()}
+        meta = await store.ask(client.hgetall(layout.meta_key(model)))
+        row.scheme = {name.decode(): value.decode("utf-8", "replace") for name, value in meta.items()}
         row.bytes_per_block = await _memory(store, samples[model])
     return found
 
 
 async def pods(store: Store, *, clock: Callable[[], float] = time.time) -> dict[str, PodRow]:
-    """All pods that a writer has told of. Raises `IndexUnavailable`."""
+    """All pods that appear in the small tables. Raises `IndexUnavailable`."""
     client: Any = store.client
     names = (layout.WRITERS, layout.LEASES, layout.TOKENS, layout.EPOCHS, layout.STAMPS, layout.STATES)
     tables: list[Mapping[bytes, bytes]] = [await store.ask(client.hgetall(name)) for name in names]
@@ -137,7 +140,7 @@ def _count(row: ModelRow, block: scan.Block, floors: Mapping[str, int], default:
 
 
 async def _server(store: Store) -> tuple[str, int | None]:
-    """The server's name and version, and the bytes that it uses, of all nodes of a Cluster; not every user may ask."""
+    """The server's name and version, and its used memory (summed over a Cluster), if this user may ask for them."""
     try:
         info: Any = await store.ask(store.client.info())
     except IndexUnavailable as error:

@@ -1,4 +1,4 @@
-"""The plugins that come with the gateway. Others join through entry points: see `matrixinfer.scheduler.plugin_loader`."""
+"""The built-in plugins. Packages add others by entry points: see `matrixinfer.scheduler.plugin_loader`."""
 
 from __future__ import annotations
 

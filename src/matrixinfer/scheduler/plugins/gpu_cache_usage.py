@@ -10,7 +10,7 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 
 
 class GpuCacheUsage(Plugin):
-    """Scores the free share of a pod's KV blocks. Pods of unknown use get the mean of the known, or 50."""
+    """Scores the free share of a pod's KV blocks. A pod whose use is unknown gets the mean of the others, or 50."""
 
     name: ClassVar[str] = "gpu-cache-usage"
 
@@ -20,7 +20,6 @@ class GpuCacheUsage(Plugin):
     def __init__(self, args: Args, services: Services) -> None: ...
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         known = _free([pod.cache_usage for pod in candidates if pod.cache_usage is not None])
         unknown = len(candidates) - len(known)
         if unknown == 0:
@@ -35,6 +34,6 @@ class GpuCacheUsage(Plugin):
 
 def _free(usages: Sequence[float]) -> list[float]:
     free = [100.0 * (1.0 - usage) for usage in usages]
-    if free and (min(free) < 0.0 or max(free) > 100.0):  # engines may report a little outside of 0 to 1
+    if free and (min(free) < 0.0 or max(free) > 100.0):  # engines may report values a little outside 0 to 1
         return [min(100.0, max(0.0, share)) for share in free]
     return free

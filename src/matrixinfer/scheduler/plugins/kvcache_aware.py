@@ -1,4 +1,4 @@
-"""`kvcache-aware`: prefers the pod that already holds the prompt's blocks."""
+"""`kvcache-aware`: prefers pods that already hold the prompt's blocks."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from msgspec import Meta
 
 from matrixinfer.blocks import Scheme
 from matrixinfer.config import Count, Section, described
+from matrixinfer.errors import PluginError
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
 
 
 class KvCacheAware(Plugin):
-    """Scores consecutive blocks that a pod holds from the prompt's start, as a share of the blocks considered.
+    """Scores the blocks that a pod holds from the prompt's start, without a gap, as a share of the blocks that count.
 
-    Blocks that requests in flight are bringing to a pod count as held. Blocks on slower tiers, blocks indexed from events
-    that are doubted, and blocks that were sent where no events tell, count for less (`scheduler.weights`): what is not
-    known of a pod is not taken for nothing. Considered are the prompt's full blocks, at most
-    `maxBlocksToMatch`. A prompt without a full block scores 0 everywhere, as does one that is no longer than a block of
-    every engine.
+    Pending blocks, which requests in flight bring to a pod, count as held. Blocks on slower tiers, blocks whose events
+    are in doubt, and blocks that were sent lately to a pod without reliable events get less credit
+    (`scheduler.weights`). The prompt's full blocks count, up to `maxBlocksToMatch`. A prompt without a full block scores
+    0 at every pod, and so does a prompt that is no longer than one block of every engine.
     """
 
     name: ClassVar[str] = "kvcache-aware"
 
     class Args(Section, frozen=True):
-        """How prompts are cut into blocks, and how many of those count."""
+        """How many blocks count. The block size and the hash scheme are those of the whole gateway: see `blocks`."""
 
-        block_size_to_hash: Annotated[Count, described("Tokens per block.")] = 128
+        block_size_to_hash: Annotated[
+            Count | None, described("Alias of `blocks.size`. If both are given, they must be equal.")
+        ] = None
         max_blocks_to_match: Annotated[
-            int, Meta(ge=0), described("Blocks considered at most, from the prompt's start; 0 considers all.")
+            int, Meta(ge=0), described("At most this many blocks count, from the prompt's start; 0 counts all.")
         ] = 128
         hash_scheme: Annotated[
-            Scheme,
-            described(
-                "`prefix` names a block by everything up to its end; `block` by its own tokens, as existing MatrixInfer "
-                "writers do."
-            ),
-        ] = "prefix"
+            Scheme | None, described("Alias of `blocks.scheme`. If both are given, they must be equal.")
+        ] = None
 
     def __init__(self, args: Args, services: Services) -> None:
+        if args.block_size_to_hash is not None or args.hash_scheme is not None:
+            raise PluginError(
+                "loading resolves these aliases; a configuration made in code sets `Config.blocks` instead"
+            )
         self._max_blocks = args.max_blocks_to_match
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         blocks = len(request.chain)
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
@@ -70,7 +71,7 @@ def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
 
 
 def _is_too_short(request: SchedulingRequest, candidates: Sequence[Candidate]) -> bool:
-    """Whether no engine can find anything: only whole blocks are found, and never the last token."""
+    """Whether no engine can have a hit: engines find only whole blocks, and never the last token."""
     tokens = request.prompt_tokens
     if tokens is None:
         return False

@@ -1,4 +1,4 @@
-"""`least-prefill`: prefers the pod that has the least to compute before this request's first token."""
+"""`least-prefill`: prefers pods that have the least to compute before this request's first token."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 
 
 class LeastPrefill(Plugin):
-    """Scores by the prompt tokens that stand before the first token: those queued at the pod and those it misses.
+    """Scores by the prompt tokens that a pod must compute before the first token: its queue, and this prompt's misses.
 
     `cost = queued tokens + prompt tokens not cached there + requestTokens × requests there`, and
-    `score = 100 × scaleTokens / (scaleTokens + cost − least cost)`. Where `kvcache-aware` rates what share of a prompt is
-    cached, this weighs it in tokens against the queue: a small gain does not draw new conversations to a busy pod, a
-    large one is worth waiting for. A prompt that was not tokenized counts as missed everywhere.
+    `score = 100 × scaleTokens / (scaleTokens + cost − least cost)`. While `kvcache-aware` rates the share of a prompt that
+    is cached, this plugin weighs the cached tokens against the queue: a small hit does not draw new conversations to a
+    busy pod, and a large hit is worth a wait. A prompt that was not tokenized counts as cached nowhere.
     """
 
     name: ClassVar[str] = "least-prefill"
 
     class Args(Section, frozen=True):
-        """What a request costs besides its prompt, and how sharp the preference is."""
+        """What a request costs besides its prompt, and how strong the preference is."""
 
         request_tokens: Annotated[
-            int, Meta(ge=0), described("Tokens of prefill that one request at a pod slows a new one by, as it decodes.")
+            int,
+            Meta(ge=0),
+            described("How much one request at a pod delays a new one while it decodes, in tokens of prefill."),
         ] = 500
         scale_tokens: Annotated[Count, described("Tokens above the least cost at which the score is 50.")] = 4096
 
@@ -35,7 +37,6 @@ class LeastPrefill(Plugin):
         self._scale = args.scale_tokens
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         prompt, size, per_request = request.prompt_tokens or 0, request.block_size, self._request_tokens
         costs = [
             pod.queued_tokens + max(0.0, prompt - pod.credit * size) + per_request * pod.load for pod in candidates

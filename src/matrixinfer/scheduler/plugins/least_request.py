@@ -1,4 +1,4 @@
-"""`least-request`: prefers the pod with the least to do."""
+"""`least-request`: prefers pods with few requests."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from matrixinfer.config import Count, Section, described
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
 
 _SMALL = 4.0
-"""Requests that make a difference on an idle fleet: see `spread`."""
+"""The smallest scale of `spread`: how many requests make a difference on an idle fleet."""
 
 
 class LeastRequest(Plugin):
-    """Removes pods whose engine has a long queue; scores the rest by `spread` of their load."""
+    """Removes pods whose engine has a long queue, and scores the others by their load: 100 for the least."""
 
     name: ClassVar[str] = "least-request"
 
     class Args(Section, frozen=True):
-        """When a queue is too long."""
+        """When an engine's queue is too long."""
 
         max_waiting_requests: Annotated[
-            Count, described("Pods whose engine has this many requests waiting, or more, take no further one.")
+            Count, described("A pod gets no request while this many requests, or more, wait in its engine.")
         ] = 10
 
     def __init__(self, args: Args, services: Services) -> None:
         self._max_waiting = args.max_waiting_requests
 
     def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[str | None]:
-        """Pods without fresh metrics stay."""
+        """Keep pods without fresh metrics."""
         limit = self._max_waiting
         return [
             f"{pod.waiting} requests waiting, the limit is {limit}"
@@ -38,21 +38,22 @@ class LeastRequest(Plugin):
         ]
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See `spread`."""
         return Scores(values=spread([pod.load for pod in candidates]))
 
 
 def spread(loads: Sequence[int]) -> list[float]:
-    """100 for the least loaded pod, falling with the excess over it; 50 at an excess of one scale.
+    """Score 100 for the least loaded pod, and less for a higher load; 50 for a load that is one scale higher.
 
     `score = 100 × scale / (scale + load − least)`, with `scale = max(4, mean load)`. Equal loads score 100.
 
-    kthena rates `(max − load) / max` instead. There one request more or less decides between 0 and 100 on an idle
-    fleet, so that it outweighs a warm cache; and under load one overloaded pod makes all others look alike. Against
-    the mean, an excess counts by what it adds to the usual queue, and one outlier moves the scale little.
+    kthena scores `(max − load) / max` instead. On an idle fleet, a single request then makes the difference between 0
+    and 100 and outweighs a warm cache; under load, one overloaded pod makes all others look alike. With the mean as
+    scale, a load counts by how much it exceeds the usual one, and one outlier changes the scale little.
     """
     if not loads:
         return []
     least = min(loads)
     scale = max(_SMALL, sum(loads) / len(loads))
-    return [100.0 * (scale / (scale + (load - least))) for load in loads]  # least first: no noise above 100
+    return [
+        100.0 * (scale / (scale + (load - least))) for load in loads
+    ]  # the least load is subtracted first, so that no score exceeds 100 by noise

@@ -1,4 +1,4 @@
-"""`max-score`: the highest total first."""
+"""`max-score`: ranks the highest total first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from matrixinfer.config import Section
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Services
 
 _NOISE = 1e-9
-"""Totals that differ by no more are equal: the order of additions alone can do that."""
+"""Totals that differ by no more are equal: the order of additions alone can cause such a difference."""
 
 
 class MaxScore(Plugin):
-    """Ranks by total; equal ones by load, then by prompt tokens queued, then by lot."""
+    """Ranks by total. Equal totals are ranked by load, then by queued prompt tokens, then at random."""
 
     name: ClassVar[str] = "max-score"
 
@@ -26,7 +26,6 @@ class MaxScore(Plugin):
     def pick(
         self, request: SchedulingRequest, candidates: Sequence[Candidate], totals: Sequence[float]
     ) -> Sequence[int]:
-        """See the class."""
         order = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)
         start = 0
         while start < len(order):

@@ -1,4 +1,4 @@
-"""`prefix-cache`: guesses who holds a prompt from where its beginnings were sent before. Needs no events or tokens."""
+"""`prefix-cache`: guesses which pod holds a prompt by where its beginning was sent before. Needs no events or tokens."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ _Pods: TypeAlias = frozenset[str]
 
 
 class PrefixCache(Plugin):
-    """Scores consecutive blocks of the prompt's bytes that were sent to a pod before, as a share of its full blocks.
+    """Scores the blocks of the prompt's bytes that were sent to a pod before, as a share of all its full blocks.
 
-    It remembers routes, not caches: it cannot see evictions, restarts or what other gateways send.
+    Only blocks from the prompt's start, without a gap, count. The plugin remembers routes, not caches: it cannot see
+    evictions, restarts or what other gateways send.
     """
 
     name: ClassVar[str] = "prefix-cache"
 
     class Args(Section, frozen=True):
-        """What is remembered of past prompts."""
+        """How much is remembered of past prompts."""
 
-        block_bytes: Annotated[Count, described("Bytes of prompt per block.")] = 512
+        block_bytes: Annotated[Count, described("Bytes of the prompt per block.")] = 512
         max_blocks_to_match: Annotated[
-            Count, described("Blocks considered at most, from the prompt's start; bounds the time of a decision.")
+            Count, described("At most this many blocks count, from the prompt's start. Bounds the time of a decision.")
         ] = 2048
         max_blocks: Annotated[
-            Count, described("Blocks remembered; beyond it the least recently routed go, ends of prompts first.")
+            Count,
+            described(
+                "Most blocks remembered. Beyond it, the least recently routed are forgotten, ends of prompts first."
+            ),
         ] = 1_000_000
 
     def __init__(self, args: Args, services: Services) -> None:
         self._block_bytes = args.block_bytes
         self._max_blocks_to_match = args.max_blocks_to_match
         self._max_blocks = args.max_blocks
-        # Oldest first. A prompt's blocks mostly went to the same pods; such neighbours share one set.
+        # Oldest first. Neighbouring blocks of a prompt mostly went to the same pods; they share one set.
         self._sent: OrderedDict[int, _Pods] = OrderedDict()
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         total = self._blocks(request)
         if total == 0:
             note = f"the prompt's {len(request.prefix)} bytes are fewer than one block of {self._block_bytes}"
@@ -50,12 +53,12 @@ class PrefixCache(Plugin):
         return Scores(values=[100.0 * matched.get(pod.name, 0) / total for pod in candidates])
 
     def post_schedule(self, request: SchedulingRequest, decision: Decision) -> None:
-        """Remember that the chosen pod holds the prompt, and drop pods that are gone from the blocks touched."""
+        """Remember that the chosen pod holds the prompt, and drop pods that have gone from the prompt's blocks."""
         here = _Pods(pod.name for pod in decision.candidates)
         chosen = _Pods((decision.chosen.name,))
         before: _Pods | None = None
         after = chosen
-        # From the end to the start: blocks stay younger than those that follow them, so ends of prompts go first.
+        # From the end to the start: a block stays younger than those that follow it, so ends of prompts are dropped first.
         for block in reversed(list(self._chain(request))):
             known = self._sent.get(block)
             if known is not before:
@@ -67,7 +70,7 @@ class PrefixCache(Plugin):
             self._sent.popitem(last=False)
 
     def _matched(self, request: SchedulingRequest, pods: _Pods) -> dict[str, int]:
-        """Consecutive known blocks per pod; pods without any are absent."""
+        """Number of known blocks from the prompt's start, without a gap, per pod. Pods without one may be absent."""
         matched: dict[str, int] = {}
         alive = pods
         last: _Pods | None = None
@@ -90,7 +93,7 @@ class PrefixCache(Plugin):
         return min(len(request.prefix) // self._block_bytes, self._max_blocks_to_match)
 
     def _chain(self, request: SchedulingRequest) -> Iterator[int]:
-        """Hashes of the full blocks, each over everything before it; the model comes first."""
+        """Hashes of the full blocks. Each covers the model and everything before the block."""
         parent = sha256(request.model.encode()).digest()[:8]
         view = memoryview(request.prefix)
         for start in islice(range(0, len(view), self._block_bytes), self._blocks(request)):

@@ -1,4 +1,4 @@
-"""`random`: uniform draws, for comparison."""
+"""`random`: random scores, for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 
 
 class Random(Plugin):
-    """Scores each pod by lot."""
+    """Scores each pod at random."""
 
     name: ClassVar[str] = "random"
 
@@ -21,5 +21,4 @@ class Random(Plugin):
         self._rng = services.rng
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         return Scores(values=[self._rng.random() * 100.0 for _ in candidates])

@@ -1,4 +1,4 @@
-"""`round-robin`: each pod in turn, for comparison."""
+"""`round-robin`: takes pods in turn, for comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MAX_MODELS = 1024
 
 
 class RoundRobin(Plugin):
-    """Scores 100 for the pod that follows the last one chosen, in order of names, and less the later its turn.
+    """Scores 100 for the pod that follows the last chosen one in the order of names, and less for each later turn.
 
-    Turns are kept per model, for the last 1,024 models used. Names, not positions, mark the turn, so pods may come and
-    go.
+    Turns are kept per model, for the 1,024 models used last. The turn is kept by name, not by position, so pods may come
+    and go.
     """
 
     name: ClassVar[str] = "round-robin"
@@ -29,7 +29,6 @@ class RoundRobin(Plugin):
         self._last: OrderedDict[str, str] = OrderedDict()
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        """See the class."""
         names = sorted(pod.name for pod in candidates)
         first = bisect_right(names, self._last.get(request.model, ""))
         turns = names[first:] + names[:first]
@@ -37,7 +36,7 @@ class RoundRobin(Plugin):
         return Scores(values=[value[pod.name] for pod in candidates])
 
     def post_schedule(self, request: SchedulingRequest, decision: Decision) -> None:
-        """Pass the turn to the pod after the one chosen, whoever chose it."""
+        """Pass the turn to the pod after the chosen one, whatever chose it."""
         self._last[request.model] = decision.chosen.name
         self._last.move_to_end(request.model)
         if len(self._last) > _MAX_MODELS:

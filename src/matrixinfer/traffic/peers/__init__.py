@@ -1,1 +1,1 @@
-"""What gateways tell each other, best effort: how much they have in flight where, and what they have sent there."""
+"""What gateways publish to each other, on a best-effort basis: their load per endpoint, and the prompts they sent."""

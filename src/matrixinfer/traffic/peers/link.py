@@ -1,6 +1,6 @@
-"""Tells other gateways at the same Redis or Valkey, and listens to them.
+"""Exchanges load and prompts with other gateways over a channel of the shared Redis or Valkey.
 
-Best effort: what is lost is not told again, and a server that is not there costs nothing but the sharing.
+This is best effort: lost messages are not repeated, and without the server the gateway only loses this information.
 """
 
 from __future__ import annotations
@@ -22,39 +22,40 @@ from matrixinfer.scheduler.framework import Trust
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.heard import SILENT_SECONDS, PeerLoads
+from matrixinfer.traffic.peers.announcements import Announcements
+from matrixinfer.traffic.peers.loads import SILENT_SECONDS, PeerLoads
 from matrixinfer.traffic.peers.message import Load, MalformedMessage, Sent, decode
-from matrixinfer.traffic.peers.outgoing import Outgoing
 
 CHANNEL = "matrix:kv:gateways"
 INTERVAL_SECONDS = 0.1
-"""From one message to the next, at least."""
+"""Shortest time between two messages."""
 DEADLINE_SECONDS = 2.0
-"""Of one publication."""
+"""Deadline for publishing one message."""
 RETRY_SECONDS, RETRY_MAX_SECONDS = 0.25, 5.0
 _SLICE_BLOCKS = 4096
-"""Blocks taken in before others have a turn."""
+"""Blocks to process before yielding to the event loop."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class PeerStats:
-    """Messages since the start."""
+    """Message counters since the start."""
 
     sent: int = 0
     received: int = 0
-    """Of other gateways."""
+    """Messages from other gateways."""
     malformed: int = 0
     dropped: int = 0
-    """Heard, but there were too many gateways."""
+    """Messages that were ignored because there are too many gateways."""
 
 
 class Peers:
-    """Use as an async context manager; it owns two tasks, and keeps one of the connections of `store` while it listens.
+    """Publishes this gateway's requests to its peers and records theirs.
 
-    What `load` and `history` learn from requests of this gateway is told; what others tell goes there, and into `loads`.
-    `trust_of` says how far an endpoint's events are believed; None for endpoints that are not known here.
+    Use as an async context manager. It owns two tasks and occupies one connection of `store` while it listens. It
+    subscribes to `load` and `history` for this gateway's requests, and records those of its peers in `load`, `history`
+    and `loads`. `trust_of` returns the trust in an endpoint's events, or None if the endpoint is unknown here.
     """
 
     def __init__(
@@ -68,14 +69,14 @@ class Peers:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = PeerStats()
-        self.outgoing = Outgoing(uuid.uuid4().hex)
+        self.announcements = Announcements(uuid.uuid4().hex)
         self.loads = loads
         self._store = store
         self._load = load
         self._history = history
         self._trust_of = trust_of
         self._clock = clock
-        # Channels are the same in every database of a server, and the index is not.
+        # Channels span all databases of a server, but the index does not.
         self._channel = CHANNEL if not store.config.db else f"{CHANNEL}:{store.config.db}"
         self._wanted = asyncio.Event()
         self._lost = False
@@ -86,35 +87,35 @@ class Peers:
             for name, work in (("publish", self._publish), ("listen", self._listen)):
                 task = asyncio.create_task(self._supervised(work), name=f"peers-{name}")
                 stack.push_async_callback(cancel_and_wait, task)
-            self._load.on_charge, self._history.on_sent = self._charged, self.outgoing.holds
+            stack.callback(self._load.subscribe(self._charged))
+            stack.callback(self._history.subscribe(self.announcements.add_computed))
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._load.on_charge = self._history.on_sent = None
         with suppress(IndexUnavailable):
             await self._stack.aclose()
 
     @property
     def dropped(self) -> int:
-        """Prompts that were not told whole, and messages that were not heeded."""
-        return self.outgoing.dropped + self.stats.dropped
+        """Prompts that were not published in full, plus messages that were ignored."""
+        return self.announcements.dropped + self.stats.dropped
 
     def count(self) -> int:
-        """Other gateways that are heard of now."""
+        """How many other gateways have published lately."""
         return self.loads.count(self._clock())
 
     def _charged(self, *request: Any) -> None:
-        """After a quiet time the first request is told at once: the next equal one may be on its way to a peer."""
-        self.outgoing.brings(*request)
+        """Publish the first request after a pause at once: an equal one may be on its way to a peer."""
+        self.announcements.add_in_flight(*request)
         self._wanted.set()
 
     # The tasks
 
     async def _supervised(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do it again and again, with longer pauses while it soon fails; it only returns by failing."""
+        """Run `work` forever. Pauses grow while it fails soon after its start. `work` ends only by raising."""
         pause = RETRY_SECONDS
         while True:
             began = self._clock()
@@ -134,11 +135,11 @@ class Peers:
     async def _publish(self) -> None:
         await self._store.ready()
         client: Any = self._store.client
-        self.outgoing.lost()
+        self.announcements.discard()
         while True:
             self._wanted.clear()
             load = {name: Load(*each) for name, each in self._load.loads().items()}
-            message = self.outgoing.message(load, self._clock())
+            message = self.announcements.message(load, self._clock())
             if message is not None:
                 async with asyncio.timeout(DEADLINE_SECONDS):
                     await self._store.ask(client.publish(self._channel, message))
@@ -156,12 +157,12 @@ class Peers:
         try:
             await self._store.ask(channel.subscribe(self._channel))
             silent = 0
-            while silent < 2:  # in a row, as this process may have stood still itself
+            while silent < 2:  # twice in a row, because this process may itself have been paused
                 message = await self._store.ask(channel.get_message(timeout=SILENT_SECONDS / 2))
                 silent = silent + 1 if message is None else 0
                 if message is not None and message["type"] == "message":
                     await self._receive(message["data"])
-            raise IndexUnavailable("nothing is heard")  # not even what is told here, which comes back
+            raise IndexUnavailable("the channel is silent")  # not even this gateway's own messages come back
         finally:
             with suppress(IndexUnavailable):
                 await self._store.ask(channel.aclose())
@@ -172,29 +173,29 @@ class Peers:
         except MalformedMessage:
             self.stats.malformed += 1
             return
-        if message.gateway == self.outgoing.gateway:
+        if message.gateway == self.announcements.gateway:
             if self._lost:
-                log.info("peers_heard_again", server=self._store.config.where)
+                log.info("peers_restored", server=self._store.config.where)
             self._lost = False
             return
         self.stats.received += 1
-        if not self.loads.hear(message.gateway, message.load, self._clock()):
+        if not self.loads.update(message.gateway, message.load, self._clock()):
             self.stats.dropped += 1
             return
-        taken = 0
+        recorded = 0
         for sent in message.sent:
-            taken += self._take(sent)
-            if taken >= _SLICE_BLOCKS:
-                taken = 0
+            recorded += self._record(sent)
+            if recorded >= _SLICE_BLOCKS:
+                recorded = 0
                 await asyncio.sleep(0)
 
-    def _take(self, sent: Sent) -> int:
-        """What a peer has sent counts as if it had been sent from here."""
+    def _record(self, sent: Sent) -> int:
+        """Record a peer's prompt as if this gateway had sent it. Returns the number of its blocks."""
         trust = self._trust_of(sent.endpoint)
         if trust is None:
             return 0
         blocks = sent.blocks
         self._load.add_pending(sent.endpoint, sent.model, blocks)
         if sent.computed and trust != "exact":
-            self._history.heard(sent.endpoint, sent.model, blocks)
+            self._history.record_reported(sent.endpoint, sent.model, blocks)
         return len(blocks)

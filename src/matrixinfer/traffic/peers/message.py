@@ -1,7 +1,7 @@
-"""What one gateway tells the others: one bounded msgpack message. Pure.
+"""The message that a gateway publishes to its peers: bounded in size, encoded as msgpack. Pure.
 
-It holds the gateway's whole load, so that a lost message costs nothing, and the prompts sent since the last one. Fields that
-are not known are ignored.
+It contains the gateway's whole load, so a lost message does no lasting harm, and the prompts sent since the last
+message. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from msgspec import Meta
 from matrixinfer.errors import MatrixInferError
 
 MAX_BYTES = 1 << 20
-"""Of a message."""
+"""Largest size of a message."""
 MAX_PROMPTS = 256
 MAX_ENDPOINTS = 4096
-"""Whose load one message tells, the most loaded ones."""
+"""Most endpoints whose load one message reports; the most loaded ones are chosen."""
 MAX_NAME = 512
-"""Characters of a name."""
+"""Longest name of an endpoint or a model, in characters."""
 BLOCK_BYTES = 8
 _OVERHEAD = 16
-"""Bytes of a prompt's entry besides its names and blocks, at most."""
+"""Upper bound for the bytes of a prompt's entry besides its names and blocks."""
 
 Name: TypeAlias = Annotated[str, Meta(max_length=MAX_NAME)]
 _Amount: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
 class MalformedMessage(MatrixInferError):
-    """It is not what a gateway would tell."""
+    """Bytes from the channel are not a valid message."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """At one endpoint."""
+    """A gateway's load at one endpoint."""
 
     in_flight: _Amount
     queued_tokens: _Amount
@@ -47,9 +47,9 @@ class Sent(msgspec.Struct, frozen=True, array_like=True):
     endpoint: Name
     model: Name
     computed: bool
-    """It has been computed there, and the endpoint's events may not tell. Else it is on its way."""
+    """True if the endpoint has computed the prompt, which its events may not report; False if it is in flight."""
     packed: bytes
-    """Hashes of consecutive blocks, 8 bytes each, big endian; from the prompt's start if it is computed."""
+    """Hashes of consecutive blocks, 8 bytes each, big-endian. If `computed`, they begin at the prompt's start."""
 
     def __post_init__(self) -> None:
         if len(self.packed) % BLOCK_BYTES:
@@ -57,30 +57,30 @@ class Sent(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def blocks(self) -> list[int]:
-        """The hashes."""
+        """The unpacked hashes."""
         hashes: list[int] = np.frombuffer(self.packed, dtype=">u8").tolist()
         return hashes
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """See the module."""
+    """The content of a message."""
 
     gateway: Annotated[str, Meta(min_length=1, max_length=64)]
-    """What tells one gateway process from others."""
+    """Unique id of the gateway process."""
     load: Annotated[dict[Name, Load], Meta(max_length=MAX_ENDPOINTS)]
-    """Endpoints without any are absent."""
+    """The load per endpoint; endpoints without load are absent."""
     sent: Annotated[list[Sent], Meta(max_length=MAX_PROMPTS)]
 
 
 class Prompt(NamedTuple):
-    """One prompt that is to be told; see `Sent`."""
+    """A prompt to publish; see `Sent`."""
 
     endpoint: str
     model: str
     computed: bool
     hashes: Sequence[int]
     start: int = 0
-    """The first of the `hashes` that is told."""
+    """Position of the first hash to publish."""
 
 
 _DECODER = msgspec.msgpack.Decoder(Message)
@@ -97,9 +97,9 @@ def decode(data: bytes) -> Message:
 
 
 def encode(gateway: str, load: Mapping[str, Load], prompts: Sequence[Prompt]) -> tuple[bytes, int]:
-    """A message of at most `MAX_BYTES`, and how many prompts it does not tell, or only the beginnings of."""
-    told = _fitting(load)
-    budget = MAX_BYTES - len(_encoded(gateway, told, ())) - 8
+    """A message of at most `MAX_BYTES`, and the number of prompts that it omits or truncates."""
+    fitting_load = _fitting(load)
+    budget = MAX_BYTES - len(_encoded(gateway, fitting_load, ())) - 8
     fitting: list[Prompt] = []
     for prompt in prompts[:MAX_PROMPTS]:
         names = len(prompt.endpoint.encode()) + len(prompt.model.encode()) + _OVERHEAD
@@ -107,14 +107,14 @@ def encode(gateway: str, load: Mapping[str, Load], prompts: Sequence[Prompt]) ->
             budget -= names
             fitting.append(prompt)
     lengths = [len(prompt.hashes) - prompt.start for prompt in fitting]
-    limit = longest(lengths, budget // BLOCK_BYTES)
+    limit = length_limit(lengths, budget // BLOCK_BYTES)
     sent = [_packed(prompt, limit) for prompt in fitting] if limit else []
     whole = sum(length <= limit for length in lengths)
-    return _encoded(gateway, told, sent), len(prompts) - whole
+    return _encoded(gateway, fitting_load, sent), len(prompts) - whole
 
 
-def longest(lengths: Sequence[int], budget: int) -> int:
-    """The largest length to which all may be cut so that their sum is at most `budget`; that of the longest if it fits."""
+def length_limit(lengths: Sequence[int], budget: int) -> int:
+    """The largest limit for which the sum of `min(length, limit)` is at most `budget`; at most the longest length."""
     for done, length in enumerate(sorted(lengths)):
         share = budget // (len(lengths) - done)
         if length > share:
@@ -124,12 +124,12 @@ def longest(lengths: Sequence[int], budget: int) -> int:
 
 
 def _fitting(load: Mapping[str, Load]) -> dict[str, Load]:
-    """What may take half of a message, the most loaded endpoints first."""
-    told = {name: each for name, each in load.items() if len(name) <= MAX_NAME}
-    while len(told) > MAX_ENDPOINTS or len(_encoded("", told, ())) > MAX_BYTES // 2:
-        most = sorted(told, key=lambda name: told[name].in_flight, reverse=True)
-        told = {name: told[name] for name in most[: min(MAX_ENDPOINTS, len(told) // 2)]}
-    return told
+    """The load that fits into half of a message; if not all fits, the most loaded endpoints."""
+    fitting_load = {name: each for name, each in load.items() if len(name) <= MAX_NAME}
+    while len(fitting_load) > MAX_ENDPOINTS or len(_encoded("", fitting_load, ())) > MAX_BYTES // 2:
+        most = sorted(fitting_load, key=lambda name: fitting_load[name].in_flight, reverse=True)
+        fitting_load = {name: fitting_load[name] for name in most[: min(MAX_ENDPOINTS, len(fitting_load) // 2)]}
+    return fitting_load
 
 
 def _packed(prompt: Prompt, limit: int) -> Sent:

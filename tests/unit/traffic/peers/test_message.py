@@ -18,14 +18,14 @@ from matrixinfer.traffic.peers.message import (
     Prompt,
     decode,
     encode,
-    longest,
+    length_limit,
 )
 
 CHAIN = [1, 2**63 - 1, 2**64 - 1]
 LOAD = {"pod-0": Load(3, 70_000), "pod-1@dp1": Load(1, 0)}
 
 
-def test_what_is_told_is_read() -> None:
+def test_an_encoded_message_is_decoded() -> None:
     prompts = [Prompt("pod-0", "m", False, CHAIN, 1), Prompt("pod-1@dp1", "lora", True, CHAIN)]
     data, left_out = encode("g", LOAD, prompts)
     message = decode(data)
@@ -36,7 +36,7 @@ def test_what_is_told_is_read() -> None:
     ]
 
 
-def test_fields_that_are_not_known_are_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     fields = {"gateway": "g", "load": {"a": [1, 2, "more"]}, "sent": [["a", "m", True, bytes(8), 7]], "new": {"x": 1}}
     message = decode(msgspec.msgpack.encode(fields))
     assert (message.load["a"], message.sent[0].blocks) == (Load(1, 2), [0])
@@ -57,7 +57,7 @@ def test_fields_that_are_not_known_are_ignored() -> None:
     ],
     ids=["no-id", "long-id", "negative", "huge", "long-name", "endpoints", "half-a-block", "prompts", "bytes"],
 )
-def test_what_no_gateway_would_tell_is_malformed(fields: dict[str, object]) -> None:
+def test_values_out_of_bounds_are_malformed(fields: dict[str, object]) -> None:
     with pytest.raises(MalformedMessage):
         decode(msgspec.msgpack.encode({"gateway": "g", "load": {}, "sent": []} | fields))
 
@@ -69,7 +69,7 @@ def test_a_message_cut_at_any_byte_is_malformed() -> None:
             decode(data[:end])
 
 
-def test_any_byte_may_be_another_one() -> None:
+def test_a_message_with_any_byte_changed_is_valid_or_malformed() -> None:
     data, _ = encode("g", LOAD, [Prompt("pod-0", "m", False, CHAIN)])
     malformed = 0
     for position in range(len(data)):
@@ -95,8 +95,8 @@ def test_deep_nesting_is_malformed() -> None:
 
 
 @given(st.lists(st.integers(0, 20), max_size=8), st.integers(0, 100))
-def test_all_are_cut_to_the_largest_length_that_fits(lengths: Sequence[int], budget: int) -> None:
-    limit = longest(lengths, budget)
+def test_all_prompts_are_cut_to_the_largest_limit_that_fits(lengths: Sequence[int], budget: int) -> None:
+    limit = length_limit(lengths, budget)
     fits = [cut for cut in range(max(lengths, default=0) + 1) if sum(min(each, cut) for each in lengths) <= budget]
     assert limit == max(fits)
 
@@ -112,19 +112,19 @@ def test_the_longest_prompts_are_cut_and_counted() -> None:
     assert message.sent[0].blocks == list(range(len(message.sent[0].blocks)))
 
 
-def test_prompts_beyond_the_bound_and_names_that_nobody_reads_are_left_out() -> None:
+def test_prompts_beyond_the_bound_or_with_too_long_names_are_left_out() -> None:
     prompts = [Prompt("a" * (MAX_NAME + 1), "m", False, CHAIN), *[Prompt("a", "m", False, CHAIN)] * MAX_PROMPTS]
     data, left_out = encode("g", {}, prompts)
     assert len(decode(data).sent) == MAX_PROMPTS - 1
     assert left_out == 2
 
 
-def test_the_most_loaded_endpoints_are_told() -> None:
+def test_the_most_loaded_endpoints_are_published() -> None:
     load = {f"{number:0{MAX_NAME}}": Load(number, 0) for number in range(2 * MAX_ENDPOINTS)}
     data, _ = encode("g", load, [Prompt("a", "m", False, CHAIN)])
     message = decode(data)
     assert len(data) <= MAX_BYTES
     assert len(message.sent) == 1
-    told = sorted(each.in_flight for each in message.load.values())
-    assert told == list(range(2 * MAX_ENDPOINTS))[-len(told) :]
-    assert len(told) > 500
+    published = sorted(each.in_flight for each in message.load.values())
+    assert published == list(range(2 * MAX_ENDPOINTS))[-len(published) :]
+    assert len(published) > 500

@@ -1,0 +1,51 @@
+"""Fills an embedded index with the blocks in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+
+import structlog
+
+from matrixinfer.errors import IndexUnavailable
+from matrixinfer.index.redis import scan
+from matrixinfer.index.redis.store import Store
+from matrixinfer.index.warm_start import WarmIndex
+
+DEADLINE_SECONDS = 60.0
+PROGRESS_SECONDS = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+async def fill(
+    index: WarmIndex,
+    store: Store,
+    *,
+    pods: Callable[[], Collection[str]],
+    max_age: float,
+    clock: Callable[[], float] = time.time,
+) -> int:
+    """Copy all entries of `pods` that count, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete."""
+    copied, logged_at = 0, time.monotonic()
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            floors = await scan.floors(store, max_age=max_age, clock=clock)
+            default = int(clock() - max_age)
+            async for page in scan.pages(store):
+                wanted = pods()
+                for block in page:
+                    for pod, at in block.stamps.items():
+                        if at >= floors.get(pod, default) and pod in wanted:
+                            index.warm(block.model, pod, (block.hash,))
+                            copied += 1
+                if time.monotonic() > logged_at + PROGRESS_SECONDS:
+                    logged_at = time.monotonic()
+                    log.info("redis_warm_start_progressed", entries=copied)
+                await asyncio.sleep(0)
+    except (IndexUnavailable, TimeoutError) as error:
+        log.warning("redis_warm_start_interrupted", entries=copied, error=str(error) or "deadline exceeded")
+    else:
+        log.info("redis_warm_start_finished", entries=copied)
+    return copied

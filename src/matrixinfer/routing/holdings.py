@@ -1,0 +1,105 @@
+"""What one endpoint holds of a prompt, and what a request counts for there: pure functions.
+
+The library's `Selector` decides by them as the gateway does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from matrixinfer.blocks import BlockChain
+from matrixinfer.config import WeightsConfig
+from matrixinfer.scheduler.credit import cached_credit
+from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Trust
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import Charge, LoadLedger
+from matrixinfer.trust.cache_views import Caches, CacheView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matches:
+    """Matches by publisher of KV events: a pod, or one of its data-parallel ranks."""
+
+    blocks: Mapping[str, int]
+    """Consecutive token blocks held from the start; publishers that hold none are absent."""
+    tails: Mapping[str, int]
+    """Tokens held beyond those blocks, where engine blocks straddle them; absent where there are none."""
+
+
+class Held(NamedTuple):
+    """What one endpoint holds of a prompt."""
+
+    cache: CacheView | None
+    blocks: int | None
+    """Consecutive token blocks from the start; None when that is unknown."""
+    tail: int
+    """Tokens beyond those blocks."""
+    tiers: Sequence[int]
+    """How many of the blocks, from the start, are on the device; on the device or the host. Empty where all are."""
+
+
+def held(name: str, cache: CacheView | None, matches: Matches | None) -> Held:
+    """What an endpoint's events and the index say of it. `matches` is None when the index could not be asked."""
+    if matches is None or cache is None or cache.trust == "none":
+        return Held(cache, None, 0, ())
+    blocks = matches.blocks
+    match = blocks.get(name, 0)
+    tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
+    return Held(cache, match, matches.tails.get(name, 0), tiers)
+
+
+def straddled(chain: BlockChain, counts: Mapping[str, int], caches: Caches) -> Mapping[tuple[int, int], Sequence[str]]:
+    """Where engine blocks straddle token blocks: which tails the index must be asked for.
+
+    Maps the tokens and the hash of each tail to the publishers whose match (`counts`) ends before it.
+    """
+    ends: dict[tuple[int, int], list[str]] = {}
+    for name, count in counts.items():
+        cache = caches.of(name)
+        if cache is None or not cache.has_tails or cache.engine_block is None:
+            continue
+        tail = chain.tail(count, cache.engine_block)
+        if tail is not None:
+            ends.setdefault(tail, []).append(name)
+    return ends
+
+
+def holdings(
+    name: str,
+    request: SchedulingRequest,
+    there: Held,
+    load: LoadLedger,
+    history: RoutingHistory,
+    weights: WeightsConfig,
+    reads_cache: bool = True,
+    approximate: bool = False,
+) -> tuple[Trust, int, int, float | None]:
+    """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
+
+    With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
+    gains nothing from pending or recent blocks. Called per endpoint and decision, hence without keywords.
+    """
+    cache, match, _, tiers = there
+    trust: Trust = "none" if approximate or cache is None else cache.trust
+    pending = recent = 0
+    if reads_cache:
+        pending = load.pending(name, request.model, request.chain, match or 0)
+        recent = 0 if trust == "exact" else history.match(name, request.model, request.chain)
+    if trust == "exact" and not tiers:
+        return trust, pending, recent, None
+    credit = cached_credit(trust, weights, match=match or 0, tiers=tiers, pending=pending, recent=recent)
+    return trust, pending, recent, credit
+
+
+def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -> Charge:
+    """Count a request at an endpoint, with the tokens it must compute and the blocks that it will bring there."""
+    predicted = candidate.predicted_hit(request.prompt_tokens, request.block_size)
+    return load.charge(
+        candidate.name,
+        request.model,
+        hashes=request.chain,
+        start=candidate.matched_blocks or 0,
+        queued_tokens=(request.prompt_tokens or 0) - predicted,
+    )

@@ -1,0 +1,240 @@
+"""`matrixinfer.Selector`: decides which pod takes a prompt, for programs that send requests themselves.
+
+    token ids + candidates ──> select ──> Decision ──> charge ──> InFlight
+
+It is the gateway's own decision, without HTTP: the same scheduler, plugins and accounts of what is in flight.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import msgspec
+import yaml
+
+from matrixinfer.config import SchedulerConfig, parse
+from matrixinfer.errors import ConfigError, InvalidRequest
+from matrixinfer.routing.embedded_index import Index, Tokens
+from matrixinfer.routing.holdings import Matches, charge, held, holdings
+from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
+from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+from matrixinfer.scheduler.policies import POLICIES, with_policy
+from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.load import Charge, LoadLedger
+
+
+class Selector:
+    """Chooses pods by what `index` says, and by what this selector has sent to them.
+
+    `policy` names a ready-made profile (`kv_aware` is the default). `config` is what the section `scheduler` of the
+    gateway's configuration may say, with the same keys; installed plugins are known by their names. `clock` gives
+    seconds and never goes back. Raises `ConfigError`.
+
+    Not thread-safe: see `Index`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        policy: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        plugins, scheduler = discover(), _configured(index, policy, config or {})
+        generator = random.Random(scheduler.seed)  # noqa: S311 - breaks ties, protects nothing
+        self._index = index
+        self._known = index.known
+        self._weights = scheduler.weights
+        self._max_blocks = max(1, scheduler.max_prefix_tokens // self._known.blocks.block_size)
+        self._scheduler = Scheduler(scheduler, Services(clock=clock, rng=generator), plugins, broken=plugins.broken)
+        self._load = LoadLedger(clock, scheduler.pending_seconds)
+        self._accounts = _Accounts(self._load, self._known.history)
+        self._clock = clock
+
+    @property
+    def rejected(self) -> Mapping[str, int]:
+        """How often each enabled plugin raised, or answered what the contract forbids."""
+        return MappingProxyType(self._scheduler.rejected)
+
+    def select(
+        self,
+        token_ids: Tokens | None,
+        candidates: Iterable[Candidate | str],
+        *,
+        model: str,
+        salt: str | None = None,
+        session: str | None = None,
+        prefix: bytes = b"",
+        request_id: str = "",
+        dry_run: bool = False,
+    ) -> Decision:
+        """Rank `candidates` for a prompt. Nothing is counted until `charge`; a dry run leaves plugins as they were, too.
+
+        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name
+        that the index follows (or not: then nothing is known of it), or a `Candidate` with what the caller knows: its
+        engine metrics, and in `in_flight` and `queued_tokens` the load that this selector has not charged. What the
+        index and this selector know is filled in. `model` is the name under which `Index.follow` has it, or an
+        adapter's. `salt` is the request's cache salt; `session` and `prefix` (the prompt's text) are for plugins.
+
+        Raises `NoPodAvailable` without candidates, and `InvalidRequest` for token ids or candidates that are wrong.
+        """
+        chain = None if token_ids is None else self._known.chain(token_ids, salt=salt, max_blocks=self._max_blocks)
+        request = SchedulingRequest(
+            id=request_id,
+            model=model,
+            prompt_tokens=None if token_ids is None else len(token_ids),
+            block_size=self._known.blocks.block_size,
+            chain=() if chain is None else chain,
+            prefix=prefix,
+            session=session,
+            now=self._clock(),
+        )
+        matches = None if chain is None else self._known.match(model, chain)
+        pods = [self._candidate(each, request, matches) for each in candidates]
+        if len({pod.name for pod in pods}) != len(pods):
+            raise InvalidRequest("candidates: expected each name once", param="candidates")
+        return self._scheduler.schedule(request, pods, dry_run=dry_run)
+
+    def charge(self, decision: Decision, candidate: Candidate | None = None) -> InFlight:
+        """The request goes to `candidate`, by default the chosen one: count it there until it ends.
+
+        Charge a decision before the next `select`, so that the next one sees it. Use the result in a `with` block.
+        """
+        request, pod = decision.request, candidate or decision.chosen
+        return InFlight(self._accounts, request, pod, self._accounts.open(request, pod))
+
+    def forget(self, pod: str) -> None:
+        """The pod is gone: drop what is counted there, and have the index forget it."""
+        self._accounts.forget(pod)
+        self._index.forget(pod)
+
+    def _candidate(self, given: Candidate | str, request: SchedulingRequest, matches: Matches | None) -> Candidate:
+        base = Candidate(name=given, url="") if isinstance(given, str) else given
+        name, load = base.name, self._load
+        there = held(name, self._known.caches.of(name), matches)
+        trust, pending, recent, credit = holdings(name, request, there, load, self._known.history, self._weights)
+        cache = there.cache
+        return msgspec.structs.replace(
+            base,
+            in_flight=base.in_flight + load.in_flight(name),
+            queued_tokens=base.queued_tokens + load.queued_tokens(name),
+            feed=None if cache is None else cache.feed,
+            trust=trust,
+            engine_block=base.engine_block if cache is None or cache.engine_block is None else cache.engine_block,
+            matched_blocks=there.blocks,
+            matched_tail=there.tail,
+            tiers=there.tiers,
+            pending_blocks=pending,
+            recent_blocks=recent,
+            cached_credit=credit,
+        )
+
+
+class InFlight:
+    """A request that was sent to a pod. `Selector.charge` makes these.
+
+    As a context manager it is finished when the block ends, and cancelled when the block raises.
+    """
+
+    __slots__ = ("_accounts", "_charge", "_computed", "_request", "candidate")
+
+    def __init__(self, accounts: _Accounts, request: SchedulingRequest, candidate: Candidate, counted: Charge) -> None:
+        self.candidate = candidate
+        """Where the request is."""
+        self._accounts = accounts
+        self._request = request
+        self._charge = counted
+        self._computed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.cancel()
+
+    def first_byte(self) -> None:
+        """The answer began: the prompt is computed, and its tokens are no longer queued."""
+        self._computed = True
+        self._charge.first_byte()
+
+    def move(self, candidate: Candidate) -> None:
+        """The pod did not take the request; it is tried at `candidate`, one of `Decision.attempts`."""
+        self._accounts.close(self._request, self.candidate, self._charge, computed=False)
+        self.candidate = candidate
+        self._computed = False
+        self._charge = self._accounts.open(self._request, candidate)
+
+    def finish(self) -> None:
+        """The request was answered, so that the pod has computed its prompt. May be repeated."""
+        self._accounts.close(self._request, self.candidate, self._charge, computed=True)
+
+    def cancel(self) -> None:
+        """The request failed: it leaves nothing at the pod, unless the answer had begun. May be repeated."""
+        self._accounts.close(self._request, self.candidate, self._charge, computed=self._computed)
+
+
+class _Accounts:
+    """What one selector has in flight at each pod, until it ends or the pod is gone."""
+
+    def __init__(self, load: LoadLedger, history: RoutingHistory) -> None:
+        self._load = load
+        self._history = history
+        self._open: dict[str, set[Charge]] = {}
+
+    def open(self, request: SchedulingRequest, candidate: Candidate) -> Charge:
+        counted = charge(self._load, request, candidate)
+        self._open.setdefault(candidate.name, set()).add(counted)
+        return counted
+
+    def close(self, request: SchedulingRequest, candidate: Candidate, counted: Charge, *, computed: bool) -> None:
+        if not computed:
+            counted.cancel()
+        else:
+            counted.release()
+        here = self._open.get(candidate.name, set())
+        if counted not in here:
+            return  # closed before, or the pod is gone
+        here.discard(counted)
+        if not here:
+            del self._open[candidate.name]
+        if computed:
+            exact = candidate.trust == "exact"
+            self._history.computed(candidate.name, request.model, request.chain, is_exact=exact)
+
+    def forget(self, pod: str) -> None:
+        self._open.pop(pod, None)
+        self._load.forget(pod)
+
+
+def _configured(index: Index, policy: str | None, given: Mapping[str, Any]) -> SchedulerConfig:
+    """The configuration of a selector's scheduler, read as the gateway reads its file. Raises `ConfigError`."""
+    try:
+        text = yaml.safe_dump({"scheduler": dict(given)})
+    except yaml.YAMLError as error:
+        raise ConfigError("$.scheduler", f"expected plain data, as in YAML: {error}") from error
+    scheduler = parse(text, base=Path()).scheduler
+    blocks = index.known.blocks
+    for i, entry in enumerate(given.get("pluginConfig", ())):
+        args = entry.get("args", {}) if entry["name"] == KvCacheAware.name else {}
+        for key, value in (("blockSizeToHash", blocks.block_size), ("hashScheme", blocks.scheme)):
+            if args.get(key, value) != value:
+                path = f"$.scheduler.pluginConfig[{i}].args.{key}"
+                raise ConfigError(path, f"expected {value!r}, as the index has it, got {args[key]!r}")
+    if policy is None:
+        return scheduler
+    if policy not in POLICIES:
+        raise ConfigError("policy", f"unknown policy `{policy}`; there are: {', '.join(sorted(POLICIES))}")
+    return with_policy(scheduler, policy)

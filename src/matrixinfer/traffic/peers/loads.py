@@ -1,0 +1,62 @@
+"""The load of other gateways, as they last reported it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matrixinfer.traffic.peers.message import Load
+
+SILENT_SECONDS = 3.0
+"""A gateway that has not published for this long is considered gone."""
+MAX_PEERS = 64
+
+
+class PeerLoads:
+    """The load of each peer, and the total per endpoint. Every `now` is in seconds and must not decrease."""
+
+    def __init__(self) -> None:
+        self._peers: dict[
+            str, tuple[float, Mapping[str, Load]]
+        ] = {}  # peer -> time of its last report, and the report; oldest first
+        self._totals: dict[str, Load] = {}
+
+    def update(self, peer: str, load: Mapping[str, Load], now: float) -> bool:
+        """Replace the load of a peer. Returns False, and ignores the peer, if there are `MAX_PEERS` others."""
+        self._forget_silent(now)
+        before = self._peers.pop(peer, None)
+        if before is None and len(self._peers) >= MAX_PEERS:
+            return False
+        if before is not None:
+            self._add(before[1], -1)
+        self._add(load, 1)
+        self._peers[peer] = now, load
+        return True
+
+    def totals(self, now: float) -> Mapping[str, Load]:
+        """The total load of all peers at each endpoint; endpoints without load are absent."""
+        self._forget_silent(now)
+        return self._totals
+
+    def count(self, now: float) -> int:
+        """How many peers have published lately."""
+        self._forget_silent(now)
+        return len(self._peers)
+
+    def _forget_silent(self, now: float) -> None:
+        while self._peers:
+            peer, (reported_at, load) = next(iter(self._peers.items()))
+            if now < reported_at + SILENT_SECONDS:
+                return
+            del self._peers[peer]
+            self._add(load, -1)
+
+    def _add(self, load: Mapping[str, Load], sign: int) -> None:
+        totals = self._totals
+        for name, each in load.items():
+            before = totals.pop(name, _NONE)
+            total = Load(before.in_flight + sign * each.in_flight, before.queued_tokens + sign * each.queued_tokens)
+            if total.in_flight or total.queued_tokens:
+                totals[name] = total
+
+
+_NONE = Load(0, 0)
