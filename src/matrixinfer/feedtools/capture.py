@@ -18,8 +18,10 @@ from typing import Any, Protocol
 from msgspec import UNSET
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.ends import search
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
@@ -210,12 +212,34 @@ class _Check:
             return
         model = body["model"] if body.get("model") in self._facts.adapters else _BASE
         chain = self._blocks.chain(tokens, salt=body.get("cache_salt"))
-        held = self._index.count(model, chain)
-        longest = max((self._tokens(model, chain, *each) for each in held.items()), default=0)
-        self._predicted[row["label"]] = min(longest, len(tokens) - 1) // self._engine_block * self._engine_block
-        reason = self._why_not(body, model, {held.get(name, 0) for name in self._feeds})
+        hits = {name: self._hit(name, feed, model, chain, len(tokens)) for name, feed in self._feeds.items()}
+        self._predicted[row["label"]] = max(hits.values(), default=0)
+        reason = self._why_not(body, model, set(hits.values()))
         if reason is not None:
             self.report.unsupported[row["label"]] = reason
+
+    def _hit(self, name: str, feed: PodFeed, model: str, chain: BlockChain, tokens: int) -> int:
+        """Tokens of a prompt that a publisher's engine will find in its cache."""
+        reusable, matched = feed.ledger.reusable, self._index.count(model, chain).get(name, 0)
+        if not reusable.is_needed:
+            return min(self._tokens(model, chain, name, matched), tokens - 1) // self._engine_block * self._engine_block
+        ends = EndpointName.parse(name).ends
+        asking = search(
+            [ends],
+            chain,
+            block_size=self._blocks.block_size,
+            limit=tokens - max(1, reusable.lookahead),
+            unit=reusable.unit,
+            ahead=reusable.lookahead,
+            blocks=matched if reusable.is_rooted else None,
+        )
+        try:
+            question = next(asking)
+            while True:
+                question = asking.send(self._index.last_of(model, *question))
+        except StopIteration as done:
+            found: dict[str, int] = done.value
+            return found.get(ends, 0)
 
     def _tokens(self, model: str, chain: BlockChain, publisher: str, blocks: int) -> int:
         """Tokens behind `blocks` matched blocks of a publisher, with the tail if engine blocks straddle token blocks."""

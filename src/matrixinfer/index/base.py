@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,14 @@ class BlockIndex(Protocol):
 
         Reads `hashes` only as far as any pod matches, or a little further when galloping. Raises `IndexUnavailable` if
         the backend cannot answer in time.
+        """
+        ...
+
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
+        """The position in `hashes` of the last block that each of `pods` holds. Pods that hold none are absent.
+
+        Unlike those of `match`, these blocks need no others: they are an endpoint's reusable ends. Raises
+        `IndexUnavailable` if the backend cannot answer in time.
         """
         ...
 

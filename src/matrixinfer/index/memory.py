@@ -7,8 +7,9 @@ No call blocks the event loop for long: expensive work is spread over later writ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from matrixinfer.config.endpoint_names import ENDS
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.tree import Tree
 
@@ -16,6 +17,7 @@ _NAMED_SETS_KEPT = 4_096  # pod sets with a cached list of names: most lookups s
 _INTERNED_SETS_KEPT = 65_536  # distinct pod sets with a shared object; beyond this, sharing starts again
 _BLOCKS_PER_STEP = 16  # blocks to clear per piece of work
 _FREE_STEPS = 64  # number of steps that freeing a dict counts for, at least
+_ENDS = f"~{ENDS}"
 
 
 class MemoryIndex:
@@ -44,6 +46,7 @@ class MemoryIndex:
         self._dropped: list[Tree] = []  # unused trees, freed by later writes
         self._reclaim: Iterator[int] | None = None
         self._interned: dict[int, int] = {}
+        self._ends: MemoryIndex | None = None  # of endpoints' reusable ends, which have no parents
 
     @property
     def prefix_closed(self) -> bool:
@@ -53,6 +56,11 @@ class MemoryIndex:
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
         """Record consecutive blocks. Ignores them if the pod does not hold their parent: they would be unreachable."""
         if not hashes:
+            return
+        if self._prefix_closed and pod.endswith(_ENDS):
+            if self._ends is None:
+                self._ends = MemoryIndex(max_blocks=self._max_blocks, prefix_closed=False)
+            self._ends.add(model, pod, hashes, None)
             return
         tree = self._trees.get(model) or Tree(chained=self._prefix_closed)
         bit = self._bit_of.get(pod, 0)
@@ -69,6 +77,9 @@ class MemoryIndex:
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Record that `pod` no longer holds `hashes`."""
+        if self._ends is not None and pod.endswith(_ENDS):
+            self._ends.remove(model, pod, hashes)
+            return
         tree = self._trees.get(model)
         bit = self._bit_of.get(pod)
         if tree is None or bit is None:
@@ -79,6 +90,9 @@ class MemoryIndex:
 
     def clear(self, pod: str) -> None:
         """Remove all blocks of `pod` in constant time: its bit is retired, and later writes clear it in the blocks."""
+        if self._ends is not None and pod.endswith(_ENDS):
+            self._ends.clear(pod)
+            return
         bit = self._bit_of.pop(pod, None)
         if bit is None:
             return
@@ -104,6 +118,32 @@ class MemoryIndex:
             return {}
         return self._gallop(tree, hashes) if self._prefix_closed else self._walk(tree, hashes)
 
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
+        """The last of `hashes` that each pod holds; see `last_of`."""
+        return self.last_of(model, pods, hashes)
+
+    def last_of(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
+        """The position of the last of `hashes` that each of `pods` holds. Pods that hold none are absent."""
+        if self._ends is not None and any(pod.endswith(_ENDS) for pod in pods):
+            return self._ends.last_of(model, pods, hashes)
+        tree = self._trees.get(model)
+        wanted = 0
+        for pod in pods:
+            wanted |= self._bit_of.get(pod, 0)
+        found: dict[str, int] = {}
+        if tree is None:
+            return found
+        table, shards = tree.pods, len(tree.pods)
+        for position in range(len(hashes) - 1, -1, -1):
+            if not wanted:
+                break
+            block = hashes[position]
+            held = table[block % shards].get(block, 0) & wanted
+            if held:
+                self._name(held, position, found)
+                wanted &= ~held
+        return found
+
     async def flush(self) -> None:
         """Return at once: nothing is buffered."""
 
@@ -114,7 +154,7 @@ class MemoryIndex:
             blocks=self._blocks,
             pods=len(self._bit_of),
             evicted=self._evicted,
-            memory_bytes=tables + self._interned.__sizeof__(),
+            memory_bytes=tables + self._interned.__sizeof__() + (self._ends.stats().memory_bytes if self._ends else 0),
         )
 
     # Lookup

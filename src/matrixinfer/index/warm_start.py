@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from matrixinfer.index.base import BlockIndex, IndexStats
 from matrixinfer.index.memory import MemoryIndex
@@ -67,6 +67,17 @@ class WarmIndex:
             if self.is_warming(pod):
                 counts[pod] = max(held, counts.get(pod, 0))
         return counts
+
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
+        """The last block that each pod holds, by its own events or by `warm`."""
+        found = await self._index.last(model, pods, hashes)
+        warming = [pod for pod in pods if self.is_warming(pod)]
+        if not warming:
+            return found
+        places = dict(found)
+        for pod, position in self._warm.last_of(model, warming, hashes).items():
+            places[pod] = max(position, places.get(pod, 0))
+        return places
 
     async def flush(self) -> None:
         """Flush the inner index."""

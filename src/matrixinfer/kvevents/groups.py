@@ -55,9 +55,7 @@ class Group:
 
     __slots__ = ("_after", "_before", "_copies", "_find", "_links", "_streaks", "block_size", "kind", "span")
 
-    def __init__(
-        self, kind: Kind, block_size: int, span: int | None, before: Callable[[int, int], int | None]
-    ) -> None:
+    def __init__(self, kind: Kind, block_size: int, span: int | None, before: Callable[[int, int], int | None]) -> None:
         self.kind = kind
         self.block_size = block_size
         self.span = span
@@ -121,7 +119,15 @@ class Group:
 
     def known(self, block: int) -> Iterator[int]:
         """What comes before `block` may be known now. Yields as `add` does."""
-        if block in self._copies and block not in self._before:
+        if block in self._copies and self.kind is not Kind.MAMBA:
+            yield from self._connect(block)
+
+    def resize(self, block_size: int) -> Iterator[int]:
+        """The group's blocks are larger than they seemed. Yields as `add` does."""
+        self.block_size = block_size
+        self._before.clear()
+        self._after.clear()
+        for block in self._copies:
             yield from self._connect(block)
 
     def clear(self) -> None:
@@ -141,12 +147,17 @@ class Group:
 
     def _connect(self, block: int) -> Iterator[int]:
         """Link a held block with the one before it, if that is known, and count anew."""
-        before = self._links.get(block) if self.kind is not Kind.MAMBA else None
-        if before is None and self.kind is not Kind.MAMBA:
+        if self.kind is not Kind.MAMBA:
             before = self._find(block, self.block_size)
-        if before is not None:
-            self._before[block] = before
-            self._after.setdefault(before, set()).add(block)
+            if before is None:
+                before = self._links.get(block)
+            now = self._before.get(block)
+            if now is not None and before != now:
+                del self._before[block]
+                self._leave(now, block)
+            if before is not None and before != now:
+                self._before[block] = before
+                self._after.setdefault(before, set()).add(block)
         yield from self._recount((block,))
 
     def _leave(self, before: int, block: int) -> None:

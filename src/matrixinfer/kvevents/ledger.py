@@ -19,10 +19,12 @@ from typing import TypeAlias
 
 from msgspec import UNSET
 
-from matrixinfer.blocks import TokenBlockProcessor, salt_parent
+from matrixinfer.blocks import TokenBlockProcessor, salt_parent, token_bytes
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.groups import KINDS, Kind
+from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.kvevents.tiers import DEVICE, Supported, Tiers, tier_of
@@ -111,17 +113,13 @@ class Ledger:
         self._blocks = blocks
         self._history = history
         self.tiers = Tiers(pod, index, history)
+        self.reusable = Reusable(pod, index, blocks)
         self._forests: dict[_Place, Forest] = {}
 
     @property
     def supports(self) -> Supports:
         """The supports of token blocks over all tiers."""
         return self.tiers.all
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether the engine has several kinds of attention, so that it may find less than its full attention holds."""
-        return self.stats.other_attention > 0 or any(group for _, group in self._forests)
 
     @property
     def forests(self) -> Collection[Forest]:
@@ -149,7 +147,7 @@ class Ledger:
     @property
     def memory_bytes(self) -> int:
         """Estimated memory of tables, tokens and the supports of token blocks."""
-        forests = sum(forest.memory_bytes for forest in self._forests.values())
+        forests = sum(forest.memory_bytes for forest in self._forests.values()) + self.reusable.memory_bytes
         return forests + 4 * (self.block_size or 0) * len(self) + _SUPPORT_BYTES * len(self.supports)
 
     def apply(self, *events: Event) -> None:
@@ -164,11 +162,13 @@ class Ledger:
         """Forget every block: the engine holds nothing, or what it holds is no longer known."""
         self._forests.clear()
         self.tiers.clear()
+        self.reusable.clear()
 
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size and layout."""
         self.clear()
         self.tiers.reset()
+        self.reusable.reset()
         self._forget_sent()
         self.block_size = None
         self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
@@ -198,6 +198,13 @@ class Ledger:
                 self._forget_sent()
         if removed:
             self._remove(_place(*place), removed)
+        if self.reusable.is_needed:
+            self.reusable.settle(self._primary_forest)
+
+    @property
+    def _primary_forest(self) -> Forest | None:
+        """The device's blocks of the group whose tokens are known."""
+        return self._forests.get(("GPU", self.reusable.primary or 0))
 
     def _forget_sent(self) -> None:
         """Forget what was sent to the engine: it holds nothing."""
@@ -207,7 +214,8 @@ class Ledger:
     # Stored
 
     def _store(self, event: BlockStored) -> None:
-        if event.kv_cache_spec_kind not in (None, "full_attention"):
+        kind = KINDS.get(event.kv_cache_spec_kind)
+        if kind is None:
             self.stats.other_attention += 1
             return
         if event.group_idx and event.kv_cache_spec_kind is None:
@@ -215,6 +223,8 @@ class Ledger:
         if event.extra_keys is UNSET:
             self._note_layout(event)
         place = _place(event.medium, event.group_idx)
+        if tier_of(place[0]) == DEVICE and event.block_size > 0 and self._is_of_another_group(event, kind, place[1]):
+            return
         forest = self._forests.get(place)
         tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
         is_bare = tokens is None and event.block_hashes and not event.block_size and tier_of(place[0]) != DEVICE
@@ -230,13 +240,15 @@ class Ledger:
         self.block_size = max(event.block_size, self.block_size or 0)
         ids = block_ids(event.block_hashes)
         self.stats.stored += len(ids)
-        parent = None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
+        parent = _parent_of(event)
+        if event.lookahead_token_ids:
+            self.reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead_token_ids])
         above = None if parent is None else forest.run_of(parent)
         doubtful = event.extra_keys is UNSET and ids[0] in forest
         if not doubtful and _all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        if _is_reported_again(forest, event, ids):
+        if not self.reusable.is_needed and _is_reported_again(forest, event, ids):
             self.stats.reported_again += len(ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
@@ -244,6 +256,33 @@ class Ledger:
             before = ids[first - 1] if first else parent
             above = None if before is None else forest.run_of(before)
             self._append(forest, event, first, ids[first:last], stretch, before, above)
+
+    def _is_of_another_group(self, event: BlockStored, kind: Kind, group: int) -> bool:
+        """Learn what an event on the device says of its group, and store it there unless that is the primary one."""
+        reusable = self.reusable
+        before = reusable.primary
+        forest = self._primary_forest if before is not None else None
+        reusable.learn(group, kind, event.block_size, event.kv_cache_spec_sliding_window, forest)
+        if reusable.primary != before and forest is not None:
+            self._drop(("GPU", before or 0))
+        if group == reusable.primary and reusable.is_rooted:
+            return False
+        is_dense = tokens_of(event) is not None
+        ids = block_ids(event.block_hashes)
+        reusable.stored(group, ids, _parent_of(event) if is_dense else None)
+        if group != reusable.primary or not is_dense:
+            self.stats.stored += len(ids)
+            return True
+        return False
+
+    def _drop(self, place: _Place) -> None:
+        """Another group's tokens are known from now on: forget those of `place`, whose blocks its group still counts."""
+        forest = self._forests.pop(place, None)
+        if forest is not None:
+            for run, position, block in forest.below(None):
+                if block not in forest.cut:
+                    self._unsupport(forest, run, position, position + 1)
+            self.tiers.flush()
 
     def _note_layout(self, event: BlockStored) -> None:
         """Note what a layout without extra keys hides. Raises `UntrustedEvents`."""
@@ -369,6 +408,8 @@ class Ledger:
 
     def _support(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
+        if self.reusable.is_needed and forest.tier == DEVICE:
+            self.reusable.touch(run[position] for position in range(first, last))
         for model, names, parent in _supported(run, first, last):
             self.tiers.add(forest.tier, model, names, parent)
         self.has_tails = self.has_tails or run.has_tails
@@ -385,11 +426,18 @@ class Ledger:
 
     def _remove(self, place: _Place, hashes: Sequence[EngineHash]) -> None:
         forest = self._forests.get(place)
+        left = block_ids(hashes)
+        if tier_of(place[0]) == DEVICE and self.reusable.is_needed:
+            self.reusable.removed(place[1], left)
+            if place[1] == self.reusable.primary:
+                self.reusable.touch(left)
+            elif forest is None:
+                self.stats.removed += len(left)
+                return
         if forest is None:
             self.stats.unknown_removed += len(hashes)
             return
         shrunk: dict[Run, None] = {}
-        left = block_ids(hashes)
         if not (forest.copies.keys().isdisjoint(left) and forest.ended.isdisjoint(left)):
             left = self._drop_copies(forest, left)
         present = len(left)
@@ -435,6 +483,8 @@ class Ledger:
             for below, position, child in forest.below(block):
                 forest.cut.add(child)
                 self._unsupport(forest, below, position, position + 1)
+                if self.reusable.is_needed:
+                    self.reusable.touch((child,))
             self._unsupport(forest, run, last, last + 1)
         forest.drop_last(run, block)
         run.truncate()
@@ -454,6 +504,10 @@ def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
     if run.has_tails:
         for before, tail in run.tails(first, last):
             yield run.model, [tail], before
+
+
+def _parent_of(event: BlockStored) -> int | None:
+    return None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
 
 
 def _place(medium: str | None, group: int | None) -> _Place:

@@ -31,6 +31,7 @@ def index_names(endpoint: str) -> Iterator[str]:
     """Every name under which the index may hold blocks of an endpoint."""
     yield endpoint
     yield from map(EndpointName.parse(endpoint).up_to, TIERS)
+    yield EndpointName.parse(endpoint).ends
 
 
 class Tiers:

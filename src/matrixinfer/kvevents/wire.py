@@ -51,6 +51,12 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     """
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    """The window of such attention, in tokens."""
+    lookahead_token_ids: list[list[int]] | None = None
+    """For each block the tokens after it on which its content depends as well (speculative decoding, vLLM 0.33)."""
+    cache_salt: str | None = None
+    """SGLang's: of all the blocks."""
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):

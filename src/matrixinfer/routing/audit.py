@@ -137,7 +137,7 @@ class Auditor:
             matched=request.chain[: -(-predicted // block)],
             token_block=block,
             stores=request.chain[last - 1] if last > match and not chosen.pending_blocks else None,
-            purges=not ledger.is_hybrid,
+            purges=not ledger.reusable.is_needed,
         )
 
 

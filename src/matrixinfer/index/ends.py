@@ -1,0 +1,53 @@
+"""Finds the longest reusable prefix of a prompt, where not every prefix that an endpoint holds can be reused.
+
+Such endpoints have marks in the index (`matrixinfer.kvevents.reusable`): of blocks with reusable ends in them, and of
+the ends themselves. The search asks first for the last block, then for the place in it: two questions, as a rule.
+
+It does no I/O: `search` is a generator that yields questions for `BlockIndex.last` and is sent the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping, Sequence
+from typing import TypeAlias
+
+from matrixinfer.blocks import BlockChain
+
+_MAX_ROUNDS = 8
+"""Blocks tried per endpoint: a mark of a block may be of another prompt that goes on differently."""
+
+Question: TypeAlias = tuple[Collection[str], Sequence[int]]
+"""Arguments of `BlockIndex.last`: names of endpoints' ends, and hashes."""
+
+
+def search(
+    names: Collection[str], chain: BlockChain, *, block_size: int, limit: int, unit: int, ahead: int, blocks: int | None
+) -> Generator[Question, Mapping[str, int], dict[str, int]]:
+    """Find the longest reusable prefix, in tokens, of at most `limit` tokens. Names that have none are absent.
+
+    Prefixes are multiples of `unit` tokens, and `ahead` tokens after them decide as well. `blocks` is the longest match
+    of those endpoints, if they hold whatever they reuse from the first token on; None if they may not.
+    """
+    found: dict[str, int] = {}
+    limit = min(limit, chain.tokens - ahead)
+    if limit < unit or unit < 1:
+        return found
+    most = (limit - 1) // block_size
+    keys = [chain.end_key(count) for count in range((most if blocks is None else min(most, blocks)) + 1)]
+    pending: dict[int, set[str]] = {len(keys): set(names)}  # names by how many keys are left to ask for
+    for _ in range(_MAX_ROUNDS):
+        last: dict[int, set[str]] = {}
+        for left, asked in pending.items():
+            for name, position in (yield asked, keys[:left]).items():
+                last.setdefault(position, set()).add(name)
+        pending = {}
+        for position, asked in last.items():
+            first = position * block_size // unit * unit + unit
+            ends = range(first, min(limit, (position + 1) * block_size) + 1, unit)
+            places = (yield asked, [chain.end(end, ahead) for end in ends]) if ends else {}
+            found.update((name, ends[place]) for name, place in places.items())
+            if position and (rest := asked - places.keys()):
+                pending[position] = rest
+        if not pending:
+            break
+    return found

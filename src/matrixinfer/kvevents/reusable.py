@@ -1,0 +1,210 @@
+"""Which of the prefixes that an engine holds it can reuse, marked in the index where they end.
+
+An engine with one group of full attention reuses every prefix that it holds, and needs no marks. Others do not:
+
+- with several attention groups, every group must hold the prefix (`groups`);
+- with speculative decoding, a block may depend on tokens after it (vLLM's `lookahead_token_ids`, SGLang's pairs), so a
+  prefix is reused only by prompts that go on with these.
+
+So a reusable prefix need not be followed, nor preceded, by a reusable one. Each is marked by two hashes under the
+endpoint's name of ends: one says exactly where it ends (`TokenBlockProcessor.end`), the other is the token block before
+that place, so that a lookup finds the last block with an end in it before it tries places within the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import lcm
+from typing import NamedTuple
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config.endpoint_names import EndpointName
+from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.groups import Group, Kind
+from matrixinfer.kvevents.run import Run
+from matrixinfer.kvevents.supports import Supports
+
+_MARK_BYTES = 400
+
+
+class Spec(NamedTuple):
+    """What the events say of an attention group."""
+
+    kind: Kind
+    block_size: int
+    """Tokens per block; the largest, where events have several sizes."""
+    span: int | None
+    """Window or chunk in tokens, where there is one and events say it."""
+    has_fine_blocks: bool = False
+    """Some events have smaller blocks than others."""
+
+
+class Reusable:
+    """The marks of one endpoint. The ledger says what changes, and `settle` brings the marks up to date.
+
+    One group is the `primary` one: its forest knows the tokens of every prefix. The others are sets of hashes.
+    """
+
+    def __init__(self, pod: str, index: BlockIndex, blocks: TokenBlockProcessor) -> None:
+        self.specs: dict[int, Spec] = {}
+        self.primary: int | None = None
+        """The group whose blocks are indexed; None before the first event."""
+        self.lookahead = 0
+        """Tokens after a block on which its content depends as well."""
+        self._blocks = blocks
+        self._supports = Supports(EndpointName.parse(pod).ends, index)
+        self._groups: dict[int, Group] = {}
+        self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
+        self._ahead: dict[int, bytes] = {}
+        self._dirty: dict[int, None] = {}
+        self._forest: Forest | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether only marked prefixes are reused."""
+        spec = None if self.primary is None else self.specs[self.primary]
+        return (
+            self.lookahead > 0
+            or len(self.specs) > 1
+            or (spec is not None and (spec.has_fine_blocks or not self.is_rooted))
+        )
+
+    @property
+    def is_rooted(self) -> bool:
+        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
+        return self.primary is None or self.specs[self.primary].kind is Kind.FULL
+
+    @property
+    def unit(self) -> int:
+        """Reusable prefixes are multiples of this many tokens; 0 before the first event."""
+        return lcm(*(spec.block_size for spec in self.specs.values())) if self.specs else 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated memory of groups and marks."""
+        return _MARK_BYTES * len(self._marks) + sum(group.memory_bytes for group in self._groups.values())
+
+    def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
+        """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
+        known = self.specs.get(group)
+        if known is not None:
+            if block_size == known.block_size or (block_size < known.block_size and known.has_fine_blocks):
+                return
+            block_size, span = max(block_size, known.block_size), span or known.span
+        self.specs[group] = Spec(kind, block_size, span, known is not None)
+        full = [number for number, spec in self.specs.items() if spec.kind is Kind.FULL]
+        if self.primary not in full:
+            self.primary = min(full or self.specs)
+        for number, spec in self.specs.items():
+            if number == self.primary and self.is_rooted:
+                continue
+            if number not in self._groups:
+                self._groups[number] = Group(spec.kind, spec.block_size, spec.span, self._before)
+            elif self._groups[number].block_size != spec.block_size:
+                self.touch(self._groups[number].resize(spec.block_size))
+        if forest is not None:
+            self.touch(block for _, _, block in forest.below(None))
+
+    def stored(self, group: int, blocks: Sequence[int], parent: int | None) -> None:
+        """The group holds one more copy of `blocks`, which follow each other and, where that is known, `parent`."""
+        if group in self._groups:
+            self.touch(self._groups[group].add(blocks, parent))
+
+    def removed(self, group: int, blocks: Iterable[int]) -> None:
+        """The group holds one copy less of `blocks`."""
+        if group in self._groups:
+            self.touch(self._groups[group].remove(blocks))
+
+    def look_ahead(self, blocks: Sequence[int], ahead: Sequence[bytes]) -> None:
+        """`blocks` depend on these tokens after them as well."""
+        self.lookahead = max(self.lookahead, *(len(tokens) // 4 for tokens in ahead))
+        self._ahead.update(zip(blocks, ahead, strict=True))
+
+    def touch(self, blocks: Iterable[int]) -> None:
+        """What ends with `blocks` may have become reusable, or not reusable any more."""
+        self._dirty.update(dict.fromkeys(blocks))
+
+    def settle(self, forest: Forest | None) -> None:
+        """Mark what has become reusable, and take away the marks of what is not. `forest`: the primary group's blocks."""
+        if not self._dirty:
+            return
+        self._forest = forest
+        for block in list(self._dirty):
+            for group in self._groups.values():
+                self.touch(group.known(block))
+        dirty, self._dirty = self._dirty, {}
+        for block in dirty:
+            end = None if forest is None else self._end_of(forest, block)
+            if end is None:
+                self._unmark(block)
+                if forest is None or block not in forest:
+                    self._ahead.pop(block, None)
+            elif block not in self._marks:
+                self._marks[block] = model, hashes = end
+                self._supports.add(model, hashes, None)
+        self._supports.flush()
+        self._forest = None
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        for group in self._groups.values():
+            group.clear()
+        self._marks.clear()
+        self._ahead.clear()
+        self._dirty.clear()
+        self._supports.clear()
+
+    def reset(self) -> None:
+        """Expect another engine."""
+        self.clear()
+        self._supports.forget()
+        self.specs.clear()
+        self._groups.clear()
+        self.primary, self.lookahead = None, 0
+
+    def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:
+        """Model and hashes of the prefix that ends with `block`; None when it cannot be reused."""
+        run = forest.run_of(block)
+        if run is None or (block in forest.cut and self.is_rooted):
+            return None
+        position = run.position(block)
+        end = run.end(position)
+        if end % self.unit or not all(group.holds(block, end) for group in self._groups.values()):
+            return None
+        ahead = self._ahead.get(block, b"")
+        if len(ahead) != 4 * self.lookahead:
+            return None
+        if not self._groups and end % self._blocks.block_size and self._blocks.block_size % self.unit == 0:
+            return None  # every block ends a reusable prefix: those at the ends of token blocks will do
+        key, tokens = run.ending(position)
+        return run.model, [key, self._blocks.end(key, tokens, ahead)]
+
+    def _unmark(self, block: int) -> None:
+        mark = self._marks.pop(block, None)
+        if mark is not None:
+            model, hashes = mark
+            self._supports.remove(model, hashes)
+
+    def _before(self, block: int, tokens: int) -> int | None:
+        """The block that ends that many tokens before the end of `block`, on the same prefix."""
+        run = None if self._forest is None else self._forest.run_of(block)
+        if run is None or self._forest is None:
+            return None
+        return _ending_at(self._forest, run, run.end(run.position(block)) - tokens)
+
+
+def _ending_at(forest: Forest, run: Run, end: int) -> int | None:
+    """The block of a run, or of those that it branches off, that ends at a token."""
+    visits = 0
+    at: Run | None = run
+    while at is not None and end > 0 and visits < 1_000:
+        if end > at.start:
+            over = (end - at.start) % at.block_size
+            return None if over else at[(end - at.start) // at.block_size - 1]
+        if at.parent is None:
+            return None
+        if end == at.start:
+            return at.parent
+        at, visits = forest.run_of(at.parent), visits + 1
+    return None
