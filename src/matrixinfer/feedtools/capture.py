@@ -133,12 +133,18 @@ class _Facts:
         self.requests = False
         self.hides_salts = False
         self.hides_adapters = False
+        self.groups: list[Mapping[str, Any]] = []
+        """What `meta` says of attention groups, where it does: of all that, events leave out the chunk and the drop."""
+        self.drops: list[int] = []
 
     def learn(self, row: Row) -> None:
         kind = row.get("kind")
         if kind == "meta":
             models = row.get("models", {}).get("data", ())
             self.adapters |= {model["id"] for model in models if model.get("parent")}
+            self.groups = row.get("groups") or []
+            if row.get("use_eagle"):
+                self.drops = [number for number, group in enumerate(self.groups) if group.get("eagle")]
         elif kind == "request":
             self.requests = True
         elif kind == "event":
@@ -166,6 +172,11 @@ class _Check:
             name: PodFeed(make_ledger(pod=name, model=_BASE, blocks=self._blocks, index=self._index), can_replay=False)
             for name in facts.publishers
         }
+        for feed in self._feeds.values():
+            feed.ledger.reusable.drops(facts.drops)
+            for number, group in enumerate(facts.groups):
+                if group.get("attention_chunk_size"):
+                    feed.ledger.reusable.chunks(number, group["attention_chunk_size"])
         self._events = dict.fromkeys(facts.publishers, 0)
         self._predicted: dict[str, int] = {}  # label -> tokens
 
@@ -222,15 +233,17 @@ class _Check:
         """Tokens of a prompt that a publisher's engine will find in its cache."""
         reusable, matched = feed.ledger.reusable, self._index.count(model, chain).get(name, 0)
         if not reusable.is_needed:
-            return min(self._tokens(model, chain, name, matched), tokens - 1) // self._engine_block * self._engine_block
+            size = self._engine_block
+            return max(0, min(self._tokens(model, chain, name, matched), tokens - 1) // size * size - reusable.drop)
         ends = EndpointName.parse(name).ends
         asking = search(
             [ends],
             chain,
             block_size=self._blocks.block_size,
-            limit=tokens - max(1, reusable.lookahead),
+            limit=tokens - max(0 if reusable.drop else 1, reusable.lookahead),
             unit=reusable.unit,
             ahead=reusable.lookahead,
+            drop=reusable.drop,
             blocks=matched if reusable.is_rooted else None,
         )
         try:

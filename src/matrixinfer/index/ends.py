@@ -21,12 +21,21 @@ Question: TypeAlias = tuple[Collection[str], Sequence[int]]
 
 
 def search(
-    names: Collection[str], chain: BlockChain, *, block_size: int, limit: int, unit: int, ahead: int, blocks: int | None
+    names: Collection[str],
+    chain: BlockChain,
+    *,
+    block_size: int,
+    limit: int,
+    unit: int,
+    ahead: int = 0,
+    drop: int = 0,
+    blocks: int | None = None,
 ) -> Generator[Question, Mapping[str, int], dict[str, int]]:
-    """Find the longest reusable prefix, in tokens, of at most `limit` tokens. Names that have none are absent.
+    """Find the longest reusable prefix, in tokens, that ends within `limit` tokens. Names that have none are absent.
 
-    Prefixes are multiples of `unit` tokens, and `ahead` tokens after them decide as well. `blocks` is the longest match
-    of those endpoints, if they hold whatever they reuse from the first token on; None if they may not.
+    Prefixes are multiples of `unit` tokens, `ahead` tokens after them decide as well, and each is cut by `drop` tokens
+    before it is reused. `blocks` is the longest match of those endpoints, if they hold whatever they reuse from the first
+    token on; None if they may not.
     """
     found: dict[str, int] = {}
     limit = min(limit, chain.tokens - ahead)
@@ -42,10 +51,10 @@ def search(
                 last.setdefault(position, set()).add(name)
         pending = {}
         for position, asked in last.items():
-            first = position * block_size // unit * unit + unit
+            first = (position * block_size - drop) // unit * unit + unit + drop
             ends = range(first, min(limit, (position + 1) * block_size) + 1, unit)
             places = (yield asked, [chain.end(end, ahead) for end in ends]) if ends else {}
-            found.update((name, ends[place]) for name, place in places.items())
+            found.update((name, ends[place] - drop) for name, place in places.items())
             if position and (rest := asked - places.keys()):
                 pending[position] = rest
         if not pending:

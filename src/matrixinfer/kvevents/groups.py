@@ -24,6 +24,10 @@ _MAX_RETIRED = 65_536
 """Links of hashes that are not held are kept for their return, up to this many per group."""
 
 
+_MAX_RATIO = 16
+"""The largest ratio between two groups' block sizes at which their blocks are still related."""
+
+
 class Kind(Enum):
     """How a group's attention looks back."""
 
@@ -83,9 +87,9 @@ class Group:
             return end % self.span // self.block_size
         return blocks
 
-    def holds(self, block: int, end: int) -> bool:
-        """Whether the group holds the prefix of `end` tokens that `block` names."""
-        needed = self.needed(end)
+    def holds(self, block: int, end: int, *, more: int = 0) -> bool:
+        """Whether the group holds the prefix of `end` tokens that `block` names, and `more` blocks before what it needs."""
+        needed = min(self.needed(end) + more, end // self.block_size)
         return needed <= 0 or self._streaks.get(block, 0) >= needed
 
     def add(self, blocks: Iterable[int], parent: int | None) -> Iterator[int]:
@@ -150,6 +154,8 @@ class Group:
         if self.kind is not Kind.MAMBA:
             before = self._find(block, self.block_size)
             if before is None:
+                before = self._before_by_followers(block)
+            if before is None:
                 before = self._links.get(block)
             now = self._before.get(block)
             if now is not None and before != now:
@@ -158,7 +164,22 @@ class Group:
             if before is not None and before != now:
                 self._before[block] = before
                 self._after.setdefault(before, set()).add(block)
+                if before in self._copies:
+                    yield from self._connect(before)
         yield from self._recount((block,))
+
+    def _before_by_followers(self, block: int) -> int | None:
+        """What comes before `block`, found from a block that follows it: where that one begins a larger block elsewhere."""
+        followers = self._after.get(block, set())
+        for distance in range(2, _MAX_RATIO + 1):
+            for follower in followers:
+                before = self._find(follower, distance * self.block_size)
+                if before is not None:
+                    return before
+            followers = set().union(*(self._after.get(follower, ()) for follower in followers))
+            if not followers:
+                break
+        return None
 
     def _leave(self, before: int, block: int) -> None:
         after = self._after[before]
@@ -167,7 +188,10 @@ class Group:
             del self._after[before]
 
     def _recount(self, blocks: Iterable[int]) -> Iterator[int]:
-        """Count the blocks that are held before each of `blocks`, and on to those that follow while counts change."""
+        """Count the blocks that are held before each of `blocks`, and on to those that follow while counts change.
+
+        Raises `ValueError` for blocks that follow themselves, which only events that contradict each other make.
+        """
         most = self._most()
         pending = list(blocks)
         while pending:
@@ -175,6 +199,8 @@ class Group:
             if block not in self._copies:
                 continue
             streak = min(most, 1 + self._streaks.get(self._before.get(block, -1), 0))
+            if streak > len(self._copies):
+                raise ValueError("a block follows itself")
             if self._streaks.get(block) != streak:
                 self._streaks[block] = streak
                 yield block
@@ -185,7 +211,7 @@ class Group:
         if self.kind is Kind.MAMBA:
             return 1
         if self.kind is Kind.SLIDING and self.span is not None:
-            return max(1, -(-(self.span - 1) // self.block_size))
+            return 1 + -(-(self.span - 1) // self.block_size)
         if self.kind is Kind.CHUNKED and self.span is not None:
             return max(1, self.span // self.block_size)
         return 1 << 62

@@ -17,11 +17,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
 from msgspec import UNSET
 
 from matrixinfer.blocks import TokenBlockProcessor, salt_parent, token_bytes
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.fine import Pieces
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import KINDS, Kind
 from matrixinfer.kvevents.reusable import Reusable
@@ -114,6 +116,7 @@ class Ledger:
         self._history = history
         self.tiers = Tiers(pod, index, history)
         self.reusable = Reusable(pod, index, blocks)
+        self._pieces = Pieces()
         self._forests: dict[_Place, Forest] = {}
 
     @property
@@ -163,6 +166,7 @@ class Ledger:
         self._forests.clear()
         self.tiers.clear()
         self.reusable.clear()
+        self._pieces.clear()
 
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size and layout."""
@@ -237,10 +241,29 @@ class Ledger:
         if tokens is None:
             self._store_copies(forest, place, block_ids(event.block_hashes))
             return
-        self.block_size = max(event.block_size, self.block_size or 0)
         ids = block_ids(event.block_hashes)
-        self.stats.stored += len(ids)
         parent = _parent_of(event)
+        self.stats.stored += len(ids)
+        whole = self.reusable.specs[place[1]].block_size if forest.tier == DEVICE else event.block_size
+        if event.block_size < whole:
+            self.reusable.linked(ids, parent, event.block_size)
+            for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
+                keys = event.extra_keys if isinstance(event.extra_keys, list) else None
+                piece = msgspec.structs.replace(
+                    event,
+                    block_size=whole,
+                    extra_keys=None if keys is None else keys[made.position : made.position + 1],
+                )
+                self._store_dense(forest, piece, [made.block], made.tokens, made.parent)
+            return
+        if forest.tier == DEVICE or self.block_size is None:
+            self.block_size = max(event.block_size, self.block_size or 0)
+        self._store_dense(forest, event, ids, tokens, parent)
+
+    def _store_dense(
+        self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None
+    ) -> None:
+        """Store blocks whose tokens are known, and count copies of those that are present."""
         if event.lookahead_token_ids:
             self.reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead_token_ids])
         above = None if parent is None else forest.run_of(parent)
@@ -269,7 +292,10 @@ class Ledger:
             return False
         is_dense = tokens_of(event) is not None
         ids = block_ids(event.block_hashes)
-        reusable.stored(group, ids, _parent_of(event) if is_dense else None)
+        parent = _parent_of(event) if is_dense else None
+        if is_dense:
+            reusable.linked(ids, parent, event.block_size)
+        reusable.stored(group, ids, parent)
         if group != reusable.primary or not is_dense:
             self.stats.stored += len(ids)
             return True
@@ -438,6 +464,8 @@ class Ledger:
             self.stats.unknown_removed += len(hashes)
             return
         shrunk: dict[Run, None] = {}
+        if len(self._pieces) and tier_of(place[0]) == DEVICE:
+            left = self._pieces.remove(left)
         if not (forest.copies.keys().isdisjoint(left) and forest.ended.isdisjoint(left)):
             left = self._drop_copies(forest, left)
         present = len(left)

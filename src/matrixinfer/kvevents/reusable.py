@@ -26,6 +26,8 @@ from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.supports import Supports
 
 _MARK_BYTES = 400
+_MAX_PIECES = 65_536
+"""Links between blocks that are smaller than the primary group's, newest last."""
 
 
 class Spec(NamedTuple):
@@ -52,12 +54,15 @@ class Reusable:
         """The group whose blocks are indexed; None before the first event."""
         self.lookahead = 0
         """Tokens after a block on which its content depends as well."""
+        self._drops: frozenset[int] = frozenset()
+        self._chunks: dict[int, int] = {}
         self._blocks = blocks
         self._supports = Supports(EndpointName.parse(pod).ends, index)
         self._groups: dict[int, Group] = {}
         self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
         self._ahead: dict[int, bytes] = {}
         self._dirty: dict[int, None] = {}
+        self._pieces: dict[int, tuple[int, int]] = {}  # block -> the one before it, and its tokens
         self._forest: Forest | None = None
 
     @property
@@ -81,12 +86,25 @@ class Reusable:
         return lcm(*(spec.block_size for spec in self.specs.values())) if self.specs else 0
 
     @property
+    def drop(self) -> int:
+        """Tokens by which the engine cuts each prefix that it holds before it reuses it; 0 unless it is known to."""
+        return self.specs[self.primary].block_size if self._drops and self.primary is not None else 0
+
+    def drops(self, groups: Iterable[int]) -> None:
+        """The engine looks for one block more than it reuses in these groups, as vLLM 0.32 does with EAGLE or MTP.
+
+        No event says so.
+        """
+        self._drops = frozenset(groups)
+
+    @property
     def memory_bytes(self) -> int:
         """Estimated memory of groups and marks."""
         return _MARK_BYTES * len(self._marks) + sum(group.memory_bytes for group in self._groups.values())
 
     def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
         """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
+        span = self._chunks.get(group, span)
         known = self.specs.get(group)
         if known is not None:
             if block_size == known.block_size or (block_size < known.block_size and known.has_fine_blocks):
@@ -106,10 +124,26 @@ class Reusable:
         if forest is not None:
             self.touch(block for _, _, block in forest.below(None))
 
+    def chunks(self, group: int, tokens: int) -> None:
+        """The group's attention works in chunks of that many tokens, which no event says."""
+        self._chunks[group] = tokens
+
     def stored(self, group: int, blocks: Sequence[int], parent: int | None) -> None:
         """The group holds one more copy of `blocks`, which follow each other and, where that is known, `parent`."""
         if group in self._groups:
             self.touch(self._groups[group].add(blocks, parent))
+
+    def linked(self, blocks: Sequence[int], parent: int | None, size: int) -> None:
+        """An event names blocks of `size` tokens with all their tokens: so it is known which comes before which."""
+        spec = None if self.primary is None else self.specs[self.primary]
+        if spec is None or size >= spec.block_size:
+            return  # the forest of the primary group knows
+        for block in blocks:
+            if parent is not None:
+                if len(self._pieces) >= _MAX_PIECES:
+                    del self._pieces[next(iter(self._pieces))]
+                self._pieces[block] = parent, size
+            parent = block
 
     def removed(self, group: int, blocks: Iterable[int]) -> None:
         """The group holds one copy less of `blocks`."""
@@ -133,6 +167,9 @@ class Reusable:
         for block in list(self._dirty):
             for group in self._groups.values():
                 self.touch(group.known(block))
+        if self._drops and forest is not None:
+            for block in list(self._dirty):
+                self.touch(forest.children(block))
         dirty, self._dirty = self._dirty, {}
         for block in dirty:
             end = None if forest is None else self._end_of(forest, block)
@@ -153,6 +190,7 @@ class Reusable:
         self._marks.clear()
         self._ahead.clear()
         self._dirty.clear()
+        self._pieces.clear()
         self._supports.clear()
 
     def reset(self) -> None:
@@ -170,7 +208,7 @@ class Reusable:
             return None
         position = run.position(block)
         end = run.end(position)
-        if end % self.unit or not all(group.holds(block, end) for group in self._groups.values()):
+        if (end - self.drop) % self.unit or end <= self.drop or not self._is_held(forest, run, block, end):
             return None
         ahead = self._ahead.get(block, b"")
         if len(ahead) != 4 * self.lookahead:
@@ -180,6 +218,20 @@ class Reusable:
         key, tokens = run.ending(position)
         return run.model, [key, self._blocks.end(key, tokens, ahead)]
 
+    def _is_held(self, forest: Forest, run: Run, block: int, end: int) -> bool:
+        """Whether every other group holds what it must for the prefix that ends with `block`."""
+        if not self._drops:
+            return all(group.holds(block, end) for group in self._groups.values())
+        reused = end - self.drop
+        before = _ending_at(forest, run, reused)
+        for number, group in self._groups.items():
+            if number in self._drops and group.kind is Kind.SLIDING:
+                if not group.holds(block, end, more=1):
+                    return False
+            elif before is None or not group.holds(before, reused):
+                return False
+        return True
+
     def _unmark(self, block: int) -> None:
         mark = self._marks.pop(block, None)
         if mark is not None:
@@ -188,6 +240,9 @@ class Reusable:
 
     def _before(self, block: int, tokens: int) -> int | None:
         """The block that ends that many tokens before the end of `block`, on the same prefix."""
+        piece = self._pieces.get(block)
+        if piece is not None and piece[1] == tokens:
+            return piece[0]
         run = None if self._forest is None else self._forest.run_of(block)
         if run is None or self._forest is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -26,6 +27,13 @@ def path(parents: dict[int, int | None], block: int) -> list[int]:
         found.append(at)
         at = parents[at]
     return found[::-1]
+
+
+def before(parents: dict[int, int | None], block: int, tokens: int) -> int | None:
+    at: int | None = block
+    for _ in range(tokens // BLOCK):
+        at = None if at is None else parents[at]
+    return at
 
 
 def is_held(kind: Kind, span: int | None, held: dict[int, int], blocks: list[int]) -> bool:
@@ -59,7 +67,7 @@ def test_what_a_group_holds_is_what_the_rule_says_after_any_schedule(kind: Kind,
     for seed in range(8):
         draw = random.Random(seed)
         parents = tree(seed)
-        group = Group(kind, BLOCK, span, lambda block, tokens: parents[block])  # noqa: B023 - called in this turn only
+        group = Group(kind, BLOCK, span, partial(before, parents))
         held: dict[int, int] = {}
         reported: dict[int, bool] = {}
         for _ in range(120):
@@ -92,7 +100,7 @@ def test_removing_what_is_not_held_changes_nothing() -> None:
 
 def test_a_block_that_is_linked_late_is_counted_again() -> None:
     known: dict[int, int] = {}
-    group = Group(Kind.SLIDING, BLOCK, 9, lambda block, tokens: known.get(block))
+    group = Group(Kind.SLIDING, BLOCK, 9, lambda block, tokens: known.get(block) if tokens == BLOCK else None)
     list(group.add([1], None))
     list(group.add([2], None))
     assert not group.holds(2, 2 * BLOCK)
@@ -110,3 +118,9 @@ def test_links_of_what_is_gone_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert group.memory_bytes <= 100 * 22
     group.clear()
     assert group.memory_bytes == 0
+
+
+def test_blocks_that_follow_themselves_are_refused() -> None:
+    group = Group(Kind.FULL, BLOCK, None, lambda block, tokens: None)
+    with pytest.raises(ValueError, match="follows itself"):
+        list(group.add([1, 2, 1], 2))
