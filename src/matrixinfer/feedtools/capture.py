@@ -157,7 +157,7 @@ class _Facts:
     def _learn_layout(self, event: BlockStored) -> None:
         if self.engine_block is None and event.block_size > 0:
             self.engine_block = event.block_size
-        self.hides_salts |= event.extra_keys is UNSET
+        self.hides_salts |= event.hides_keys
         self.hides_adapters |= event.lora_name is UNSET
 
 
@@ -240,7 +240,7 @@ class _Check:
             [ends],
             chain,
             block_size=self._blocks.block_size,
-            limit=tokens - max(0 if reusable.drop else 1, reusable.lookahead),
+            limit=tokens - max(0 if reusable.drop else reusable.reserve, reusable.lookahead),
             unit=reusable.unit,
             ahead=reusable.lookahead,
             drop=reusable.drop,

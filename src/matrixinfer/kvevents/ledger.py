@@ -26,6 +26,7 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.fine import Pieces
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import KINDS, Kind
+from matrixinfer.kvevents.pages import Pages
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.supports import Supports
@@ -37,8 +38,8 @@ from matrixinfer.kvevents.wire import (
     EngineHash,
     Event,
     block_ids,
-    has_bigrams,
     is_hash_of_tokens_alone,
+    pairs_of,
     tokens_of,
 )
 from matrixinfer.kvevents.witness import Witness
@@ -48,6 +49,7 @@ MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
 _SUPPORT_BYTES = 130
+_ANY_MEDIUM = ("CPU_PINNED", "DISK", "EXTERNAL")
 _Place: TypeAlias = tuple[str, int]
 """A cache medium and an attention group."""
 
@@ -117,6 +119,7 @@ class Ledger:
         self.tiers = Tiers(pod, index, history)
         self.reusable = Reusable(pod, index, blocks)
         self._pieces = Pieces()
+        self._pages = Pages()
         self._forests: dict[_Place, Forest] = {}
 
     @property
@@ -167,6 +170,7 @@ class Ledger:
         self.tiers.clear()
         self.reusable.clear()
         self._pieces.clear()
+        self._pages.clear()
 
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size and layout."""
@@ -186,13 +190,13 @@ class Ledger:
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, with an event for each: adjacent removals are applied together.
                 if removed and place != (event.medium, event.group_idx):
-                    self._remove(_place(*place), removed)
+                    self._remove(_place(*place), removed, place[0])
                     removed = []
                 place = (event.medium, event.group_idx)
                 removed += event.block_hashes
                 continue
             if removed:
-                self._remove(_place(*place), removed)
+                self._remove(_place(*place), removed, place[0])
                 removed = []
             if isinstance(event, BlockStored):
                 self._store(event)
@@ -201,7 +205,7 @@ class Ledger:
                 self.clear()
                 self._forget_sent()
         if removed:
-            self._remove(_place(*place), removed)
+            self._remove(_place(*place), removed, place[0])
         if self.reusable.is_needed:
             self.reusable.settle(self._primary_forest)
 
@@ -224,13 +228,17 @@ class Ledger:
             return
         if event.group_idx and event.kv_cache_spec_kind is None:
             raise UntrustedEvents("its attention groups cannot be distinguished")
-        if event.extra_keys is UNSET:
+        if event.hides_keys:
             self._note_layout(event)
         place = _place(event.medium, event.group_idx)
         if tier_of(place[0]) == DEVICE and event.block_size > 0 and self._is_of_another_group(event, kind, place[1]):
             return
         forest = self._forests.get(place)
         tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
+        pairs = None if tokens is not None else pairs_of(event)
+        if pairs is not None:
+            tokens, ahead = pairs
+            self.reusable.look_ahead_in_pairs()
         is_bare = tokens is None and event.block_hashes and not event.block_size and tier_of(place[0]) != DEVICE
         if (tokens is None and not is_bare) or (forest is None and len(self._forests) >= _MAX_PLACES):
             self.stats.misfits += 1
@@ -241,9 +249,11 @@ class Ledger:
         if tokens is None:
             self._store_copies(forest, place, block_ids(event.block_hashes))
             return
-        ids = block_ids(event.block_hashes)
-        parent = _parent_of(event)
+        ids, parent = self._pages.named(event, block_ids(event.block_hashes), _parent_of(event))
         self.stats.stored += len(ids)
+        if pairs is not None:
+            self.reusable.look_ahead(ids, ahead)
+        again = self._pages.stored(ids, event.medium) if event.is_of_radix_tree else ()
         whole = self.reusable.specs[place[1]].block_size if forest.tier == DEVICE else event.block_size
         if event.block_size < whole:
             self.reusable.linked(ids, parent, event.block_size)
@@ -259,6 +269,8 @@ class Ledger:
         if forest.tier == DEVICE or self.block_size is None:
             self.block_size = max(event.block_size, self.block_size or 0)
         self._store_dense(forest, event, ids, tokens, parent)
+        if again:
+            self._drop_copies(forest, [block for block in again if block in forest.copies])
 
     def _store_dense(
         self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None
@@ -267,11 +279,13 @@ class Ledger:
         if event.lookahead_token_ids:
             self.reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead_token_ids])
         above = None if parent is None else forest.run_of(parent)
-        doubtful = event.extra_keys is UNSET and ids[0] in forest
+        doubtful = event.hides_keys and ids[0] in forest
         if not doubtful and _all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        if not self.reusable.is_needed and _is_reported_again(forest, event, ids):
+        if not (self.reusable.is_needed or self.reusable.drop or event.is_of_radix_tree) and _is_reported_again(
+            forest, event, ids
+        ):
             self.stats.reported_again += len(ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
@@ -317,8 +331,6 @@ class Ledger:
         self.hides_adapters = event.lora_name is UNSET and not self._numbers_adapters
         if is_hash_of_tokens_alone(event):
             raise UntrustedEvents("its blocks are hashed without what precedes them")
-        if has_bigrams(event):
-            raise UntrustedEvents("its blocks are of pairs of tokens, for speculative decoding")
 
     def _new_stretches(
         self, forest: Forest, event: BlockStored, parent: int | None, ids: Sequence[int]
@@ -336,7 +348,7 @@ class Ledger:
             first = position + 1
             stretch.clear()
             if present or block in forest:
-                if event.extra_keys is UNSET:
+                if event.hides_keys:
                     self._check_parent(forest, ids[position - 1] if position else parent, block)
                 forest.copies[block] = forest.copies.get(block, 0) + 1
                 self.stats.copies += 1
@@ -367,6 +379,7 @@ class Ledger:
             self.stats.orphans += len(ids)
             return
         usable, salt = _usable(event, first, len(ids), at_root=parent is None)
+        salt = event.cache_salt or salt
         if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
         if usable < len(ids):
@@ -450,7 +463,7 @@ class Ledger:
 
     # Removed
 
-    def _remove(self, place: _Place, hashes: Sequence[EngineHash]) -> None:
+    def _remove(self, place: _Place, hashes: Sequence[EngineHash], medium: str | None = None) -> None:
         forest = self._forests.get(place)
         left = block_ids(hashes)
         if tier_of(place[0]) == DEVICE and self.reusable.is_needed:
@@ -463,6 +476,9 @@ class Ledger:
         if forest is None:
             self.stats.unknown_removed += len(hashes)
             return
+        if len(self._pages):
+            left = self._pages.removed(left, medium)
+            self.reusable.touch(left)
         shrunk: dict[Run, None] = {}
         if len(self._pieces) and tier_of(place[0]) == DEVICE:
             left = self._pieces.remove(left)
@@ -539,7 +555,8 @@ def _parent_of(event: BlockStored) -> int | None:
 
 
 def _place(medium: str | None, group: int | None) -> _Place:
-    return medium or "GPU", group or 0
+    """The place of a block. SGLang finds a prompt's pages on whatever medium: each medium is one more copy of a page."""
+    return "GPU" if medium is None or medium in _ANY_MEDIUM else medium, group or 0
 
 
 def _all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequence[int]) -> bool:
@@ -561,7 +578,7 @@ def _is_reported_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -
     are rare, and missing one predicts a smaller hit, not a larger one. A single block is a prompt of exactly that block,
     sent twice.
     """
-    if event.parent_block_hash is not None or event.extra_keys is UNSET or forest.tier != DEVICE or len(ids) < 2:
+    if event.parent_block_hash is not None or event.hides_keys or forest.tier != DEVICE or len(ids) < 2:
         return False
     return len(set(ids)) == len(ids) and all(block in forest for block in ids)
 

@@ -54,6 +54,8 @@ class Reusable:
         """The group whose blocks are indexed; None before the first event."""
         self.lookahead = 0
         """Tokens after a block on which its content depends as well."""
+        self.reserve = 1
+        """Tokens at a prompt's end that are never reused."""
         self._drops: frozenset[int] = frozenset()
         self._chunks: dict[int, int] = {}
         self._blocks = blocks
@@ -133,6 +135,10 @@ class Reusable:
         if group in self._groups:
             self.touch(self._groups[group].add(blocks, parent))
 
+    def look_ahead_in_pairs(self) -> None:
+        """Blocks are of pairs of tokens, of which the engine never looks up a prompt's last one."""
+        self.reserve = 2
+
     def linked(self, blocks: Sequence[int], parent: int | None, size: int) -> None:
         """An event names blocks of `size` tokens with all their tokens: so it is known which comes before which."""
         spec = None if self.primary is None else self.specs[self.primary]
@@ -199,7 +205,7 @@ class Reusable:
         self._supports.forget()
         self.specs.clear()
         self._groups.clear()
-        self.primary, self.lookahead = None, 0
+        self.primary, self.lookahead, self.reserve = None, 0, 1
 
     def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:
         """Model and hashes of the prefix that ends with `block`; None when it cannot be reused."""
