@@ -177,6 +177,7 @@ class Reusable:
             for block in list(self._dirty):
                 self.touch(forest.children(block))
         dirty, self._dirty = self._dirty, {}
+        new: dict[int, tuple[str, list[int]]] = {}
         for block in dirty:
             end = None if forest is None else self._end_of(forest, block)
             if end is None:
@@ -184,9 +185,11 @@ class Reusable:
                 if forest is None or block not in forest:
                     self._ahead.pop(block, None)
             elif block not in self._marks:
-                self._marks[block] = model, hashes = end
-                self._supports.add(model, hashes, None)
-        self._supports.flush()
+                new[block] = end
+        self._supports.flush()  # before anything is added, which may be the same hashes
+        for block, (model, hashes) in new.items():
+            self._marks[block] = model, hashes
+            self._supports.add(model, hashes, None)
         self._forest = None
 
     def clear(self) -> None:
