@@ -106,7 +106,7 @@ class Auditor:
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
-        _, match, tail, _ = self._lookup.held(chosen.name, prepared.matches)
+        _, match, tail, _ = self._lookup.match_at(chosen.name, prepared.matches)
         if match is None or chosen.pending_blocks or feed.state is not FeedState.COMPLETE:
             return None
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size

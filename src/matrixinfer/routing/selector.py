@@ -20,7 +20,7 @@ import yaml
 from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.errors import ConfigError, InvalidRequest
 from matrixinfer.routing.embedded_index import Index, Tokens
-from matrixinfer.routing.holdings import Matches, charge, held, holdings
+from matrixinfer.routing.holdings import Matches, charge, holdings, match_at
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
@@ -119,9 +119,9 @@ class Selector:
     def _candidate(self, given: Candidate | str, request: SchedulingRequest, matches: Matches | None) -> Candidate:
         base = Candidate(name=given, url="") if isinstance(given, str) else given
         name, load = base.name, self._load
-        there = held(name, self._known.caches.of(name), matches)
-        trust, pending, recent, credit = holdings(name, request, there, load, self._known.history, self._weights)
-        cache = there.cache
+        match = match_at(name, self._known.caches.of(name), matches)
+        trust, pending, recent, credit = holdings(name, request, match, load, self._known.history, self._weights)
+        cache = match.cache
         return msgspec.structs.replace(
             base,
             in_flight=base.in_flight + load.in_flight(name),
@@ -129,9 +129,9 @@ class Selector:
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=base.engine_block if cache is None or cache.engine_block is None else cache.engine_block,
-            matched_blocks=there.blocks,
-            matched_tail=there.tail,
-            tiers=there.tiers,
+            matched_blocks=match.blocks,
+            matched_tail=match.tail,
+            tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,
             cached_credit=credit,
