@@ -71,7 +71,7 @@ class Service:
                 config.models, config.tokenization, RemoteTokenizer(engines.session), block_size=blocks.block_size
             )
             await stack.enter_async_context(tokenizers)
-            lookup = Lookup(registry, engines.setup.index, engines.caches)
+            lookup = Lookup(registry, engines.setup.index, engines.setup.caches)
             self.router = Router(
                 registry=registry,
                 preparer=Preparer(
@@ -87,14 +87,14 @@ class Service:
                 scheduler=scheduler,
                 load=load,
                 history=history,
-                auditor=Auditor(engines.subscriber.feeds, parity, drift, lookup, blocks),
+                auditor=Auditor(engines.feeds, parity, drift, lookup, blocks),
                 decisions=decisions,
                 metrics=metrics,
                 clock=clock,
             )
             store = engines.setup.store
             if store is not None and store.config.share_load:
-                trust_of = partial(_trust_of, registry, engines.caches)
+                trust_of = partial(_trust_of, registry, engines.setup.caches)
                 peers = Peers(store, loads=peer_loads, load=load, history=history, trust_of=trust_of)
                 metrics.register(PeersCollector(await stack.enter_async_context(peers)))
             kept = {
@@ -116,7 +116,7 @@ class Service:
             rewriter = BodyRewriter(registry, adds_usage=config.drift.inject_usage)
             proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
             api = Api(self.router, registry, proxy, metrics, config.limits)
-            feeds = FeedReports(engines.subscriber.feeds, engines.caches)
+            feeds = FeedReports(engines.feeds, engines.setup.caches)
             admin = Admin(self.router, registry, decisions, feeds, parity, config.limits)
             self.gateway = await stack.enter_async_context(
                 Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
