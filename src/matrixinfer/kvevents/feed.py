@@ -27,6 +27,8 @@ __all__ = ["FeedState", "FeedStats", "PodFeed"]
 
 MAX_HELD_FRAMES = 20_000
 MAX_HELD_BYTES = 256 * 1024 * 1024
+REPLAY_ATTEMPTS = 3
+"""Replays in a row without progress, after which whoever fetches them calls `replay_failed`."""
 MAX_MISSED_HEARTBEATS = 3
 """In a row, after which silence no longer proves that nothing happened."""
 

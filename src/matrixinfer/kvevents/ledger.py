@@ -40,6 +40,8 @@ from matrixinfer.kvevents.wire import (
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.traffic.history import RoutingHistory
 
+SMALL_BLOCK = 16
+"""Tokens per engine block below which events and memory grow out of proportion."""
 MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16

@@ -14,16 +14,13 @@ from matrixinfer.blocks import BlockChain, Scheme, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import ConfigError, InvalidRequest, UnknownPod
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.routing.holdings import Matches, straddled
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.cache_views import FeedCaches
 from matrixinfer.trust.levels import trust_in
-
-REPLAY_ROUNDS = 3
-"""Answers in a row that bring nothing, after which a replay is given up."""
 
 Tokens: TypeAlias = TokenIds | Sequence[int]
 """Token ids: a sequence of integers, or a numpy array of `uint32`, shape (n,)."""
@@ -243,7 +240,7 @@ class Index:
         if feed.epoch == epoch:
             _step(feed, feed.replay_ended if whole else feed.replay_broke_off)
         follow.idle = follow.idle + 1 if feed.replay_from == start else 0
-        if follow.idle >= REPLAY_ROUNDS:
+        if follow.idle >= REPLAY_ATTEMPTS:
             follow.idle = 0
             _step(feed, feed.replay_failed)
         while _step(feed, feed.catch_up):
