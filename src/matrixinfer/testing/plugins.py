@@ -150,7 +150,7 @@ class PluginConformance:
 
         check()
 
-    def test_pods_that_nothing_is_known_of_are_taken(self) -> None:
+    def test_pods_without_known_facts_are_kept(self) -> None:
         asked = SchedulingRequest(id="r", model="m", prompt_tokens=None, block_size=16, chain=(), prefix=b"")
         decision = self._decide(asked, [Candidate(name=str(i), url="") for i in range(3)])
         expect(len(decision.ranked) == 3, f"unknown is not zero, but a filter removed pods: {dict(decision.filtered)}")

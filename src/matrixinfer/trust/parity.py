@@ -216,7 +216,7 @@ class Parity:
         verdict = model.checks[check]
         verdict.note(agrees=agrees)
         self._metrics.parity(name, check, "agreed" if agrees else "mismatch")
-        if not agrees and _is_worth_a_line(verdict):
+        if not agrees and _is_logged(verdict):
             log.warning("tokenizer_differed", model=name, check=check, times=verdict.mismatched, **facts)
         approximate = any(each.differing for each in model.checks.values())
         if approximate != model.approximate:
@@ -235,6 +235,6 @@ class Parity:
         return known
 
 
-def _is_worth_a_line(verdict: Verdict) -> bool:
+def _is_logged(verdict: Verdict) -> bool:
     """The first few mismatches are, then the 4th, 8th, 16th and so on."""
     return verdict.mismatched <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0
