@@ -1,4 +1,4 @@
-"""The block index as configured: where lookups go, where events are written, and what is known of the caches.
+"""The block index as configured: where lookups go, where events are written, and what is known about the caches.
 
 kind     writer    lookups       this process follows events, and writes them to
 memory   agents    own memory    own memory

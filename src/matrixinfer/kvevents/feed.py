@@ -91,7 +91,7 @@ class PodFeed:
 
     @property
     def given_up(self) -> bool:
-        """A replay could not be had: the engine's history may be worth another try later."""
+        """A replay has failed: the engine's history may be fetched again later."""
         return self._knowledge in _GIVEN_UP and self._phase not in _STALE
 
     @property
@@ -152,7 +152,7 @@ class PodFeed:
         self._step(Input.REPLAY_BROKE_OFF)
 
     def replay_failed(self) -> None:
-        """The replay cannot be had: clear, and go on from live frames as partly known. `catch_up` is due."""
+        """The replay has failed: clear, and continue from live frames as partly known. `catch_up` is due."""
         self._step(Input.REPLAY_FAILED)
 
     def catch_up(self) -> bool:
@@ -169,7 +169,7 @@ class PodFeed:
     def heartbeat(self, frames: Sequence[tuple[int, bytes]]) -> None:
         """A silent engine was asked for what it has from `heartbeat_from` on, and no live frame came meanwhile.
 
-        The last frame alone, with the bytes known of it, proves that nothing was lost; otherwise a replay is needed.
+        The last frame alone, with the bytes that are known, proves that nothing was lost; otherwise a replay is needed.
         """
         if self._cursor.next is not None:
             is_last = self._cursor.is_last([(seq, hash(payload)) for seq, payload in frames])

@@ -86,7 +86,7 @@ class Subscription:
         self._topic = None if source.topic is None else source.topic.encode()
         self._connected = False
         self._broken = False
-        """The connection was lost, and the feed has not learnt of a new one."""
+        """The connection was lost, and the feed does not know about a new one yet."""
         self._slice_ends = 0.0
         self._replay_wanted = asyncio.Event()
         self._log = log.bind(pod=source.name)

@@ -102,7 +102,7 @@ class Auditor:
         return comparison
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
-        """A witness of the blocks that the prompt brings to `chosen`; None when those cannot be told from others."""
+        """A witness of the blocks that the prompt brings to `chosen`; None when those cannot be distinguished from others."""
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None

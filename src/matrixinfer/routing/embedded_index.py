@@ -1,6 +1,6 @@
 """`matrixinfer.Index`: which pod holds which block, for programs that receive the engines' KV events themselves.
 
-No sockets, no threads, no clock: bytes in, answers out. The caller hands in each frame, and asks what it should do next.
+No sockets, no threads, no clock: bytes in, answers out. The caller passes each frame in, and asks what to do next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Step = ParamSpec("_Step")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodStatus:
-    """What an index knows of one pod's KV events."""
+    """What an index knows about one pod's KV events."""
 
     trust: Trust
     """How far its blocks are believed."""
@@ -78,8 +78,8 @@ class Index:
     """Which pod holds which block, kept from the frames that engines publish.
 
     `block_size` and `scheme` say how prompts are cut into blocks and named; engines may use blocks of any other size.
-    `max_blocks` bounds the distinct blocks over all pods, and `max_recent_blocks` what is remembered of prompts sent to
-    pods whose events do not say all. Raises `ConfigError` for a value that does not fit.
+    `max_blocks` bounds the distinct blocks over all pods. `max_recent_blocks` bounds the blocks that are remembered
+    because they were sent to pods whose events do not say everything. Raises `ConfigError` for a value that does not fit.
 
     Not thread-safe: hold one lock around all calls to an index and its selectors, or use them from one thread.
     """
@@ -128,7 +128,7 @@ class Index:
         self._feeds[pod] = PodFeed(ledger, can_replay=can_replay)
 
     def forget(self, pod: str) -> None:
-        """The pod is gone, with all that is known of it. Nothing happens when it is not followed."""
+        """Forget a pod that has gone. Does nothing if the pod is not followed."""
         self.known.history.forget(pod)
         feed = self._feeds.pop(pod, None)
         if feed is None:
@@ -142,7 +142,7 @@ class Index:
         return trust_in(self._feeds.get(pod), doubted=False)
 
     def status(self, pod: str) -> PodStatus:
-        """What is known of the pod's events. Raises `UnknownPod`."""
+        """What is known about the pod's events. Raises `UnknownPod`."""
         feed = self._feed(pod)
         return PodStatus(
             trust=self.trust(pod),
@@ -159,10 +159,10 @@ class Index:
     # Frames
 
     def apply(self, pod: str, seq: int, payload: bytes) -> None:
-        """A frame came from the pod's live socket: its number, and its payload. Raises `UnknownPod`.
+        """Apply a frame from the pod's live socket. Raises `UnknownPod`.
 
-        A frame that cannot be read raises nothing: what it may have removed is unknown, so that the pod's blocks are
-        dropped, its trust falls, and `status` counts it.
+        A frame that cannot be read raises nothing. It may have removed any block, so the pod's blocks are dropped, its
+        trust falls, and `status` counts the frame.
         """
         feed = self._feed(pod)
         _step(feed, feed.live, index(seq), bytes(payload))
@@ -186,7 +186,7 @@ class Index:
         """An engine answered `replay` with `frames`, pairs of number and payload, in order.
 
         `whole` says that its end marker came. An engine that cannot be reached answers `[]` with `whole=False`; after
-        three such answers in a row `wanted` asks no more, and the pod goes on as `partial`. Answers to questions that
+        three such answers in a row `wanted` stops asking, and the pod continues as `partial`. Answers to questions that
         have been overtaken are ignored.
         """
         feed = self._feeds.get(replay.pod)
@@ -208,7 +208,7 @@ class Index:
         self._feed(pod).reconnected()
 
     def resync(self, pod: str) -> None:
-        """What is indexed of the pod is doubted: drop it, and fetch its history again where it can be replayed."""
+        """Drop the pod's blocks, because you doubt them, and fetch its history again if it can be replayed."""
         self._feed(pod).start_over()
 
     # Answers
@@ -216,7 +216,7 @@ class Index:
     def match(self, token_ids: Tokens, *, model: str, salt: str | None = None) -> dict[str, int]:
         """How many blocks of a prompt each pod holds, consecutively from its start. Pods that hold none are absent.
 
-        Raises `InvalidRequest` for token ids that are none.
+        Raises `InvalidRequest` for token ids that are not integers of 32 bits.
         """
         counts = self.known.memory.count(model, self.known.chain(token_ids, salt=salt))
         return {pod: count for pod, count in counts.items() if pod in self._feeds}
@@ -249,7 +249,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """The parts of an index, as its selectors read them."""
+    """The parts of an index that selectors read."""
 
     blocks: TokenBlockProcessor
     memory: MemoryIndex

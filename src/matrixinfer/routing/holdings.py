@@ -79,7 +79,7 @@ def holdings(
     """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
 
     With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
-    gains nothing from pending or recent blocks. Called per endpoint and decision, hence without keywords.
+    gains nothing from pending or recent blocks. It has no keywords because it is called for every endpoint of every decision.
     """
     cache, matched, _, tiers = match
     trust: Trust = "none" if approximate or cache is None else cache.trust

@@ -78,10 +78,10 @@ class Selector:
     ) -> Decision:
         """Rank `candidates` for a prompt. Nothing is counted until `charge`; a dry run leaves plugins as they were, too.
 
-        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name
-        that the index follows (or not: then nothing is known of it), or a `Candidate` with what the caller knows: its
-        engine metrics, and in `in_flight` and `queued_tokens` the load that this selector has not charged. What the
-        index and this selector know is filled in. `model` is the name under which `Index.follow` has it, or an
+        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name,
+        or a `Candidate` with what the caller knows: its engine metrics, and in `in_flight` and `queued_tokens` the load
+        that this selector has not charged. The selector fills in what it and the index know, which is nothing for a
+        name that the index does not follow. `model` is the name under which `Index.follow` has it, or an
         adapter's. `salt` is the request's cache salt; `session` and `prefix` (the prompt's text) are for plugins.
 
         Raises `NoPodAvailable` without candidates, and `InvalidRequest` for token ids or candidates that are wrong.
@@ -112,7 +112,7 @@ class Selector:
         return InFlight(self._accounts, request, pod, self._accounts.open(request, pod))
 
     def forget(self, pod: str) -> None:
-        """The pod is gone: drop what is counted there, and have the index forget it."""
+        """Forget a pod that has gone, here and in the index."""
         self._accounts.forget(pod)
         self._index.forget(pod)
 
@@ -171,7 +171,7 @@ class InFlight:
         self._charge.first_byte()
 
     def move(self, candidate: Candidate) -> None:
-        """The pod did not take the request; it is tried at `candidate`, one of `Decision.attempts`."""
+        """Send the request to `candidate`, one of `Decision.attempts`, because its pod did not take it."""
         self._accounts.close(self._request, self.candidate, self._charge, computed=False)
         self.candidate = candidate
         self._computed = False

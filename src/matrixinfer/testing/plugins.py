@@ -173,7 +173,7 @@ class PluginConformance:
         return self.plugin(args, Services(clock=lambda: 0.0, rng=rng))
 
     def _scheduler(self, rng: random.Random) -> Scheduler:
-        """A scheduler with this plugin at every stage that it has, and nothing else but the picker that must be."""
+        """A scheduler with this plugin at every stage that it has, and no other plugin except the picker that every profile needs."""
         name = self.plugin.name
         stages = {stage: PluginStage() for stage, _ in _STAGES} | {
             "picker": PluginStage(enabled=(PluginRef(name="max-score"),))

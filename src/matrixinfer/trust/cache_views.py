@@ -1,4 +1,4 @@
-"""What is known of every endpoint's cache, whether this process follows its events or an agent that reports to Redis does."""
+"""What is known about every endpoint's cache: from its events, or from what an agent reports in Redis."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Caches(Protocol):
     """A source of cache views."""
 
     def of(self, name: str) -> CacheView | None:
-        """What is known of an endpoint's cache now; None when nobody follows it."""
+        """What is known about an endpoint's cache now; None when nobody follows it."""
         ...
 
 

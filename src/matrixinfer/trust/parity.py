@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Verdict:
-    """What the comparisons of one kind have said of one model."""
+    """The comparisons of one kind for one model."""
 
     agreed: int = 0
     mismatched: int = 0
@@ -91,7 +91,7 @@ class Comparison:
         self._sample: Sample | None = None
 
     def counted(self, pod: str, engines: int) -> None:
-        """The engine counted so many prompt tokens. Call it only for prompts that are `counted`."""
+        """The engine `pod` counted `engines` prompt tokens. Call it only for prompts that are `counted`."""
         self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
 
     def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:

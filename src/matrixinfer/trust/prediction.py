@@ -108,7 +108,7 @@ class Prediction:
             )
 
     def reported(self, cached: int | None) -> None:
-        """The answer reports `cached` tokens, or no number of them."""
+        """The answer reports `cached` tokens; None if it does not say how many."""
         self._drift.reported(
             self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached, purges=self._purges
         )
