@@ -127,7 +127,7 @@ class Auditor:
         # prediction stops before them.
         predicted = min(match * block, tokens - 1) // size * size
         last = tokens // size * size // block  # token blocks that the prompt leaves behind
-        return Prediction.open(
+        return Prediction(
             self._drift,
             chosen.name,
             tokens=predicted,
@@ -138,7 +138,7 @@ class Auditor:
             token_block=block,
             stores=request.chain[last - 1] if last > match and not chosen.pending_blocks else None,
             purges=not ledger.is_hybrid,
-        )
+        ).open()
 
 
 def _model_at(feed: PodFeed, prepared: Prepared) -> str:

@@ -119,7 +119,7 @@ def test_one_endpoint_says_nothing_of_another() -> None:
 
 def prediction_of(world: World, supports: Supports, *, stored: int | None = None) -> Prediction:
     """Of 48 tokens in the token blocks 1, 2 and 3."""
-    return Prediction.open(
+    return Prediction(
         world.drift,
         "a",
         tokens=48,
@@ -130,7 +130,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         token_block=16,
         stores=stored,
         purges=True,
-    )
+    ).open()
 
 
 @pytest.mark.parametrize(
