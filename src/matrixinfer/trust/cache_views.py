@@ -131,7 +131,7 @@ class FeedReports:
             "state": cache.feed,
             "trust": cache.trust,
             "hides_salts": cache.hides_salts,
-            "engine_block_size": cache.engine_block,
+            "engine_block": cache.engine_block,
         }
         feed = self._feeds.get(name)
         if feed is not None:

@@ -270,7 +270,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
             "hides_salts": False,
             "frames": 0,
             "engine_blocks": 0,
-            "engine_block_size": ENGINE_BLOCK,
+            "engine_block": ENGINE_BLOCK,
         }
     }
     assert world.parts.feed_reports.of(c) == {}
