@@ -81,7 +81,7 @@ class Api:
         finally:
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
-            log.debug("request", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
+            log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
         return response
 
     async def models(self, _: web.BaseRequest) -> web.StreamResponse:
