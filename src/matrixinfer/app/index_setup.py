@@ -30,7 +30,8 @@ from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.tasks import cancel_and_wait
-from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
+from matrixinfer.trust.cache_views import Caches, FeedCaches
+from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 

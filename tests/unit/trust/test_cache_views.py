@@ -9,7 +9,8 @@ from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.trust.cache_views import FeedCaches, ReportedCaches, SharedCaches, state_of
+from matrixinfer.trust.cache_views import FeedCaches
+from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
 
 def reported(trust: str, *, alive: bool = True) -> PodStates:
