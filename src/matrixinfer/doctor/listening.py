@@ -160,7 +160,8 @@ async def replays(heard: Heard, seconds: float) -> Replay | None:
     endpoint = heard.source.replay_endpoint
     if endpoint is None:
         return None
-    start = _FUTURE if heard.first is None else heard.first[0]
+    first = heard.first  # one that comes while the endpoint is asked was not asked for
+    start = _FUTURE if first is None else first[0]
     context = zmq.Context()
     try:
         async with asyncio.timeout(seconds):
@@ -171,4 +172,4 @@ async def replays(heard: Heard, seconds: float) -> Replay | None:
         context.destroy(linger=0)
     if not reply.whole:
         return "silent"
-    return "answers" if heard.first is None or heard.first in reply.frames[:1] else "foreign"
+    return "answers" if first is None or first in reply.frames[:1] else "foreign"
