@@ -62,3 +62,8 @@ _blocks = PortBlocks()
 def free_port() -> int:
     """A port below the ephemeral range that nobody listens on; no second call returns it."""
     return _blocks.next()
+
+
+def two_ports() -> tuple[int, int]:
+    """Two of them: for an engine's publisher and its replays."""
+    return free_port(), free_port()

@@ -20,7 +20,6 @@ import pytest
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
-
 from tests.virtual_time import VirtualTimeLoop
 
 from .fleet import Fleet, fleet
