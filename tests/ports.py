@@ -2,8 +2,7 @@
 
 The system hands out ephemeral ports to any process at any time, so a port that was free a moment ago may be taken when a
 server binds it. Ports from here lie below that range. A process claims a block of them by listening on its first port,
-which keeps every other test process of this machine away from the rest of the block. The ports of Redis Cluster's bus,
-10,000 higher, exist for all of them.
+which keeps every other test process of this machine away from the rest of the block.
 """
 
 from __future__ import annotations

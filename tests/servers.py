@@ -102,6 +102,11 @@ def server(folder: Path, *options: str, executable: str | None = None) -> Iterat
         made.kill()
 
 
+def cluster_options(*, bus: int | None = None) -> tuple[str, ...]:
+    """What makes a server a node of a cluster, with its bus on a port of its own."""
+    return ("--cluster-enabled", "yes", "--cluster-port", str(bus or free_port()))
+
+
 def debian_server() -> str | None:
     """Debian's redis-server, where it is installed."""
     return shutil.which("redis-server")

@@ -10,12 +10,15 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import pytest
 
 _LOOK_SECONDS = 0.001
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -39,9 +42,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         finally:
             self._held.remove(busy)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[_Args]], _Result], *args: *_Args
+    ) -> asyncio.Future[_Result]:
         """The clock stands still while a thread works."""
-        future: asyncio.Future[Any] = super().run_in_executor(executor, func, *args)
+        future = super().run_in_executor(executor, func, *args)
         self._working += 1
         future.add_done_callback(self._worked)
         return future

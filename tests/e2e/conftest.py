@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -26,9 +26,9 @@ def tokenizer() -> LocalTokenizer:
 
 
 @pytest.fixture
-async def loop(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VirtualTimeLoop]:
+async def loop(monkeypatch: pytest.MonkeyPatch) -> VirtualTimeLoop:
     """The loop of a test marked `virtual_time`, whose time is `time.monotonic` as well."""
     running = asyncio.get_running_loop()
     assert isinstance(running, VirtualTimeLoop)
     monotonic_of(running, monkeypatch)
-    yield running
+    return running

@@ -17,7 +17,8 @@ import pytest
 import pytest_asyncio
 
 from matrixinfer.prompt.local import LocalTokenizer
-from tests.servers import free_port, server
+from tests.ports import free_port
+from tests.servers import server
 
 from .shared import LEASE_SECONDS, Load, World, world
 

@@ -16,7 +16,7 @@ from matrixinfer.config import RedisConfig
 from matrixinfer.index.redis.index import RedisIndex
 from matrixinfer.index.redis.store import Store
 from tests.ports import free_port
-from tests.servers import Server, server
+from tests.servers import Server, cluster_options, server
 from tests.waiting import DEADLINE_SECONDS, wait_until
 
 BLOCKS = TokenBlockProcessor()
@@ -131,7 +131,7 @@ def cluster(folder: Path) -> Iterator[list[Server]]:
         nodes: list[tuple[Server, int]] = []
         for n in range(3):
             bus = free_port()
-            options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "15000")
+            options = (*cluster_options(bus=bus), "--cluster-node-timeout", "15000")
             nodes.append((stack.enter_context(server(folder / str(n), *options)), bus))
         for n, (node, _) in enumerate(nodes):
             with node.client() as client:

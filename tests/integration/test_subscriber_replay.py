@@ -15,6 +15,7 @@ from matrixinfer.kvevents.replay import FRAME_BYTES
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.kvevents.subscription import Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
+from tests.waiting import DEADLINE_SECONDS
 
 from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
 
@@ -53,7 +54,7 @@ async def test_the_loop_stays_responsive_while_a_long_history_is_replayed(
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
         turns = 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 await asyncio.sleep(0)
                 turns += 1
@@ -164,7 +165,7 @@ async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
         for _ in range(200):
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 before = applied
                 await asyncio.sleep(0)
