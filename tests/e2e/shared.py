@@ -28,6 +28,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from tests.servers import Server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .fleet import TOKENIZER
 
@@ -82,7 +83,7 @@ class Process:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "matrixinfer", *self.arguments, stdout=log, stderr=log
             )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
                 for line in self.log.read_text().splitlines():
                     with suppress(json.JSONDecodeError):
@@ -266,17 +267,15 @@ class World:
                 return False
         return True
 
-    async def heals(self, seconds: float = 30.0) -> float:
+    async def heals(self) -> float:
         """Seconds until everything is exact again. Raises `TimeoutError`."""
-        return await elapsed(self.is_exact, seconds)
+        return await elapsed(self.is_exact)
 
 
-async def elapsed(condition: Callable[[], Awaitable[bool]], seconds: float) -> float:
+async def elapsed(condition: Callable[[], Awaitable[bool]]) -> float:
     """How long it takes until something holds. Raises `TimeoutError`."""
     began = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.1)
+    await eventually(condition, pause=0.1)
     return time.monotonic() - began
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from matrixinfer.config import DriftConfig
@@ -10,8 +9,9 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.trust.drift import RUN
+from tests.waiting import eventually
 
-from .fleet import Fleet, fleet, until
+from .fleet import Fleet, fleet
 
 COMPLETIONS = "/v1/completions"
 ENGINE = SimEngineConfig(
@@ -41,13 +41,13 @@ async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer:
     async with fleet(tokenizer, ENGINE, pods=1) as gateway:
         for _ in range(2):  # the second answer has cached tokens, so that the pod is known to tell of them
             await gateway.post(COMPLETIONS, body(1))
-            await asyncio.sleep(0.1)
+            await gateway.settled()
         claim(gateway, *range(2, 12))
         assert await predicted(gateway, 9) == 256
         for number in range(2, 2 + RUN):
             await gateway.post(COMPLETIONS, body(number))
         feed = gateway.service.engines.subscriber.feeds["pod-0"]
-        await until(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
+        await eventually(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
         assert await predicted(gateway, 9) == 0
         assert await predicted(gateway, 1) == 256
         async with gateway.session.get(f"{gateway.url}/metrics") as response:

@@ -18,6 +18,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from matrixinfer.trust import drift
+from tests.ports import free_port, two_ports
 
 from .fleet import Answer, Fleet, fleet, gateway
 
@@ -59,10 +60,6 @@ async def serve(target: Fleet, count: int, *, seed: int = 0, **shape: int) -> li
         answers.append(await target.ask(COMPLETIONS, body(prompt)))
     await target.settled()
     return answers
-
-
-def port_of(endpoint: str) -> int:
-    return int(endpoint.rpartition(":")[2])
 
 
 def wrong(answers: list[Answer]) -> list[Answer]:
@@ -128,13 +125,13 @@ async def test_a_restart_of_the_engine_is_noticed_and_nothing_of_the_old_one_is_
 
 async def test_an_engine_that_goes_and_comes_back_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(SimEngine(ENGINE, tokenizer))
+        kv_port, replay_port = two_ports()
+        fixed = replace(ENGINE, port=free_port(), kv_port=kv_port, replay_port=replay_port)
+        first = await stack.enter_async_context(SimEngine(fixed, tokenizer))
         target = await stack.enter_async_context(gateway([first], scheduler=SCHEDULER))
         assert not wrong(await serve(target, 20))
-        port, kv_port, replay_port = map(port_of, (first.url, first.kv_endpoint, first.replay_endpoint))
-        again = replace(ENGINE, port=port, kv_port=kv_port, replay_port=replay_port)
         await first.__aexit__(None, None, None)
-        second = await stack.enter_async_context(SimEngine(again, tokenizer))
+        second = await stack.enter_async_context(SimEngine(fixed, tokenizer))
         back = replace(target, engines=[second])
         answers = await serve(back, 30)
         assert not wrong(answers)

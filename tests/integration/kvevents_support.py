@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Self
 
 import zmq
@@ -15,14 +14,12 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.subscriber import FeedSource
 from matrixinfer.sim.events import BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
+from tests.waiting import eventually
 
 TOKENS = list(range(64))
-
-
 BLOCKS = TokenBlockProcessor(16)
-
-
 END = 2**64 - 1
+until = eventually
 
 
 def stored(first: int, last: int) -> BlockStored:
@@ -174,12 +171,6 @@ class Relay:
 def ports_of(source: FeedSource) -> tuple[int, int]:
     assert source.replay_endpoint is not None
     return int(source.endpoint.rpartition(":")[2]), int(source.replay_endpoint.rpartition(":")[2])
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def held(index: MemoryIndex, name: str = "a") -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +19,7 @@ import pytest
 from matrixinfer.doctor.checks import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
+from tests.ports import free_port
 
 from .doctor_support import FAST, DoctorCommand, altered, answering, log_settings
 from .kvevents_support import Engine as Publisher
@@ -51,11 +51,6 @@ async def altering(engine: SimEngine, **changes: Any) -> AsyncIterator[dict[str,
     altered_paths = {f"/{path.replace('v1_', 'v1/')}": change for path, change in changes.items()}
     async with engine, altered(engine, altered_paths) as url:
         yield {"name": "a", "url": url}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 # No fault

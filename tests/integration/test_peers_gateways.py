@@ -19,10 +19,11 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
-from tests.e2e.fleet import Fleet, gateway, until
+from tests.e2e.fleet import Fleet, gateway
 from tests.servers import Server, server
+from tests.waiting import eventually
 
-PATH, PODS, SECONDS = "/v1/completions", 4, 20.0
+PATH, PODS = "/v1/completions", 4
 Json = dict[str, Any]
 
 
@@ -157,11 +158,11 @@ async def test_no_request_fails_when_the_server_goes_and_peers_are_forgotten(
     async with running(tokenizer, QUICK, redis_of(valkey), gateways=2) as fleets, asyncio.TaskGroup() as group:
         for number in range(8):
             group.create_task(fleets[0].post(PATH, body(prompt(number, 300), max_tokens=500)))
-        await until(lambda: others_of(fleets[1]) == 8, SECONDS)
+        await eventually(lambda: others_of(fleets[1]) == 8)
         valkey.kill()
         for number in range(30):  # each is answered, or this fails
             group.create_task(fleets[number % 2].post(PATH, body(prompt(number, 300))))
-        await until(lambda: others_of(fleets[1]) == 0, SECONDS)
+        await eventually(lambda: others_of(fleets[1]) == 0)
         assert await fleets[1].metric("matrixinfer_peers") == 0
         valkey.start()
         await fleets[1].has_peers(1)
@@ -183,7 +184,9 @@ async def test_messages_are_counted(tokenizer: LocalTokenizer, valkey: Server) -
         series = 'matrixinfer_peer_messages_total{kind="%s"}'
         assert await fleets[0].metric(series % "sent") > 0
         assert await fleets[0].metric(series % "received") > 0
-        async with asyncio.timeout(SECONDS):
-            while await fleets[0].metric(series % "malformed") != 1:
-                await asyncio.sleep(0.05)
+
+        async def is_counted() -> bool:
+            return await fleets[0].metric(series % "malformed") == 1
+
+        await eventually(is_counted)
         assert await fleets[0].metric(series % "dropped") == 0

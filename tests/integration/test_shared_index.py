@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -33,7 +32,9 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER
 from tests.servers import Server, server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
+pytestmark = pytest.mark.xdist_group("test_shared_index")
 PATH = "/v1/completions"
 PROMPT = list(range(1000, 1700))
 """Five blocks of 128 tokens, and some more."""
@@ -71,7 +72,7 @@ def config(engines: Sequence[SimEngine], redis: Server, **index: Any) -> Config:
             models=(ModelConfig(name="sim", tokenizer=str(TOKENIZER), chat_template="chatml"),),
             pods=tuple(PodConfig(name=f"pod-{n}.test", url=engine.url) for n, engine in enumerate(engines)),
             index=IndexConfig(lease_seconds=2.0, **index),
-            redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=2.0, share_load=False),
+            redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=DEADLINE_SECONDS, share_load=False),
             scheduler=SchedulerConfig(
                 plugin_config=(PluginArgs(name="kvcache-aware", args=dict(SCHEME)),), pending_seconds=0.0
             ),
@@ -113,12 +114,14 @@ class Client:
 
     async def holds(self, pod: str, blocks: int, trust: str = "exact") -> dict[str, Any]:
         """Wait until the gateway knows that much of a pod."""
-        async with asyncio.timeout(20):
-            while True:
-                told = await self.explain()
-                if (told["pods"][pod]["matched_blocks"], told["pods"][pod]["trust"]) == (blocks, trust):
-                    return told
-                await asyncio.sleep(0.05)
+        told: dict[str, Any] = {}
+
+        async def knows() -> bool:
+            told.update(await self.explain())
+            return (told["pods"][pod]["matched_blocks"], told["pods"][pod]["trust"]) == (blocks, trust)
+
+        await eventually(knows)
+        return told
 
 
 @asynccontextmanager
@@ -170,7 +173,11 @@ async def test_the_gateway_may_write_and_only_one_does_for_a_pod(engines: Sequen
         await one.holds(pod, 5)
         await other.holds(pod, 5)
         series = f'matrixinfer_redis_writer{{pod="{pod}"}}'
-        assert sorted([await one.metric(series), await other.metric(series)]) == [0.0, 1.0]
+
+        async def one_writes() -> bool:
+            return sorted([await one.metric(series), await other.metric(series)]) == [0.0, 1.0]
+
+        await eventually(one_writes)
 
 
 async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis: Server) -> None:
@@ -178,9 +185,7 @@ async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis
         pod = await first.ask()
         await first.holds(pod, 5)
         with redis.client() as client:
-            async with asyncio.timeout(10):
-                while not client.keys("matrix:kv:block:*"):
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: bool(client.keys("matrix:kv:block:*")))
     silent = tuple(
         PodConfig(name=f"pod-{n}.test", url=engine.url, kv_events="none") for n, engine in enumerate(engines)
     )
@@ -219,9 +224,12 @@ async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
     monkeypatch.setattr("matrixinfer.index.redis.pod_states.log", told)
     with redis.client() as client:
         client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
-    async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
-        while not await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}'):
-            await asyncio.sleep(0.05)
+    async with gateway(config(engines, redis, kind="redis")) as reader:
+
+        async def is_told() -> bool:
+            return await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}') > 0
+
+        await eventually(is_told)
     (call,) = told.calls
     assert (call.method_name, call.args, call.kwargs["there"]["block_size"]) == (
         "warning",
@@ -252,11 +260,9 @@ async def test_a_dry_run_says_what_would_be_written(engines: Sequence[SimEngine]
         Agent(settings, listen=None, dry_run=DryRunIndex(lines.append)),
         aiohttp.ClientSession() as session,
         session.post(engines[0].url + PATH, json={"model": "sim", "prompt": PROMPT, "max_tokens": 1}) as response,
-        asyncio.timeout(10),
     ):
         assert response.status == 200
-        while len(lines) < 5:
-            await asyncio.sleep(0.02)
+        await eventually(lambda: len(lines) >= 5)
     assert all(line.startswith("HSET matrix:kv:block:sim@") for line in lines)
     with redis.client() as client:
         assert client.dbsize() == 0

@@ -10,8 +10,9 @@ import pytest
 
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.model import Timing
+from tests.waiting import eventually
 
-from .sim_support import COMPLETIONS, CONFIG, running, subscribed, until
+from .sim_support import COMPLETIONS, CONFIG, running, subscribed
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 RANKS = replace(CONFIG, data_parallel_size=2)
@@ -90,7 +91,7 @@ async def test_without_a_rank_header_the_least_busy_rank_is_chosen(tokenizer: Lo
     async with running(tokenizer, replace(RANKS, timing=SLOW)) as client:
         first, second = client.engine.ranks
         busy = [asyncio.create_task(client.complete([i] * 9, max_tokens=9, rank=1)) for i in range(3)]
-        await until(lambda: second.driver.in_flight == 3)
+        await eventually(lambda: second.driver.in_flight == 3)
         await asyncio.gather(*(client.complete([i] * 9) for i in range(3, 5)))
         assert (first.stats.generated_tokens, second.driver.in_flight) == (2, 3)
         load = await client.get("/load")

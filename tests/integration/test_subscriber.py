@@ -18,6 +18,8 @@ from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
+from tests.ports import two_ports
+from tests.waiting import DEADLINE_SECONDS
 
 from .kvevents_support import TOKENS, Engine, Relay, complete, held, ports_of, stored, until
 
@@ -25,7 +27,7 @@ from .kvevents_support import TOKENS, Engine, Relay, complete, held, ports_of, s
 async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(
     subscriber: Subscriber, index: MemoryIndex
 ) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         ports = ports_of(source)
     feed = subscriber.follow(source)
@@ -37,7 +39,7 @@ async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(
 
 
 async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, index: MemoryIndex) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         ports = ports_of(source)
         feed = subscriber.follow(source)
@@ -93,7 +95,7 @@ async def test_garbage_is_counted_and_survived(subscriber: Subscriber, index: Me
             [b"", bytes(8), b"\xc1 no msgpack"],
             [b"", bytes(7) + b"\x01", encode(EventBatch(0.0, [stored(0, 4)]))],
         ]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while held(index) < 4:  # a PUB socket drops what it sends before the subscription has come
                 for frame in frames:
                     socket.send_multipart(frame)
@@ -163,7 +165,7 @@ async def test_a_frame_that_cannot_be_applied_is_counted_and_the_next_ones_are_t
 
 
 async def test_a_feed_is_stale_while_its_connection_is_down(subscriber: Subscriber, index: MemoryIndex) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         engine.publish(stored(0, 2))
         feed = subscriber.follow(source)
@@ -253,7 +255,7 @@ async def test_engines_are_reached_by_name_and_by_address_of_either_kind(
         ports = [socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2] for socket in (pub, router)]
         live, replay = (f"tcp://{host}:{port}" for port in ports)
         feed = subscriber.follow(FeedSource(pod="a", model="m", endpoint=live, replay_endpoint=replay))
-        peer, *_ = await asyncio.wait_for(router.recv_multipart(), 10)
+        peer, *_ = await asyncio.wait_for(router.recv_multipart(), DEADLINE_SECONDS)
         await router.send_multipart([peer, b"", b"\xff" * 8, b""])
         await until(lambda: complete(feed))
         await pub.send_multipart([b"", bytes(8), encode(EventBatch(0.0, [stored(0, 2)]))])
@@ -303,7 +305,7 @@ async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.CONNECT_SECONDS", 0.1)
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
     with structlog.testing.capture_logs() as logs:
         feed = subscriber.follow(source)

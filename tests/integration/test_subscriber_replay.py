@@ -18,6 +18,7 @@ from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.kvevents.subscription import Shared, Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
 from matrixinfer.tasks import cancel_and_wait
+from tests.waiting import DEADLINE_SECONDS
 
 from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
 
@@ -63,7 +64,7 @@ async def test_the_loop_stays_responsive_while_a_long_history_is_replayed(
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
         turns = 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 await asyncio.sleep(0)
                 turns += 1
@@ -174,7 +175,7 @@ async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
         for _ in range(200):
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 before = applied
                 await asyncio.sleep(0)
