@@ -36,7 +36,7 @@ from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WIDE = ("configuration.md", "architecture.md", "plugins.md")
+WIDE = ("configuration.md",)
 """Pages that are not wrapped at 100 characters. The first is generated."""
 
 

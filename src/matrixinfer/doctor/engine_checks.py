@@ -77,12 +77,12 @@ def blocks(pod: PodFacts) -> Iterator[Verdict]:
     if length is not None and length <= needed:
         yield blind(
             f"no prompt ever fills a block of {needed} tokens: the engine accepts at most {length} tokens",
-            "lower blockSizeToHash" if ours > theirs else "lower the engine's --block-size",
+            "lower blocks.size" if ours > theirs else "lower the engine's --block-size",
         )
     elif needed > LARGE_BLOCK:
         yield warning(
             f"prompts shorter than {needed} tokens fill no block, so no cached blocks are ever found for them",
-            "lower blockSizeToHash" if ours > theirs else "lower the engine's --block-size",
+            "lower blocks.size" if ours > theirs else "lower the engine's --block-size",
         )
     elif theirs < SMALL_BLOCK:
         yield warning(
@@ -91,12 +91,12 @@ def blocks(pod: PodFacts) -> Iterator[Verdict]:
         )
     elif ours % theirs and theirs % ours:
         yield warning(
-            f"the engine's blocks have {theirs} tokens and blockSizeToHash is {ours}: neither divides the other, so that the "
+            f"the engine's blocks have {theirs} tokens and blocks.size is {ours}: neither divides the other, so that the "
             "index does two to three times the work",
-            f"set blockSizeToHash to {theirs} or a multiple of it",
+            f"set blocks.size to {theirs} or a multiple of it",
         )
     else:
-        yield ok(f"the engine's blocks have {theirs} tokens, blockSizeToHash is {ours}")
+        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}")
 
 
 def tokens(pod: PodFacts) -> Iterator[Verdict]:

@@ -89,7 +89,7 @@ class PodFacts:
     host: str
     """Host of the URL."""
     token_block: int
-    """Tokens per block that the gateway hashes (`blockSizeToHash`)."""
+    """Tokens per block that the gateway hashes (`blocks.size`)."""
     following: Following
     down: str | None = None
     version: str | None = None

@@ -80,10 +80,10 @@ class Prober:
             prompt = await self._new_prompt(endpoint, model, engine_block)
             witness = Witness(model, prompt.ids, prompt.chain, held=0, block_size=self._blocks.block_size)
             ledger = listener.publishers[endpoint.name].feed.ledger
-            ledger.witness = witness
+            ledger.observe(witness)
             await self._send(endpoint, prompt)
             predicted = await self._predicted_hit(endpoint, model, listener, prompt)
-            ledger.witness = None
+            ledger.stop_observing(witness)
             published_by = None if predicted else await self._other_publisher(endpoint, model, listener, prompt)
             before = await self._hits(endpoint)
             cached = await self._send(endpoint, prompt)

@@ -50,7 +50,7 @@ def scheme(facts: RedisFacts) -> Iterator[Verdict]:
         worse = blind if facts.is_index else warning
         yield worse(
             f"blocks of {model} in Redis never match: {differs}",
-            "set the same blockSizeToHash and hashScheme for all writers and gateways",
+            "set the same blocks.size and blocks.scheme for all writers and gateways",
         )
 
 

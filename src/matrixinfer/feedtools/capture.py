@@ -99,7 +99,7 @@ def check_capture(
 ) -> CaptureReport:
     """Run a capture through the feed and the ledger, and compare each prediction with the hit that the engine reported.
 
-    `rows` is iterated twice. `block_size` is `blockSizeToHash`, by default the engine's block size. Raises `CaptureError`.
+    `rows` is iterated twice. `block_size` is `blocks.size`, by default the engine's block size. Raises `CaptureError`.
     """
     facts = _Facts()
     _for_each(rows, facts.learn)

@@ -106,8 +106,7 @@ class Ledger:
         """The events do not show a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
         """The events do not show a block's adapter."""
-        self.witness: Witness | None = None
-        """Is shown new blocks while it is set."""
+        self._witness: Witness | None = None
         self._numbers_adapters = False  # events give adapters as numbers: their blocks are recognised, not indexed
         self._blocks = blocks
         self._history = history
@@ -128,6 +127,20 @@ class Ledger:
     def forests(self) -> Collection[Forest]:
         """The engine blocks present, by medium and attention group; for reading."""
         return self._forests.values()
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether a witness sees new blocks."""
+        return self._witness is not None
+
+    def observe(self, witness: Witness) -> None:
+        """Show new blocks to `witness` from now on, and to nobody else."""
+        self._witness = witness
+
+    def stop_observing(self, witness: Witness) -> None:
+        """Show `witness` nothing more; does nothing if another one has taken its place."""
+        if self._witness is witness:
+            self._witness = None
 
     def __len__(self) -> int:
         """The number of distinct engine blocks present."""
@@ -305,8 +318,8 @@ class Ledger:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
         forest.extend(run, ids, tokens)
-        if self.witness is not None:
-            self.witness.see(run, position)
+        if self._witness is not None:
+            self._witness.see(run, position)
         self._reach(forest, run, position, ids, parent)
 
     def _reach(self, forest: Forest, run: Run, position: int, ids: Sequence[int], parent: int | None) -> None:

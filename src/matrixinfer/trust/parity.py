@@ -155,20 +155,20 @@ class Parity:
     def is_watched(self, feed: PodFeed) -> bool:
         """Whether a request is being looked for in `feed`, so that every other one sent there must be passed to `watch`."""
         self._settle()
-        return feed.ledger.witness is not None
+        return feed.ledger.is_observed
 
     def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
         """Look for a prompt in the blocks that `pod` stores from now on, unless another prompt is being looked for there.
 
         In that case the other search ends if its blocks could be confused with those of this prompt.
         """
-        if feed.ledger.witness is not None:
+        if feed.ledger.is_observed:
             self._crossed(feed, witness)
             return None
         if len(self._samples) >= _MAX_SAMPLES:
             return None
         sample = Sample(model=model, pod=pod, path=path, feed=feed, epoch=feed.epoch, witness=witness)
-        feed.ledger.witness = witness
+        feed.ledger.observe(witness)
         self._samples.append(sample)
         return sample
 
@@ -176,7 +176,7 @@ class Parity:
         """A prompt that may be like the one looked for in `feed` goes to the same pod."""
         for sample in self._samples:
             if sample.feed is feed and sample.witness.is_like(witness):
-                feed.ledger.witness = None
+                feed.ledger.stop_observing(sample.witness)
                 sample.void = sample.void or not sample.witness.chains
 
     def finished(self, sample: Sample, *, computed: bool) -> None:
@@ -196,8 +196,7 @@ class Parity:
             self._judge(sample)
 
     def _judge(self, sample: Sample) -> None:
-        if sample.feed.ledger.witness is sample.witness:
-            sample.feed.ledger.witness = None
+        sample.feed.ledger.stop_observing(sample.witness)
         if sample.void or sample.feed.epoch != sample.epoch or sample.witness.chains != 1:
             self._model(sample.model).checks["events"].inconclusive += 1
             self._metrics.parity(sample.model, "events", "inconclusive")

@@ -40,7 +40,7 @@ class Engine:
     def witness(self, ids: Sequence[int], held: int) -> Witness:
         size = self.blocks.block_size
         made = Witness("m", np.array(ids, dtype=np.uint32), self.blocks.chain(ids), held=held, block_size=size)
-        self.ledger.witness = made
+        self.ledger.observe(made)
         return made
 
     def _name(self, ids: Sequence[int], block: int, salt: str | None) -> int:

@@ -158,10 +158,10 @@ def test_one_request_at_a_time_is_looked_for_at_a_pod_until_its_events_have_come
     world.parity.finished(sample, computed=True)
     world.now += 0.5
     assert world.parity.is_watched(feed)
-    assert feed.ledger.witness is sample.witness
+    assert feed.ledger.is_observed
     world.now += 1.0
     assert not world.parity.is_watched(feed)
-    assert feed.ledger.witness is None
+    assert not feed.ledger.is_observed
 
 
 def test_a_prompt_that_goes_on_from_the_same_place_ends_the_time_of_the_one_before() -> None:
@@ -184,7 +184,7 @@ def test_a_prompt_that_goes_on_from_elsewhere_does_not() -> None:
     other = Witness("m", ids, world.blocks.chain(ids), held=4, block_size=4)
     assert world.parity.watch("m", "p", "/", feed, other) is None
     assert sample is not None
-    assert feed.ledger.witness is sample.witness
+    assert feed.ledger.is_observed
 
 
 def test_a_sample_whose_time_is_over_makes_way_for_the_next_though_nobody_asks() -> None:

@@ -63,7 +63,7 @@ def add_parser(commands: Subparsers) -> None:
         "--block-size",
         type=at_least_one,
         metavar="N",
-        help="tokens per hashed block, as `blockSizeToHash` (default: the engine's block size)",
+        help="tokens per hashed block, as `blocks.size` (default: the engine's block size)",
     )
     check.add_argument(
         "--mutate",
