@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
 
 FIRST, LAST, SIZE = 10_240, 32_256, 64
 
@@ -19,15 +18,17 @@ class PortBlocks:
 
     def __init__(self) -> None:
         self._claims: list[socket.socket] = []
-        self._free: Iterator[int] = iter(())
+        self._next = self._end = 0
 
-    def next(self) -> int:
-        """A port that nobody listens on, and that nobody else is given."""
+    def next(self, count: int = 1) -> int:
+        """The first of `count` consecutive ports that nobody listens on, and that nobody else is given."""
+        assert count < SIZE
         while True:
-            for port in self._free:
-                if _is_free(port):
-                    return port
-            self._claim()
+            if self._end - self._next < count:
+                self._claim()
+            first, self._next = self._next, self._next + count
+            if all(map(_is_free, range(first, first + count))):
+                return first
 
     def _claim(self) -> None:
         starts = list(range(FIRST, LAST, SIZE))
@@ -41,7 +42,7 @@ class PortBlocks:
                 claim.close()
                 continue
             self._claims.append(claim)
-            self._free = iter(range(start + 1, start + SIZE))
+            self._next, self._end = start + 1, start + SIZE
             return
         raise RuntimeError(f"no block of ports between {FIRST} and {LAST} is free")
 
@@ -63,6 +64,11 @@ def free_port() -> int:
     return _blocks.next()
 
 
+def consecutive_ports(count: int) -> int:
+    """The first of `count` such ports in a row, as data-parallel ranks use them."""
+    return _blocks.next(count)
+
+
 def two_ports() -> tuple[int, int]:
-    """Two of them: for an engine's publisher and its replays."""
+    """Two ports: for an engine's publisher and its replays."""
     return free_port(), free_port()

@@ -330,9 +330,9 @@ async def world(
         for process in (*made.agents, *made.gateways):
             stack.push_async_callback(process.end)
         for agent in made.agents:
-            await agent.start("agent")
+            await agent.start("agent_started")
         for process in made.gateways:
-            told = await process.start("serving")
+            told = await process.start("gateway_started")
             made.urls.append(told["listen"])
             made.admins.append(told["admin"])
         await made.heals()

@@ -189,7 +189,7 @@ async def test_connections_are_reset_in_mid_reply(there: World) -> None:
 
 async def test_an_agent_is_killed_and_another_takes_over(there: World) -> None:
     await strike(there, "agent killed, another takes over", there.agents[0].end, nothing, seconds=LEASE_SECONDS + 2)
-    await there.agents[0].start("agent")
+    await there.agents[0].start("agent_started")
 
 
 async def test_an_agent_is_paused_and_wakes_up_after_another_took_over(there: World) -> None:
@@ -203,7 +203,7 @@ async def test_an_agent_is_paused_and_wakes_up_after_another_took_over(there: Wo
 
     await there.agents[1].end()  # so that the first one is the writer
     await there.heals()
-    await there.agents[1].start("agent")
+    await there.agents[1].start("agent_started")
     await strike(there, "agent paused, another takes over, resumed", pause, resume, seconds=LEASE_SECONDS + 2)
 
 
@@ -214,7 +214,7 @@ async def test_all_agents_are_killed_and_restarted(there: World) -> None:
 
     async def restart() -> None:
         for agent in there.agents:
-            await agent.start("agent")
+            await agent.start("agent_started")
 
     await strike(there, "all agents killed, restarted", kill, restart)
 

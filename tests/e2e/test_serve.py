@@ -62,7 +62,7 @@ async def gateway(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Pro
         async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
                 line = json.loads(await process.stderr.readline())
-                if line["event"] == "serving":
+                if line["event"] == "gateway_started":
                     break
         yield process, line
 

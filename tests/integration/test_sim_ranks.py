@@ -10,6 +10,7 @@ import pytest
 
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.model import Timing
+from tests.ports import consecutive_ports
 from tests.waiting import eventually
 
 from .sim_support import COMPLETIONS, CONFIG, running, subscribed
@@ -18,20 +19,6 @@ PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 RANKS = replace(CONFIG, data_parallel_size=2)
 LORA = replace(CONFIG, loras=("french", "terse"))
 SLOW = Timing(step=0.05, prefill_token=0, decode_sequence=0)
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` consecutive free ports."""
-    for _ in range(50):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port: int = taken.getsockname()[1]
-        try:
-            for offset in range(count):
-                socket.create_server(("127.0.0.1", port + offset)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no free ports")
 
 
 async def test_each_rank_has_its_own_cache_and_feed(tokenizer: LocalTokenizer) -> None:
@@ -59,7 +46,7 @@ async def test_each_rank_has_its_own_cache_and_feed(tokenizer: LocalTokenizer) -
 
 
 async def test_ranks_publish_on_the_ports_after_the_given_ones(tokenizer: LocalTokenizer) -> None:
-    port = free_ports(4)
+    port = consecutive_ports(4)
     async with running(tokenizer, replace(RANKS, kv_port=port, replay_port=port + 2)) as client:
         sources = await client.get("/kv_event_sources")
     assert [(source["endpoint"], source["replay_endpoint"]) for source in sources.values()] == [
