@@ -21,7 +21,7 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
 from tests.ports import free_port
 
-from .doctor_support import FAST, Patient, altered, log_settings, says
+from .doctor_support import FAST, LITTLE, Patient, altered, log_settings, says
 from .kvevents_support import Engine as Publisher
 from .kvevents_support import stored
 
@@ -157,7 +157,7 @@ async def test_ranks_that_are_not_followed(tokenizer: LocalTokenizer, patient: P
 
 async def test_an_endpoint_that_stays_silent(engine: SimEngine, patient: Patient) -> None:
     async with engine, Publisher() as idle:
-        examined = await patient.examine(pod(engine, endpoint=idle.publisher.endpoint))
+        examined = await patient.examine(pod(engine, endpoint=idle.publisher.endpoint), patience=LITTLE)
         told = engine.kv_endpoint
     bad = examined.only("probe", "blind")
     assert bad["says"].startswith("connected, but nothing came when it computed a new prompt of ")
@@ -173,7 +173,9 @@ async def test_an_endpoint_of_another_engine(engine: SimEngine, patient: Patient
                 await asyncio.sleep(0.05)
 
         task = asyncio.create_task(publish())
-        examined = await patient.examine(pod(engine, endpoint=other.publisher.endpoint, replayEndpoint=None))
+        examined = await patient.examine(
+            pod(engine, endpoint=other.publisher.endpoint, replayEndpoint=None), patience=LITTLE
+        )
         task.cancel()
     assert examined.of("probe")[0]["says"].startswith("events come, but none tells of a new prompt of ")
     assert examined.code == 2
@@ -181,7 +183,7 @@ async def test_an_endpoint_of_another_engine(engine: SimEngine, patient: Patient
 
 async def test_a_wrong_topic(tokenizer: LocalTokenizer, patient: Patient) -> None:
     async with SimEngine(replace(FAST, topic="kv-events"), tokenizer) as engine:
-        examined = await patient.examine(pod(engine, topic="kv"))
+        examined = await patient.examine(pod(engine, topic="kv"), patience=LITTLE)
         right = await patient.examine(pod(engine, topic="kv-events"))
     assert examined.only("topic", "blind")["says"] == "its events come under `kv-events`, and only `kv` is taken"
     assert right.code == 0
@@ -190,14 +192,14 @@ async def test_a_wrong_topic(tokenizer: LocalTokenizer, patient: Patient) -> Non
 async def test_an_endpoint_out_of_reach(engine: SimEngine, patient: Patient) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     async with engine:
-        examined = await patient.examine(pod(engine, endpoint=endpoint))
+        examined = await patient.examine(pod(engine, endpoint=endpoint), patience=LITTLE)
     assert examined.only("connection", "blind")["says"] == f"no connection to {endpoint} comes about"
 
 
 async def test_a_publisher_that_is_where_the_replays_are(engine: SimEngine, patient: Patient) -> None:
     async with engine:
         swapped = pod(engine, endpoint=engine.replay_endpoint, replayEndpoint=engine.kv_endpoint)
-        examined = await patient.examine(swapped)
+        examined = await patient.examine(swapped, patience=LITTLE)
     (bad,) = examined.of("connection")
     assert (bad["level"], "not where it replays" in bad["fix"]) == ("blind", True)
     (bad,) = examined.of("replay")
@@ -226,7 +228,7 @@ async def test_no_replay_endpoint(engine: SimEngine, patient: Patient) -> None:
 
 async def test_a_replay_endpoint_that_does_not_answer(engine: SimEngine, patient: Patient) -> None:
     async with engine:
-        examined = await patient.examine(pod(engine, replayEndpoint=f"tcp://127.0.0.1:{free_port()}"))
+        examined = await patient.examine(pod(engine, replayEndpoint=f"tcp://127.0.0.1:{free_port()}"), patience=LITTLE)
     assert "answers no replay" in examined.only("replay", "warning")["says"]
 
 
@@ -245,7 +247,7 @@ async def test_ports_of_ranks_that_collide(engine: SimEngine, patient: Patient) 
             "1": {"endpoint": f"tcp://*:{replay}", "replay_endpoint": f"tcp://*:{free_port()}"},
         }
         async with altered(engine, {"/kv_event_sources": says(sources)}) as url:
-            examined = await patient.examine({"name": "a", "url": url}, arguments=("--no-probe",))
+            examined = await patient.examine({"name": "a", "url": url}, arguments=("--no-probe",), patience=LITTLE)
     (bad,) = examined.of("ports")
     assert bad["says"] == f"port {replay} is meant for replays of dp0 and publisher of dp1"
     assert "at least 2 apart" in bad["fix"]
@@ -255,7 +257,7 @@ async def test_ranks_that_take_each_other_s_prompts(tokenizer: LocalTokenizer, p
     async with SimEngine(replace(FAST, data_parallel_size=2), tokenizer) as engine:
         told = {str(1 - rank.number): rank.publisher.source() for rank in engine.ranks}
         async with altered(engine, {"/kv_event_sources": says(told)}) as url:
-            examined = await patient.examine({"name": "a", "url": url})
+            examined = await patient.examine({"name": "a", "url": url}, patience=LITTLE)
     assert [found["says"].rpartition("came from")[2] for found in examined.of("probe")] == [
         " dp1 instead",
         " dp0 instead",
@@ -272,7 +274,7 @@ async def test_prefix_caching_that_is_off(tells: bool, tokenizer: LocalTokenizer
         SimEngine(replace(FAST, prefix_caching=False), tokenizer) as engine,
         altered(engine, {"/metrics": hide}) as url,
     ):
-        examined = await patient.examine({"name": "a", "url": url})
+        examined = await patient.examine({"name": "a", "url": url}, patience=LITTLE)
     (caching,) = examined.of("caching")
     assert (caching["level"], examined.code) == ("blind", 2)
     assert ("is off" if tells else "seems off") in caching["says"]
@@ -333,7 +335,9 @@ async def test_another_tokenizer(engine: SimEngine, patient: Patient) -> None:
         ids[one], ids[other] = ids[other], ids[one]
     changed.write_text(json.dumps(vocabulary))
     async with engine:
-        examined = await patient.examine({"name": "a", "url": engine.url}, models=[MODEL | {"tokenizer": str(changed)}])
+        examined = await patient.examine(
+            {"name": "a", "url": engine.url}, models=[MODEL | {"tokenizer": str(changed)}], patience=LITTLE
+        )
     assert "a text differs from token " in examined.of("tokens")[0]["says"]
     (probe,) = examined.of("probe")
     assert (probe["level"], "with other tokens than here" in probe["says"]) == ("blind", True)
