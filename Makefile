@@ -9,8 +9,8 @@ EXTRAS := --extra mistral --extra tiktoken
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm
 
-# Two workers for two cores; a third one where tests mostly wait for processes and timers.
-PYTEST := $(BIN)/pytest --quiet --dist loadgroup --durations 15
+# Two workers for two cores; a third one where tests mostly wait for processes and timers. A file stays on one worker.
+PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --durations 15
 UNIT := tests/unit tests/conformance
 TIMES ?= 10
 

@@ -24,12 +24,7 @@ from tests.waiting import eventually
 
 from .shared import LEASE_SECONDS, Load, World, world
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.slow,
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.xdist_group("test_redis_faults"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 FIGURES = os.environ.get("REDIS_FAULTS")
 FAULT_SECONDS = 2.0 if FIGURES else 0.0
 REQUESTS = 20

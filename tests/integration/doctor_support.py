@@ -24,8 +24,8 @@ from tests.waiting import DEADLINE_SECONDS
 
 FAST = SimEngineConfig(timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0), num_blocks=1000)
 PATIENCE = DEADLINE_SECONDS
-LITTLE = 3.0
-"""Seconds: where silence is what the doctor is to find."""
+SHORT_PATIENCE = 3.0
+"""Seconds, for tests in which the doctor must find that something stays silent."""
 Change = Callable[[int, bytes], tuple[int, bytes]]
 """From status and body of an answer to the ones that replace them."""
 

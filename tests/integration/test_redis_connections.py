@@ -24,7 +24,7 @@ from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .redis_support import BLOCKS, Proxy, certificates, opened
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("test_redis_connections")]
+pytestmark = pytest.mark.server
 
 SECRET = "s3cret-of-the-server"
 HASHES = list(range(1, 9))

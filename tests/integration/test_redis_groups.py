@@ -16,7 +16,7 @@ from tests.waiting import eventually, wait_until
 
 from .redis_support import cluster, opened, sentinels
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("test_redis_groups")]
+pytestmark = pytest.mark.server
 
 HASHES = list(range(1, 65))
 

@@ -34,7 +34,6 @@ from tests.e2e.fleet import TOKENIZER
 from tests.servers import Server, server
 from tests.waiting import DEADLINE_SECONDS, eventually
 
-pytestmark = pytest.mark.xdist_group("test_shared_index")
 PATH = "/v1/completions"
 PROMPT = list(range(1000, 1700))
 """Five blocks of 128 tokens, and some more."""
