@@ -14,12 +14,10 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.subscriber import FeedSource
 from matrixinfer.sim.events import BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
-from tests.waiting import eventually
 
 TOKENS = list(range(64))
 BLOCKS = TokenBlockProcessor(16)
 END = 2**64 - 1
-until = eventually
 
 
 def stored(first: int, last: int) -> BlockStored:

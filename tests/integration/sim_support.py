@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from matrixinfer.sim.publisher import EventPublisher
 from matrixinfer.sim.server import SimEngine
 from tests.waiting import DEADLINE_SECONDS
 
@@ -119,10 +121,21 @@ async def subscribed(engine: SimEngine, rank: int = 0) -> AsyncIterator[Feed]:
         live.subscribe(b"")
         live.connect(publisher.endpoint)
         replay.connect(publisher.replay_endpoint)
-        await asyncio.wait_for(monitor.recv_multipart(), DEADLINE_SECONDS)
-        # After the handshake, the engine's socket needs a moment to process the subscription.
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await monitor.recv_multipart()
+            await _subscribed(publisher, live)
         yield Feed(live, replay)
     finally:
         live.disable_monitor()
         context.destroy(linger=0)
+
+
+async def _subscribed(publisher: EventPublisher, live: zmq.asyncio.Socket) -> None:
+    """Wait until the engine's socket has processed the subscription, which it does some time after the handshake."""
+    for number in itertools.count():
+        last = str(number).encode()
+        publisher.send_raw(last)
+        if await live.poll(20):
+            break
+    while await live.recv_multipart() != [last]:
+        pass

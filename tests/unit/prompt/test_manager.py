@@ -24,6 +24,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
+from tests.waiting import eventually
 
 from .support import folder, tokenizer
 
@@ -288,9 +289,7 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
     async with manager(model) as tokenizers:
         await tokenizers.tokenize(text("x" * 200_000), model="m", engines=[])
         assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
-    async with asyncio.timeout(5):
-        while any(thread.name.startswith(("tokenize", "read")) for thread in threading.enumerate()):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not any(thread.name.startswith(("tokenize", "read")) for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
