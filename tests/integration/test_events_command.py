@@ -466,7 +466,7 @@ async def test_tail_ends_quietly_when_its_pipe_is_closed() -> None:
             assert tail.stdout is not None
             assert tail.stderr is not None
             assert (await tail.stdout.readline()).startswith(b"#0")
-            tail.stdout._transport.close()  # type: ignore[attr-defined]
+            tail.stdout._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - no public way
             while tail.returncode is None:
                 engine.publish(AllBlocksCleared())
                 await asyncio.sleep(0.05)

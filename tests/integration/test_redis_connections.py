@@ -263,7 +263,7 @@ async def test_the_password_is_never_revealed(
             repr(caught.value),
             repr(logs),
         ]
-        store = index.reader._store
+    async with Store(config) as store:
         texts += [repr(store), repr(store.client), repr(store.client.connection_pool)]  # type: ignore[union-attr]
     texts += [*traceback.format_exception(caught.value), *capfd.readouterr()]
     assert "invalid username-password pair" in str(caught.value)

@@ -197,10 +197,10 @@ async def test_another_server_with_the_same_data_is_not_trusted(
         with there.client() as client:
             client.hdel(f"matrix:kv:block:llama@{CHAIN[1]}", "pod-a")  # a write that this server did not get
 
-        async def other() -> str:
+        async def other(_: Store) -> str:
             return "another server"
 
-        monkeypatch.setattr(made._store, "server_id", other)
+        monkeypatch.setattr(Store, "server_id", other)
         clock.now += RENEW_SECONDS
         await eventually(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
         assert await eye.match("llama", CHAIN) == {"pod-a": 5}

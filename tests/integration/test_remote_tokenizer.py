@@ -321,7 +321,7 @@ async def test_a_question_that_nobody_waits_for_is_given_up(engine: Engine, sess
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await eventually(lambda: not remote._under_way)
+    await eventually(lambda: not remote._under_way)  # noqa: SLF001 - nothing stays of a question
     release.set()
     assert await ids_of(remote, [engine]) == [9707, 1879]
 
@@ -338,7 +338,7 @@ async def test_a_question_that_is_being_given_up_is_not_joined(engine: Engine, s
     await eventually(lambda: len(engine.bodies) == 2)
     release.set()
     assert await second == [9707, 1879]
-    assert not remote._under_way
+    assert not remote._under_way  # noqa: SLF001 - nothing stays of a question
 
 
 async def test_who_joins_a_question_keeps_a_deadline_of_its_own(engine: Engine, session: aiohttp.ClientSession) -> None:
