@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
-from tests.waiting import DEADLINE_SECONDS
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 MESSAGES = 20
 
@@ -77,9 +77,7 @@ async def test_a_fault_over_one_message_leaves_no_socket_unread(full_socket: Ful
 
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     with drain.reading(full_socket(), work), drain.reading(full_socket(), work):
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while seen.total() < 2 * MESSAGES:
-                await asyncio.sleep(0)
+        await eventually(lambda: seen.total() >= 2 * MESSAGES, pause=0)
     assert len(faults) == 1
 
 
