@@ -61,7 +61,7 @@ class Server:
         )
 
     def config(self, **changes: Any) -> RedisConfig:
-        """What a gateway would be told of it."""
+        """The settings with which a gateway uses this server."""
         config = RedisConfig(host="127.0.0.1", port=self.port, deadline_seconds=DEADLINE_SECONDS)
         return msgspec.structs.replace(config, **changes)
 

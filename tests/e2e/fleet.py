@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 
 class Answer(NamedTuple):
-    """What the index foretold of a request, and what its engine found."""
+    """The predicted hit of a request, and the hit that its engine reported."""
 
     predicted: int
     """Prompt tokens, at the endpoint that was chosen."""

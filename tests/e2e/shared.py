@@ -217,7 +217,7 @@ class World:
         raise AssertionError("no gateway answered")
 
     async def load(self, load: Load, until: asyncio.Event, *, clients: int = 4) -> None:
-        """Send requests until told to stop."""
+        """Send requests until the event is set."""
 
         async def client(number: int) -> None:
             while not until.is_set():
@@ -260,10 +260,10 @@ class World:
                 async with self.session.post(
                     f"{admin}/debug/route", params={"path": COMPLETIONS}, json=body
                 ) as response:
-                    told = await response.json()
+                    decision = await response.json()
             except aiohttp.ClientError:
                 return False
-            if told["notes"] or any(pod["trust"] != "exact" for pod in told["pods"].values()):
+            if decision["notes"] or any(pod["trust"] != "exact" for pod in decision["pods"].values()):
                 return False
         return True
 
@@ -332,8 +332,8 @@ async def world(
         for agent in made.agents:
             await agent.start("agent_started")
         for process in made.gateways:
-            told = await process.start("gateway_started")
-            made.urls.append(told["listen"])
-            made.admins.append(told["admin"])
+            line = await process.start("gateway_started")
+            made.urls.append(line["listen"])
+            made.admins.append(line["admin"])
         await made.heals()
         yield made

@@ -63,7 +63,7 @@ async def test_the_same_tokenizer_agrees_in_counts_and_in_events(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer
 ) -> None:
     async with virtual_fleet(loop, tokenizer, ENGINE, pods=1) as gateway:
-        await gateway.post(CHAT, chat(0))  # the pod's first events tell its block size
+        await gateway.post(CHAT, chat(0))  # the pod's first events show its block size
         await asyncio.sleep(GRACE)
         for number in range(1, 5):
             await gateway.post(CHAT, chat(number))

@@ -162,7 +162,7 @@ async def test_sigterm_lets_a_stream_end_and_exits_cleanly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             "pods: [{name: a, url: 'http://h:1', kvEvents: {endpont: x}}]",
@@ -176,17 +176,17 @@ async def test_sigterm_lets_a_stream_end_and_exits_cleanly() -> None:
         ("{}", "$.pods: no engines"),
     ],
 )
-async def test_a_wrong_configuration_is_refused_at_start_by_name(tmp_path: Path, text: str, told: str) -> None:
+async def test_a_wrong_configuration_is_refused_at_start_by_name(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text(text)
     async with command("serve", "--config", str(file)) as process, asyncio.timeout(DEADLINE_SECONDS):
         _, error = await process.communicate()
         assert process.returncode == 2
-        assert told in error.decode()
+        assert message in error.decode()
         assert "Traceback" not in error.decode()
 
 
-async def test_a_taken_port_is_told_in_one_line() -> None:
+async def test_a_taken_port_is_reported_in_one_line() -> None:
     async with engine() as (_, endpoints):
         port = endpoints["url"].rpartition(":")[2]
         arguments = ("serve", "--worker-urls", endpoints["url"], "--port", port, "--admin", "none")

@@ -134,16 +134,16 @@ async def shared(tokenizer: LocalTokenizer, redis: RedisConfig) -> tuple[float, 
 
         two, work = [await one_more(0), await one_more(1)], Workload()
         for target in two:
-            await is_told(target)
+            await knows_all_pods(target)
             await target.has_peers(1)
         first = await work.hold(two, TURNS)
         third, came = await one_more(2), time.monotonic()
-        await is_told(third)
+        await knows_all_pods(third)
         print(f"the third gateway knew what the others know after {time.monotonic() - came:.2f} s")
         return first.rate, (await work.hold([third], LATE_TURNS)).rate
 
 
-async def is_told(target: Fleet) -> None:
+async def knows_all_pods(target: Fleet) -> None:
     """Wait until a gateway has read what the agent knows of every pod."""
 
     async def is_exact() -> bool:

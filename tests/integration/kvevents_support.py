@@ -37,7 +37,7 @@ def stored(first: int, last: int) -> BlockStored:
 
 
 class LossyPublisher(EventPublisher):
-    """A publisher that can be told what to leave out of its next answers to requests for a replay."""
+    """A publisher that leaves chosen batches out of its next replays."""
 
     def __init__(self, host: str, *, port: int, replay_port: int, topic: str) -> None:
         super().__init__(host, port=port, replay_port=replay_port, topic=topic)

@@ -144,7 +144,7 @@ async def test_the_same_bytes_go_to_every_pod_that_is_tried() -> None:
     assert set(seen) == {BODY}
 
 
-async def test_no_more_pods_are_tried_than_allowed_and_the_client_is_told() -> None:
+async def test_no_more_pods_are_tried_than_allowed_and_the_client_gets_an_error() -> None:
     tried: list[str] = []
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:

@@ -84,7 +84,7 @@ async def test_a_body_in_broken_chunks_is_given_up() -> None:
         writer.close()
 
 
-async def test_an_unknown_model_is_a_404_once_every_pod_has_told_and_a_503_before() -> None:
+async def test_an_unknown_model_is_a_404_once_every_pod_has_reported_and_a_503_before() -> None:
     async with pod(ok) as url, rig(url) as gateway:
         status, error = await error_of(gateway, b'{"model":"other"}')
         assert (status, error["code"]) == (503, "no_pod_available")
@@ -112,7 +112,7 @@ async def test_a_fault_of_ours_is_a_500_that_tells_nothing() -> None:
             assert response.status == 200
 
 
-async def test_unknown_paths_and_methods_are_told_in_the_api_s_shape() -> None:
+async def test_unknown_paths_and_methods_are_reported_in_the_shape_of_the_api() -> None:
     async with rig() as gateway:
         status, error = await error_of(gateway, b"{}", "/v1/nothing")
         assert (status, error["message"]) == (404, "Invalid URL (POST /v1/nothing).")
@@ -164,7 +164,7 @@ async def test_operators_see_decisions_and_pods_on_the_admin_listener() -> None:
 
 
 class Slow:
-    """A pod that streams one chunk and ends when told."""
+    """A pod that streams one chunk, and the last one when it may proceed."""
 
     def __init__(self) -> None:
         self.running = asyncio.Event()

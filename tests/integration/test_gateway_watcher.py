@@ -138,7 +138,7 @@ async def test_a_pod_that_fails_is_unhealthy_after_failures_in_a_row_and_returns
         assert state.failures == 0
 
 
-async def test_an_engine_that_comes_back_as_another_is_discovered_anew() -> None:
+async def test_an_engine_that_comes_back_as_another_is_discovered_again() -> None:
     found: list[Pod] = []
     port = free_port()
     async with pod(Engine(), port) as url:

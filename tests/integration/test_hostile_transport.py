@@ -221,7 +221,7 @@ async def test_an_engine_that_restarts_is_followed_from_its_beginning(world: Wor
     assert feed.stats.restarts == 1
 
 
-async def test_a_restart_past_the_old_number_is_told_even_behind_a_relay_that_hides_it(world: World) -> None:
+async def test_a_restart_past_the_old_number_is_noticed_even_behind_a_relay_that_hides_it(world: World) -> None:
     with relay(world.engine) as endpoint:
         await world.do("publish", batches=30)
         feed = await world.follow(replace(world.engine.source, endpoint=endpoint))

@@ -52,7 +52,7 @@ def config_of(valkey: Server, *, cluster: bool = False) -> RedisConfig:
 
 @asynccontextmanager
 async def ends(config: RedisConfig) -> AsyncIterator[tuple[End, End]]:
-    """Two that have heard each other."""
+    """Two gateways that have received from each other."""
     async with Store(config) as here, Store(config) as there, AsyncExitStack() as stack:
         one, other = End(here), End(there)
         await stack.enter_async_context(one.peers)
@@ -61,7 +61,7 @@ async def ends(config: RedisConfig) -> AsyncIterator[tuple[End, End]]:
         yield one, other
 
 
-async def test_load_and_prompts_are_heard(valkey: Server) -> None:
+async def test_load_and_prompts_are_received(valkey: Server) -> None:
     async with ends(config_of(valkey)) as (one, other):
         charge = one.load.charge("sure", "m", hashes=CHAIN, start=4, queued_tokens=70)
         await eventually(lambda: other.totals() == {"sure": Load(1, 70)})
