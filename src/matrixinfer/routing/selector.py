@@ -234,7 +234,7 @@ def _configured(index: Index, policy: str | None, given: Mapping[str, Any]) -> S
     for i, entry in enumerate(given.get("pluginConfig", ())):
         args = entry.get("args", {}) if entry["name"] == KvCacheAware.name else {}
         for key, value in (("blockSizeToHash", blocks.block_size), ("hashScheme", blocks.scheme)):
-            if args.get(key, value) != value:
+            if args.get(key) not in (None, value):
                 path = f"$.scheduler.pluginConfig[{i}].args.{key}"
                 raise ConfigError(path, f"expected {value!r}, as the index has it, got {args[key]!r}")
     if policy is None:
