@@ -50,3 +50,16 @@ def test_each_file_on_the_way_is_imported_by_an_earlier_one_or_imports_one(title
 def test_every_file_that_the_page_names_exists() -> None:
     for name in re.findall(r"`([a-z_]+/[a-z_/]*\.?[a-z]*)`", PAGE):
         assert (SOURCE / name).exists() or (ROOT / name).exists(), name
+
+
+def test_every_file_of_the_shared_index_that_the_page_names_is_in_its_folder() -> None:
+    names = set(re.findall(r"`([a-z_]+\.py)`", section("The shared index")))
+    assert names > {"writer.py", "reader.py"}
+    for name in names:
+        assert (SOURCE / "index" / "redis" / name).exists(), name
+
+
+def test_every_file_in_the_row_of_a_package_is_in_that_package() -> None:
+    for package, cell in re.findall(r"^\| `([a-z]+)/` \| (.*) \|$", PAGE, re.MULTILINE):
+        for name in re.findall(r"`([a-z_]+\.py)`", cell):
+            assert (SOURCE / package / name).exists(), f"{package}/{name}"

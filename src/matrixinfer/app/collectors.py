@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -97,62 +97,82 @@ class FeedCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the parts now."""
-        state = GaugeMetricFamily(
-            "matrixinfer_kv_feed_state", "1 for the current state of the endpoint's feed.", labels=["pod", "state"]
-        )
-        trust = GaugeMetricFamily(
-            "matrixinfer_kv_trust", "1 for the current trust in the endpoint's events.", labels=["pod", "trust"]
-        )
-        blocks = GaugeMetricFamily(
-            "matrixinfer_kv_engine_blocks", "Engine blocks known at the endpoint.", labels=["pod"]
-        )
-        memory = GaugeMetricFamily(
-            "matrixinfer_kv_ledger_bytes", "Memory of the endpoint's ledger, estimated.", labels=["pod"]
-        )
-        events = CounterMetricFamily(
-            "matrixinfer_kv_blocks", "Engine blocks in events, by outcome.", labels=["pod", "outcome"]
-        )
-        frames = CounterMetricFamily(
-            "matrixinfer_kv_frames", "Frames of the feed, received and by problem.", labels=["pod", "kind"]
-        )
-        received = CounterMetricFamily("matrixinfer_kv_received_bytes", "Payload of the feed's frames.", labels=["pod"])
-        held = GaugeMetricFamily(
-            "matrixinfer_kv_held_frames", "Live frames that wait for a replay to finish.", labels=["pod"]
-        )
-        last = GaugeMetricFamily(
-            "matrixinfer_kv_last_frame_timestamp_seconds",
-            "When the last live frame arrived, in Unix time.",
-            labels=["pod"],
-        )
-        lag = GaugeMetricFamily(
-            "matrixinfer_kv_lag_seconds",
-            "Time from the timestamp of the last applied live batch to the arrival of the last live frame. "
-            "Includes the difference between the engine's clock and this one.",
-            labels=["pod"],
-        )
-        for pod, feed in list(self._feeds.items()):
-            for each in FeedState:
-                state.add_metric([pod, each.value], float(feed.state is each))
-            believed = trust_in(feed, doubted=self._doubts(pod))
-            for level in get_args(Trust):
-                trust.add_metric([pod, level], float(level == believed))
-            blocks.add_metric([pod], len(feed.ledger))
-            memory.add_metric([pod], feed.ledger.memory_bytes)
-            ledger, stats = feed.ledger.stats, feed.stats
-            for outcome in ("stored", "removed", "copies", "reported_again", "orphans", "unknown_removed", "ended"):
-                events.add_metric([pod, outcome], getattr(ledger, outcome))
-            received.add_metric([pod], stats.bytes)
-            held.add_metric([pod], feed.backlog)
-            if stats.last_frame_at is not None:
-                last.add_metric([pod], stats.last_frame_at)
-                if stats.last_batch_at is not None:
-                    lag.add_metric([pod], stats.last_frame_at - stats.last_batch_at)
-            frames.add_metric([pod, "received"], stats.frames)
-            for kind in _STATS:
-                frames.add_metric([pod, kind], getattr(stats, kind))
-            for kind in ("clears", "other_attention", "misfits"):
-                frames.add_metric([pod, kind], getattr(ledger, kind))
-        yield from (state, trust, blocks, memory, events, frames, received, held, last, lag)
+        feeds = [(pod, feed, trust_in(feed, doubted=self._doubts(pod))) for pod, feed in list(self._feeds.items())]
+        yield from _belief(feeds)
+        yield from _ledgers(feeds)
+        yield from _frames(feeds)
+
+
+_Feeds: TypeAlias = Sequence[tuple[str, PodFeed, Trust]]
+
+
+def _belief(feeds: _Feeds) -> Iterator[Metric]:
+    """How far each feed is believed, and why."""
+    state = GaugeMetricFamily(
+        "matrixinfer_kv_feed_state", "1 for the current state of the endpoint's feed.", labels=["pod", "state"]
+    )
+    trust = GaugeMetricFamily(
+        "matrixinfer_kv_trust", "1 for the current trust in the endpoint's events.", labels=["pod", "trust"]
+    )
+    for pod, feed, believed in feeds:
+        for each in FeedState:
+            state.add_metric([pod, each.value], float(feed.state is each))
+        for level in get_args(Trust):
+            trust.add_metric([pod, level], float(level == believed))
+    yield from (state, trust)
+
+
+def _ledgers(feeds: _Feeds) -> Iterator[Metric]:
+    """What each ledger holds and has applied."""
+    blocks = GaugeMetricFamily("matrixinfer_kv_engine_blocks", "Engine blocks known at the endpoint.", labels=["pod"])
+    memory = GaugeMetricFamily(
+        "matrixinfer_kv_ledger_bytes", "Memory of the endpoint's ledger, estimated.", labels=["pod"]
+    )
+    events = CounterMetricFamily(
+        "matrixinfer_kv_blocks", "Engine blocks in events, by outcome.", labels=["pod", "outcome"]
+    )
+    for pod, feed, _ in feeds:
+        blocks.add_metric([pod], len(feed.ledger))
+        memory.add_metric([pod], feed.ledger.memory_bytes)
+        for outcome in ("stored", "removed", "copies", "reported_again", "orphans", "unknown_removed", "ended"):
+            events.add_metric([pod, outcome], getattr(feed.ledger.stats, outcome))
+    yield from (blocks, memory, events)
+
+
+def _frames(feeds: _Feeds) -> Iterator[Metric]:
+    """What each feed has received."""
+    frames = CounterMetricFamily(
+        "matrixinfer_kv_frames", "Frames of the feed, received and by problem.", labels=["pod", "kind"]
+    )
+    received = CounterMetricFamily("matrixinfer_kv_received_bytes", "Payload of the feed's frames.", labels=["pod"])
+    held = GaugeMetricFamily(
+        "matrixinfer_kv_held_frames", "Live frames that wait for a replay to finish.", labels=["pod"]
+    )
+    last = GaugeMetricFamily(
+        "matrixinfer_kv_last_frame_timestamp_seconds",
+        "When the last live frame arrived, in Unix time.",
+        labels=["pod"],
+    )
+    lag = GaugeMetricFamily(
+        "matrixinfer_kv_lag_seconds",
+        "Time from the timestamp of the last applied live batch to the arrival of the last live frame. "
+        "Includes the difference between the engine's clock and this one.",
+        labels=["pod"],
+    )
+    for pod, feed, _ in feeds:
+        ledger, stats = feed.ledger.stats, feed.stats
+        frames.add_metric([pod, "received"], stats.frames)
+        for kind in _STATS:
+            frames.add_metric([pod, kind], getattr(stats, kind))
+        for kind in ("clears", "other_attention", "misfits"):
+            frames.add_metric([pod, kind], getattr(ledger, kind))
+        received.add_metric([pod], stats.bytes)
+        held.add_metric([pod], feed.backlog)
+        if stats.last_frame_at is not None:
+            last.add_metric([pod], stats.last_frame_at)
+            if stats.last_batch_at is not None:
+                lag.add_metric([pod], stats.last_frame_at - stats.last_batch_at)
+    yield from (frames, received, held, last, lag)
 
 
 class PluginCollector(Collector):

@@ -16,13 +16,13 @@ from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
+from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
-from matrixinfer.trust.cache_views import Caches
 from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
@@ -47,10 +47,15 @@ class Engines:
     ) -> None:
         self.blocks = token_blocks(config.blocks)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
-        self.setup = IndexSetup(config, self.blocks, models=self.registry.base_models)
-        self.subscriber = Subscriber(index=dry_run or self.setup.index, blocks=self.blocks, history=history)
-        self.drift = Drift(metrics, self.subscriber.resync, clock)
-        self.caches: Caches = self.setup.attach(self.subscriber.feeds, self.drift)
+        self.feeds: dict[str, PodFeed] = {}
+        """The feed of each endpoint that this process follows; the subscriber fills it."""
+        self.drift = Drift(metrics, self._resync, clock)
+        self.setup = IndexSetup(
+            config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
+        )
+        self.subscriber = Subscriber(
+            index=dry_run or self.setup.index, blocks=self.blocks, history=history, feeds=self.feeds
+        )
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
@@ -61,7 +66,7 @@ class Engines:
             self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self._dry_run or self.setup)
-            self._metrics.register(FeedCollector(self.subscriber.feeds, self.drift.doubts))
+            self._metrics.register(FeedCollector(self.feeds, self.drift.doubts))
             if self.setup.redis is not None:
                 self._metrics.register(RedisCollector(self.setup.redis, self.setup.states))
             self._stack = stack.pop_all()
@@ -109,6 +114,9 @@ class Engines:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
             yield Watching(self.registry, watcher, follower, on_models_changed, discovered)
+
+    def _resync(self, name: str, *, replay: bool) -> None:
+        self.subscriber.resync(name, replay=replay)
 
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
         """Compare every rank's own counters with what was predicted for it."""

@@ -1,4 +1,4 @@
-"""The block index as configured: where lookups go, where events are written, and what is known of the caches.
+"""The block index as configured: where lookups go, where events are written, and what is known about the caches.
 
 kind     writer    lookups       this process follows events, and writes them to
 memory   agents    own memory    own memory
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import BlocksConfig, Config
+from matrixinfer.config import BlocksConfig, Config, IndexConfig
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
@@ -30,80 +30,87 @@ from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.tasks import cancel_and_wait
-from matrixinfer.trust.cache_views import Caches, FeedCaches, ReportedCaches, SharedCaches, state_of
-from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.cache_views import Caches, FeedCaches
+from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
 class IndexSetup:
-    """The index and everything behind it. `attach` it to the feeds first, then use it as an async context manager.
+    """The index and everything behind it. Use it as an async context manager.
 
-    It owns the connection to Redis, if one is configured. `models` returns the index's names of the served models.
+    It owns the connection to Redis, if one is configured. `feeds` are the feeds that this process follows, by endpoint;
+    `doubts` says whether an endpoint has drifted; `models` returns the index's names of the served models.
     """
 
-    def __init__(self, config: Config, blocks: TokenBlockProcessor, *, models: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        blocks: TokenBlockProcessor,
+        *,
+        feeds: Mapping[str, PodFeed],
+        doubts: Callable[[str], bool],
+        models: Callable[[], list[str]],
+    ) -> None:
         index = config.index
-        self._max_age = index.max_age_seconds
+        self._feeds = feeds
+        self._doubts = doubts
+        self._config = index
         self.follows = index.kind == "memory" or index.writer == "gateway"
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
         self.redis: RedisIndex | None = None
         self.states: PodStates | None = None
         self.warm: WarmIndex | None = None
-        self._reclaimer: Reclaimer | None = None
-        self._unvouched = index.writer == "none"
-        self._feeds: Mapping[str, PodFeed] = {}
-        self._doubts: Callable[[str], bool] = lambda _: False
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
-            self.redis = RedisIndex(
-                self.store,
-                blocks,
-                max_age=index.max_age_seconds,
-                lease_seconds=index.lease_seconds,
-                state_of=self._state_of,
-                is_known=self._is_known,
-            )
-            self._reclaimer = Reclaimer(
-                self.store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second
-            )
+            self.redis = self._redis_index(self.store, index, blocks)
         if self.store is not None and index.kind == "redis":
             self.states = PodStates(self.store, scheme_of(blocks), models=models)
-        memory = MemoryIndex(max_blocks=index.max_blocks, prefix_closed=blocks.scheme == "prefix")
-        if index.kind == "redis" and self.redis is not None:
-            self.index: BlockIndex = self.redis
-        elif self.redis is not None:
-            self.index = TeeIndex(memory, self.redis)
-        else:
-            self.index = memory
+        self.writes = self.redis is not None and index.writer == "gateway"
+        """Whether this process writes to Redis."""
+        self.index = self._index(index, blocks)
         if index.kind == "memory" and index.warm_start:
             self.index = self.warm = WarmIndex(
                 self.index, max_blocks=index.max_blocks, has_own_events=self._has_own_events
             )
-        self.writes = self.redis is not None and index.writer == "gateway"
-        """Whether this process writes to Redis."""
+        self.caches = self._caches(unvouched=index.writer == "none")
+        """What is known about every endpoint's cache: from feeds, or from what other writers report."""
         self._stack = AsyncExitStack()
 
-    def attach(self, feeds: Mapping[str, PodFeed], drift: Drift) -> Caches:
-        """Have the writer report on `feeds`. Returns what is known of the caches, from feeds or from other writers' reports."""
-        self._feeds, self._doubts = feeds, drift.doubts
-        if self.states is not None and not self.follows:
-            return ReportedCaches(self.states, unvouched=self._unvouched)
-        warm = self.warm
-        if self.states is not None and self.redis is not None:
-            return SharedCaches(FeedCaches(feeds, drift.doubts), ReportedCaches(self.states), self._writes_surely)
+    def _redis_index(self, store: Store, index: IndexConfig, blocks: TokenBlockProcessor) -> RedisIndex:
+        return RedisIndex(
+            store,
+            blocks,
+            max_age=index.max_age_seconds,
+            lease_seconds=index.lease_seconds,
+            state_of=self._state_of,
+            is_known=self._is_known,
+        )
+
+    def _index(self, index: IndexConfig, blocks: TokenBlockProcessor) -> BlockIndex:
+        """The index without a warm start around it."""
+        if index.kind == "redis" and self.redis is not None:
+            return self.redis
+        memory = MemoryIndex(max_blocks=index.max_blocks, prefix_closed=blocks.scheme == "prefix")
+        return memory if self.redis is None else TeeIndex(memory, self.redis)
+
+    def _caches(self, *, unvouched: bool) -> Caches:
+        states, warm, doubts = self.states, self.warm, self._doubts
+        if states is not None and not self.follows:
+            return ReportedCaches(states, unvouched=unvouched)
+        if states is not None and self.redis is not None:
+            return SharedCaches(FeedCaches(self._feeds, doubts), ReportedCaches(states), self._writes_surely)
         if warm is None:
-            return FeedCaches(feeds, drift.doubts)
-        return FeedCaches(feeds, lambda name: drift.doubts(name) or warm.is_warming(name))
+            return FeedCaches(self._feeds, doubts)
+        return FeedCaches(self._feeds, lambda name: doubts(name) or warm.is_warming(name))
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             if self.store is not None:
                 await stack.enter_async_context(self.store)
-            if self.redis is not None and self.writes:
+            if self.store is not None and self.redis is not None and self.writes:
                 await stack.enter_async_context(self.redis)
-                if self._reclaimer is not None:
-                    await stack.enter_async_context(self._reclaimer)
+                await stack.enter_async_context(self._reclaimer(self.store))
             if self.states is not None:
                 await stack.enter_async_context(self.states)
             if self.store is not None and self.warm is not None:
@@ -123,8 +130,12 @@ class IndexSetup:
             for name in self._feeds:
                 self.redis.writer.follow(name)
 
+    def _reclaimer(self, store: Store) -> Reclaimer:
+        index = self._config
+        return Reclaimer(store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second)
+
     async def _fill(self, warm: WarmIndex, store: Store) -> None:
-        await fill(warm, store, pods=self._feeds.keys, max_age=self._max_age)
+        await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds)
 
     def _writes_surely(self, pod: str) -> bool:
         writer = None if self.redis is None else self.redis.writer

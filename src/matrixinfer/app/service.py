@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -56,71 +57,30 @@ class Service:
         config, clock = self.config, time.monotonic
         plugins, watch = discover(), PluginLog(clock)
         watch.skipped(plugins.broken)
-        scheduler = build_scheduler(config.scheduler, plugins, watch)
-        self.metrics = metrics = Metrics()
-        history = RoutingHistory(keeps_exact=config.index.kind == "redis")
-        load = LoadLedger(clock, config.scheduler.pending_seconds)
-        self.peer_loads = peer_loads = PeerLoads()
-        self.decisions = decisions = DecisionLog(config.scheduler.decisions_kept)
-        parity = Parity(metrics, clock)
-        self.engines = engines = Engines(config, metrics, history=history, clock=clock)
-        registry, blocks, drift = engines.registry, engines.blocks, engines.drift
+        self._scheduler = build_scheduler(config.scheduler, plugins, watch)
+        self.metrics = Metrics()
+        self.peer_loads = PeerLoads()
+        self.decisions = DecisionLog(config.scheduler.decisions_kept)
+        self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
+        self._load = LoadLedger(clock, config.scheduler.pending_seconds)
+        self._parity = Parity(self.metrics, clock)
+        self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
             tokenizers = TokenizerManager(
-                config.models, config.tokenization, RemoteTokenizer(engines.session), block_size=blocks.block_size
+                config.models,
+                config.tokenization,
+                RemoteTokenizer(engines.session),
+                block_size=engines.blocks.block_size,
             )
             await stack.enter_async_context(tokenizers)
-            lookup = Lookup(registry, engines.setup.index, engines.caches)
-            self.router = Router(
-                registry=registry,
-                preparer=Preparer(
-                    registry,
-                    tokenizers,
-                    blocks,
-                    lookup,
-                    parity,
-                    max_prefix_tokens=config.scheduler.max_prefix_tokens,
-                    clock=clock,
-                ),
-                candidates=Candidates(registry, lookup, load, history, config.scheduler.weights, peer_loads),
-                scheduler=scheduler,
-                load=load,
-                history=history,
-                auditor=Auditor(engines.subscriber.feeds, parity, drift, lookup, blocks),
-                decisions=decisions,
-                metrics=metrics,
-                clock=clock,
-            )
-            store = engines.setup.store
-            if store is not None and store.config.share_load:
-                trust_of = partial(_trust_of, registry, engines.caches)
-                peers = Peers(store, loads=peer_loads, load=load, history=history, trust_of=trust_of)
-                metrics.register(PeersCollector(await stack.enter_async_context(peers)))
-            kept = {
-                "decisions": decisions.__len__,
-                "recent_blocks": history.__len__,
-                "pending_blocks": load.__len__,
-                "drift_endpoints": drift.__len__,
-                "parity_samples": parity.__len__,
-            }
-            metrics.register(IndexCollector(engines.setup.index))
-            metrics.register(KeptCollector(kept))
-            metrics.register(TokenCacheCollector(tokenizers))
-            metrics.register(PluginCollector(scheduler))
+            self.router = self._router(tokenizers, clock)
+            await self._open_peers(stack)
+            self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
-            draining = asyncio.Event()
-            status = Status(registry, metrics, draining).routes()
-            rewriter = BodyRewriter(registry, adds_usage=config.drift.inject_usage)
-            proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
-            api = Api(self.router, registry, proxy, metrics, config.limits)
-            feeds = FeedReports(engines.subscriber.feeds, engines.caches)
-            admin = Admin(self.router, registry, decisions, feeds, parity, config.limits)
-            self.gateway = await stack.enter_async_context(
-                Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
-            )
+            self.gateway = await stack.enter_async_context(self._gateway())
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -137,6 +97,63 @@ class Service:
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
         self.watching.leave(name)
+
+    def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
+        engines, config = self.engines, self.config.scheduler
+        lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
+        return Router(
+            registry=engines.registry,
+            preparer=Preparer(
+                engines.registry,
+                tokenizers,
+                engines.blocks,
+                lookup,
+                self._parity,
+                max_prefix_tokens=config.max_prefix_tokens,
+                clock=clock,
+            ),
+            candidates=Candidates(engines.registry, lookup, self._load, self._history, config.weights, self.peer_loads),
+            scheduler=self._scheduler,
+            load=self._load,
+            history=self._history,
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
+            decisions=self.decisions,
+            metrics=self.metrics,
+            clock=clock,
+        )
+
+    async def _open_peers(self, stack: AsyncExitStack) -> None:
+        """Share load with other gateways, if the configuration says so."""
+        store = self.engines.setup.store
+        if store is None or not store.config.share_load:
+            return
+        trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
+        peers = Peers(store, loads=self.peer_loads, load=self._load, history=self._history, trust_of=trust_of)
+        self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
+
+    def _register_collectors(self, tokenizers: TokenizerManager) -> None:
+        kept = {
+            "decisions": self.decisions.__len__,
+            "recent_blocks": self._history.__len__,
+            "pending_blocks": self._load.__len__,
+            "drift_endpoints": self.engines.drift.__len__,
+            "parity_samples": self._parity.__len__,
+        }
+        self.metrics.register(IndexCollector(self.engines.setup.index))
+        self.metrics.register(KeptCollector(kept))
+        self.metrics.register(TokenCacheCollector(tokenizers))
+        self.metrics.register(PluginCollector(self._scheduler))
+
+    def _gateway(self) -> Gateway:
+        engines, config, metrics = self.engines, self.config, self.metrics
+        draining = asyncio.Event()
+        status = Status(engines.registry, metrics, draining).routes()
+        rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
+        proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
+        api = Api(self.router, engines.registry, proxy, metrics, config.limits)
+        feeds = FeedReports(engines.feeds, engines.setup.caches)
+        admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
+        return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 
 
 def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:

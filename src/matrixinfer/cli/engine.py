@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import uvloop
 import zmq
@@ -27,6 +29,9 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 
+_Add: TypeAlias = Callable[..., argparse.Action]
+"""`add_argument` of a parser."""
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
@@ -37,8 +42,16 @@ def add_parser(subparsers: Subparsers) -> None:
         "over ZMQ, but made-up replies. Prints one line with its endpoints when it is ready, and runs until SIGTERM or "
         "Ctrl-C. Options have vLLM's names where vLLM has them.",
     )
-    defaults, timing = SimEngineConfig(), Timing()
-    add = parser.add_argument
+    defaults = SimEngineConfig()
+    _add_api(parser.add_argument, defaults)
+    _add_events(parser.add_argument, defaults)
+    _add_cache(parser.add_argument, defaults)
+    _add_speed(parser.add_argument, defaults, Timing())
+    parser.add_argument("--json", action="store_true", help="print the endpoints as JSON")
+    parser.set_defaults(run=run)
+
+
+def _add_api(add: _Add, defaults: SimEngineConfig) -> None:
     add("--model", default=defaults.model, metavar="NAME", help="name of the model (default: %(default)s)")
     add("--served-model-name", nargs="+", default=(), metavar="NAME", help="names that requests use instead of --model")
     add("--lora", action="append", default=[], metavar="NAME", help="name of a LoRA adapter; may be repeated")
@@ -58,6 +71,9 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--chat-template", metavar="TEMPLATE", help="Jinja file, or `chatml` (default: the tokenizer's own, or chatml)")
     add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     add("--port", type=port, default=8000, help="port of the API, 0 for any free one (default: %(default)s)")
+
+
+def _add_events(add: _Add, defaults: SimEngineConfig) -> None:
     add(
         "--kv-events-port",
         type=port,
@@ -94,6 +110,9 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N",
         help="random seed of the replies and of the batches lost (default: %(default)s)",
     )
+
+
+def _add_cache(add: _Add, defaults: SimEngineConfig) -> None:
     add(
         "--block-size",
         type=at_least_one,
@@ -138,6 +157,9 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="TOKENS",
         help="longest prompt and reply together (default: as many as the cache holds)",
     )
+
+
+def _add_speed(add: _Add, defaults: SimEngineConfig, timing: Timing) -> None:
     add(
         "--max-num-batched-tokens",
         type=at_least_one,
@@ -160,8 +182,6 @@ def add_parser(subparsers: Subparsers) -> None:
         ("--load-seconds", timing.load_block, "each block loaded from the CPU"),
     ):
         add(flag, type=seconds_or_zero, default=default, metavar="S", help=f"time for {what} (default: %(default)s)")
-    add("--json", action="store_true", help="print the endpoints as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ def with_aliases(blocks: BlocksConfig, scheduler: SchedulerConfig, *, given: Col
         if key in given or current != getattr(BlocksConfig(), key):
             raise ConfigError(
                 path,
-                f"`{value}` contradicts `{current}` at `$.blocks.{key}`, of which `{alias}` is an alias; "
+                f"`{value}` contradicts `{current}` at `$.blocks.{key}`, and `{alias}` is an alias of that key: "
                 f"remove `{alias}`, or give both the same value",
             )
         changes[key] = value

@@ -75,7 +75,7 @@ class PluginArgs(Section, frozen=True):
 
 
 class WeightsConfig(Section, frozen=True):
-    """The credit for a cached block that is worth less than one in the device's memory, which counts 1."""
+    """The credit for cached blocks that count less than 1, the credit for a block in the device's memory."""
 
     host: Annotated[Share, described("A block that is off-loaded to the host's memory.")] = 0.8
     storage: Annotated[Share, described("A block that is off-loaded further: to disk, or to another machine.")] = 0.5

@@ -85,7 +85,7 @@ class PodConfig(Section, frozen=True):
 
 
 class IndexConfig(Section, frozen=True):
-    """The index of which pod holds which block."""
+    """The index: which pod holds which block."""
 
     kind: Annotated[
         Literal["memory", "redis"],

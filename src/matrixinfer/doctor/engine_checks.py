@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from matrixinfer.doctor.facts import PodFacts, ProbeFacts, SampleFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
+from matrixinfer.kvevents.ledger import SMALL_BLOCK
 from matrixinfer.prompt.tokenize_requests import SGLANG
 
-SMALL_BLOCK = 16
-"""With fewer tokens per engine block, events and memory grow out of proportion."""
 LARGE_BLOCK = 1024
 """With more tokens per block, many prompts fill no block."""
 MAX_SKEW_SECONDS = 2.0

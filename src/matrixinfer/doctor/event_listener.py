@@ -143,7 +143,7 @@ class EventListener:
             elif isinstance(news, Stray):
                 for each in self._by_endpoint[news.publisher]:
                     each.feed.stats.malformed += 1
-            elif isinstance(news, Note) and "resolve" in news.words:
+            elif isinstance(news, Note) and news.is_unresolved:
                 self._note_error(f"{news.publisher}: {news.words}")
 
     def _note_error(self, message: str) -> None:

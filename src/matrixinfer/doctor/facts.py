@@ -97,7 +97,7 @@ class PodFacts:
     models_status: int | None = None
     """HTTP status of `/v1/models`; None for a server error or no answer."""
     sources_status: int | None = None
-    """HTTP status of `/kv_event_sources`, likewise."""
+    """HTTP status of `/kv_event_sources`; None for a server error or no answer."""
     reported_sources: Sequence[KvEventsConfig] = ()
     """Publishers that the engine itself reports, by rank."""
     ranks: int = 1

@@ -161,13 +161,13 @@ class Prober:
         """Predict the hit as the router does: the tokens that the index has, in whole engine blocks."""
         lookup = Lookup(self._registry, listener.index, FeedCaches(listener.feeds))
         matches = await lookup.match(model, model, [endpoint.pod], prompt.chain)
-        held = lookup.held(endpoint.name, matches)
+        match = lookup.match_at(endpoint.name, matches)
         candidate = Candidate(
             name=endpoint.name,
             url=endpoint.pod.url,
-            matched_blocks=held.blocks,
-            matched_tail=held.tail,
-            engine_block=None if held.cache is None else held.cache.engine_block,
+            matched_blocks=match.blocks,
+            matched_tail=match.tail,
+            engine_block=None if match.cache is None else match.cache.engine_block,
         )
         return candidate.predicted_hit(len(prompt.ids), self._blocks.block_size)
 

@@ -5,7 +5,7 @@ frame (`seq`, `payload_hex`, and `port` if several publishers were recorded), a 
 `prompt_token_ids`), and a `response` the engine's report about it (`label`, `usage`).
 
 Prompts whose hits the events cannot predict are listed, not compared: those with media or embeddings; those with a salt
-or an adapter in a layout that hides it; and those of which several publishers hold different lengths, as the capture
+or an adapter in a layout that hides it; and those that several publishers hold in different lengths, as the capture
 does not say which of them was asked.
 """
 

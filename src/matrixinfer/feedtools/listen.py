@@ -55,6 +55,8 @@ class Note:
 
     publisher: str
     words: str
+    is_unresolved: bool = False
+    """The name of the publisher's host does not resolve."""
 
 
 News: TypeAlias = Frame | Stray | Note
@@ -145,7 +147,8 @@ class Listener:
                 return await connect(socket, endpoint)
             except Unresolved as error:
                 if not noted:
-                    await self._news.put(Note(publisher=endpoint, words=f"{error.strerror} yet"))
+                    words = f"{error.strerror} yet"
+                    await self._news.put(Note(publisher=endpoint, words=words, is_unresolved=True))
                 noted = True
             await asyncio.sleep(LOOKUP_PAUSE)
 

@@ -32,6 +32,8 @@ from matrixinfer.trust.parity import Parity
 CLIENT_GONE = 499
 """Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
 
+_MAX_DIGITS = 9
+
 log = structlog.get_logger(__name__)
 
 
@@ -79,7 +81,7 @@ class Api:
         finally:
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
-            log.debug("request", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
+            log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
         return response
 
     async def models(self, _: web.BaseRequest) -> web.StreamResponse:
@@ -167,8 +169,10 @@ class Admin:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""
         query = request.rel_url.query
         limit = query.get("limit", "100")
-        if not limit.isdecimal():
-            raise InvalidRequest(f"limit: expected a number, got `{limit}`", param="limit")
+        if not limit.isdecimal() or len(limit) > _MAX_DIGITS:
+            raise InvalidRequest(
+                f"limit: expected a number of at most {_MAX_DIGITS} digits, got `{limit}`", param="limit"
+            )
         found = self._decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
         return json_response({"decisions": [record.view() for record in islice(found, int(limit))]})
 

@@ -72,7 +72,7 @@ def verdict(*, source: Source, seq: int, digest: int, expected: int, proven: boo
 
 
 class Cursor:
-    """The position in a feed: the next number expected, and what is remembered of the frames before it."""
+    """The position in a feed: the next number expected, and what is remembered about the frames before it."""
 
     def __init__(self, start: int | None = 0) -> None:
         self.next = start

@@ -27,6 +27,8 @@ __all__ = ["FeedState", "FeedStats", "PodFeed"]
 
 MAX_HELD_FRAMES = 20_000
 MAX_HELD_BYTES = 256 * 1024 * 1024
+REPLAY_ATTEMPTS = 3
+"""Replays in a row without progress, after which whoever fetches them calls `replay_failed`."""
 MAX_MISSED_HEARTBEATS = 3
 """In a row, after which silence no longer proves that nothing happened."""
 
@@ -89,7 +91,7 @@ class PodFeed:
 
     @property
     def given_up(self) -> bool:
-        """A replay could not be had: the engine's history may be worth another try later."""
+        """A replay has failed: the engine's history may be fetched again later."""
         return self._knowledge in _GIVEN_UP and self._phase not in _STALE
 
     @property
@@ -150,7 +152,7 @@ class PodFeed:
         self._step(Input.REPLAY_BROKE_OFF)
 
     def replay_failed(self) -> None:
-        """The replay cannot be had: clear, and go on from live frames as partly known. `catch_up` is due."""
+        """The replay has failed: clear, and continue from live frames as partly known. `catch_up` is due."""
         self._step(Input.REPLAY_FAILED)
 
     def catch_up(self) -> bool:
@@ -167,7 +169,7 @@ class PodFeed:
     def heartbeat(self, frames: Sequence[tuple[int, bytes]]) -> None:
         """A silent engine was asked for what it has from `heartbeat_from` on, and no live frame came meanwhile.
 
-        The last frame alone, with the bytes known of it, proves that nothing was lost; otherwise a replay is needed.
+        The last frame alone, with the bytes that are known, proves that nothing was lost; otherwise a replay is needed.
         """
         if self._cursor.next is not None:
             is_last = self._cursor.is_last([(seq, hash(payload)) for seq, payload in frames])

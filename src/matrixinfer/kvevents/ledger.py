@@ -24,6 +24,7 @@ from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.run import Run
+from matrixinfer.kvevents.stored import all_new, indexable, is_reported_again
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.kvevents.tiers import DEVICE, Supported, Tiers, tier_of
 from matrixinfer.kvevents.wire import (
@@ -40,6 +41,8 @@ from matrixinfer.kvevents.wire import (
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.traffic.history import RoutingHistory
 
+SMALL_BLOCK = 16
+"""Tokens per engine block below which events and memory grow out of proportion."""
 MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
@@ -233,10 +236,10 @@ class Ledger:
         parent = None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
         above = None if parent is None else forest.run_of(parent)
         doubtful = event.extra_keys is UNSET and ids[0] in forest
-        if not doubtful and _all_new(forest, parent, above, ids):
+        if not doubtful and all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        if _is_reported_again(forest, event, ids):
+        if is_reported_again(forest, event, ids):
             self.stats.reported_again += len(ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
@@ -301,7 +304,7 @@ class Ledger:
         if parent is not None and above is None and parent not in forest.ended:
             self.stats.orphans += len(ids)
             return
-        usable, salt = _usable(event, first, len(ids), at_root=parent is None)
+        usable, salt = indexable(event, first, len(ids), at_root=parent is None)
         if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
         if usable < len(ids):
@@ -458,51 +461,3 @@ def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
 
 def _place(medium: str | None, group: int | None) -> _Place:
     return medium or "GPU", group or 0
-
-
-def _all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequence[int]) -> bool:
-    """A quick check that none of `ids`, which follow `parent` in the run `above`, is present.
-
-    A block has only one parent, and what follows a new block is new. This holds while no block is present without its
-    parent.
-    """
-    if forest.cut or forest.ended or (above is None and parent is not None):
-        return False
-    return not forest.has_child(parent, above, ids[0]) and len(set(ids)) == len(ids)
-
-
-def _is_reported_again(forest: Forest, event: BlockStored, ids: Sequence[int]) -> bool:
-    """Whether the event reports blocks that a request found in the cache, as vLLM can be asked to do, and not copies.
-
-    That is not certain. But blocks that are found begin at the root and are all present, and copies begin where the
-    engine's lookup ended. Copies of several blocks from the root on come from requests that do not read the cache; they
-    are rare, and missing one predicts a smaller hit, not a larger one. A single block is a prompt of exactly that block,
-    sent twice.
-    """
-    if event.parent_block_hash is not None or event.extra_keys is UNSET or forest.tier != DEVICE or len(ids) < 2:
-        return False
-    return len(set(ids)) == len(ids) and all(block in forest for block in ids)
-
-
-def _usable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tuple[int, str | None]:
-    """How many of `count` blocks from position `first` on depend only on tokens, adapter and salt; and the salt.
-
-    Extra keys are untagged: `[adapter name, (item, offset) …, salt, digests …]`, each only where present. A salt is the
-    only string left on a root block; after anything else nothing more can be indexed.
-    """
-    if event.lora_id is not None and not event.lora_name:
-        return 0, None
-    if event.extra_keys is None or event.extra_keys is UNSET or not any(event.extra_keys):
-        return count, None
-    salt: str | None = None
-    for offset, keys in enumerate(event.extra_keys[first : first + count]):
-        if not keys:
-            continue
-        rest = list(keys) if isinstance(keys, (list, tuple)) else [None]
-        if event.lora_name and rest[0] == event.lora_name:
-            del rest[0]
-        if at_root and offset == 0 and len(rest) == 1 and isinstance(rest[0], str):
-            salt = rest[0]
-        elif rest:
-            return offset, salt
-    return count, salt

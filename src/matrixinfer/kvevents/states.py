@@ -87,7 +87,7 @@ class Knowledge(QuickEnum):
     UNTRUSTED = "untrusted"
     """Nothing: the events do not say what the engine holds."""
     UNTRUSTED_GIVEN_UP = "untrusted, given up"
-    """Nothing, as before, and another replay is worth a try later."""
+    """Nothing, as before, and another replay may be tried later."""
 
 
 class Input(QuickEnum):
@@ -194,7 +194,7 @@ class Action(QuickEnum):
     CLEAR = "clear"
     """Clear what is indexed."""
     RESET = "reset"
-    """Clear what is indexed, and forget what is known of the engine's layout."""
+    """Clear what is indexed, and forget what is known about the engine's layout."""
     LOSE = "lose"
     """Give up the position: the next frame, whichever it is, is taken for a beginning."""
     REWIND = "rewind"

@@ -25,17 +25,22 @@ __all__ = ["FeedSource", "Subscriber"]
 class Subscriber:
     """Keeps an index up to date with the engines that it follows.
 
-    Use it as an async context manager; call `follow` and `unfollow` at any time within it.
+    Use it as an async context manager; call `follow` and `unfollow` at any time within it. `feeds` is a dict for the
+    feed of each publisher that is followed, by its name; only the subscriber changes it.
     """
 
     def __init__(
-        self, *, index: BlockIndex, blocks: TokenBlockProcessor, history: RoutingHistory | None = None
+        self,
+        *,
+        index: BlockIndex,
+        blocks: TokenBlockProcessor,
+        history: RoutingHistory | None = None,
+        feeds: dict[str, PodFeed] | None = None,
     ) -> None:
         self._index = index
         self._history = history
         self._blocks = blocks
-        self.feeds: dict[str, PodFeed] = {}
-        """The feed of each publisher that is followed, by its name; for reading."""
+        self.feeds: dict[str, PodFeed] = {} if feeds is None else feeds
         self._followed: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
         self._group = asyncio.TaskGroup()
         self._shared: Shared | None = None

@@ -21,18 +21,14 @@ from zmq.utils.monitor import parse_monitor_message
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
-from matrixinfer.kvevents.feed import FeedState, PodFeed
-from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, FeedState, PodFeed
+from matrixinfer.kvevents.ledger import SMALL_BLOCK, Ledger
 from matrixinfer.kvevents.replay import Reply, fetch
 
-SMALL_BLOCK = 16
-"""Tokens per engine block below which every token costs events and memory out of proportion."""
 CONNECT_SECONDS = 10.0
 """Time after which an unreachable publisher is logged."""
 MAX_REPLAYS = 8
 """Replays fetched at the same time, which bounds their memory."""
-REPLAY_ATTEMPTS = 3
-"""A replay is given up after so many rounds in a row without progress."""
 RETRY_SECONDS = 30.0
 """Time until a replay that was given up is tried again."""
 HEARTBEAT_SECONDS = 10.0
@@ -90,7 +86,7 @@ class Subscription:
         self._topic = None if source.topic is None else source.topic.encode()
         self._connected = False
         self._broken = False
-        """The connection was lost, and the feed has not learnt of a new one."""
+        """The connection was lost, and the feed does not know about a new one yet."""
         self._slice_ends = 0.0
         self._replay_wanted = asyncio.Event()
         self._log = log.bind(pod=source.name)

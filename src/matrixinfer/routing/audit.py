@@ -102,11 +102,11 @@ class Auditor:
         return comparison
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
-        """A witness of the blocks that the prompt brings to `chosen`; None when those cannot be told from others."""
+        """A witness of the blocks that the prompt brings to `chosen`; None when those cannot be distinguished from others."""
         request, size = prepared.request, feed.ledger.block_size
         if size is None or prepared.prompt.cache_salt or self._blocks.scheme != "prefix":
             return None
-        _, match, tail, _ = self._lookup.held(chosen.name, prepared.matches)
+        _, match, tail, _ = self._lookup.match_at(chosen.name, prepared.matches)
         if match is None or chosen.pending_blocks or feed.state is not FeedState.COMPLETE:
             return None
         held = max(0, min(match * request.block_size + tail, len(ids) - 1)) // size * size
@@ -127,7 +127,7 @@ class Auditor:
         # prediction stops before them.
         predicted = min(match * block, tokens - 1) // size * size
         last = tokens // size * size // block  # token blocks that the prompt leaves behind
-        return Prediction.open(
+        return Prediction(
             self._drift,
             chosen.name,
             tokens=predicted,
@@ -138,7 +138,7 @@ class Auditor:
             token_block=block,
             stores=request.chain[last - 1] if last > match and not chosen.pending_blocks else None,
             purges=not ledger.is_hybrid,
-        )
+        ).open()
 
 
 def _model_at(feed: PodFeed, prepared: Prepared) -> str:

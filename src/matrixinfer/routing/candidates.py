@@ -46,11 +46,11 @@ class Candidates:
 
     def _candidate(self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
-        there = self._lookup.held(name, matches)
-        cache, match, tail, tiers = there
+        match = self._lookup.match_at(name, matches)
+        cache = match.cache
         reads_cache, approximate = prepared.prompt.reads_cache, prepared.is_approximate
         trust, pending, recent, credit = holdings(
-            name, request, there, load, self._history, self._weights, reads_cache, approximate
+            name, request, match, load, self._history, self._weights, reads_cache, approximate
         )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         engine: EngineMetrics | RankMetrics | None = metrics
@@ -73,9 +73,9 @@ class Candidates:
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=engine_block,
-            matched_blocks=match,
-            matched_tail=tail,
-            tiers=tiers,
+            matched_blocks=match.blocks,
+            matched_tail=match.tail,
+            tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,
             cached_credit=credit,

@@ -38,13 +38,25 @@ class Record:
     notes: Sequence[str]
     timings_ms: Mapping[str, float]
     attempts: list[str]
-    """Endpoints that it was sent to, in order."""
+    """Endpoints that the request was sent to, in order."""
     status: int | None = None
     """Status of the answer; None until there is one."""
     counted: int | None = None
     """Prompt tokens that the engine counted; None if it does not report them."""
     cached: int | None = None
     """Prompt tokens that it found in its cache; None if it does not report them."""
+
+    def moved(self, endpoint: str) -> None:
+        """The request was sent to another endpoint."""
+        self.attempts.append(endpoint)
+
+    def answered(self, status: int) -> None:
+        """The endpoint has answered with this status."""
+        self.status = status
+
+    def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """The answer reports the prompt's tokens, and how many of them were cached if it says so."""
+        self.counted, self.cached = prompt_tokens, cached_tokens
 
     def view(self) -> dict[str, object]:
         """As JSON-able data."""

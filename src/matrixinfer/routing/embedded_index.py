@@ -1,6 +1,6 @@
 """`matrixinfer.Index`: which pod holds which block, for programs that receive the engines' KV events themselves.
 
-No sockets, no threads, no clock: bytes in, answers out. The caller hands in each frame, and asks what it should do next.
+No sockets, no threads, no clock: bytes in, answers out. The caller passes each frame in, and asks what to do next.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from matrixinfer.blocks import BlockChain, Scheme, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import ConfigError, InvalidRequest, UnknownPod
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.routing.holdings import Matches, straddled
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.cache_views import FeedCaches
 from matrixinfer.trust.levels import trust_in
-
-REPLAY_ROUNDS = 3
-"""Answers in a row that bring nothing, after which a replay is given up."""
 
 Tokens: TypeAlias = TokenIds | Sequence[int]
 """Token ids: a sequence of integers, or a numpy array of `uint32`, shape (n,)."""
@@ -33,7 +30,7 @@ _Step = ParamSpec("_Step")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodStatus:
-    """What an index knows of one pod's KV events."""
+    """What an index knows about one pod's KV events."""
 
     trust: Trust
     """How far its blocks are believed."""
@@ -81,8 +78,8 @@ class Index:
     """Which pod holds which block, kept from the frames that engines publish.
 
     `block_size` and `scheme` say how prompts are cut into blocks and named; engines may use blocks of any other size.
-    `max_blocks` bounds the distinct blocks over all pods, and `max_recent_blocks` what is remembered of prompts sent to
-    pods whose events do not say all. Raises `ConfigError` for a value that does not fit.
+    `max_blocks` bounds the distinct blocks over all pods. `max_recent_blocks` bounds the blocks that are remembered
+    because they were sent to pods whose events do not say everything. Raises `ConfigError` for a value that does not fit.
 
     Not thread-safe: hold one lock around all calls to an index and its selectors, or use them from one thread.
     """
@@ -131,7 +128,7 @@ class Index:
         self._feeds[pod] = PodFeed(ledger, can_replay=can_replay)
 
     def forget(self, pod: str) -> None:
-        """The pod is gone, with all that is known of it. Nothing happens when it is not followed."""
+        """Forget a pod that has gone. Does nothing if the pod is not followed."""
         self.known.history.forget(pod)
         feed = self._feeds.pop(pod, None)
         if feed is None:
@@ -145,7 +142,7 @@ class Index:
         return trust_in(self._feeds.get(pod), doubted=False)
 
     def status(self, pod: str) -> PodStatus:
-        """What is known of the pod's events. Raises `UnknownPod`."""
+        """What is known about the pod's events. Raises `UnknownPod`."""
         feed = self._feed(pod)
         return PodStatus(
             trust=self.trust(pod),
@@ -162,10 +159,10 @@ class Index:
     # Frames
 
     def apply(self, pod: str, seq: int, payload: bytes) -> None:
-        """A frame came from the pod's live socket: its number, and its payload. Raises `UnknownPod`.
+        """Apply a frame from the pod's live socket. Raises `UnknownPod`.
 
-        A frame that cannot be read raises nothing: what it may have removed is unknown, so that the pod's blocks are
-        dropped, its trust falls, and `status` counts it.
+        A frame that cannot be read raises nothing. It may have removed any block, so the pod's blocks are dropped, its
+        trust falls, and `status` counts the frame.
         """
         feed = self._feed(pod)
         _step(feed, feed.live, index(seq), bytes(payload))
@@ -189,7 +186,7 @@ class Index:
         """An engine answered `replay` with `frames`, pairs of number and payload, in order.
 
         `whole` says that its end marker came. An engine that cannot be reached answers `[]` with `whole=False`; after
-        three such answers in a row `wanted` asks no more, and the pod goes on as `partial`. Answers to questions that
+        three such answers in a row `wanted` stops asking, and the pod continues as `partial`. Answers to questions that
         have been overtaken are ignored.
         """
         feed = self._feeds.get(replay.pod)
@@ -211,7 +208,7 @@ class Index:
         self._feed(pod).reconnected()
 
     def resync(self, pod: str) -> None:
-        """What is indexed of the pod is doubted: drop it, and fetch its history again where it can be replayed."""
+        """Drop the pod's blocks, because you doubt them, and fetch its history again if it can be replayed."""
         self._feed(pod).start_over()
 
     # Answers
@@ -219,7 +216,7 @@ class Index:
     def match(self, token_ids: Tokens, *, model: str, salt: str | None = None) -> dict[str, int]:
         """How many blocks of a prompt each pod holds, consecutively from its start. Pods that hold none are absent.
 
-        Raises `InvalidRequest` for token ids that are none.
+        Raises `InvalidRequest` for token ids that are not integers of 32 bits.
         """
         counts = self.known.memory.count(model, self.known.chain(token_ids, salt=salt))
         return {pod: count for pod, count in counts.items() if pod in self._feeds}
@@ -243,7 +240,7 @@ class Index:
         if feed.epoch == epoch:
             _step(feed, feed.replay_ended if whole else feed.replay_broke_off)
         follow.idle = follow.idle + 1 if feed.replay_from == start else 0
-        if follow.idle >= REPLAY_ROUNDS:
+        if follow.idle >= REPLAY_ATTEMPTS:
             follow.idle = 0
             _step(feed, feed.replay_failed)
         while _step(feed, feed.catch_up):
@@ -252,7 +249,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """The parts of an index, as its selectors read them."""
+    """The parts of an index that selectors read."""
 
     blocks: TokenBlockProcessor
     memory: MemoryIndex

@@ -1,4 +1,4 @@
-"""What one endpoint holds of a prompt, and what a request counts for there: pure functions.
+"""What an endpoint's blocks count for in a decision, and what a request counts for at an endpoint: pure functions.
 
 The library's `Selector` decides by them as the gateway does.
 """
@@ -28,8 +28,8 @@ class Matches:
     """Tokens held beyond those blocks, where engine blocks straddle them; absent where there are none."""
 
 
-class Held(NamedTuple):
-    """What one endpoint holds of a prompt."""
+class Match(NamedTuple):
+    """How much of a prompt matches at one endpoint, according to its events and the index."""
 
     cache: CacheView | None
     blocks: int | None
@@ -40,14 +40,14 @@ class Held(NamedTuple):
     """How many of the blocks, from the start, are on the device; on the device or the host. Empty where all are."""
 
 
-def held(name: str, cache: CacheView | None, matches: Matches | None) -> Held:
-    """What an endpoint's events and the index say of it. `matches` is None when the index could not be asked."""
+def match_at(name: str, cache: CacheView | None, matches: Matches | None) -> Match:
+    """The match at one endpoint. `matches` is None when the index was not asked or could not answer."""
     if matches is None or cache is None or cache.trust == "none":
-        return Held(cache, None, 0, ())
+        return Match(cache, None, 0, ())
     blocks = matches.blocks
-    match = blocks.get(name, 0)
-    tiers = [min(match, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
-    return Held(cache, match, matches.tails.get(name, 0), tiers)
+    matched = blocks.get(name, 0)
+    tiers = [min(matched, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
+    return Match(cache, matched, matches.tails.get(name, 0), tiers)
 
 
 def straddled(chain: BlockChain, counts: Mapping[str, int], caches: Caches) -> Mapping[tuple[int, int], Sequence[str]]:
@@ -69,7 +69,7 @@ def straddled(chain: BlockChain, counts: Mapping[str, int], caches: Caches) -> M
 def holdings(
     name: str,
     request: SchedulingRequest,
-    there: Held,
+    match: Match,
     load: LoadLedger,
     history: RoutingHistory,
     weights: WeightsConfig,
@@ -79,17 +79,17 @@ def holdings(
     """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
 
     With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
-    gains nothing from pending or recent blocks. Called per endpoint and decision, hence without keywords.
+    gains nothing from pending or recent blocks. It has no keywords because it is called for every endpoint of every decision.
     """
-    cache, match, _, tiers = there
+    cache, matched, _, tiers = match
     trust: Trust = "none" if approximate or cache is None else cache.trust
     pending = recent = 0
     if reads_cache:
-        pending = load.pending(name, request.model, request.chain, match or 0)
+        pending = load.pending(name, request.model, request.chain, matched or 0)
         recent = 0 if trust == "exact" else history.match(name, request.model, request.chain)
     if trust == "exact" and not tiers:
         return trust, pending, recent, None
-    credit = cached_credit(trust, weights, match=match or 0, tiers=tiers, pending=pending, recent=recent)
+    credit = cached_credit(trust, weights, match=matched or 0, tiers=tiers, pending=pending, recent=recent)
     return trust, pending, recent, credit
 
 

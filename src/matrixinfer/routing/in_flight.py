@@ -66,7 +66,7 @@ class InFlight:
         self._charge.cancel()
         self._charge = self._charge_at(pod)
         self._audit.moved()
-        self._record.attempts.append(pod.name)
+        self._record.moved(pod.name)
         self.tried.append(pod)
         self.pod = pod
 
@@ -76,7 +76,7 @@ class InFlight:
 
     def answered(self, status: int) -> None:
         """Its endpoint has sent response headers."""
-        self._record.status = status
+        self._record.answered(status)
         if status < 500:  # otherwise the pod is alive, but not well
             self._registry.answered(self.pod.pod)
 
@@ -88,7 +88,7 @@ class InFlight:
 
     def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer reports how many tokens the prompt has, and how many were cached if it says so."""
-        self._record.counted, self._record.cached = prompt_tokens, cached_tokens
+        self._record.usage(prompt_tokens, cached_tokens)
         self._audit.usage(self.pod.name, prompt_tokens, cached_tokens)
 
     def close(self) -> None:

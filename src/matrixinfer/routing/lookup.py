@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from matrixinfer.blocks import BlockChain
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.routing.holdings import Held, Matches, held, straddled
+from matrixinfer.routing.holdings import Match, Matches, match_at, straddled
 from matrixinfer.trust.cache_views import Caches
 
-__all__ = ["Held", "Lookup", "Matches"]
+__all__ = ["Lookup", "Match", "Matches"]
 
 
 class Lookup:
@@ -49,6 +49,6 @@ class Lookup:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def held(self, endpoint: str, matches: Matches | None) -> Held:
-        """What `endpoint` holds now. `matches` is None when the index was not asked or could not answer."""
-        return held(endpoint, self._caches.of(endpoint), matches)
+    def match_at(self, endpoint: str, matches: Matches | None) -> Match:
+        """The match at one endpoint, by what is known about its cache now."""
+        return match_at(endpoint, self._caches.of(endpoint), matches)

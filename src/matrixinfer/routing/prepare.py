@@ -1,7 +1,7 @@
 """The first step of a decision: everything that awaits.
 
-A request body becomes a prompt, token ids, block hashes and the matches of every endpoint. Whatever cannot be had on the
-way (token ids, the index) is noted in `Prepared.degraded`, and the request is routed without it.
+A request body becomes a prompt, token ids, block hashes and the matches of every endpoint. If token ids or the index are
+not available, `Prepared.degraded` says so, and the request is routed without them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matrixinfer.trust.parity import Parity
 
 
 class Degraded(Enum):
-    """What a decision has to do without. The values are labels of a metric."""
+    """What a decision has to do without. The values are labels of `matrixinfer_degraded_total`."""
 
     TOKENIZE = "tokenize"
     """Token ids: the prompt is routed by load."""

@@ -94,13 +94,14 @@ class Router:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
         kept = record(decision, path, list(prepared.degraded.values()), prepared.timings_ms)
         self._decisions.add(kept)
-        return InFlight(
+        audit = self._auditor.open(prepared, decision.chosen)
+        return InFlight(  # the charge comes last: from here on `dispatch` releases it
             prepared,
             decision,
             registry=self._registry,
             charge=self._charge(prepared.request, decision.chosen),
             charge_at=partial(self._charge, prepared.request),
-            audit=self._auditor.open(prepared, decision.chosen),
+            audit=audit,
             record=kept,
         )
 

@@ -20,7 +20,7 @@ import yaml
 from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.errors import ConfigError, InvalidRequest
 from matrixinfer.routing.embedded_index import Index, Tokens
-from matrixinfer.routing.holdings import Matches, charge, held, holdings
+from matrixinfer.routing.holdings import Matches, charge, holdings, match_at
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
@@ -78,10 +78,10 @@ class Selector:
     ) -> Decision:
         """Rank `candidates` for a prompt. Nothing is counted until `charge`; a dry run leaves plugins as they were, too.
 
-        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name
-        that the index follows (or not: then nothing is known of it), or a `Candidate` with what the caller knows: its
-        engine metrics, and in `in_flight` and `queued_tokens` the load that this selector has not charged. What the
-        index and this selector know is filled in. `model` is the name under which `Index.follow` has it, or an
+        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name,
+        or a `Candidate` with what the caller knows: its engine metrics, and in `in_flight` and `queued_tokens` the load
+        that this selector has not charged. The selector fills in what it and the index know, which is nothing for a
+        name that the index does not follow. `model` is the name under which `Index.follow` has it, or an
         adapter's. `salt` is the request's cache salt; `session` and `prefix` (the prompt's text) are for plugins.
 
         Raises `NoPodAvailable` without candidates, and `InvalidRequest` for token ids or candidates that are wrong.
@@ -112,16 +112,16 @@ class Selector:
         return InFlight(self._accounts, request, pod, self._accounts.open(request, pod))
 
     def forget(self, pod: str) -> None:
-        """The pod is gone: drop what is counted there, and have the index forget it."""
+        """Forget a pod that has gone, here and in the index."""
         self._accounts.forget(pod)
         self._index.forget(pod)
 
     def _candidate(self, given: Candidate | str, request: SchedulingRequest, matches: Matches | None) -> Candidate:
         base = Candidate(name=given, url="") if isinstance(given, str) else given
         name, load = base.name, self._load
-        there = held(name, self._known.caches.of(name), matches)
-        trust, pending, recent, credit = holdings(name, request, there, load, self._known.history, self._weights)
-        cache = there.cache
+        match = match_at(name, self._known.caches.of(name), matches)
+        trust, pending, recent, credit = holdings(name, request, match, load, self._known.history, self._weights)
+        cache = match.cache
         return msgspec.structs.replace(
             base,
             in_flight=base.in_flight + load.in_flight(name),
@@ -129,9 +129,9 @@ class Selector:
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=base.engine_block if cache is None or cache.engine_block is None else cache.engine_block,
-            matched_blocks=there.blocks,
-            matched_tail=there.tail,
-            tiers=there.tiers,
+            matched_blocks=match.blocks,
+            matched_tail=match.tail,
+            tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,
             cached_credit=credit,
@@ -171,7 +171,7 @@ class InFlight:
         self._charge.first_byte()
 
     def move(self, candidate: Candidate) -> None:
-        """The pod did not take the request; it is tried at `candidate`, one of `Decision.attempts`."""
+        """Send the request to `candidate`, one of `Decision.attempts`, because its pod did not take it."""
         self._accounts.close(self._request, self.candidate, self._charge, computed=False)
         self.candidate = candidate
         self._computed = False

@@ -27,5 +27,5 @@ POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
 
 
 def with_policy(scheduler: SchedulerConfig, policy: str) -> SchedulerConfig:
-    """The configuration with the profile of `policy` and its own plugin arguments. Raises `KeyError`."""
+    """The configuration with the profile of `policy`. Plugin arguments stay. Raises `KeyError`."""
     return msgspec.structs.replace(scheduler, plugins=POLICIES[policy])

@@ -37,7 +37,7 @@ class BlockIndexConformance:
         raise NotImplementedError(f"{type(self).__qualname__}.open: expected a method that opens an empty index")
 
     def may_read(self, index: BlockIndex, held: int) -> int:
-        """How far a look-up may read a chain of which `held` blocks match. A backend that reads in chunks reads further."""
+        """How far a lookup may read a chain whose first `held` blocks match. A backend that reads in chunks reads further."""
         return 2 * held + 1 if index.prefix_closed else held + 1
 
     def run(self) -> None:
@@ -191,7 +191,7 @@ class BlockIndexConformance:
 
     def _expect_read(self, index: BlockIndex, chain: CountingChain, held: int) -> None:
         limit = self.may_read(index, held)
-        expect(chain.read <= limit, f"match() read {chain.read} blocks of which {held} match, expected at most {limit}")
+        expect(chain.read <= limit, f"match() read {chain.read} blocks where {held} match, expected at most {limit}")
 
 
 async def _expect_match(index: BlockIndex, model: str, chain: Sequence[int], expected: dict[str, int]) -> None:

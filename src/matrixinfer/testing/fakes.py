@@ -15,7 +15,7 @@ from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, Event, EventB
 
 
 class FakeClock:
-    """A clock that moves when it is told to. Call it for the time in seconds."""
+    """A clock that moves only with `advance`. Call it for the time in seconds."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -50,14 +50,14 @@ def request(**fields: Any) -> SchedulingRequest:
 
 
 def candidate(name: str = "pod-a", **fields: Any) -> Candidate:
-    """A pod of which nothing is known but `fields`."""
+    """A pod; everything but `fields` is unknown."""
     return Candidate(**({"name": name, "url": f"http://{name}:8000"} | fields))
 
 
 class FakeEngine:
     """Publishes the KV events that vLLM would, as frames: pairs of number and payload, for `Index.apply`.
 
-    It caches what it is told to cache, in blocks of `block_size` tokens, and keeps all its frames for replays.
+    It caches what `store` is given, in blocks of `block_size` tokens, and keeps all its frames for replays.
     """
 
     def __init__(self, block_size: int = 16) -> None:
@@ -79,7 +79,7 @@ class FakeEngine:
         return self._publish(events)
 
     def evict(self, token_ids: Sequence[int], *, keep: int = 0, salt: str | None = None) -> tuple[int, bytes]:
-        """Drop the blocks of a prompt, but for the first `keep`; the last block goes first."""
+        """Drop the blocks of a prompt, except the first `keep`; the last block goes first."""
         names = [name for name in self._sequence(token_ids, salt).hashes[keep:] if name in self._present][::-1]
         self._present.difference_update(names)
         return self._publish([BlockRemoved(block_hashes=[name]) for name in names])

@@ -1,4 +1,4 @@
-"""What a block index must answer, by a plain dict of sets: the oracle of `BlockIndexConformance`, and its histories."""
+"""The oracle of `BlockIndexConformance`, a plain dict of sets, and the histories that it is tried with."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class PluginConformance:
 
         check()
 
-    def test_pods_that_nothing_is_known_of_are_taken(self) -> None:
+    def test_pods_without_known_facts_are_kept(self) -> None:
         asked = SchedulingRequest(id="r", model="m", prompt_tokens=None, block_size=16, chain=(), prefix=b"")
         decision = self._decide(asked, [Candidate(name=str(i), url="") for i in range(3)])
         expect(len(decision.ranked) == 3, f"unknown is not zero, but a filter removed pods: {dict(decision.filtered)}")
@@ -173,7 +173,7 @@ class PluginConformance:
         return self.plugin(args, Services(clock=lambda: 0.0, rng=rng))
 
     def _scheduler(self, rng: random.Random) -> Scheduler:
-        """A scheduler with this plugin at every stage that it has, and nothing else but the picker that must be."""
+        """A scheduler with this plugin at every stage that it has, and no other plugin except the picker that every profile needs."""
         name = self.plugin.name
         stages = {stage: PluginStage() for stage, _ in _STAGES} | {
             "picker": PluginStage(enabled=(PluginRef(name="max-score"),))

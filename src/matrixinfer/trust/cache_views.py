@@ -1,17 +1,16 @@
-"""What is known of every endpoint's cache, whether this process follows its events or an agent that reports to Redis does."""
+"""What is known about every endpoint's cache. `trust.shared_caches` adds what other processes report in Redis."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, get_args
+from typing import Protocol
 
 import msgspec
 
-from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
-from matrixinfer.trust.levels import trust, trust_in
+from matrixinfer.trust.levels import trust
 
 
 class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -34,7 +33,7 @@ class Caches(Protocol):
     """A source of cache views."""
 
     def of(self, name: str) -> CacheView | None:
-        """What is known of an endpoint's cache now; None when nobody follows it."""
+        """What is known about an endpoint's cache now; None when nobody follows it."""
         ...
 
 
@@ -61,56 +60,6 @@ class FeedCaches:
         )
 
 
-class ReportedCaches:
-    """Caches whose events agents follow, and report in Redis.
-
-    An endpoint that nobody reports is unknown. With `unvouched` it counts as partly known: its writer reports nothing.
-    """
-
-    def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
-        self._states = states
-        self._unvouched = unvouched
-
-    def of(self, name: str) -> CacheView | None:
-        """The view that its agent reported last; `stale` once that agent has fallen silent."""
-        state = self._states.of(name)
-        if state is None:
-            return _UNVOUCHED if self._unvouched else None
-        believed = _TRUST.get(state.trust, "none")
-        if state.model in self._states.foreign:
-            believed = "none"  # its blocks are hashed differently, so nothing would ever match
-        if believed != "none" and not self._states.is_alive(name):
-            believed = "stale"
-        return CacheView(
-            trust=believed,
-            feed=state.feed,
-            engine_block=state.engine_block,
-            has_tails=state.has_tails,
-            tiers=state.tiers,
-            hides_salts=state.hides_salts,
-        )
-
-
-class SharedCaches:
-    """Caches that this process follows and writes into Redis, and caches that others write and report.
-
-    `writes` says whether this process is the writer of an endpoint now, and sure of what Redis holds.
-    """
-
-    def __init__(self, own: Caches, reported: Caches, writes: Callable[[str], bool]) -> None:
-        self._own = own
-        self._reported = reported
-        self._writes = writes
-
-    def of(self, name: str) -> CacheView | None:
-        """The view of whoever writes it now, or the last one reported."""
-        return self._own.of(name) if self._writes(name) else self._reported.of(name) or self._own.of(name)
-
-
-_TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
-_UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
-
-
 class FeedReports:
     """The state of each pod's KV events, for operators."""
 
@@ -131,28 +80,9 @@ class FeedReports:
             "state": cache.feed,
             "trust": cache.trust,
             "hides_salts": cache.hides_salts,
-            "engine_block_size": cache.engine_block,
+            "engine_block": cache.engine_block,
         }
         feed = self._feeds.get(name)
         if feed is not None:
             report |= {"untrusted": feed.untrusted, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
         return report
-
-
-def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
-    """What to report in Redis about a feed that this process follows; None without a feed."""
-    if feed is None:
-        return None
-    ledger = feed.ledger
-    return encode(
-        PodState(
-            trust=trust_in(feed, doubted=doubted),
-            feed=feed.state.value,
-            model=ledger.model,
-            engine_block=ledger.block_size,
-            tiers=tuple(ledger.tiers.names),
-            has_tails=ledger.has_tails,
-            hides_salts=ledger.hides_salts,
-            reason=feed.untrusted,
-        )
-    )

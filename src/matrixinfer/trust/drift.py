@@ -5,7 +5,7 @@ prediction: between its value when the pod was chosen and when the answer began,
 waited are no fault. Fewer means that the index claims blocks that are not there: an engine lost them without an event,
 or events were lost unnoticed. After `RUN` such answers in a row the endpoint's blocks are cleared and its history is
 replayed; if that does not help, they are cleared and built up from live events alone. Every further attempt waits twice
-as long, and the endpoint is doubted meanwhile. Engines with several kinds of attention may well find less than their
+as long, and the endpoint is doubted meanwhile. Engines with several kinds of attention may find less than their
 full-attention blocks say: those answers are counted, and never clear anything. More than predicted is no fault:
 requests of other gateways, or blocks whose events are on their way.
 

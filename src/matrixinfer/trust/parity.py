@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Verdict:
-    """What the comparisons of one kind have said of one model."""
+    """The comparisons of one kind for one model."""
 
     agreed: int = 0
     mismatched: int = 0
@@ -91,7 +91,7 @@ class Comparison:
         self._sample: Sample | None = None
 
     def counted(self, pod: str, engines: int) -> None:
-        """The engine counted so many prompt tokens. Call it only for prompts that are `counted`."""
+        """The engine `pod` counted `engines` prompt tokens. Call it only for prompts that are `counted`."""
         self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
 
     def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:
@@ -216,7 +216,7 @@ class Parity:
         verdict = model.checks[check]
         verdict.note(agrees=agrees)
         self._metrics.parity(name, check, "agreed" if agrees else "mismatch")
-        if not agrees and _is_worth_a_line(verdict):
+        if not agrees and _is_logged(verdict):
             log.warning("tokenizer_differed", model=name, check=check, times=verdict.mismatched, **facts)
         approximate = any(each.differing for each in model.checks.values())
         if approximate != model.approximate:
@@ -235,6 +235,6 @@ class Parity:
         return known
 
 
-def _is_worth_a_line(verdict: Verdict) -> bool:
+def _is_logged(verdict: Verdict) -> bool:
     """The first few mismatches are, then the 4th, 8th, 16th and so on."""
     return verdict.mismatched <= RUN or verdict.mismatched & (verdict.mismatched - 1) == 0

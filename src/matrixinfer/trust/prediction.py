@@ -14,7 +14,12 @@ from matrixinfer.trust.drift import Drift
 
 
 class Prediction:
-    """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Made by `open`, ended by `end`."""
+    """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Call `open` first and `end` last.
+
+    The hit reaches into `matched`, token blocks of `token_block` tokens. `stores` is a block that the engine must hold
+    once it has computed the prompt, if one can be named. With `purges` false an answer that reports fewer cached tokens
+    is counted, and nothing more.
+    """
 
     __slots__ = (
         "_at_first_byte",
@@ -45,8 +50,6 @@ class Prediction:
         token_block: int,
         stores: int | None,
         purges: bool,
-        sent_at: float,
-        watch: Watch | None,
     ) -> None:
         self.tokens = self._at_first_byte = tokens
         self._drift = drift
@@ -58,43 +61,15 @@ class Prediction:
         self._token_block = token_block
         self._stores = stores
         self._purges = purges
-        self._sent_at = sent_at
-        self._watch = watch
+        self._sent_at = float("inf")
+        self._watch: Watch | None = None
 
-    @classmethod
-    def open(
-        cls,
-        drift: Drift,
-        endpoint: str,
-        *,
-        tokens: int,
-        prompt_tokens: int,
-        supports: Supports,
-        model: str,
-        matched: Sequence[int],
-        token_block: int,
-        stores: int | None,
-        purges: bool,
-    ) -> Self:
-        """Start to watch the last of `matched`, the token blocks of `token_block` tokens that the hit reaches into.
-
-        `stores` is a block that the engine must hold once it has computed the prompt, if one can be named. With
-        `purges` false an answer that reports fewer cached tokens is counted, and nothing more.
-        """
-        return cls(
-            drift,
-            endpoint,
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            supports=supports,
-            model=model,
-            matched=matched,
-            token_block=token_block,
-            stores=stores,
-            purges=purges,
-            sent_at=drift.now(),
-            watch=supports.watch(matched[-1]) if matched else None,
-        )
+    def open(self) -> Self:
+        """The request is sent now: watch the last block that the hit rests on. Returns the prediction itself."""
+        self._sent_at = self._drift.now()
+        if self._matched:
+            self._watch = self._supports.watch(self._matched[-1])
+        return self
 
     def first_byte(self) -> None:
         """The answer begins: blocks evicted before now were not there to be found."""
@@ -108,7 +83,7 @@ class Prediction:
             )
 
     def reported(self, cached: int | None) -> None:
-        """The answer reports `cached` tokens, or no number of them."""
+        """The answer reports `cached` tokens; None if it does not say how many."""
         self._drift.reported(
             self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached, purges=self._purges
         )

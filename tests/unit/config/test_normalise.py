@@ -140,7 +140,7 @@ def test_an_alias_that_contradicts_its_key_is_refused_also_where_that_has_its_de
         with_arguments(("other", {}), ("kvcache-aware", {"blockSizeToHash": 32}), blocks={"size": size})
     assert caught.value.path == "$.scheduler.pluginConfig[1].args.blockSizeToHash"
     assert caught.value.message == (
-        f"`32` contradicts `{size}` at `$.blocks.size`, of which `blockSizeToHash` is an alias; "
+        f"`32` contradicts `{size}` at `$.blocks.size`, and `blockSizeToHash` is an alias of that key: "
         "remove `blockSizeToHash`, or give both the same value"
     )
 

@@ -74,7 +74,7 @@ def test_the_ranks_of_a_recorded_engine_stay_apart() -> None:
 
 
 @pytest.mark.parametrize(("name", "requests"), list(zip(ORACLES, [1218, 1202, 250], strict=True)))
-def test_every_look_up_of_the_engines_own_cache_manager_is_predicted(name: str, requests: int) -> None:
+def test_every_lookup_of_the_engines_own_cache_manager_is_predicted(name: str, requests: int) -> None:
     report = check_capture(recorded(name))
     assert (report.requests, report.mismatches) == (requests, [])
 

@@ -85,7 +85,7 @@ def test_the_value_says_whether_a_layout_has_extra_keys() -> None:
 
 
 @pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf, 1e308, None])
-def test_a_time_that_is_none_is_not_shown(time: float | None) -> None:
+def test_an_impossible_time_is_not_shown(time: float | None) -> None:
     assert clock(time) == "--:--:--.---"
 
 

@@ -90,7 +90,7 @@ async def test_a_hole_in_a_reply_is_asked_for_again() -> None:
     assert engine.asked == [0, 2, 3]
 
 
-async def test_what_the_engine_has_no_more_is_passed_over() -> None:
+async def test_batches_that_the_engine_no_longer_has_are_skipped() -> None:
     engine = Replays()
     engine.publish(3, 4, 7)
     await engine.history()

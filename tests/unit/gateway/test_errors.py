@@ -60,7 +60,7 @@ def test_clients_of_anthropic_s_api_get_its_shape(error: MatrixInferError, statu
     assert json.loads(response.body) == {"type": "error", "error": {"type": kind, "message": "no"}}
 
 
-def test_an_error_that_clients_cannot_act_on_tells_nothing() -> None:
+def test_an_error_that_clients_cannot_act_on_says_nothing() -> None:
     response = response_to(PluginError("plugin x at /secret/path"))
     assert response.status == 500
     assert isinstance(response.body, bytes)

@@ -43,7 +43,7 @@ def test_repeated_headers_and_their_order_are_kept() -> None:
     assert passed.getall("Set-Cookie") == ["a=1", "b=2"]
 
 
-def test_what_a_pod_says_of_itself_is_replaced_by_what_the_gateway_knows() -> None:
+def test_what_a_pod_says_about_itself_is_replaced_by_what_the_gateway_knows() -> None:
     passed = headers.to_client(multi(("X-Request-ID", "theirs"), ("X-MatrixInfer-Pod", "b")), "id", "a")
     assert passed.getall("x-request-id") == ["id"]
     assert passed.getall("x-matrixinfer-pod") == ["a"]

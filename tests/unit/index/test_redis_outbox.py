@@ -87,7 +87,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.box.overflowed)
     @rule()
-    def write_anew(self) -> None:
+    def write_again(self) -> None:
         self.box.drop()
         self.steps, self.box_overflowed = [], False
         self.server = {(model, block) for model, held in self.box.held for block in held}
@@ -103,7 +103,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.box.overflowed:
-            self.write_anew()
+            self.write_again()
         while (taken := self.box.take(3)) is not None:
             written(self.server, taken)
         assert self.server == self.held

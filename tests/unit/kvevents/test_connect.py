@@ -24,7 +24,7 @@ def peer() -> Iterator[zmq.Socket[bytes]]:
 
 
 class Names:
-    """What look-ups find, one after the other; the last again and again."""
+    """The results of consecutive lookups; the last one repeats."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: list[int] | Exception | None) -> None:
         self.asked: list[str] = []

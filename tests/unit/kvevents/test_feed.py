@@ -584,7 +584,7 @@ def test_a_clear_that_was_held_empties_the_pod_after_the_frames_that_were_lost()
     assert (feed.state, feed.held, feed.replay_from) == (COMPLETE, 1, None)
 
 
-def test_after_a_clear_no_history_is_worth_another_try() -> None:
+def test_after_a_clear_no_history_is_fetched_again() -> None:
     feed = complete_feed(3)
     feed.hear([5])
     feed.fail()

@@ -410,7 +410,7 @@ def test_an_engine_that_claims_more_than_any_can_hold_is_not_believed(
 def test_where_an_engine_block_straddles_token_blocks_its_tail_decides() -> None:
     follower = Follower(TokenBlockProcessor(6))
     follower.apply(stored([11, 12], PROMPT[:8]))
-    # [0, 4) and [4, 8) are held; the token block [0, 6) needs both, and more than its own tokens tell.
+    # [0, 4) and [4, 8) are held; the token block [0, 6) needs both, so more than its own tokens.
     assert follower.hit(PROMPT[:12], 4) == 8
     assert follower.hit([*PROMPT[:6], 99, 99, 99], 4) == 4
     assert follower.hit(PROMPT[:7], 4) == 4

@@ -126,7 +126,7 @@ class Reference:
         for blocks in stored_together(self.forest, step):
             is_root = self.forest[blocks[0]].parent is None
             if is_root and len(blocks) > 1 and step.place[0] != "CPU" and all(copies[block] for block in blocks):
-                continue  # hits told again
+                continue  # hits reported again
             for block in blocks:
                 parent = self.forest[block].parent
                 if parent is None or copies[parent] or copies[block]:

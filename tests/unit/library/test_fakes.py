@@ -8,7 +8,7 @@ import pytest
 from matrixinfer.testing import FakeClock, FakeEngine, candidate, request, services
 
 
-def test_a_fake_clock_moves_when_told_and_never_back() -> None:
+def test_a_fake_clock_moves_when_advanced_and_never_back() -> None:
     clock = FakeClock(5.0)
     clock.advance(2.5)
     assert clock() == 7.5

@@ -182,7 +182,7 @@ class TestHeartbeats:
         index.replayed(heartbeat, [])
         assert (index.trust("a"), index.wanted("a")) == ("exact", None)
 
-    def test_there_is_none_while_history_is_fetched_or_cannot_be(self) -> None:
+    def test_no_heartbeat_is_asked_for_while_history_is_fetched_or_cannot_be(self) -> None:
         index = Index()
         index.follow("a", model="m", can_replay=True)
         index.follow("b", model="m")
@@ -263,7 +263,7 @@ def test_following_again_in_the_same_way_changes_nothing_and_in_another_begins_a
     assert (held(index), index.pods) == (0, ["a"])
 
 
-def test_salts_are_told_apart() -> None:
+def test_salts_are_distinguished() -> None:
     index, engine = Index(block_size=16), FakeEngine()
     synced(index, engine)
     index.apply("a", *engine.store(PROMPT, salt="tenant-1"))

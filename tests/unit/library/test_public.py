@@ -104,4 +104,5 @@ def test_the_version_costs_no_import() -> None:
 
 def test_the_library_loads_no_server_and_the_fakes_no_hypothesis() -> None:
     loaded = loaded_by("import matrixinfer, matrixinfer.testing; matrixinfer.Selector")
-    assert not loaded & {"aiohttp", "hypothesis", "pytest", "zmq", "matrixinfer.gateway", "matrixinfer.telemetry"}
+    servers = {"aiohttp", "redis", "uvloop", "zmq", "matrixinfer.gateway", "matrixinfer.telemetry"}
+    assert not loaded & {"hypothesis", "pytest", "structlog", *servers}

@@ -173,7 +173,7 @@ def test_a_dry_run_changes_nothing() -> None:
     assert sorted(wet) == list(PODS)
 
 
-def test_salts_and_models_are_told_apart() -> None:
+def test_salts_and_models_are_distinguished() -> None:
     fleet = Fleet()
     fleet.store("a")
     assert fleet.selector.select(PROMPT, ["a"], model="m", salt="s").chosen.matched_blocks == 0

@@ -1,6 +1,6 @@
 """Decisions over captures of engines, made-up fleets and the benchmark's prompts, a line each.
 
-What is recorded says what was decided and on which grounds, so that a change of structure can be told from a change of
+What is recorded says what was decided and on which grounds, so that a change of structure can be distinguished from a change of
 behaviour.
 """
 
@@ -158,7 +158,7 @@ async def over_fleets() -> AsyncIterator[str]:
         gateway.registry.learn("d", kv_sources=(KvEventsConfig(endpoint="tcp://d:1"),) * 2)
         prompt = [draw.randrange(1000) for _ in range(48)]
         for endpoint in ("a", "b", "d@dp0", "d@dp1"):
-            _tell(gateway.feed(endpoint), prompt[: draw.randrange(0, 49)], draw)
+            _report(gateway.feed(endpoint), prompt[: draw.randrange(0, 49)], draw)
         for pod in "abc":
             if draw.random() < 0.6:
                 gateway.registry.measured(
@@ -183,7 +183,7 @@ async def over_fleets() -> AsyncIterator[str]:
             gateway.clock.now += draw.random()
 
 
-def _tell(feed: PodFeed, tokens: list[int], draw: random.Random) -> None:
+def _report(feed: PodFeed, tokens: list[int], draw: random.Random) -> None:
     kind = draw.choice(["complete", "partial", "stale", "silent", "untrusted"])
     for seq, event in enumerate(_stored(tokens), start=int(kind == "partial")):
         feed.live(seq, encode(EventBatch(ts=0.0, events=[event])))

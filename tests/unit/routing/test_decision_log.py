@@ -47,7 +47,7 @@ def test_a_record_says_why_and_what_came_of_it() -> None:
     assert view["timings_ms"] == {"parse": 0.5, "kvcache-aware": 0.01}
 
 
-def test_of_many_pods_the_best_are_kept() -> None:
+def test_the_best_of_many_pods_are_kept() -> None:
     made = record(decision(pods=100), "/", [], {})
     assert [each.name for each in made.kept] == [f"p{i}" for i in range(99, 99 - PODS_KEPT, -1)]
     assert (len(made.totals), len(made.scores["kvcache-aware"]), made.pods) == (PODS_KEPT, PODS_KEPT, 100)

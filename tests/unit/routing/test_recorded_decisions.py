@@ -1,4 +1,4 @@
-"""Decisions are what they were recorded to be. `python -m tests.unit.routing.test_recorded_decisions` records anew."""
+"""Decisions are the recorded ones. `python -m tests.unit.routing.test_recorded_decisions` records them again."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ async def test_the_next_request_sees_what_this_one_brings() -> None:
     assert field_of(decision, "in_flight")[pod] == 1
 
 
-async def test_a_computed_prompt_is_assumed_for_a_while_and_a_refused_one_is_not() -> None:
+async def test_a_computed_prompt_is_pending_for_a_while_and_a_refused_one_is_not() -> None:
     for computed in (True, False):
         world = World()
         sent = await world.dispatch()
@@ -270,7 +270,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
             "hides_salts": False,
             "frames": 0,
             "engine_blocks": 0,
-            "engine_block_size": ENGINE_BLOCK,
+            "engine_block": ENGINE_BLOCK,
         }
     }
     assert world.parts.feed_reports.of(c) == {}
@@ -297,7 +297,7 @@ async def test_every_rank_is_a_candidate_of_its_own() -> None:
     assert list(world.parts.feed_reports.of(world.registry.pods[1])) == ["b@dp0", "b@dp1"]
 
 
-async def test_the_chosen_rank_is_charged_and_its_pod_told_of() -> None:
+async def test_the_chosen_rank_is_charged_and_its_pod_is_reported() -> None:
     world = ranked(8, 32)
     sent = await world.dispatch()
     chosen = sent.decision.chosen
@@ -321,7 +321,7 @@ async def test_a_pod_that_cannot_be_reached_is_tried_once_however_many_ranks_it_
     assert sorted(other.name for other in others) == ["a", "c"]
 
 
-async def test_a_rank_has_the_load_that_the_engine_tells_of_it() -> None:
+async def test_a_rank_has_the_load_that_the_engine_reports_for_it() -> None:
     world = ranked(8, 8)
     ranks = {0: RankMetrics(running=5, waiting=1), 1: RankMetrics(running=0, waiting=0)}
     whole = EngineMetrics(running=5, waiting=1, cache_usage=None, read_at=time.monotonic(), ranks=ranks)
@@ -369,7 +369,7 @@ async def computed(world: World, **body: object) -> str:
     return sent.decision.chosen.name
 
 
-async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -> None:
+async def test_recent_blocks_count_where_a_feed_is_partial() -> None:
     world = World(load=LoadLedger(time.monotonic, 0.0))
     pod = await computed(world)
     decision = await world.explain()
@@ -381,7 +381,7 @@ async def test_what_was_sent_stands_in_for_what_a_partial_feed_does_not_tell() -
     assert field_of(await world.explain(model="lora"), "recent_blocks") == dict.fromkeys("abc", 0)
 
 
-async def test_what_was_sent_is_forgotten_once_the_feed_tells_all() -> None:
+async def test_recent_blocks_are_forgotten_once_the_feed_is_exact() -> None:
     world = World(load=LoadLedger(time.monotonic, 0.0))
     pod = await computed(world)
     world.feeds[pod].live(0, encode(EventBatch(ts=0.0, events=[])))
@@ -413,7 +413,7 @@ async def test_blocks_on_a_slower_tier_count_for_less_than_those_on_the_device()
     assert decision["chosen"] == "b"
 
 
-async def test_what_an_answer_leaves_behind_of_a_pod_that_has_left_is_forgotten() -> None:
+async def test_nothing_stays_behind_when_an_answer_ends_after_its_pod_has_left() -> None:
     world = World(load=LoadLedger(time.monotonic, 60.0))
     world.holds("b", 32)
     sent = await world.dispatch()
@@ -454,7 +454,7 @@ async def test_what_other_gateways_have_in_flight_counts() -> None:
     assert [pod.queued_tokens for pod in sent.decision.candidates] == [1_000, 0, 50]
 
 
-async def test_what_another_gateway_sends_is_assumed() -> None:
+async def test_what_another_gateway_sends_is_pending() -> None:
     world = World()
     world.load.add_pending("c", "m", list(world.blocks.chain(TOKENS)))
     decision = await world.explain()

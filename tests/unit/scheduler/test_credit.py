@@ -37,7 +37,7 @@ def test_blocks_count_by_tier_and_trust(
     )
 
 
-def test_a_candidate_holds_what_its_blocks_are_worth_and_what_is_on_its_way() -> None:
+def test_a_candidates_credit_includes_pending_blocks() -> None:
     plain = Candidate(name="a", url="", matched_blocks=4, pending_blocks=2)
     assert (plain.credit, Candidate(name="a", url="").credit) == (6, 0)
     assert Candidate(name="a", url="", matched_blocks=4, pending_blocks=2, cached_credit=2.5).credit == 4.5

@@ -30,7 +30,7 @@ class Watch:
 
 
 class Rig:
-    """A plugin `mine` at every stage, which does at each what it is told to, and a good scorer."""
+    """A plugin `mine` that does the given thing at each stage, and a good scorer."""
 
     def __init__(self, *, slow_seconds: float = 0.05) -> None:
         self.clock, self.watch = FakeClock(), Watch()

@@ -9,10 +9,11 @@ from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.index.redis.store import Store
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.trust.cache_views import FeedCaches, ReportedCaches, SharedCaches, state_of
+from matrixinfer.trust.cache_views import FeedCaches
+from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
 
-def told(trust: str, *, alive: bool = True) -> PodStates:
+def reported(trust: str, *, alive: bool = True) -> PodStates:
     states = PodStates(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
     states._states["pod-a"] = PodState(  # noqa: SLF001 - as if read from Redis
         trust=trust, feed="complete", model="m", engine_block=16, tiers=("pod-a~device",)
@@ -32,22 +33,22 @@ def told(trust: str, *, alive: bool = True) -> PodStates:
         ("of a newer version", True, "none"),
     ],
 )
-def test_what_an_agent_tells_is_believed_while_it_lives(trust: str, alive: bool, believed: str) -> None:
-    cache = ReportedCaches(told(trust, alive=alive)).of("pod-a")
+def test_what_an_agent_reports_is_believed_while_it_lives(trust: str, alive: bool, believed: str) -> None:
+    cache = ReportedCaches(reported(trust, alive=alive)).of("pod-a")
     assert cache is not None
     assert cache.trust == believed
     assert (cache.engine_block, cache.tiers) == (16, ("pod-a~device",))
 
 
-def test_a_pod_of_which_nobody_tells_is_unknown_unless_writers_never_tell() -> None:
-    states = told("exact")
+def test_a_pod_that_nobody_reports_is_unknown_unless_writers_never_report() -> None:
+    states = reported("exact")
     assert ReportedCaches(states).of("pod-b") is None
     cache = ReportedCaches(states, unvouched=True).of("pod-b")
     assert cache is not None
     assert cache.trust == "partial"
 
 
-def test_what_is_told_of_a_feed() -> None:
+def test_what_is_reported_about_a_feed() -> None:
     assert state_of(None) is None
     ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
     feed = PodFeed(ledger, can_replay=False)
@@ -55,19 +56,19 @@ def test_what_is_told_of_a_feed() -> None:
     assert state_of(feed, doubted=True) == encode(PodState(trust="stale", feed="partial", model="m"))
 
 
-def test_blocks_that_are_made_otherwise_tell_nothing_and_not_that_nothing_is_held() -> None:
-    states = told("exact")
+def test_blocks_with_another_scheme_are_unknown_not_absent() -> None:
+    states = reported("exact")
     states.foreign["m"] = {"block_size": "16"}
     cache = ReportedCaches(states).of("pod-a")
     assert cache is not None
     assert cache.trust == "none"
 
 
-def test_a_shared_cache_is_believed_as_its_writer_tells() -> None:
+def test_a_shared_cache_is_believed_as_far_as_its_writer_reports() -> None:
     ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
     own = FeedCaches({"pod-a": PodFeed(ledger, can_replay=False)})
     mine: set[str] = set()
-    shared = SharedCaches(own, ReportedCaches(told("exact", alive=False)), mine.__contains__)
-    assert shared.of("pod-a") == ReportedCaches(told("exact", alive=False)).of("pod-a")
+    shared = SharedCaches(own, ReportedCaches(reported("exact", alive=False)), mine.__contains__)
+    assert shared.of("pod-a") == ReportedCaches(reported("exact", alive=False)).of("pod-a")
     mine.add("pod-a")
     assert shared.of("pod-a") == own.of("pod-a")

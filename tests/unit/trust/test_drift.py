@@ -38,7 +38,7 @@ def test_answers_are_counted_by_what_they_say_of_the_prediction() -> None:
     assert value("matrixinfer_drift_predicted_tokens_total", {"pod": "a"}) == 64 + 64 + 64 + 32 + 48 + 64 + 64 + 32
 
 
-def test_silence_means_none_once_an_engine_has_told() -> None:
+def test_no_number_means_zero_once_an_engine_has_reported_one() -> None:
     world = World()
     world.report(None, None, None, None)
     assert world.count("fewer") == 0
@@ -46,7 +46,7 @@ def test_silence_means_none_once_an_engine_has_told() -> None:
     assert (world.count("exact"), world.count("fewer")) == (1, 1)
 
 
-def test_a_run_of_fewer_has_the_pod_indexed_anew() -> None:
+def test_a_run_of_fewer_has_the_pod_indexed_again() -> None:
     world = World()
     with capture_logs() as logs:
         world.report(*[32] * (RUN - 1), 64, *[32] * (RUN - 1))
@@ -71,7 +71,7 @@ def test_an_engine_with_several_kinds_of_attention_is_never_cleared_nor_doubted(
     assert (world.resyncs, world.drift.doubts("a"), world.count("fewer")) == ([], False, RUN)
 
 
-def test_what_cannot_be_healed_yet_is_doubted_until_an_answer_is_as_foretold() -> None:
+def test_what_cannot_be_healed_yet_is_doubted_until_an_answer_is_as_predicted() -> None:
     world = World()
     world.report(*[0] * RUN)
     assert not world.drift.doubts("a")
@@ -119,7 +119,7 @@ def test_one_endpoint_says_nothing_of_another() -> None:
 
 def prediction_of(world: World, supports: Supports, *, stored: int | None = None) -> Prediction:
     """Of 48 tokens in the token blocks 1, 2 and 3."""
-    return Prediction.open(
+    return Prediction(
         world.drift,
         "a",
         tokens=48,
@@ -130,7 +130,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         token_block=16,
         stores=stored,
         purges=True,
-    )
+    ).open()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_nothing_is_watched_for_requests_that_are_over() -> None:
     assert not supports._watches  # noqa: SLF001 - nothing stays of a request
 
 
-def test_a_feed_that_never_tells_what_requests_stored_is_doubted_until_it_does() -> None:
+def test_a_feed_that_never_reports_what_requests_stored_is_doubted_until_it_does() -> None:
     world, supports = World(), Supports("a", MemoryIndex())
     supports.add("m", [1, 2, 3], None)
     with capture_logs() as logs:
@@ -200,23 +200,23 @@ def windows(world: World, result: str) -> float:
     return value or 0
 
 
-def window(world: World, *, foretold: int, grown: int, total: int) -> int:
+def window(world: World, *, predicted: int, grown: int, total: int) -> int:
     """A reading, a request and its answer, and the next reading; returns the engine's count."""
-    world.drift.began("a", sent_at=world.now, least=foretold, tokens=100)
+    world.drift.began("a", sent_at=world.now, least=predicted, tokens=100)
     world.now += WINDOW_SECONDS
     world.drift.measured("a", Lookups(total + grown, None), began_at=world.now)
     return total + grown
 
 
-def test_what_the_engine_counts_itself_must_cover_what_was_foretold() -> None:
+def test_what_the_engine_counts_itself_must_cover_what_was_predicted() -> None:
     world, total = World(), 1000
     world.drift.measured("a", Lookups(total, None), began_at=0.0)
-    for foretold, grown in ((64, 64), (64, 640), (0, 0)):
-        total = window(world, foretold=foretold, grown=grown, total=total)
+    for predicted, grown in ((64, 64), (64, 640), (0, 0)):
+        total = window(world, predicted=predicted, grown=grown, total=total)
     assert (windows(world, "covered"), windows(world, "short")) == (2, 0)
     for _ in range(RUN):
         assert world.resyncs == []
-        total = window(world, foretold=64, grown=48, total=total)
+        total = window(world, predicted=64, grown=48, total=total)
     assert (windows(world, "short"), world.resyncs) == (RUN, [("a", True)])
 
 
@@ -242,7 +242,7 @@ def test_only_what_was_sent_and_answered_between_two_readings_is_counted() -> No
     ("hits", "queries", "result"),
     [(64, 100, "covered"), (48, 100, "short"), (48, 99, "uncounted"), (64, 99, "uncounted"), (48, 5000, "short")],
 )
-def test_what_the_engine_has_not_looked_up_yet_by_its_count_says_nothing(hits: int, queries: int, result: str) -> None:
+def test_prompts_that_the_engine_has_not_counted_yet_prove_nothing(hits: int, queries: int, result: str) -> None:
     world = World()
     world.drift.measured("a", Lookups(1000, 3000), began_at=0.0)
     for turn in range(1, RUN + 1):
@@ -256,19 +256,19 @@ def test_what_the_engine_has_not_looked_up_yet_by_its_count_says_nothing(hits: i
 def test_an_engine_that_counts_from_the_beginning_again_says_nothing_of_what_was_before() -> None:
     world = World()
     world.drift.measured("a", Lookups(500, None), began_at=0.0)
-    assert window(world, foretold=64, grown=-400, total=500) == 100
+    assert window(world, predicted=64, grown=-400, total=500) == 100
     assert windows(world, "short") == 0
-    window(world, foretold=64, grown=64, total=100)
+    window(world, predicted=64, grown=64, total=100)
     assert windows(world, "covered") == 1
 
 
-def test_where_answers_tell_the_count_is_only_shown() -> None:
+def test_where_answers_report_hits_the_counters_are_only_shown() -> None:
     world = World()
     world.report(64)
     total = 0
     world.drift.measured("a", Lookups(total, None), began_at=0.0)
     for _ in range(2 * RUN):
-        total = window(world, foretold=64, grown=0, total=total)
+        total = window(world, predicted=64, grown=0, total=total)
     assert (windows(world, "short"), world.resyncs) == (2 * RUN, [])
 
 

@@ -96,7 +96,7 @@ def test_one_model_says_nothing_of_another() -> None:
     assert not world.parity.is_approximate("m")
 
 
-def test_a_long_run_is_told_ever_more_seldom() -> None:
+def test_a_long_run_is_logged_less_and_less_often() -> None:
     world = World()
     with capture_logs() as logs:
         world.count(*[11] * 1000)
@@ -130,7 +130,7 @@ def test_a_request_that_was_not_computed_proves_nothing() -> None:
     assert world.settled()["m"]["events"]["inconclusive"] == 1
 
 
-def test_a_feed_that_began_anew_meanwhile_proves_nothing() -> None:
+def test_a_feed_that_started_over_meanwhile_proves_nothing() -> None:
     world, feed = World(), World().feed()
     world.sample(feed, chains=1, first_difference=5)
     feed.start_over()

@@ -59,7 +59,7 @@ class Outbox:
 
     @property
     def models(self) -> list[str]:
-        """The models of which the pod holds blocks."""
+        """The models whose blocks the pod holds."""
         return list(self._held)
 
     def add(self, model: str, hashes: Sequence[int]) -> None:

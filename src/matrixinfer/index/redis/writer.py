@@ -160,7 +160,7 @@ class BlockWriter:
 
     @property
     def pods(self) -> list[str]:
-        """The pods of which this is, or wants to be, the writer."""
+        """The pods that this process writes, or wants to write."""
         return list(self._pods)
 
     def needs_resync(self, pod: str) -> bool:

@@ -1,0 +1,81 @@
+"""What is known about every endpoint's cache where processes share an index in Redis: their writers report it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import get_args
+
+from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
+from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.scheduler.framework import Trust
+from matrixinfer.trust.cache_views import Caches, CacheView
+from matrixinfer.trust.levels import trust_in
+
+
+class ReportedCaches:
+    """Caches whose events agents follow, and report in Redis.
+
+    An endpoint that nobody reports is unknown. With `unvouched` it counts as partly known: its writer reports nothing.
+    """
+
+    def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
+        self._states = states
+        self._unvouched = unvouched
+
+    def of(self, name: str) -> CacheView | None:
+        """The view that its agent reported last; `stale` once that agent has fallen silent."""
+        state = self._states.of(name)
+        if state is None:
+            return _UNVOUCHED if self._unvouched else None
+        believed = _TRUST.get(state.trust, "none")
+        if state.model in self._states.foreign:
+            believed = "none"  # its blocks are hashed differently, so nothing would ever match
+        if believed != "none" and not self._states.is_alive(name):
+            believed = "stale"
+        return CacheView(
+            trust=believed,
+            feed=state.feed,
+            engine_block=state.engine_block,
+            has_tails=state.has_tails,
+            tiers=state.tiers,
+            hides_salts=state.hides_salts,
+        )
+
+
+class SharedCaches:
+    """Caches that this process follows and writes into Redis, and caches that others write and report.
+
+    `writes` says whether this process is the writer of an endpoint now, and sure of what Redis holds.
+    """
+
+    def __init__(self, own: Caches, reported: Caches, writes: Callable[[str], bool]) -> None:
+        self._own = own
+        self._reported = reported
+        self._writes = writes
+
+    def of(self, name: str) -> CacheView | None:
+        """The view of whoever writes it now, or the last one reported."""
+        return self._own.of(name) if self._writes(name) else self._reported.of(name) or self._own.of(name)
+
+
+_TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
+_UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
+
+
+def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
+    """What to report in Redis about a feed that this process follows; None without a feed."""
+    if feed is None:
+        return None
+    ledger = feed.ledger
+    return encode(
+        PodState(
+            trust=trust_in(feed, doubted=doubted),
+            feed=feed.state.value,
+            model=ledger.model,
+            engine_block=ledger.block_size,
+            tiers=tuple(ledger.tiers.names),
+            has_tails=ledger.has_tails,
+            hides_salts=ledger.hides_salts,
+            reason=feed.untrusted,
+        )
+    )
