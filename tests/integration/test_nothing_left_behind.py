@@ -15,7 +15,8 @@ from matrixinfer.config import BlocksConfig, Config, LimitsConfig, ModelConfig, 
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
-from tests.integration.gateway_support import LOOPBACK, eventually, raw_pod, read_request
+from tests.integration.gateway_support import LOOPBACK, raw_pod, read_request
+from tests.waiting import eventually
 
 TOKENS = list(range(64))
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -75,19 +76,19 @@ class Gateway:
         return writer
 
     def watches(self) -> int:
-        return sum(len(feed.ledger.supports._watches) for feed in self.feeds)
+        return sum(feed.ledger.supports.watched for feed in self.feeds)
 
     def in_flight(self) -> float:
         exposed = self.service.metrics.render().decode().splitlines()
         return sum(float(line.split()[-1]) for line in exposed if line.startswith("matrixinfer_in_flight{"))
 
     def charged(self) -> int:
-        return self.service.router._load.total()
+        return self.service.load.total()
 
     async def is_clean(self) -> None:
         """Nothing is left, and nothing is left of it twice."""
         await eventually(lambda: (self.charged(), self.watches(), self.in_flight()) == (0, 0, 0.0))
-        load = self.service.router._load
+        load = self.service.load
         assert (load.loads(), load.queued_tokens("a"), load.queued_tokens("b")) == ({}, 0, 0)
 
 

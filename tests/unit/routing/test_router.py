@@ -503,7 +503,7 @@ async def test_a_fault_in_any_part_leaves_no_charge_and_no_watch(part: str, answ
     with pytest.raises(Fault):
         await handle()
     assert world.load.total() == 0
-    assert not any(feed.ledger.supports._watches for feed in world.feeds.values())
+    assert not any(feed.ledger.supports.watched for feed in world.feeds.values())
 
 
 async def test_a_subscriber_that_fails_at_a_charge_leaves_none() -> None:
