@@ -9,7 +9,13 @@ EXTRAS := --extra mistral --extra tiktoken
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm
 
-.PHONY: help demo test test-vllm check bench traces format lock clean
+# Two workers for two cores; a third one where tests mostly wait for processes and timers. A file stays on one worker.
+PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --durations 15
+UNIT := tests/unit tests/conformance
+TIMES ?= 10
+
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm check lint bench traces format lock clean
+.NOTPARALLEL:
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,19 +23,28 @@ help: ## Show the targets
 demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin against KV-aware routing
 	$(BIN)/matrixinfer demo
 
-test: .venv/dev.stamp ## All tests
-	$(BIN)/pytest
+test: test-unit test-rest ## All tests
+
+test-unit: .venv/dev.stamp
+	$(PYTEST) -n 2 $(UNIT)
+
+test-rest: .venv/dev.stamp
+	$(PYTEST) -n 3 tests $(UNIT:%=--ignore %)
+
+test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside a process that takes a whole core
+	TIMES=$(TIMES) .ci/repeat
 
 test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (10 to 25 minutes, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
 	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v tests/vllm
 
-check: .venv/dev.stamp ## Format, lint, types, import contracts, unit tests
+check: lint test-unit ## Format, lint, types, import contracts, unit tests
+
+lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -m "not server" tests/unit tests/conformance
 
 bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 	$(BIN)/python -m bench
@@ -41,7 +56,7 @@ format: .venv/dev.stamp ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: .venv/dev.stamp ## Pin the newest requirements anew
+lock: .venv/dev.stamp ## Pin the newest requirements
 	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 

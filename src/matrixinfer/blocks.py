@@ -43,12 +43,16 @@ def token_bytes(tokens: TokenIds | Sequence[int]) -> bytes:
     """The bytes that are hashed for token ids: four bytes per id, big-endian.
 
     Raises `OverflowError` for ids outside the range of an unsigned 32-bit integer, and `TypeError` for other types and
-    for arrays that are not uint32.
+    for arrays that are not uint32 or not of one dimension.
     """
     if not isinstance(tokens, np.ndarray):
+        if isinstance(tokens, bytes | bytearray | memoryview):  # `array` would read them as machine integers
+            raise TypeError(f"expected a sequence of integers, got {type(tokens).__name__}")
         tokens = np.array(array("I", tokens))  # checks each id, three times as fast as numpy
     elif tokens.dtype != np.uint32:
         raise TypeError(f"expected an array of uint32, got {tokens.dtype}")
+    elif tokens.ndim != 1:
+        raise TypeError(f"expected an array of shape (n,), got {tokens.shape}")
     return tokens.astype(">u4").tobytes()
 
 

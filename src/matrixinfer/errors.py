@@ -46,6 +46,16 @@ Exceptions with a leading underscore never leave their module and are not listed
 from __future__ import annotations
 
 
+def message_of(error: BaseException) -> str:
+    """The message of a foreign error, which may be unable to give one."""
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # Supervision boundary: `__str__` is someone's code.
+        return "(its message cannot be read)"
+
+
 class MatrixInferError(Exception):
     """The base class of all errors of this package."""
 

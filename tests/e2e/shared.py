@@ -28,6 +28,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from tests.servers import Server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .fleet import TOKENIZER
 
@@ -82,7 +83,7 @@ class Process:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "matrixinfer", *self.arguments, stdout=log, stderr=log
             )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
                 for line in self.log.read_text().splitlines():
                     with suppress(json.JSONDecodeError):
@@ -216,7 +217,7 @@ class World:
         raise AssertionError("no gateway answered")
 
     async def load(self, load: Load, until: asyncio.Event, *, clients: int = 4) -> None:
-        """Send requests until told to stop."""
+        """Send requests until the event is set."""
 
         async def client(number: int) -> None:
             while not until.is_set():
@@ -259,24 +260,22 @@ class World:
                 async with self.session.post(
                     f"{admin}/debug/route", params={"path": COMPLETIONS}, json=body
                 ) as response:
-                    told = await response.json()
+                    decision = await response.json()
             except aiohttp.ClientError:
                 return False
-            if told["notes"] or any(pod["trust"] != "exact" for pod in told["pods"].values()):
+            if decision["notes"] or any(pod["trust"] != "exact" for pod in decision["pods"].values()):
                 return False
         return True
 
-    async def heals(self, seconds: float = 30.0) -> float:
+    async def heals(self) -> float:
         """Seconds until everything is exact again. Raises `TimeoutError`."""
-        return await elapsed(self.is_exact, seconds)
+        return await elapsed(self.is_exact)
 
 
-async def elapsed(condition: Callable[[], Awaitable[bool]], seconds: float) -> float:
+async def elapsed(condition: Callable[[], Awaitable[bool]]) -> float:
     """How long it takes until something holds. Raises `TimeoutError`."""
     began = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.1)
+    await eventually(condition, pause=0.1)
     return time.monotonic() - began
 
 
@@ -331,10 +330,10 @@ async def world(
         for process in (*made.agents, *made.gateways):
             stack.push_async_callback(process.end)
         for agent in made.agents:
-            await agent.start("agent")
+            await agent.start("agent_started")
         for process in made.gateways:
-            told = await process.start("serving")
-            made.urls.append(told["listen"])
-            made.admins.append(told["admin"])
+            line = await process.start("gateway_started")
+            made.urls.append(line["listen"])
+            made.admins.append(line["admin"])
         await made.heals()
         yield made

@@ -10,7 +10,7 @@ import sys
 def test_the_demo_shows_kv_aware_routing_ahead_of_round_robin() -> None:
     arguments = ["demo", "--json", "--conversations", "8", "--turns", "4"]
     done = subprocess.run(
-        [sys.executable, "-m", "matrixinfer", *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "matrixinfer", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     policies = json.loads(done.stdout)["policies"]

@@ -1,8 +1,7 @@
-"""A pod of which the index claims what is not there: the answers tell, and the pod is indexed anew."""
+"""The index credits a pod with blocks that it lacks: its answers show that, and the pod is indexed again."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from matrixinfer.config import DriftConfig
@@ -10,8 +9,9 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.trust.drift import RUN
+from tests.waiting import eventually
 
-from .fleet import Fleet, fleet, until
+from .fleet import Fleet, fleet
 
 COMPLETIONS = "/v1/completions"
 ENGINE = SimEngineConfig(
@@ -37,17 +37,17 @@ def claim(gateway: Fleet, *numbers: int) -> None:
         engines.subscriber.feeds["pod-0"].ledger.supports.add("m", list(chain), None)
 
 
-async def test_a_pod_whose_answers_tell_of_fewer_hits_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
+async def test_a_pod_whose_answers_report_fewer_hits_is_indexed_again(tokenizer: LocalTokenizer) -> None:
     async with fleet(tokenizer, ENGINE, pods=1) as gateway:
-        for _ in range(2):  # the second answer has cached tokens, so that the pod is known to tell of them
+        for _ in range(2):  # the second answer has cached tokens, so that the pod is known to report them
             await gateway.post(COMPLETIONS, body(1))
-            await asyncio.sleep(0.1)
+            await gateway.settled()
         claim(gateway, *range(2, 12))
         assert await predicted(gateway, 9) == 256
         for number in range(2, 2 + RUN):
             await gateway.post(COMPLETIONS, body(number))
         feed = gateway.service.engines.subscriber.feeds["pod-0"]
-        await until(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
+        await eventually(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
         assert await predicted(gateway, 9) == 0
         assert await predicted(gateway, 1) == 256
         async with gateway.session.get(f"{gateway.url}/metrics") as response:
@@ -67,8 +67,8 @@ async def test_usage_is_asked_for_in_streams_and_kept_from_clients_who_did_not_a
                 await gateway.settled()
                 sent = body(number) | {"stream": True, "max_tokens": 3} | options
                 async with gateway.session.post(gateway.url + COMPLETIONS, json=sent) as response:
-                    told = await response.text()
-                assert told.endswith("data: [DONE]\n\n")
-                assert told.count('"finish_reason":"length"') == 1
-                assert ('"usage":{' in told) == (number == 1)
+                    text = await response.text()
+                assert text.endswith("data: [DONE]\n\n")
+                assert text.count('"finish_reason":"length"') == 1
+                assert ('"usage":{' in text) == (number == 1)
         assert await gateway.metric('matrixinfer_drift_total{pod="pod-0",result="exact"}') == 6

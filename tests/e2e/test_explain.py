@@ -43,7 +43,7 @@ async def test_predicted_and_reported_hits_are_shown_together(
             async with gateway.session.post(gateway.url + COMPLETIONS, json=BODY, headers=headers) as response:
                 assert response.status == 200
                 pod = response.headers["x-matrixinfer-pod"]
-            await asyncio.sleep(0.2)
+            await gateway.settled()
         second, first = await decisions(gateway)
         assert (first["predicted_hit_tokens"], second["predicted_hit_tokens"]) == (0, 256)
         reported = {"attempts": [pod], "status": 200, "prompt_tokens": 300, "cached_tokens": 288}

@@ -18,6 +18,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from matrixinfer.trust import drift
+from tests.ports import free_port, two_ports
 
 from .fleet import Answer, Fleet, fleet, gateway
 
@@ -59,10 +60,6 @@ async def serve(target: Fleet, count: int, *, seed: int = 0, **shape: int) -> li
         answers.append(await target.ask(COMPLETIONS, body(prompt)))
     await target.settled()
     return answers
-
-
-def port_of(endpoint: str) -> int:
-    return int(endpoint.rpartition(":")[2])
 
 
 def wrong(answers: list[Answer]) -> list[Answer]:
@@ -120,21 +117,21 @@ async def test_a_restart_of_the_engine_is_noticed_and_nothing_of_the_old_one_is_
         await serve(target, 20)
         for engine in target.engines:
             engine.restart()
-        # The old sequence numbers have not come up yet, so only what comes live can tell.
+        # The old sequence numbers have not come up yet, so only live frames show the restart.
         for prompt in prompts(4, seed=2):
             await target.post(COMPLETIONS, body(prompt))
         assert not wrong(await serve(target, 30))
 
 
-async def test_an_engine_that_goes_and_comes_back_is_indexed_anew(tokenizer: LocalTokenizer) -> None:
+async def test_an_engine_that_goes_and_comes_back_is_indexed_again(tokenizer: LocalTokenizer) -> None:
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(SimEngine(ENGINE, tokenizer))
+        kv_port, replay_port = two_ports()
+        fixed = replace(ENGINE, port=free_port(), kv_port=kv_port, replay_port=replay_port)
+        first = await stack.enter_async_context(SimEngine(fixed, tokenizer))
         target = await stack.enter_async_context(gateway([first], scheduler=SCHEDULER))
         assert not wrong(await serve(target, 20))
-        port, kv_port, replay_port = map(port_of, (first.url, first.kv_endpoint, first.replay_endpoint))
-        again = replace(ENGINE, port=port, kv_port=kv_port, replay_port=replay_port)
         await first.__aexit__(None, None, None)
-        second = await stack.enter_async_context(SimEngine(again, tokenizer))
+        second = await stack.enter_async_context(SimEngine(fixed, tokenizer))
         back = replace(target, engines=[second])
         answers = await serve(back, 30)
         assert not wrong(answers)
@@ -156,9 +153,9 @@ async def test_an_engine_that_joins_is_used_and_one_that_leaves_is_not_remembere
         answers = await serve(replace(target, engines=[]), 10, seed=1)
         assert {answer.endpoint for answer in answers} == {"pod-1"}
         async with target.session.get(f"{target.url}/metrics") as response:
-            told = await response.text()
-        assert 'pod="pod-1"' in told
-        assert 'pod="pod-0"' not in told
+            text = await response.text()
+        assert 'pod="pod-1"' in text
+        assert 'pod="pod-0"' not in text
 
 
 async def test_a_reset_of_an_idle_engine_costs_a_few_wrong_predictions(tokenizer: LocalTokenizer) -> None:
@@ -182,7 +179,7 @@ async def test_a_gateway_that_restarts_learns_what_warm_engines_hold(tokenizer: 
             assert answers[0].cached > 0
 
 
-async def test_a_history_that_is_cut_short_foretells_less_and_never_more(tokenizer: LocalTokenizer) -> None:
+async def test_a_truncated_history_predicts_less_and_never_more(tokenizer: LocalTokenizer) -> None:
     async with fleet(tokenizer, replace(ENGINE, buffer_batches=5), pods=1) as old:
         for prompt in prompts(40):
             await old.post(COMPLETIONS, body(prompt))
@@ -193,7 +190,7 @@ async def test_a_history_that_is_cut_short_foretells_less_and_never_more(tokeniz
             assert wrong(answers[:10])
 
 
-async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(tokenizer: LocalTokenizer) -> None:
+async def test_hits_reported_as_stored_make_predictions_wrong_by_at_most_a_block(tokenizer: LocalTokenizer) -> None:
     draw = random.Random(5)
     async with fleet(tokenizer, replace(ENGINE, num_blocks=60), pods=1, scheduler=SCHEDULER) as target:
         answers = []
@@ -205,7 +202,7 @@ async def test_hits_told_as_stored_cost_at_most_a_block_of_what_is_foretold(toke
         assert {answer.predicted - answer.cached for answer in answers} <= {0, BLOCK}
 
 
-async def test_claims_that_hits_told_as_stored_have_left_are_purged(
+async def test_false_blocks_left_by_hits_reported_as_stored_are_purged(
     tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.05)
@@ -220,7 +217,7 @@ async def test_claims_that_hits_told_as_stored_have_left_are_purged(
         for prompt in old:
             await asyncio.sleep(0.05)
             answers.append(await target.ask(COMPLETIONS, body(prompt)))
-        # First its history is fetched anew, which tells the same once more; then what it claims is dropped.
+        # First its history is fetched again, which reports the same blocks; then those blocks are dropped.
         assert await target.metric('matrixinfer_kv_resyncs_total{pod="pod-0"}') == 2
         assert [answer.predicted for answer in answers[:3]] == [BLOCK] * 3
         assert not wrong(answers[2 * drift.RUN :])
@@ -228,7 +225,7 @@ async def test_claims_that_hits_told_as_stored_have_left_are_purged(
 
 
 @pytest.mark.parametrize(("cpu_blocks", "bare"), [(60, False), (60, True), (1_000, False)])
-async def test_blocks_on_the_cpu_are_foretold_also_where_events_only_name_them(
+async def test_blocks_on_the_cpu_are_predicted_also_where_events_only_name_them(
     tokenizer: LocalTokenizer, cpu_blocks: int, bare: bool
 ) -> None:
     tiers = replace(ENGINE, num_blocks=30, cpu_blocks=cpu_blocks, bare_cpu_events=bare)
@@ -237,7 +234,7 @@ async def test_blocks_on_the_cpu_are_foretold_also_where_events_only_name_them(
         assert target.engines[0].stats.loaded_tokens > 20 * BLOCK
 
 
-async def test_no_more_is_foretold_than_there_is_where_tails_reach_the_cpu_before_their_heads(
+async def test_predictions_are_never_too_high_where_tails_reach_the_cpu_before_their_heads(
     tokenizer: LocalTokenizer,
 ) -> None:
     tiers = replace(ENGINE, num_blocks=30, cpu_blocks=60, lazy_offload=True)

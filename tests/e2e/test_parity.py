@@ -13,15 +13,18 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.trust import parity
+from tests.virtual_time import VirtualTimeLoop
 
-from .fleet import Fleet, fleet
+from .fleet import Fleet, virtual_fleet
+
+pytestmark = pytest.mark.virtual_time
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENGINE = SimEngineConfig(
     model="m", block_size=16, num_blocks=5_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
 )
 GRACE = 0.1
-DISTRUST = "token ids have differed from the engine's; only what was sent here counts"
+DISTRUST = "token ids have differed from the engine's; only recent blocks count"
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +59,11 @@ async def streamed(gateway: Fleet, body: dict[str, Any]) -> bytes:
         return await response.read()
 
 
-async def test_the_same_tokenizer_agrees_in_counts_and_in_events(tokenizer: LocalTokenizer) -> None:
-    async with fleet(tokenizer, ENGINE, pods=1) as gateway:
-        await gateway.post(CHAT, chat(0))  # the pod's first events tell its block size
+async def test_the_same_tokenizer_agrees_in_counts_and_in_events(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=1) as gateway:
+        await gateway.post(CHAT, chat(0))  # the pod's first events show its block size
         await asyncio.sleep(GRACE)
         for number in range(1, 5):
             await gateway.post(CHAT, chat(number))
@@ -75,8 +80,8 @@ async def test_the_same_tokenizer_agrees_in_counts_and_in_events(tokenizer: Loca
     assert found["events"]["mismatched"] == 0
 
 
-async def test_an_empty_prompt_is_the_engines_to_refuse(tokenizer: LocalTokenizer) -> None:
-    async with fleet(tokenizer, ENGINE, pods=1) as gateway:
+async def test_an_empty_prompt_is_the_engines_to_refuse(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=1) as gateway:
         await gateway.post(CHAT, chat(0))
         await asyncio.sleep(GRACE)
         body = {"model": "m", "prompt": "", "max_tokens": 1}
@@ -85,10 +90,10 @@ async def test_an_empty_prompt_is_the_engines_to_refuse(tokenizer: LocalTokenize
 
 
 async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_agree(
-    tokenizer: LocalTokenizer, tmp_path: Path
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tmp_path: Path
 ) -> None:
     other = template(tmp_path, "{%- if tools %}", "You are a river.{%- if tools %}")
-    async with fleet(tokenizer, ENGINE, pods=2, chat_template=other) as gateway:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=2, chat_template=other) as gateway:
         for number in range(parity.RUN):
             assert DISTRUST not in (await gateway.explain(CHAT, chat(number)))["notes"]
             await gateway.post(CHAT, chat(number))
@@ -103,10 +108,12 @@ async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_ag
         assert None not in {pod["matched_blocks"] for pod in decision["pods"].values()}
 
 
-async def test_ids_that_differ_in_equal_number_show_in_the_events(tokenizer: LocalTokenizer, tmp_path: Path) -> None:
+async def test_ids_that_differ_in_equal_number_show_in_the_events(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tmp_path: Path
+) -> None:
     other = template(tmp_path, "message.role ~ '\\n'", "('robot' if message.role == 'user' else message.role) ~ '\\n'")
     assert len(tokenizer.encode("robot", add_special_tokens=False)) == 1
-    async with fleet(tokenizer, ENGINE, pods=1, chat_template=other) as gateway:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=1, chat_template=other) as gateway:
         await gateway.post(CHAT, chat(0))
         await asyncio.sleep(GRACE)
         for number in range(1, parity.RUN + 1):

@@ -18,10 +18,11 @@ import pytest
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from tests.virtual_time import VirtualTimeLoop
 
-from .fleet import Fleet, fleet
+from .fleet import Fleet, virtual_fleet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.virtual_time]
 
 PODS = 4
 SHARED, TURN, TURNS, REPLY = 15_000, 10_500, 8, 8
@@ -75,14 +76,14 @@ async def hold(target: Fleet, session: Session, seen: Seen, *, by_hash: bool, tu
         seen.by_session.setdefault(session.number, []).append(pod or f"pod-{engine}")
 
 
-async def run(tokenizer: LocalTokenizer, load: float, *, by_hash: bool) -> tuple[float, Seen]:
+async def run(loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float, *, by_hash: bool) -> tuple[float, Seen]:
     seen = Seen()
 
     async def arrive(target: Fleet, session: Session) -> None:
         await asyncio.sleep(session.starts_after)
         await hold(target, session, seen, by_hash=by_hash)
 
-    async with fleet(tokenizer, ENGINE, pods=PODS) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         async with asyncio.TaskGroup() as group:
             for session in sessions(load):
                 group.create_task(arrive(target, session))
@@ -91,19 +92,21 @@ async def run(tokenizer: LocalTokenizer, load: float, *, by_hash: bool) -> tuple
 
 @pytest.mark.parametrize("load", [0.5, 0.8])
 async def test_under_load_hits_stay_near_session_hashing_and_no_pod_is_overloaded(
-    tokenizer: LocalTokenizer, load: float
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float
 ) -> None:
-    by_hash, _ = await run(tokenizer, load, by_hash=True)
-    routed, seen = await run(tokenizer, load, by_hash=False)
+    by_hash, _ = await run(loop, tokenizer, load, by_hash=True)
+    routed, seen = await run(loop, tokenizer, load, by_hash=False)
     fair = SESSIONS * TURNS / PODS
     print(f"load {load}: hit rate {routed:.3f}, session hash {by_hash:.3f}, requests per pod {dict(seen.pods)}")
     assert routed > by_hash - 0.05
     assert max(seen.pods.values()) <= 2 * fair
 
 
-async def test_on_an_idle_fleet_every_session_stays_on_its_warm_pod(tokenizer: LocalTokenizer) -> None:
+async def test_on_an_idle_fleet_every_session_stays_on_its_warm_pod(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
     seen = Seen()
-    async with fleet(tokenizer, ENGINE, pods=PODS) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         for session in sessions(0.0)[:3]:
             await hold(target, session, seen, by_hash=False, turns=4)
     assert all(len(set(pods)) == 1 for pods in seen.by_session.values()), seen.by_session
@@ -111,11 +114,11 @@ async def test_on_an_idle_fleet_every_session_stays_on_its_warm_pod(tokenizer: L
 
 @pytest.mark.parametrize("load", [0.5, 0.8])
 async def test_one_prefix_shared_by_everything_does_not_draw_everything_to_one_pod(
-    tokenizer: LocalTokenizer, load: float
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float
 ) -> None:
     requests, unique = 100, 5_000
-    by_hash, _ = await run_universal(tokenizer, load, requests, unique, by_hash=True)
-    routed, seen = await run_universal(tokenizer, load, requests, unique, by_hash=False)
+    by_hash, _ = await run_universal(loop, tokenizer, load, requests, unique, by_hash=True)
+    routed, seen = await run_universal(loop, tokenizer, load, requests, unique, by_hash=False)
     print(f"load {load}: hit rate {routed:.3f}, by hash {by_hash:.3f}, requests per pod {dict(seen)}")
     assert routed > by_hash - 0.03
     assert len(seen) == PODS
@@ -123,7 +126,7 @@ async def test_one_prefix_shared_by_everything_does_not_draw_everything_to_one_p
 
 
 async def run_universal(
-    tokenizer: LocalTokenizer, load: float, requests: int, unique: int, *, by_hash: bool
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float, requests: int, unique: int, *, by_hash: bool
 ) -> tuple[float, Counter[str]]:
     """Requests that share their first tokens with all others and continue alone."""
     draw, arrivals = np.random.default_rng(3), random.Random(5)
@@ -137,7 +140,7 @@ async def run_universal(
         _, pod = await target.post("/v1/completions", body, to=target.engines[number % PODS].url if by_hash else None)
         seen[str(pod)] += 1
 
-    async with fleet(tokenizer, ENGINE, pods=PODS) as target:
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=PODS) as target:
         async with asyncio.TaskGroup() as group:
             for number in range(requests):
                 group.create_task(one(target, number, arrivals.uniform(0, seconds)))

@@ -20,8 +20,9 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .fleet import TOKENIZER, fleet, until
+from .fleet import TOKENIZER, fleet
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
@@ -48,7 +49,7 @@ async def command(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 @asynccontextmanager
 async def engine(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, Json]]:
-    async with command("engine", "--port", "0", "--json", *arguments) as process, asyncio.timeout(30):
+    async with command("engine", "--port", "0", "--json", *arguments) as process, asyncio.timeout(DEADLINE_SECONDS):
         assert process.stdout is not None
         yield process, json.loads(await process.stdout.readline())
 
@@ -58,10 +59,10 @@ async def gateway(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Pro
     """The process and its `serving` line, which has its addresses."""
     async with command("serve", *arguments) as process:
         assert process.stderr is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
                 line = json.loads(await process.stderr.readline())
-                if line["event"] == "serving":
+                if line["event"] == "gateway_started":
                     break
         yield process, line
 
@@ -156,12 +157,12 @@ async def test_sigterm_lets_a_stream_end_and_exits_cleanly() -> None:
                 process.send_signal(signal.SIGTERM)
                 rest = await response.content.read()
             assert rest.rstrip().endswith(b"data: [DONE]")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 assert await process.wait() == 0
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             "pods: [{name: a, url: 'http://h:1', kvEvents: {endpont: x}}]",
@@ -175,21 +176,21 @@ async def test_sigterm_lets_a_stream_end_and_exits_cleanly() -> None:
         ("{}", "$.pods: no engines"),
     ],
 )
-async def test_a_wrong_configuration_is_refused_at_start_by_name(tmp_path: Path, text: str, told: str) -> None:
+async def test_a_wrong_configuration_is_refused_at_start_by_name(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text(text)
-    async with command("serve", "--config", str(file)) as process, asyncio.timeout(20):
+    async with command("serve", "--config", str(file)) as process, asyncio.timeout(DEADLINE_SECONDS):
         _, error = await process.communicate()
         assert process.returncode == 2
-        assert told in error.decode()
+        assert message in error.decode()
         assert "Traceback" not in error.decode()
 
 
-async def test_a_taken_port_is_told_in_one_line() -> None:
+async def test_a_taken_port_is_reported_in_one_line() -> None:
     async with engine() as (_, endpoints):
         port = endpoints["url"].rpartition(":")[2]
         arguments = ("serve", "--worker-urls", endpoints["url"], "--port", port, "--admin", "none")
-        async with command(*arguments) as process, asyncio.timeout(20):
+        async with command(*arguments) as process, asyncio.timeout(DEADLINE_SECONDS):
             _, error = await process.communicate()
             assert process.returncode == 2
             assert f"cannot listen: [Errno {errno.EADDRINUSE}]" in error.decode()
@@ -213,7 +214,7 @@ async def test_a_request_in_flight_counts_as_held_and_as_load(tokenizer: LocalTo
         before = await target.explain(CHAT, chat())
         assert {pod["pending_blocks"] for pod in before["pods"].values()} == {0}
         request = asyncio.create_task(target.post(CHAT, chat()))
-        await until(lambda: any(engine.stats.running for engine in target.engines))
+        await eventually(lambda: any(engine.stats.running for engine in target.engines))
         during = await target.explain(CHAT, chat())
         (busy,) = [name for name, pod in during["pods"].items() if pod["in_flight"]]
         assert during["pods"][busy]["pending_blocks"] == during["blocks"] > 0

@@ -22,8 +22,9 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from tests.servers import Server, server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .fleet import Fleet, config_of, gateway, until
+from .fleet import Fleet, config_of, gateway
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +35,6 @@ PODS, SESSIONS, SHARED, TURN, TURNS, LATE_TURNS = 4, 40, 1_500, 1_000, 4, 2
 AT_ONCE = 1
 """Requests: load sends none away from where its prompt is held, so that knowledge alone is compared."""
 POINTS = 0.02
-SECONDS = 20.0
-JOINED_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -121,12 +120,11 @@ async def shared(tokenizer: LocalTokenizer, redis: RedisConfig) -> tuple[float, 
         engines = await stack.enter_async_context(engines_of(tokenizer))
         config = msgspec.structs.replace(config_of(engines), redis=redis)
         agent = await stack.enter_async_context(Agent(config, listen=None))
-        await until(
+        await eventually(
             lambda: (
                 len(agent.engines.subscriber.feeds) == PODS
                 and all(f.state is FeedState.COMPLETE for f in agent.engines.subscriber.feeds.values())
-            ),
-            SECONDS,
+            )
         )
 
         async def one_more(seed: int) -> Fleet:
@@ -136,30 +134,32 @@ async def shared(tokenizer: LocalTokenizer, redis: RedisConfig) -> tuple[float, 
 
         two, work = [await one_more(0), await one_more(1)], Workload()
         for target in two:
-            await is_told(target)
+            await knows_all_pods(target)
             await target.has_peers(1)
         first = await work.hold(two, TURNS)
         third, came = await one_more(2), time.monotonic()
-        await is_told(third, JOINED_SECONDS)
+        await knows_all_pods(third)
         print(f"the third gateway knew what the others know after {time.monotonic() - came:.2f} s")
         return first.rate, (await work.hold([third], LATE_TURNS)).rate
 
 
-async def is_told(target: Fleet, seconds: float = SECONDS) -> None:
+async def knows_all_pods(target: Fleet) -> None:
     """Wait until a gateway has read what the agent knows of every pod."""
-    async with asyncio.timeout(seconds):
-        while True:
-            decision = await target.explain("/v1/completions", {"model": "m", "prompt": list(range(300))})
-            if {pod["trust"] for pod in decision["pods"].values()} == {"exact"}:
-                return
-            await asyncio.sleep(0.05)
+
+    async def is_exact() -> bool:
+        decision = await target.explain("/v1/completions", {"model": "m", "prompt": list(range(300))})
+        return {pod["trust"] for pod in decision["pods"].values()} == {"exact"}
+
+    await eventually(is_exact, pause=0.05)
 
 
 async def test_two_gateways_and_a_third_that_comes_later_hit_as_one_with_an_index_of_its_own(
     tokenizer: LocalTokenizer, valkey: Server
 ) -> None:
     one, one_late = await embedded(tokenizer)
-    two, third = await shared(tokenizer, RedisConfig(host="127.0.0.1", port=valkey.port, deadline_seconds=5.0))
+    two, third = await shared(
+        tokenizer, RedisConfig(host="127.0.0.1", port=valkey.port, deadline_seconds=DEADLINE_SECONDS)
+    )
     print(f"hit rate: one gateway {one:.3f}, two that share an index {two:.3f}")
     print(f"late turns: one gateway {one_late:.3f}, a third that has just come {third:.3f}")
     assert two > one - POINTS

@@ -20,9 +20,12 @@ from matrixinfer.cli import main
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from tests.waiting import DEADLINE_SECONDS
 
 FAST = SimEngineConfig(timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0), num_blocks=1000)
-PATIENCE = "2"
+PATIENCE = DEADLINE_SECONDS
+SHORT_PATIENCE = 3.0
+"""Seconds, for tests in which the doctor must find that something stays silent."""
 Change = Callable[[int, bytes], tuple[int, bytes]]
 """From status and body of an answer to the ones that replace them."""
 
@@ -34,9 +37,9 @@ class DoctorCommand:
         self.folder = folder
         self._capsys = capsys
 
-    async def run(self, *arguments: str) -> tuple[int, str, str]:
+    async def run(self, *arguments: str, patience: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
-        code = await asyncio.to_thread(main, ("doctor", "--patience", PATIENCE, *arguments))
+        code = await asyncio.to_thread(main, ("doctor", "--patience", str(patience), *arguments))
         out, err = self._capsys.readouterr()
         return code, out, err
 
@@ -45,9 +48,12 @@ class DoctorCommand:
         file.write_text(yaml.safe_dump({"pods": list(pods), **more}))
         return str(file)
 
-    async def check(self, *pods: Mapping[str, Any], arguments: tuple[str, ...] = (), **more: Any) -> DoctorReport:
+    async def check(
+        self, *pods: Mapping[str, Any], arguments: tuple[str, ...] = (), patience: float = PATIENCE, **more: Any
+    ) -> DoctorReport:
         """Check these pods; `more` are further top-level keys of the config."""
-        code, out, err = await self.run("--config", self.config(*pods, **more), "--json", *arguments)
+        config = self.config(*pods, **more)
+        code, out, err = await self.run("--config", config, "--json", *arguments, patience=patience)
         assert err == ""
         return DoctorReport(code, json.loads(out))
 

@@ -28,10 +28,14 @@ from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingReque
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.parity import Parity
+from tests.ports import free_port
+from tests.waiting import DEADLINE_SECONDS
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model": "tiny",  "messages": [{"role":"user","content":"h\\u00e9llo"}] , "unknown": 1.50}'
 LOOPBACK = "127.0.0.1"
+FOREVER = 3600.0
+"""Seconds that nobody waits."""
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -174,7 +178,7 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
     pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
-    limits = limits or LimitsConfig(request_timeout_seconds=5.0, drain_seconds=5.0)
+    limits = limits or LimitsConfig(request_timeout_seconds=DEADLINE_SECONDS, drain_seconds=DEADLINE_SECONDS)
     config = Config(
         listen=f"{LOOPBACK}:0", admin=f"{LOOPBACK}:0", models=(ModelConfig(name="tiny"),), pods=pods, limits=limits
     )
@@ -194,7 +198,7 @@ async def rig(
             Gateway(config, api={**api, **status}, admin={**admin, **status}, draining=draining)
         )
         connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=10)
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)
         client = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         await stack.enter_async_context(client)
         yield Rig(gateway, router, rewriter, metrics, client)
@@ -237,13 +241,9 @@ async def raw_pod(talk: Talk) -> AsyncIterator[str]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def closed_port() -> str:
+def nowhere() -> str:
     """A base URL at which nobody listens."""
-    server = await asyncio.start_server(lambda reader, writer: None, LOOPBACK, 0)
-    port = server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
-    return f"http://{LOOPBACK}:{port}"
+    return f"http://{LOOPBACK}:{free_port()}"
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
@@ -253,13 +253,6 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
         (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
     )
     return head + await reader.readexactly(length)
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> None:
-    """Wait until `condition` holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def ok(request: web.BaseRequest) -> web.StreamResponse:

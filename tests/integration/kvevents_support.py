@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Self
 
 import zmq
@@ -17,11 +16,7 @@ from matrixinfer.sim.events import BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
 
 TOKENS = list(range(64))
-
-
 BLOCKS = TokenBlockProcessor(16)
-
-
 END = 2**64 - 1
 
 
@@ -42,7 +37,7 @@ def stored(first: int, last: int) -> BlockStored:
 
 
 class LossyPublisher(EventPublisher):
-    """A publisher that can be told what to leave out of its next answers to requests for a replay."""
+    """A publisher that leaves chosen batches out of its next replays."""
 
     def __init__(self, host: str, *, port: int, replay_port: int, topic: str) -> None:
         super().__init__(host, port=port, replay_port=replay_port, topic=topic)
@@ -174,12 +169,6 @@ class Relay:
 def ports_of(source: FeedSource) -> tuple[int, int]:
     assert source.replay_endpoint is not None
     return int(source.endpoint.rpartition(":")[2]), int(source.replay_endpoint.rpartition(":")[2])
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def held(index: MemoryIndex, name: str = "a") -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import RedisConfig
 from matrixinfer.index.redis.index import RedisIndex
 from matrixinfer.index.redis.store import Store
-from tests.servers import Server, free_port, server
+from tests.ports import free_port
+from tests.servers import Server, cluster_options, server
+from tests.waiting import DEADLINE_SECONDS, wait_until
 
-SETTLE_SECONDS = 30.0
 BLOCKS = TokenBlockProcessor()
 
 
@@ -58,7 +58,7 @@ class Proxy:
 
     async def settled(self) -> None:
         """Wait until the server has received what was held back and has closed the connections."""
-        async with asyncio.timeout(SETTLE_SECONDS):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await asyncio.gather(*self._late)
 
     async def __aenter__(self) -> Proxy:
@@ -131,7 +131,7 @@ def cluster(folder: Path) -> Iterator[list[Server]]:
         nodes: list[tuple[Server, int]] = []
         for n in range(3):
             bus = free_port()
-            options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "2000")
+            options = (*cluster_options(bus=bus), "--cluster-node-timeout", "15000")
             nodes.append((stack.enter_context(server(folder / str(n), *options)), bus))
         for n, (node, _) in enumerate(nodes):
             with node.client() as client:
@@ -139,7 +139,7 @@ def cluster(folder: Path) -> Iterator[list[Server]]:
                 for other, bus in nodes[:n]:
                     client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port, bus)
         for node, _ in nodes:
-            until(partial(_is_whole, node))
+            wait_until(partial(_is_whole, node))
         yield [node for node, _ in nodes]
 
 
@@ -160,19 +160,10 @@ def sentinels(folder: Path, master: Server) -> Iterator[tuple[str, ...]]:
             (home / "conf").write_text(
                 f"port {port}\nbind 127.0.0.1\ndir {home}\nlogfile {home}/log\n"
                 f"sentinel monitor mymaster 127.0.0.1 {master.port} 2\n"
-                "sentinel down-after-milliseconds mymaster 1000\nsentinel failover-timeout mymaster 3000\n"
+                "sentinel down-after-milliseconds mymaster 3000\nsentinel failover-timeout mymaster 9000\n"
             )
             process = subprocess.Popen([master.executable, str(home / "conf"), "--sentinel"])
             stack.callback(process.wait)
             stack.callback(process.kill)
             addresses.append(f"127.0.0.1:{port}")
         yield tuple(addresses)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait until a condition holds. Raises `TimeoutError`."""
-    ends = time.monotonic() + SETTLE_SECONDS
-    while not holds():
-        if time.monotonic() > ends:
-            raise TimeoutError
-        time.sleep(0.05)

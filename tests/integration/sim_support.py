@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import itertools
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
+from matrixinfer.sim.publisher import EventPublisher
 from matrixinfer.sim.server import SimEngine
+from tests.waiting import DEADLINE_SECONDS
 
 Json = dict[str, Any]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -83,7 +86,7 @@ class Feed:
         self._replay = replay
 
     async def next(self) -> list[bytes]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             return await self._live.recv_multipart()
 
     async def events(self) -> list[Json]:
@@ -93,7 +96,7 @@ class Feed:
         """All frames of the reply, including the end marker."""
         await self._replay.send_multipart([b"", start.to_bytes(8, "big")])
         frames: list[list[bytes]] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not frames or frames[-1][2] != END:
                 frames.append(await self._replay.recv_multipart())
         return frames
@@ -118,16 +121,21 @@ async def subscribed(engine: SimEngine, rank: int = 0) -> AsyncIterator[Feed]:
         live.subscribe(b"")
         live.connect(publisher.endpoint)
         replay.connect(publisher.replay_endpoint)
-        await asyncio.wait_for(monitor.recv_multipart(), 5)
-        # After the handshake, the engine's socket needs a moment to process the subscription.
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await monitor.recv_multipart()
+            await _subscribed(publisher, live)
         yield Feed(live, replay)
     finally:
         live.disable_monitor()
         context.destroy(linger=0)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
+async def _subscribed(publisher: EventPublisher, live: zmq.asyncio.Socket) -> None:
+    """Wait until the engine's socket has processed the subscription, which it does some time after the handshake."""
+    for number in itertools.count():
+        last = str(number).encode()
+        publisher.send_raw(last)
+        if await live.poll(20):
+            break
+    while await live.recv_multipart() != [last]:
+        pass

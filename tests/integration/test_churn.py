@@ -46,7 +46,7 @@ class World:
         return f"pod-{number}"
 
     def come(self, number: int) -> None:
-        """A pod joins, tells what it is (every third has two ranks), and what it holds."""
+        """A pod joins, reports what it is (every third has two ranks), and publishes what it holds."""
         service, name = self.service, self.name(number)
         config = PodConfig(name=name, url=NOBODY, kv_events=SOURCE)
         service.join(config)

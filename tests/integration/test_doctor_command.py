@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,8 +19,9 @@ import pytest
 from matrixinfer.doctor.checks import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
+from tests.ports import free_port
 
-from .doctor_support import FAST, DoctorCommand, altered, answering, log_settings
+from .doctor_support import FAST, SHORT_PATIENCE, DoctorCommand, altered, answering, log_settings
 from .kvevents_support import Engine as Publisher
 from .kvevents_support import stored
 
@@ -51,11 +51,6 @@ async def altering(engine: SimEngine, **changes: Any) -> AsyncIterator[dict[str,
     altered_paths = {f"/{path.replace('v1_', 'v1/')}": change for path, change in changes.items()}
     async with engine, altered(engine, altered_paths) as url:
         yield {"name": "a", "url": url}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 # No fault
@@ -162,7 +157,7 @@ async def test_ranks_that_are_not_followed(tokenizer: LocalTokenizer, doctor: Do
 
 async def test_an_endpoint_that_stays_silent(engine: SimEngine, doctor: DoctorCommand) -> None:
     async with engine, Publisher() as idle:
-        report = await doctor.check(pod(engine, endpoint=idle.publisher.endpoint))
+        report = await doctor.check(pod(engine, endpoint=idle.publisher.endpoint), patience=SHORT_PATIENCE)
         reported = engine.kv_endpoint
     bad = report.only("probe", "blind")
     assert bad["message"].startswith("connected, but no event arrived when the engine computed a new prompt of ")
@@ -178,7 +173,9 @@ async def test_an_endpoint_of_another_engine(engine: SimEngine, doctor: DoctorCo
                 await asyncio.sleep(0.05)
 
         task = asyncio.create_task(publish())
-        report = await doctor.check(pod(engine, endpoint=other.publisher.endpoint, replayEndpoint=None))
+        report = await doctor.check(
+            pod(engine, endpoint=other.publisher.endpoint, replayEndpoint=None), patience=SHORT_PATIENCE
+        )
         task.cancel()
     assert report.of("probe")[0]["message"].startswith("events arrive, but none is about a new prompt of ")
     assert report.code == 2
@@ -186,7 +183,7 @@ async def test_an_endpoint_of_another_engine(engine: SimEngine, doctor: DoctorCo
 
 async def test_a_wrong_topic(tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:
     async with SimEngine(replace(FAST, topic="kv-events"), tokenizer) as engine:
-        report = await doctor.check(pod(engine, topic="kv"))
+        report = await doctor.check(pod(engine, topic="kv"), patience=SHORT_PATIENCE)
         right = await doctor.check(pod(engine, topic="kv-events"))
     assert report.only("topic", "blind")["message"] == (
         "events have the topic `kv-events`, but the gateway accepts only `kv`"
@@ -197,14 +194,14 @@ async def test_a_wrong_topic(tokenizer: LocalTokenizer, doctor: DoctorCommand) -
 async def test_an_endpoint_out_of_reach(engine: SimEngine, doctor: DoctorCommand) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     async with engine:
-        report = await doctor.check(pod(engine, endpoint=endpoint))
+        report = await doctor.check(pod(engine, endpoint=endpoint), patience=SHORT_PATIENCE)
     assert report.only("connection", "blind")["message"] == f"cannot connect to {endpoint}"
 
 
 async def test_an_endpoint_swapped_with_the_replay_endpoint(engine: SimEngine, doctor: DoctorCommand) -> None:
     async with engine:
         swapped = pod(engine, endpoint=engine.replay_endpoint, replayEndpoint=engine.kv_endpoint)
-        report = await doctor.check(swapped)
+        report = await doctor.check(swapped, patience=SHORT_PATIENCE)
     (bad,) = report.of("connection")
     assert (bad["level"], "not the one on which it replays" in bad["fix"]) == ("blind", True)
     (bad,) = report.of("replay")
@@ -233,7 +230,9 @@ async def test_no_replay_endpoint(engine: SimEngine, doctor: DoctorCommand) -> N
 
 async def test_a_replay_endpoint_that_does_not_answer(engine: SimEngine, doctor: DoctorCommand) -> None:
     async with engine:
-        report = await doctor.check(pod(engine, replayEndpoint=f"tcp://127.0.0.1:{free_port()}"))
+        report = await doctor.check(
+            pod(engine, replayEndpoint=f"tcp://127.0.0.1:{free_port()}"), patience=SHORT_PATIENCE
+        )
     assert "does not answer replay requests" in report.only("replay", "warning")["message"]
 
 
@@ -252,7 +251,7 @@ async def test_ports_of_ranks_that_collide(engine: SimEngine, doctor: DoctorComm
             "1": {"endpoint": f"tcp://*:{replay}", "replay_endpoint": f"tcp://*:{free_port()}"},
         }
         async with altered(engine, {"/kv_event_sources": answering(sources)}) as url:
-            report = await doctor.check({"name": "a", "url": url}, arguments=("--no-probe",))
+            report = await doctor.check({"name": "a", "url": url}, arguments=("--no-probe",), patience=SHORT_PATIENCE)
     (bad,) = report.of("ports")
     assert bad["message"] == f"port {replay} is used twice: for replay of dp0 and publisher of dp1"
     assert "at least 2 apart" in bad["fix"]
@@ -262,7 +261,7 @@ async def test_ranks_that_publish_on_each_others_endpoints(tokenizer: LocalToken
     async with SimEngine(replace(FAST, data_parallel_size=2), tokenizer) as engine:
         swapped = {str(1 - rank.number): rank.publisher.source() for rank in engine.ranks}
         async with altered(engine, {"/kv_event_sources": answering(swapped)}) as url:
-            report = await doctor.check({"name": "a", "url": url})
+            report = await doctor.check({"name": "a", "url": url}, patience=SHORT_PATIENCE)
     assert [found["message"].rpartition("came from")[2] for found in report.of("probe")] == [
         " dp1 instead",
         " dp0 instead",
@@ -279,7 +278,7 @@ async def test_prefix_caching_that_is_off(reported: bool, tokenizer: LocalTokeni
         SimEngine(replace(FAST, prefix_caching=False), tokenizer) as engine,
         altered(engine, {"/metrics": hide}) as url,
     ):
-        report = await doctor.check({"name": "a", "url": url})
+        report = await doctor.check({"name": "a", "url": url}, patience=SHORT_PATIENCE)
     (caching,) = report.of("caching")
     assert (caching["level"], report.code) == ("blind", 2)
     assert ("is off" if reported else "seems off") in caching["message"]
@@ -336,7 +335,9 @@ async def test_another_tokenizer(engine: SimEngine, doctor: DoctorCommand) -> No
         ids[one], ids[other] = ids[other], ids[one]
     changed.write_text(json.dumps(vocabulary))
     async with engine:
-        report = await doctor.check({"name": "a", "url": engine.url}, models=[MODEL | {"tokenizer": str(changed)}])
+        report = await doctor.check(
+            {"name": "a", "url": engine.url}, models=[MODEL | {"tokenizer": str(changed)}], patience=SHORT_PATIENCE
+        )
     assert "a text differs from token " in report.of("tokens")[0]["message"]
     (probe,) = report.of("probe")
     assert (probe["level"], "different token ids than the gateway" in probe["message"]) == ("blind", True)

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 MESSAGES = 20
 
@@ -54,7 +55,7 @@ async def test_busy_sockets_share_one_slice_of_a_turn_and_take_turns(full_socket
     with ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(drain.reading(full_socket(), work))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while seen.total() < 8 * MESSAGES:
                 before = seen.total()
                 await asyncio.sleep(0)
@@ -76,9 +77,7 @@ async def test_a_fault_over_one_message_leaves_no_socket_unread(full_socket: Ful
 
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     with drain.reading(full_socket(), work), drain.reading(full_socket(), work):
-        async with asyncio.timeout(10):
-            while seen.total() < 2 * MESSAGES:
-                await asyncio.sleep(0)
+        await eventually(lambda: seen.total() >= 2 * MESSAGES, pause=0)
     assert len(faults) == 1
 
 

@@ -1,4 +1,4 @@
-"""Pods that tell what they are, and the feeds that follow."""
+"""Pods that report what they are, and the feeds that follow them."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ from matrixinfer.feedtools.listen import CannotListen
 from matrixinfer.kvevents import connect
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
 from matrixinfer.sim.publisher import EventPublisher
+from tests.ports import two_ports
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .kvevents_support import Relay
 
@@ -124,15 +126,19 @@ class Running:
         return self._err
 
     async def wait_for(self, words: str, times: int = 1) -> None:
-        async with asyncio.timeout(20):
-            while (self._out + self._err).count(words) < times:
-                assert not self._task.done(), self._out + self._err
-                await asyncio.sleep(0.01)
-                self._read()
+
+        def has_printed() -> bool:
+            self._read()
+            if (self._out + self._err).count(words) >= times:
+                return True
+            assert not self._task.done(), self._out + self._err
+            return False
+
+        await eventually(has_printed)
 
     async def end(self) -> list[str]:
         """Wait until it ends by itself, and return its output."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await self._task
         return self.out
 
@@ -240,7 +246,7 @@ async def test_tail_prints_objects_and_the_first_tokens_where_asked(running: Run
 
 
 async def test_tail_detects_a_restart_that_sequence_numbers_do_not_show(running: Running) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         engine.publish(stored(0, 4))
         await running.start(tail.tail, "tail", engine.endpoint, "--replay", engine.replay)
         await running.wait_for("#0")
@@ -264,10 +270,10 @@ async def test_tail_detects_a_restart_that_sequence_numbers_do_not_show(running:
 
 async def test_tail_says_what_to_check_when_no_events_arrive(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail, "IDLE_SECONDS", 0.1)
-    async with Engine() as engine:
-        ports = engine.ports
-    await running.start(tail.tail, "tail", engine.endpoint)
-    await running.wait_for(f"waiting: cannot connect to {engine.endpoint} yet")
+    ports = two_ports()
+    endpoint = f"tcp://127.0.0.1:{ports[0]}"
+    await running.start(tail.tail, "tail", endpoint)
+    await running.wait_for(f"waiting: cannot connect to {endpoint} yet")
     async with Engine(ports):
         await running.wait_for("waiting: connected, but no new events")
         await asyncio.sleep(0.3)
@@ -427,7 +433,7 @@ async def process(*words: object) -> AsyncIterator[asyncio.subprocess.Process]:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             yield process
     finally:
         if process.returncode is None:
@@ -445,8 +451,7 @@ async def test_a_recording_that_is_ended_by_a_signal_can_be_checked(
         for block in range(40):
             engine.publish(stored(block, block + 1))
         async with process("record", engine.endpoint, "--replay", engine.replay, "-o", file) as recorder:
-            while not file.exists() or len(list(CaptureReader(file))) < 41:
-                await asyncio.sleep(0.05)
+            await eventually(lambda: file.exists() and len(list(CaptureReader(file))) >= 41, pause=0.05)
             recorder.send_signal(last)
             assert await recorder.wait() == (0 if last is signal.SIGTERM else -last)
     report, cut = checked(file)
@@ -461,7 +466,7 @@ async def test_tail_ends_quietly_when_its_pipe_is_closed() -> None:
             assert tail.stdout is not None
             assert tail.stderr is not None
             assert (await tail.stdout.readline()).startswith(b"#0")
-            tail.stdout._transport.close()  # type: ignore[attr-defined]
+            tail.stdout._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - no public way
             while tail.returncode is None:
                 engine.publish(AllBlocksCleared())
                 await asyncio.sleep(0.05)
@@ -482,7 +487,7 @@ async def test_a_command_ends_quietly_when_its_pipe_is_closed(words: list[str], 
         stderr=asyncio.subprocess.PIPE,
     )
     os.close(into)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         assert (await command.communicate())[1] == b""
     assert command.returncode == 0
 

@@ -16,9 +16,13 @@ from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
-from tests.integration.gateway_support import closed_port, eventually, pod
+from tests.integration.gateway_support import FOREVER, nowhere, pod
+from tests.ports import free_port
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-FAST = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.3, discovery_interval_seconds=60)
+FAST = PodWatchConfig(
+    scrape_interval_seconds=0.02, scrape_timeout_seconds=DEADLINE_SECONDS, discovery_interval_seconds=60
+)
 
 
 class Engine:
@@ -33,7 +37,7 @@ class Engine:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         self.asked.append(request.path)
         if self.slow:
-            await asyncio.sleep(5)
+            await asyncio.sleep(FOREVER)
         if self.down:
             return web.Response(status=500)
         if self.locked and request.path.startswith("/v1"):
@@ -67,7 +71,7 @@ async def test_a_pod_is_discovered_measured_and_found_healthy() -> None:
     engine = Engine()
     found: list[Pod] = []
     async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
-        assert await watcher.first_round(2)
+        assert await watcher.first_round(DEADLINE_SECONDS)
         (state,) = registry.pods
         assert state.healthy
         assert state.base_model == "tiny"
@@ -90,7 +94,7 @@ async def test_a_pod_without_event_sources_or_metrics_is_healthy_and_publishes_n
         return web.Response(status=404)
 
     async with pod(bare) as url, watching(url) as (registry, watcher):
-        assert await watcher.first_round(2)
+        assert await watcher.first_round(DEADLINE_SECONDS)
         (state,) = registry.pods
         assert (state.healthy, state.kv_sources) == (True, ())
         assert state.metrics is not None
@@ -102,14 +106,14 @@ async def test_a_pod_that_does_not_tell_its_models_is_still_healthy() -> None:
     engine.locked = True
     found: list[Pod] = []
     async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
-        assert await watcher.first_round(2)
+        assert await watcher.first_round(DEADLINE_SECONDS)
         assert registry.pods[0].healthy
         assert registry.pods[0].served is None
         assert found == []
 
 
 async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> None:
-    async with pod(Engine()) as url, watching(url, await closed_port()) as (registry, watcher):
+    async with pod(Engine()) as url, watching(url, nowhere()) as (registry, watcher):
         assert not await watcher.first_round(0.2)
         assert [state.healthy for state in registry.pods] == [True, False]
 
@@ -124,7 +128,7 @@ async def test_a_pod_that_fails_is_unhealthy_after_failures_in_a_row_and_returns
     engine = Engine()
     config = PodWatchConfig(scrape_interval_seconds=0.02, scrape_timeout_seconds=0.1)
     async with pod(engine) as url, watching(url, config=config) as (registry, watcher):
-        await watcher.first_round(2)
+        await watcher.first_round(DEADLINE_SECONDS)
         (state,) = registry.pods
         setattr(engine, fault, True)
         await eventually(lambda: not state.healthy)
@@ -134,13 +138,13 @@ async def test_a_pod_that_fails_is_unhealthy_after_failures_in_a_row_and_returns
         assert state.failures == 0
 
 
-async def test_an_engine_that_comes_back_as_another_is_discovered_anew() -> None:
+async def test_an_engine_that_comes_back_as_another_is_discovered_again() -> None:
     found: list[Pod] = []
-    async with pod(Engine()) as url:
-        port = int(url.rsplit(":", 1)[1])
+    port = free_port()
+    async with pod(Engine(), port) as url:
         stack = watching(url, found=found)
         registry, watcher = await stack.__aenter__()
-        await watcher.first_round(2)
+        await watcher.first_round(DEADLINE_SECONDS)
     try:
         await eventually(lambda: not registry.pods[0].healthy)
         async with pod(Engine("other"), port):
@@ -154,7 +158,7 @@ async def test_a_change_of_health_is_logged_once_not_at_every_look() -> None:
     engine = Engine()
     with structlog.testing.capture_logs() as logs:
         async with pod(engine) as url, watching(url) as (registry, watcher):
-            await watcher.first_round(2)
+            await watcher.first_round(DEADLINE_SECONDS)
             engine.down = True
             await eventually(lambda: registry.pods[0].failures > 4)
             engine.down = False
@@ -178,7 +182,7 @@ async def test_a_fault_while_reading_one_pod_ends_neither_its_watch_nor_the_othe
         registry = PodRegistry([PodConfig(name="a", url=url)], (), FAST, clock=time.monotonic)
         with structlog.testing.capture_logs() as logs:
             async with PodWatcher(registry, session, FAST, on_discovered=hook) as watcher:
-                assert await watcher.first_round(2)
+                assert await watcher.first_round(DEADLINE_SECONDS)
         assert calls == 2
         assert "pod_watch_failed" in [entry["event"] for entry in logs]
 
@@ -206,7 +210,7 @@ async def test_pods_that_come_are_watched_until_they_go() -> None:
     found: list[Pod] = []
     engine = Engine()
     async with pod(engine) as url, watching(url, found=found) as (registry, watcher):
-        await watcher.first_round(3.0)
+        await watcher.first_round(DEADLINE_SECONDS)
         late = registry.join(PodConfig(name="late", url=url))
         watcher.watch(late)
         await eventually(lambda: late.healthy and late.metrics is not None)
@@ -215,4 +219,4 @@ async def test_pods_that_come_are_watched_until_they_go() -> None:
         watcher.unwatch("late")
         watcher.unwatch("late")
         await asyncio.sleep(0)
-        assert list(watcher._tasks) == list(watcher._announced) == ["pod-0"]
+        assert list(watcher._tasks) == list(watcher._announced) == ["pod-0"]  # noqa: SLF001 - nothing stays

@@ -25,6 +25,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from tests.unit.kvevents.support import RecordingIndex
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 SCRIPT = Path(__file__).with_name("hostile_engine.py")
 BLOCK = 16
@@ -57,7 +58,7 @@ class Engine:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
-        return json.loads(await asyncio.wait_for(self.process.stdout.readline(), 20))
+        return json.loads(await asyncio.wait_for(self.process.stdout.readline(), DEADLINE_SECONDS))
 
     @property
     def source(self) -> FeedSource:
@@ -84,24 +85,22 @@ class World:
         """Begin to follow the engine."""
         self.feed = self._subscriber.follow(source or self.engine.source)
 
-    async def state(self, state: FeedState, seconds: float = 10.0) -> None:
+    async def state(self, state: FeedState) -> None:
         """Wait for a state of the feed."""
-        async with asyncio.timeout(seconds):
-            while self.feed.state is not state:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: self.feed.state is state)
 
-    async def caught_up(self, state: FeedState, seconds: float = 15.0) -> tuple[set[int], set[int]]:
+    async def caught_up(self, state: FeedState) -> tuple[set[int], set[int]]:
         """Wait until the feed is in this state and has seen the engine's last batch; what is indexed, and what is true."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while True:
                 truth = await self.do("truth")
                 if self.feed.state is state and not self.feed.backlog and self.seen == truth["next"]:
                     return self._index.contents("a").get("m", set()), set(truth["blocks"])
                 await asyncio.sleep(0.02)
 
-    async def exact(self, seconds: float = 15.0) -> None:
+    async def exact(self) -> None:
         """The feed gets complete, and the index equals the engine's blocks."""
-        indexed, true = await self.caught_up(COMPLETE, seconds)
+        indexed, true = await self.caught_up(COMPLETE)
         assert indexed == true
 
     async def partial(self) -> None:
@@ -111,9 +110,11 @@ class World:
 
     async def settled(self) -> None:
         """The feed has seen the last batch, and is exact or does not say that it is."""
-        async with asyncio.timeout(20):
-            while self.feed.state not in {COMPLETE, PARTIAL} or self.seen != (await self.do("truth"))["next"]:
-                await asyncio.sleep(0.02)
+
+        async def is_settled() -> bool:
+            return self.feed.state in {COMPLETE, PARTIAL} and self.seen == (await self.do("truth"))["next"]
+
+        await eventually(is_settled)
         await (self.exact() if self.feed.state is COMPLETE else self.partial())
 
     @property
@@ -220,17 +221,19 @@ async def test_an_engine_that_restarts_is_followed_from_its_beginning(world: Wor
     assert feed.stats.restarts == 1
 
 
-async def test_a_restart_past_the_old_number_is_told_even_behind_a_relay_that_hides_it(world: World) -> None:
+async def test_a_restart_past_the_old_number_is_noticed_even_behind_a_relay_that_hides_it(world: World) -> None:
     with relay(world.engine) as endpoint:
         await world.do("publish", batches=30)
         feed = await world.follow(replace(world.engine.source, endpoint=endpoint))
         await world.engine.kill()
         await world.engine.start()
         await world.do("publish", batches=60)  # most likely before the relay has come back
-        async with asyncio.timeout(10):
-            while not feed.stats.restarts:
-                await world.do("publish")
-                await asyncio.sleep(0.02)
+
+        async def is_noticed() -> bool:
+            await world.do("publish")
+            return feed.stats.restarts > 0
+
+        await eventually(is_noticed, pause=0.02)
         await world.exact()
         assert feed.stats.restarts == 1
 

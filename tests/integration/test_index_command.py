@@ -18,6 +18,8 @@ from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import BlockWriter
 from tests import servers
+from tests.ports import free_port
+from tests.waiting import eventually, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -164,9 +166,11 @@ async def test_a_live_writer_writes_again_what_was_purged(
         reader = BlockReader(store, max_age=DAY)
         assert await reader.match("qwen", list(range(11))) == {}
         writer.add("qwen", "a", [10])  # it notices the purge with its next write or heartbeat
-        async with asyncio.timeout(10):
-            while await reader.match("qwen", list(range(11))) != {"a": 11}:
-                await asyncio.sleep(0.05)
+
+        async def is_whole() -> bool:
+            return await reader.match("qwen", list(range(11))) == {"a": 11}
+
+        await eventually(is_whole)
         stats = await asyncio.to_thread(ask, "stats", "--json")
         assert stats["models"]["qwen"]["scheme"] == META
         assert stats["pods"]["a"]["alive"]
@@ -178,7 +182,7 @@ async def test_a_live_writer_writes_again_what_was_purged(
 def test_a_server_that_is_down_is_reported_in_one_line_without_the_password(
     arguments: tuple[str, ...], tmp_path: Path, ask: Ask
 ) -> None:
-    port = servers.free_port()
+    port = free_port()
     config = tmp_path / "gateway.yaml"
     config.write_text(f"redis: {{port: {port}, password: hunter2, username: me}}")
     message = ask(*arguments, "--config", str(config), exit_code=2)
@@ -188,11 +192,10 @@ def test_a_server_that_is_down_is_reported_in_one_line_without_the_password(
 
 
 def test_every_command_works_on_a_cluster(tmp_path: Path, ask: Ask) -> None:
-    with servers.server(tmp_path / "server", "--cluster-enabled", "yes") as server:
+    with servers.server(tmp_path / "server", *servers.cluster_options()) as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while "cluster_state:ok" not in str(client.execute_command("CLUSTER", "INFO")):
-                time.sleep(0.02)
+            wait_until(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")))
         write(server, "qwen", "a", range(700))
         config = tmp_path / "gateway.yaml"
         config.write_text(f"redis: {{port: {server.port}, cluster: true}}")

@@ -18,7 +18,7 @@ SSE = "text/event-stream; charset=utf-8"
 
 
 class Engine:
-    """Answers with these chunks, or with a body whose length it tells."""
+    """Answers with these chunks, or with a body of a stated length."""
 
     def __init__(
         self, answer: bytes | Sequence[bytes], *, status: int = 200, kind: str = SSE, coding: str = ""
@@ -41,7 +41,7 @@ class Engine:
 
 
 async def answer_of(engine: Engine, *, injects: bool = True) -> tuple[bytes, str | None, list[str]]:
-    """What the client gets, the length that it was told, and what was reported."""
+    """What the client gets, the length that was stated, and what was reported."""
     async with pod(engine) as url, rig(url) as gateway:
         gateway.rewriter.adds_usage = injects
         async with gateway.post(headers={"Accept-Encoding": "gzip"}) as response:
@@ -62,7 +62,7 @@ async def test_a_stream_comes_without_the_report(chunks: Sequence[bytes], end: b
 
 
 @pytest.mark.parametrize("padding", [0, 2 * 1024 * 1024])
-async def test_a_stream_whose_length_was_told_comes_without_it(padding: int) -> None:
+async def test_a_stream_whose_length_was_stated_comes_without_it(padding: int) -> None:
     pad = b"data: " + b"x" * padding + b"\n\n"
     got, length, reports = await answer_of(Engine(pad + STREAM))
     assert got == pad + EVENTS + DONE

@@ -57,7 +57,7 @@ class Author:
         command = [sys.executable, *arguments]
         environment = os.environ | {"PYTHONPATH": str(self.site)}
         done = subprocess.run(
-            command, cwd=cwd or self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=cwd or self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from matrixinfer import Index
+from tests.waiting import eventually
 
 from .kvevents_support import TOKENS, Engine, stored
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 
 
-async def until(index: Index, lock: threading.Lock, blocks: int) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            with lock:
-                if index.match(TOKENS, model="m") == {"a": blocks} and index.trust("a") == "exact":
-                    return
-            await asyncio.sleep(0.01)
+async def matches(index: Index, lock: threading.Lock, blocks: int) -> None:
+    """Wait until the index knows that pod a holds so many blocks."""
+
+    def is_exact() -> bool:
+        with lock:
+            return index.match(TOKENS, model="m") == {"a": blocks} and index.trust("a") == "exact"
+
+    await eventually(is_exact)
 
 
 async def test_it_fetches_history_and_follows_live() -> None:
@@ -34,9 +36,9 @@ async def test_it_fetches_history_and_follows_live() -> None:
         following = asyncio.create_task(
             asyncio.to_thread(names["follow"], index, lock, stop, "a", "m", *addresses), name="receiver"
         )
-        await until(index, lock, 2)
+        await matches(index, lock, 2)
         engine.publish(stored(2, 3))
-        await until(index, lock, 3)
+        await matches(index, lock, 3)
         stop.set()
         engine.publish(stored(3, 4))  # wakes the receiver, which else waits for ten seconds
         await following

@@ -18,9 +18,11 @@ from matrixinfer.index.redis.circuit import LONGEST_PAUSE_SECONDS
 from matrixinfer.index.redis.index import RedisIndex
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
-from tests.servers import Server, debian_server, free_port, server
+from tests.ports import free_port
+from tests.servers import Server, debian_server, server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .redis_support import BLOCKS, SETTLE_SECONDS, Proxy, certificates, opened
+from .redis_support import BLOCKS, Proxy, certificates, opened
 
 pytestmark = pytest.mark.server
 
@@ -68,7 +70,7 @@ async def test_host_port_and_password_from_the_environment(locked: Server, monke
     monkeypatch.setenv("REDIS_PASSWORD", SECRET)
     found = configuration.checked(Config(index=IndexConfig(kind="redis"))).redis
     assert found is not None
-    await works(msgspec.structs.replace(found, deadline_seconds=5.0))
+    await works(msgspec.structs.replace(found, deadline_seconds=DEADLINE_SECONDS))
 
 
 async def test_password(locked: Server) -> None:
@@ -197,7 +199,7 @@ async def test_a_frozen_server_is_late_and_its_late_answers_are_ignored(tmp_path
                     await hasty.match("llama", HASHES)
                 made.thaw()
                 assert await index.match("qwen", HASHES) == {"pod-b": 2}
-                async with asyncio.timeout(SETTLE_SECONDS):
+                async with asyncio.timeout(DEADLINE_SECONDS):
                     while hasty.circuit != "closed":
                         now += LONGEST_PAUSE_SECONDS
                         await asyncio.gather(hasty.match("llama", HASHES), return_exceptions=True)
@@ -218,7 +220,7 @@ async def test_a_frozen_server_is_late_and_its_late_answers_are_ignored(tmp_path
 async def test_an_abandoned_write_that_arrives_late_changes_nothing(
     fresh: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matrixinfer.index.redis.store.REPLY_SECONDS", 0.3)
+    monkeypatch.setattr("matrixinfer.index.redis.store.REPLY_SECONDS", 1.0)
     async with (
         Proxy(fresh.port) as proxy,
         opened(fresh.config(port=proxy.port)) as index,
@@ -228,9 +230,7 @@ async def test_an_abandoned_write_that_arrives_late_changes_nothing(
         await index.flush()
         proxy.hold()
         index.remove("llama", "pod-a", HASHES[5:])
-        async with asyncio.timeout(30):
-            while not index.writer.stats.failures:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: index.writer.stats.failures > 0)
         proxy.pass_on()
         index.add("llama", "pod-a", HASHES[5:7], None)
         await index.flush()
@@ -254,9 +254,7 @@ async def test_the_password_is_never_revealed(
         index.add("llama", "pod-a", HASHES, None)
         with capture_logs() as logs, pytest.raises(IndexUnavailable) as caught:
             await index.match("llama", HASHES)
-        async with asyncio.timeout(30):
-            while not index.writer.stats.failures:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: index.writer.stats.failures > 0)
         texts = [
             repr(config),
             str(config),
@@ -265,7 +263,7 @@ async def test_the_password_is_never_revealed(
             repr(caught.value),
             repr(logs),
         ]
-        store = index.reader._store
+    async with Store(config) as store:
         texts += [repr(store), repr(store.client), repr(store.client.connection_pool)]  # type: ignore[union-attr]
     texts += [*traceback.format_exception(caught.value), *capfd.readouterr()]
     assert "invalid username-password pair" in str(caught.value)
@@ -277,7 +275,7 @@ async def test_the_password_is_never_revealed(
 
 
 async def test_a_server_that_does_not_listen() -> None:
-    nowhere = RedisConfig(host="127.0.0.1", port=free_port(), password=SECRET, deadline_seconds=5.0)
+    nowhere = RedisConfig(host="127.0.0.1", port=free_port(), password=SECRET, deadline_seconds=DEADLINE_SECONDS)
     async with Store(nowhere) as store:
         with pytest.raises(IndexUnavailable) as caught:
             await RedisIndex(store, BLOCKS, max_age=60).match("llama", HASHES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.index import RedisIndex
 from tests.servers import Server, server
+from tests.waiting import eventually, wait_until
 
-from .redis_support import SETTLE_SECONDS, cluster, opened, sentinels, until
+from .redis_support import cluster, opened, sentinels
 
 pytestmark = pytest.mark.server
 
@@ -29,12 +29,17 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
 
 async def matched(index: RedisIndex, hashes: list[int]) -> dict[str, int]:
     """Wait for an answer and return it."""
-    async with asyncio.timeout(SETTLE_SECONDS):
-        while True:
-            try:
-                return dict(await index.match("llama", hashes))
-            except IndexUnavailable:
-                await asyncio.sleep(0.1)
+    found: dict[str, int] = {}
+
+    async def answers() -> bool:
+        try:
+            found.update(await index.match("llama", hashes))
+        except IndexUnavailable:
+            return False
+        return True
+
+    await eventually(answers, pause=0.1)
+    return found
 
 
 async def test_blocks_are_spread_over_a_cluster(nodes: list[Server]) -> None:
@@ -92,7 +97,7 @@ async def test_the_next_master_is_found_and_filled(tmp_path: Path) -> None:
     with server(tmp_path / "master") as master:
         follows = ("--replicaof", f"127.0.0.1 {master.port}", "--repl-diskless-sync-delay", "0")
         with server(tmp_path / "replica", *follows) as replica, sentinels(tmp_path, master) as addresses:
-            until(lambda: knows_all(addresses))
+            wait_until(lambda: knows_all(addresses))
             async with opened(master.config(host=None, port=None, sentinels=addresses)) as index:
                 index.add("llama", "pod-a", HASHES, None)
                 await index.flush()
@@ -102,9 +107,7 @@ async def test_the_next_master_is_found_and_filled(tmp_path: Path) -> None:
                 master.kill()
                 index.remove("llama", "pod-a", HASHES[40:])
                 assert await matched(index, HASHES)
-                async with asyncio.timeout(SETTLE_SECONDS):
-                    while index.writer.waiting or index.writer._broken:
-                        await asyncio.sleep(0.05)
+                await eventually(lambda: not index.writer.waiting and index.writer.stats.resyncs == 2)
                 await index.flush()
                 assert await matched(index, HASHES) == {"pod-a": 40}
                 assert index.writer.stats.resyncs == 2

@@ -12,6 +12,7 @@ from matrixinfer.index.redis import layout, scan
 from matrixinfer.index.redis.reclaim import LOCK, Reclaimer
 from matrixinfer.index.redis.store import Store
 from tests.servers import Server, server
+from tests.waiting import eventually
 
 from .redis_support import cluster, opened
 
@@ -108,6 +109,8 @@ async def test_on_a_cluster_writes_that_slipped_through_are_repaired(
             await client.hdel(f"{layout.prefix_of('m')}3", "pod")  # like an earlier writer that wakes up
             await client.hset(f"{layout.prefix_of('m')}5", "pod", "1")
             assert await index.match("m", HASHES) == {"pod": 2}
-            deadline = time.monotonic() + 30
-            while await index.match("m", HASHES) != {"pod": 40}:
-                assert time.monotonic() < deadline
+
+            async def is_healed() -> bool:
+                return await index.match("m", HASHES) == {"pod": 40}
+
+            await eventually(is_healed)

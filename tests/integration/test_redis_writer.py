@@ -16,8 +16,9 @@ from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
 from tests.servers import Server, server
+from tests.waiting import eventually
 
-from .redis_support import BLOCKS, SETTLE_SECONDS
+from .redis_support import BLOCKS
 
 pytestmark = pytest.mark.server
 
@@ -70,12 +71,6 @@ async def tick(*writers: BlockWriter) -> None:
     for each in writers:
         each._wake()
         await each.flush()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SETTLE_SECONDS):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def held(eye: BlockReader, blocks: Sequence[int]) -> set[int]:
@@ -187,7 +182,7 @@ async def test_a_server_that_was_replaced_is_filled_without_a_write(
             there.kill()
             there.start()
             clock.now += RENEW_SECONDS
-            await until(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
+            await eventually(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
             assert await eye.match("llama", CHAIN) == {"pod-a": 400}
             with there.client() as client:
                 assert client.hgetall("matrix:kv:meta:llama") == META
@@ -202,12 +197,12 @@ async def test_another_server_with_the_same_data_is_not_trusted(
         with there.client() as client:
             client.hdel(f"matrix:kv:block:llama@{CHAIN[1]}", "pod-a")  # a write that this server did not get
 
-        async def other() -> str:
+        async def other(_: Store) -> str:
             return "another server"
 
-        monkeypatch.setattr(made._store, "server_id", other)
+        monkeypatch.setattr(Store, "server_id", other)
         clock.now += RENEW_SECONDS
-        await until(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
+        await eventually(lambda: made.stats.resyncs == 2 and not made.needs_resync("pod-a"))
         assert await eye.match("llama", CHAIN) == {"pod-a": 5}
 
 
@@ -306,7 +301,7 @@ async def test_a_writer_that_does_not_know_the_content_of_a_pod_releases_it(
         await tick(blind)
         assert blind.is_writer("pod-a")
         clock.now += LEASE_SECONDS + 1
-        await until(lambda: not blind.is_writer("pod-a"))
+        await eventually(lambda: not blind.is_writer("pod-a"))
         await tick(sees)
         assert sees.is_writer("pod-a")
         assert await eye.match("llama", CHAIN) == {"pod-a": 5}

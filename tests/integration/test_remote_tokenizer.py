@@ -19,8 +19,12 @@ from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.requests import parse
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+FOREVER = 3600.0
+SOON = 2.0
+"""Seconds: the deadline where an engine does not answer."""
 HELLO = [{"content": "hello", "role": "user"}]
 
 
@@ -72,14 +76,16 @@ def chat(**fields: Any) -> Prompt:
 
 
 async def test_a_text_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    ids = await RemoteTokenizer(session).tokenize(text("hello world"), [engine], "tiny", timeout_seconds=0.5)
+    ids = await RemoteTokenizer(session).tokenize(
+        text("hello world"), [engine], "tiny", timeout_seconds=DEADLINE_SECONDS
+    )
     assert ids.tolist() == [9707, 1879]
     assert ids.dtype.name == "uint32"
     assert engine.bodies == [{"model": "tiny", "prompt": "hello world", "add_special_tokens": True}]
 
 
 async def test_a_chat_is_asked_for_as_vllm_expects(engine: Engine, session: aiohttp.ClientSession) -> None:
-    await RemoteTokenizer(session).tokenize(chat(), [engine], "tiny", timeout_seconds=0.5)
+    await RemoteTokenizer(session).tokenize(chat(), [engine], "tiny", timeout_seconds=DEADLINE_SECONDS)
     assert engine.bodies == [
         {
             "model": "tiny",
@@ -101,7 +107,7 @@ async def test_everything_that_changes_the_ids_is_passed_on(engine: Engine, sess
         "add_special_tokens": True,
     }
     more = {"chat_template_kwargs": {"mood": 1}, "documents": [{"text": "d"}], "temperature": 1}
-    await RemoteTokenizer(session).tokenize(chat(**fields, **more), [engine], "tiny", timeout_seconds=0.5)
+    await RemoteTokenizer(session).tokenize(chat(**fields, **more), [engine], "tiny", timeout_seconds=DEADLINE_SECONDS)
     (body,) = engine.bodies
     assert body.pop("chat_template_kwargs") == {"mood": 1, "documents": [{"text": "d"}]}
     assert body == {"model": "tiny", "messages": HELLO} | fields
@@ -130,7 +136,7 @@ async def cutting(request: web.Request) -> web.StreamResponse:
 
 
 async def hanging(request: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(5)
+    await asyncio.sleep(FOREVER)
     return web.Response()
 
 
@@ -138,7 +144,7 @@ async def dripping(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse()
     await response.prepare(request)
     await response.write(b'{"tokens":[')
-    await asyncio.sleep(5)
+    await asyncio.sleep(FOREVER)
     return response
 
 
@@ -184,7 +190,7 @@ async def test_every_failure_is_a_tokenize_error(
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "not a url", "http://[bad"])
 async def test_an_engine_out_of_reach_is_a_tokenize_error(session: aiohttp.ClientSession, url: str) -> None:
     with pytest.raises(TokenizeError):
-        await RemoteTokenizer(session).tokenize(text("x"), [Engine(url=url)], "tiny", timeout_seconds=0.5)
+        await RemoteTokenizer(session).tokenize(text("x"), [Engine(url=url)], "tiny", timeout_seconds=DEADLINE_SECONDS)
 
 
 @pytest.fixture
@@ -202,8 +208,10 @@ def counts(engines: list[Engine]) -> list[int]:
     return [len(engine.bodies) for engine in engines]
 
 
-async def ids_of(remote: RemoteTokenizer, engines: list[Engine], prompt: Prompt | None = None) -> list[int]:
-    ids = await remote.tokenize(prompt or text("x"), engines, "tiny", timeout_seconds=0.5)
+async def ids_of(
+    remote: RemoteTokenizer, engines: list[Engine], prompt: Prompt | None = None, seconds: float = DEADLINE_SECONDS
+) -> list[int]:
+    ids = await remote.tokenize(prompt or text("x"), engines, "tiny", timeout_seconds=seconds)
     return [int(each) for each in ids]
 
 
@@ -219,7 +227,8 @@ async def test_the_next_engine_is_asked_when_one_fails(
     engines: list[Engine], session: aiohttp.ClientSession, handler: Handler
 ) -> None:
     engines[0].handler = handler
-    assert await ids_of(RemoteTokenizer(session), engines) == [9707, 1879]
+    seconds = SOON if handler is hanging else DEADLINE_SECONDS
+    assert await ids_of(RemoteTokenizer(session), engines, seconds=seconds) == [9707, 1879]
     assert counts(engines) == [1, 1, 0]
 
 
@@ -287,19 +296,13 @@ def slowly(release: asyncio.Event) -> Handler:
     return handler
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_equal_questions_at_the_same_time_are_asked_once(engine: Engine, session: aiohttp.ClientSession) -> None:
     release = asyncio.Event()
     engine.handler = slowly(release)
     remote = RemoteTokenizer(session)
     waiting = [asyncio.create_task(ids_of(remote, [engine])) for _ in range(5)]
     other = asyncio.create_task(ids_of(remote, [engine], text("other")))
-    await until(lambda: len(engine.bodies) == 2)
+    await eventually(lambda: len(engine.bodies) == 2)
     waiting[0].cancel()  # the others have their answer all the same
     release.set()
     assert await asyncio.gather(*waiting[1:], other) == [[9707, 1879]] * 5
@@ -314,11 +317,11 @@ async def test_a_question_that_nobody_waits_for_is_given_up(engine: Engine, sess
     engine.handler = slowly(release)
     remote = RemoteTokenizer(session)
     waiting = asyncio.create_task(ids_of(remote, [engine]))
-    await until(lambda: len(engine.bodies) == 1)
+    await eventually(lambda: len(engine.bodies) == 1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await until(lambda: not remote._under_way)
+    await eventually(lambda: not remote._under_way)  # noqa: SLF001 - nothing stays of a question
     release.set()
     assert await ids_of(remote, [engine]) == [9707, 1879]
 
@@ -328,21 +331,21 @@ async def test_a_question_that_is_being_given_up_is_not_joined(engine: Engine, s
     engine.handler = slowly(release)
     remote = RemoteTokenizer(session)
     first = asyncio.create_task(ids_of(remote, [engine]))
-    await until(lambda: len(engine.bodies) == 1)
+    await eventually(lambda: len(engine.bodies) == 1)
     first.cancel()
     await asyncio.sleep(0)  # the question is on its way out
     second = asyncio.create_task(ids_of(remote, [engine]))
-    await until(lambda: len(engine.bodies) == 2)
+    await eventually(lambda: len(engine.bodies) == 2)
     release.set()
     assert await second == [9707, 1879]
-    assert not remote._under_way
+    assert not remote._under_way  # noqa: SLF001 - nothing stays of a question
 
 
 async def test_who_joins_a_question_keeps_a_deadline_of_its_own(engine: Engine, session: aiohttp.ClientSession) -> None:
     engine.handler = slowly(asyncio.Event())
     remote = RemoteTokenizer(session)
     first = asyncio.create_task(remote.tokenize(text("hello"), [engine], "tiny", timeout_seconds=60))
-    await until(lambda: len(engine.bodies) == 1)
+    await eventually(lambda: len(engine.bodies) == 1)
     with pytest.raises(TokenizeError, match="no engine answered within"):
         await remote.tokenize(text("hello"), [engine], "tiny", timeout_seconds=0.05)
     assert len(engine.bodies) == 1
@@ -353,7 +356,9 @@ async def test_an_engine_is_asked_under_its_own_name_of_the_model(
     engine: Engine, session: aiohttp.ClientSession
 ) -> None:
     engine.names = {"alias": "as it is called there"}
-    await RemoteTokenizer(session).tokenize(text("hello"), [engine], "as others call it", timeout_seconds=5)
+    await RemoteTokenizer(session).tokenize(
+        text("hello"), [engine], "as others call it", timeout_seconds=DEADLINE_SECONDS
+    )
     assert engine.bodies[0]["model"] == "as it is called there"
 
 

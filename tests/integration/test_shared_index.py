@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -33,6 +32,7 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER
 from tests.servers import Server, server
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 PATH = "/v1/completions"
 PROMPT = list(range(1000, 1700))
@@ -71,7 +71,7 @@ def config(engines: Sequence[SimEngine], redis: Server, **index: Any) -> Config:
             models=(ModelConfig(name="sim", tokenizer=str(TOKENIZER), chat_template="chatml"),),
             pods=tuple(PodConfig(name=f"pod-{n}.test", url=engine.url) for n, engine in enumerate(engines)),
             index=IndexConfig(lease_seconds=2.0, **index),
-            redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=2.0, share_load=False),
+            redis=RedisConfig(host="127.0.0.1", port=redis.port, deadline_seconds=DEADLINE_SECONDS, share_load=False),
             scheduler=SchedulerConfig(
                 plugin_config=(PluginArgs(name="kvcache-aware", args=dict(SCHEME)),), pending_seconds=0.0
             ),
@@ -95,8 +95,8 @@ class Client:
             json={"model": "sim", "prompt": list(prompt)},
         ) as response:
             assert response.status == 200, await response.text()
-            told: dict[str, Any] = await response.json()
-            return told
+            decision: dict[str, Any] = await response.json()
+            return decision
 
     async def ask(self, prompt: Sequence[int] = PROMPT) -> str:
         """Send it; the pod that answered."""
@@ -113,12 +113,14 @@ class Client:
 
     async def holds(self, pod: str, blocks: int, trust: str = "exact") -> dict[str, Any]:
         """Wait until the gateway knows that much of a pod."""
-        async with asyncio.timeout(20):
-            while True:
-                told = await self.explain()
-                if (told["pods"][pod]["matched_blocks"], told["pods"][pod]["trust"]) == (blocks, trust):
-                    return told
-                await asyncio.sleep(0.05)
+        decision: dict[str, Any] = {}
+
+        async def knows() -> bool:
+            decision.update(await self.explain())
+            return (decision["pods"][pod]["matched_blocks"], decision["pods"][pod]["trust"]) == (blocks, trust)
+
+        await eventually(knows)
+        return decision
 
 
 @asynccontextmanager
@@ -132,8 +134,8 @@ async def test_what_an_agent_writes_all_gateways_read(engines: Sequence[SimEngin
     async with Agent(settings, listen="127.0.0.1:0") as agent, gateway(settings) as one, gateway(settings) as other:
         pod = await one.ask()
         await one.holds(pod, 5)
-        told = await other.holds(pod, 5)
-        assert told["chosen"] == pod == await other.ask()
+        decision = await other.holds(pod, 5)
+        assert decision["chosen"] == pod == await other.ask()
         async with aiohttp.ClientSession() as session, session.get(f"{agent.url}/metrics") as response:
             text = await response.text()
         assert f'matrixinfer_redis_writer{{pod="{pod}"}} 1.0' in text
@@ -170,7 +172,11 @@ async def test_the_gateway_may_write_and_only_one_does_for_a_pod(engines: Sequen
         await one.holds(pod, 5)
         await other.holds(pod, 5)
         series = f'matrixinfer_redis_writer{{pod="{pod}"}}'
-        assert sorted([await one.metric(series), await other.metric(series)]) == [0.0, 1.0]
+
+        async def one_writes() -> bool:
+            return sorted([await one.metric(series), await other.metric(series)]) == [0.0, 1.0]
+
+        await eventually(one_writes)
 
 
 async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis: Server) -> None:
@@ -178,9 +184,7 @@ async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis
         pod = await first.ask()
         await first.holds(pod, 5)
         with redis.client() as client:
-            async with asyncio.timeout(10):
-                while not client.keys("matrix:kv:block:*"):
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: bool(client.keys("matrix:kv:block:*")))
     silent = tuple(
         PodConfig(name=f"pod-{n}.test", url=engine.url, kv_events="none") for n, engine in enumerate(engines)
     )
@@ -190,8 +194,8 @@ async def test_an_embedded_index_starts_warm(engines: Sequence[SimEngine], redis
     ) as blind:
         assert (await blind.explain())["pods"][pod]["matched_blocks"] is None
     async with gateway(config(engines, redis, warm_start=True)) as warm:
-        told = await warm.holds(pod, 5)
-        assert told["chosen"] == pod
+        decision = await warm.holds(pod, 5)
+        assert decision["chosen"] == pod
 
 
 async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[SimEngine], redis: Server) -> None:
@@ -207,22 +211,25 @@ async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[S
             client.hset(key, "pod-1.test.svc.cluster.local", str(int(time.time()) - 60))
             client.hset(key, "pod-0.test.svc.cluster.local", str(int(time.time()) - 90_000))
     async with gateway(settings) as client_:
-        told = await client_.holds("pod-1.test", 4, trust="partial")
-        assert told["pods"]["pod-0.test"]["matched_blocks"] == 0, "older than a day"
+        decision = await client_.holds("pod-1.test", 4, trust="partial")
+        assert decision["pods"]["pod-0.test"]["matched_blocks"] == 0, "older than a day"
         assert await client_.ask() == "pod-1.test"
 
 
-async def test_blocks_that_are_made_otherwise_are_told_of_loudly(
+async def test_blocks_of_another_scheme_are_logged_as_a_warning(
     engines: Sequence[SimEngine], redis: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = structlog.testing.CapturingLogger()
-    monkeypatch.setattr("matrixinfer.index.redis.pod_states.log", told)
+    logged = structlog.testing.CapturingLogger()
+    monkeypatch.setattr("matrixinfer.index.redis.pod_states.log", logged)
     with redis.client() as client:
         client.hset("matrix:kv:meta:sim", mapping={"block_size": "16", "hash_scheme": "prefix", "version": "1"})
-    async with gateway(config(engines, redis, kind="redis")) as reader, asyncio.timeout(10):
-        while not await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}'):
-            await asyncio.sleep(0.05)
-    (call,) = told.calls
+    async with gateway(config(engines, redis, kind="redis")) as reader:
+
+        async def differs() -> bool:
+            return await reader.metric('matrixinfer_redis_scheme_differs{model="sim"}') > 0
+
+        await eventually(differs)
+    (call,) = logged.calls
     assert (call.method_name, call.args, call.kwargs["there"]["block_size"]) == (
         "warning",
         ("redis_scheme_differed",),
@@ -240,8 +247,8 @@ async def test_without_redis_requests_are_routed_by_load_and_say_why(
     )
     async with gateway(nowhere) as client:
         assert await client.ask() in ("pod-0.test", "pod-1.test")
-        told = await client.explain()
-        assert any(note.startswith("index unavailable: ") for note in told["notes"])
+        decision = await client.explain()
+        assert any(note.startswith("index unavailable: ") for note in decision["notes"])
         assert await client.metric('matrixinfer_degraded_total{reason="index"}') > 0
 
 
@@ -252,11 +259,9 @@ async def test_a_dry_run_says_what_would_be_written(engines: Sequence[SimEngine]
         Agent(settings, listen=None, dry_run=DryRunIndex(lines.append)),
         aiohttp.ClientSession() as session,
         session.post(engines[0].url + PATH, json={"model": "sim", "prompt": PROMPT, "max_tokens": 1}) as response,
-        asyncio.timeout(10),
     ):
         assert response.status == 200
-        while len(lines) < 5:
-            await asyncio.sleep(0.02)
+        await eventually(lambda: len(lines) >= 5)
     assert all(line.startswith("HSET matrix:kv:block:sim@") for line in lines)
     with redis.client() as client:
         assert client.dbsize() == 0
@@ -270,9 +275,9 @@ async def test_passwords_are_nowhere_to_be_seen(engines: Sequence[SimEngine], re
     )
     with structlog.testing.capture_logs() as logs:
         async with gateway(secret) as client:
-            told = await client.explain()
-    assert any("index unavailable" in note for note in told["notes"])
-    assert "hunter2" not in json.dumps(told) + json.dumps(logs, default=str) + repr(secret)
+            decision = await client.explain()
+    assert any("index unavailable" in note for note in decision["notes"])
+    assert "hunter2" not in json.dumps(decision) + json.dumps(logs, default=str) + repr(secret)
 
 
 async def test_when_redis_is_lost_what_was_sent_where_counts(engines: Sequence[SimEngine], tmp_path: Path) -> None:
@@ -282,7 +287,7 @@ async def test_when_redis_is_lost_what_was_sent_where_counts(engines: Sequence[S
             pod = await client.ask()
             await client.holds(pod, 5)
             lost.kill()
-            told = await client.explain()
-            assert any(note.startswith("index unavailable: ") for note in told["notes"])
-            assert {each["trust"] for each in told["pods"].values()} == {"none"}
+            decision = await client.explain()
+            assert any(note.startswith("index unavailable: ") for note in decision["notes"])
+            assert {each["trust"] for each in decision["pods"].values()} == {"none"}
             assert [await client.ask() for _ in range(4)] == [pod] * 4

@@ -19,8 +19,9 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .sim_support import CHAT, COMPLETIONS, CONFIG, END, Json, running, subscribed, until
+from .sim_support import CHAT, COMPLETIONS, CONFIG, END, Json, running, subscribed
 
 SLOW = Timing(step=0.02, prefill_token=0, decode_sequence=0)
 MESSAGES = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Tell me about rivers."}]
@@ -163,7 +164,7 @@ async def test_a_replay_request_without_its_empty_frame_gets_no_answer(tokenizer
             await dealer.send_multipart([b"", b"short"])
             assert not await dealer.poll(200)
             await dealer.send_multipart([b"", bytes(8)])
-            assert await asyncio.wait_for(dealer.recv_multipart(), 5) == [b"", b"", END, b""]
+            assert await asyncio.wait_for(dealer.recv_multipart(), DEADLINE_SECONDS) == [b"", b"", END, b""]
         finally:
             context.destroy(linger=0)
 
@@ -193,7 +194,7 @@ async def test_a_disconnected_client_aborts_its_request_and_its_blocks_stay_cach
             await response.content.readuntil(b"\n\n")
             assert client.engine.stats.running == 1
             response.close()
-        await until(lambda: client.engine.stats.running == 0)
+        await eventually(lambda: client.engine.stats.running == 0)
         assert client.engine.stats.cache_usage == 0
         assert client.engine.stats.generated_tokens < 50
         assert await client.complete([1, 2, 3, 4, 5]) == 4
@@ -234,7 +235,7 @@ async def test_metrics_have_vllms_names(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, replace(CONFIG, timing=SLOW)) as client:
         await client.complete([1, 2, 3, 4, 5])
         busy = asyncio.create_task(client.complete([1, 2, 3, 4, 5, 6], max_tokens=10))
-        await until(lambda: client.engine.stats.generated_tokens > 2)
+        await eventually(lambda: client.engine.stats.generated_tokens > 2)
         metrics = await client.metrics()
         async with client.session.get("/load") as response:
             assert await response.json() == {"server_load": 1}
@@ -274,14 +275,14 @@ async def test_the_command_prints_its_endpoints_and_stops_on_sigterm() -> None:
     )
     try:
         assert process.stdout is not None
-        ready = msgspec.json.decode(await asyncio.wait_for(process.stdout.readline(), 20))
+        ready = msgspec.json.decode(await asyncio.wait_for(process.stdout.readline(), DEADLINE_SECONDS))
         async with aiohttp.ClientSession(ready["url"]) as session:
             async with session.get("/v1/models") as response:
                 models = (await response.json())["data"]
             async with session.get("/kv_event_sources") as response:
                 sources = await response.json()
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 5) == 0
+        assert await asyncio.wait_for(process.wait(), DEADLINE_SECONDS) == 0
     finally:
         if process.returncode is None:
             process.kill()

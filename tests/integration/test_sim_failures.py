@@ -9,6 +9,7 @@ import pytest
 
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.model import Timing
+from tests.waiting import eventually
 
 from .sim_support import CONFIG, Feed, running, subscribed
 
@@ -69,8 +70,7 @@ async def test_a_restart_clears_the_cache_and_the_sequence_numbers(tokenizer: Lo
 async def test_a_busy_engine_refuses_to_restart(tokenizer: LocalTokenizer) -> None:
     async with running(tokenizer, replace(CONFIG, timing=Timing(step=0.05))) as client:
         busy = asyncio.create_task(client.complete(PROMPT, max_tokens=5))
-        while not client.engine.stats.running:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: client.engine.stats.running > 0)
         with pytest.raises(RuntimeError, match="in flight"):
             client.engine.restart()
         assert await busy == 0

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from dataclasses import replace
 
 import pytest
 
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.model import Timing
+from tests.ports import consecutive_ports
+from tests.waiting import eventually
 
-from .sim_support import COMPLETIONS, CONFIG, running, subscribed, until
+from .sim_support import COMPLETIONS, CONFIG, running, subscribed
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 RANKS = replace(CONFIG, data_parallel_size=2)
 LORA = replace(CONFIG, loras=("french", "terse"))
 SLOW = Timing(step=0.05, prefill_token=0, decode_sequence=0)
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` consecutive free ports."""
-    for _ in range(50):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port: int = taken.getsockname()[1]
-        try:
-            for offset in range(count):
-                socket.create_server(("127.0.0.1", port + offset)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no free ports")
 
 
 async def test_each_rank_has_its_own_cache_and_feed(tokenizer: LocalTokenizer) -> None:
@@ -58,7 +45,7 @@ async def test_each_rank_has_its_own_cache_and_feed(tokenizer: LocalTokenizer) -
 
 
 async def test_ranks_publish_on_the_ports_after_the_given_ones(tokenizer: LocalTokenizer) -> None:
-    port = free_ports(4)
+    port = consecutive_ports(4)
     async with running(tokenizer, replace(RANKS, kv_port=port, replay_port=port + 2)) as client:
         sources = await client.get("/kv_event_sources")
     assert [(source["endpoint"], source["replay_endpoint"]) for source in sources.values()] == [
@@ -90,7 +77,7 @@ async def test_without_a_rank_header_the_least_busy_rank_is_chosen(tokenizer: Lo
     async with running(tokenizer, replace(RANKS, timing=SLOW)) as client:
         first, second = client.engine.ranks
         busy = [asyncio.create_task(client.complete([i] * 9, max_tokens=9, rank=1)) for i in range(3)]
-        await until(lambda: second.driver.in_flight == 3)
+        await eventually(lambda: second.driver.in_flight == 3)
         await asyncio.gather(*(client.complete([i] * 9) for i in range(3, 5)))
         assert (first.stats.generated_tokens, second.driver.in_flight) == (2, 3)
         load = await client.get("/load")

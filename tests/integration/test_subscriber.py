@@ -18,14 +18,16 @@ from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
+from tests.ports import two_ports
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .kvevents_support import TOKENS, Engine, Relay, complete, held, ports_of, stored, until
+from .kvevents_support import TOKENS, Engine, Relay, complete, held, ports_of, stored
 
 
 async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(
     subscriber: Subscriber, index: MemoryIndex
 ) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         ports = ports_of(source)
     feed = subscriber.follow(source)
@@ -33,21 +35,21 @@ async def test_an_engine_that_is_not_there_yet_is_followed_once_it_comes(
     assert feed.state is FeedState.SYNCING
     async with Engine(ports) as engine:
         engine.publish(stored(0, 3))
-        await until(lambda: held(index) == 3 and complete(feed))
+        await eventually(lambda: held(index) == 3 and complete(feed))
 
 
 async def test_a_restarted_engine_starts_from_nothing(subscriber: Subscriber, index: MemoryIndex) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         ports = ports_of(source)
         feed = subscriber.follow(source)
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(stored(0, 4))
-        await until(lambda: held(index) == 4)
+        await eventually(lambda: held(index) == 4)
     async with Engine(ports) as engine:
         engine.publish(stored(0, 1))
-        await until(lambda: held(index) == 1)
-        await until(lambda: complete(feed))
+        await eventually(lambda: held(index) == 1)
+        await eventually(lambda: complete(feed))
 
 
 async def test_a_connection_that_is_silently_dead_is_replaced(
@@ -57,26 +59,26 @@ async def test_a_connection_that_is_silently_dead_is_replaced(
     monkeypatch.setattr("matrixinfer.kvevents.connect.HEARTBEAT_TIMEOUT_MS", 200)
     async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
         feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         relay.go_silent()
         engine.publish(stored(0, 2))
-        await until(lambda: held(index) == 2 and complete(feed))
+        await eventually(lambda: held(index) == 2 and complete(feed))
 
 
 async def test_every_topic_is_taken(subscriber: Subscriber, index: MemoryIndex) -> None:
     async with Engine(topic="kv-events") as engine:
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(stored(0, 4))
-        await until(lambda: held(index) == 4)
+        await eventually(lambda: held(index) == 4)
 
 
 async def test_a_configured_topic_that_does_not_match_is_counted(subscriber: Subscriber, index: MemoryIndex) -> None:
     async with Engine(topic="other") as engine:
         feed = subscriber.follow(engine.source(topic="kv-events"))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(stored(0, 4))
-        await until(lambda: feed.stats.wrong_topic == 1)
+        await eventually(lambda: feed.stats.wrong_topic == 1)
         assert held(index) == 0
 
 
@@ -93,7 +95,7 @@ async def test_garbage_is_counted_and_survived(subscriber: Subscriber, index: Me
             [b"", bytes(8), b"\xc1 no msgpack"],
             [b"", bytes(7) + b"\x01", encode(EventBatch(0.0, [stored(0, 4)]))],
         ]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while held(index) < 4:  # a PUB socket drops what it sends before the subscription has come
                 for frame in frames:
                     socket.send_multipart(frame)
@@ -108,7 +110,7 @@ async def test_unfollowing_forgets_the_pod(subscriber: Subscriber, index: Memory
     async with Engine() as engine:
         engine.publish(stored(0, 4))
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         subscriber.unfollow("a")
         assert held(index) == 0
         assert not subscriber.feeds
@@ -118,9 +120,9 @@ async def test_a_clear_empties_the_pod(subscriber: Subscriber, index: MemoryInde
     async with Engine() as engine:
         engine.publish(stored(0, 4))
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(AllBlocksCleared(), stored(0, 1))
-        await until(lambda: held(index) == 1)
+        await eventually(lambda: held(index) == 1)
 
 
 async def test_a_bad_endpoint_is_tried_again_and_hurts_no_other_feed(
@@ -132,8 +134,8 @@ async def test_a_bad_endpoint_is_tried_again_and_hurts_no_other_feed(
         async with Engine() as engine:
             engine.publish(stored(0, 2))
             feed = subscriber.follow(engine.source())
-            await until(lambda: complete(feed))
-            await until(lambda: sum(line["event"] == "kv_events_failed" for line in logs) > 1)
+            await eventually(lambda: complete(feed))
+            await eventually(lambda: sum(line["event"] == "kv_events_failed" for line in logs) > 1)
     assert held(index) == 2
     assert bad.state is FeedState.STALE
     subscriber.unfollow("bad")
@@ -154,27 +156,27 @@ async def test_a_frame_that_cannot_be_applied_is_counted_and_the_next_ones_are_t
     monkeypatch.setattr(Ledger, "apply", fail_once)
     async with Engine() as engine:
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         for _ in range(3):
             engine.publish(stored(0, 2))
-        await until(lambda: feed.stats.frames == 3)
+        await eventually(lambda: feed.stats.frames == 3)
         assert (feed.stats.malformed, feed.state) == (1, FeedState.PARTIAL)
         assert held(index) == 2
 
 
 async def test_a_feed_is_stale_while_its_connection_is_down(subscriber: Subscriber, index: MemoryIndex) -> None:
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
         engine.publish(stored(0, 2))
         feed = subscriber.follow(source)
-        await until(lambda: complete(feed))
-    await until(lambda: feed.state is FeedState.STALE)
+        await eventually(lambda: complete(feed))
+    await eventually(lambda: feed.state is FeedState.STALE)
     assert held(index) == 2
     async with Engine(ports_of(source)) as engine:
-        await until(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
         assert held(index) == 0
         engine.publish(stored(0, 1))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
 
 
 async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: Subscriber, index: MemoryIndex) -> None:
@@ -182,11 +184,11 @@ async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: S
         one.publish(stored(0, 4))
         other.publish(stored(0, 1))
         feed = subscriber.follow(one.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert subscriber.follow(one.source()) is feed
         later = subscriber.follow(other.source())
         assert held(index) == 0
-        await until(lambda: complete(later))
+        await eventually(lambda: complete(later))
         one.publish(stored(0, 4))
         await asyncio.sleep(0.1)
         assert held(index) == 1
@@ -203,12 +205,12 @@ async def test_a_connection_that_breaks_costs_nothing_when_the_engine_is_the_sam
     async with Engine() as engine, Relay(ports_of(engine.source())[0]) as relay:
         engine.publish(stored(0, 1))
         feed = subscriber.follow(replace(engine.source(), endpoint=relay.endpoint))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         relay.cut()
-        await until(lambda: feed.state is FeedState.STALE)
+        await eventually(lambda: feed.state is FeedState.STALE)
         engine.publish(stored(1, 2))
         assert held(index) == 1
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 2
         assert (feed.ledger.stats.stored, feed.stats.restarts) == (2, 0)
 
@@ -218,7 +220,7 @@ async def test_ranks_of_one_pod_are_feeds_of_their_own(subscriber: Subscriber, i
         zero.publish(stored(0, 1))
         one.publish(stored(0, 3))
         feeds = [subscriber.follow(replace(e.source(), rank=rank)) for rank, e in enumerate((zero, one))]
-        await until(lambda: all(map(complete, feeds)))
+        await eventually(lambda: all(map(complete, feeds)))
         assert subscriber.feeds == {"a@dp0": feeds[0], "a@dp1": feeds[1]}
         assert (held(index, "a@dp0"), held(index, "a@dp1"), held(index)) == (1, 3, 0)
         subscriber.unfollow("a@dp1")
@@ -231,10 +233,10 @@ async def test_many_engines_are_followed_by_one_process(subscriber: Subscriber, 
         for engine in engines:
             engine.publish(stored(0, 2))
         feeds = [subscriber.follow(engine.source()) for engine in engines]
-        await until(lambda: all(map(complete, feeds)))
+        await eventually(lambda: all(map(complete, feeds)))
         for engine in engines:
             engine.publish(stored(2, 4))
-        await until(lambda: all(held(index, engine.pod) == 4 for engine in engines))
+        await eventually(lambda: all(held(index, engine.pod) == 4 for engine in engines))
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
@@ -253,11 +255,11 @@ async def test_engines_are_reached_by_name_and_by_address_of_either_kind(
         ports = [socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2] for socket in (pub, router)]
         live, replay = (f"tcp://{host}:{port}" for port in ports)
         feed = subscriber.follow(FeedSource(pod="a", model="m", endpoint=live, replay_endpoint=replay))
-        peer, *_ = await asyncio.wait_for(router.recv_multipart(), 10)
+        peer, *_ = await asyncio.wait_for(router.recv_multipart(), DEADLINE_SECONDS)
         await router.send_multipart([peer, b"", b"\xff" * 8, b""])
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         await pub.send_multipart([b"", bytes(8), encode(EventBatch(0.0, [stored(0, 2)]))])
-        await until(lambda: held(index) == 2)
+        await eventually(lambda: held(index) == 2)
     finally:
         context.destroy(linger=0)
 
@@ -270,9 +272,9 @@ async def test_an_engine_whose_events_cannot_be_trusted_is_named_with_the_reason
         engine.publish(stored(0, 2))
         with structlog.testing.capture_logs() as logs:
             feed = subscriber.follow(engine.source())
-            await until(lambda: complete(feed))
+            await eventually(lambda: complete(feed))
             engine.publisher.publish(msgspec.msgpack.encode([0.0, [page], None]))
-            await until(lambda: feed.state is FeedState.UNTRUSTED)
+            await eventually(lambda: feed.state is FeedState.UNTRUSTED)
     assert held(index) == 0
     states = [
         (line["state"], line.get("reason"))
@@ -287,10 +289,10 @@ async def test_an_engine_of_tiny_blocks_is_warned_of_once(subscriber: Subscriber
     with structlog.testing.capture_logs() as logs:
         async with Engine() as engine:
             feed = subscriber.follow(engine.source())
-            await until(lambda: complete(feed))
+            await eventually(lambda: complete(feed))
             for _ in range(2):
                 engine.publish(tiny)
-            await until(lambda: feed.stats.frames == 2)
+            await eventually(lambda: feed.stats.frames == 2)
     lines = [line for line in logs if line["event"] in {"kv_events_small_blocks_found", "kv_events_layout_learned"}]
     assert [(line["event"], line["engine_block"]) for line in lines] == [
         ("kv_events_layout_learned", 8),
@@ -303,11 +305,11 @@ async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
     subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matrixinfer.kvevents.subscription.CONNECT_SECONDS", 0.1)
-    async with Engine() as engine:
+    async with Engine(two_ports()) as engine:
         source = engine.source()
     with structlog.testing.capture_logs() as logs:
         feed = subscriber.follow(source)
-        await until(lambda: feed.state is FeedState.STALE)
+        await eventually(lambda: feed.state is FeedState.STALE)
         await asyncio.sleep(0.3)
     assert [line["event"] for line in logs if line["log_level"] == "warning"] == [
         "kv_events_not_connected",
@@ -315,5 +317,5 @@ async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
     ]
     async with Engine(ports_of(source)) as engine:
         engine.publish(stored(0, 2))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 2

@@ -18,8 +18,9 @@ from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.kvevents.subscription import Shared, Subscription
 from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
 from matrixinfer.tasks import cancel_and_wait
+from tests.waiting import DEADLINE_SECONDS, eventually
 
-from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored, until
+from .kvevents_support import BLOCKS, END, Answers, Engine, complete, held, stored
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ async def test_what_was_published_before_is_replayed_and_what_comes_after_follow
     async with Engine() as engine:
         engine.publish(stored(0, 2))
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 2
         engine.publish(stored(2, 4))
-        await until(lambda: held(index) == 4)
+        await eventually(lambda: held(index) == 4)
 
 
 async def test_without_replay_a_late_start_is_partial_and_follows_what_comes(
@@ -47,12 +48,16 @@ async def test_without_replay_a_late_start_is_partial_and_follows_what_comes(
     async with Engine() as engine:
         engine.publish(stored(0, 1))
         feed = subscriber.follow(engine.source(replay=False))
-        await asyncio.sleep(0.3)  # the subscription must have reached the publisher: nothing is replayed
-        engine.publish(stored(1, 2))
+
+        def is_heard() -> bool:
+            engine.publish(stored(1, 2))
+            return feed.stats.frames > 0
+
+        await eventually(is_heard, pause=0.05)  # what is sent before the subscription has arrived is not replayed
         engine.publish(stored(0, 2))
-        await until(lambda: held(index) == 2)
+        await eventually(lambda: held(index) == 2)
         assert feed.state is FeedState.PARTIAL
-        assert feed.ledger.stats.orphans == 1
+        assert feed.ledger.stats.orphans == feed.stats.frames - 1
 
 
 async def test_the_loop_stays_responsive_while_a_long_history_is_replayed(
@@ -63,7 +68,7 @@ async def test_the_loop_stays_responsive_while_a_long_history_is_replayed(
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
         turns = 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 await asyncio.sleep(0)
                 turns += 1
@@ -76,9 +81,9 @@ async def test_a_replay_that_never_has_what_is_missing_is_given_up(subscriber: S
         engine.publish(stored(0, 1))
         source = replace(engine.source(), replay_endpoint=other.publisher.replay_endpoint)
         feed = subscriber.follow(source)
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(stored(0, 2))
-        await until(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
         assert feed.stats.replays < 6
         assert held(index) == 2
 
@@ -86,9 +91,9 @@ async def test_a_replay_that_never_has_what_is_missing_is_given_up(subscriber: S
 async def test_a_bad_replay_endpoint_leaves_the_live_feed(subscriber: Subscriber, index: MemoryIndex) -> None:
     async with Engine() as engine:
         feed = subscriber.follow(replace(engine.source(), replay_endpoint="no such thing"))
-        await until(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
         engine.publish(stored(0, 2))
-        await until(lambda: held(index) == 2)
+        await eventually(lambda: held(index) == 2)
 
 
 async def test_holes_and_a_missing_end_in_replays_are_fetched_again(
@@ -100,7 +105,7 @@ async def test_holes_and_a_missing_end_in_replays_are_fetched_again(
         for n in range(4):
             engine.publish(stored(n, n + 1))
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 4
         assert asked == [0, 0, 1, 2, 3]  # the last one for the proof that nothing is left
 
@@ -114,9 +119,9 @@ async def test_a_replay_that_was_given_up_is_tried_again_later(
         asked = engine.lose_in_replays([{0, 1, END}] * 4)
         engine.publish(stored(0, 1))
         feed = subscriber.follow(engine.source())
-        await until(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
         engine.publish(stored(1, 2))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 2
         assert asked == [0, 0, 0, 0, 0, 1]  # the last one for what came since the one before, and brings nothing
 
@@ -127,7 +132,7 @@ async def test_malformed_replies_are_counted_and_bounded(
     monkeypatch.setattr("matrixinfer.kvevents.replay.MAX_MALFORMED", 5)
     async with Engine() as engine, Answers([[b"", b"short", b"x"]] * 100) as garbage:
         feed = subscriber.follow(replace(engine.source(), replay_endpoint=garbage.endpoint))
-        await until(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
         assert feed.stats.malformed == 3 * 6
 
 
@@ -137,7 +142,7 @@ async def test_every_shape_of_a_replay_is_read(subscriber: Subscriber, index: Me
     messages = [[*before, seq.to_bytes(8, "big"), payload] for seq, payload in enumerate(batches)]
     async with Engine() as engine, Answers([*messages, [*before, b"\xff" * 8, b""]]) as answers:
         feed = subscriber.follow(replace(engine.source(), replay_endpoint=answers.endpoint))
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert (held(index), feed.stats.malformed) == (3, 0)
 
 
@@ -151,7 +156,7 @@ async def test_a_history_of_more_bytes_than_a_reply_may_have_takes_several(
         for n in range(4):
             engine.publish(stored(n, n + 1))
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 4
         assert asked == [0, 2, 3]
 
@@ -174,7 +179,7 @@ async def test_neither_replayed_nor_held_frames_hold_up_the_loop(
         for _ in range(200):
             engine.publish(AllBlocksCleared(), stored(0, 4))
         feed = subscriber.follow(engine.source())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not complete(feed):
                 before = applied
                 await asyncio.sleep(0)
@@ -193,11 +198,11 @@ async def test_a_reply_is_void_once_the_feed_has_moved_on(shared: Shared) -> Non
         feed = PodFeed(Ledger(pod="a", model="m", blocks=BLOCKS, index=MemoryIndex()), can_replay=True)
         following = asyncio.create_task(Subscription(shared, engine.source(), feed).run())
         async with shared.applying:  # as when another feed is catching up
-            await until(lambda: asked == [0])
+            await eventually(lambda: asked == [0])
             await asyncio.sleep(0.1)
             feed.disconnected()
             feed.reconnected()
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         await cancel_and_wait(following)
         assert (asked, feed.stats.frames) == ([0, 0, 0], 2)
 
@@ -229,15 +234,15 @@ async def test_a_frame_lost_before_a_silence_is_found_by_the_heartbeat(
     monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)
     async with Engine() as engine:
         feed = subscriber.follow(engine.source())
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         engine.publish(stored(0, 1))
-        await until(lambda: held(index) == 1)
+        await eventually(lambda: held(index) == 1)
         engine.publisher.lose(1)
         engine.publish(stored(1, 2))
-        await until(lambda: held(index) == 2 and complete(feed))
+        await eventually(lambda: held(index) == 2 and complete(feed))
         assert (feed.stats.silent_losses, feed.stats.gaps) == (1, 0)
         beats = feed.stats.heartbeats
-        await until(lambda: feed.stats.heartbeats > beats + 1)
+        await eventually(lambda: feed.stats.heartbeats > beats + 1)
         assert feed.stats.silent_losses == 1
 
 
@@ -248,8 +253,8 @@ async def test_an_engine_whose_replay_endpoint_falls_silent_is_noticed(
     monkeypatch.setattr("matrixinfer.kvevents.replay.FRAME_TIMEOUT", 0.1)
     async with Engine() as engine:
         feed = subscriber.follow(engine.source())
-        await until(lambda: feed.stats.heartbeats > 0)
+        await eventually(lambda: feed.stats.heartbeats > 0)
         engine.lose_in_replays([{END}] * 100)
-        await until(lambda: feed.is_silent)
+        await eventually(lambda: feed.is_silent)
         engine.publish(stored(0, 1))
-        await until(lambda: not feed.is_silent)
+        await eventually(lambda: not feed.is_silent)

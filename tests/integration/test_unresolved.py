@@ -12,8 +12,9 @@ import pytest
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents import subscription
 from matrixinfer.kvevents.subscriber import Subscriber
+from tests.waiting import eventually
 
-from .kvevents_support import BLOCKS, Engine, complete, held, stored, until
+from .kvevents_support import BLOCKS, Engine, complete, held, stored
 
 
 async def test_the_gateway_follows_an_engine_once_its_name_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,8 +34,8 @@ async def test_the_gateway_follows_an_engine_once_its_name_resolves(monkeypatch:
         source = engine.source()
         live, history = (str(e).replace("127.0.0.1", "localhost") for e in (source.endpoint, source.replay_endpoint))
         feed = subscriber.follow(replace(source, endpoint=live, replay_endpoint=history))
-        await until(lambda: asked >= 2)
+        await eventually(lambda: asked >= 2)
         assert held(index) == 0
         monkeypatch.setattr(loop, "getaddrinfo", lookup)
-        await until(lambda: complete(feed))
+        await eventually(lambda: complete(feed))
         assert held(index) == 2

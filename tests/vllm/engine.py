@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from tests.ports import consecutive_ports, free_port
 
 from .model import tokenizer_of
 
@@ -184,23 +184,8 @@ async def running(engines: Sequence[Engine]) -> AsyncIterator[Sequence[Engine]]:
 
 
 def free_ports(ranks: int) -> list[int]:
-    """A free port for the API, and two ports that each start a range of `ranks` free ones.
-
-    They are below the ports of outgoing connections, as an engine needs a minute until it binds them.
-    """
-    with ExitStack() as stack:
-
-        def base(count: int) -> int:
-            while True:
-                first = random.randrange(20_000, 32_000)
-                try:
-                    for port in range(first, first + count):
-                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-                return first
-
-        return [base(1), base(ranks), base(ranks)]
+    """A free port for the API, and two ports that each start a range of `ranks` free ones."""
+    return [free_port(), consecutive_ports(ranks), consecutive_ports(ranks)]
 
 
 async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:

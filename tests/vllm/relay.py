@@ -11,7 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from .engine import free_ports
+from tests.ports import free_port
 
 NOTHING = msgspec.msgpack.encode([0.0, []])
 """A batch without events."""
@@ -48,7 +48,7 @@ class Relay:
 @asynccontextmanager
 async def relay(source: str, *, seed: int) -> AsyncIterator[Relay]:
     """A running relay."""
-    running = Relay(free_ports(1)[0], seed)
+    running = Relay(free_port(), seed)
     task = asyncio.create_task(running.run(source))
     try:
         yield running

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from matrixinfer.config import (
     SchedulerConfig,
 )
 from matrixinfer.kvevents.feed import PodFeed
+from tests.waiting import eventually
 
 from .engine import NAME, Engine
 from .model import tokenizer_of
@@ -123,7 +123,7 @@ class Target:
 
     async def wait_for_complete_feeds(self, count: int) -> None:
         """Wait until there are `count` feeds, and all are complete."""
-        await until(lambda: [feed.state.value for feed in self.feeds.values()] == ["complete"] * count)
+        await eventually(lambda: [feed.state.value for feed in self.feeds.values()] == ["complete"] * count)
 
 
 async def _whole(response: aiohttp.ClientResponse) -> tuple[str, Json]:
@@ -190,10 +190,3 @@ async def gateway(
             sum(engine.options.ranks for engine in engines) if followed is None else followed
         )
         yield target
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for a condition. Raises `TimeoutError`."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)

@@ -12,12 +12,13 @@ import pytest
 from matrixinfer.kvevents import subscription
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.trust import drift
+from tests.waiting import eventually
 
 from . import workload
 from .engine import Engine
 from .relay import relay
 from .results import Results
-from .target import COMPLETIONS, gateway, until
+from .target import COMPLETIONS, gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -46,8 +47,8 @@ async def test_an_engine_that_is_killed_and_restarted(engines: Sequence[Engine],
         await engines[0].start()
         feed = target.feeds["pod-0"]
         # An engine that has published nothing looks like one without history, until its first frame.
-        await until(lambda: feed.state is FeedState.PARTIAL)
-        await until(lambda: all(pod.healthy for pod in target.service.engines.registry.pods))
+        await eventually(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: all(pod.healthy for pod in target.service.engines.registry.pods))
         assert (feed.stats.restarts, len(feed.ledger)) == (1, 0)
         answers = await workload.evictions(target, tally, draw, count=40)
         assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}
@@ -83,7 +84,7 @@ async def test_frames_that_are_lost(
                     target.service.gateway.url + COMPLETIONS, json={"model": "tiny", "prompt": prompt, "max_tokens": 40}
                 )
             lossy.share = 0.0
-            await until(has_answered(feed))
+            await eventually(has_answered(feed))
             await workload.evictions(target, tally, draw, count=22)
         assert lossy.lost > 10
         assert feed.stats.gaps + feed.stats.silent_losses > 0

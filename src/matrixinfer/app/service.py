@@ -62,7 +62,7 @@ class Service:
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
-        self._load = LoadLedger(clock, config.scheduler.pending_seconds)
+        self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self._parity = Parity(self.metrics, clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
@@ -112,9 +112,9 @@ class Service:
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(engines.registry, lookup, self._load, self._history, config.weights, self.peer_loads),
+            candidates=Candidates(engines.registry, lookup, self.load, self._history, config.weights, self.peer_loads),
             scheduler=self._scheduler,
-            load=self._load,
+            load=self.load,
             history=self._history,
             auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
             decisions=self.decisions,
@@ -128,14 +128,14 @@ class Service:
         if store is None or not store.config.share_load:
             return
         trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
-        peers = Peers(store, loads=self.peer_loads, load=self._load, history=self._history, trust_of=trust_of)
+        peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
             "recent_blocks": self._history.__len__,
-            "pending_blocks": self._load.__len__,
+            "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "parity_samples": self._parity.__len__,
         }

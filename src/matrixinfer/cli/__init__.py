@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 from matrixinfer import __version__
 from matrixinfer.errors import MatrixInferError
@@ -24,15 +26,35 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code of the process."""
+    _open_streams()
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # while a closed pipe can still be handled
     except BrokenPipeError:
-        # The reader has closed the pipe. Python flushes standard output again at exit, which must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # the reader has closed the pipe
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_output()
+        print(f"matrixinfer: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _open_streams() -> None:
+    """Give a process that was started with closed standard streams empty ones: Python has None there."""
+    given: dict[str, TextIO | None] = {"stdin": sys.stdin, "stdout": sys.stdout, "stderr": sys.stderr}
+    for name, stream in given.items():
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open
+
+
+def _discard_output() -> None:
+    """Python flushes standard output once more at exit, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:

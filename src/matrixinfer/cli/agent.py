@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import signal
 import sys
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -14,6 +11,7 @@ import uvloop
 
 from matrixinfer.app.agent import Agent
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
+from matrixinfer.cli.running import run_until_stopped
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -55,7 +53,12 @@ def run(args: argparse.Namespace) -> int:
     """Follow the engines until SIGTERM or SIGINT."""
     config = configuration(args)
     configure(config.log)
-    uvloop.run(_follow(config, args))
+    agent = Agent(
+        config,
+        listen=None if args.listen == "none" else args.listen,
+        dry_run=DryRunIndex(_print_line) if args.dry_run else None,
+    )
+    uvloop.run(run_until_stopped(agent, path="--listen"))
     return 0
 
 
@@ -72,22 +75,6 @@ def configuration(args: argparse.Namespace) -> Config:
     if not pods:
         raise ConfigError("$.pods", "expected at least one pod to follow, got none")
     return checked(msgspec.structs.replace(config, pods=pods, redis=config.redis or RedisConfig()))
-
-
-async def _follow(config: Config, args: argparse.Namespace) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    dry_run = DryRunIndex(_print_line) if args.dry_run else None
-    async with AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(
-                Agent(config, listen=None if args.listen == "none" else args.listen, dry_run=dry_run)
-            )
-        except OSError as error:
-            raise ConfigError("--listen", f"cannot listen: {error}") from error
-        await stop.wait()
 
 
 def _print_line(line: str) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
-import signal
 import sys
-from contextlib import AsyncExitStack
 
 import msgspec
 import uvloop
@@ -15,8 +12,8 @@ import uvloop
 from matrixinfer.app.service import Service
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
+from matrixinfer.cli.running import run_until_stopped
 from matrixinfer.config import Config, checked, convert
-from matrixinfer.errors import ConfigError
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
 
@@ -64,22 +61,9 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     configure(config.log)
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvloop.run(_serve(config))
+    # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
+    uvloop.run(run_until_stopped(Service(config), path="serve", on_started=gc.freeze))
     return 0
-
-
-async def _serve(config: Config) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(Service(config))
-        except OSError as error:
-            raise ConfigError("serve", f"cannot listen: {error}") from error
-        gc.freeze()  # start-up objects live on: without this, every full collection pauses the loop for several ms more
-        await stop.wait()
 
 
 def configuration(args: argparse.Namespace) -> Config:

@@ -172,7 +172,7 @@ async def check_replay(publisher: PublisherState, seconds: float) -> Replay | No
     endpoint = publisher.source.replay_endpoint
     if endpoint is None:
         return None
-    first = publisher.first_frame
+    first = publisher.first_frame  # read once: a frame that arrives while the engine answers is not the one asked for
     start = _UNREACHED if first is None else first[0]
     context = zmq.Context()
     try:

@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from matrixinfer.errors import InvalidRequest
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.fields import decode
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class PodBody(NamedTuple):
@@ -30,12 +34,21 @@ class BodyRewriter:
         self._adds_usage = adds_usage
 
     def body_for(self, pod: str, prompt: Prompt, body: bytes) -> PodBody:
-        """The body for the pod of that name; `body` itself when nothing must differ."""
+        """The body for the pod of that name; `body` itself when nothing must differ.
+
+        Raises `InvalidRequest` if a field must differ in a body whose fields cannot be read: `prompt` was read from it,
+        but keys that routing does not need need not be UTF-8.
+        """
         name = self._registry.name_at(pod, prompt.model)
         may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
             return PodBody(body, adds_usage=False)
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        try:
+            fields = decode(_FIELDS, body)
+        except InvalidRequest:
+            if name != prompt.model:
+                raise
+            return PodBody(body, adds_usage=False)
         options = _with_usage(fields.get("stream_options")) if may_add else None
         if options is None and name == prompt.model:
             return PodBody(body, adds_usage=False)
@@ -50,10 +63,14 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:
 
     None when they must stay: the client asks for usage itself, or the engine will refuse them.
     """
-    given = None if options is None else msgspec.json.decode(options)
-    if given is None:
-        given = {}
-    if not isinstance(given, dict) or given.get("include_usage") not in (None, False):
+    given: dict[str, msgspec.Raw] = {}
+    try:
+        if options is not None and bytes(options) != b"null":
+            given = decode(_FIELDS, options)
+        asked = msgspec.json.decode(given.get("include_usage", b"null"))
+    except (InvalidRequest, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    if asked not in (None, False):
         return None
     kept = {key: value for key, value in given.items() if key != "continuous_usage_stats"}
-    return msgspec.Raw(msgspec.json.encode(kept | {"include_usage": True}))
+    return msgspec.Raw(msgspec.json.encode(kept | {"include_usage": msgspec.Raw(b"true")}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
@@ -29,19 +30,22 @@ _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 
+_Tokens = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Tokens | None = None
 
 
 class _Report(msgspec.Struct):
     """The fields of OpenAI's completions and responses, and of Anthropic's messages, which count cached tokens apart."""
 
-    prompt_tokens: int | None = None
+    prompt_tokens: _Tokens | None = None
     prompt_tokens_details: _Details | None = None
-    input_tokens: int | None = None
+    input_tokens: _Tokens | None = None
     input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: _Tokens | None = None
+    cache_creation_input_tokens: _Tokens | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Report)

@@ -42,6 +42,11 @@ class Supports:
         """The models with token blocks that are supported."""
         return self._counts.keys()
 
+    @property
+    def watched(self) -> int:
+        """How many token blocks are being watched."""
+        return len(self._watches)
+
     def held(self, model: str, names: Iterable[int]) -> int:
         """How many of `names`, from the first on, are supported without a break."""
         counts = self._counts.get(model, {})

@@ -52,11 +52,13 @@ class Audit:
         self._end(computed=computed)
 
     def _end(self, *, computed: bool) -> None:
-        if self._comparison is not None:
-            self._comparison.unwatch(computed=computed)
-        if self._prediction is not None:
-            self._prediction.end(computed=computed)
-            self._prediction = None
+        prediction, self._prediction = self._prediction, None
+        try:
+            if self._comparison is not None:
+                self._comparison.unwatch(computed=computed)
+        finally:
+            if prediction is not None:
+                prediction.end(computed=computed)
 
 
 class Auditor:
@@ -80,7 +82,12 @@ class Auditor:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
         prediction = None if feed is None else self._prediction(prepared, chosen, feed)
-        return Audit(self._comparison(prepared, chosen, feed), prediction)
+        try:
+            return Audit(self._comparison(prepared, chosen, feed), prediction)
+        except BaseException:
+            if prediction is not None:
+                prediction.end(computed=False)
+            raise
 
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import ParamSpec, TypeAlias
 
 from matrixinfer.blocks import BlockChain, Scheme, TokenBlockProcessor, TokenIds
@@ -16,6 +15,7 @@ from matrixinfer.index.base import IndexStats
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.routing import arguments
 from matrixinfer.routing.holdings import Matches, straddled
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
@@ -69,9 +69,9 @@ class Replay:
 
     def is_open(self, feed: PodFeed | None) -> bool:
         """Whether `feed` still waits for the answer. A heartbeat is void once a frame has come."""
-        if feed is not self._feed or feed.epoch != self._epoch:
+        if feed is None or feed is not self._feed or feed.epoch != self._epoch:
             return False
-        return not self.is_heartbeat or feed.stats.frames == self._frames
+        return feed.stats.frames == self._frames if self.is_heartbeat else feed.replay_from is not None
 
 
 class Index:
@@ -93,15 +93,15 @@ class Index:
         max_recent_blocks: int = 1_000_000,
     ) -> None:
         try:
-            blocks = TokenBlockProcessor(block_size, scheme)
-            memory = MemoryIndex(max_blocks=max_blocks, prefix_closed=scheme == "prefix")
+            blocks = TokenBlockProcessor(arguments.count(block_size, "block_size", least=1), scheme)
         except ValueError as error:
             raise ConfigError("Index", str(error)) from error
+        most = arguments.count(max_blocks, "max_blocks", least=1)
+        memory = MemoryIndex(max_blocks=most, prefix_closed=scheme == "prefix")
+        history = RoutingHistory(arguments.count(max_recent_blocks, "max_recent_blocks", least=0))
         self._feeds: dict[str, PodFeed] = {}
         self._follows: dict[str, _Follow] = {}
-        self.known = Known(
-            blocks=blocks, memory=memory, caches=FeedCaches(self._feeds), history=RoutingHistory(max_recent_blocks)
-        )
+        self.known = Known(blocks=blocks, memory=memory, caches=FeedCaches(self._feeds), history=history)
         """What selectors read; not for other callers."""
 
     # Pods
@@ -116,9 +116,11 @@ class Index:
 
         `can_replay` says that its engine can be asked for past batches; then `wanted` asks for them at once, and after
         every loss. Without, the pod is `partial` until its first batch or its next AllBlocksCleared. A pod that is
-        followed in another way begins again; in the same way, nothing changes.
+        followed in another way begins again; in the same way, nothing changes. Raises `InvalidRequest` for a name that
+        cannot be used.
         """
-        follow = _Follow(model=model, can_replay=can_replay)
+        arguments.pod_name(pod)
+        follow = _Follow(model=arguments.text(model, "model"), can_replay=can_replay)
         if self._follows.get(pod) == follow:
             return
         self.forget(pod)
@@ -159,13 +161,15 @@ class Index:
     # Frames
 
     def apply(self, pod: str, seq: int, payload: bytes) -> None:
-        """Apply a frame from the pod's live socket. Raises `UnknownPod`.
+        """Apply a frame from the pod's live socket: its number, and its payload.
+
+        Raises `UnknownPod`, and `InvalidRequest` if these are not a number of 64 bits and bytes.
 
         A frame that cannot be read raises nothing. It may have removed any block, so the pod's blocks are dropped, its
         trust falls, and `status` counts the frame.
         """
         feed = self._feed(pod)
-        _step(feed, feed.live, index(seq), bytes(payload))
+        _step(feed, feed.live, *arguments.frame(seq, payload))
 
     def wanted(self, pod: str) -> Replay | None:
         """What the pod's engine must be asked for now; None when nothing is missing. Raises `UnknownPod`."""
@@ -187,7 +191,8 @@ class Index:
 
         `whole` says that its end marker came. An engine that cannot be reached answers `[]` with `whole=False`; after
         three such answers in a row `wanted` stops asking, and the pod continues as `partial`. Answers to questions that
-        have been overtaken are ignored.
+        have been overtaken are ignored. Raises `InvalidRequest` at a frame that is not a number of 64 bits and bytes; the
+        question stays open then.
         """
         feed = self._feeds.get(replay.pod)
         if feed is None or not replay.is_open(feed):
@@ -195,7 +200,7 @@ class Index:
         if not replay.is_heartbeat:
             self._replay(replay.pod, feed, frames, whole=whole)
         elif whole:
-            _step(feed, feed.heartbeat, [(index(seq), bytes(payload)) for seq, payload in frames])
+            _step(feed, feed.heartbeat, list(arguments.frames(frames)))
         else:
             feed.heartbeat_missed()
 
@@ -216,9 +221,9 @@ class Index:
     def match(self, token_ids: Tokens, *, model: str, salt: str | None = None) -> dict[str, int]:
         """How many blocks of a prompt each pod holds, consecutively from its start. Pods that hold none are absent.
 
-        Raises `InvalidRequest` for token ids that are not integers of 32 bits.
+        Raises `InvalidRequest` for token ids, a model or a salt that cannot be used.
         """
-        counts = self.known.memory.count(model, self.known.chain(token_ids, salt=salt))
+        counts = self.known.memory.count(arguments.text(model, "model"), self.known.chain(token_ids, salt=salt))
         return {pod: count for pod, count in counts.items() if pod in self._feeds}
 
     def stats(self) -> IndexStats:
@@ -233,10 +238,10 @@ class Index:
 
     def _replay(self, pod: str, feed: PodFeed, frames: Iterable[tuple[int, bytes]], *, whole: bool) -> None:
         epoch, start, follow = feed.epoch, feed.replay_from, self._follows[pod]
-        for seq, payload in frames:
+        for seq, payload in arguments.frames(frames):
             if feed.epoch != epoch:
                 break
-            _step(feed, feed.replayed, index(seq), bytes(payload))
+            _step(feed, feed.replayed, seq, payload)
         if feed.epoch == epoch:
             _step(feed, feed.replay_ended if whole else feed.replay_broke_off)
         follow.idle = follow.idle + 1 if feed.replay_from == start else 0
@@ -258,8 +263,12 @@ class Known:
 
     def chain(self, token_ids: Tokens, *, salt: str | None = None, max_blocks: int | None = None) -> BlockChain:
         """The prompt's block hashes. Raises `InvalidRequest`."""
+        if salt is not None:
+            arguments.text(salt, "salt")
         try:
             return self.blocks.chain(token_ids, salt=salt, max_blocks=max_blocks)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"salt: expected text that UTF-8 can encode: {error}", param="salt") from error
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequest(f"token_ids: expected integers of 32 bits: {error}", param="token_ids") from error
 

@@ -93,8 +93,10 @@ class InFlight:
 
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
-        if self.computed:
-            self._charge.release()
-        else:
-            self._charge.cancel()
-        self._audit.close(computed=self.computed)
+        try:
+            if self.computed:
+                self._charge.release()
+            else:
+                self._charge.cancel()
+        finally:
+            self._audit.close(computed=self.computed)

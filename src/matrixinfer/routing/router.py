@@ -94,12 +94,17 @@ class Router:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
         kept = record(decision, path, list(prepared.degraded.values()), prepared.timings_ms)
         self._decisions.add(kept)
-        audit = self._auditor.open(prepared, decision.chosen)
-        return InFlight(  # the charge comes last: from here on `dispatch` releases it
+        charged = self._charge(prepared.request, decision.chosen)
+        try:
+            audit = self._auditor.open(prepared, decision.chosen)
+        except BaseException:
+            charged.cancel()
+            raise
+        return InFlight(
             prepared,
             decision,
             registry=self._registry,
-            charge=self._charge(prepared.request, decision.chosen),
+            charge=charged,
             charge_at=partial(self._charge, prepared.request),
             audit=audit,
             record=kept,
@@ -111,13 +116,15 @@ class Router:
 
     def _close(self, request: InFlight) -> None:
         """The request is over: settle what it held, and forget endpoints that have gone meanwhile."""
-        request.close()
-        if request.computed:
-            pod, scheduled = request.pod, request.decision.request
-            self._history.computed(pod.name, scheduled.model, scheduled.chain, is_exact=pod.trust == "exact")
-        for each in request.tried:
-            if not self._registry.has(each.pod, each.name):
-                self.forget(each.name)
+        try:
+            request.close()
+            if request.computed:
+                pod, scheduled = request.pod, request.decision.request
+                self._history.computed(pod.name, scheduled.model, scheduled.chain, is_exact=pod.trust == "exact")
+        finally:
+            for each in request.tried:
+                if not self._registry.has(each.pod, each.name):
+                    self.forget(each.name)
 
     def _observe(self, prepared: Prepared, decision: Decision, seconds: float) -> None:
         request, chosen = prepared.request, decision.chosen

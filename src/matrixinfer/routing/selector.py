@@ -19,6 +19,7 @@ import yaml
 
 from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.errors import ConfigError, InvalidRequest
+from matrixinfer.routing import arguments
 from matrixinfer.routing.embedded_index import Index, Tokens
 from matrixinfer.routing.holdings import Matches, charge, holdings, match_at
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
@@ -48,7 +49,7 @@ class Selector:
         config: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        plugins, scheduler = discover(), _configured(index, policy, config or {})
+        plugins, scheduler = discover(), _configured(index, policy, {} if config is None else config)
         generator = random.Random(scheduler.seed)  # noqa: S311 - breaks ties, protects nothing
         self._index = index
         self._known = index.known
@@ -84,8 +85,12 @@ class Selector:
         name that the index does not follow. `model` is the name under which `Index.follow` has it, or an
         adapter's. `salt` is the request's cache salt; `session` and `prefix` (the prompt's text) are for plugins.
 
-        Raises `NoPodAvailable` without candidates, and `InvalidRequest` for token ids or candidates that are wrong.
+        Raises `NoPodAvailable` without candidates, and `InvalidRequest` for an argument that is wrong.
         """
+        given = arguments.candidates(candidates)
+        arguments.text(model, "model")
+        if not isinstance(prefix, bytes):
+            raise InvalidRequest(f"prefix: expected bytes, got {type(prefix).__name__}", param="prefix")
         chain = None if token_ids is None else self._known.chain(token_ids, salt=salt, max_blocks=self._max_blocks)
         request = SchedulingRequest(
             id=request_id,
@@ -98,9 +103,7 @@ class Selector:
             now=self._clock(),
         )
         matches = None if chain is None else self._known.match(model, chain)
-        pods = [self._candidate(each, request, matches) for each in candidates]
-        if len({pod.name for pod in pods}) != len(pods):
-            raise InvalidRequest("candidates: expected each name once", param="candidates")
+        pods = [self._candidate(each, request, matches) for each in given]
         return self._scheduler.schedule(request, pods, dry_run=dry_run)
 
     def charge(self, decision: Decision, candidate: Candidate | None = None) -> InFlight:
@@ -116,8 +119,7 @@ class Selector:
         self._accounts.forget(pod)
         self._index.forget(pod)
 
-    def _candidate(self, given: Candidate | str, request: SchedulingRequest, matches: Matches | None) -> Candidate:
-        base = Candidate(name=given, url="") if isinstance(given, str) else given
+    def _candidate(self, base: Candidate, request: SchedulingRequest, matches: Matches | None) -> Candidate:
         name, load = base.name, self._load
         match = match_at(name, self._known.caches.of(name), matches)
         trust, pending, recent, credit = holdings(name, request, match, load, self._known.history, self._weights)
@@ -221,6 +223,8 @@ class _Accounts:
 
 def _configured(index: Index, policy: str | None, given: Mapping[str, Any]) -> SchedulerConfig:
     """The configuration of a selector's scheduler, read as the gateway reads its file. Raises `ConfigError`."""
+    if not isinstance(given, Mapping):
+        raise ConfigError("$.scheduler", f"expected a mapping, got {type(given).__name__}")
     try:
         text = yaml.safe_dump({"scheduler": dict(given)})
     except yaml.YAMLError as error:
@@ -230,11 +234,11 @@ def _configured(index: Index, policy: str | None, given: Mapping[str, Any]) -> S
     for i, entry in enumerate(given.get("pluginConfig", ())):
         args = entry.get("args", {}) if entry["name"] == KvCacheAware.name else {}
         for key, value in (("blockSizeToHash", blocks.block_size), ("hashScheme", blocks.scheme)):
-            if args.get(key, value) != value:
+            if args.get(key) not in (None, value):
                 path = f"$.scheduler.pluginConfig[{i}].args.{key}"
                 raise ConfigError(path, f"expected {value!r}, as the index has it, got {args[key]!r}")
     if policy is None:
         return scheduler
-    if policy not in POLICIES:
+    if policy not in tuple(POLICIES):
         raise ConfigError("policy", f"unknown policy `{policy}`; there are: {', '.join(sorted(POLICIES))}")
     return with_policy(scheduler, policy)

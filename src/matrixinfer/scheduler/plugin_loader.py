@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import cast
 
 from matrixinfer.config import Section
-from matrixinfer.errors import PluginError
+from matrixinfer.errors import PluginError, message_of
 from matrixinfer.scheduler.framework import Filter, Picker, Plugin, PostSchedule, Scorer
 from matrixinfer.scheduler.plugins import BUILT_IN
 
@@ -71,7 +71,7 @@ def _load(entry: EntryPoint) -> type[Plugin]:
     except (KeyboardInterrupt, PluginError):
         raise
     except BaseException as error:  # Supervision boundary: a package's code may raise anything, also `SystemExit`.
-        raise PluginError(f"cannot be imported: {type(error).__name__}: {error}") from error
+        raise PluginError(f"cannot be imported: {type(error).__name__}: {message_of(error)}") from error
     return cast("type[Plugin]", plugin)
 
 

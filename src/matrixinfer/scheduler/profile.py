@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from matrixinfer.config import PluginStage, SchedulerConfig, Section, convert
-from matrixinfer.errors import ConfigError
+from matrixinfer.errors import ConfigError, message_of
 from matrixinfer.scheduler.framework import Filter, Picker, Plugin, PostSchedule, Scorer, Services
 
 _PATH = "$.scheduler"
@@ -57,7 +57,11 @@ def build(
         filters=tuple((name, cast("Filter", plugins[name])) for name, _ in filters.values()),
         scorers=tuple((name, weight, cast("Scorer", plugins[name])) for name, weight in scorers.values()),
         picker=(picker, cast("Picker", plugins[picker])),
-        listeners=tuple((name, plugin) for name, plugin in plugins.items() if isinstance(plugin, PostSchedule)),
+        listeners=tuple(
+            (name, cast("PostSchedule", plugin))
+            for name, plugin in plugins.items()
+            if _has(plugin, _METHODS["PostSchedule"])
+        ),
     )
 
 
@@ -126,8 +130,8 @@ def _enabled(stage: str, config: PluginStage, known: _Known) -> dict[str, tuple[
     method = _METHODS[stage]
     for i, ref in enumerate(config.enabled):
         path = f"{_PATH}.plugins.{stage}.enabled[{i}]"
-        if not hasattr(known.named(ref.name, path), method):
-            able = (name for name, plugin in known.registry.items() if hasattr(plugin, method))
+        if not _has(known.named(ref.name, path), method):
+            able = (name for name, plugin in known.registry.items() if _has(plugin, method))
             raise ConfigError(path, f"`{ref.name}` cannot run at stage {stage}; expected one of: {_listed(able)}")
         if any(name == ref.name for name, _ in found.values()):
             raise ConfigError(path, f"`{ref.name}` is already enabled at stage {stage}")
@@ -137,13 +141,23 @@ def _enabled(stage: str, config: PluginStage, known: _Known) -> dict[str, tuple[
     return found
 
 
+def _has(plugin: type[Plugin] | Plugin, method: str) -> bool:
+    """Whether a plugin has a method. One that cannot even be looked up counts as missing."""
+    try:
+        return hasattr(plugin, method)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # Supervision boundary: the attribute is someone's code.
+        return False
+
+
 def _in_words(error: BaseException) -> str:
     """Type, message and place of an error, which at start can quote no prompt."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = "" if trace is None else f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {message_of(error)}{place}"
 
 
 def _listed(names: Iterable[str]) -> str:

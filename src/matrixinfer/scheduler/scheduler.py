@@ -7,8 +7,9 @@ note says so, `Scheduler.rejected` counts it, the watch sees it, and the request
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import islice
 from operator import index
 from types import MappingProxyType
 from typing import TypeVar
@@ -109,7 +110,7 @@ class Scheduler:
         return Decision(
             request=request,
             candidates=candidates,
-            ranked=[pods[i] for i in order],
+            ranked=tuple(pods[i] for i in order),
             filtered=filtered,
             scores=scores,
             totals=dict(zip(names, totals, strict=True)),
@@ -173,7 +174,7 @@ class _Attempts:
         except BaseException as error:  # noqa: BLE001
             # Supervision boundary: no plugin may fail a request. `SystemExit` must not end the gateway; and as nothing
             # here is awaited, a `CancelledError` is the plugin's own, and must not look like a cancelled request.
-            reason = _reason(error)
+            reason = _described(error)
             self.failed.append(name)
             self.notes.append(f"{name}: left out, as it {reason}")
             self._watch.failed(name, stage, error, reason)
@@ -187,29 +188,27 @@ class _Attempts:
 
 
 def _filter(plugin: Filter, request: SchedulingRequest, pods: Pods) -> list[str | None]:
-    reasons = list(plugin.filter(request, pods))
-    if len(reasons) != len(pods):
-        raise PluginError(f"returned {len(reasons)} reasons for {len(pods)} pods")
-    if reasons.count(None) != len(pods) and not all(reason is None or isinstance(reason, str) for reason in reasons):
+    reasons = _one_each(plugin.filter(request, pods), pods, "reasons")
+    if reasons.count(None) == len(pods):
+        return reasons
+    if not all(reason is None or isinstance(reason, str) for reason in reasons):
         raise PluginError("returned a reason that is neither text nor None")
-    return reasons
+    return [None if reason is None else f"{reason}" for reason in reasons]
 
 
 def _score(plugin: Scorer, request: SchedulingRequest, pods: Pods) -> Scores:
     answer = plugin.score(request, pods)
-    values = list(map(float, answer.values))
-    if len(values) != len(pods):
-        raise PluginError(f"returned {len(values)} scores for {len(pods)} pods")
+    values = list(map(float, _one_each(answer.values, pods, "scores")))
     # `min` and `max` may overlook a NaN; a sum cannot.
     if not (min(values) >= 0.0 and max(values) <= 100.0 and math.isfinite(sum(values))):
         raise PluginError("returned a score that is not between 0 and 100")
     if not (answer.note is None or isinstance(answer.note, str)):
         raise PluginError("returned a note that is neither text nor None")
-    return Scores(values=values, note=answer.note)
+    return Scores(values=values, note=None if answer.note is None else f"{answer.note}")
 
 
 def _pick(plugin: Picker, request: SchedulingRequest, pods: Pods, totals: Sequence[float]) -> list[int]:
-    order = list(map(index, plugin.pick(request, pods, tuple(totals))))
+    order = list(map(index, _one_each(plugin.pick(request, pods, tuple(totals)), pods, "positions")))
     if sorted(order) != list(range(len(pods))):
         raise PluginError("did not rank every pod exactly once")
     return order
@@ -217,6 +216,25 @@ def _pick(plugin: Picker, request: SchedulingRequest, pods: Pods, totals: Sequen
 
 def _post_schedule(plugin: PostSchedule, request: SchedulingRequest, decision: Decision) -> None:
     plugin.post_schedule(request, decision)
+
+
+def _one_each(answer: Iterable[T], pods: Pods, what: str) -> list[T]:
+    """The items of a plugin's answer, one per pod. An answer may be an iterator that never ends."""
+    items = list(islice(answer, len(pods) + 1))
+    if len(items) != len(pods):
+        given = len(answer) if isinstance(answer, Sized) else len(items)
+        raise PluginError(f"returned {given} {what} for {len(pods)} pods")
+    return items
+
+
+def _described(error: BaseException) -> str:
+    """Describe a failure, whatever it is: even an attribute of a foreign error may raise."""
+    try:
+        return _reason(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # Supervision boundary: see `_Attempts.run`.
+        return "raised an error that cannot be read"
 
 
 def _reason(error: BaseException) -> str:

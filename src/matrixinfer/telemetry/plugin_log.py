@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import structlog
 
@@ -13,6 +14,8 @@ SLOW_LOG_SECONDS = 60.0
 """Time between two log lines about the same slow plugin and stage."""
 _MAX_FRAMES = 30
 _MAX_CAUSES = 4
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -31,11 +34,13 @@ class PluginLog:
 
     def failed(self, plugin: str, stage: str, error: BaseException, reason: str) -> None:
         """Log the first failure of its kind, with its traceback."""
-        kind = (plugin, _type_name(error), _place(error))
+        kind = (plugin, *_readable(lambda: (_type_name(error), _place(error)), ("", "")))
         if kind in self._kinds or len(self._kinds) >= MAX_KINDS:
             return
         self._kinds.add(kind)
-        log.error("plugin_failed", plugin=plugin, stage=stage, reason=reason, traceback=traceback_lines(error))
+        no_lines: list[str] = []
+        lines = _readable(lambda: traceback_lines(error), no_lines)
+        log.error("plugin_failed", plugin=plugin, stage=stage, reason=reason, traceback=lines)
         if len(self._kinds) == MAX_KINDS:
             log.warning("plugin_log_filled", kinds=MAX_KINDS, counted_in="matrixinfer_plugin_rejected_total")
 
@@ -54,6 +59,15 @@ class PluginLog:
         """Log each installed plugin that cannot be used, with the reason."""
         for plugin, reason in broken.items():
             log.warning("plugin_skipped", plugin=plugin, reason=reason)
+
+
+def _readable(read: Callable[[], T], otherwise: T) -> T:
+    try:
+        return read()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # Supervision boundary: even an attribute of a foreign error may raise.
+        return otherwise
 
 
 def traceback_lines(error: BaseException) -> list[str]:

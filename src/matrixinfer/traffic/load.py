@@ -61,9 +61,12 @@ class LoadLedger:
             pending = self._pending.setdefault((pod, model), _Pending((pod, model)))
             pending.add(blocks)
         charge = Charge(self, pod, load, pending, blocks, queued_tokens)
-        if wanted:
-            for on_charge in self._subscribers:
+        try:
+            for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
+        except BaseException:
+            charge.cancel()  # the caller never gets it
+            raise
         return charge
 
     def add_pending(self, pod: str, model: str, hashes: Sequence[int]) -> None:

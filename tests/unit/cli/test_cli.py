@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,17 @@ def test_a_config_check_has_a_result_for_people_and_one_for_programs(
     assert main(["config", "check", str(file), "--json"]) == 2
     answer = json.loads(capsys.readouterr().out)
     assert (answer["valid"], "podz" in answer["error"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("redirections", "code", "error"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("> /dev/full", 2, "matrixinfer: cannot write the output: No space left on device\n"),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_fault_of_the_program(redirections: str, code: int, error: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m matrixinfer config check /dev/null {redirections}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (code, error)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.pods.registry import PodRegistry, ServedNames
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
@@ -67,3 +68,27 @@ def test_usage_is_asked_for_in_streams_only() -> None:
     body = request(stream_options=None)
     assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
     assert rewrite(body, adds_usage=True).bytes is body
+
+
+@pytest.mark.parametrize("options", [b'{"x": "\xff"}', b'{"x": 1e999, "y": 1.0000000000000000001}'])
+def test_options_are_passed_on_as_they_are_even_where_they_cannot_be_read(options: bytes) -> None:
+    body = request(stream=True).removesuffix(b"}") + b', "stream_options": ' + options + b"}"
+    rewritten = rewrite(body, adds_usage=True)
+    assert rewritten.adds_usage
+    before, _, after = rewritten.bytes.rpartition(b',"include_usage":true}')
+    assert (before[-3:], after) == (options[-4:-1], b"}")
+
+
+@pytest.mark.parametrize(
+    "options", [b'{"\xff": 1}', b'"\xff"', b'{"include_usage": "\xff"}', b'{"include_usage": 1e999}']
+)
+def test_options_that_cannot_be_read_stay(options: bytes) -> None:
+    body = request(stream=True).removesuffix(b"}") + b', "stream_options": ' + options + b"}"
+    assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
+
+
+def test_a_body_whose_keys_are_not_utf_8_stays_unless_the_pod_needs_another_name() -> None:
+    body = request(stream=True).removesuffix(b"}") + b', "\xff": 1}'
+    assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
+    with pytest.raises(InvalidRequest, match="not UTF-8"):
+        rewrite(body.replace(b'"m"', b'"nice"'))

@@ -72,6 +72,8 @@ def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> Non
         compact({"usage": {}}),
         compact({"usage": {"prompt_tokens": "7"}}),
         compact({"usage": {"prompt_tokens": 7.5}}),
+        compact({"usage": {"prompt_tokens": -7}}),
+        compact({"usage": {"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": -1}}}),
         b'{"usage":{"prompt_tokens":7',
         b'{"usage":{"prompt_tokens":\xff}}',
         compact({"usage": USAGE, "prompt_token_ids": [1000] * 10_000}),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,3 +317,77 @@ def test_recordings_of_an_engine_leave_an_exact_index(scheme: str) -> None:
     status = index.status("a")
     assert (status.trust, status.malformed, status.gaps) == ("exact", 0, 0)
     assert index.stats().blocks > 0
+
+
+@pytest.mark.parametrize(
+    ("seq", "payload"),
+    [(-1, b""), (1 << 64, b""), ("0", b""), (None, b""), (0.0, b""), (0, "text"), (0, None), (0, 10**15), (0, [1])],
+)
+def test_what_is_no_frame_is_refused_and_changes_nothing(seq: Any, payload: Any) -> None:
+    index, engine = Index(block_size=16), FakeEngine()
+    engine.store(PROMPT)
+    synced(index, engine)
+    index.follow("b", model="m", can_replay=True)
+    replay = index.wanted("b")
+    assert replay is not None
+    with pytest.raises(InvalidRequest, match="frame: expected a number"):
+        index.apply("a", seq, payload)
+    with pytest.raises(InvalidRequest, match="frame: expected a number"):
+        index.replayed(replay, [(seq, payload)])
+    assert (held(index), index.status("a").malformed, index.status("b").frames) == (10, 0, 0)
+    index.replayed(replay, [])  # the question stays open
+    assert index.trust("b") == "exact"
+
+
+@pytest.mark.parametrize("frames", [None, 5, [5], [(0,)], [(0, b"", b"")]])
+def test_an_answer_that_is_no_list_of_frames_is_refused(frames: Any) -> None:
+    index = Index()
+    index.follow("a", model="m", can_replay=True)
+    replay = index.wanted("a")
+    assert replay is not None
+    with pytest.raises(InvalidRequest, match="frames: expected pairs"):
+        index.replayed(replay, frames)
+    assert index.wanted("a") is not None
+
+
+def test_an_answer_that_is_handed_over_twice_is_no_failed_attempt() -> None:
+    index = Index()
+    index.follow("a", model="m", can_replay=True)
+    replay = index.wanted("a")
+    assert replay is not None
+    for _ in range(3):
+        index.replayed(replay, [])
+    index.resync("a")
+    replay = index.wanted("a")
+    assert replay is not None
+    index.replayed(replay, [], whole=False)
+    assert index.wanted("a") is not None
+
+
+@pytest.mark.parametrize(("pod", "model"), [(None, "m"), (5, "m"), ("a~device", "m"), ("a@dp0~host", "m"), ("a", None)])
+def test_a_name_that_cannot_be_used_is_refused_and_not_followed(pod: Any, model: Any) -> None:
+    index = Index()
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="expected a"):
+            index.follow(pod, model=model)
+    assert not index.pods
+
+
+@pytest.mark.parametrize(
+    "setting", [{"block_size": "4"}, {"block_size": 4.0}, {"max_blocks": None}, {"max_recent_blocks": -1}]
+)
+def test_a_setting_that_does_not_fit_is_refused(setting: Any) -> None:
+    with pytest.raises(ConfigError):
+        Index(**setting)
+
+
+@pytest.mark.parametrize("tokens", [b"abcdabcd", np.zeros((2, 16), dtype=np.uint32)])
+def test_bytes_and_batches_are_no_token_ids(tokens: Any) -> None:
+    with pytest.raises(InvalidRequest, match="token_ids: expected"):
+        Index(block_size=1).match(tokens, model="m")
+
+
+@pytest.mark.parametrize("salt", [5, b"salt", "\ud800"])
+def test_a_salt_that_is_no_text_is_refused(salt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="salt: expected"):
+        Index().match([1], model="m", salt=salt)

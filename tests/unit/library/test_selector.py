@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -217,3 +218,24 @@ def test_wrong_values_are_named() -> None:
         selector.select(PROMPT, ["a", "a"], model="m")
     with pytest.raises(InvalidRequest, match="token_ids"):
         selector.select([-5] * 20, ["a"], model="m")
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [None, "a", 5, [5], [None], [b"a"], [["a"]], [Candidate(name=5, url="")], [candidate("a", in_flight=None)]],  # type: ignore[arg-type]
+)
+def test_what_is_no_list_of_candidates_is_refused(candidates: Any) -> None:
+    with pytest.raises(InvalidRequest, match="candidates: expected"):
+        Fleet().selector.select(PROMPT, candidates, model="m")
+
+
+@pytest.mark.parametrize("wrong", [{"model": None}, {"salt": 5}, {"prefix": "text"}])
+def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"{next(iter(wrong))}: expected"):
+        Fleet().selector.select(PROMPT, PODS, **{"model": "m", **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"policy": []}, {"policy": 5}, {"config": 5}, {"config": []}])
+def test_a_setting_of_another_type_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError):
+        Selector(Index(), **wrong)

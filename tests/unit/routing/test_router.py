@@ -459,3 +459,56 @@ async def test_what_another_gateway_sends_is_pending() -> None:
     world.load.add_pending("c", "m", list(world.blocks.chain(TOKENS)))
     decision = await world.explain()
     assert (decision["chosen"], decision["pods"]["c"]["pending_blocks"]) == ("c", 10)
+
+
+class Fault(Exception):
+    pass
+
+
+def fails(*_: object, **__: object) -> Any:
+    raise Fault
+
+
+def exact_world() -> World:
+    """Every pod's feed is complete and holds the first 32 tokens, so that a hit is predicted and watched."""
+    world = World()
+    stored = BlockStored(
+        block_hashes=[1, 2, 3, 4], parent_block_hash=None, token_ids=TOKENS[:32], block_size=8, extra_keys=None
+    )
+    for feed in world.feeds.values():
+        feed.live(0, encode(EventBatch(ts=0.0, events=[stored])))
+    return world
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["router._auditor._comparison", "router._auditor._prediction", "router._metrics.decided", "parts.drift.awaits"],
+)
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_fault_in_any_part_leaves_no_charge_and_no_watch(part: str, answers: bool) -> None:
+    world = exact_world()
+    *path, name = part.split(".")
+    owner: Any = world
+    for each in path:
+        owner = getattr(owner, each)
+    setattr(owner, name, fails)
+
+    async def handle() -> None:
+        async with world.router.dispatch(PATH, request(), request_id="r") as sent:
+            if answers:
+                sent.first_byte()
+                sent.usage(40, 32)
+            fails()
+
+    with pytest.raises(Fault):
+        await handle()
+    assert world.load.total() == 0
+    assert not any(feed.ledger.supports.watched for feed in world.feeds.values())
+
+
+async def test_a_subscriber_that_fails_at_a_charge_leaves_none() -> None:
+    world = World()
+    world.load.subscribe(fails)
+    with pytest.raises(Fault):
+        await world.dispatch()
+    assert (world.load.total(), len(world.load)) == (0, 0)

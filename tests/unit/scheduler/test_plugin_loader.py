@@ -62,6 +62,14 @@ class Random(Longest):
 not_a_class = "text"
 """
 
+MUTE = """
+class Mute(Exception):
+    def __str__(self):
+        raise SystemExit
+
+raise Mute
+"""
+
 
 class Site:
     """A folder on `sys.path` in which distributions are installed."""
@@ -71,6 +79,7 @@ class Site:
         (folder / "acme_plugins.py").write_text(GOOD)
         (folder / "acme_broken.py").write_text("import a_module_that_is_not_there")
         (folder / "acme_leaving.py").write_text("raise SystemExit(3)")
+        (folder / "acme_mute.py").write_text(MUTE)
         (folder / "acme_interrupted.py").write_text("raise KeyboardInterrupt")
 
     def declare(self, *entries: str, package: str = "acme-plugins") -> None:
@@ -107,6 +116,7 @@ def test_a_plugin_of_another_package_takes_part_in_decisions(site: Site) -> None
     [
         ("broken = acme_broken:Plugin", "cannot be imported: ModuleNotFoundError"),
         ("leaving = acme_leaving:Plugin", "cannot be imported: SystemExit: 3"),
+        ("mute = acme_mute:Plugin", "cannot be imported: Mute: (its message cannot be read)"),
         ("missing = acme_plugins:Missing", "cannot be imported: AttributeError"),
         ("text = acme_plugins:not_a_class", "expected a class"),
         (

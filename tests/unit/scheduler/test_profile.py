@@ -128,6 +128,11 @@ def test_arguments_reach_the_plugin() -> None:
     assert strict.needed == 7
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 def made_by(constructor: Callable[..., None], args: type[Section] = Section) -> type[Plugin]:
     class Mine(Plugin):
         name: ClassVar[str] = "mine"
@@ -154,6 +159,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         (raising(TypeError("no number")), "failed: TypeError: no number (test_profile.py:"),
         (raising(ValueError("no such rack")), "failed: ValueError: no such rack (test_profile.py:"),
         (raising(SystemExit(1)), "failed: SystemExit: 1 (test_profile.py:"),
+        (raising(Mute()), "failed: Mute: (its message cannot be read) (test_profile.py:"),
     ],
 )
 def test_a_plugin_that_cannot_be_made_is_named_where_it_is_enabled(
@@ -186,3 +192,19 @@ def test_arguments_that_cannot_be_read_are_the_plugins_fault(args: type[Section]
         scheduler(profile(args=given), made_by(lambda self, args, services: None, args))
     assert caught.value.path == "$.scheduler.pluginConfig[0].args"
     assert caught.value.message.startswith(f"the `Args` of `mine` cannot be read: {words}")
+
+
+class Raising:
+    """An attribute that cannot be looked up."""
+
+    def __get__(self, instance: object, owner: type) -> object:
+        raise SystemExit(1)
+
+
+def test_a_method_that_cannot_be_looked_up_is_missing() -> None:
+    mine = made_by(lambda self, args, services: None)
+    mine.filter = Raising()  # type: ignore[attr-defined]
+    mine.post_schedule = Raising()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="`mine` cannot run at stage Filter; expected one of: bounded-load"):
+        scheduler(profile(filters=("mine",)), mine)
+    assert "mine" in scheduler(profile(scorers=("mine",)), mine).plugins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import count, repeat
 from typing import Any, ClassVar
 
 import pytest
@@ -43,6 +44,13 @@ def own(plugin: str, **methods: Method) -> type[Plugin]:
 
 def scoring(plugin: str, *values: float, note: str | None = None) -> type[Plugin]:
     return own(plugin, score=lambda _request, _pods: Scores(values=values, note=note))
+
+
+class Unprintable(str):
+    __slots__ = ()
+
+    def __format__(self, _: str) -> str:
+        raise RuntimeError
 
 
 def broken(*_: object) -> Any:
@@ -111,6 +119,8 @@ def test_a_filter_that_would_remove_all_is_ignored_and_noted() -> None:
         (lambda: Scores(values=[-0.1, 0.0]), "not between 0 and 100"),
         (lambda: Scores(values=[1.0]), "1 scores for 2 pods"),
         (lambda: Scores(values=[1.0, 2.0, 3.0]), "3 scores for 2 pods"),
+        (lambda: Scores(values=count()), "3 scores for 2 pods"),  # type: ignore[arg-type]
+        (lambda: Scores(values=[1.0, 2.0], note=Unprintable()), "raised RuntimeError at test_scheduler.py:"),
         (lambda: Scores(values=[1.0, 2.0], note=7), "a note that is neither text nor None"),  # type: ignore[arg-type]
         (lambda: None, "raised AttributeError at scheduler.py:"),
         (broken, "raised KeyError at test_scheduler.py:"),
@@ -132,7 +142,17 @@ def test_a_bad_scorer_has_no_say_and_is_counted(answer: Method, why: str) -> Non
     assert made.rejected == {"bad": 1, "good": 0, "max-score": 0}
 
 
-@pytest.mark.parametrize("answer", [lambda _r, _c: [None], lambda _r, _c: [None, 1], lambda _r, _c: None, broken])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _r, _c: [None],
+        lambda _r, _c: [None, 1],
+        lambda _r, _c: [None, Unprintable()],
+        lambda _r, _c: repeat(None),
+        lambda _r, _c: None,
+        broken,
+    ],
+)
 def test_a_bad_filter_removes_nothing_and_is_counted(answer: Method) -> None:
     made = scheduler(profile(filters=("bad",)), own("bad", filter=answer))
     assert len(made.schedule(request(), pods(2)).ranked) == 2
@@ -141,7 +161,15 @@ def test_a_bad_filter_removes_nothing_and_is_counted(answer: Method) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [lambda *_: [0], lambda *_: [0, 0, 1], lambda *_: [1, 2, 3], lambda *_: [0.0, 1.0, 2.0], lambda *_: None, broken],
+    [
+        lambda *_: [0],
+        lambda *_: [0, 0, 1],
+        lambda *_: [1, 2, 3],
+        lambda *_: [0.0, 1.0, 2.0],
+        lambda *_: count(),
+        lambda *_: None,
+        broken,
+    ],
 )
 def test_a_bad_picker_is_replaced_by_the_highest_total(answer: Method) -> None:
     made = scheduler(profile(scorers=("a",), pickers=("bad",)), own("bad", pick=answer), scoring("a", 1, 3, 2))
@@ -173,6 +201,14 @@ def test_a_plugin_with_post_schedule_sees_each_decision_once() -> None:
     )
     made.schedule(request(), pods(1))
     assert shown == [("both", "pod-0"), ("only", "pod-0")]
+
+
+def test_a_listener_cannot_change_the_ranking() -> None:
+    made = scheduler(
+        profile(listeners=("bad",)), own("bad", post_schedule=lambda _r, decision: decision.ranked.clear())
+    )
+    assert len(made.schedule(request(), pods(2)).attempts) == 2
+    assert made.rejected["bad"] == 1
 
 
 def test_a_listener_that_raises_changes_nothing_but_notes_and_count() -> None:

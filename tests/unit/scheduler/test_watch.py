@@ -116,3 +116,27 @@ def test_a_dry_run_reports_but_counts_nothing() -> None:
     rig.decide(dry_run=True)
     assert (len(rig.watch.failures), len(rig.watch.delays)) == (1, 1)
     assert not any((*rig.scheduler.rejected.values(), *rig.scheduler.slow.values()))
+
+
+class Unreadable(Exception):
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no attribute of a foreign error is safe")
+
+
+class Unclassed(Exception):
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise SystemExit
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("error", [Unreadable, Unclassed])
+def test_an_error_that_cannot_be_read_is_reported_and_the_request_is_routed(
+    stage: str, error: type[BaseException]
+) -> None:
+    rig = Rig()
+    rig.raises[stage] = error()
+    assert len(rig.decide().ranked) == 2
+    ((_, at, _, reason),) = rig.watch.failures
+    assert (at, reason) == (stage, "raised an error that cannot be read")

@@ -136,3 +136,27 @@ def test_broken_plugins_are_logged(logs: list[Any]) -> None:
     assert logs == [
         {"event": "plugin_skipped", "log_level": "warning", "plugin": "rack", "reason": "cannot be imported"}
     ]
+
+
+class Unreadable(Exception):
+    @property
+    def __cause__(self) -> Any:  # type: ignore[override]
+        raise SystemExit("secret")
+
+
+class Placeless(Exception):
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("secret")
+
+
+@pytest.mark.parametrize("error", [Unreadable, Placeless])
+def test_an_error_that_cannot_be_read_is_logged_once_without_a_traceback(
+    error: type[Exception], logs: list[Any]
+) -> None:
+    watch = PluginLog(Clock())
+    for _ in range(2):
+        watch.failed("rack", "Score", error(), "raised an error that cannot be read")
+    (line,) = logs
+    assert line["traceback"] == []
+    assert "secret" not in json.dumps(line)

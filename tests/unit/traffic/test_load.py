@@ -166,8 +166,8 @@ def test_expired_blocks_are_deleted_a_few_at_a_time() -> None:
         stored.append(len(ledger))
     assert all(before - after <= 64 for before, after in zip([1000, *stored], stored, strict=False))
     assert stored[-1] == 0
-    assert not ledger._pending
-    assert not ledger._fading
+    assert not ledger._pending  # noqa: SLF001 - nothing stays of what expired
+    assert not ledger._fading  # noqa: SLF001 - nothing stays of what expired
 
 
 def test_a_forgotten_pod_starts_again_while_charges_are_open() -> None:
@@ -276,7 +276,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clock.now += 3.0
         for _ in self.all:
             self.ledger.charge("c", "m", hashes=[], start=0, queued_tokens=0)
-        assert (len(self.ledger), self.ledger._pending) == (0, {})
+        assert (len(self.ledger), self.ledger._pending) == (0, {})  # noqa: SLF001 - nothing stays of what expired
 
     def _known(self, pod: str) -> list[Naive]:
         return [one for one in self.all if one.pod == pod and not one.forgotten]

@@ -15,10 +15,10 @@ from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_
 
 def reported(trust: str, *, alive: bool = True) -> PodStates:
     states = PodStates(Store(RedisConfig(host="127.0.0.1", port=1)), {}, clock=lambda: 100.0)
-    states._states["pod-a"] = PodState(
+    states._states["pod-a"] = PodState(  # noqa: SLF001 - as if read from Redis
         trust=trust, feed="complete", model="m", engine_block=16, tiers=("pod-a~device",)
     )
-    states._leases["pod-a"] = 100 if alive else 99
+    states._leases["pod-a"] = 100 if alive else 99  # noqa: SLF001 - as if read from Redis
     return states
 
 

@@ -171,7 +171,7 @@ def test_nothing_is_watched_for_requests_that_are_over() -> None:
     for prediction in predictions:
         prediction.end(computed=False)
         prediction.end(computed=False)
-    assert not supports._watches
+    assert not supports._watches  # noqa: SLF001 - nothing stays of a request
 
 
 def test_a_feed_that_never_reports_what_requests_stored_is_doubted_until_it_does() -> None:

@@ -1,0 +1,84 @@
+"""How a service is started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from matrixinfer.cli.running import run_until_stopped
+from matrixinfer.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The handlers of signals as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Service:
+    """Takes some seconds to start and some to stop, and sends this process signals when it has begun to do so."""
+
+    def __init__(self, *, start: float = 0.0, stop: float = 0.0, at_start: int = 0, at_stop: int = 0) -> None:
+        self._seconds = (start, stop)
+        self._signals = (at_start, at_stop)
+        self.did: list[str] = []
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        (start, stop), (at_start, at_stop) = self._seconds, self._signals
+        self.did.append("starting")
+        try:
+            for _ in range(at_start):
+                os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(start)
+            self.did.append("started")
+            yield
+            for _ in range(at_stop):
+                os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(stop)
+            self.did.append("drained")
+        finally:
+            self.did.append("stopped")
+
+
+async def test_a_service_runs_until_a_signal_and_is_not_disturbed_by_a_second_one() -> None:
+    service = Service(stop=0.05, at_stop=2)
+    stopping = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    await run_until_stopped(service.run(), path="here", on_started=stopping)
+    assert service.did == ["starting", "started", "drained", "stopped"]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_a_signal_during_the_start_ends_it(signals: int) -> None:
+    service = Service(start=60.0, at_start=signals)
+    async with asyncio.timeout(5):
+        await run_until_stopped(service.run(), path="here")
+    assert service.did == ["starting", "stopped"]
+
+
+async def test_a_cancellation_without_a_signal_stays_one() -> None:
+    service = Service()
+    task = asyncio.create_task(run_until_stopped(service.run(), path="here"))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert service.did == ["starting", "started", "stopped"]
+
+
+async def test_an_address_that_is_taken_is_an_error_of_the_configuration() -> None:
+    @asynccontextmanager
+    async def taken() -> AsyncIterator[None]:
+        raise OSError("address already in use")
+        yield
+
+    with pytest.raises(ConfigError, match="here: cannot listen: address already in use"):
+        await run_until_stopped(taken(), path="here")
