@@ -16,6 +16,8 @@ TIERS = ("device", "host")
 ENDS = "ends"
 """Stands in a tier's place in the index's name of an endpoint's reusable ends."""
 _RANK, _TIER = "@dp", "~"
+ENDS_SUFFIX = _TIER + ENDS
+"""With it ends every such name, and no other."""
 
 
 class EndpointName(NamedTuple):
