@@ -170,8 +170,8 @@ class BlockReader:
         self, script: Script, model: str, hashes: Sequence[int], pods: Sequence[str]
     ) -> dict[str, int]:
         now = self._clock()
-        args = (layout.prefix_of(model), now, int(now - self._max_age), " ".join(map(str, hashes)), *pods)
-        found = await self._store.run(script, (layout.EPOCHS, layout.LEASES), args)
+        args = (layout.prefix_of(model), now, int(now - self._max_age), " ".join(map(str, hashes)))
+        found = await self._store.run(script, (layout.EPOCHS, layout.LEASES), (*args, *pods))
         with unavailable():
             return layout.pairs(found)
 
