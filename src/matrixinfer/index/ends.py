@@ -49,14 +49,29 @@ def search(
         for left, asked in pending.items():
             for name, position in (yield asked, keys[:left]).items():
                 last.setdefault(position, set()).add(name)
+        # Ends in all these blocks at once, as a question may be a round trip. Where a name holds one in another's block
+        # only, blocks between that one and its own may have longer ones.
+        tried = [(place, end) for place in sorted(last) for end in _ends_in(place, block_size, limit, unit, drop)]
         pending = {}
+        places: Mapping[str, int] = {}
+        if tried:
+            places = yield (
+                {name for asked in last.values() for name in asked},
+                [chain.end(end, ahead) for _, end in tried],
+            )
         for position, asked in last.items():
-            first = (position * block_size - drop) // unit * unit + unit + drop
-            ends = range(first, min(limit, (position + 1) * block_size) + 1, unit)
-            places = (yield asked, [chain.end(end, ahead) for end in ends]) if ends else {}
-            found.update((name, ends[place] - drop) for name, place in places.items())
-            if position and (rest := asked - places.keys()):
-                pending[position] = rest
+            for name in asked:
+                at, end = tried[places[name]] if name in places else (None, 0)
+                if at == position:
+                    found[name] = end - drop
+                elif position:
+                    pending.setdefault(position, set()).add(name)
         if not pending:
             break
     return found
+
+
+def _ends_in(position: int, block_size: int, limit: int, unit: int, drop: int) -> range:
+    """The ends that a reusable prefix may have in the block at `position`."""
+    first = (position * block_size - drop) // unit * unit + unit + drop
+    return range(first, min(limit, (position + 1) * block_size) + 1, unit)
