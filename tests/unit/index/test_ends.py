@@ -152,3 +152,14 @@ def test_two_questions_are_enough_for_a_prompt_that_is_known() -> None:
         fleet.mark(name, prompts[0], end, None)
     found, questions = fleet.search(NAMES, fleet.blocks.chain(prompts[0]), limit=39, unit=2)
     assert (found, questions) == (dict(zip(NAMES, (38, 22, 18), strict=True)), 2)
+
+
+def test_a_name_that_holds_an_end_in_anothers_block_may_have_a_longer_one() -> None:
+    fleet = Fleet(TokenBlockProcessor(4), 0)
+    prompt, other = tuple(range(40)), (*range(20), *range(100, 120))
+    fleet.mark("a~ends", other, 22, None)  # misleads: its block goes on differently
+    for end in (2, 14):
+        fleet.mark("a~ends", prompt, end, None)
+    fleet.mark("c~ends", prompt, 2, None)
+    found, _ = fleet.search(NAMES, fleet.blocks.chain(prompt), limit=39, unit=2)
+    assert found == {"a~ends": 14, "c~ends": 2}
