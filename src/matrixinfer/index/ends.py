@@ -42,7 +42,7 @@ def search(
     if limit < unit or unit < 1:
         return found
     most = (limit - 1) // block_size
-    keys = [chain.end_key(count) for count in range((most if blocks is None else min(most, blocks)) + 1)]
+    keys = [chain.end_key(0), *chain[: most if blocks is None else min(most, blocks)]]
     pending: dict[int, set[str]] = {len(keys): set(names)}  # names by how many keys are left to ask for
     for _ in range(_MAX_ROUNDS):
         last: dict[int, set[str]] = {}

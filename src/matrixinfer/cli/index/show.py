@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name of the model in the index")
     parser.add_argument("hash", nargs="?", metavar="HASH", help="hash of the block, in decimal digits")
-    parser.add_argument("--pod", metavar="NAME", help="show this pod, with its ranks and tiers")
+    parser.add_argument("--pod", metavar="NAME", help="show this pod, with its ranks, tiers and ends")
     parser.add_argument(
         "--limit",
         type=at_least_one,

@@ -3,6 +3,7 @@
     matrix:kv:block:{model}@{hash}    hash: pod -> the writer's stamp in Unix seconds, as decimal text
     matrix:kv:meta:{model}            hash: block_size, hash_scheme, version
 
+`pod` may also be a name of reusable ends, `pod~ends`: its entries mark places, and are not blocks that the pod holds.
 MatrixInfer and kthena also use the first key. The others belong to this gateway. The braces are a hash tag of Redis
 Cluster: it keeps the small tables in one slot, so that one script can change them together:
 

@@ -83,7 +83,8 @@ local function first(entries)
   for i = 1, #names do
     local name = names[i]
     local floor = floor_of(epochs[name], leases[name])
-    if seen[name] >= floor and string.sub(name, -#ends) ~= ends then
+    if string.sub(name, -#ends) == ends then floor = math.huge end
+    if seen[name] >= floor then
       pods[#pods + 1], floors[name] = name, floor
       if floor > highest then highest = floor end
     end
