@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -167,8 +168,8 @@ class Admin:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""
         query = request.rel_url.query
         limit = query.get("limit", "100")
-        if not limit.isdecimal():
-            raise InvalidRequest(f"limit: expected a number, got `{limit}`", param="limit")
+        if not re.fullmatch(r"[0-9]{1,9}", limit):
+            raise InvalidRequest(f"limit: expected a number of up to 9 digits, got `{limit[:20]}`", param="limit")
         found = self._decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
         return json_response({"decisions": [record.view() for record in islice(found, int(limit))]})
 
