@@ -11,7 +11,7 @@ from typing import Any, Self
 import msgspec
 import structlog
 
-from matrixinfer.errors import IndexUnavailable
+from matrixinfer.errors import UNREADABLE, IndexUnavailable
 from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.store import Store, unavailable
 from matrixinfer.tasks import cancel_and_wait
@@ -146,5 +146,5 @@ def decode(text: bytes) -> PodState | None:
     """Parse a published state; None if it is invalid."""
     try:
         return msgspec.json.decode(text, type=PodState)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
