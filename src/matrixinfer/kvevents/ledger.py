@@ -290,7 +290,9 @@ class Ledger:
         if tokens is None:
             self._store_copies(forest, place, block_ids(event.block_hashes))
             return
-        ids, parent = self._pages.named(event, block_ids(event.block_hashes), _parent_of(event))
+        ids, parent = block_ids(event.block_hashes), _parent_of(event)
+        if event.cache_salt is not None or event.lora_name:
+            ids, parent = self._pages.named(event, ids, parent)
         self.stats.stored += len(ids)
         if pairs is not None:
             self.reusable.look_ahead(ids, ahead)
@@ -337,7 +339,8 @@ class Ledger:
     def _is_of_another_group(self, event: BlockStored, kind: Kind, group: int) -> bool:
         """Store an event on the device in its group, unless that is the primary one."""
         reusable = self.reusable
-        self._learn(event, kind, group)
+        if not reusable.is_plain(group, event.block_size):
+            self._learn(event, kind, group)
         if group == reusable.primary and reusable.is_rooted:
             return False
         is_dense = tokens_of(event) is not None

@@ -61,6 +61,9 @@ class Reusable:
         """How the marks are searched; None where every prefix that is held is reused."""
         self._drops: frozenset[int] = frozenset()
         self._chunks: dict[int, int] = {}
+        self._plain: tuple[int, int] | None = None
+        self.is_rooted = True
+        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
         self._blocks = blocks
         self.supports = Supports(EndpointName.parse(pod).ends, index)
         """The marks."""
@@ -76,10 +79,9 @@ class Reusable:
         """Whether only marked prefixes are reused."""
         return self.rule is not None
 
-    @property
-    def is_rooted(self) -> bool:
-        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
-        return self.primary is None or self.specs[self.primary].kind is Kind.FULL
+    def is_plain(self, group: int, block_size: int) -> bool:
+        """Whether an event of that group, with blocks of that size, says nothing new of the only group."""
+        return self._plain == (group, block_size)
 
     @property
     def unit(self) -> int:
@@ -106,8 +108,12 @@ class Reusable:
         return _MARK_BYTES * len(self._marks) + sum(group.memory_bytes for group in self._groups.values())
 
     def _set_rule(self) -> None:
+        self.is_rooted = self.primary is None or self.specs[self.primary].kind is Kind.FULL
+        self._plain = None
         if not self.lookahead and len(self.specs) < 2 and self.is_rooted:
             self.rule = None
+            if self.primary is not None:
+                self._plain = self.primary, self.specs[self.primary].block_size
         else:
             self.rule = Rule(self.unit, self.lookahead, self.reserve, self.drop, self.is_rooted)
 
@@ -123,6 +129,7 @@ class Reusable:
         full = [number for number, spec in self.specs.items() if spec.kind is Kind.FULL]
         if self.primary not in full:
             self.primary = min(full or self.specs)
+        self.is_rooted = bool(full)
         for number, spec in self.specs.items():
             if number == self.primary and self.is_rooted:
                 continue
@@ -220,8 +227,9 @@ class Reusable:
         self.supports.forget()
         self.specs.clear()
         self._groups.clear()
-        self.primary, self.lookahead, self.reserve, self.rule = None, 0, 1, None
+        self.primary, self.lookahead, self.reserve = None, 0, 1
         self._drops = frozenset()
+        self._set_rule()
 
     def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:
         """Model and hashes of the prefix that ends with `block`; None when it cannot be reused."""

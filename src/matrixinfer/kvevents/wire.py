@@ -66,7 +66,12 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     @property
     def is_of_radix_tree(self) -> bool:
         """The layout is SGLang's: a page is on a medium or not, and its hash says neither salt nor adapter."""
-        return self.extra_keys is UNSET and self.kv_cache_spec_kind is None and self.group_idx is None and not self.hides_keys
+        return (
+            self.extra_keys is UNSET
+            and self.kv_cache_spec_kind is None
+            and self.group_idx is None
+            and not self.hides_keys
+        )
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
