@@ -198,7 +198,7 @@ def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
             return None
         first = array("I", [pair[0] for pair in pairs])
         ahead = array("I", [pairs[end - 1][1] for end in range(event.block_size, len(pairs) + 1, event.block_size)])
-    except (*_UNREADABLE, OverflowError):
+    except (*UNREADABLE, OverflowError):
         return None
     first.byteswap()
     ahead.byteswap()
