@@ -103,6 +103,8 @@ class FeedReports:
             "trust": cache.trust,
             "hides_salts": cache.hides_salts,
             "engine_block": cache.engine_block,
+            "reuse_unit": cache.engine_block if cache.rule is None else cache.rule.unit,
+            "drop_tokens": cache.drop if cache.rule is None else cache.rule.drop,
         }
         feed = self._feeds.get(name)
         if feed is not None:
