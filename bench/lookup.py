@@ -12,7 +12,7 @@ from bench.fleet import Writable, fill
 from bench.measure import Figure, Scale, each, in_fresh_process, ratio, resident_bytes, rounds_of
 from bench.prompts import MODEL
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor
-from matrixinfer.index.ends import search
+from matrixinfer.index.ends import Rule, search
 from matrixinfer.index.memory import MemoryIndex
 
 _PODS = [f"pod-{i}" for i in range(64)]
@@ -93,7 +93,7 @@ def _ends(scale: Scale) -> Iterator[Figure]:
             for chain in chains:
                 _mark(index, blocks, chain, unit)
             plain = each(partial(index.count, MODEL), chains)
-            whole = each(partial(_reusable, index, size=blocks.block_size, unit=unit), chains)
+            whole = each(partial(_reusable, index, Rule(unit=unit)), chains)
             seconds, reference = rounds_of(whole, plain, scale=scale)
             case = f"{length:,} blocks, ends every {unit} tokens"
             yield Figure(case=case, name="lookup", value=min(seconds) / len(chains) * 1e6, unit="µs")
@@ -108,12 +108,12 @@ def _mark(index: MemoryIndex, blocks: TokenBlockProcessor, chain: BlockChain, un
             index.add(MODEL, f"{pod}~ends", [key, chain.end(end)], None)
 
 
-def _reusable(index: MemoryIndex, chain: BlockChain, *, size: int, unit: int) -> dict[str, int]:
+def _reusable(index: MemoryIndex, rule: Rule, chain: BlockChain) -> dict[str, int]:
     """The whole lookup: the match, and the search for the longest reusable prefix of every pod that matches."""
     counts = index.count(MODEL, chain)
     names = [f"{pod}~ends" for pod in counts]
     longest = max(counts.values(), default=0)
-    asking = search(names, chain, block_size=size, limit=chain.tokens - 1, unit=unit, blocks=longest)
+    asking = search(names, chain, rule, tokens=chain.tokens, blocks=longest)
     try:
         question = next(asking)
         while True:

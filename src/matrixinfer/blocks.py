@@ -177,6 +177,11 @@ class BlockChain(Sequence[int]):
         return self._size
 
     @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._processor.block_size
+
+    @property
     def tokens(self) -> int:
         """How many tokens of the prompt are known here: all of them, unless the chain is bounded."""
         return len(self._data) // 4

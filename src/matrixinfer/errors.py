@@ -45,6 +45,11 @@ Exceptions with a leading underscore never leave their module and are not listed
 
 from __future__ import annotations
 
+import msgspec
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for data from elsewhere that is not what was expected."""
+
 
 def message_of(error: BaseException) -> str:
     """The message of a foreign error, which may be unable to give one."""

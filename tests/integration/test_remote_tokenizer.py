@@ -169,6 +169,7 @@ async def flooding(request: web.Request) -> web.StreamResponse:
         answering(200, b'{"count":0}'),
         answering(200, b'{"tokens":null}'),
         answering(200, b'{"tokens":["a"]}'),
+        answering(200, b"[" * 5000),
         answering(200, b'{"tokens":[-1]}'),
         answering(200, b'{"tokens":[4294967296]}'),
         breaking,

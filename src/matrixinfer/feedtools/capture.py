@@ -232,20 +232,12 @@ class _Check:
     def _hit(self, name: str, feed: PodFeed, model: str, chain: BlockChain, tokens: int) -> int:
         """Tokens of a prompt that a publisher's engine will find in its cache."""
         reusable, matched = feed.ledger.reusable, self._index.count(model, chain).get(name, 0)
-        if not reusable.is_needed:
+        rule = reusable.rule
+        if rule is None:
             size = self._engine_block
             return max(0, min(self._tokens(model, chain, name, matched), tokens - 1) // size * size - reusable.drop)
         ends = EndpointName.parse(name).ends
-        asking = search(
-            [ends],
-            chain,
-            block_size=self._blocks.block_size,
-            limit=tokens - max(0 if reusable.drop else reusable.reserve, reusable.lookahead),
-            unit=reusable.unit,
-            ahead=reusable.lookahead,
-            drop=reusable.drop,
-            blocks=matched if reusable.is_rooted else None,
-        )
+        asking = search([ends], chain, rule, tokens=tokens, blocks=matched)
         try:
             question = next(asking)
             while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -32,7 +33,6 @@ from matrixinfer.trust.parity import Parity
 CLIENT_GONE = 499
 """Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
 
-_MAX_DIGITS = 9
 
 log = structlog.get_logger(__name__)
 
@@ -169,10 +169,8 @@ class Admin:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""
         query = request.rel_url.query
         limit = query.get("limit", "100")
-        if not limit.isdecimal() or len(limit) > _MAX_DIGITS:
-            raise InvalidRequest(
-                f"limit: expected a number of at most {_MAX_DIGITS} digits, got `{limit}`", param="limit"
-            )
+        if not re.fullmatch(r"[0-9]{1,9}", limit):
+            raise InvalidRequest(f"limit: expected a number of up to 9 digits, got `{limit[:20]}`", param="limit")
         found = self._decisions.newest(request_id=query.get("id"), pod=query.get("pod"))
         return json_response({"decisions": [record.view() for record in islice(found, int(limit))]})
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from matrixinfer.errors import InvalidRequest
+from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.fields import decode
@@ -68,7 +68,7 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:
         if options is not None and bytes(options) != b"null":
             given = decode(_FIELDS, options)
         asked = msgspec.json.decode(given.get("include_usage", b"null"))
-    except (InvalidRequest, msgspec.DecodeError, UnicodeDecodeError):
+    except (InvalidRequest, *UNREADABLE):
         return None
     if asked not in (None, False):
         return None

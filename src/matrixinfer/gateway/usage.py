@@ -13,6 +13,8 @@ from typing import Annotated
 
 import msgspec
 
+from matrixinfer.errors import UNREADABLE
+
 _TAIL_BYTES = 16 * 1024
 _REPORT = re.compile(rb'"usage":\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
@@ -117,7 +119,7 @@ def usage(answer: bytes) -> Usage | None:
         return None
     try:
         report = _DECODER.decode(found[1])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     if report.prompt_tokens is not None:
         details = report.prompt_tokens_details

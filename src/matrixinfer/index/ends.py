@@ -9,40 +9,49 @@ It does no I/O: `search` is a generator that yields questions for `BlockIndex.la
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from matrixinfer.blocks import BlockChain
 
 _MAX_ROUNDS = 8
 """Blocks tried per endpoint: a mark of a block may be of another prompt that goes on differently."""
 
+
+class Rule(NamedTuple):
+    """How the reusable ends of an endpoint are found."""
+
+    unit: int
+    """Prefixes are multiples of this many tokens."""
+    ahead: int = 0
+    """Tokens after a prefix that decide as well whether it is reused."""
+    reserve: int = 1
+    """Tokens at a prompt's end that are never reused."""
+    drop: int = 0
+    """Tokens by which each prefix is cut before it is reused."""
+    is_rooted: bool = True
+    """Whatever is reused is held from the first token on, so that a match bounds it."""
+
+
 Question: TypeAlias = tuple[Collection[str], Sequence[int]]
 """Arguments of `BlockIndex.last`: names of endpoints' ends, and hashes."""
 
 
 def search(
-    names: Collection[str],
-    chain: BlockChain,
-    *,
-    block_size: int,
-    limit: int,
-    unit: int,
-    ahead: int = 0,
-    drop: int = 0,
-    blocks: int | None = None,
+    names: Collection[str], chain: BlockChain, rule: Rule, *, tokens: int, blocks: int | None
 ) -> Generator[Question, Mapping[str, int], dict[str, int]]:
-    """Find the longest reusable prefix, in tokens, that ends within `limit` tokens. Names that have none are absent.
+    """Find the longest reusable prefix, in tokens, of a prompt of `tokens` tokens. Names that have none are absent.
 
-    Prefixes are multiples of `unit` tokens, `ahead` tokens after them decide as well, and each is cut by `drop` tokens
-    before it is reused. `blocks` is the longest match of those endpoints, if they hold whatever they reuse from the first
-    token on; None if they may not.
+    `blocks` is the longest match of those endpoints, which bounds the search where they are rooted; None if not known.
     """
+    unit, ahead, drop = rule.unit, rule.ahead, rule.drop
+    block_size = chain.block_size
+    limit = min(tokens - max(0 if drop else rule.reserve, ahead), chain.tokens - ahead)
     found: dict[str, int] = {}
-    limit = min(limit, chain.tokens - ahead)
     if limit < unit or unit < 1:
         return found
     most = (limit - 1) // block_size
-    keys = [chain.end_key(0), *chain[: most if blocks is None else min(most, blocks)]]
+    longest = most if blocks is None or not rule.is_rooted else min(most, blocks)
+    keys = [chain.end_key(0), *chain[:longest]]
     pending: dict[int, set[str]] = {len(keys): set(names)}  # names by how many keys are left to ask for
     for _ in range(_MAX_ROUNDS):
         last: dict[int, set[str]] = {}

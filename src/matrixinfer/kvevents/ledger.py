@@ -136,6 +136,38 @@ class Ledger:
         return self._forests.values()
 
     @property
+    def drop_unit(self) -> int:
+        """Tokens by which the engine cuts its hits, if it drops a block of them; 0 if that is not known."""
+        reusable = self.reusable
+        return reusable.specs[reusable.primary].block_size if reusable.primary is not None else 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether the engine is known to drop a block of every hit."""
+        return self.reusable.drop > 0
+
+    def drop_more(self) -> int:
+        """Count with a drop in the group of full attention or, if that is done, in those of sliding windows as well.
+
+        Returns the tokens that hits are cut by.
+        """
+        specs, primary = self.reusable.specs, self.reusable.primary
+        sliding = [number for number, spec in specs.items() if spec.kind is Kind.SLIDING]
+        return self._set_drops([primary or 0, *(sliding if self.drops else [])])
+
+    def drop_nothing(self) -> int:
+        """Count with no drop any more."""
+        return self._set_drops([])
+
+    def _set_drops(self, groups: Sequence[int]) -> int:
+        self.reusable.drops(groups)
+        forest = self._primary_forest
+        if self.reusable.is_needed and forest is not None:
+            self.reusable.touch(block for _, _, block in forest.below(None))
+            self.reusable.settle(forest)
+        return self.reusable.drop
+
+    @property
     def is_observed(self) -> bool:
         """Whether a witness sees new blocks."""
         return self._witness is not None
@@ -187,6 +219,12 @@ class Ledger:
     def _apply(self, events: Sequence[Event]) -> None:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
+        for event in events:
+            # An event of one group may only be understood once the others are known.
+            if isinstance(event, BlockStored) and event.group_idx and event.group_idx not in self.reusable.specs:
+                kind = KINDS.get(event.kv_cache_spec_kind)
+                if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
+                    self._learn(event, kind, event.group_idx)
         removed: list[EngineHash] = []
         place: tuple[str | None, int | None] = (None, None)
         for event in events:
@@ -252,13 +290,15 @@ class Ledger:
         if tokens is None:
             self._store_copies(forest, place, block_ids(event.block_hashes))
             return
-        ids, parent = self._pages.named(event, block_ids(event.block_hashes), _parent_of(event))
+        ids, parent = block_ids(event.block_hashes), _parent_of(event)
+        if event.cache_salt is not None or event.lora_name:
+            ids, parent = self._pages.named(event, ids, parent)
         self.stats.stored += len(ids)
         if pairs is not None:
             self.reusable.look_ahead(ids, ahead)
         again = self._pages.stored(ids, event.medium) if event.is_of_radix_tree else ()
         whole = self.reusable.specs[place[1]].block_size if forest.tier == DEVICE else event.block_size
-        if event.block_size < whole:
+        if event.block_size < whole and len(self.reusable.specs) > 1:
             self.reusable.linked(ids, parent, event.block_size)
             for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
                 keys = event.extra_keys if isinstance(event.extra_keys, list) else None
@@ -297,13 +337,10 @@ class Ledger:
             self._append(forest, event, first, ids[first:last], stretch, before, above)
 
     def _is_of_another_group(self, event: BlockStored, kind: Kind, group: int) -> bool:
-        """Learn what an event on the device says of its group, and store it there unless that is the primary one."""
+        """Store an event on the device in its group, unless that is the primary one."""
         reusable = self.reusable
-        before = reusable.primary
-        forest = self._primary_forest if before is not None else None
-        reusable.learn(group, kind, event.block_size, event.kv_cache_spec_sliding_window, forest)
-        if reusable.primary != before and forest is not None:
-            self._drop(("GPU", before or 0))
+        if not reusable.is_plain(group, event.block_size):
+            self._learn(event, kind, group)
         if group == reusable.primary and reusable.is_rooted:
             return False
         is_dense = tokens_of(event) is not None
@@ -316,6 +353,15 @@ class Ledger:
             self.stats.stored += len(ids)
             return True
         return False
+
+    def _learn(self, event: BlockStored, kind: Kind, group: int) -> None:
+        """Learn what an event on the device says of its group."""
+        reusable = self.reusable
+        before = reusable.primary
+        forest = None if before is None else self._primary_forest
+        reusable.learn(group, kind, event.block_size, event.kv_cache_spec_sliding_window, forest)
+        if reusable.primary != before and forest is not None:
+            self._drop(("GPU", before or 0))
 
     def _drop(self, place: _Place) -> None:
         """Another group's tokens are known from now on: forget those of `place`, whose blocks its group still counts."""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Group, Kind
 from matrixinfer.kvevents.run import Run
@@ -56,10 +57,16 @@ class Reusable:
         """Tokens after a block on which its content depends as well."""
         self.reserve = 1
         """Tokens at a prompt's end that are never reused."""
+        self.rule: Rule | None = None
+        """How the marks are searched; None where every prefix that is held is reused."""
         self._drops: frozenset[int] = frozenset()
         self._chunks: dict[int, int] = {}
+        self._plain: tuple[int, int] | None = None
+        self.is_rooted = True
+        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
         self._blocks = blocks
-        self._supports = Supports(EndpointName.parse(pod).ends, index)
+        self.supports = Supports(EndpointName.parse(pod).ends, index)
+        """The marks."""
         self._groups: dict[int, Group] = {}
         self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
         self._ahead: dict[int, bytes] = {}
@@ -70,17 +77,11 @@ class Reusable:
     @property
     def is_needed(self) -> bool:
         """Whether only marked prefixes are reused."""
-        spec = None if self.primary is None else self.specs[self.primary]
-        return (
-            self.lookahead > 0
-            or len(self.specs) > 1
-            or (spec is not None and (spec.has_fine_blocks or not self.is_rooted))
-        )
+        return self.rule is not None
 
-    @property
-    def is_rooted(self) -> bool:
-        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
-        return self.primary is None or self.specs[self.primary].kind is Kind.FULL
+    def is_plain(self, group: int, block_size: int) -> bool:
+        """Whether an event of that group, with blocks of that size, says nothing new of the only group."""
+        return self._plain == (group, block_size)
 
     @property
     def unit(self) -> int:
@@ -98,11 +99,23 @@ class Reusable:
         No event says so.
         """
         self._drops = frozenset(groups)
+        self._set_rule()
+        self.touch(self._marks)
 
     @property
     def memory_bytes(self) -> int:
         """Estimated memory of groups and marks."""
         return _MARK_BYTES * len(self._marks) + sum(group.memory_bytes for group in self._groups.values())
+
+    def _set_rule(self) -> None:
+        self.is_rooted = self.primary is None or self.specs[self.primary].kind is Kind.FULL
+        self._plain = None
+        if not self.lookahead and len(self.specs) < 2 and self.is_rooted:
+            self.rule = None
+            if self.primary is not None:
+                self._plain = self.primary, self.specs[self.primary].block_size
+        else:
+            self.rule = Rule(self.unit, self.lookahead, self.reserve, self.drop, self.is_rooted)
 
     def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
         """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
@@ -116,6 +129,7 @@ class Reusable:
         full = [number for number, spec in self.specs.items() if spec.kind is Kind.FULL]
         if self.primary not in full:
             self.primary = min(full or self.specs)
+        self.is_rooted = bool(full)
         for number, spec in self.specs.items():
             if number == self.primary and self.is_rooted:
                 continue
@@ -123,6 +137,7 @@ class Reusable:
                 self._groups[number] = Group(spec.kind, spec.block_size, spec.span, self._before)
             elif self._groups[number].block_size != spec.block_size:
                 self.touch(self._groups[number].resize(spec.block_size))
+        self._set_rule()
         if forest is not None:
             self.touch(block for _, _, block in forest.below(None))
 
@@ -138,6 +153,7 @@ class Reusable:
     def look_ahead_in_pairs(self) -> None:
         """Blocks are of pairs of tokens, of which the engine never looks up a prompt's last one."""
         self.reserve = 2
+        self._set_rule()
 
     def linked(self, blocks: Sequence[int], parent: int | None, size: int) -> None:
         """An event names blocks of `size` tokens with all their tokens: so it is known which comes before which."""
@@ -158,7 +174,10 @@ class Reusable:
 
     def look_ahead(self, blocks: Sequence[int], ahead: Sequence[bytes]) -> None:
         """`blocks` depend on these tokens after them as well."""
-        self.lookahead = max(self.lookahead, *(len(tokens) // 4 for tokens in ahead))
+        longest = max(len(tokens) // 4 for tokens in ahead)
+        if longest > self.lookahead:
+            self.lookahead = longest
+            self._set_rule()
         self._ahead.update(zip(blocks, ahead, strict=True))
 
     def touch(self, blocks: Iterable[int]) -> None:
@@ -186,10 +205,10 @@ class Reusable:
                     self._ahead.pop(block, None)
             elif block not in self._marks:
                 new[block] = end
-        self._supports.flush()  # before anything is added, which may be the same hashes
+        self.supports.flush()  # before anything is added, which may be the same hashes
         for block, (model, hashes) in new.items():
             self._marks[block] = model, hashes
-            self._supports.add(model, hashes, None)
+            self.supports.add(model, hashes, None)
         self._forest = None
 
     def clear(self) -> None:
@@ -200,15 +219,17 @@ class Reusable:
         self._ahead.clear()
         self._dirty.clear()
         self._pieces.clear()
-        self._supports.clear()
+        self.supports.clear()
 
     def reset(self) -> None:
         """Expect another engine."""
         self.clear()
-        self._supports.forget()
+        self.supports.forget()
         self.specs.clear()
         self._groups.clear()
         self.primary, self.lookahead, self.reserve = None, 0, 1
+        self._drops = frozenset()
+        self._set_rule()
 
     def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:
         """Model and hashes of the prefix that ends with `block`; None when it cannot be reused."""
@@ -245,7 +266,7 @@ class Reusable:
         mark = self._marks.pop(block, None)
         if mark is not None:
             model, hashes = mark
-            self._supports.remove(model, hashes)
+            self.supports.remove(model, hashes)
 
     def _before(self, block: int, tokens: int) -> int | None:
         """The block that ends that many tokens before the end of `block`, on the same prefix."""

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import UNREADABLE, MatrixInferError
 
 EngineHash: TypeAlias = int | bytes
 """An engine's opaque name for one of its blocks: a 64-bit integer (signed in SGLang) or a byte string."""
@@ -66,7 +66,12 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     @property
     def is_of_radix_tree(self) -> bool:
         """The layout is SGLang's: a page is on a medium or not, and its hash says neither salt nor adapter."""
-        return self.extra_keys is UNSET and not self.hides_keys
+        return (
+            self.extra_keys is UNSET
+            and self.kv_cache_spec_kind is None
+            and self.group_idx is None
+            and not self.hides_keys
+        )
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
@@ -155,7 +160,6 @@ _TOKENS = msgspec.msgpack.Decoder(list[int])
 _BIGRAMS = msgspec.msgpack.Decoder(list[tuple[int, int]])
 _TWO_TO_64 = 1 << 64
 # What msgspec raises for unexpected bytes.
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def decode(payload: bytes) -> Batch:
@@ -163,7 +167,7 @@ def decode(payload: bytes) -> Batch:
     for layout in _BATCHES:
         try:
             batch = layout.decode(payload)
-        except _UNREADABLE:
+        except UNREADABLE:
             continue
         return Batch(batch.events, batch.ts, batch.data_parallel_rank)
     return _decode_one_by_one(payload)
@@ -176,7 +180,7 @@ def tokens_of(event: BlockStored) -> bytes | None:
         if len(tokens) != len(event.block_hashes) * event.block_size:
             return None
         packed = array("I", tokens)
-    except (*_UNREADABLE, OverflowError):
+    except (*UNREADABLE, OverflowError):
         return None
     packed.byteswap()
     return packed.tobytes()
@@ -194,7 +198,7 @@ def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
             return None
         first = array("I", [pair[0] for pair in pairs])
         ahead = array("I", [pairs[end - 1][1] for end in range(event.block_size, len(pairs) + 1, event.block_size)])
-    except (*_UNREADABLE, OverflowError):
+    except (*UNREADABLE, OverflowError):
         return None
     first.byteswap()
     ahead.byteswap()
@@ -206,7 +210,7 @@ def has_bigrams(event: BlockStored) -> bool:
     """Whether the event holds pairs of tokens, as SGLang's do when it drafts with EAGLE."""
     try:
         return len(_BIGRAMS.decode(event.token_ids)) > 0
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
 
 
@@ -219,7 +223,7 @@ def is_hash_of_tokens_alone(event: BlockStored) -> bool:
         return False
     try:
         return hash(tuple(_TOKENS.decode(event.token_ids))) == event.block_hashes[0]
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
 
 
@@ -239,7 +243,7 @@ def _decode_one_by_one(payload: bytes) -> Batch:
     for layout in _UNREAD:
         try:
             batch = layout.decode(payload)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = error
             continue
         events: list[Event] = []
@@ -258,7 +262,7 @@ def _decode_event(raw: msgspec.Raw) -> Event | None:
     for layout in _EVENTS:
         try:
             event: Event = layout.decode(raw)
-        except _UNREADABLE:
+        except UNREADABLE:
             continue
         return event
     return None
@@ -267,7 +271,7 @@ def _decode_event(raw: msgspec.Raw) -> Event | None:
 def _names_block_stored(raw: msgspec.Raw) -> bool:
     try:
         event = msgspec.msgpack.decode(raw)
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
     kind = event.get("type") if isinstance(event, dict) else event[0] if isinstance(event, list) and event else None
     return kind == BlockStored.__name__

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.config import KvEventsConfig
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import UNREADABLE, MatrixInferError
 from matrixinfer.pods.registry import EngineMetrics, RankMetrics, ServedNames
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -27,7 +27,7 @@ _LOADED = (b"vllm:external_prefix_cache_hits_total",)
 """Hits on slower tiers, which vLLM counts separately."""
 _PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
 _CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
-_BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="(\d{1,9})"')
+_BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="([1-9]\d{0,8})"')
 _PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
 _RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
 """The label of data-parallel ranks in vLLM and in SGLang."""
@@ -124,7 +124,7 @@ def parse_models(body: bytes) -> ServedNames | None:
     """
     try:
         cards = msgspec.json.decode(body, type=_Cards).data
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
     own = [card for card in cards if card.parent is None]
     if not own:
@@ -143,7 +143,7 @@ def parse_version(body: bytes) -> str | None:
     """The version in an engine's `/version`; None if the answer is malformed."""
     try:
         return msgspec.json.decode(body, type=_Version).version
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 
@@ -155,7 +155,7 @@ def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:
     """
     try:
         answer: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return ()
     if isinstance(answer, dict):
         answer = [answer[rank] for rank in sorted(answer, key=lambda rank: (len(rank), rank))]
@@ -230,7 +230,8 @@ def _summed(
 
 
 def _sum(samples: Sequence[_Sample]) -> int | None:
-    return round(sum(value for _, value in samples)) if samples else None
+    total = sum(value for _, value in samples)
+    return round(total) if samples and math.isfinite(total) else None
 
 
 def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:

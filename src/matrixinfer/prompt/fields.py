@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Meta, Raw, Struct
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.errors import InvalidRequest
+from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt.base import Chat, Prompt
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def messages(data: Raw) -> list[Object]:
     if memoryview(data).nbytes > _WHOLE_BYTES:
         try:
             return [_OBJECT.decode(each) for each in _RAW_LIST.decode(data)]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             pass  # `decode` raises it below, with the field's path
     return decode(MESSAGES, data, "messages")
 

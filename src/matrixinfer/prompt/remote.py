@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.errors import TokenizeError
+from matrixinfer.errors import UNREADABLE, TokenizeError
 from matrixinfer.prompt.base import Prompt, TokenId
 from matrixinfer.prompt.tokenize_requests import tokenize_request
 
@@ -183,7 +183,7 @@ class RemoteTokenizer:
             raise _Failed(f"cannot reach {url}/tokenize: {type(error).__name__}") from error
         try:
             return _ids(answer) if len(answer) <= _INLINE_BYTES else await asyncio.to_thread(_ids, answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise _Failed(f"{url}/tokenize did not answer with token ids") from error
 
     async def _read(self, response: aiohttp.ClientResponse, url: str) -> bytes:

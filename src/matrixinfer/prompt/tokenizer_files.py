@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from matrixinfer.errors import ConfigError
+from matrixinfer.errors import UNREADABLE, ConfigError
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
@@ -83,7 +83,7 @@ def read_json(path: Path, *, where: str) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(_bytes(path, where), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(where, f"{path} is not a JSON object: {error}") from error
 
 

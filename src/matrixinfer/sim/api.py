@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from matrixinfer.errors import InvalidRequest, RequestError, UnknownModel
+from matrixinfer.errors import UNREADABLE, InvalidRequest, RequestError, UnknownModel
 from matrixinfer.prompt.base import Chat
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.reply import Reply
@@ -158,7 +158,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     """Decode a request body. Raises `InvalidRequest`."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+    except UNREADABLE as failure:
         raise InvalidRequest(str(failure)) from failure
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from matrixinfer.errors import UNREADABLE
 from matrixinfer.sim.workload import Conversation, messages
 
 
@@ -62,7 +63,7 @@ async def ask(
                     continue
                 ttft = time.monotonic() - began if ttft is None else ttft
                 pieces += [choice.delta.content or "" for choice in _CHUNK.decode(line[6:]).choices]
-    except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+    except (aiohttp.ClientError, TimeoutError, *UNREADABLE) as error:
         return "", Outcome(pod=pod, ttft=ttft, error=type(error).__name__)
     return "".join(pieces), Outcome(pod=pod, ttft=ttft, error=None if done else "the stream ended early")
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.blocks import ROOT, BlockChain, TokenBlockProcessor, salt_parent, token_bytes
-from matrixinfer.index import ends
+from matrixinfer.index.ends import _MAX_ROUNDS, Question, Rule, search
 from matrixinfer.index.memory import MemoryIndex
 
 MODEL = "llama"
@@ -51,26 +51,21 @@ class Fleet:
     def search(
         self, names: Collection[str], chain: BlockChain, *, limit: int, unit: int, drop: int = 0, rooted: bool = True
     ) -> tuple[dict[str, int], int]:
-        """What `ends.search` finds, and how many questions it asks."""
+        """What `search` finds, and how many questions it asks."""
         matched = self.index.count(MODEL, chain)
         blocks = max((matched.get(name.removesuffix("~ends"), 0) for name in names), default=0)
-        asking = ends.search(
-            names,
-            chain,
-            block_size=self.blocks.block_size,
-            limit=limit,
-            unit=unit,
-            ahead=self.ahead,
-            drop=drop,
-            blocks=blocks if rooted else None,
-        )
+        rule = Rule(unit=unit, ahead=self.ahead, reserve=0, drop=drop, is_rooted=rooted)
+        asking = search(names, chain, rule, tokens=limit + self.ahead, blocks=blocks)
+        return self.answered(asking)
+
+    def answered(self, asking: Generator[Question, Mapping[str, int], dict[str, int]]) -> tuple[dict[str, int], int]:
+        """The result of a search that the index answers, and how many questions it asks."""
         questions = 0
-        answer: Mapping[str, int] | None = None
         try:
+            question = next(asking)
             while True:
-                asked, hashes = next(asking) if answer is None else asking.send(answer)
                 questions += 1
-                answer = self.index.last_of(MODEL, asked, hashes)
+                question = asking.send(self.index.last_of(MODEL, *question))
         except StopIteration as done:
             found: dict[str, int] = done.value
             return found, questions
@@ -122,7 +117,7 @@ def test_a_search_asks_little_however_many_marks_mislead_it(places: list[int], u
     fleet.index.add(MODEL, "a", fleet.blocks.chain(prompt)[:], None)
     found, questions = fleet.search(NAMES, fleet.blocks.chain(prompt), limit=400, unit=unit)
     assert not found
-    assert questions <= 2 * ends._MAX_ROUNDS  # noqa: SLF001 - the bound is the search's own
+    assert questions <= 2 * _MAX_ROUNDS
 
 
 def test_a_bounded_chain_is_searched_as_far_as_it_is_known() -> None:
@@ -163,3 +158,22 @@ def test_a_name_that_holds_an_end_in_anothers_block_may_have_a_longer_one() -> N
     fleet.mark("c~ends", prompt, 2, None)
     found, _ = fleet.search(NAMES, fleet.blocks.chain(prompt), limit=39, unit=2)
     assert found == {"a~ends": 14, "c~ends": 2}
+
+
+@pytest.mark.parametrize(
+    ("rule", "reused"),
+    [
+        (Rule(unit=2), 8),
+        (Rule(unit=2, reserve=0), 10),
+        (Rule(unit=2, reserve=3), 6),
+        (Rule(unit=2, drop=2), 8),  # what is cut leaves more than the reserve
+        (Rule(unit=4), 8),
+        (Rule(unit=16), None),
+    ],
+)
+def test_tokens_at_the_end_of_a_prompt_are_reserved(rule: Rule, reused: int | None) -> None:
+    fleet = Fleet(TokenBlockProcessor(4), 0)
+    for end in (2, 4, 6, 8, 10):
+        fleet.mark("a~ends", tuple(range(10)), end, None)
+    asking = search(["a~ends"], fleet.blocks.chain(range(10)), rule, tokens=10, blocks=None)
+    assert fleet.answered(asking)[0].get("a~ends") == reused

@@ -34,6 +34,12 @@ vllm:num_requests_running{model_name="a {b} c"} 1
 vllm:num_requests_waiting{model_name="a {b} c"} 0
 vllm:gpu_cache_usage_perc{model_name="a {b} c"} 0.125
 """
+BROKEN = (
+    b"\xff",
+    b'"\xff"',
+    b'{"data":[{"id":"\xff"}],"version":"\xff"}',
+    b'{"data":' + b"[" * 5000 + b"]" * 5000 + b"}",
+)
 SGLANG = b"""\
 # TYPE sglang:num_running_reqs gauge
 sglang:num_running_reqs{model_name="m",tp_rank="0"} 7.0
@@ -78,6 +84,11 @@ def test_a_missing_sample_is_unknown_and_not_zero(text: bytes) -> None:
     assert parse_metrics(text, read_at=0.0).running is None
 
 
+def test_a_sum_without_end_is_unknown() -> None:
+    text = b'vllm:num_requests_running{engine="0"} 1e308\nvllm:num_requests_running{engine="1"} 1.7e308\n'
+    assert parse_metrics(text, read_at=0.0).running is None
+
+
 def test_a_timestamp_after_the_value_is_ignored() -> None:
     assert parse_metrics(b"vllm:num_requests_running 5 1395066363000", read_at=0.0).running == 5
 
@@ -108,7 +119,7 @@ def test_the_first_name_without_a_parent_is_the_engine_s_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{}", b'{"data":[]}', b'{"data":[{"id":1}]}', b'{"data":[{"id":"a","parent":"b"}]}', b"\xff"]
+    "body", [b"", b"[]", b"{}", b'{"data":[]}', b'{"data":[{"id":1}]}', b'{"data":[{"id":"a","parent":"b"}]}', *BROKEN]
 )
 def test_a_model_list_without_a_base_model_is_ignored(body: bytes) -> None:
     assert parse_models(body) is None
@@ -164,7 +175,12 @@ def test_only_wildcard_addresses_are_replaced_by_the_pod_s_host(endpoint: str, e
 )
 def test_sources_that_do_not_publish_are_left_out(answer: object) -> None:
     assert parse_kv_sources(msgspec.json.encode(answer), host="h") == ()
-    assert parse_kv_sources(b"\xff", host="h") == ()
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_an_answer_that_cannot_be_read_says_nothing(body: bytes) -> None:
+    assert parse_kv_sources(body, host="h") == ()
+    assert parse_version(body) is None
 
 
 def test_hits_and_block_size_are_read() -> None:
@@ -195,6 +211,7 @@ vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blo
         (b'block_size="16",enable_prefix_caching="True"', (16, True)),
         (b'enable_prefix_caching="False",block_size="32"', (32, False)),
         (b'page_size="64"', (64, None)),
+        (b'block_size="0"', (None, None)),
         (b'block_size="None",enable_prefix_caching="None"', (None, None)),
     ],
 )

@@ -20,9 +20,9 @@ class World:
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append((name, replay))
 
-    def report(self, *cached: int | None, least: int = 64, name: str = "a", purges: bool = True) -> None:
+    def report(self, *cached: int | None, least: int = 64, name: str = "a") -> None:
         for each in cached:
-            self.drift.reported(name, least=least, most=64, cached=each, purges=purges)
+            self.drift.reported(name, least=least, most=64, cached=each)
 
     def count(self, result: str) -> float:
         return self.metrics.registry.get_sample_value("matrixinfer_drift_total", {"pod": "a", "result": result}) or 0
@@ -129,7 +129,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         matched=[1, 2, 3],
         token_block=16,
         stores=stored,
-        purges=True,
+        explains=lambda predicted, cached: False,
     ).open()
 
 

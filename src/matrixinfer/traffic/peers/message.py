@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import UNREADABLE, MatrixInferError
 
 MAX_BYTES = 1 << 20
 """Largest size of a message."""
@@ -92,7 +92,7 @@ def decode(data: bytes) -> Message:
         raise MalformedMessage(f"{len(data)} bytes")
     try:
         return _DECODER.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(str(error)) from error
 
 
