@@ -85,7 +85,7 @@ async def test_a_mamba_checkpoint_bounds_what_is_reused(block_size: int) -> None
 
 async def test_a_window_must_be_held_where_the_prefix_ends() -> None:
     world = World()
-    window = {"kv_cache_spec_sliding_window": 2 * BLOCK + 1}
+    window: dict[str, Any] = {"kv_cache_spec_sliding_window": 2 * BLOCK + 1}
     world.publish(event(0, "full_attention", 0, 11), event(1, "sliding_window", 0, 11, **window))
     assert await world.predicted() == 11 * BLOCK
     world.publish(removed(1, 9))
@@ -96,7 +96,7 @@ async def test_a_window_must_be_held_where_the_prefix_ends() -> None:
 
 async def test_the_tokens_after_a_block_decide_where_events_say_so() -> None:
     world = World(BLOCK)
-    ahead = {"lookahead_token_ids": [[PROMPT[BLOCK * (n + 1)]] for n in range(3)] + [[7]]}
+    ahead: dict[str, Any] = {"lookahead_token_ids": [[PROMPT[BLOCK * (n + 1)]] for n in range(3)] + [[7]]}
     world.publish(event(0, "full_attention", 0, 4, **ahead))
     assert await world.predicted() == 3 * BLOCK
     assert await world.predicted(3 * BLOCK + 1) == 3 * BLOCK

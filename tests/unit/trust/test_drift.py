@@ -65,12 +65,6 @@ def test_what_was_evicted_before_the_answer_began_is_no_fault() -> None:
     assert world.resyncs == [("a", True)]
 
 
-def test_an_engine_with_several_kinds_of_attention_is_never_cleared_nor_doubted() -> None:
-    world = World()
-    world.report(*[0] * RUN, purges=False)
-    assert (world.resyncs, world.drift.doubts("a"), world.count("fewer")) == ([], False, RUN)
-
-
 def test_what_cannot_be_healed_yet_is_doubted_until_an_answer_is_as_predicted() -> None:
     world = World()
     world.report(*[0] * RUN)
