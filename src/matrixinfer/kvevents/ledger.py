@@ -389,6 +389,10 @@ class Ledger:
     def _is_of_another_group(self, event: BlockStored, kind: Kind, group: int) -> bool:
         """Learn what an event on the device says of its group, and store it there unless that is the primary one."""
         reusable = self.reusable
+        if group not in reusable.specs and len(reusable.specs) >= _MAX_PLACES:
+            self.stats.misfits += 1
+            self._limits.note(MISFITS)
+            return True
         before = reusable.primary
         forest = self._primary_forest if before is not None else None
         if group not in reusable.specs or reusable.specs[group].block_size != event.block_size:

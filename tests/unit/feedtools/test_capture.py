@@ -208,8 +208,8 @@ def test_adapters_are_left_out_where_the_layout_hides_their_names() -> None:
 
 
 def test_a_feed_that_cannot_be_trusted_predicts_nothing() -> None:
-    bigrams = array_frame(["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"])
-    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": bigrams}, *asked("r", PROMPT, 0)])
+    unchained = array_frame(["BlockStored", [hash((1, 2))], None, [1, 2], 2, None, "GPU"])
+    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": unchained}, *asked("r", PROMPT, 0)])
     assert report.publishers[0].untrusted is not None
     assert report.unsupported == {"r": report.publishers[0].untrusted}
 
