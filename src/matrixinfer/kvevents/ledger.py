@@ -143,6 +143,7 @@ class Ledger:
         self._device_block_size: int | None = None
         self._stored_before = self._orphans_before = 0  # counts when everything was last cleared
         self._linked: set[int] = set()  # groups whose blocks the primary one has too
+        self._strange: set[int] = set()  # groups whose blocks it has never had
         self._unlinked: dict[int, list[int]] = {}  # blocks of this batch in other groups
         self._forests: dict[_Place, Forest] = {}
 
@@ -213,6 +214,7 @@ class Ledger:
         self._unevicted.reset()
         self._limits.reset()
         self._linked.clear()
+        self._strange.clear()
         self._is_radix = None
         self.block_size = self._device_block_size = None
         self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
@@ -271,9 +273,11 @@ class Ledger:
         for group, blocks in self._unlinked.items():
             if forest is not None and any(block in forest for block in blocks):
                 self._linked.add(group)
+            elif self.reusable.is_rooted:
+                self._strange.add(group)
         self._unlinked.clear()
-        others = self.reusable.specs.keys() - {self.reusable.primary} - self._linked
-        if others and self.reusable.is_rooted:
+        self._strange -= self._linked
+        if self._strange:
             self._limits.note(UNLINKED, lasting=True)
         else:
             self._limits.drop(UNLINKED)
@@ -400,6 +404,8 @@ class Ledger:
             self._note_groups()
         if reusable.primary != before and forest is not None:
             self._drop(("GPU", before or 0))
+        if reusable.primary != before and reusable.is_rooted:
+            self._limits.drop(SPARSE_WINDOWS)
         if group == reusable.primary and reusable.is_rooted:
             return False
         is_dense = tokens_of(event) is not None

@@ -33,14 +33,12 @@ ORPHANS = (
     "enable the engine's replay endpoint, or reset its cache"
 )
 MISFITS = "events whose tokens do not fit their blocks were left out, so hits may be longer than predicted; report them"
+UNKNOWN_KIND = "an attention kind that this release does not know"
 
 
 def unknown_kind(kind: str) -> str:
     """Words for a kind of attention without a rule."""
-    return (
-        f"an attention kind that this release does not know ({kind[:64]}), so hits may be shorter than predicted; "
-        "upgrade the gateway"
-    )
+    return f"{UNKNOWN_KIND} ({kind[:64]}), so hits may be shorter than predicted; upgrade the gateway"
 
 
 def store_only(medium: str) -> str:
