@@ -109,6 +109,9 @@ def _value(result: Result, mutation: str | None) -> dict[str, Any]:
     if report is None:
         return {"file": result.file, "error": result.error}
     value = {"file": result.file, "truncated": result.truncated, **asdict(report)}
+    for publisher in value["publishers"]:
+        if not publisher["limits"]:
+            del publisher["limits"]
     if mutation is not None:
         value |= {"mutation": mutation, "detected": len(result.detected)}
     return value
