@@ -26,12 +26,25 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.fine import Pieces
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import KINDS, Kind
+from matrixinfer.kvevents.limits import (
+    CHUNKED,
+    FINE_STATES,
+    MISFITS,
+    ORPHANS,
+    SHARED_PAGES,
+    SPARSE_WINDOWS,
+    UNLINKED,
+    Limits,
+    spared,
+    store_only,
+    unknown_kind,
+)
 from matrixinfer.kvevents.pages import Pages
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.run import Run
-from matrixinfer.kvevents.stored import all_new, indexable, is_reported_again
+from matrixinfer.kvevents.stored import all_new, in_order, indexable, is_bare, is_reported_again, tokens_of_chunk
 from matrixinfer.kvevents.supports import Supports
-from matrixinfer.kvevents.tiers import DEVICE, Supported, Tiers, tier_of
+from matrixinfer.kvevents.tiers import DEVICE, Supported, Tiers, Unevicted, tier_of
 from matrixinfer.kvevents.wire import (
     AllBlocksCleared,
     BlockRemoved,
@@ -52,7 +65,8 @@ MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
 _SUPPORT_BYTES = 130
-_ANY_MEDIUM = ("CPU_PINNED", "DISK", "EXTERNAL")
+_FEW_ORPHANS = 16
+_RADIX_MEDIA = (None, "GPU", "CPU_PINNED", "DISK", "EXTERNAL")
 _Place: TypeAlias = tuple[str, int]
 """A cache medium and an attention group."""
 
@@ -123,7 +137,20 @@ class Ledger:
         self.reusable = Reusable(pod, index, blocks)
         self._pieces = Pieces()
         self._pages = Pages()
+        self._unevicted = Unevicted()
+        self._limits = Limits()
+        self._is_radix: bool | None = None  # SGLang's layout; None before the first event that shows it
+        self._device_block_size: int | None = None
+        self._stored_before = self._orphans_before = 0  # counts when everything was last cleared
+        self._linked: set[int] = set()  # groups whose blocks the primary one has too
+        self._strange: set[int] = set()  # groups whose blocks it has never had
+        self._unlinked: dict[int, list[int]] = {}  # blocks of this batch in other groups
         self._forests: dict[_Place, Forest] = {}
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What the events cannot tell, in plain words that name the remedy, the oldest first."""
+        return self._limits.words
 
     @property
     def supports(self) -> Supports:
@@ -206,6 +233,9 @@ class Ledger:
         self.reusable.clear()
         self._pieces.clear()
         self._pages.clear()
+        self._unevicted.clear()
+        self._limits.clear()
+        self._stored_before, self._orphans_before = self.stats.stored, self.stats.orphans
 
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size and layout."""
@@ -213,47 +243,77 @@ class Ledger:
         self.tiers.reset()
         self.reusable.reset()
         self._forget_sent()
-        self.block_size = None
+        self._unevicted.reset()
+        self._limits.reset()
+        self._linked.clear()
+        self._strange.clear()
+        self._is_radix = None
+        self.block_size = self._device_block_size = None
         self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
 
     def _apply(self, events: Sequence[Event]) -> None:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
-        for event in events:
-            # An event of one group may only be understood once the others are known.
-            if isinstance(event, BlockStored) and event.group_idx and event.group_idx not in self.reusable.specs:
-                kind = KINDS.get(event.kv_cache_spec_kind)
-                if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
-                    self._learn(event, kind, event.group_idx)
+        self._learn_groups(events)
         removed: list[EngineHash] = []
         place: tuple[str | None, int | None] = (None, None)
-        for event in events:
+        for event in in_order(events):
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, with an event for each: adjacent removals are applied together.
                 if removed and place != (event.medium, event.group_idx):
-                    self._remove(_place(*place), removed, place[0])
+                    self._evict(place, removed)
                     removed = []
                 place = (event.medium, event.group_idx)
                 removed += event.block_hashes
                 continue
             if removed:
-                self._remove(_place(*place), removed, place[0])
+                self._evict(place, removed)
                 removed = []
             if isinstance(event, BlockStored):
                 self._store(event)
             elif isinstance(event, AllBlocksCleared):
                 self.stats.clears += 1
-                self.clear()
+                self._clear_device()
                 self._forget_sent()
         if removed:
-            self._remove(_place(*place), removed, place[0])
+            self._evict(place, removed)
         if self.reusable.is_needed:
             self.reusable.settle(self._primary_forest)
+            if self._unlinked:
+                self._check_links()
 
     @property
     def _primary_forest(self) -> Forest | None:
         """The device's blocks of the group whose tokens are known."""
         return self._forests.get(("GPU", self.reusable.primary or 0))
+
+    def _clear_device(self) -> None:
+        """The engine published a reset. One of the device need not reach the slower tiers, which keep their blocks."""
+        slower = {place: forest for place, forest in self._forests.items() if forest.tier != DEVICE and len(forest)}
+        if self._is_radix or not slower:
+            self.clear()
+            return
+        for place in [place for place in self._forests if place not in slower]:
+            self._drop(place)
+        self.reusable.clear()
+        self._pieces.clear()
+        for medium, _ in slower:
+            self._limits.note(spared(medium))
+
+    def _check_links(self) -> None:
+        """See whether the blocks of other groups, as this batch left them, are among those of the primary one."""
+        forest = self._primary_forest
+        for group, blocks in self._unlinked.items():
+            if forest is not None and any(block in forest for block in blocks):
+                self._linked.add(group)
+            elif self.reusable.is_rooted:
+                self._strange.add(group)
+        self._unlinked.clear()
+        self._strange -= self._linked
+        if self._strange:
+            self._limits.note(UNLINKED, lasting=True)
+        else:
+            self._limits.drop(UNLINKED)
 
     def _forget_sent(self) -> None:
         """Forget what was sent to the engine: it holds nothing."""
@@ -266,54 +326,75 @@ class Ledger:
         kind = KINDS.get(event.kv_cache_spec_kind)
         if kind is None:
             self.stats.other_attention += 1
+            self._limits.note(unknown_kind(event.kv_cache_spec_kind or ""), lasting=True)
             return
-        if event.group_idx and event.kv_cache_spec_kind is None:
+        bare = is_bare(event)
+        if event.group_idx and event.kv_cache_spec_kind is None and not bare:
             raise UntrustedEvents("its attention groups cannot be distinguished")
         if event.hides_keys:
             self._note_layout(event)
-        place = _place(event.medium, event.group_idx)
-        if tier_of(place[0]) == DEVICE and event.block_size > 0 and self._is_of_another_group(event, kind, place[1]):
+        if self._is_radix is None and (not event.is_of_radix_tree or event.medium in _RADIX_MEDIA):
+            self._is_radix = event.is_of_radix_tree
+        place = self._place(event.medium, event.group_idx)
+        tier = tier_of(place[0])
+        if tier == DEVICE and event.block_size > 0 and self._is_of_another_group(event, kind, place[1]):
             return
+        tokens, ahead = (None, None) if bare else _tokens_of(event, tier)
         forest = self._forests.get(place)
-        tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
-        pairs = None if tokens is not None else pairs_of(event)
-        if pairs is not None:
-            tokens, ahead = pairs
-            self.reusable.look_ahead_in_pairs()
-        is_bare = tokens is None and event.block_hashes and not event.block_size and tier_of(place[0]) != DEVICE
-        if (tokens is None and not is_bare) or (forest is None and len(self._forests) >= _MAX_PLACES):
+        if (tokens is None and not bare) or (forest is None and len(self._forests) >= _MAX_PLACES):
             self.stats.misfits += 1
+            self._limits.note(MISFITS)
             return
         if forest is None:
-            forest = self._forests[place] = Forest(tier_of(place[0]))
-            self.tiers.open(forest.tier, self._present)
+            forest = self._forests[place] = Forest(tier)
+            self.tiers.open(tier, self._present)
         if tokens is None:
             self._store_copies(forest, place, block_ids(event.block_hashes))
-            return
+        else:
+            self._store_tokens(forest, place, event, tokens, ahead)
+
+    def _store_tokens(
+        self, forest: Forest, place: _Place, event: BlockStored, tokens: bytes, ahead: list[bytes] | None
+    ) -> None:
+        """Store blocks whose tokens are known, each followed by those `ahead`, if it is of pairs."""
         ids, parent = block_ids(event.block_hashes), _parent_of(event)
-        if event.cache_salt is not None or event.lora_name:
+        if self._is_radix:
             ids, parent = self._pages.named(event, ids, parent)
-        self.stats.stored += len(ids)
-        if pairs is not None:
+        if ahead is not None:
+            self.reusable.look_ahead_in_pairs()
             self.reusable.look_ahead(ids, ahead)
-        again = self._pages.stored(ids, event.medium) if event.is_of_radix_tree else ()
-        whole = self.reusable.specs[place[1]].block_size if forest.tier == DEVICE else event.block_size
-        if event.block_size < whole and len(self.reusable.specs) > 1:
-            self.reusable.linked(ids, parent, event.block_size)
-            for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
-                keys = event.extra_keys if isinstance(event.extra_keys, list) else None
-                piece = msgspec.structs.replace(
-                    event,
-                    block_size=whole,
-                    extra_keys=None if keys is None else keys[made.position : made.position + 1],
-                )
-                self._store_dense(forest, piece, [made.block], made.tokens, made.parent)
+        self.stats.stored += len(ids)
+        again = self._pages.stored(ids, event.medium) if self._is_radix else ()
+        size = event.block_size
+        whole = self.reusable.specs[place[1]].block_size if forest.tier == DEVICE else size
+        if size < whole and len(self.reusable.specs) > 1:
+            self._store_pieces(forest, event, ids, tokens, parent, whole)
             return
-        if forest.tier == DEVICE or self.block_size is None:
-            self.block_size = max(event.block_size, self.block_size or 0)
+        if forest.tier == DEVICE:
+            self.block_size = self._device_block_size = max(size, self._device_block_size or 0)
+        elif self._device_block_size is None:
+            self.block_size = max(size, self.block_size or 0)
         self._store_dense(forest, event, ids, tokens, parent)
         if again:
             self._drop_copies(forest, [block for block in again if block in forest.copies])
+        if forest.tier != DEVICE:
+            self._forget_oldest(forest, place, ids, size)
+            if place in self._unevicted.silent:
+                self._limits.note(store_only(place[0]), lasting=True)
+
+    def _store_pieces(
+        self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None, whole: int
+    ) -> None:
+        """Store blocks smaller than the group's, as far as they make whole ones."""
+        self.reusable.linked(ids, parent, event.block_size)
+        for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
+            keys = event.extra_keys if isinstance(event.extra_keys, list) else None
+            piece = msgspec.structs.replace(
+                event,
+                block_size=whole,
+                extra_keys=None if keys is None else keys[made.position : made.position + 1],
+            )
+            self._store_dense(forest, piece, [made.block], made.tokens, made.parent)
 
     def _store_dense(
         self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None
@@ -326,7 +407,7 @@ class Ledger:
         if not doubtful and all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        counts_copies = self.reusable.is_needed or self.reusable.drop or event.is_of_radix_tree
+        counts_copies = self.reusable.is_needed or self.reusable.drop or self._is_radix
         if not counts_copies and is_reported_again(forest, event, ids):
             self.stats.reported_again += len(ids)
             return
@@ -336,10 +417,20 @@ class Ledger:
             above = None if before is None else forest.run_of(before)
             self._append(forest, event, first, ids[first:last], stretch, before, above)
 
+    def _place(self, medium: str | None, group: int | None) -> _Place:
+        """The place of a block. SGLang finds a prompt's pages on any medium: each is one more place of a page."""
+        if medium is None or (self._is_radix and medium in _RADIX_MEDIA):
+            return "GPU", group or 0
+        return medium, group or 0
+
     def _is_of_another_group(self, event: BlockStored, kind: Kind, group: int) -> bool:
         """Store an event on the device in its group, unless that is the primary one."""
         reusable = self.reusable
         if not reusable.is_plain(group, event.block_size):
+            if group not in reusable.specs and len(reusable.specs) >= _MAX_PLACES:
+                self.stats.misfits += 1
+                self._limits.note(MISFITS)
+                return True
             self._learn(event, kind, group)
         if group == reusable.primary and reusable.is_rooted:
             return False
@@ -350,9 +441,21 @@ class Ledger:
             reusable.linked(ids, parent, event.block_size)
         reusable.stored(group, ids, parent)
         if group != reusable.primary or not is_dense:
+            if group == reusable.primary:
+                self._limits.note(SPARSE_WINDOWS, lasting=True)
+            elif ids and group not in self._linked:
+                self._unlinked.setdefault(group, []).extend(ids)
             self.stats.stored += len(ids)
             return True
         return False
+
+    def _learn_groups(self, events: Sequence[Event]) -> None:
+        """Learn of new groups first: what an event of one group means may depend on which others there are."""
+        for event in events:
+            if isinstance(event, BlockStored) and event.group_idx and event.group_idx not in self.reusable.specs:
+                kind = KINDS.get(event.kv_cache_spec_kind)
+                if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
+                    self._learn(event, kind, event.group_idx)
 
     def _learn(self, event: BlockStored, kind: Kind, group: int) -> None:
         """Learn what an event on the device says of its group."""
@@ -360,8 +463,26 @@ class Ledger:
         before = reusable.primary
         forest = None if before is None else self._primary_forest
         reusable.learn(group, kind, event.block_size, event.kv_cache_spec_sliding_window, forest)
+        self._note_groups()
         if reusable.primary != before and forest is not None:
             self._drop(("GPU", before or 0))
+        if reusable.primary != before and reusable.is_rooted:
+            self._limits.drop(SPARSE_WINDOWS)
+
+    def _note_groups(self) -> None:
+        """Note what is not published of the attention groups."""
+        for spec in self.reusable.specs.values():
+            if spec.kind is Kind.CHUNKED and spec.span is None:
+                self._limits.note(CHUNKED, lasting=True)
+            if spec.kind is Kind.MAMBA and spec.has_fine_blocks:
+                self._limits.note(FINE_STATES, lasting=True)
+
+    def _note_orphans(self, count: int) -> None:
+        """Count blocks that were dropped because their parents are unknown."""
+        self.stats.orphans += count
+        orphans = self.stats.orphans - self._orphans_before
+        if orphans > _FEW_ORPHANS and orphans * 50 > self.stats.stored - self._stored_before:
+            self._limits.note(ORPHANS)
 
     def _drop(self, place: _Place) -> None:
         """Another group's tokens are known from now on: forget those of `place`, whose blocks its group still counts."""
@@ -424,7 +545,7 @@ class Ledger:
     ) -> None:
         """Store new blocks, the event's from position `first`, that follow `parent` (None: the root) in the run `above`."""
         if parent is not None and above is None and parent not in forest.ended:
-            self.stats.orphans += len(ids)
+            self._note_orphans(len(ids))
             return
         usable, salt = indexable(event, first, len(ids), at_root=parent is None)
         salt = event.cache_salt or salt
@@ -459,24 +580,39 @@ class Ledger:
 
     def _store_copies(self, forest: Forest, place: _Place, ids: Sequence[int]) -> None:
         """Store off-loaded blocks that are named without their tokens, which are known from another tier."""
-        others = [other for at, other in self._forests.items() if at[1] == place[1] and other is not forest]
+        # Connectors may leave out the group.
+        others = sorted(
+            (at[1] != place[1], at != place, at) for at, other in self._forests.items() if other is not forest
+        )
+        sources = [self._forests[at] for _, _, at in others]
         self.stats.stored += len(ids)
         for block in ids:
             if block in forest:
                 forest.copies[block] = forest.copies.get(block, 0) + 1
                 self.stats.copies += 1
                 continue
-            source = next((run for other in others if (run := other.run_of(block)) is not None), None)
+            source = next((run for other in sources if (run := other.run_of(block)) is not None), None)
             position = 0 if source is None else source.position(block)
             parent = None if source is None else source[position - 1] if position else source.parent
             above = None if parent is None else forest.run_of(parent)
             if source is None or (parent is not None and above is None):
-                self.stats.orphans += 1
+                self._note_orphans(1)
                 continue
             run = source.like(above, parent)
             start = len(run)
             forest.extend(run, [block], source.tokens_of(position))
             self._reach(forest, run, start, [block], parent)
+        if forest.tier != DEVICE:
+            self._forget_oldest(forest, place, ids, self.block_size or 1)
+
+    def _forget_oldest(self, forest: Forest, place: _Place, ids: Sequence[int], size: int) -> None:
+        """Keep a slower tier that publishes no evictions from growing for ever."""
+        gone = self._unevicted.stored(place, ids, size)
+        if gone:
+            self._limits.note(store_only(place[0]), lasting=True)
+            for block in gone:
+                forest.copies.pop(block, None)
+            self._remove(place, [block for block in gone if block in forest])
 
     def _root(self, event: BlockStored, salt: str | None) -> Run:
         return Run(
@@ -511,6 +647,13 @@ class Ledger:
 
     # Removed
 
+    def _evict(self, at: tuple[str | None, int | None], hashes: Sequence[EngineHash]) -> None:
+        """The engine published that blocks left a medium and group."""
+        place = self._place(*at)
+        if place[0] != "GPU" and self._unevicted.evicts(place):
+            self._limits.drop(store_only(place[0]))
+        self._remove(place, hashes, at[0])
+
     def _remove(self, place: _Place, hashes: Sequence[EngineHash], medium: str | None = None) -> None:
         forest = self._forests.get(place)
         left = block_ids(hashes)
@@ -525,8 +668,11 @@ class Ledger:
             self.stats.unknown_removed += len(hashes)
             return
         if len(self._pages):
+            ambiguous = self._pages.ambiguous
             left = self._pages.removed(left, medium)
             self.reusable.touch(left)
+            if self._pages.ambiguous > ambiguous:
+                self._limits.note(SHARED_PAGES)
         shrunk: dict[Run, None] = {}
         if len(self._pieces) and tier_of(place[0]) == DEVICE:
             left = self._pieces.remove(left)
@@ -598,10 +744,14 @@ def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
             yield run.model, [tail], before
 
 
+def _tokens_of(event: BlockStored, tier: int) -> tuple[bytes | None, list[bytes] | None]:
+    """The tokens of an event's blocks, None if they do not fit; and those after each block, if it is of pairs."""
+    tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
+    if tokens is None and tier != DEVICE:
+        tokens = tokens_of_chunk(event)
+    pairs = None if tokens is not None else pairs_of(event)
+    return (tokens, None) if pairs is None else pairs
+
+
 def _parent_of(event: BlockStored) -> int | None:
     return None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
-
-
-def _place(medium: str | None, group: int | None) -> _Place:
-    """The place of a block. SGLang finds a prompt's pages on whatever medium: each medium is one more copy of a page."""
-    return "GPU" if medium is None or medium in _ANY_MEDIUM else medium, group or 0

@@ -22,6 +22,8 @@ class Pages:
         self._removed: dict[tuple[int, str], int] = {}  # removals that may have been of any of several pages
         self.ambiguous = 0
         """Removals that did not say whose page went."""
+        self.keeps_twins = True
+        """Keep the pages that share a hash until as many removals have come; otherwise one removal ends them all."""
 
     def __len__(self) -> int:
         return len(self._media)
@@ -54,7 +56,7 @@ class Pages:
         name = medium or "GPU"
         for block in hashes:
             pages = [page for page in (*self._twins.get(block, ()), block) if name in self._media.get(page, ())]
-            if len(pages) > 1:
+            if len(pages) > 1 and self.keeps_twins:
                 removals = self._removed.get((block, name), 0) + 1
                 if removals < len(pages):
                     self._removed[block, name] = removals
@@ -84,9 +86,9 @@ class Pages:
 
 
 def _mask(event: BlockStored) -> int:
-    """What distinguishes the ids of a salt or adapter; 0 for neither, and where the hashes distinguish them."""
+    """What distinguishes the ids of a salt or adapter; 0 for neither."""
     adapter = event.lora_name if isinstance(event.lora_name, str) else ""
-    if not event.is_of_radix_tree or (event.cache_salt is None and not adapter):
+    if event.cache_salt is None and not adapter:
         return 0
     name = f"{adapter}\0{event.cache_salt is None}\0{event.cache_salt or ''}"
     return int.from_bytes(sha256(name.encode()).digest()[:8], "big") | 1

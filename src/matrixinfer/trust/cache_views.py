@@ -108,5 +108,10 @@ class FeedReports:
         }
         feed = self._feeds.get(name)
         if feed is not None:
-            report |= {"untrusted": feed.untrusted, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+            report |= {
+                "limits": list(feed.ledger.limits),
+                "untrusted": feed.untrusted,
+                "frames": feed.stats.frames,
+                "engine_blocks": len(feed.ledger),
+            }
         return report

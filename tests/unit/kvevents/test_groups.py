@@ -63,7 +63,9 @@ def is_held(kind: Kind, span: int | None, held: dict[int, int], blocks: list[int
     ],
 )
 @pytest.mark.parametrize("sparse", [False, True])
-def test_what_a_group_holds_is_what_the_rule_says_after_any_schedule(kind: Kind, span: int | None, sparse: bool) -> None:
+def test_what_a_group_holds_is_what_the_rule_says_after_any_schedule(
+    kind: Kind, span: int | None, sparse: bool
+) -> None:
     for seed in range(8):
         draw = random.Random(seed)
         parents = tree(seed)

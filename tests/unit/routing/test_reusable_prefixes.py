@@ -39,7 +39,12 @@ def event(group: int, kind: str, first: int, last: int, *, sparse: bool = False,
 
 
 def removed(group: int, *blocks: int) -> dict[str, Any]:
-    return {"type": "BlockRemoved", "block_hashes": [block + 1 for block in blocks], "medium": "GPU", "group_idx": group}
+    return {
+        "type": "BlockRemoved",
+        "block_hashes": [block + 1 for block in blocks],
+        "medium": "GPU",
+        "group_idx": group,
+    }
 
 
 class World(Gateway):

@@ -266,6 +266,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
         "a": {
             "state": "partial",
             "trust": "partial",
+            "limits": [],
             "untrusted": None,
             "hides_salts": False,
             "frames": 0,
