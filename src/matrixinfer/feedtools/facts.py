@@ -111,7 +111,7 @@ class Facts:
             self._connectors.add(medium)
         self.hides_salts |= event.hides_keys
         self.hides_adapters |= event.lora_name is UNSET
-        self._has_tenants |= event.is_of_radix_tree and bool(event.cache_salt is not None or event.lora_name)
+        self._has_tenants |= event.is_of_radix_tree and bool(event.salt is not None or event.lora_name)
 
 
 class _Copies:

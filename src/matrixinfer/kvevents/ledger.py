@@ -400,8 +400,8 @@ class Ledger:
         self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None
     ) -> None:
         """Store blocks whose tokens are known, and count copies of those that are present."""
-        if event.lookahead_token_ids:
-            self.reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead_token_ids])
+        if event.lookahead:
+            self.reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead])
         above = None if parent is None else forest.run_of(parent)
         doubtful = event.hides_keys and ids[0] in forest
         if not doubtful and all_new(forest, parent, above, ids):
@@ -452,6 +452,8 @@ class Ledger:
     def _learn_groups(self, events: Sequence[Event]) -> None:
         """Learn of new groups first: what an event of one group means may depend on which others there are."""
         for event in events:
+            if len(self.reusable.specs) >= _MAX_PLACES:
+                return
             if isinstance(event, BlockStored) and event.group_idx and event.group_idx not in self.reusable.specs:
                 kind = KINDS.get(event.kv_cache_spec_kind)
                 if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
@@ -462,7 +464,7 @@ class Ledger:
         reusable = self.reusable
         before = reusable.primary
         forest = None if before is None else self._primary_forest
-        reusable.learn(group, kind, event.block_size, event.kv_cache_spec_sliding_window, forest)
+        reusable.learn(group, kind, event.block_size, event.window, forest)
         self._note_groups()
         if reusable.primary != before and forest is not None:
             self._drop(("GPU", before or 0))
@@ -548,7 +550,7 @@ class Ledger:
             self._note_orphans(len(ids))
             return
         usable, salt = indexable(event, first, len(ids), at_root=parent is None)
-        salt = event.cache_salt or salt
+        salt = event.salt or salt
         if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
         if usable < len(ids):

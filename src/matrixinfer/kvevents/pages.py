@@ -88,7 +88,7 @@ class Pages:
 def _mask(event: BlockStored) -> int:
     """What distinguishes the ids of a salt or adapter; 0 for neither."""
     adapter = event.lora_name if isinstance(event.lora_name, str) else ""
-    if event.cache_salt is None and not adapter:
+    if event.salt is None and not adapter:
         return 0
-    name = f"{adapter}\0{event.cache_salt is None}\0{event.cache_salt or ''}"
+    name = f"{adapter}\0{event.salt is None}\0{event.salt or ''}"
     return int.from_bytes(sha256(name.encode()).digest()[:8], "big") | 1

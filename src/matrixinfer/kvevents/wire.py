@@ -59,6 +59,21 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     """SGLang's: of all the blocks."""
 
     @property
+    def window(self) -> int | None:
+        """Tokens of a sliding window, where the layout says it."""
+        return self.kv_cache_spec_sliding_window
+
+    @property
+    def lookahead(self) -> list[list[int]] | None:
+        """`lookahead_token_ids`, where the layout has them."""
+        return self.lookahead_token_ids
+
+    @property
+    def salt(self) -> str | None:
+        """`cache_salt`, where the layout has it."""
+        return self.cache_salt
+
+    @property
     def hides_keys(self) -> bool:
         """The layout does not have what else the content of blocks depends on."""
         return False
@@ -104,10 +119,26 @@ class Batch(msgspec.Struct, frozen=True):
 class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
     lora_name: str | UnsetType | None = UNSET
     extra_keys: list[Any] | UnsetType | None = UNSET
+    # Fields of maps only. What an array has in their places is unknown, and means nothing.
+    kv_cache_spec_sliding_window: Any = None
+    lookahead_token_ids: Any = None
+    cache_salt: Any = None
 
     @property
     def hides_keys(self) -> bool:
         return self.extra_keys is UNSET
+
+    @property
+    def window(self) -> int | None:
+        return None
+
+    @property
+    def lookahead(self) -> list[list[int]] | None:
+        return None
+
+    @property
+    def salt(self) -> str | None:
+        return None
 
 
 class _RemovedArray(BlockRemoved, frozen=True, kw_only=True, array_like=True):
