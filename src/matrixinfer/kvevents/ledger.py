@@ -64,6 +64,7 @@ SMALL_BLOCK = 16
 MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
+_DEVICE_NAMES = ("GPU", None)
 _SUPPORT_BYTES = 130
 _FEW_ORPHANS = 16
 _RADIX_MEDIA = (None, "GPU", "CPU_PINNED", "DISK", "EXTERNAL")
@@ -189,7 +190,7 @@ class Ledger:
     def _set_drops(self, groups: Sequence[int]) -> int:
         self.reusable.drops(groups)
         forest = self._primary_forest
-        if self.reusable.is_needed and forest is not None:
+        if self.reusable.rule is not None and forest is not None:
             self.reusable.touch(block for _, _, block in forest.below(None))
             self.reusable.settle(forest)
         return self.reusable.drop
@@ -254,10 +255,14 @@ class Ledger:
     def _apply(self, events: Sequence[Event]) -> None:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
-        self._learn_groups(events)
+        if len(events) > 1:
+            stored = [event for event in events if isinstance(event, BlockStored)]
+            if stored:
+                self._learn_groups(stored)
+                events = in_order(events, stored)
         removed: list[EngineHash] = []
         place: tuple[str | None, int | None] = (None, None)
-        for event in in_order(events):
+        for event in events:
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, with an event for each: adjacent removals are applied together.
                 if removed and place != (event.medium, event.group_idx):
@@ -277,7 +282,7 @@ class Ledger:
                 self._forget_sent()
         if removed:
             self._evict(place, removed)
-        if self.reusable.is_needed:
+        if self.reusable.rule is not None:
             self.reusable.settle(self._primary_forest)
             if self._unlinked:
                 self._check_links()
@@ -323,6 +328,22 @@ class Ledger:
     # Stored
 
     def _store(self, event: BlockStored) -> None:
+        group = event.group_idx or 0
+        if (
+            self._is_radix is False
+            and self.reusable.is_plain(group, event.block_size)
+            and event.medium in _DEVICE_NAMES
+        ):
+            # An engine with one group of full attention, whose layout is known: almost every event there is.
+            forest, tokens = self._forests.get(("GPU", group)), tokens_of(event)
+            if forest is not None and tokens is not None and event.block_hashes and not event.hides_keys:
+                ids = block_ids(event.block_hashes)
+                self.stats.stored += len(ids)
+                self._store_dense(forest, event, ids, tokens, _parent_of(event))
+                return
+        self._store_any(event)
+
+    def _store_any(self, event: BlockStored) -> None:
         kind = KINDS.get(event.kv_cache_spec_kind)
         if kind is None:
             self.stats.other_attention += 1
@@ -407,7 +428,7 @@ class Ledger:
         if not doubtful and all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
             return
-        counts_copies = self.reusable.is_needed or self.reusable.drop or self._is_radix
+        counts_copies = self.reusable.rule is not None or self.reusable.drop or self._is_radix
         if not counts_copies and is_reported_again(forest, event, ids):
             self.stats.reported_again += len(ids)
             return
@@ -449,12 +470,12 @@ class Ledger:
             return True
         return False
 
-    def _learn_groups(self, events: Sequence[Event]) -> None:
+    def _learn_groups(self, events: Sequence[BlockStored]) -> None:
         """Learn of new groups first: what an event of one group means may depend on which others there are."""
         for event in events:
             if len(self.reusable.specs) >= _MAX_PLACES:
                 return
-            if isinstance(event, BlockStored) and event.group_idx and event.group_idx not in self.reusable.specs:
+            if event.group_idx and event.group_idx not in self.reusable.specs:
                 kind = KINDS.get(event.kv_cache_spec_kind)
                 if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
                     self._learn(event, kind, event.group_idx)
@@ -633,7 +654,7 @@ class Ledger:
 
     def _support(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
-        if self.reusable.is_needed and forest.tier == DEVICE:
+        if self.reusable.rule is not None and forest.tier == DEVICE:
             self.reusable.touch(run[position] for position in range(first, last))
         for model, names, parent in _supported(run, first, last):
             self.tiers.add(forest.tier, model, names, parent)
@@ -659,7 +680,7 @@ class Ledger:
     def _remove(self, place: _Place, hashes: Sequence[EngineHash], medium: str | None = None) -> None:
         forest = self._forests.get(place)
         left = block_ids(hashes)
-        if tier_of(place[0]) == DEVICE and self.reusable.is_needed:
+        if self.reusable.rule is not None and tier_of(place[0]) == DEVICE:
             self.reusable.removed(place[1], left)
             if place[1] == self.reusable.primary:
                 self.reusable.touch(left)
@@ -723,7 +744,7 @@ class Ledger:
             for below, position, child in forest.below(block):
                 forest.cut.add(child)
                 self._unsupport(forest, below, position, position + 1)
-                if self.reusable.is_needed:
+                if self.reusable.rule is not None:
                     self.reusable.touch((child,))
             self._unsupport(forest, run, last, last + 1)
         forest.drop_last(run, block)

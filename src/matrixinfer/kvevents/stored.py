@@ -86,16 +86,18 @@ def tokens_of_chunk(event: BlockStored) -> bytes | None:
         return None
 
 
-def in_order(events: Sequence[Event]) -> Sequence[Event]:
+def in_order(events: Sequence[Event], stored: Sequence[BlockStored]) -> Sequence[Event]:
     """The events such that blocks are off-loaded without their tokens before the device drops them.
+
+    `stored` are the stores among them.
 
     An engine may publish the removal first, but the off-loaded blocks are those that the device had.
     """
+    if not any(map(is_bare, stored)):
+        return events
     bare = [
         (position, event) for position, event in enumerate(events) if isinstance(event, BlockStored) and is_bare(event)
     ]
-    if not bare:
-        return events
     wanted = {block for _, event in bare for block in block_ids(event.block_hashes)}
     late: list[Event] = []
     ordered: list[Event] = []
