@@ -65,6 +65,7 @@ MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
 _MAX_PLACES = 16
 _SUPPORT_BYTES = 130
+_UNEVICTED_BYTES = 100
 _FEW_ORPHANS = 16
 _RADIX_MEDIA = (None, "GPU", "CPU_PINNED", "DISK", "EXTERNAL")
 _Place: TypeAlias = tuple[str, int]
@@ -184,6 +185,7 @@ class Ledger:
     def memory_bytes(self) -> int:
         """Estimated memory of tables, tokens and the supports of token blocks."""
         forests = sum(forest.memory_bytes for forest in self._forests.values()) + self.reusable.memory_bytes
+        forests += _UNEVICTED_BYTES * len(self._unevicted)
         return forests + 4 * (self.block_size or 0) * len(self) + _SUPPORT_BYTES * len(self.supports)
 
     def apply(self, *events: Event) -> None:

@@ -66,6 +66,7 @@ class GroupedEngine:
         self._kinds, self._ahead = kinds, ahead
         self._held: list[Counter[int]] = [Counter() for _ in kinds]
         self.unit = lcm(*(kind.size for kind in kinds))
+        self.is_simple = len(kinds) == 1
 
     def prepare(self, follower: Follower) -> None:
         for number, kind in enumerate(self._kinds):
@@ -130,7 +131,7 @@ class GroupedEngine:
         places = range(first, last)
         if kind.sparse and self._draw.random() < 0.7:
             if kind.name == MAMBA:
-                places_held: Sequence[int] = [place for place in places if self._draw.random() < 0.4]
+                places_held: Sequence[int] = [place for place in places if self._draw.random() < 0.7]
             else:
                 places_held = places[self._draw.randint(0, len(places)) :]
         else:
@@ -170,6 +171,7 @@ class PagedEngine:
         self._draw = random.Random(seed)
         self.prompts = Prompts(self._draw)
         self.unit, self._ahead = size, int(pairs)
+        self.is_simple = True
         self._held: dict[tuple[str | None, int, str], None] = {}
 
     def prepare(self, follower: Follower) -> None:
@@ -268,8 +270,10 @@ def check(engine: GroupedEngine | PagedEngine, block_size: int) -> int:
         for _ in range(4):
             salt, tokens = engine.prompts.prompt()
             if tokens:
-                hit = engine.hit(salt, tokens)
-                assert predicted(follower, salt, tokens, engine.unit) == hit, (number, salt, tokens)
+                hit, found = engine.hit(salt, tokens), predicted(follower, salt, tokens, engine.unit)
+                if engine.is_simple and engine.unit % block_size:  # token blocks are no more precise
+                    hit, found = hit // block_size * block_size, found // block_size * block_size
+                assert found == hit, (number, salt, tokens)
                 hits += hit
     return hits
 
@@ -285,7 +289,7 @@ ENGINES: dict[str, tuple[list[Kind], int]] = {
     "full and finer sliding": ([Kind(FULL, 4), Kind(SLIDING, 2, 6)], 0),
     "full and mamba, sparse": ([Kind(FULL, 4), Kind(MAMBA, 4, sparse=True)], 0),
     "full and coarser mamba": ([Kind(FULL, 2), Kind(MAMBA, 8, sparse=True)], 0),
-    "three of mamba before mla, sparse": ([*[Kind(MAMBA, 4, sparse=True)] * 3, Kind("mla_attention", 4)], 0),
+    "two of mamba before mla, sparse": ([*[Kind(MAMBA, 4, sparse=True)] * 2, Kind("mla_attention", 4)], 0),
     "full and chunked": ([Kind(FULL, 4), Kind(CHUNKED, 4, 8)], 0),
     "two of full": ([Kind(FULL, 4), Kind(FULL, 4)], 0),
     "two of full, of two sizes": ([Kind(FULL, 2), Kind(FULL, 4)], 0),
