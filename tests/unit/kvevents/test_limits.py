@@ -104,6 +104,23 @@ def test_a_reset_and_a_silent_tier_are_limits_that_name_the_tier(engine: Followe
     assert limits_of(engine) == (limits.spared("CPU"),)
 
 
+def test_slower_tiers_beside_attention_groups_are_a_limit(engine: Follower) -> None:
+    engine.apply(stored([1], PROMPT[:4], **FULL), stored([1], PROMPT[:4], **MAMBA))
+    assert limits_of(engine) == ()
+    engine.apply(stored([1], [], medium="CPU", block_size=0))
+    assert limits_of(engine) == (limits.SLOWER_TIERS,)
+
+
+def test_a_connector_that_publishes_first_does_not_pass_for_a_radix_tree(engine: Follower) -> None:
+    page = {"type": "BlockStored", "block_hashes": [1], "token_ids": PROMPT[:4], "block_size": 4}
+    engine.apply({**page, "medium": "DISK"}, stored([2], PROMPT[:4]), stored([2], PROMPT[:4]), removed([2]))
+    assert engine.held(PROMPT) == 4  # a copy is left
+    engine.apply({**page, "medium": "DISK"}, removed([2]))
+    assert engine.held(PROMPT) == 4
+    engine.apply(removed([1], medium="DISK"))
+    assert engine.held(PROMPT) == 0
+
+
 def test_pages_that_tenants_share_are_a_limit_once_one_goes(engine: Follower) -> None:
     page = {"type": "BlockStored", "block_hashes": [1], "token_ids": PROMPT[:4], "block_size": 4, "medium": "GPU"}
     engine.apply(page, {**page, "cache_salt": "s"})
