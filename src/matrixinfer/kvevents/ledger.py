@@ -32,6 +32,7 @@ from matrixinfer.kvevents.limits import (
     MISFITS,
     ORPHANS,
     SHARED_PAGES,
+    SLOWER_TIERS,
     SPARSE_WINDOWS,
     UNLINKED,
     Limits,
@@ -66,6 +67,7 @@ MAX_TOKENS = 64_000_000
 _MAX_PLACES = 16
 _DEVICE_NAMES = ("GPU", None)
 _SUPPORT_BYTES = 130
+_UNEVICTED_BYTES = 100
 _FEW_ORPHANS = 16
 _RADIX_MEDIA = (None, "GPU", "CPU_PINNED", "DISK", "EXTERNAL")
 _Place: TypeAlias = tuple[str, int]
@@ -217,6 +219,7 @@ class Ledger:
     def memory_bytes(self) -> int:
         """Estimated memory of tables, tokens and the supports of token blocks."""
         forests = sum(forest.memory_bytes for forest in self._forests.values()) + self.reusable.memory_bytes
+        forests += _UNEVICTED_BYTES * len(self._unevicted)
         return forests + 4 * (self.block_size or 0) * len(self) + _SUPPORT_BYTES * len(self.supports)
 
     def apply(self, *events: Event) -> None:
@@ -286,6 +289,8 @@ class Ledger:
             self.reusable.settle(self._primary_forest)
             if self._unlinked:
                 self._check_links()
+            if len(self._forests) > 1 and any(forest.tier != DEVICE for forest in self._forests.values()):
+                self._limits.note(SLOWER_TIERS, lasting=True)
 
     @property
     def _primary_forest(self) -> Forest | None:
@@ -354,8 +359,8 @@ class Ledger:
             raise UntrustedEvents("its attention groups cannot be distinguished")
         if event.hides_keys:
             self._note_layout(event)
-        if self._is_radix is None and (not event.is_of_radix_tree or event.medium in _RADIX_MEDIA):
-            self._is_radix = event.is_of_radix_tree
+        if self._is_radix is not False:
+            self._note_radix(event)
         place = self._place(event.medium, event.group_idx)
         tier = tier_of(place[0])
         if tier == DEVICE and event.block_size > 0 and self._is_of_another_group(event, kind, place[1]):
@@ -523,6 +528,15 @@ class Ledger:
         self.hides_adapters = event.lora_name is UNSET and not self._numbers_adapters
         if is_hash_of_tokens_alone(event):
             raise UntrustedEvents("its blocks are hashed without what precedes them")
+
+    def _note_radix(self, event: BlockStored) -> None:
+        """Note whether the layout is SGLang's. Connectors leave out fields too, so only its own media count at first."""
+        if not event.is_of_radix_tree:
+            if self._is_radix:
+                self.clear()  # a connector published first
+            self._is_radix = False
+        elif event.medium in _RADIX_MEDIA:
+            self._is_radix = True
 
     def _new_stretches(
         self, forest: Forest, event: BlockStored, parent: int | None, ids: Sequence[int]

@@ -28,6 +28,10 @@ SHARED_PAGES = (
     "pages of several salts or adapters share a hash, and a removal does not say whose page went, so hits may be "
     "shorter than predicted; give each tenant a replica of its own, or accept the difference"
 )
+SLOWER_TIERS = (
+    "slower tiers are not counted for engines with several attention groups or with speculative decoding, so hits may "
+    "be longer than predicted; expect less of the slower tiers, or turn them off"
+)
 ORPHANS = (
     "blocks were stored after parents that were never seen, so hits may be longer than predicted; "
     "enable the engine's replay endpoint, or reset its cache"

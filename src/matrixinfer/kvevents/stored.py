@@ -82,7 +82,7 @@ def tokens_of_chunk(event: BlockStored) -> bytes | None:
         if len(event.block_hashes) != 1 or len(tokens) != event.block_size + 1:
             return None
         return token_bytes(tokens[:-1])
-    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
         return None
 
 

@@ -109,6 +109,10 @@ class Unevicted:
         self._tokens: dict[Hashable, int] = {}
         self._evicts: set[Hashable] = set()
 
+    def __len__(self) -> int:
+        """How many blocks are remembered."""
+        return sum(map(len, self._blocks.values()))
+
     def stored(self, place: Hashable, blocks: Iterable[int], size: int) -> list[int]:
         """`place` stored blocks of `size` tokens. Returns the oldest, where there are too many: forget them."""
         if place in self._evicts:
