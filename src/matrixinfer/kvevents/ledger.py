@@ -258,14 +258,9 @@ class Ledger:
     def _apply(self, events: Sequence[Event]) -> None:
         if len(self) * (self.block_size or 0) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
-        if len(events) > 1:
-            stored = [event for event in events if isinstance(event, BlockStored)]
-            if stored:
-                self._learn_groups(stored)
-                events = in_order(events, stored)
         removed: list[EngineHash] = []
         place: tuple[str | None, int | None] = (None, None)
-        for event in events:
+        for event in events if len(events) == 1 else self._ordered(events):
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, with an event for each: adjacent removals are applied together.
                 if removed and place != (event.medium, event.group_idx):
@@ -291,6 +286,14 @@ class Ledger:
                 self._check_links()
             if len(self._forests) > 1 and any(forest.tier != DEVICE for forest in self._forests.values()):
                 self._limits.note(SLOWER_TIERS, lasting=True)
+
+    def _ordered(self, events: Sequence[Event]) -> Sequence[Event]:
+        """The events in the order in which they make sense, once the groups that they are about are known."""
+        stored = [event for event in events if isinstance(event, BlockStored)]
+        if not stored:
+            return events
+        self._learn_groups(stored)
+        return in_order(events, stored)
 
     @property
     def _primary_forest(self) -> Forest | None:

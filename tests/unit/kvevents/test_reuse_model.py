@@ -237,20 +237,13 @@ def predicted(follower: Follower, salt: str | None, tokens: Tokens, unit: int) -
     """The hit that the index shows."""
     chain, reusable = follower.blocks.chain(tokens, salt=salt), follower.ledger.reusable
     count = follower.index.count(MODEL, chain).get(POD, 0)
-    if not reusable.is_needed:
+    rule = reusable.rule
+    if rule is None:
         tail = chain.tail(count, unit)
         more = tail[0] if tail and POD in follower.index.count(MODEL, tail[1:]) else 0
         return min(count * follower.blocks.block_size + more, len(tokens) - 1) // unit * unit
     ends = EndpointName.parse(POD).ends
-    asking = search(
-        [ends],
-        chain,
-        block_size=follower.blocks.block_size,
-        limit=len(tokens) - max(reusable.reserve, reusable.lookahead),
-        unit=reusable.unit,
-        ahead=reusable.lookahead,
-        blocks=count,
-    )
+    asking = search([ends], chain, rule, tokens=len(tokens), blocks=count)
     try:
         question = next(asking)
         while True:
