@@ -59,7 +59,7 @@ async def test_predicted_and_reported_hits_are_shown_together(
         assert capsys.readouterr().out.count("request-") == 2
         assert await explain(gateway, "request-1") == 0
         shown = capsys.readouterr().out
-        assert "answered: 200" in shown
+        assert f"sent to {pod}; answered 200; the engine reported" in shown
         assert "288 of 300 tokens cached" in shown
         assert await explain(gateway, "request-1", "--json") == 0
         assert json.loads(capsys.readouterr().out)["decisions"] == await decisions(gateway, id="request-1")
