@@ -61,6 +61,11 @@ def message_of(error: BaseException) -> str:
         return "(its message cannot be read)"
 
 
+def client_error(error: Exception) -> str:
+    """What happened, from an HTTP client's error. aiohttp writes `ssl:default` also where no TLS is used."""
+    return str(error).replace(" ssl:default", "") or type(error).__name__
+
+
 class MatrixInferError(Exception):
     """The base class of all errors of this package."""
 

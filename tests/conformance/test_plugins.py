@@ -98,6 +98,40 @@ def test_the_suite_says_what_a_broken_plugin_does(broken: type[Plugin], said: st
         Suite().run()
 
 
+class WithoutArgs(Plugin):
+    """Has no `Args`."""
+
+    name: ClassVar[str] = "without-args"
+
+    def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
+        return Scores(values=[0.0] * len(candidates))
+
+
+class Undocumented(Plain):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("of_the_suite", "said"),
+    [
+        ({}, "Suite.plugin: expected the class of your plugin"),
+        ({"plugin": WithoutArgs}, "WithoutArgs.Args: expected a class derived from `matrixinfer.config.Section`"),
+    ],
+)
+def test_every_test_says_what_a_suite_or_a_plugin_lacks(of_the_suite: dict[str, object], said: str) -> None:
+    suite = type("Suite", (PluginConformance,), of_the_suite)()
+    for name in dir(suite):
+        if name.startswith("test_"):
+            with pytest.raises(AssertionError, match=said):
+                getattr(suite, name)()
+
+
+def test_a_plugin_needs_a_docstring() -> None:
+    suite = type("Suite", (PluginConformance,), {"plugin": Undocumented})()
+    with pytest.raises(AssertionError, match="Undocumented: expected a docstring"):
+        suite.test_it_has_a_name_a_stage_and_documented_arguments()
+
+
 def test_a_plugin_that_conforms_passes_without_pytest() -> None:
     class Suite(PluginConformance):
         plugin = Plain

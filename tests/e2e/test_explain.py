@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from matrixinfer.cli import main
 from matrixinfer.prompt.local import LocalTokenizer
@@ -59,7 +61,7 @@ async def test_predicted_and_reported_hits_are_shown_together(
         assert capsys.readouterr().out.count("request-") == 2
         assert await explain(gateway, "request-1") == 0
         shown = capsys.readouterr().out
-        assert "answered: 200" in shown
+        assert f"sent to {pod}; answered 200; the engine reported" in shown
         assert "288 of 300 tokens cached" in shown
         assert await explain(gateway, "request-1", "--json") == 0
         assert json.loads(capsys.readouterr().out)["decisions"] == await decisions(gateway, id="request-1")
@@ -74,6 +76,10 @@ async def test_predicted_and_reported_hits_are_shown_together(
         assert await explain(gateway, "--body", str(tmp_path / "absent")) == 2
         assert await explain(gateway, "--body", str(body), "--path", "/v1/nothing") == 2
         assert "cannot read" in capsys.readouterr().err
+        assert await explain(gateway, "--body", str(body)) == 2
+        assert "add --path /v1/completions" in capsys.readouterr().err
+        assert await explain(gateway, "request-1", "--body", str(body)) == 2
+        assert "got both" in capsys.readouterr().err
 
 
 async def test_the_guide_shows_the_real_output(tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +99,50 @@ async def test_the_guide_shows_the_real_output(tokenizer: LocalTokenizer, capsys
             capsys.readouterr()
             assert await explain(gateway, *arguments.split()) == 0
             assert without_times(capsys.readouterr().out) == without_times(expected)
+
+
+def decision(identity: str, attempts: list[str], status: int | None) -> dict[str, Any]:
+    """A decision for pod a, as the admin address serves it."""
+    pod = dict.fromkeys(
+        ("matched_blocks", "pending_blocks", "recent_blocks", "credit", "in_flight", "waiting", "total"), 0
+    )
+    return {
+        "id": identity,
+        "at": 0.0,
+        "path": COMPLETIONS,
+        "model": "m",
+        "tokens": 1,
+        "blocks": 1,
+        "chosen": "a",
+        "predicted_hit_tokens": 77,
+        "reported": {"attempts": attempts, "status": status, "prompt_tokens": None, "cached_tokens": None},
+        "candidates": 2,
+        "pods": {
+            name: {**pod, "tiers": [], "scores": {}, "filtered": None, "trust": trust}
+            for name, trust in (("a", "exact"), ("b", "stale"))
+        },
+        "notes": [],
+    }
+
+
+async def test_a_retry_and_a_request_without_an_answer_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [decision("retried", ["a", "b"], 200), decision("lost", ["a"], None)]
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"decisions": made})
+
+    app = web.Application()
+    app.router.add_get("/debug/decisions", answer)
+    async with TestServer(app) as admin:
+        assert await asyncio.to_thread(main, ["explain", "--admin", str(admin.make_url(""))]) == 0
+        _, retried, lost = (line.split() for line in capsys.readouterr().out.splitlines())
+        assert retried[1:] == ["retried", "m", "1", "b", "stale", "-", "-", "200"]
+        assert lost[1:] == ["lost", "m", "1", "a", "exact", "77", "-", "-"]
+        assert await asyncio.to_thread(main, ["explain", "--admin", str(admin.make_url("")), "x"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert "\nprompt: 1 token, 1 full block\n" in first
+    assert "\nsent to a, then b; answered 200; the engine did not report cached tokens\n" in first
+    assert "\nsent to a; no answer\n" in second
 
 
 def without_times(text: str) -> list[str]:

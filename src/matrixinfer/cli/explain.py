@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import MatrixInferError, client_error
+from matrixinfer.feedtools.describe import plural
 from matrixinfer.prompt.openai import CHAT_PATH
 
 TIMEOUT_SECONDS = 10.0
+COMPLETIONS_HINT = " (--body is taken for a chat; for a body with a `prompt`, add --path /v1/completions)"
 Json = Mapping[str, Any]
 
 
@@ -65,14 +67,18 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the gateway and print its answer. Raises `CannotExplain`."""
+    if args.id is not None and args.body is not None:
+        raise CannotExplain("expected the ID of a past request or --body FILE, got both")
     answer = asyncio.run(_ask(args))
     if args.json:
         print(json.dumps(answer, indent=2))
         return 0
     console = Console(highlight=False, soft_wrap=True, width=WIDTH)
     if args.body is not None or args.id is not None:
-        for decision in [answer] if args.body is not None else answer["decisions"]:
-            _print_one(console, decision)
+        for number, decision in enumerate([answer] if args.body is not None else answer["decisions"]):
+            if number:
+                console.print()
+            _print_one(console, decision, was_sent=args.body is None)
     elif answer["decisions"]:
         _print_list(console, answer["decisions"])
     else:
@@ -88,7 +94,7 @@ async def _ask(args: argparse.Namespace) -> Any:
             if args.body is not None:
                 body = await asyncio.to_thread(_read, args.body)
                 async with session.post("/debug/route", params={"path": args.path}, data=body) as response:
-                    return await _answer(response)
+                    return await _answer(response, hint=COMPLETIONS_HINT if args.path == CHAT_PATH else "")
             query = {"limit": str(args.last), "id": args.id, "pod": args.pod}
             chosen = {key: value for key, value in query.items() if value is not None}
             async with session.get("/debug/decisions", params=chosen) as response:
@@ -105,18 +111,20 @@ async def _ask(args: argparse.Namespace) -> Any:
     return answer
 
 
-async def _answer(response: aiohttp.ClientResponse) -> Any:
+async def _answer(response: aiohttp.ClientResponse, *, hint: str = "") -> Any:
     answer = await response.json(content_type=None)
     if response.status != 200:
         message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
+        if message and "`messages`" in message:
+            message += hint
         raise CannotExplain(message or f"expected status 200 from the gateway, got {response.status}")
     return answer
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:  # name resolution has negative ones
         return os.strerror(error.errno).lower()
-    return str(error) or type(error).__name__
+    return client_error(error)
 
 
 def _read(path: Path) -> bytes:
@@ -131,30 +139,29 @@ def _print_list(console: Console, decisions: Sequence[Json]) -> None:
         *("at", "id", "model", "tokens", "pod", "trust", "predicted_hit_tokens", "cached_tokens", "status"), box=None
     )
     for decision in decisions:
-        pod, reported = decision["pods"][decision["chosen"]], decision["reported"]
+        reported = decision["reported"]
+        pod = reported["attempts"][-1]  # after a retry another than the chosen one, for which nothing was predicted
         table.add_row(
             _time(decision["at"]),
             decision["id"],
             decision["model"],
             _shown(decision["tokens"]),
-            reported["attempts"][-1],
-            pod["trust"],
-            _shown(decision["predicted_hit_tokens"]),
+            pod,
+            decision["pods"].get(pod, {}).get("trust", "-"),
+            _shown(decision["predicted_hit_tokens"] if pod == decision["chosen"] else None),
             _shown(reported["cached_tokens"]),
             _shown(reported["status"]),
         )
     console.print(table)
 
 
-def _print_one(console: Console, decision: Json) -> None:
-    reported = decision["reported"]
+def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
     console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
-    console.print(f"prompt: {_shown(decision['tokens'])} tokens, {decision['blocks']} full blocks")
-    console.print(f"predicted hit: {decision['predicted_hit_tokens']} tokens on {decision['chosen']}")
-    if reported["status"] is not None:
-        pods = ", then ".join(reported["attempts"])
-        counts = f"{_shown(reported['cached_tokens'])} of {_shown(reported['prompt_tokens'])} tokens cached"
-        console.print(f"answered: {reported['status']} by {pods}; the engine reported {counts}")
+    tokens = "not counted" if decision["tokens"] is None else plural(decision["tokens"], "token")
+    console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}")
+    console.print(f"predicted hit: {plural(decision['predicted_hit_tokens'], 'token')} on {decision['chosen']}")
+    if was_sent:
+        console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
     table = Table(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks", "credit", "in_flight", "waiting"),
@@ -180,6 +187,16 @@ def _print_one(console: Console, decision: Json) -> None:
         console.print(f"… and {decision['candidates'] - len(decision['pods'])} more pods")
     for note in decision["notes"]:
         console.print(f"note: {note}")
+
+
+def _outcome(reported: Json) -> str:
+    sent = f"sent to {', then '.join(reported['attempts'])}"
+    if reported["status"] is None:
+        return f"{sent}; no answer"
+    if reported["cached_tokens"] is None:
+        return f"{sent}; answered {reported['status']}; the engine did not report cached tokens"
+    counts = f"{reported['cached_tokens']} of {_shown(reported['prompt_tokens'])} tokens cached"
+    return f"{sent}; answered {reported['status']}; the engine reported {counts}"
 
 
 def _matched(pod: Json) -> str:

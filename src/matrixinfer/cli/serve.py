@@ -13,7 +13,7 @@ from matrixinfer.app.service import Service
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
 from matrixinfer.cli.running import run_until_stopped
-from matrixinfer.config import Config, checked, convert
+from matrixinfer.config import Config, checked, convert, split_address
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
 
@@ -78,6 +78,8 @@ def _with_flags(config: Config, args: argparse.Namespace) -> Config:
     host, _, old_port = config.listen.rpartition(":")
     config = replace(config, listen=f"{args.host or host}:{old_port if args.port is None else args.port}")
     if args.admin:
+        if args.admin != "none":
+            split_address(args.admin, path="--admin")
         config = replace(config, admin=None if args.admin == "none" else args.admin)
     limits, log = config.limits, config.log
     if args.request_timeout_secs is not None:

@@ -9,6 +9,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
+_WORDS = {
+    "str": "a string",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
+_YAML_NAMES = {"array": "list", "object": "mapping"}
+
 
 def explain(error: str, kind: Any) -> tuple[str, str]:
     """The path of an error below `kind`, and what was expected there."""
@@ -22,8 +33,30 @@ def explain(error: str, kind: Any) -> tuple[str, str]:
     if message.startswith("Invalid enum value"):
         value = message.partition("'")[2].removesuffix("'")
         return where, f"unknown value `{value}`; {_hint(value, _literals_of(_kind_at(kind, where)))}"
+    missing = re.fullmatch(r"Object missing required field `(.*)`", message)
+    if missing:
+        return where, f"missing the required key `{missing.group(1)}`"
     message = message[:1].lower() + message[1:]
+    message = re.sub(r"expected `([^`]*)`", lambda found: f"expected {_in_words(found.group(1), kind, where)}", message)
+    message = re.sub(r"got `([^`]*)`", lambda found: f"got {_YAML_NAMES.get(found.group(1), found.group(1))}", message)
     return where, f"{message} as a key" if is_key else message
+
+
+def _in_words(types: str, kind: Any, where: str) -> str:
+    """Such as `a string or null` for `str | null`, with the default as an example if it is a string."""
+    words = [_WORDS.get(name, f"`{name}`") for name in types.split(" | ")]
+    example = _default_at(kind, where)
+    if isinstance(example, str) and example and "a string" in words:
+        words[words.index("a string")] = f"a string such as {example}"
+    return " or ".join(words)
+
+
+def _default_at(kind: Any, where: str) -> object:
+    """The default of the field at `where`; None if it has none."""
+    parent, dot, key = where.rpartition(".")
+    struct = _struct_in(_kind_at(kind, parent)) if dot else None
+    fields = msgspec.structs.fields(struct) if struct else ()
+    return next((field.default for field in fields if field.encode_name == key), None)
 
 
 def _hint(name: str, valid: Sequence[str]) -> str:

@@ -30,7 +30,9 @@ def events(pod: PodFacts) -> Iterator[Verdict]:
             "remove kvEvents, so that the engine's /kv_event_sources says where each rank publishes",
         )
     elif pod.feeds:
-        yield ok(f"the engine publishes on {', '.join(feed.source.endpoint for feed in pod.feeds)}")
+        endpoints = ", ".join(feed.source.endpoint for feed in pod.feeds)
+        expected = f"configured: events are expected on {endpoints}"
+        yield ok(expected if pod.following == "configured" else f"the engine publishes on {endpoints}")
     elif pod.reported_sources:
         yield blind(
             "the engine publishes events, but does not say for which model", "configure its model under `models`"

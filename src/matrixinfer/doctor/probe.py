@@ -15,7 +15,7 @@ from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.doctor.event_listener import EventListener
 from matrixinfer.doctor.facts import ProbeFacts
-from matrixinfer.errors import MatrixInferError, TokenizeError
+from matrixinfer.errors import MatrixInferError, TokenizeError, client_error
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.usage import usage
 from matrixinfer.kvevents.witness import Witness
@@ -137,7 +137,7 @@ class Prober:
         except TimeoutError as error:
             raise ProbeFailed(f"no answer within {ANSWER_SECONDS:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ProbeFailed(str(error) or type(error).__name__) from error
+            raise ProbeFailed(client_error(error)) from error
         reported = usage(answer)
         return None if reported is None else reported.cached
 

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 
 from matrixinfer.config import KvEventsConfig
-from matrixinfer.errors import UNREADABLE, MatrixInferError
+from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error
 from matrixinfer.pods.registry import EngineMetrics, RankMetrics, ServedNames
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -99,7 +99,7 @@ class EngineApi:
         except TimeoutError as error:
             raise EngineDown(f"{url} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineDown(f"{url}: {str(error) or type(error).__name__}") from error
+            raise EngineDown(f"{url}: {client_error(error)}") from error
 
 
 class _Card(msgspec.Struct):

@@ -54,6 +54,10 @@ class Record:
         """The endpoint has answered with this status."""
         self.status = status
 
+    def failed(self) -> None:
+        """The endpoint sent no answer, or only its headers, which the client has not got."""
+        self.status = None
+
     def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer reports the prompt's tokens, and how many of them were cached if it says so."""
         self.counted, self.cached = prompt_tokens, cached_tokens

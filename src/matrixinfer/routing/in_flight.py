@@ -72,6 +72,7 @@ class InFlight:
 
     def failed(self) -> None:
         """Its endpoint could not be reached, or broke the connection."""
+        self._record.failed()
         self._registry.failed(self.pod.pod)
 
     def answered(self, status: int) -> None:

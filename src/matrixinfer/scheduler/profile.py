@@ -97,7 +97,11 @@ def _arguments(config: SchedulerConfig, known: _Known, enabled: Iterable[str]) -
         found[entry.name] = _converted(entry.name, plugin, entry.args, f"{path}.args")
     for name in enabled:
         if name not in found:
-            found[name] = _converted(name, known.registry[name], {}, f"{_PATH}.pluginConfig.{name}.args")
+            path = f"{_PATH}.pluginConfig"
+            try:
+                found[name] = _converted(name, known.registry[name], {}, path)
+            except ConfigError as error:
+                raise ConfigError(path, f"`{name}` is enabled without an entry here: {error.message}") from error
     return found
 
 

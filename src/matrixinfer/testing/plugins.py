@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Mapping, Set
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 from hypothesis import given, settings
@@ -95,16 +95,13 @@ class PluginConformance:
                 getattr(self, name)()
 
     def test_it_has_a_name_a_stage_and_documented_arguments(self) -> None:
-        plugin = self.plugin
+        plugin = self._plugin()
         expect(isinstance(getattr(plugin, "name", None), str), f"{plugin.__qualname__}.name: expected a string")
         expect(bool(plugin.__doc__), f"{plugin.__qualname__}: expected a docstring that says what it does")
         expect(
             bool(self._stages()),
             f"{plugin.__qualname__}: expected a method `filter`, `score`, `pick` or `post_schedule`",
         )
-        args: object = plugin.Args
-        is_section = isinstance(args, type) and issubclass(args, Section)
-        expect(is_section, f"{plugin.__qualname__}.Args: expected a class derived from `matrixinfer.config.Section`")
         hints = get_type_hints(plugin.Args, include_extras=True)
         for field in msgspec.structs.fields(plugin.Args):
             hint = hints[field.name]
@@ -165,16 +162,32 @@ class PluginConformance:
         if isinstance(made, Picker):
             expect_equal(list(made.pick(asked, [], [])), [], "pick() of no candidates")
 
+    def _plugin(self) -> type[Plugin]:
+        """The plugin's class, once it has what every test needs."""
+        plugin: Any = getattr(self, "plugin", None)
+        suite = type(self).__qualname__
+        expect(isinstance(plugin, type), f"{suite}.plugin: expected the class of your plugin, as in `plugin = Rack`")
+        args: object = getattr(plugin, "Args", None)
+        is_section = isinstance(args, type) and issubclass(args, Section)
+        expect(
+            is_section,
+            f"{plugin.__qualname__}.Args: expected a class derived from `matrixinfer.config.Section`, also if the plugin "
+            "takes no arguments",
+        )
+        return cast("type[Plugin]", plugin)
+
     def _stages(self) -> list[str]:
-        return [stage for stage, kind in _STAGES if issubclass(self.plugin, kind)]
+        return [stage for stage, kind in _STAGES if issubclass(self._plugin(), kind)]
 
     def _made(self, rng: random.Random) -> Plugin:
-        args = convert(dict(self.args), self.plugin.Args, path="$.args")
-        return self.plugin(args, Services(clock=lambda: 0.0, rng=rng))
+        plugin = self._plugin()
+        args = convert(dict(self.args), plugin.Args, path="$.args")
+        return plugin(args, Services(clock=lambda: 0.0, rng=rng))
 
     def _scheduler(self, rng: random.Random) -> Scheduler:
         """A scheduler with this plugin at every stage that it has, and no other plugin except the picker that every profile needs."""
-        name = self.plugin.name
+        plugin = self._plugin()
+        name = plugin.name
         stages = {stage: PluginStage() for stage, _ in _STAGES} | {
             "picker": PluginStage(enabled=(PluginRef(name="max-score"),))
         }
@@ -182,7 +195,7 @@ class PluginConformance:
         config = SchedulerConfig(
             plugin_config=(PluginArgs(name=name, args=dict(self.args)),), plugins=PluginsConfig(**stages)
         )
-        return Scheduler(config, Services(clock=lambda: 0.0, rng=rng), {**BUILT_IN, name: self.plugin})
+        return Scheduler(config, Services(clock=lambda: 0.0, rng=rng), {**BUILT_IN, name: plugin})
 
     def _decide(self, asked: SchedulingRequest, pods: list[Candidate]) -> Decision:
         """Schedule with this plugin alone; fails when the scheduler rejects what the plugin answers."""

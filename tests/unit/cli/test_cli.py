@@ -51,6 +51,8 @@ def test_a_demo_without_engines_or_requests_is_refused(
         (["serve", "--port", "80a"], "matrixinfer serve: argument --port: expected a port, 0 to 65535, got `80a`"),
         (["serve", "--max-payload-size", "0"], "expected a whole number, at least 1, got `0`"),
         (["serve", "--worker-urls", "http://a:1", "--model", "m", "--chat-template", "x"], "expected --model NAME and"),
+        (["serve", "--worker-urls", "http://a:1", "--model", "m"], "expected --model NAME and --tokenizer-path PATH"),
+        (["serve", "--worker-urls", "http://a:1", "--admin", "x"], "--admin: expected `host:port`, got `x`"),
         (["agent", "--config"], "matrixinfer agent: argument --config: expected one argument"),
         (["engine", "--lose-frames", "2"], "argument --lose-frames: expected a number from 0 to 1, got `2`"),
         (["engine", "--step-seconds", "-1"], "expected a number of seconds, 0 or more, got `-1`"),
@@ -92,6 +94,26 @@ def test_a_config_check_has_a_result_for_people_and_one_for_programs(
     assert main(["config", "check", str(file), "--json"]) == 2
     answer = json.loads(capsys.readouterr().out)
     assert (answer["valid"], "podz" in answer["error"]) == (False, True)
+
+
+@pytest.mark.parametrize("command", [["config", "check"], ["serve", "--config"], ["doctor", "--config"]])
+def test_an_error_in_a_config_file_names_the_file(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("listen: 5")
+    assert main([*command, str(file)]) == 2
+    expected = "$.listen: expected a string such as 127.0.0.1:8080, got int"
+    assert capsys.readouterr().err == f"matrixinfer: {file}: {expected}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "engine"])
+def test_a_missing_tokenizer_names_the_extra(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"matrixinfer.cli.{command}.packaged_tokenizer", lambda: None)
+    assert main([command]) == 2
+    assert "pip install 'matrixinfer-gateway[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,23 @@ def test_bad_arguments_are_refused_in_one_line(words: list[str], capsys: pytest.
     assert "expected" in err or "required" in err
 
 
+def test_a_publisher_may_be_named_by_the_url_of_its_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["events", "tail", "127.0.0.1:8001"])
+    assert "an engine's URL such as http://HOST:PORT, got `127.0.0.1:8001`" in capsys.readouterr().err
+
+
+def test_a_recording_is_overwritten_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "feed.jsonl"
+    file.write_text("precious")
+    words = ["events", "record", "tcp://127.0.0.1:9", "--seconds", "0.01", "-o", str(file)]
+    assert main(words) == 2
+    assert f"{file} exists: name another file, or add --force" in capsys.readouterr().err
+    assert file.read_text() == "precious"
+    assert main([*words, "--force"]) == 0
+    assert "precious" not in file.read_text()
+
+
 def test_the_help_of_record_warns_that_a_recording_contains_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["events", "record", "--help"])

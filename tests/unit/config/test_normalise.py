@@ -156,7 +156,7 @@ def test_schemes_that_contradict_each_other_are_refused() -> None:
     ("args", "path", "words"),
     [
         ({"blockSizeToHash": 0}, "$.scheduler.pluginConfig[0].args.blockSizeToHash", ">= 1"),
-        ({"blockSizeToHash": "x"}, "$.scheduler.pluginConfig[0].args.blockSizeToHash", "`int | null`"),
+        ({"blockSizeToHash": "x"}, "$.scheduler.pluginConfig[0].args.blockSizeToHash", "a whole number or null"),
         ({"hashScheme": "blok"}, "$.scheduler.pluginConfig[0].args.hashScheme", "did you mean `block`?"),
     ],
 )

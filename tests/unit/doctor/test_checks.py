@@ -146,6 +146,12 @@ def test_values_within_bounds_are_no_problem(pod: PodFacts) -> None:
     assert bad(pod) == []
 
 
+def test_an_endpoint_of_the_config_is_not_said_to_come_from_the_engine() -> None:
+    pod = replace(POD, following="configured", reported_sources=())
+    said = {finding.message for finding in check_fleet(FleetFacts(pods=(pod,), models=()))}
+    assert f"configured: events are expected on {FEED.source.endpoint}" in said
+
+
 def test_a_prompt_without_hit_and_events_shows_that_caching_is_off() -> None:
     pod = replace(POD, prefix_caching=None, feeds=(replace(FEED, frames=0, probe=replace(PROBE, **NO_HIT)),))
     assert [found.check for found in bad(pod)] == ["caching", "probe"]

@@ -31,6 +31,14 @@ def kept(request_id: str = "r", pod: str | None = None) -> Record:
     return made
 
 
+def test_a_retry_forgets_the_status_of_the_pod_that_broke_off() -> None:
+    made = kept()
+    made.answered(200)
+    made.failed()
+    made.moved("p0")
+    assert (made.attempts, made.status) == (["p1", "p0"], None)
+
+
 def test_a_record_says_why_and_what_came_of_it() -> None:
     made = record(decision(pods=3, filtered=1), "/v1/completions", ["degraded"], {"parse": 0.5})
     made.status, made.counted, made.cached = 200, 100, 32

@@ -84,7 +84,11 @@ def both(name: str) -> PluginArgs:
             "$.scheduler.plugins.Score.enabled[0]",
             ("sets `Config.blocks` instead",),
         ),
-        (profile(listeners=("strict",)), "$.scheduler.pluginConfig.strict.args", ("missing required field `needed`",)),
+        (
+            profile(listeners=("strict",)),
+            "$.scheduler.pluginConfig",
+            ("`strict` is enabled", "missing the required key `needed`"),
+        ),
     ],
 )
 def test_a_mistake_is_named_at_its_key(config: SchedulerConfig, path: str, words: tuple[str, ...]) -> None:

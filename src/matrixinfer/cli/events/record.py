@@ -13,6 +13,7 @@ from matrixinfer import __version__
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.cli.events.sources import add_arguments, address, sources, until_stopped
 from matrixinfer.config import KvEventsConfig
+from matrixinfer.errors import ConfigError
 from matrixinfer.feedtools.capture_file import CaptureWriter
 from matrixinfer.feedtools.describe import plural
 from matrixinfer.feedtools.listen import Frame, Listener, Note, Stray
@@ -45,6 +46,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="FILE",
         help="the capture file; gzipped if its name ends in .gz",
     )
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it exists")
     add_arguments(parser, unit="frames")
     parser.set_defaults(run=run)
 
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 async def record(args: argparse.Namespace) -> None:
     """Record to the file. Raises `ConfigError`, `CannotListen` or `CaptureFileError`."""
+    if args.output.is_file() and not args.force:
+        raise ConfigError("--output", f"{args.output} exists: name another file, or add --force to overwrite it")
     found = await sources(args.endpoints, args.replay)
     with CaptureWriter(args.output) as capture:
         recorder = _Recorder(capture, found, topic=args.topic, count=args.count)

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
 
 def address(text: str) -> str:
     """An argument that names a publisher or an engine."""
-    return text.rstrip("/") if re.match(r"https?://.", text) else _endpoint(text)
+    if re.match(r"https?://.", text):
+        return text.rstrip("/")
+    return _endpoint(text, expected="tcp://HOST:PORT, ipc://PATH, or an engine's URL such as http://HOST:PORT")
 
 
 async def sources(addresses: Sequence[str], replays: Sequence[str]) -> list[KvEventsConfig]:
@@ -96,7 +98,7 @@ def _is_url(text: str) -> bool:
     return text.startswith("http")
 
 
-def _endpoint(text: str) -> str:
+def _endpoint(text: str, *, expected: str = "tcp://HOST:PORT or ipc://PATH") -> str:
     if not re.match(r"(tcp://[^*/]+:\d+|ipc://.+)$", text):
-        raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT or ipc://PATH, got `{text}`")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got `{text}`")
     return text
