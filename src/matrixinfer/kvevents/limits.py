@@ -10,7 +10,7 @@ _MOST = 16
 
 CHUNKED = (
     "chunked attention: its chunk size is not published, so hits may be longer than predicted; "
-    "set the chunk size of the model"
+    "for exact hits start vLLM with --disable-hybrid-kv-cache-manager"
 )
 SPARSE_WINDOWS = (
     "no full attention, and blocks are published sparsely (prefix_cache_retention_interval 0), so hits may be longer "
