@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -10,16 +9,6 @@ import structlog
 
 from matrixinfer.config import LogConfig
 from matrixinfer.telemetry.log import configure
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def test_json_lines_go_to_standard_error_from_the_level_up(capsys: pytest.CaptureFixture[str]) -> None:
