@@ -59,6 +59,8 @@ class Reusable:
         """Tokens at a prompt's end that are never reused."""
         self.rule: Rule | None = None
         """How the marks are searched; None where every prefix that is held is reused."""
+        self.drop_is_settled = False
+        """Whether answers have confirmed `drop`, so that a later answer with less says something else."""
         self._drops: frozenset[int] = frozenset()
         self._chunks: dict[int, int] = {}
         self._plain: tuple[int, int] | None = None
@@ -228,7 +230,7 @@ class Reusable:
         self.specs.clear()
         self._groups.clear()
         self.primary, self.lookahead, self.reserve = None, 0, 1
-        self._drops = frozenset()
+        self._drops, self.drop_is_settled = frozenset(), False
         self._set_rule()
 
     def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:

@@ -126,6 +126,22 @@ async def test_a_block_drop_is_learnt_from_answers_and_taken_back(kinds: tuple[s
     assert b"kv_resyncs_total{" not in world.parts.metrics.render()
 
 
+async def test_a_drop_that_answers_have_settled_explains_nothing_later() -> None:
+    world, tokens = World(BLOCK), 9 * BLOCK + 5
+    world.publish(event(0, "full_attention", 0, 9))
+    for cached in (9, 9, 9, 8, 8, 8):
+        await world.ask(cached * BLOCK, tokens)
+    assert world.parts.resyncs == ["a"]
+
+
+async def test_a_hit_of_one_block_that_was_not_found_is_drift() -> None:
+    world, tokens = World(BLOCK), BLOCK + 5
+    world.publish(event(0, "full_attention", 0, 1))
+    for _ in range(RUN):
+        await world.ask(0, tokens)
+    assert world.parts.resyncs == ["a"]
+
+
 async def test_other_differences_teach_nothing_and_count_as_drift() -> None:
     world = World(BLOCK)
     world.publish(event(0, "full_attention", 0, 9), event(1, "mamba", 0, 9))
