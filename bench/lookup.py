@@ -1,4 +1,4 @@
-"""The memory index alone: lookups of 128 blocks, writes and memory, compared with a dict of sets."""
+"""The memory index alone: lookups of 128 blocks, writes and memory, compared with a dict of sets; and reusable ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Protocol
 from bench.fleet import Writable, fill
 from bench.measure import Figure, Scale, each, in_fresh_process, ratio, resident_bytes, rounds_of
 from bench.prompts import MODEL
+from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.index.ends import Rule, search
 from matrixinfer.index.memory import MemoryIndex
 
 _PODS = [f"pod-{i}" for i in range(64)]
 _BLOCKS, _QUERIES, _EVENT_BLOCKS = 128, 128, 32
 _WALK_US, _GALLOP_US = 40.0, 15.0
+_WINDOW = 1_024
+"""Tokens before the end of a held prefix in which an engine with sliding windows can reuse prefixes."""
 
 
 class _Index(Writable, Protocol):
@@ -55,6 +59,7 @@ def run(scale: Scale) -> Iterator[Figure]:
         hold_queries(index, _PODS, queries())
     yield from _lookups({"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale)
     yield from _writes(gallop, scale)
+    yield from _ends(scale)
     for case, measure in (("index", index_memory), ("dict of sets", sets_memory)):
         resident, estimate = in_fresh_process(measure, scale.index_blocks)
         yield Figure(case=case, name="memory per block", value=resident, unit="B")
@@ -74,20 +79,67 @@ def _lookups(indexes: Mapping[str, tuple[_Index, float | None]], scale: Scale) -
             yield Figure(case=case, name="relative to dict of sets", value=ratio(seconds, times[-1]), unit="×")
 
 
+def _ends(scale: Scale) -> Iterator[Figure]:
+    """A lookup where not every prefix is reusable, compared with the match that is a part of it. All blocks are hashed."""
+    blocks = TokenBlockProcessor()
+    for length in (128, 1_024):
+        draw = random.Random(6)
+        prompts = [draw.choices(range(100_000), k=length * blocks.block_size + 1) for _ in range(8)]
+        chains = [blocks.chain(prompt) for prompt in prompts]
+        for unit in (16, 128):
+            index = MemoryIndex()
+            fill(index, _PODS, scale.index_blocks // 10)
+            hold_queries(index, _PODS, chains, times=length // _BLOCKS)
+            for chain in chains:
+                _mark(index, blocks, chain, unit)
+            plain = each(partial(index.count, MODEL), chains)
+            whole = each(partial(_reusable, index, Rule(unit=unit)), chains)
+            seconds, reference = rounds_of(whole, plain, scale=scale)
+            case = f"{length:,} blocks, ends every {unit} tokens"
+            yield Figure(case=case, name="lookup", value=min(seconds) / len(chains) * 1e6, unit="µs")
+            yield Figure(case=case, name="relative to a match alone", value=ratio(seconds, reference), unit="×")
+
+
+def _mark(index: MemoryIndex, blocks: TokenBlockProcessor, chain: BlockChain, unit: int) -> None:
+    """Mark the last ends of what each pod holds of a prompt."""
+    for pod, held in index.count(MODEL, chain).items():
+        for end in range(max(unit, held * blocks.block_size - _WINDOW + unit), held * blocks.block_size + 1, unit):
+            key = chain.end_key((end - 1) // blocks.block_size)
+            index.add(MODEL, f"{pod}~ends", [key, chain.end(end)], None)
+
+
+def _reusable(index: MemoryIndex, rule: Rule, chain: BlockChain) -> dict[str, int]:
+    """The whole lookup: the match, and the search for the longest reusable prefix of every pod that matches."""
+    counts = index.count(MODEL, chain)
+    names = [f"{pod}~ends" for pod in counts]
+    longest = max(counts.values(), default=0)
+    asking = search(names, chain, rule, tokens=chain.tokens, blocks=longest)
+    try:
+        question = next(asking)
+        while True:
+            question = asking.send(index.last_of(MODEL, *question))
+    except StopIteration as done:
+        found: dict[str, int] = done.value
+        return found
+
+
 def queries(count: int = _QUERIES) -> list[list[int]]:
     """Prompts, as block hashes."""
     draw = random.Random(3)
     return [[draw.getrandbits(63) for _ in range(_BLOCKS)] for _ in range(count)]
 
 
-def hold_queries(index: Writable, pods: Sequence[str], chains: Sequence[Sequence[int]]) -> None:
-    """Add a prefix of each chain to the pods: 15 blocks to all, 40 to eight of them, 100 to two, all blocks to one."""
+def hold_queries(index: Writable, pods: Sequence[str], chains: Sequence[Sequence[int]], *, times: int = 1) -> None:
+    """Add a prefix of each chain to the pods: 15 blocks to all, 40 to eight of them, 100 to two, and 128 to one.
+
+    `times` that many blocks, for longer chains.
+    """
     draw = random.Random(4)
     for chain in chains:
         for pod in pods:
-            index.add(MODEL, pod, chain[:15], None)
+            index.add(MODEL, pod, chain[: 15 * times], None)
         for pod, count in zip(draw.sample(pods, 11), (40,) * 8 + (100, 100, 128), strict=True):
-            index.add(MODEL, pod, chain[:count], None)
+            index.add(MODEL, pod, chain[: count * times], None)
 
 
 def _writes(index: MemoryIndex, scale: Scale) -> Iterator[Figure]:

@@ -30,6 +30,10 @@ Scheme: TypeAlias = Literal["prefix", "block"]
 _TOP_BIT_CLEARED = (1 << 63) - 1
 
 
+ROOT = int.from_bytes(sha256(b"root\0").digest()[:8], "big") & _TOP_BIT_CLEARED
+"""Stands for the block before the first one, where a prompt has no salt."""
+
+
 def salt_parent(salt: str) -> int:
     """The parent hash of block 0 for a cache salt, so that prompts share blocks only with prompts of the same salt."""
     return int.from_bytes(sha256(b"salt\0" + salt.encode()).digest()[:8], "big") & _TOP_BIT_CLEARED
@@ -110,6 +114,18 @@ class TokenBlockProcessor:
         state.update(data)
         return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
 
+    def end(self, key: int, tokens: bytes | bytearray | memoryview, ahead: bytes | bytearray | memoryview = b"") -> int:
+        """The hash that marks the end of a reusable prefix (`matrixinfer.kvevents.reusable`).
+
+        `tokens` are the prefix's last ones, at most a block of them, which follow the block `key` (`ROOT` at the start of
+        a prompt). `ahead` are those tokens of the prompt after the end that decide as well whether it is reused.
+        """
+        state = sha256(b"end%d\0" % (len(ahead) // 4))
+        state.update(key.to_bytes(8, "big"))
+        state.update(tokens)
+        state.update(ahead)
+        return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
+
     def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
         """The hashes of the full blocks in `data` (see `token_bytes`). The first block follows the block `parent`."""
         out: list[int] = []
@@ -159,6 +175,31 @@ class BlockChain(Sequence[int]):
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._processor.block_size
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the prompt are known here: all of them, unless the chain is bounded."""
+        return len(self._data) // 4
+
+    def end_key(self, blocks: int) -> int:
+        """The key of the ends that lie in the block after the first `blocks` blocks (`TokenBlockProcessor.end`)."""
+        if blocks:
+            return self[blocks - 1]
+        return ROOT if self._salt_parent is None else self._salt_parent
+
+    def end(self, length: int, ahead: int = 0) -> int:
+        """The hash of the end of the first `length` tokens, which counts `ahead` tokens that follow as well."""
+        size = self._processor.block_size
+        blocks = (length - 1) // size
+        view = memoryview(self._data)
+        return self._processor.end(
+            self.end_key(blocks), view[blocks * size * 4 : length * 4], view[length * 4 : (length + ahead) * 4]
+        )
 
     @property
     def hashed(self) -> int:

@@ -141,6 +141,26 @@ def test_a_pod_without_a_writer_is_purged(valkey: servers.Server, ask: Ask) -> N
     assert ask("stats", "--json")["models"]["qwen"]["pods"] == {"b": 10}
 
 
+async def test_ends_are_no_pods_and_are_shown_and_purged_with_their_pod(valkey: servers.Server, ask: Ask) -> None:
+    async with Store(valkey.config()) as store, BlockWriter(store, meta=META, max_age=DAY) as writer:
+        for pod, blocks in (("a", range(10)), ("a~ends", [3, 100, 101]), ("a@dp1~ends", [102]), ("b", range(2))):
+            writer.add("qwen", pod, list(blocks))
+        await writer.flush()
+    qwen = (await asyncio.to_thread(ask, "stats", "--json"))["models"]["qwen"]
+    assert (qwen["blocks"], qwen["entries"], qwen["stale"]) == (10, 12, 0)
+    assert (qwen["pods"], qwen["ends"]) == ({"a": 10, "b": 2}, {"a~ends": 3, "a@dp1~ends": 1})
+    table = (await asyncio.to_thread(ask, "stats")).splitlines()
+    row = dict(zip(table[1].split(), table[2].split(), strict=False))
+    assert (row["pods"], row["ends"]) == ("2", "4")
+    shown = await asyncio.to_thread(ask, "show", "--pod", "a", "--json")
+    assert {name: pod["blocks"] for name, pod in shown["pods"].items()} == {"a": 10, "a~ends": 3, "a@dp1~ends": 1}
+    assert "a~ends: 3 marks of ends\n" in await asyncio.to_thread(ask, "show", "--pod", "a")
+    purged = await asyncio.to_thread(ask, "purge", "--pod", "a", "--yes", "--json")
+    assert sorted(purged["pods"]) == ["a", "a@dp1~ends", "a~ends"]
+    qwen = (await asyncio.to_thread(ask, "stats", "--json"))["models"]["qwen"]
+    assert (qwen["pods"], qwen["ends"], qwen["stale"]) == ({"b": 2}, {}, 14)
+
+
 def test_a_model_is_purged_and_no_other(valkey: servers.Server, ask: Ask) -> None:
     for model in ("qwen", "qwen@v2", "q*"):
         write(valkey, model, "a", range(1_200))

@@ -115,7 +115,7 @@ class Writers:
 
 
 async def errors_in(run: int, server: Server, store: Store, *, readers: Store | None = None) -> int:
-    """How often a lookup of each block alone differs from the blocks of the current writer."""
+    """How often a lookup of each block alone, or of the last one, differs from the blocks of the current writer."""
     server.flush()
     chance = random.Random(run)
     clock = Clock(chance)
@@ -126,7 +126,9 @@ async def errors_in(run: int, server: Server, store: Store, *, readers: Store | 
         await writers.step()
         answers = await asyncio.gather(*(asked.match("llama", [block]) for block in BLOCKS))
         found = {block for block, answer in zip(BLOCKS, answers, strict=True) if answer}
-        errors += found != writers.held
+        last = (await asked.last("llama", ["pod-a"], BLOCKS)).get("pod-a")
+        expected = max((place for place, block in enumerate(BLOCKS) if block in writers.held), default=None)
+        errors += (found, last) != (writers.held, expected)
     return errors
 
 
@@ -167,6 +169,11 @@ def counts_above(source: str) -> str:
     return mutated(source, "if seen[name] >= floor then", "if seen[name] > floor then")
 
 
+def finds_above(source: str) -> str:
+    """Likewise for the last block."""
+    return mutated(source, "number(entries[i + 1]) >= floors[name]", "number(entries[i + 1]) > floors[name]")
+
+
 def mutated(source: str, old: str, new: str) -> str:
     assert old in source
     return source.replace(old, new)
@@ -177,6 +184,7 @@ def mutated(source: str, old: str, new: str) -> str:
     [
         pytest.param("EPOCH", clears_at_now, id="`>=` on seconds"),
         pytest.param("MATCH", counts_above, id="`>` on seconds"),
+        pytest.param("LAST", finds_above, id="`>` on seconds for the last block"),
         pytest.param("EPOCH", clears_after_now, id="a second later"),
         pytest.param("WRITE", stamps_with_now, id="stamps of the clock alone"),
     ],

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from matrixinfer import config as configuration
 from matrixinfer.config import Config, IndexConfig, RedisConfig, TlsConfig
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis.circuit import LONGEST_PAUSE_SECONDS
+from matrixinfer.index.redis.circuit import FAILURES, LONGEST_PAUSE_SECONDS
 from matrixinfer.index.redis.index import RedisIndex
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
@@ -92,6 +92,7 @@ async def test_a_user_without_scripts_reads_by_pipeline_what_others_wrote(locked
             for count in (8, 5, 1):
                 expected = await writer.match("qwen", HASHES[:count])
                 assert await reader.match("qwen", HASHES[:count]) == expected == {"pod-a": count}
+                assert await reader.last("qwen", ["pod-a"], HASHES[:count]) == {"pod-a": count - 1}
         assert [log["event"] for log in logs] == ["redis_scripts_refused"]
         assert reader.reader.circuit == "closed"
 
@@ -215,6 +216,30 @@ async def test_a_frozen_server_is_late_and_its_late_answers_are_ignored(tmp_path
                 for _ in range(3):
                     assert await patient.match("qwen", HASHES) == {"pod-b": 2}
                     assert await patient.match("llama", HASHES) == {"pod-a": 8}
+
+
+async def test_last_has_the_deadline_the_circuit_and_the_counters_of_match(tmp_path: Path) -> None:
+    with server(tmp_path) as made:
+        async with opened(made.config()) as index:
+            index.add("llama", "pod-a~ends", HASHES, None)
+            await index.flush()
+        async with Store(made.config(connections=2, deadline_seconds=0.05)) as store:
+            hasty = BlockReader(store, max_age=60, monotonic=lambda: 0.0)
+            assert await hasty.last("llama", [], HASHES) == await hasty.last("llama", ["pod-a~ends"], []) == {}
+            made.freeze()
+            for _ in range(FAILURES):
+                with pytest.raises(IndexUnavailable, match="no answer from"):
+                    await hasty.last("llama", ["pod-a~ends"], HASHES)
+            with pytest.raises(IndexUnavailable, match="not asked"):
+                await hasty.last("llama", ["pod-a~ends"], HASHES)
+            with pytest.raises(IndexUnavailable, match="not asked"):
+                await hasty.match("llama", HASHES)
+            assert hasty.stats.outcomes == {"answered": 0, "late": FAILURES, "failed": 0, "refused": 2}
+            made.thaw()
+        async with Store(made.config()) as store:
+            patient = BlockReader(store, max_age=60)
+            assert await patient.last("llama", ["pod-a~ends"], HASHES) == {"pod-a~ends": 7}
+            assert patient.stats.outcomes["answered"] == 1
 
 
 async def test_an_abandoned_write_that_arrives_late_changes_nothing(

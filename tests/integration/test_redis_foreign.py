@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.redis import layout
 from matrixinfer.index.redis.index import RedisIndex
-from matrixinfer.index.redis.reader import CHUNK, BlockReader
+from matrixinfer.index.redis.reader import CHUNK, LAST_CHUNK, BlockReader
 from matrixinfer.index.redis.store import Store
 from tests.servers import Server
 
@@ -24,7 +24,8 @@ MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
 NOW, MAX_AGE = 1_703_200_000, 86_400
 SUFFIX = ".svc.cluster.local"
 
-PODS = [f"pod-name-{n}.ns" for n in range(4)]
+PODS = [*(f"pod-name-{n}.ns" for n in range(3)), "pod-name-0.ns~ends"]
+PODS_AT_THE_END = ("pod-0.ns", "pod-5.ns", "pod-10.ns")
 names = st.sampled_from([spelling for pod in PODS for spelling in (pod, pod + SUFFIX)] + [b"\xff\xfe", "pod\u2028"])
 garbage = st.sampled_from(
     [
@@ -84,6 +85,19 @@ async def both_ways(server: Server, hashes: list[int], *, now: float = NOW, max_
     return answers[0]
 
 
+async def last_both_ways(
+    server: Server, pods: list[str], hashes: list[int], *, now: float = NOW, max_age: float = MAX_AGE
+) -> dict[str, int]:
+    """The answer of `last`, which must be the same by script and by pipeline."""
+    answers = []
+    for scripts in (True, False):
+        async with Store(server.config(scripts=scripts)) as store:
+            reader = BlockReader(store, max_age=max_age, clock=lambda: now)
+            answers.append(await reader.last(MODEL, pods, hashes))
+    assert answers[0] == answers[1]
+    return answers[0]
+
+
 @settings(max_examples=120)
 @given(
     blocks=st.lists(entries, max_size=6),
@@ -102,6 +116,7 @@ async def test_script_and_pipeline_give_the_same_answer(
 ) -> None:
     fill(valkey, blocks, epochs=epochs, leases=leases)
     await both_ways(valkey, chain(len(blocks)), now=now, max_age=max_age)
+    await last_both_ways(valkey, [*PODS[1:], "pod\u2028", "absent"], chain(len(blocks)), now=now, max_age=max_age)
 
 
 @settings(max_examples=5)
@@ -120,11 +135,25 @@ async def test_script_and_pipeline_agree_with_thousands_of_pods(valkey: Server, 
     fill(valkey, blocks, epochs=epochs, leases=leases)
     found = await both_ways(valkey, chain(3))
     assert 1_000 < len(found) < 4_500
+    assert set(await last_both_ways(valkey, list(found), chain(3))) == set(found)
+    few = {pod: 2 for pod in PODS_AT_THE_END if pod in blocks[2] or pod + SUFFIX in blocks[2]}
+    assert (await last_both_ways(valkey, list(PODS_AT_THE_END), chain(3))).items() >= few.items()
 
 
 async def test_both_spellings_of_a_pod_are_one_pod(valkey: Server) -> None:
     fill(valkey, [{f"pod-a.ns{SUFFIX if n % 2 else ''}": str(NOW)} for n in range(9)])
     assert await both_ways(valkey, chain(9)) == {"pod-a.ns": 9}
+
+
+async def test_the_last_blocks_over_several_round_trips(valkey: Server) -> None:
+    count = LAST_CHUNK + 10
+    held = {"pod-a.ns": 3, f"pod-b.ns{SUFFIX}": LAST_CHUNK, "pod-c.ns~ends": count - 1, "pod-d.ns~ends": 9}
+    fill(
+        valkey,
+        [{pod: str(NOW) for pod, last in held.items() if n in (1, last // 2, last)} for n in range(count)],
+    )
+    expected = {layout.canonical(pod): last for pod, last in held.items()}
+    assert await last_both_ways(valkey, [*expected, "pod-e.ns"], chain(count)) == expected
 
 
 async def test_a_chain_over_several_round_trips(valkey: Server) -> None:

@@ -66,6 +66,22 @@ async def test_blocks_are_spread_over_a_cluster(nodes: list[Server]) -> None:
     assert all(held)
 
 
+async def test_the_last_block_is_found_on_a_cluster(nodes: list[Server]) -> None:
+    hashes = list(range(1_000, 2_000))
+    async with opened(nodes[0].config(cluster=True)) as index:
+        index.add("llama", "pod-e", hashes[:40], None)
+        index.add("llama", "pod-e~ends", [hashes[990], hashes[7]], None)
+        index.add("llama", "pod-f~ends", hashes[:1], None)
+        await index.flush()
+        names = ("pod-e", "pod-e~ends", "pod-f~ends", "pod-g~ends")
+        expected = {"pod-e": 39, "pod-e~ends": 990, "pod-f~ends": 0}
+        assert await index.last("llama", names, hashes) == expected
+        assert await index.match("llama", hashes) == {"pod-e": 40}
+        index.clear("pod-e~ends")
+        await index.flush()
+        assert await index.last("llama", names, hashes) == {"pod-e": 39, "pod-f~ends": 0}
+
+
 async def test_on_a_cluster_another_writer_takes_over_and_the_first_one_notices(nodes: list[Server]) -> None:
     config = nodes[0].config(cluster=True)
     async with opened(config) as second:

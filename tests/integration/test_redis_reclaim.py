@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis import layout, scan
 from matrixinfer.index.redis.reclaim import LOCK, Reclaimer
 from matrixinfer.index.redis.store import Store
+from matrixinfer.index.redis.warm_start import fill
+from matrixinfer.index.warm_start import WarmIndex
 from tests.servers import Server, server
 from tests.waiting import eventually
 
@@ -60,6 +63,20 @@ async def test_cleared_and_expired_entries_are_deleted(valkey: Server) -> None:
         assert await reclaimer.once() == 0
     with valkey.client() as client:
         assert client.exists(f"{layout.prefix_of('m')}40") == 0
+
+
+async def test_a_warm_start_brings_the_reusable_ends_of_wanted_pods(valkey: Server) -> None:
+    async with opened(valkey.config()) as index, Store(valkey.config()) as store:
+        for pod in ("pod", "pod~ends", "pod~device", "other", "other~ends", "cleared~ends"):
+            index.add("m", pod, HASHES[:9] if pod.endswith("~ends") else HASHES, None)
+        await index.flush()
+        index.clear("cleared~ends")
+        await index.flush()
+        warm = WarmIndex(MemoryIndex(), max_blocks=1_000, has_own_events=lambda _: False)
+        assert await fill(warm, store, pods=lambda: {"pod", "cleared"}, max_age=DAY) == 40 + 9
+    names = ("pod", "pod~ends", "pod~device", "other~ends", "cleared~ends")
+    assert await warm.last("m", names, HASHES) == {"pod": 39, "pod~ends": 8}
+    assert await warm.match("m", HASHES) == {"pod": 40}
 
 
 async def test_entries_that_were_restamped_meanwhile_stay(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ frame (`seq`, `payload_hex`, and `port` if several publishers were recorded), a 
 
 Prompts whose hits the events cannot predict are listed, not compared: those with media or embeddings; those with a salt
 or an adapter in a layout that hides it; and those that several publishers hold in different lengths, as the capture
-does not say which of them was asked.
+does not say which of them was asked. So are those that rest on something that the engine does not publish, or on events
+that can be read in two ways; unless the hit is shorter or longer than that explains.
 """
 
 from __future__ import annotations
@@ -15,19 +16,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from msgspec import UNSET
-
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import MatrixInferError
+from matrixinfer.feedtools.facts import (
+    COMPONENTS,
+    EXTRA_KEY,
+    EXTRA_KEY_SHARED,
+    FINE_HITS,
+    Facts,
+    Row,
+    batch_of,
+    publisher,
+)
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.ends import search
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.wire import Batch, BlockStored, MalformedFrame, decode
+from matrixinfer.kvevents.limits import CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNKNOWN_KIND, UNLINKED
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
-Row = Mapping[str, Any]
+_LENGTHEN = (CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
+"""Limits with which hits may be longer than predicted, never shorter."""
 
 
 class CaptureError(MatrixInferError):
@@ -73,6 +85,8 @@ class PublisherReport:
     """Engine blocks dropped because their parent was never seen."""
     untrusted: str | None
     """Why its events do not say what the engine holds; None if they do."""
+    limits: tuple[str, ...] = ()
+    """What they cannot tell."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +115,7 @@ def check_capture(
 
     `rows` is iterated twice. `block_size` is `blocks.size`, by default the engine's block size. Raises `CaptureError`.
     """
-    facts = _Facts()
+    facts = Facts()
     _for_each(rows, facts.learn)
     if not facts.publishers:
         raise CaptureError("the capture holds no events")
@@ -121,51 +135,83 @@ def _for_each(rows: Iterable[Row], step: Callable[[Row], None]) -> None:
             raise CaptureError(f"row {number} is malformed: {error!r}") from error
 
 
-class _Facts:
-    """What the whole capture says about its engine."""
+class _Reading:
+    """One way to read the events: the feeds of all publishers, and the index that they fill."""
 
-    def __init__(self) -> None:
-        self.publishers: dict[str, None] = {}  # an ordered set
-        self.adapters: set[str] = set()
-        self.engine_block: int | None = None
-        self.requests = False
-        self.hides_salts = False
-        self.hides_adapters = False
+    def __init__(
+        self, facts: Facts, engine_block: int, blocks: TokenBlockProcessor, make_ledger: LedgerFactory
+    ) -> None:
+        self._engine_block = engine_block
+        self._blocks = blocks
+        self._index = MemoryIndex()
+        self.feeds = {
+            name: PodFeed(make_ledger(pod=name, model=_BASE, blocks=blocks, index=self._index), can_replay=False)
+            for name in facts.publishers
+        }
+        for feed in self.feeds.values():
+            feed.ledger.reusable.drops(facts.drops)
+            for number, group in enumerate(facts.groups):
+                if group.get("attention_chunk_size"):
+                    feed.ledger.reusable.chunks(number, group["attention_chunk_size"])
 
-    def learn(self, row: Row) -> None:
-        kind = row.get("kind")
-        if kind == "meta":
-            models = row.get("models", {}).get("data", ())
-            self.adapters |= {model["id"] for model in models if model.get("parent")}
-        elif kind == "request":
-            self.requests = True
-        elif kind == "event":
-            self.publishers[_publisher(row)] = None
-            batch = _batch(row)
-            for event in () if batch is None else batch.events:
-                if isinstance(event, BlockStored):
-                    self._learn_layout(event)
+    def hits(self, model: str, chain: BlockChain, tokens: int) -> list[int]:
+        """Tokens of a prompt that each publisher's engine will find in its cache."""
+        return [self._hit(name, feed, model, chain, tokens) for name, feed in self.feeds.items()]
 
-    def _learn_layout(self, event: BlockStored) -> None:
-        if self.engine_block is None and event.block_size > 0:
-            self.engine_block = event.block_size
-        self.hides_salts |= event.extra_keys is UNSET
-        self.hides_adapters |= event.lora_name is UNSET
+    def _hit(self, name: str, feed: PodFeed, model: str, chain: BlockChain, tokens: int) -> int:
+        """Tokens of a prompt that a publisher's engine will find in its cache."""
+        reusable, matched = feed.ledger.reusable, self._index.count(model, chain).get(name, 0)
+        rule = reusable.rule
+        if rule is None:
+            size = self._engine_block
+            return max(0, min(self._tokens(model, chain, name, matched), tokens - 1) // size * size - reusable.drop)
+        ends = EndpointName.parse(name).ends
+        asking = search([ends], chain, rule, tokens=tokens, blocks=matched)
+        try:
+            question = next(asking)
+            while True:
+                question = asking.send(self._index.last_of(model, *question))
+        except StopIteration as done:
+            found: dict[str, int] = done.value
+            return found.get(ends, 0)
+
+    def _tokens(self, model: str, chain: BlockChain, publisher: str, blocks: int) -> int:
+        """Tokens behind `blocks` matched blocks of a publisher, with the tail if engine blocks straddle token blocks."""
+        tail = chain.tail(blocks, self._engine_block)
+        more = tail[0] if tail and publisher in self._index.count(model, tail[1:]) else 0
+        return blocks * self._blocks.block_size + more
+
+
+@dataclass(frozen=True, slots=True)
+class _Prediction:
+    tokens: int
+    reason: str | None = None
+    """Why the hit cannot be predicted."""
+    is_least: bool = False
+    """It cannot be shorter, whatever the reason."""
+    is_most: bool = False
+    """It cannot be longer, whatever the reason."""
+
+    def contradicts(self, actual: int) -> bool:
+        """Whether the prediction was wrong in a way that its reason does not explain."""
+        return (self.is_least and actual < self.tokens) or (self.is_most and actual > self.tokens)
 
 
 class _Check:
-    def __init__(self, facts: _Facts, engine_block: int, block_size: int, make_ledger: LedgerFactory) -> None:
+    def __init__(self, facts: Facts, engine_block: int, block_size: int, make_ledger: LedgerFactory) -> None:
         self.report = CaptureReport()
         self._facts = facts
         self._engine_block = engine_block
         self._blocks = TokenBlockProcessor(block_size)
-        self._index = MemoryIndex()
-        self._feeds = {
-            name: PodFeed(make_ledger(pod=name, model=_BASE, blocks=self._blocks, index=self._index), can_replay=False)
-            for name in facts.publishers
+        self._reading = _Reading(facts, engine_block, self._blocks, make_ledger)
+        self._others = {
+            reason: _Reading(facts, engine_block, self._blocks, other)
+            for reason, other in (facts.readings() if make_ledger is Ledger else ())
         }
         self._events = dict.fromkeys(facts.publishers, 0)
-        self._predicted: dict[str, int] = {}  # label -> tokens
+        self._predicted: dict[str, _Prediction] = {}  # by label
+        self._unseen: set[int] = set()  # first blocks of prompts whose `extra_key` the events do not show
+        self._short: dict[tuple[str, Any], dict[tuple[int, ...], None]] = {}  # such prompts of less than a block
 
     def take(self, row: Row) -> None:
         kind = row.get("kind")
@@ -191,17 +237,19 @@ class _Check:
                 blocks=len(feed.ledger),
                 orphans=feed.ledger.stats.orphans,
                 untrusted=feed.untrusted,
+                limits=feed.ledger.limits,
             )
-            for name, feed in self._feeds.items()
+            for name, feed in self._reading.feeds.items()
         ]
         self.report.frames = sum(publisher.frames for publisher in self.report.publishers)
         self.report.events = sum(self._events.values())
         return self.report
 
     def _event(self, row: Row) -> None:
-        name = _publisher(row)
-        self._feeds[name].live(row["seq"], bytes.fromhex(row["payload_hex"]))
-        batch = _batch(row)
+        name = publisher(row)
+        for reading in (self._reading, *self._others.values()):
+            reading.feeds[name].live(row["seq"], bytes.fromhex(row["payload_hex"]))
+        batch = batch_of(row)
         self._events[name] += 0 if batch is None else len(batch.events)
 
     def _request(self, row: Row) -> None:
@@ -210,54 +258,75 @@ class _Check:
             return
         model = body["model"] if body.get("model") in self._facts.adapters else _BASE
         chain = self._blocks.chain(tokens, salt=body.get("cache_salt"))
-        held = self._index.count(model, chain)
-        longest = max((self._tokens(model, chain, *each) for each in held.items()), default=0)
-        self._predicted[row["label"]] = min(longest, len(tokens) - 1) // self._engine_block * self._engine_block
-        reason = self._why_not(body, model, {held.get(name, 0) for name in self._feeds})
+        hits = self._reading.hits(model, chain, len(tokens))
+        reason = self._why_not(body, model, chain, hits) or self._shares_extra_key(body, model, chain, tokens)
         if reason is not None:
-            self.report.unsupported[row["label"]] = reason
+            prediction = _Prediction(max(hits, default=0), reason)
+        else:
+            others = (why for why, reading in self._others.items() if reading.hits(model, chain, len(tokens)) != hits)
+            prediction = self._limited(max(hits, default=0), next(others, None))
+        self._predicted[row["label"]] = prediction
+        if prediction.reason is not None:
+            self.report.unsupported[row["label"]] = prediction.reason
 
-    def _tokens(self, model: str, chain: BlockChain, publisher: str, blocks: int) -> int:
-        """Tokens behind `blocks` matched blocks of a publisher, with the tail if engine blocks straddle token blocks."""
-        tail = chain.tail(blocks, self._engine_block)
-        more = tail[0] if tail and publisher in self._index.count(model, tail[1:]) else 0
-        return blocks * self._blocks.block_size + more
+    def _limited(self, tokens: int, reason: str | None) -> _Prediction:
+        """The prediction of a hit, with what limits it: how far the events see, or else that `reason`."""
+        limits = [words for feed in self._reading.feeds.values() for words in feed.ledger.limits]
+        if self._facts.fine_hits:
+            return _Prediction(tokens, FINE_HITS, is_least=True)
+        for words in limits:
+            if words in _LENGTHEN:
+                return _Prediction(tokens, words, is_least=True)
+        if tokens and self._facts.components:
+            return _Prediction(tokens, COMPONENTS, is_most=True)
+        for words in limits:
+            if tokens and words.startswith(UNKNOWN_KIND):
+                return _Prediction(tokens, words, is_most=True)
+        return _Prediction(tokens, reason)
 
-    def _why_not(self, body: Row, model: str, lengths: set[int]) -> str | None:
-        """Why the events cannot predict this prompt's hit; `lengths` in token blocks, of all publishers."""
+    def _why_not(self, body: Row, model: str, chain: BlockChain, hits: list[int]) -> str | None:
+        """Why the events say nothing of this prompt's hit."""
         if "prompt_embeds" in body or has_media(body.get("messages", ())):
             return "more than tokens"
         if self._facts.hides_salts and body.get("cache_salt") is not None:
             return "the layout hides salts"
         if self._facts.hides_adapters and model != _BASE:
             return "the layout hides the names of adapters"
-        if len(lengths) > 1:
+        if len(set(hits)) > 1:
             return "its publishers differ"
-        return next((feed.untrusted for feed in self._feeds.values() if feed.untrusted is not None), None)
+        feeds = self._reading.feeds.values()
+        return next((feed.untrusted for feed in feeds if feed.untrusted is not None), None)
+
+    def _shares_extra_key(self, body: Row, model: str, chain: BlockChain, tokens: list[int]) -> str | None:
+        """Why the events say nothing of a prompt with an `extra_key`, or with the first page of one that has."""
+        place = model, body.get("cache_salt")
+        short = self._short.setdefault(place, {})
+        if body.get("extra_key") is not None:
+            if len(chain):
+                self._unseen.update(chain[:1])
+            else:
+                short[tuple(tokens)] = None
+            return EXTRA_KEY
+        if not self._unseen.isdisjoint(chain[:1]) or any(tuple(tokens[: len(start)]) == start for start in short):
+            return EXTRA_KEY_SHARED
+        return None
 
     def _response(self, row: Row) -> None:
         label, usage = row.get("label", ""), row.get("usage")
         if label not in self._predicted or not isinstance(usage, Mapping):
             return
         actual = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        if not isinstance(actual, int) or label in self.report.unsupported:
+        if not isinstance(actual, int):
             return
+        prediction = self._predicted[label]
+        if prediction.reason is not None:
+            if not prediction.contradicts(actual):
+                return
+            del self.report.unsupported[label]
         self.report.requests += 1
-        predicted = self._predicted.pop(label)
-        size = self._blocks.block_size
+        del self._predicted[label]
+        predicted, size = prediction.tokens, self._blocks.block_size
         if self._engine_block % size:  # token blocks are no more precise
             predicted, actual = predicted // size * size, actual // size * size
         if predicted != actual:
             self.report.mismatches.append(Mismatch(label=label, predicted=predicted, actual=actual))
-
-
-def _publisher(row: Row) -> str:
-    return str(row.get("port", ""))
-
-
-def _batch(row: Row) -> Batch | None:
-    """The frame's events; None if it cannot be read."""
-    try:
-        return decode(bytes.fromhex(row["payload_hex"]))
-    except (MalformedFrame, KeyError, TypeError, ValueError):
-        return None

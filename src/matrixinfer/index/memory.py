@@ -7,8 +7,9 @@ No call blocks the event loop for long: expensive work is spread over later writ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.tree import Tree
 
@@ -16,12 +17,13 @@ _NAMED_SETS_KEPT = 4_096  # pod sets with a cached list of names: most lookups s
 _INTERNED_SETS_KEPT = 65_536  # distinct pod sets with a shared object; beyond this, sharing starts again
 _BLOCKS_PER_STEP = 16  # blocks to clear per piece of work
 _FREE_STEPS = 64  # number of steps that freeing a dict counts for, at least
+_NO_ENDS = IndexStats(blocks=0, pods=0, evicted=0, memory_bytes=0)
 
 
 class MemoryIndex:
     """A `BlockIndex` in this process. Not thread-safe: it belongs to one event loop.
 
-    `max_blocks` bounds the number of distinct blocks over all models. With `prefix_closed` (hash scheme `prefix`) a
+    `max_blocks` bounds the number of distinct blocks over all models, and that of marks of reusable ends as well. With `prefix_closed` (hash scheme `prefix`) a
     pod's chain has no holes: a block is added only after its parent, and lookups gallop. Without it, blocks are
     independent and lookups walk.
     """
@@ -44,6 +46,7 @@ class MemoryIndex:
         self._dropped: list[Tree] = []  # unused trees, freed by later writes
         self._reclaim: Iterator[int] | None = None
         self._interned: dict[int, int] = {}
+        self._ends: MemoryIndex | None = None  # reusable ends, by the names of their endpoints: they have no parents
 
     @property
     def prefix_closed(self) -> bool:
@@ -53,6 +56,10 @@ class MemoryIndex:
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
         """Record consecutive blocks. Ignores them if the pod does not hold their parent: they would be unreachable."""
         if not hashes:
+            return
+        if pod.endswith(ENDS_SUFFIX):
+            self._ends = self._ends or MemoryIndex(max_blocks=self._max_blocks, prefix_closed=False)
+            self._ends.add(model, pod.removesuffix(ENDS_SUFFIX), hashes, None)
             return
         tree = self._trees.get(model) or Tree(chained=self._prefix_closed)
         bit = self._bit_of.get(pod, 0)
@@ -69,6 +76,10 @@ class MemoryIndex:
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Record that `pod` no longer holds `hashes`."""
+        if pod.endswith(ENDS_SUFFIX):
+            if self._ends is not None:
+                self._ends.remove(model, pod.removesuffix(ENDS_SUFFIX), hashes)
+            return
         tree = self._trees.get(model)
         bit = self._bit_of.get(pod)
         if tree is None or bit is None:
@@ -79,6 +90,10 @@ class MemoryIndex:
 
     def clear(self, pod: str) -> None:
         """Remove all blocks of `pod` in constant time: its bit is retired, and later writes clear it in the blocks."""
+        if pod.endswith(ENDS_SUFFIX):
+            if self._ends is not None:
+                self._ends.clear(pod.removesuffix(ENDS_SUFFIX))
+            return
         bit = self._bit_of.pop(pod, None)
         if bit is None:
             return
@@ -104,17 +119,48 @@ class MemoryIndex:
             return {}
         return self._gallop(tree, hashes) if self._prefix_closed else self._walk(tree, hashes)
 
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
+        """The last of `hashes` that each pod holds; see `last_of`."""
+        return self.last_of(model, pods, hashes)
+
+    def last_of(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
+        """The position of the last of `hashes` that each of `pods` holds. Pods that hold none are absent."""
+        found: dict[str, int] = {}
+        wanted, ends = 0, []
+        for pod in pods:
+            if pod.endswith(ENDS_SUFFIX):
+                ends.append(pod.removesuffix(ENDS_SUFFIX))
+            else:
+                wanted |= self._bit_of.get(pod, 0)
+        if ends and self._ends is not None:
+            places = self._ends.last_of(model, ends, hashes)
+            found.update((pod + ENDS_SUFFIX, place) for pod, place in places.items())
+        tree = self._trees.get(model)
+        if tree is None or not wanted:
+            return found
+        table, shards = tree.pods, len(tree.pods)
+        for position in range(len(hashes) - 1, -1, -1):
+            if not wanted:
+                break
+            block = hashes[position]
+            held = table[block % shards].get(block, 0) & wanted
+            if held:
+                self._name(held, position, found)
+                wanted &= ~held
+        return found
+
     async def flush(self) -> None:
         """Return at once: nothing is buffered."""
 
     def stats(self) -> IndexStats:
         """The current counters; `memory_bytes` covers the tables and the integers in them."""
         tables = sum(tree.memory_bytes() for tree in [*self._trees.values(), *self._dropped])
+        ends = _NO_ENDS if self._ends is None else self._ends.stats()
         return IndexStats(
             blocks=self._blocks,
             pods=len(self._bit_of),
-            evicted=self._evicted,
-            memory_bytes=tables + self._interned.__sizeof__(),
+            evicted=self._evicted + ends.evicted,
+            memory_bytes=tables + self._interned.__sizeof__() + ends.memory_bytes,
         )
 
     # Lookup

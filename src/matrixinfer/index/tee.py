@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from matrixinfer.index.base import BlockIndex, IndexStats
 
@@ -37,6 +37,9 @@ class TeeIndex:
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
         return await self._read.match(model, hashes)
+
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
+        return await self._read.last(model, pods, hashes)
 
     async def flush(self) -> None:
         await self._read.flush()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.base import BlockIndex, IndexStats
 from matrixinfer.index.memory import MemoryIndex
 
@@ -11,7 +12,7 @@ from matrixinfer.index.memory import MemoryIndex
 class WarmIndex:
     """A `BlockIndex` around another one. Blocks added by `warm` count for a pod until `has_own_events(pod)` is true.
 
-    `max_blocks` bounds the blocks added by `warm`.
+    So do reusable ends, whose name stands for the same pod. `max_blocks` bounds the blocks added by `warm`.
     """
 
     def __init__(self, index: BlockIndex, *, max_blocks: int, has_own_events: Callable[[str], bool]) -> None:
@@ -27,13 +28,13 @@ class WarmIndex:
 
     def warm(self, model: str, pod: str, hashes: Sequence[int]) -> None:
         """Add blocks that `pod` is said to hold, in any order. Ignored if the pod has own events."""
-        if not self._has_own_events(pod):
+        if not self._has_own_events(pod.removesuffix(ENDS_SUFFIX)):
             self._pods.add(pod)
             self._warm.add(model, pod, hashes, None)
 
     def is_warming(self, pod: str) -> bool:
         """Whether blocks from `warm` still count for a pod."""
-        if pod in self._pods and self._has_own_events(pod):
+        if pod in self._pods and self._has_own_events(pod.removesuffix(ENDS_SUFFIX)):
             self._cool(pod)
         return pod in self._pods
 
@@ -67,6 +68,17 @@ class WarmIndex:
             if self.is_warming(pod):
                 counts[pod] = max(held, counts.get(pod, 0))
         return counts
+
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
+        """The last block that each pod holds, by its own events or by `warm`."""
+        found = await self._index.last(model, pods, hashes)
+        warming = [pod for pod in pods if self.is_warming(pod)]
+        if not warming:
+            return found
+        places = dict(found)
+        for pod, position in self._warm.last_of(model, warming, hashes).items():
+            places[pod] = max(position, places.get(pod, 0))
+        return places
 
     async def flush(self) -> None:
         """Flush the inner index."""

@@ -81,7 +81,8 @@ class PodFeed:
             return FeedState.STALE
         if self._phase is not Phase.FOLLOWING:
             return FeedState.SYNCING
-        is_exact = not self.ledger.hides_salts and not self.ledger.hides_adapters
+        ledger = self.ledger
+        is_exact = not ledger.hides_salts and not ledger.hides_adapters and not ledger.limits
         return FeedState.COMPLETE if is_exact and self._knowledge is Knowledge.WHOLE else FeedState.PARTIAL
 
     @property

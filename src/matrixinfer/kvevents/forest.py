@@ -64,6 +64,13 @@ class Forest:
             return False
         return above[above.position(parent) + 1] == block
 
+    def children(self, block: int) -> Iterator[int]:
+        """The blocks that follow `block` directly."""
+        yield from self.branches.get(block, {})
+        run = self.run_of(block)
+        if run is not None and not run.ends_with(block):
+            yield run[run.position(block) + 1]
+
     def extend(self, run: Run, ids: Sequence[int], tokens: bytes) -> None:
         """Append new blocks to a run. A run that was empty joins the forest."""
         if not run.ids:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from struct import Struct
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import ROOT, TokenBlockProcessor
 
 pack_id = Struct("<Q").pack
 """An engine block as eight bytes, as in `Run.ids`."""
@@ -149,6 +149,19 @@ class Run:
         size = self._blocks.block_size
         name = self.names[end // size - 1] if end >= size else self.seed
         return name, bytes(self.tokens[end // size * size * 4 : end * 4])
+
+    def end(self, position: int) -> int:
+        """How many tokens a prefix has that ends with the block at `position`."""
+        return self._end_of(position)
+
+    def ending(self, position: int) -> tuple[int, bytes]:
+        """Key and last tokens of the prefix that ends with the block at `position`, as `TokenBlockProcessor.end` takes them."""
+        size, end = self._blocks.block_size, self._end_of(position)
+        start = (end - 1) // size * size
+        named = (start - self.base) // size
+        key = self.names[named - 1] if named else self.seed
+        tokens = self.tokens[(start - self.base) * 4 : (end - self.base) * 4]
+        return ROOT if key is None else key, bytes(tokens)
 
     @property
     def has_tails(self) -> bool:

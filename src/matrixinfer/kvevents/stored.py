@@ -1,15 +1,22 @@
-"""What a BlockStored event means for the blocks it names: new ones, copies or hits, and what their extra keys say. Pure."""
+"""What stored events mean for the blocks they name: new ones, copies or hits, and what their extra keys say. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
+import msgspec
 from msgspec import UNSET
 
+from matrixinfer.blocks import token_bytes
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.run import Run
-from matrixinfer.kvevents.tiers import DEVICE
-from matrixinfer.kvevents.wire import BlockStored
+from matrixinfer.kvevents.tiers import DEVICE, tier_of
+from matrixinfer.kvevents.wire import BlockRemoved, BlockStored, Event, block_ids
+
+_NO_TOKENS = (b"\x90", b"\xc0")
+"""An empty list and nil."""
+_TOKENS = msgspec.msgpack.Decoder(list[int])
 
 
 def all_new(forest: Forest, parent: int | None, above: Run | None, ids: Sequence[int]) -> bool:
@@ -31,7 +38,7 @@ def is_reported_again(forest: Forest, event: BlockStored, ids: Sequence[int]) ->
     are rare, and missing one predicts a smaller hit, not a larger one. A single block is a prompt of exactly that block,
     sent twice.
     """
-    if event.parent_block_hash is not None or event.extra_keys is UNSET or forest.tier != DEVICE or len(ids) < 2:
+    if event.parent_block_hash is not None or event.hides_keys or forest.tier != DEVICE or len(ids) < 2:
         return False
     return len(set(ids)) == len(ids) and all(block in forest for block in ids)
 
@@ -58,3 +65,59 @@ def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> t
         elif rest:
             return offset, salt
     return count, salt
+
+
+def is_bare(event: BlockStored) -> bool:
+    """Whether the event names off-loaded blocks without their tokens, which are known from the device."""
+    medium = event.medium
+    if medium is None or medium == "GPU" or not event.block_hashes or tier_of(medium) == DEVICE:
+        return False
+    return event.block_size == 0 or bytes(event.token_ids) in _NO_TOKENS
+
+
+def tokens_of_chunk(event: BlockStored) -> bytes | None:
+    """The tokens of one chunk of a connector, some of which also publish the first token after it; None for the rest."""
+    try:
+        tokens = _TOKENS.decode(event.token_ids)
+        if len(event.block_hashes) != 1 or len(tokens) != event.block_size + 1:
+            return None
+        return token_bytes(tokens[:-1])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+        return None
+
+
+def in_order(events: Sequence[Event], stored: Sequence[BlockStored]) -> Sequence[Event]:
+    """The events such that blocks are off-loaded without their tokens before the device drops them.
+
+    `stored` are the stores among them.
+
+    An engine may publish the removal first, but the off-loaded blocks are those that the device had.
+    """
+    if not any(map(is_bare, stored)):
+        return events
+    bare = [
+        (position, event) for position, event in enumerate(events) if isinstance(event, BlockStored) and is_bare(event)
+    ]
+    wanted = {block for _, event in bare for block in block_ids(event.block_hashes)}
+    late: list[Event] = []
+    ordered: list[Event] = []
+    for position, event in enumerate(events):
+        now: Event = event
+        if isinstance(event, BlockRemoved):
+            if position < bare[-1][0] and tier_of(event.medium or "GPU") == DEVICE:
+                later = [block in wanted for block in block_ids(event.block_hashes)]
+                if any(later):
+                    late.append(_only(event, later))
+                    now = _only(event, [not is_late for is_late in later])
+        elif not isinstance(event, BlockStored):
+            ordered += late  # a clear: what comes after it is about other blocks
+            late = []
+        ordered.append(now)
+        if position == bare[-1][0]:
+            ordered += late
+    return ordered
+
+
+def _only(event: BlockRemoved, chosen: Sequence[bool]) -> BlockRemoved:
+    """The removal of the chosen blocks alone."""
+    return msgspec.structs.replace(event, block_hashes=list(compress(event.block_hashes, chosen)))

@@ -7,7 +7,7 @@ loaded, and from where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
 from matrixinfer.config.endpoint_names import TIERS, EndpointName
 from matrixinfer.index.base import BlockIndex
@@ -15,6 +15,8 @@ from matrixinfer.kvevents.supports import Supports
 from matrixinfer.traffic.history import RoutingHistory
 
 DEVICE, HOST, STORAGE = 0, 1, 2
+MOST_UNEVICTED_TOKENS = 2_000_000
+"""The most tokens to believe in on a tier that publishes no evictions: some 250 GB for a model of 8 billion parameters."""
 Supported = tuple[str, list[int], int | None]
 """Consecutive token blocks that an engine block supports: their model, their names, and the one before them."""
 
@@ -31,6 +33,7 @@ def index_names(endpoint: str) -> Iterator[str]:
     """Every name under which the index may hold blocks of an endpoint."""
     yield endpoint
     yield from map(EndpointName.parse(endpoint).up_to, TIERS)
+    yield EndpointName.parse(endpoint).ends
 
 
 class Tiers:
@@ -92,3 +95,63 @@ class Tiers:
             supports.forget()
         self._seen = {DEVICE}
         self._up_to.clear()
+
+
+class Unevicted:
+    """Blocks of slower tiers that have published no eviction so far, per tier, those stored last at the end.
+
+    Connectors such as LMCache never publish evictions, so that blocks would add up for ever.
+    """
+
+    def __init__(self, most_tokens: int = MOST_UNEVICTED_TOKENS) -> None:
+        self._most = most_tokens
+        self._blocks: dict[Hashable, dict[int, int]] = {}
+        self._tokens: dict[Hashable, int] = {}
+        self._evicts: set[Hashable] = set()
+
+    def __len__(self) -> int:
+        """How many blocks are remembered."""
+        return sum(map(len, self._blocks.values()))
+
+    def stored(self, place: Hashable, blocks: Iterable[int], size: int) -> list[int]:
+        """`place` stored blocks of `size` tokens. Returns the oldest, where there are too many: forget them."""
+        if place in self._evicts:
+            return []
+        held = self._blocks.setdefault(place, {})
+        for block in blocks:
+            self._tokens[place] = self._tokens.get(place, 0) + size - held.pop(block, 0)
+            held[block] = size
+        gone: list[int] = []
+        if self._tokens[place] > self._most:
+            for block in held:
+                if self._tokens[place] <= self._most * 15 // 16:
+                    break
+                self._tokens[place] -= held[block]
+                gone.append(block)
+            for block in gone:
+                del held[block]
+        return gone
+
+    @property
+    def silent(self) -> Collection[Hashable]:
+        """The places that hold blocks and have published no eviction."""
+        return self._blocks.keys()
+
+    def evicts(self, place: Hashable) -> bool:
+        """`place` published an eviction, so nothing need be forgotten. Returns whether that is new."""
+        if place in self._evicts:
+            return False
+        self._evicts.add(place)
+        self._blocks.pop(place, None)
+        self._tokens.pop(place, None)
+        return True
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        self._blocks.clear()
+        self._tokens.clear()
+
+    def reset(self) -> None:
+        """Expect another engine."""
+        self.clear()
+        self._evicts.clear()

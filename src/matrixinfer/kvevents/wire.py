@@ -44,13 +44,49 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     medium: str | None = None
     lora_name: str | UnsetType | None = None
     """UNSET if the layout does not have it."""
-    extra_keys: list[Any] | UnsetType | None = None
+    extra_keys: list[Any] | UnsetType | None = UNSET
     """What else the content of each block depends on: adapter, multimodal items, salt, embeddings (untagged), or None.
 
     None if no block has any; UNSET if the layout does not have it.
     """
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    """The window of such attention, in tokens."""
+    lookahead_token_ids: list[list[int]] | None = None
+    """For each block the tokens after it on which its content depends as well (speculative decoding, vLLM 0.33)."""
+    cache_salt: str | None = None
+    """SGLang's: of all the blocks."""
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a sliding window, where the layout says it."""
+        return self.kv_cache_spec_sliding_window
+
+    @property
+    def lookahead(self) -> list[list[int]] | None:
+        """`lookahead_token_ids`, where the layout has them."""
+        return self.lookahead_token_ids
+
+    @property
+    def salt(self) -> str | None:
+        """`cache_salt`, where the layout has it."""
+        return self.cache_salt
+
+    @property
+    def hides_keys(self) -> bool:
+        """The layout does not have what else the content of blocks depends on."""
+        return False
+
+    @property
+    def is_of_radix_tree(self) -> bool:
+        """The layout is SGLang's: a page is on a medium or not, and its hash says neither salt nor adapter."""
+        return (
+            self.extra_keys is UNSET
+            and self.kv_cache_spec_kind is None
+            and self.group_idx is None
+            and not self.hides_keys
+        )
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="BlockRemoved"):
@@ -83,6 +119,26 @@ class Batch(msgspec.Struct, frozen=True):
 class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
     lora_name: str | UnsetType | None = UNSET
     extra_keys: list[Any] | UnsetType | None = UNSET
+    # Fields of maps only. What an array has in their places is unknown, and means nothing.
+    kv_cache_spec_sliding_window: Any = None
+    lookahead_token_ids: Any = None
+    cache_salt: Any = None
+
+    @property
+    def hides_keys(self) -> bool:
+        return self.extra_keys is UNSET
+
+    @property
+    def window(self) -> int | None:
+        return None
+
+    @property
+    def lookahead(self) -> list[list[int]] | None:
+        return None
+
+    @property
+    def salt(self) -> str | None:
+        return None
 
 
 class _RemovedArray(BlockRemoved, frozen=True, kw_only=True, array_like=True):
@@ -159,6 +215,26 @@ def tokens_of(event: BlockStored) -> bytes | None:
         return None
     packed.byteswap()
     return packed.tobytes()
+
+
+def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
+    """The tokens of blocks of token pairs, as SGLang publishes them when it drafts with EAGLE.
+
+    Block `i` of `b` pairs is the tokens `t[i*b : (i+1)*b]`, and depends on the token after them. Returns the tokens of all
+    blocks and, for each block, that token; None if the event has no pairs, or if they do not fit its blocks.
+    """
+    try:
+        pairs = _BIGRAMS.decode(event.token_ids)
+        if not pairs or len(pairs) != len(event.block_hashes) * event.block_size:
+            return None
+        first = array("I", [pair[0] for pair in pairs])
+        ahead = array("I", [pairs[end - 1][1] for end in range(event.block_size, len(pairs) + 1, event.block_size)])
+    except (*UNREADABLE, OverflowError):
+        return None
+    first.byteswap()
+    ahead.byteswap()
+    packed = ahead.tobytes()
+    return first.tobytes(), [packed[at : at + 4] for at in range(0, len(packed), 4)]
 
 
 def has_bigrams(event: BlockStored) -> bool:

@@ -7,14 +7,17 @@ findings go to `trust.drift` (does the index hold?) and `trust.parity` (do our t
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from functools import partial
 
-from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
 from matrixinfer.trust.prediction import Prediction
 
@@ -77,6 +80,7 @@ class Auditor:
         self._drift = drift
         self._lookup = lookup
         self._blocks = blocks
+        self._drops = Drops()
 
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
@@ -92,6 +96,7 @@ class Auditor:
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         self._drift.forget(endpoint)
+        self._drops.forget(endpoint)
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
@@ -129,23 +134,34 @@ class Auditor:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and ledger.hides_salts):
             return None
-        block = request.block_size
-        # Engine blocks beyond the last whole token block can be evicted without any token block going, so the
-        # prediction stops before them.
-        predicted = min(match * block, tokens - 1) // size * size
-        last = tokens // size * size // block  # token blocks that the prompt leaves behind
+        block, rule, chain = request.block_size, ledger.reusable.rule, request.chain
+        if rule is None:
+            # Engine blocks beyond the last whole token block can be evicted without any token block going, so the
+            # prediction stops before them.
+            held = min(match * block, tokens - 1) // size * size
+            last = tokens // size * size // block  # token blocks that the prompt leaves behind
+            stores = chain[last - 1] if last > match and not chosen.pending_blocks else None
+            matched, covered, supports = chain[: -(-held // block)], block, ledger.supports
+        else:
+            # The prediction rests on one mark: that of the reusable prefix.
+            held, stores, supports = match * block + chosen.matched_tail, None, ledger.reusable.supports
+            matched = [chain.end(held + rule.drop, rule.ahead)] if held and isinstance(chain, BlockChain) else []
+            covered = held
         return Prediction(
             self._drift,
             chosen.name,
-            tokens=predicted,
+            tokens=max(0, held - chosen.dropped_tokens),
             prompt_tokens=tokens,
-            supports=ledger.supports,
+            supports=supports,
             model=_model_at(feed, prepared),
-            matched=request.chain[: -(-predicted // block)],
-            token_block=block,
-            stores=request.chain[last - 1] if last > match and not chosen.pending_blocks else None,
-            purges=not ledger.is_hybrid,
+            matched=matched,
+            token_block=covered,
+            stores=stores,
+            explains=partial(self._explains, chosen.name, ledger),
         ).open()
+
+    def _explains(self, endpoint: str, ledger: Ledger, predicted: int, cached: int) -> bool:
+        return self._drops.explains(endpoint, ledger, predicted=predicted, cached=cached)
 
 
 def _model_at(feed: PodFeed, prepared: Prepared) -> str:

@@ -75,6 +75,7 @@ class Candidates:
             engine_block=engine_block,
             matched_blocks=match.blocks,
             matched_tail=match.tail,
+            dropped_tokens=0 if match.cache is None else match.cache.drop,
             tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,

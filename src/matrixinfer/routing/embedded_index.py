@@ -16,7 +16,7 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.routing import arguments
-from matrixinfer.routing.holdings import Matches, straddled
+from matrixinfer.routing.holdings import Matches, searches, straddled
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.cache_views import FeedCaches
@@ -279,7 +279,16 @@ class Known:
         for (tokens, block), names in straddled(chain, counts, self.caches).items():
             holders = self.memory.count(model, [block])
             tails.update((name, tokens) for name in names if name in holders)
-        return Matches(blocks=counts, tails=tails)
+        ends: dict[str, tuple[int, int]] = {}
+        for publishers, asking in searches(self.caches.names, chain, counts, self.caches):
+            try:
+                question = next(asking)
+                while True:
+                    question = asking.send(self.memory.last_of(model, *question))
+            except StopIteration as done:
+                lengths: dict[str, int] = done.value
+                ends.update((publishers[end], divmod(length, chain.block_size)) for end, length in lengths.items())
+        return Matches(blocks=counts, tails=tails, ends=ends)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,17 +5,21 @@ The library's `Selector` decides by them as the gateway does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 from matrixinfer.blocks import BlockChain
 from matrixinfer.config import WeightsConfig
+from matrixinfer.config.endpoint_names import EndpointName
+from matrixinfer.index.ends import Question, Rule, search
 from matrixinfer.scheduler.credit import cached_credit
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
 from matrixinfer.trust.cache_views import Caches, CacheView
+
+Search: TypeAlias = Generator[Question, Mapping[str, int], dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,9 @@ class Matches:
     """Consecutive token blocks held from the start; publishers that hold none are absent."""
     tails: Mapping[str, int]
     """Tokens held beyond those blocks, where engine blocks straddle them; absent where there are none."""
+    ends: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """The longest reusable prefix of publishers that do not reuse all that they hold: token blocks, and tokens beyond
+    them. Absent where there is none."""
 
 
 class Match(NamedTuple):
@@ -44,10 +51,30 @@ def match_at(name: str, cache: CacheView | None, matches: Matches | None) -> Mat
     """The match at one endpoint. `matches` is None when the index was not asked or could not answer."""
     if matches is None or cache is None or cache.trust == "none":
         return Match(cache, None, 0, ())
+    if cache.rule is not None:
+        return Match(cache, *matches.ends.get(name, (0, 0)), ())
     blocks = matches.blocks
     matched = blocks.get(name, 0)
     tiers = [min(matched, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
     return Match(cache, matched, matches.tails.get(name, 0), tiers)
+
+
+def searches(
+    names: Iterable[str], chain: BlockChain, counts: Mapping[str, int], caches: Caches
+) -> Iterator[tuple[Mapping[str, str], Search]]:
+    """The searches for the reusable prefixes of endpoints that have a rule: one for all with the same.
+
+    Each comes with the endpoints by the names of their ends. `counts` are the matches.
+    """
+    by_rule: dict[Rule, list[str]] = {}
+    for name in names:
+        rule = caches.rule_of(name)
+        if rule is not None:
+            by_rule.setdefault(rule, []).append(name)
+    for rule, ruled in by_rule.items():
+        ends = {EndpointName.parse(name).ends: name for name in ruled}
+        longest = max(counts.get(name, 0) for name in ruled)
+        yield ends, search(ends.keys(), chain, rule, tokens=chain.tokens, blocks=longest)
 
 
 def straddled(chain: BlockChain, counts: Mapping[str, int], caches: Caches) -> Mapping[tuple[int, int], Sequence[str]]:
@@ -58,7 +85,7 @@ def straddled(chain: BlockChain, counts: Mapping[str, int], caches: Caches) -> M
     ends: dict[tuple[int, int], list[str]] = {}
     for name, count in counts.items():
         cache = caches.of(name)
-        if cache is None or not cache.has_tails or cache.engine_block is None:
+        if cache is None or not cache.has_tails or cache.engine_block is None or cache.rule is not None:
             continue
         tail = chain.tail(count, cache.engine_block)
         if tail is not None:

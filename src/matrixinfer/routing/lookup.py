@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from matrixinfer.blocks import BlockChain
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.routing.holdings import Match, Matches, match_at, straddled
+from matrixinfer.routing.holdings import Match, Matches, match_at, searches, straddled
 from matrixinfer.trust.cache_views import Caches
 
 __all__ = ["Lookup", "Match", "Matches"]
@@ -29,9 +29,15 @@ class Lookup:
         """
         if len({pod.base_model for pod in pods}) == 1:
             found = await self._index.match(model, chain)
-            return Matches(blocks=found, tails=await self._tails(model, chain, found))
+            publishers = {each.name for pod in pods for each in pod.endpoints}
+            return Matches(
+                blocks=found,
+                tails=await self._tails(model, chain, found),
+                ends=await self._ends(model, publishers, chain, found),
+            )
         matches: dict[str, int] = {}
         tails: dict[str, int] = {}
+        ends: dict[str, tuple[int, int]] = {}
         names = {pod.name: pod.index_name(self._registry.name_at(pod.name, requested)) or model for pod in pods}
         for name in set(names.values()):
             publishers = {each.name for pod in pods if names[pod.name] == name for each in pod.endpoints}
@@ -39,7 +45,23 @@ class Lookup:
             found = {publisher: count for publisher, count in counts.items() if publisher in publishers}
             matches.update(found)
             tails.update(await self._tails(name, chain, found))
-        return Matches(blocks=matches, tails=tails)
+            ends.update(await self._ends(name, publishers, chain, found))
+        return Matches(blocks=matches, tails=tails, ends=ends)
+
+    async def _ends(
+        self, model: str, publishers: Collection[str], chain: BlockChain, matches: Mapping[str, int]
+    ) -> Mapping[str, tuple[int, int]]:
+        """Where not all that is held is reused: how much is, in blocks and tokens beyond them."""
+        found: dict[str, tuple[int, int]] = {}
+        for names, asking in searches(publishers, chain, matches, self._caches):
+            try:
+                question = next(asking)
+                while True:
+                    question = asking.send(await self._index.last(model, *question))
+            except StopIteration as done:
+                tokens: Mapping[str, int] = done.value
+                found.update((names[end], divmod(length, chain.block_size)) for end, length in tokens.items())
+        return found
 
     async def _tails(self, model: str, chain: BlockChain, matches: Mapping[str, int]) -> Mapping[str, int]:
         """Where engine blocks straddle token blocks: how many tokens behind each match its last engine block holds."""

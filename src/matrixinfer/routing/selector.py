@@ -133,6 +133,7 @@ class Selector:
             engine_block=base.engine_block if cache is None or cache.engine_block is None else cache.engine_block,
             matched_blocks=match.blocks,
             matched_tail=match.tail,
+            dropped_tokens=0 if match.cache is None else match.cache.drop,
             tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,

@@ -79,6 +79,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Blocks from the prompt's start that the index says are held there, without a gap; None if it could not say."""
     matched_tail: int = 0
     """Tokens held beyond those blocks, up to the end of the engine block that spans the end of the last one."""
+    dropped_tokens: int = 0
+    """Tokens by which the engine cuts every prefix that it holds before it reuses it (speculative decoding)."""
     tiers: Sequence[int] = ()
     """How many of `matched_blocks`, from the start, are on the device, and how many are there or in the host's memory.
     Empty if the endpoint has no slower tiers."""
@@ -111,7 +113,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         if self.pending_blocks or self.recent_blocks > matched:
             held = max(matched + self.pending_blocks, self.recent_blocks) * block_size
         size = self.engine_block or block_size
-        return min(held, prompt_tokens - 1) // size * size
+        return max(0, min(held, prompt_tokens - 1) // size * size - self.dropped_tokens)
 
     @property
     def load(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import ClassVar
 
@@ -11,9 +11,20 @@ from hypothesis import given, settings
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.testing.expect import expect, expect_equal
-from matrixinfer.testing.index_oracle import MODELS, CountingChain, Model, Operation, Tree, histories, name_of
+from matrixinfer.testing.index_oracle import (
+    ENDS,
+    MODELS,
+    PODS,
+    CountingChain,
+    Model,
+    Operation,
+    Tree,
+    histories,
+    name_of,
+)
 
 CHAIN: Sequence[int] = [name_of(node) for node in range(8)]
+NAMES = (*PODS, *ENDS)
 
 
 class BlockIndexConformance:
@@ -50,12 +61,16 @@ class BlockIndexConformance:
         async def check(index: BlockIndex, tree: Tree, operations: list[Operation]) -> None:
             model = Model(tree, prefix_closed=index.prefix_closed)
             chains = [tree.path(node) for node in range(len(tree.parents))]
-            for operation in operations:
+            every = [*map(name_of, range(len(tree.parents)))]
+            for step, operation in enumerate(operations):
                 model.apply(operation, index)
                 await index.flush()
                 for name in MODELS:
                     for chain in chains:
                         await _expect_match(index, name, chain, model.count(name, chain))
+                    await _expect_last(index, name, NAMES, every, model.last(name, NAMES, every))
+                    asked, chain = NAMES[step % 5 : step % 7], chains[step % len(chains)]
+                    await _expect_last(index, name, asked, chain, model.last(name, asked, chain))
 
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
 
@@ -166,6 +181,69 @@ class BlockIndexConformance:
 
         self._check(check)
 
+    def test_the_last_block_is_found_whatever_lies_before_it(self) -> None:
+        async def check(index: BlockIndex) -> None:
+            index.add("llama", "pod-a", CHAIN[:3], None)
+            index.add("llama", "pod-a~ends", [CHAIN[5], CHAIN[2]], None)
+            index.add("llama", "pod-b~ends", CHAIN[7:], None)
+            await index.flush()
+            names = ("pod-a", "pod-a~ends", "pod-b", "pod-b~ends")
+            await _expect_last(index, "llama", names, CHAIN, {"pod-a": 2, "pod-a~ends": 5, "pod-b~ends": 7})
+            await _expect_last(index, "llama", names, CHAIN[:5], {"pod-a": 2, "pod-a~ends": 2})
+            await _expect_last(index, "llama", names, [CHAIN[2]] * 3, {"pod-a": 2, "pod-a~ends": 2})
+            index.remove("llama", "pod-a~ends", [CHAIN[5]])
+            await index.flush()
+            await _expect_last(index, "llama", names[1:2], CHAIN, {"pod-a~ends": 2})
+
+        self._check(check)
+
+    def test_no_last_block_is_found_where_nothing_is_asked_or_known(self) -> None:
+        async def check(index: BlockIndex) -> None:
+            await _expect_last(index, "llama", NAMES, CHAIN, {})
+            index.add("llama", "pod-a~ends", CHAIN, None)
+            await index.flush()
+            await _expect_last(index, "llama", ["pod-a~ends"], [], {})
+            await _expect_last(index, "llama", [], CHAIN, {})
+            await _expect_last(index, "llama", ["pod-a", "pod-c~ends"], CHAIN, {})
+            await _expect_last(index, "qwen", ["pod-a~ends"], CHAIN, {})
+
+        self._check(check)
+
+    def test_a_last_block_far_from_the_end_is_found(self) -> None:
+        async def check(index: BlockIndex) -> None:
+            chain = CountingChain(5_000)[:]
+            for name, position in (("pod-a~ends", 0), ("pod-b~ends", 2_000), ("pod-c~ends", 4_990)):
+                index.add("llama", name, [chain[position]], None)
+            await index.flush()
+            expected = {"pod-a~ends": 0, "pod-b~ends": 2_000, "pod-c~ends": 4_990}
+            await _expect_last(index, "llama", [*expected, "pod-d~ends"], chain, expected)
+
+        self._check(check)
+
+    def test_ends_come_and_go_by_their_own_name_and_never_match(self) -> None:
+        async def check(index: BlockIndex, leave: Callable[[str], None]) -> None:
+            index.add("llama", "pod-a", CHAIN[:2], None)
+            index.add("llama", "pod-a~ends", CHAIN, None)
+            index.add("llama", "pod-b~ends", CHAIN[:5], None)
+            await index.flush()
+            await _expect_match(index, "llama", CHAIN, {"pod-a": 2})
+            stats = index.stats()
+            expect_equal((stats.blocks, stats.pods), (2, 1), "stats(): blocks, pods, both without ends")
+            leave("pod-a")
+            await index.flush()
+            names = ("pod-a", "pod-a~ends", "pod-b~ends")
+            await _expect_last(index, "llama", names, CHAIN, {"pod-a~ends": 7, "pod-b~ends": 4})
+            leave("pod-a~ends")
+            await index.flush()
+            await _expect_last(index, "llama", names, CHAIN, {"pod-b~ends": 4})
+            index.add("llama", "pod-a~ends", CHAIN[:1], None)
+            await index.flush()
+            await _expect_last(index, "llama", names, CHAIN, {"pod-a~ends": 0, "pod-b~ends": 4})
+            await _expect_match(index, "llama", CHAIN, {})
+
+        self._check(lambda index: check(index, index.clear))
+        self._check(lambda index: check(index, index.forget))
+
     def test_statistics_count_blocks_once_and_pods_that_hold_any(self) -> None:
         async def check(index: BlockIndex) -> None:
             expect_equal((index.stats().blocks, index.stats().pods), (0, 0), "stats() of an empty index: blocks, pods")
@@ -196,3 +274,10 @@ class BlockIndexConformance:
 
 async def _expect_match(index: BlockIndex, model: str, chain: Sequence[int], expected: dict[str, int]) -> None:
     expect_equal(dict(await index.match(model, chain)), expected, f"match({model!r}, {len(chain)} blocks)")
+
+
+async def _expect_last(
+    index: BlockIndex, model: str, names: Collection[str], hashes: Sequence[int], expected: dict[str, int]
+) -> None:
+    what = f"last({model!r}, {sorted(names)}, {len(hashes)} blocks)"
+    expect_equal(dict(await index.last(model, names, hashes)), expected, what)

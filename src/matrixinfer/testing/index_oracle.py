@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, overload
 
@@ -12,6 +12,8 @@ from matrixinfer.index.base import BlockIndex
 
 MODELS = ("llama", "qwen")
 PODS = ("pod-a", "pod-b", "pod-c")
+ENDS = ("pod-a~ends", "pod-b@dp1~ends")
+"""Names of reusable ends, of which no endpoint needs to hold a block."""
 
 
 def name_of(node: int) -> int:
@@ -63,14 +65,24 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Blocks with reusable ends in them, in any order, appear or disappear under a name of ends."""
+
+    model: str
+    name: str
+    nodes: tuple[int, ...]
+    is_gone: bool
+
+
+@dataclass(frozen=True)
 class Clear:
-    """A pod loses everything, or goes for good."""
+    """A pod, or a name of ends, loses everything, or goes for good."""
 
     pod: str
     forget: bool
 
 
-Operation: TypeAlias = Add | Remove | Clear
+Operation: TypeAlias = Add | Remove | Mark | Clear
 
 
 class Model:
@@ -79,7 +91,7 @@ class Model:
     def __init__(self, tree: Tree, *, prefix_closed: bool) -> None:
         self.tree = tree
         self.prefix_closed = prefix_closed
-        self.held: dict[tuple[str, str], set[int]] = {(model, pod): set() for model in MODELS for pod in PODS}
+        self.held: dict[tuple[str, str], set[int]] = {(model, pod): set() for model in MODELS for pod in (*PODS, *ENDS)}
 
     def apply(self, operation: Operation, index: BlockIndex) -> None:
         """Do the same to the oracle and to the index."""
@@ -89,6 +101,8 @@ class Model:
             gone = self.tree.below(operation.node) if self.prefix_closed else [name_of(operation.node)]
             self.held[operation.model, operation.pod].difference_update(gone)
             index.remove(operation.model, operation.pod, gone)
+        elif isinstance(operation, Mark):
+            self._mark(operation, index)
         else:
             for model in MODELS:
                 self.held[model, operation.pod].clear()
@@ -101,6 +115,25 @@ class Model:
             skip = min(skip, self.count(operation.model, chain).get(operation.pod, 0))
         self.held[operation.model, operation.pod].update(chain[skip:])
         index.add(operation.model, operation.pod, chain[skip:], chain[skip - 1] if 0 < skip <= len(chain) else None)
+
+    def _mark(self, operation: Mark, index: BlockIndex) -> None:
+        held, hashes = self.held[operation.model, operation.name], [*map(name_of, operation.nodes)]
+        if operation.is_gone:
+            held.difference_update(hashes)
+            index.remove(operation.model, operation.name, hashes)
+        else:
+            held.update(hashes)
+            index.add(operation.model, operation.name, hashes, None)
+
+    def last(self, model: str, names: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
+        """Position of the last of `hashes` that is held, per name that holds any."""
+        places = {}
+        for name in names:
+            held = self.held.get((model, name), set())
+            found = [position for position, block in enumerate(hashes) if block in held]
+            if found:
+                places[name] = found[-1]
+        return places
 
     def count(self, model: str, chain: Sequence[int]) -> dict[str, int]:
         """Consecutive blocks from the start, per pod that holds any."""
@@ -157,5 +190,7 @@ def histories(draw: st.DrawFn) -> tuple[Tree, list[Operation]]:
     models, pods, nodes = st.sampled_from(MODELS), st.sampled_from(PODS), st.integers(0, len(tree.parents) - 1)
     adds = st.builds(Add, models, pods, nodes, st.integers(0, 12))
     removes = st.builds(Remove, models, pods, nodes)
-    clears = st.builds(Clear, pods, st.booleans())
-    return tree, draw(st.lists(st.one_of(adds, adds, adds, removes, removes, clears), max_size=40))
+    marked = st.lists(nodes, max_size=4).map(tuple)
+    marks = st.builds(Mark, models, st.sampled_from(ENDS), marked, st.sampled_from((False, False, True)))
+    clears = st.builds(Clear, st.sampled_from((*PODS, *ENDS)), st.booleans())
+    return tree, draw(st.lists(st.one_of(adds, adds, adds, removes, removes, marks, marks, clears), max_size=40))

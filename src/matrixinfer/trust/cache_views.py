@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
@@ -27,6 +28,10 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The index's names of each faster tier, fastest first; empty when there is only one tier."""
     hides_salts: bool
     """The events do not say which blocks belong to a cache salt."""
+    rule: Rule | None = None
+    """How its reusable prefixes are found; None where every prefix that it holds is reused."""
+    drop: int = 0
+    """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
 
 
 class Caches(Protocol):
@@ -34,6 +39,10 @@ class Caches(Protocol):
 
     def of(self, name: str) -> CacheView | None:
         """What is known about an endpoint's cache now; None when nobody follows it."""
+        ...
+
+    def rule_of(self, name: str) -> Rule | None:
+        """`CacheView.rule` of an endpoint, at less cost."""
         ...
 
 
@@ -44,19 +53,32 @@ class FeedCaches:
         self._feeds = feeds
         self._doubts = doubts
 
+    @property
+    def names(self) -> Collection[str]:
+        """The endpoints that are followed."""
+        return self._feeds.keys()
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The rule that its feed gives."""
+        feed = self._feeds.get(name)
+        return None if feed is None else feed.ledger.reusable.rule
+
     def of(self, name: str) -> CacheView | None:
         """The view that its feed gives."""
         feed = self._feeds.get(name)
         if feed is None:
             return None
         ledger, state = feed.ledger, feed.state
+        rule = ledger.reusable.rule
         return CacheView(
             trust=trust(state, silent=feed.is_silent, doubted=self._doubts(name)),
             feed=state.value,
-            engine_block=ledger.block_size,
+            engine_block=ledger.block_size if rule is None else rule.unit,
             has_tails=ledger.has_tails,
             tiers=ledger.tiers.names,
             hides_salts=ledger.hides_salts,
+            rule=rule,
+            drop=0 if rule is not None else ledger.reusable.drop,
         )
 
 
@@ -81,8 +103,15 @@ class FeedReports:
             "trust": cache.trust,
             "hides_salts": cache.hides_salts,
             "engine_block": cache.engine_block,
+            "reuse_unit": cache.engine_block if cache.rule is None else cache.rule.unit,
+            "drop_tokens": cache.drop if cache.rule is None else cache.rule.drop,
         }
         feed = self._feeds.get(name)
         if feed is not None:
-            report |= {"untrusted": feed.untrusted, "frames": feed.stats.frames, "engine_blocks": len(feed.ledger)}
+            report |= {
+                "limits": list(feed.ledger.limits),
+                "untrusted": feed.untrusted,
+                "frames": feed.stats.frames,
+                "engine_blocks": len(feed.ledger),
+            }
         return report

@@ -5,9 +5,8 @@ prediction: between its value when the pod was chosen and when the answer began,
 waited are no fault. Fewer means that the index claims blocks that are not there: an engine lost them without an event,
 or events were lost unnoticed. After `RUN` such answers in a row the endpoint's blocks are cleared and its history is
 replayed; if that does not help, they are cleared and built up from live events alone. Every further attempt waits twice
-as long, and the endpoint is doubted meanwhile. Engines with several kinds of attention may find less than their
-full-attention blocks say: those answers are counted, and never clear anything. More than predicted is no fault:
-requests of other gateways, or blocks whose events are on their way.
+as long, and the endpoint is doubted meanwhile. More than predicted is no fault: requests of other gateways, or blocks
+whose events are on their way.
 
 **By counters.** Where answers report nothing, the engine's own counters of tokens looked up and found serve instead,
 less sharply: the hits counted between two readings must cover what was predicted for the requests sent and answered in
@@ -106,7 +105,7 @@ class Drift:
             self._settle(name, endpoint, is_stored=endpoint.awaited())
         return endpoint.streak >= RUN or endpoint.missed >= RUN
 
-    def reported(self, name: str, *, least: int, most: int, cached: int | None, purges: bool = True) -> None:
+    def reported(self, name: str, *, least: int, most: int, cached: int | None) -> None:
         """An answer of the endpoint reports `cached` tokens, or no number, which stands for 0 or for an engine that never does.
 
         The index predicted `most` tokens when the endpoint was chosen, and `least` when the answer began.
@@ -118,8 +117,7 @@ class Drift:
         found = cached or 0
         outcome = _outcome(least, most, found)
         self._metrics.drift(name, outcome, min(max(found, least), most), found)
-        if purges or outcome != "fewer":
-            self._count(name, endpoint, is_fewer=outcome == "fewer")
+        self._count(name, endpoint, is_fewer=outcome == "fewer")
 
     def began(self, name: str, *, sent_at: float, least: int, tokens: int) -> None:
         """An answer begins whose request must have found `least` of its `tokens` in the cache."""

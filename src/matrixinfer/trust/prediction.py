@@ -6,7 +6,7 @@ index. So the blocks that it rests on are watched until the first byte, and drif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from matrixinfer.kvevents.supports import Supports, Watch
@@ -17,18 +17,18 @@ class Prediction:
     """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Call `open` first and `end` last.
 
     The hit reaches into `matched`, token blocks of `token_block` tokens. `stores` is a block that the engine must hold
-    once it has computed the prompt, if one can be named. With `purges` false an answer that reports fewer cached tokens
-    is counted, and nothing more.
+    once it has computed the prompt, if one can be named. `explains` says whether a report of cached tokens differs from
+    the prediction for a reason that is no fault of the index (`trust.drop`).
     """
 
     __slots__ = (
         "_at_first_byte",
         "_drift",
         "_endpoint",
+        "_explains",
         "_matched",
         "_model",
         "_prompt_tokens",
-        "_purges",
         "_sent_at",
         "_stores",
         "_supports",
@@ -49,7 +49,7 @@ class Prediction:
         matched: Sequence[int],
         token_block: int,
         stores: int | None,
-        purges: bool,
+        explains: Callable[[int, int], bool],
     ) -> None:
         self.tokens = self._at_first_byte = tokens
         self._drift = drift
@@ -60,7 +60,7 @@ class Prediction:
         self._matched = matched
         self._token_block = token_block
         self._stores = stores
-        self._purges = purges
+        self._explains = explains
         self._sent_at = float("inf")
         self._watch: Watch | None = None
 
@@ -77,16 +77,13 @@ class Prediction:
             left = self._supports.held(self._model, self._matched) * self._token_block
             self._at_first_byte = min(self.tokens, left)
         self._unwatch()
-        if self._purges:
-            self._drift.began(
-                self._endpoint, sent_at=self._sent_at, least=self._at_first_byte, tokens=self._prompt_tokens
-            )
+        self._drift.began(self._endpoint, sent_at=self._sent_at, least=self._at_first_byte, tokens=self._prompt_tokens)
 
     def reported(self, cached: int | None) -> None:
         """The answer reports `cached` tokens; None if it does not say how many."""
-        self._drift.reported(
-            self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached, purges=self._purges
-        )
+        if cached is not None and self._at_first_byte == self.tokens and self._explains(self.tokens, cached):
+            return
+        self._drift.reported(self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached)
 
     def end(self, *, computed: bool) -> None:
         """The request is over, or goes to another endpoint. `computed`: this one has computed the prompt."""

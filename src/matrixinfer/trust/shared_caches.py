@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import get_args
 
+from matrixinfer.index.ends import Rule
 from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
@@ -21,6 +22,11 @@ class ReportedCaches:
     def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
         self._states = states
         self._unvouched = unvouched
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The rule that its agent reported last."""
+        state = self._states.of(name)
+        return None if state is None or state.rule is None else Rule(*state.rule)
 
     def of(self, name: str) -> CacheView | None:
         """The view that its agent reported last; `stale` once that agent has fallen silent."""
@@ -39,6 +45,8 @@ class ReportedCaches:
             has_tails=state.has_tails,
             tiers=state.tiers,
             hides_salts=state.hides_salts,
+            rule=None if state.rule is None else Rule(*state.rule),
+            drop=state.drop,
         )
 
 
@@ -52,6 +60,12 @@ class SharedCaches:
         self._own = own
         self._reported = reported
         self._writes = writes
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The rule of whoever writes it now, or the last one reported."""
+        return (
+            self._own.rule_of(name) if self._writes(name) else self._reported.rule_of(name) or self._own.rule_of(name)
+        )
 
     def of(self, name: str) -> CacheView | None:
         """The view of whoever writes it now, or the last one reported."""
@@ -67,15 +81,18 @@ def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
     if feed is None:
         return None
     ledger = feed.ledger
+    rule = ledger.reusable.rule
     return encode(
         PodState(
             trust=trust_in(feed, doubted=doubted),
             feed=feed.state.value,
             model=ledger.model,
-            engine_block=ledger.block_size,
+            engine_block=ledger.block_size if rule is None else rule.unit,
             tiers=tuple(ledger.tiers.names),
             has_tails=ledger.has_tails,
             hides_salts=ledger.hides_salts,
+            rule=None if rule is None else (*rule,),
+            drop=0 if rule is not None else ledger.reusable.drop,
             reason=feed.untrusted,
         )
     )

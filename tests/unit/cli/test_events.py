@@ -107,6 +107,20 @@ def test_check_names_each_difference(capture: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_check_names_the_limits_of_a_publisher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "capture.jsonl"
+    chunk = frame(stored([21], PROMPT[:16], medium="cpu")).hex()
+    rows = [STORED, {"kind": "event", "seq": 1, "payload_hex": chunk}, *asked("r", 16)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["events", "check", str(file)]) == 0
+    first, feed = capsys.readouterr().out.splitlines()
+    assert first == f"{file}: 2 frames, 2 events, 1 request: every hit was predicted"
+    assert feed.startswith("  5 engine blocks cached at the end; limit: the cpu tier publishes no evictions")
+    assert main(["events", "check", "--json", str(file)]) == 0
+    (publisher,) = json.loads(capsys.readouterr().out)["files"][0]["publishers"]
+    assert len(publisher["limits"]) == 1
+
+
 def test_check_reports_each_publisher_and_needs_no_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", RANKS]) == 0
     assert capsys.readouterr().out.splitlines() == [

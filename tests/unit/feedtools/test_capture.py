@@ -6,6 +6,17 @@ import pytest
 
 from matrixinfer.feedtools.capture import CaptureError, CaptureReport, Mismatch, PublisherReport, check_capture
 from matrixinfer.feedtools.capture_file import CaptureReader
+from matrixinfer.feedtools.facts import (
+    COMPONENTS,
+    COPIES,
+    EXTRA_KEY,
+    EXTRA_KEY_SHARED,
+    FINE_HITS,
+    RESET,
+    SHARED_PAGES,
+    STORE_ONLY,
+)
+from matrixinfer.kvevents.limits import MISFITS, SPARSE_WINDOWS, UNLINKED
 from tests.unit.kvevents.support import CLEARED, frame, removed, stored
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
@@ -83,6 +94,32 @@ def test_every_lookup_of_the_engines_own_cache_manager_is_predicted(name: str, r
 @pytest.mark.parametrize("name", ORACLES)
 def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(name: str, block_size: int) -> None:
     assert check_capture(recorded(name), block_size=block_size).mismatches == []
+
+
+@pytest.mark.parametrize(
+    ("name", "compared", "reasons"),
+    [
+        ("eagle-mla-mtp-bs64-first250", 250, set()),
+        ("hybrid-full-chunked-bs16-first250", 250, set()),
+        ("hybrid-full32-swa16-first200", 200, set()),
+        ("hybrid-mla-swamla-bs64-first250", 250, set()),
+        ("mla-bs64-first250", 250, set()),
+        ("sglang-eagle-p64", 400, set()),
+        ("sglang-hicache-wb-p1-first200", 200, set()),
+        ("sglang-p64", 450, set()),
+        ("swa-only-dense-bs16-first200", 200, set()),
+        ("v033-eagle-lookahead1-full-swa-bs16-first250", 250, set()),
+        ("v033-hybrid-full-mamba-bs64-first250", 250, set()),
+        ("hybrid-full-mamba-unit16-bs64-first120", 0, {FINE_HITS}),
+        ("sglang-extrakey-p16-first250", 136, {EXTRA_KEY, EXTRA_KEY_SHARED}),
+        ("sglang-swa-p1-first150", 39, {COMPONENTS}),
+        ("swa-only-bs16-first150", 2, {SPARSE_WINDOWS}),
+    ],
+)
+def test_hits_of_every_kind_of_attention_are_predicted_or_named(name: str, compared: int, reasons: set[str]) -> None:
+    report = check_capture(recorded(f"oracle-{name}"))
+    assert (report.requests, report.mismatches) == (compared, [])
+    assert set(report.unsupported.values()) == reasons
 
 
 # The rules of comparison
@@ -208,8 +245,8 @@ def test_adapters_are_left_out_where_the_layout_hides_their_names() -> None:
 
 
 def test_a_feed_that_cannot_be_trusted_predicts_nothing() -> None:
-    bigrams = array_frame(["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"])
-    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": bigrams}, *asked("r", PROMPT, 0)])
+    unchained = array_frame(["BlockStored", [hash((1, 2))], None, [1, 2], 2, None, "GPU"])
+    report = check_capture([{"kind": "event", "seq": 0, "payload_hex": unchained}, *asked("r", PROMPT, 0)])
     assert report.publishers[0].untrusted is not None
     assert report.unsupported == {"r": report.publishers[0].untrusted}
 
@@ -241,6 +278,7 @@ def test_each_publisher_is_reported_with_what_was_wrong() -> None:
         blocks=2,
         orphans=1,
         untrusted=None,
+        limits=(MISFITS,),
     )
 
 
@@ -275,3 +313,118 @@ def test_requests_need_the_engines_block_size() -> None:
 def test_a_row_of_another_shape_is_refused_by_its_number(row: dict[str, Any]) -> None:
     with pytest.raises(CaptureError, match="row 2"):
         check_capture([STORED, row])
+
+
+# What the events leave open
+
+
+def on(medium: str, hashes: list[int], tokens: list[int], **fields: Any) -> dict[str, Any]:
+    return stored(hashes, tokens, medium=medium, **fields)
+
+
+def pages(hashes: list[int], tokens: list[int], **fields: Any) -> dict[str, Any]:
+    """As SGLang publishes them."""
+    left_out = ("lora_name", "extra_keys")
+    return {key: value for key, value in stored(hashes, tokens, **fields).items() if key not in left_out} | fields
+
+
+def checked(*batches: list[dict[str, Any]], cached: int, **body: Any) -> tuple[int, list[str]]:
+    """How many requests are compared, and why the others are not, where `PROMPT` had so many cached tokens."""
+    rows = [event(seq, *events) for seq, events in enumerate(batches)]
+    report = check_capture([*rows, *asked("r", PROMPT[:17], cached, **body)])
+    assert not report.mismatches
+    return report.requests, list(report.unsupported.values())
+
+
+GPU = stored([11, 12, 13, 14], PROMPT[:16])
+BARE = on("CPU", [11, 12, 13, 14], [], block_size=0)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [[GPU], [BARE], [removed([14, 13, 12, 11])]],
+        [[GPU], [{**BARE, "block_size": 4}], [removed([14, 13, 12, 11])]],
+        [[GPU], [removed([14, 13, 12, 11]), BARE]],
+        [[GPU], [removed([14, 13, 12, 11]), {**BARE, "group_idx": 3}]],
+        [
+            [{**GPU, "group_idx": 1, "kv_cache_spec_kind": "full_attention"}],
+            [BARE],
+            [removed([14, 13, 12, 11], group_idx=1)],
+        ],
+        [[GPU, stored([77], PROMPT[30:32], parent=555)]],
+    ],
+    ids=["bare", "bare with a size", "removed first", "another group", "the device's group is 1", "partial parent"],
+)
+def test_what_is_off_loaded_without_its_tokens_is_predicted(batches: list[list[dict[str, Any]]]) -> None:
+    assert checked(*batches, cached=16) == (1, [])
+
+
+def test_a_reset_that_may_have_spared_a_slower_tier_leaves_what_rests_on_it_open() -> None:
+    batches = [GPU], [BARE], [CLEARED]
+    assert checked(*batches, cached=16) == (0, [RESET])
+    assert checked(*batches, cached=0) == (0, [RESET])
+    assert checked(*batches, [GPU], cached=16) == (1, [])
+
+
+def test_a_tier_that_only_ever_stores_leaves_what_rests_on_it_open() -> None:
+    chunk = on("cpu", [21], PROMPT[:16])
+    assert checked([chunk], cached=0) == (0, [STORE_ONLY])
+    assert checked([GPU, chunk], cached=16) == (1, [])
+    assert checked([GPU, chunk, removed([14, 13, 12, 11])], cached=16) == (0, [STORE_ONLY])
+    other = on("cpu", [31], PROMPT[16:32])
+    assert checked([chunk, other, removed([31], medium="cpu")], cached=16) == (1, [])
+
+
+def test_a_removal_of_a_block_stored_twice_is_open_unless_another_one_shows_what_removals_mean() -> None:
+    twice = [GPU, stored([14], PROMPT[12:16], parent=13)]
+    assert checked(twice, [removed([14])], cached=12) == (0, [COPIES])
+    other = [stored([31], PROMPT[20:24]), stored([31], PROMPT[20:24]), removed([31]), removed([31])]
+    assert checked(twice, [removed([14])], other, cached=16) == (1, [])
+    assert checked(twice, [removed([14]), removed([14])], cached=12) == (1, [])
+
+
+def test_a_removal_of_a_page_that_tenants_share_is_open() -> None:
+    plain, salted = pages([1, 2], PROMPT[:8]), pages([1, 2], PROMPT[:8], cache_salt="tenant")
+    assert checked([salted], cached=0) == (1, [])
+    assert checked([salted], cached=8, cache_salt="tenant") == (1, [])
+    assert checked([plain, salted], [removed([2, 1])], cached=8) == (0, [SHARED_PAGES])
+    assert checked([plain, salted], [removed([2, 1]), removed([2, 1])], cached=0) == (1, [])
+
+
+def test_a_client_s_extra_key_leaves_prompts_with_the_same_first_page_open() -> None:
+    rows = [
+        *asked("keyed", PROMPT, 0, extra_key="k"),
+        *asked("short", [9, 9], 0, extra_key="k"),
+        event(0, pages([1, 2], PROMPT[:8])),
+        *asked("same", PROMPT, 0),
+        *asked("grown", [9, 9, 1, 2, 3], 0),
+        *asked("other", PROMPT[8:], 0),
+    ]
+    report = check_capture(rows)
+    assert report.unsupported == {
+        "keyed": EXTRA_KEY,
+        "short": EXTRA_KEY,
+        "same": EXTRA_KEY_SHARED,
+        "grown": EXTRA_KEY_SHARED,
+    }
+    assert (report.requests, report.mismatches) == (1, [])
+
+
+GROUP: dict[str, Any] = {"group_idx": 1, "kv_cache_spec_kind": "mamba"}
+
+
+def test_groups_that_name_blocks_in_other_ways_leave_longer_hits_open_but_not_shorter_ones() -> None:
+    full = {**GPU, "group_idx": 0, "kv_cache_spec_kind": "full_attention"}
+    assert checked([full, stored([31], PROMPT[:16], block_size=4, **GROUP)], cached=4) == (0, [UNLINKED])
+    assert checked([full, stored([12], PROMPT[:16], block_size=4, **GROUP)], cached=8) == (1, [])
+
+
+def test_an_unknown_kind_of_attention_leaves_shorter_hits_open_but_not_longer_ones() -> None:
+    full = {**GPU, "group_idx": 0, "kv_cache_spec_kind": "full_attention"}
+    dreams = stored([11], PROMPT[:4], group_idx=1, kv_cache_spec_kind="dreams")
+    requests, (reason,) = checked([full, dreams], cached=4)
+    assert requests == 0
+    assert "does not know (dreams)" in reason
+    rows = [event(0, full, dreams), *asked("r", PROMPT, 20)]
+    assert mismatches(check_capture(rows)) == [("r", 16, 20)]

@@ -79,8 +79,8 @@ def test_layouts_that_hide_salts_are_named() -> None:
 
 def test_what_cannot_be_trusted_is_shown_once_until_the_engine_restarts() -> None:
     view = FeedView()
-    bigrams = ["BlockStored", [5], None, [[1, 2], [2, 3]], 2, None, "GPU"]
-    first, second = view.frame(0, None, frame(bigrams, bigrams))
+    unchained = ["BlockStored", [hash((1, 2))], None, [1, 2], 2, None, "GPU"]
+    first, second = view.frame(0, None, frame(unchained, unchained))
     assert "not trusted" in first.words
     assert "not trusted" not in second.words
     summary = view.summary()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.testing.index_oracle import MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
+from matrixinfer.testing.index_oracle import ENDS, MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
 A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
 
@@ -72,6 +72,41 @@ def test_galloping_equals_walking(history: tuple[Tree, list[Operation]], bound: 
                 true = model.count(name, chain)
                 assert all(count <= true.get(pod, 0) for pod, count in counts.items())
         assert index.stats().blocks <= bound
+
+
+@given(histories(), st.integers(1, 6), st.booleans())
+def test_a_full_index_finds_the_last_of_the_blocks_that_it_kept(
+    history: tuple[Tree, list[Operation]], bound: int, prefix_closed: bool
+) -> None:
+    tree, operations = history
+    index = MemoryIndex(max_blocks=bound, prefix_closed=prefix_closed)
+    model = Model(tree, prefix_closed=True)
+    every = [*map(name_of, range(len(tree.parents)))]
+    for operation in operations:
+        model.apply(operation, index)
+        kept_ends: set[tuple[str, int]] = set()
+        for name in MODELS:
+            expected = {}
+            for pod in (*PODS, *ENDS):
+                places = [place for place, block in enumerate(every) if index.last_of(name, [pod], [block])]
+                assert {every[place] for place in places} <= model.held[name, pod]
+                if places:
+                    expected[pod] = places[-1]
+                if pod in ENDS:
+                    kept_ends.update((name, place) for place in places)
+            assert index.last_of(name, (*PODS, *ENDS), every) == expected
+            assert not index.count(name, every).keys() & set(ENDS)
+        assert len(kept_ends) <= bound
+
+
+def test_ends_have_a_bound_of_their_own() -> None:
+    index = MemoryIndex(max_blocks=10)
+    index.add("llama", "pod-a", A, None)
+    for chain in (A, B):
+        index.add("llama", "pod-a~ends", chain, None)
+    assert held(index, A) == index.stats().blocks == 10
+    assert index.stats().evicted == 10
+    assert index.last_of("llama", ["pod-a~ends"], [*B, *A]) == {"pod-a~ends": 9}
 
 
 def test_the_least_recently_stored_branch_is_evicted_first_from_its_end() -> None:

@@ -131,3 +131,27 @@ def test_pairs_are_read_from_a_flat_list() -> None:
 def test_a_malformed_list_of_pairs_is_refused(flat: list[bytes | int]) -> None:
     with pytest.raises(ValueError, match=r"expected pairs|expected names"):
         layout.pairs(flat)
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(PODS), st.integers(0, 4)), max_size=6),
+    st.dictionaries(st.sampled_from(PODS), st.integers(0, 4)),
+    st.integers(0, 4),
+    st.sets(st.sampled_from((*PODS, "d"))),
+)
+def test_the_last_block_with_a_sufficient_stamp_is_found(
+    blocks: list[dict[str, int]], floors: dict[str, int], default: int, asked: set[str]
+) -> None:
+    expected = {}
+    for pod in asked:
+        good = [at for at, block in enumerate(blocks) if block.get(pod, -1) >= floors.get(pod, default)]
+        if good:
+            expected[pod] = good[-1]
+    entries = [{pod.encode(): str(at).encode() for pod, at in block.items()} for block in blocks]
+    assert layout.last(entries, floors, default, asked) == expected
+
+
+def test_ends_are_found_and_never_match() -> None:
+    entries = [{b"a": b"5", b"a~ends": b"5"}, {b"a~ends": b"5"}]
+    assert layout.count(entries, {}, 1) == {"a": 1}
+    assert layout.last(entries, {}, 1, ["a", "a~ends"]) == {"a": 0, "a~ends": 1}

@@ -37,3 +37,20 @@ async def test_memory_is_bounded() -> None:
     for block in range(1000):
         index.warm("m", "pod-a", [block])
     assert index.stats().evicted == 990
+
+
+async def test_ends_from_elsewhere_count_until_their_pod_has_own_events() -> None:
+    own_events: set[str] = set()
+    index = WarmIndex(MemoryIndex(), max_blocks=100, has_own_events=own_events.__contains__)
+    index.warm("m", "pod-a", CHAIN)
+    index.warm("m", "pod-a~ends", [CHAIN[2], CHAIN[0]])
+    index.add("m", "pod-a~ends", [CHAIN[1]], None)
+    names = ("pod-a", "pod-a~ends", "pod-b~ends")
+    assert await index.match("m", CHAIN) == {"pod-a": 4}
+    assert await index.last("m", names, CHAIN) == {"pod-a": 3, "pod-a~ends": 2}
+    index.remove("m", "pod-a~ends", [CHAIN[2]])
+    assert await index.last("m", names, CHAIN) == {"pod-a": 3, "pod-a~ends": 1}
+    own_events.add("pod-a")
+    assert await index.last("m", names, CHAIN) == {"pod-a~ends": 1}
+    index.warm("m", "pod-a~ends", CHAIN)  # a late page of the scan
+    assert await index.last("m", names, CHAIN) == {"pod-a~ends": 1}

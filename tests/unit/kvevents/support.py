@@ -23,7 +23,7 @@ def stored(
     block_size: int | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """A BlockStored event; the block size is what the tokens make it unless given."""
+    """A BlockStored event of vLLM's; the block size is what the tokens make it unless given."""
     return {
         "type": "BlockStored",
         "block_hashes": list(hashes),
@@ -33,6 +33,7 @@ def stored(
         "lora_id": None,
         "medium": "GPU",
         "lora_name": None,
+        "extra_keys": None,
         **fields,
     }
 

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -10,7 +9,6 @@ from matrixinfer.kvevents.ledger import UntrustedEvents
 from .support import CLEARED, Follower, removed, stored
 
 PROMPT = list(range(48))
-GROUP_2: dict[str, Any] = {"group_idx": 2, "kv_cache_spec_kind": "full_attention"}
 
 
 @pytest.fixture
@@ -244,20 +242,19 @@ def test_blocks_that_are_not_indexed_are_counted_and_removed_like_others(same: F
 # Media and groups
 
 
-def test_groups_of_other_attention_are_skipped(same: Follower) -> None:
-    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="sliding_window", group_idx=1), removed([11], group_idx=1))
-    assert (same.total, same.ledger.stats.other_attention) == (0, 1)
-    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="full_attention", group_idx=0), removed([11], group_idx=1))
-    assert same.held(PROMPT) == 4
+def test_groups_of_unknown_attention_are_left_out_and_named(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="full_attention", group_idx=0))
+    same.apply(stored([11], PROMPT[:4], kv_cache_spec_kind="dreams", group_idx=1), removed([11], group_idx=1))
+    assert (same.held(PROMPT), same.ledger.stats.other_attention) == (4, 1)
+    assert "dreams" in same.ledger.limits[0]
 
 
-def test_a_block_is_held_while_any_medium_or_group_holds_it(same: Follower) -> None:
-    same.apply(stored([11], PROMPT[:4]), stored([11], PROMPT[:4], medium="CPU"), stored([11], PROMPT[:4], **GROUP_2))
+def test_a_block_is_held_while_any_medium_holds_it(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:4]), stored([11], PROMPT[:4], medium="CPU"))
     assert same.ledger.stats.copies == 0
-    for place in ({}, {"medium": "CPU"}):
-        same.apply(removed([11], **place))
-        assert same.held(PROMPT) == 4
-    same.apply(removed([11], group_idx=2))
+    same.apply(removed([11]))
+    assert same.held(PROMPT) == 4
+    same.apply(removed([11], medium="CPU"))
     assert same.total == 0
 
 
@@ -271,12 +268,14 @@ def test_a_chain_does_not_go_on_in_another_medium(same: Follower) -> None:
     assert (same.held(PROMPT), same.ledger.stats.orphans) == (4, 1)
 
 
-def test_media_beyond_any_real_engines_are_refused(same: Follower) -> None:
+def test_media_and_groups_beyond_any_real_engines_are_refused(same: Follower) -> None:
+    same.apply(*(stored([11], PROMPT[:4], medium=f"DISK{number}") for number in range(100)))
+    assert (len(same.ledger.forests), same.ledger.stats.misfits) == (16, 84)
+    same.ledger.reset()
     same.apply(
         *(stored([11], PROMPT[:4], group_idx=group, kv_cache_spec_kind="full_attention") for group in range(100))
     )
-    assert len(same.ledger.forests) == 16
-    assert same.ledger.stats.misfits == 84
+    assert (len(same.ledger.reusable.specs), same.ledger.stats.misfits) == (16, 168)
 
 
 @pytest.mark.parametrize(
@@ -358,10 +357,10 @@ def test_pages_named_by_their_tokens_alone_are_not_believed(same: Follower) -> N
         same.apply(as_array([hash(tuple(PROMPT[:4]))], PROMPT[:4], None))
 
 
-def test_pairs_of_tokens_are_not_believed(same: Follower) -> None:
+def test_pairs_of_tokens_are_their_first_ones_and_the_token_after_them(same: Follower) -> None:
     pairs = [(a, a + 1) for a in PROMPT[:4]]
-    with pytest.raises(UntrustedEvents, match="pairs"):
-        same.apply(as_array([11], pairs, None, "GPU"))
+    same.apply(as_array([11], pairs, None, "GPU"))
+    assert (same.held(PROMPT), same.ledger.reusable.lookahead) == (4, 1)
 
 
 def test_attention_groups_of_unknown_kind_are_not_believed(same: Follower) -> None:
@@ -370,9 +369,11 @@ def test_attention_groups_of_unknown_kind_are_not_believed(same: Follower) -> No
         same.apply(stored([12], PROMPT[:4], group_idx=1))
 
 
-def test_matches_are_floored_to_the_largest_engine_block(same: Follower) -> None:
-    same.apply(stored([11], PROMPT[:8], medium="CPU"), stored([12], PROMPT[:4]))
+def test_matches_are_floored_to_the_largest_block_of_the_device_and_not_to_chunks_elsewhere(same: Follower) -> None:
+    same.apply(stored([11], PROMPT[:8], medium="CPU"))
     assert same.ledger.block_size == 8
+    same.apply(stored([12], PROMPT[:4]), stored([13], PROMPT[:12], medium="CPU"))
+    assert same.ledger.block_size == 4
     same.ledger.reset()
     assert same.ledger.block_size is None
 

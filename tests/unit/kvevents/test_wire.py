@@ -60,7 +60,7 @@ def test_fields_that_an_engine_leaves_out_are_absent() -> None:
     event = {"type": "BlockStored", "block_hashes": [11], "token_ids": [1, 2], "block_size": 2}
     (kept,) = decode(msgspec.msgpack.encode([1.5, [event]])).events
     assert isinstance(kept, BlockStored)
-    assert (kept.parent_block_hash, kept.medium, kept.extra_keys, kept.group_idx) == (None, None, None, None)
+    assert (kept.parent_block_hash, kept.medium, kept.extra_keys, kept.group_idx) == (None, None, UNSET, None)
 
 
 TOKENS = [1, 2, 3, 4]

@@ -72,7 +72,7 @@ class Gateway:
             self.registry.learn(name, served=served)
             self.registry.answered(name)
         self.tokenizers = TokenizerManager(self.models, TokenizationConfig(), None)
-        parts = Parts(
+        self.parts = Parts(
             registry=self.registry,
             tokenizers=self.tokenizers,
             blocks=self.blocks,
@@ -81,7 +81,7 @@ class Gateway:
             index=self.index,
             peers=self.peers,
         )
-        self.requests = Dispatcher(parts.router)
+        self.requests = Dispatcher(self.parts.router)
 
     def feed(self, endpoint: str) -> PodFeed:
         if endpoint not in self.feeds:

@@ -54,7 +54,8 @@ class Parts:
         clock, config = self.clock, self.config
         load = LoadLedger(clock, config.pending_seconds) if self.load is None else self.load
         self.parity = Parity(self.metrics, clock)
-        self.drift = Drift(self.metrics, lambda name, *, replay: None, clock)
+        self.resyncs: list[str] = []
+        self.drift = Drift(self.metrics, self._resync, clock)
         self.decisions = DecisionLog(config.decisions_kept)
         caches = FeedCaches(self.feeds, self.drift.doubts)
         self.feed_reports = FeedReports(self.feeds, caches)
@@ -79,6 +80,9 @@ class Parts:
             metrics=self.metrics,
             clock=clock,
         )
+
+    def _resync(self, name: str, *, replay: bool) -> None:
+        self.resyncs.append(name)
 
 
 class Dispatcher:

@@ -266,11 +266,14 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
         "a": {
             "state": "partial",
             "trust": "partial",
+            "limits": [],
             "untrusted": None,
             "hides_salts": False,
             "frames": 0,
             "engine_blocks": 0,
             "engine_block": ENGINE_BLOCK,
+            "reuse_unit": ENGINE_BLOCK,
+            "drop_tokens": 0,
         }
     }
     assert world.parts.feed_reports.of(c) == {}

@@ -20,9 +20,9 @@ class World:
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append((name, replay))
 
-    def report(self, *cached: int | None, least: int = 64, name: str = "a", purges: bool = True) -> None:
+    def report(self, *cached: int | None, least: int = 64, name: str = "a") -> None:
         for each in cached:
-            self.drift.reported(name, least=least, most=64, cached=each, purges=purges)
+            self.drift.reported(name, least=least, most=64, cached=each)
 
     def count(self, result: str) -> float:
         return self.metrics.registry.get_sample_value("matrixinfer_drift_total", {"pod": "a", "result": result}) or 0
@@ -63,12 +63,6 @@ def test_what_was_evicted_before_the_answer_began_is_no_fault() -> None:
     assert world.resyncs == []
     world.report(*[16] * RUN, least=32)
     assert world.resyncs == [("a", True)]
-
-
-def test_an_engine_with_several_kinds_of_attention_is_never_cleared_nor_doubted() -> None:
-    world = World()
-    world.report(*[0] * RUN, purges=False)
-    assert (world.resyncs, world.drift.doubts("a"), world.count("fewer")) == ([], False, RUN)
 
 
 def test_what_cannot_be_healed_yet_is_doubted_until_an_answer_is_as_predicted() -> None:
@@ -129,7 +123,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         matched=[1, 2, 3],
         token_block=16,
         stores=stored,
-        purges=True,
+        explains=lambda predicted, cached: False,
     ).open()
 
 

@@ -35,7 +35,11 @@ class Result:
         """Mismatches that only the mutation causes."""
         if self.report is None or self.mutated is None:
             return []
-        return [mismatch for mismatch in self.mutated.mismatches if mismatch not in self.report.mismatches]
+        return [
+            mismatch
+            for mismatch in self.mutated.mismatches
+            if mismatch not in self.report.mismatches and mismatch.label not in self.report.unsupported
+        ]
 
     @property
     def exit_code(self) -> int:
@@ -69,7 +73,8 @@ def add_parser(commands: Subparsers) -> None:
         "--mutate",
         choices=tuple(MUTATIONS),
         help="misread the events on purpose, to see that the check detects it: `copies` counts all copies of a block as "
-        "one, `clear` and `removed` ignore those events, `salt` ignores salts and other extra keys. Exit code 0 when "
+        "one, `clear` and `removed` ignore those events, `salt` ignores salts and other extra keys, `groups` all attention "
+        "groups but one, `window` the sizes of sliding windows, `lookahead` the tokens after a block. Exit code 0 when "
         "every file detects it, 1 when one does not",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -104,6 +109,9 @@ def _value(result: Result, mutation: str | None) -> dict[str, Any]:
     if report is None:
         return {"file": result.file, "error": result.error}
     value = {"file": result.file, "truncated": result.truncated, **asdict(report)}
+    for publisher in value["publishers"]:
+        if not publisher["limits"]:
+            del publisher["limits"]
     if mutation is not None:
         value |= {"mutation": mutation, "detected": len(result.detected)}
     return value
@@ -154,6 +162,7 @@ def _feed(publisher: PublisherReport) -> str:
         (publisher.misfits, "misfit event"),
         (publisher.orphans, "orphan block"),
     )
+    words += [f"limit: {limit}" for limit in publisher.limits]
     if publisher.untrusted is not None:
         words.append(f"not trusted: {publisher.untrusted}")
     return "; ".join(words)

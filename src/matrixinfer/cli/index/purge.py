@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--pod", metavar="NAME", help="invalidate the entries of this pod, its ranks and tiers; immediate"
+        "--pod", metavar="NAME", help="invalidate the entries of this pod, its ranks, tiers and ends; immediate"
     )
     what.add_argument(
         "--model", metavar="NAME", help="delete the blocks of this model, by its name in the index; scans every key"

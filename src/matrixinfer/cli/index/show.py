@@ -12,6 +12,7 @@ from rich.table import Table
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
 from matrixinfer.config import Config
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis import layout, scan
 from matrixinfer.index.redis.purge import names_of
@@ -29,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name of the model in the index")
     parser.add_argument("hash", nargs="?", metavar="HASH", help="hash of the block, in decimal digits")
-    parser.add_argument("--pod", metavar="NAME", help="show this pod, with its ranks and tiers")
+    parser.add_argument("--pod", metavar="NAME", help="show this pod, with its ranks, tiers and ends")
     parser.add_argument(
         "--limit",
         type=at_least_one,
@@ -93,7 +94,7 @@ def _why_invalid(at: int, row: PodRow | None, *, now: float, max_age: float) -> 
 async def _show_pod(args: argparse.Namespace, config: Config, store: Store) -> int:
     with progress(min(args.limit, await scan.size(store))) as advance:
         found = await survey(store, max_age=config.index.max_age_seconds, limit=args.limit, progress=advance)
-    holders = {pod for model in found.models.values() for pod in model.pods}
+    holders = {pod for model in found.models.values() for pod in (*model.pods, *model.ends)}
     names = [name for name in names_of(args.pod, sorted({*found.pods, *holders})) if name in {*found.pods, *holders}]
     blocks = sum(model.blocks for model in found.models.values())
     if args.json:
@@ -102,7 +103,11 @@ async def _show_pod(args: argparse.Namespace, config: Config, store: Store) -> i
     elif not names:
         console.print(f"{args.pod}: no writer has ever written for it, and it holds none of {blocks:,} blocks scanned")
     for name in [] if args.json else names:
-        console.print(f"{name}: holds {found.held(name):,} of {blocks:,} blocks{'' if found.complete else ' scanned'}")
+        held = f"{found.held(name):,}"
+        of_all = f" of {blocks:,} blocks{'' if found.complete else ' scanned'}"
+        console.print(
+            f"{name}: {held} marks of ends" if name.endswith(ENDS_SUFFIX) else f"{name}: holds {held}{of_all}"
+        )
         if name in found.pods:
             _print_row(found.pods[name])
     return 0 if names else 1

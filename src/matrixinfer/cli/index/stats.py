@@ -56,12 +56,13 @@ def _print(found: Survey) -> None:
     if not found.complete:
         console.print(f"Only about {found.looked_at:,} keys were scanned: more blocks exist. Use --limit to scan more.")
     models = Table(
-        *("model", "blocks", "entries", "stale", "pods", "block_size", "hash_scheme", "bytes_per_block"), box=None
+        *("model", "blocks", "entries", "stale", "pods", "ends", "block_size", "hash_scheme", "bytes_per_block"),
+        box=None,
     )
     for name, model in sorted(found.models.items()):
         size = "-" if model.bytes_per_block is None else f"{model.bytes_per_block:,.0f}"
         scheme = (model.scheme.get(key, "-") for key in ("block_size", "hash_scheme"))
-        counts = (model.blocks, model.entries, model.stale, len(model.pods))
+        counts = (model.blocks, model.entries, model.stale, len(model.pods), sum(model.ends.values()))
         models.add_row(name, *(f"{count:,}" for count in counts), *scheme, size)
     console.print(models)
     now = time.time()

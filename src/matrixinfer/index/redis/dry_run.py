@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -56,6 +56,9 @@ class DryRunIndex:
         self.clear(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
+        return {}
+
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
         return {}
 
     async def flush(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
 from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.base import IndexStats
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
@@ -89,6 +90,10 @@ class RedisIndex:
         """How many blocks each pod holds, consecutively from the start. Raises `IndexUnavailable`."""
         return await self.reader.match(model, hashes)
 
+    async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
+        """The position in `hashes` of the last block that each of `pods` holds. Raises `IndexUnavailable`."""
+        return await self.reader.last(model, pods, hashes)
+
     async def flush(self) -> None:
         """Wait until all writes so far are visible. Raises `IndexUnavailable` if that takes too long."""
         await self.writer.flush()
@@ -96,13 +101,15 @@ class RedisIndex:
     def stats(self) -> IndexStats:
         """Counters of what this process writes. If that is a lot, a block counts once per pod."""
         # With many entries, building a set of all blocks would block the event loop.
-        outboxes = [outbox for pod in self.writer.pods if (outbox := self.writer.held(pod)) is not None and len(outbox)]
+        by_pod = {pod: outbox for pod in self.writer.pods if (outbox := self.writer.held(pod)) is not None}
+        outboxes = [outbox for pod, outbox in by_pod.items() if len(outbox) and not pod.endswith(ENDS_SUFFIX)]
         models = {model for outbox in outboxes for model in outbox.models}
         entries = sum(map(len, outboxes))
         blocks = entries
         if len(outboxes) > 1 and entries <= _COUNTED_EXACTLY:
             blocks = sum(len(set().union(*(outbox.blocks_of(model) for outbox in outboxes))) for model in models)
-        return IndexStats(blocks=blocks, pods=len(outboxes), evicted=0, memory_bytes=entries * _ENTRY_BYTES)
+        memory = sum(map(len, by_pod.values())) * _ENTRY_BYTES
+        return IndexStats(blocks=blocks, pods=len(outboxes), evicted=0, memory_bytes=memory)
 
 
 def scheme_of(blocks: TokenBlockProcessor) -> dict[str, str]:

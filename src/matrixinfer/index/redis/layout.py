@@ -3,6 +3,7 @@
     matrix:kv:block:{model}@{hash}    hash: pod -> the writer's stamp in Unix seconds, as decimal text
     matrix:kv:meta:{model}            hash: block_size, hash_scheme, version
 
+`pod` may also be a name of reusable ends, `pod~ends`: its entries mark places, and are not blocks that the pod holds.
 MatrixInfer and kthena also use the first key. The others belong to this gateway. The braces are a hash tag of Redis
 Cluster: it keeps the small tables in one slot, so that one script can change them together:
 
@@ -21,10 +22,11 @@ the pod has a living writer, at most `max_age` seconds old.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 from matrixinfer.config import CLUSTER_SUFFIX
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 
 BLOCKS = "matrix:kv:block:"
 META = "matrix:kv:meta:"
@@ -104,16 +106,35 @@ def named(entries: Entries) -> dict[str, int]:
 def count(blocks: Iterable[Entries], floors: Mapping[str, int], default: int) -> dict[str, int]:
     """How many of a prompt's `blocks` each pod holds, consecutively from the start; pods without a match are absent.
 
-    `floors` are the smallest stamps that count, by pod; `default` applies to other pods. `scripts.MATCH` does the same.
+    `floors` are the smallest stamps that count, by pod; `default` applies to other pods. Names of reusable ends do not
+    match. `scripts.MATCH` does the same.
     """
     counts: dict[str, int] = {}
     for position, entries in enumerate(blocks):
         held = [pod for pod, at in named(entries).items() if at >= floors.get(pod, default)]
+        if not position:
+            held = [pod for pod in held if not pod.endswith(ENDS_SUFFIX)]
         continuing = [pod for pod in held if counts.get(pod, 0) == position]
         if not continuing:
             break
         counts.update((pod, position + 1) for pod in continuing)
     return counts
+
+
+def last(blocks: Sequence[Entries], floors: Mapping[str, int], default: int, pods: Collection[str]) -> dict[str, int]:
+    """The position of the last of `blocks` that each of `pods` holds; pods that hold none are absent.
+
+    `pods` are canonical names; the other arguments are those of `count`. `scripts.LAST` does the same.
+    """
+    places: dict[str, int] = {}
+    left = set(pods)
+    for position in range(len(blocks) - 1, -1, -1):
+        if not left:
+            break
+        stamps = named(blocks[position]) if blocks[position] else {}
+        places.update((pod, position) for pod, at in stamps.items() if pod in left and at >= floors.get(pod, default))
+        left.difference_update(places)
+    return places
 
 
 def floors(

@@ -40,6 +40,10 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether the index also has tails: ends of engine blocks that do not fill a block."""
     hides_salts: bool = False
     """Whether the events do not report cache salts."""
+    rule: tuple[int, int, int, int, bool] | None = None
+    """How reusable prefixes are found (`index.ends.Rule`), where not every prefix that the pod holds is reused."""
+    drop: int = 0
+    """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
     reason: str | None = None
     """Why the events are not trusted."""
 

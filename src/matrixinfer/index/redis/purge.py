@@ -12,7 +12,7 @@ from matrixinfer.index.redis.store import Script, Store
 
 
 def names_of(pod: str, known: Iterable[str]) -> list[str]:
-    """The names under which the index may list a pod: its own, and those in `known` of its ranks and tiers."""
+    """The names under which the index may list a pod: its own, and those in `known` of its ranks, tiers and ends."""
     name = layout.canonical(pod)
     parsed = ((other, EndpointName.parse(other)) for other in known if other != name)
     return [name, *(other for other, parts in parsed if name in (parts.pod, parts.endpoint))]

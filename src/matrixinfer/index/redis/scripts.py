@@ -1,11 +1,12 @@
 """Lua scripts that run in the server: one round trip each, and atomic.
 
-`MATCH` and `WRITE` build keys themselves, so they run on a single server only (with or without Sentinel). The other
+`MATCH`, `LAST` and `WRITE` build keys themselves, so they run on a single server only (with or without Sentinel). The other
 scripts receive all their keys as arguments and run on Cluster, too.
 """
 
 from __future__ import annotations
 
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.redis.layout import SUFFIX
 
 _NUMBER = """
@@ -20,32 +21,15 @@ local function number(text)
 end
 """
 
-MATCH = f"""
--- How many of the given blocks each pod holds consecutively from the start.
--- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by spaces
--- Returns pod, count, pod, count, ...
+_READING = f"""
 {_NUMBER}
 local prefix, now, oldest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local suffix = '{SUFFIX}'
 local call = redis.call
-local pods, floors, kept, found, size, highest = {{}}, {{}}, {{}}, {{}}, 0, 0
 
 local function canonical(name)
   if #name > #suffix and string.sub(name, -#suffix) == suffix then return string.sub(name, 1, -#suffix - 1) end
   return name
-end
-
--- The newest stamp of each pod of a block, by canonical name, and those names.
-local function all(entries)
-  local seen, names = {{}}, {{}}
-  for i = 1, #entries, 2 do
-    local name, at = canonical(entries[i]), number(entries[i + 1])
-    if at >= 0 then
-      if not seen[name] then names[#names + 1] = name end
-      if not seen[name] or seen[name] < at then seen[name] = at end
-    end
-  end
-  return seen, names
 end
 
 -- The values of pods in a table. Reads the whole table if that is cheaper than reading each pod.
@@ -63,14 +47,43 @@ local function values_of(key, names)
   return values
 end
 
+-- The smallest stamp of a pod that counts.
+local function floor_of(epoch, lease)
+  local floor = math.max(number(epoch), 0)
+  if number(lease) < now and floor < oldest then floor = oldest end
+  return floor
+end
+"""
+
+MATCH = f"""
+-- How many of the given blocks each pod holds consecutively from the start. Names of reusable ends do not match.
+-- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by spaces
+-- Returns pod, count, pod, count, ...
+{_READING}
+local ends = '{ENDS_SUFFIX}'
+local pods, floors, kept, found, size, highest = {{}}, {{}}, {{}}, {{}}, 0, 0
+
+-- The newest stamp of each pod of a block, by canonical name, and those names.
+local function all(entries)
+  local seen, names = {{}}, {{}}
+  for i = 1, #entries, 2 do
+    local name, at = canonical(entries[i]), number(entries[i + 1])
+    if at >= 0 then
+      if not seen[name] then names[#names + 1] = name end
+      if not seen[name] or seen[name] < at then seen[name] = at end
+    end
+  end
+  return seen, names
+end
+
 local function first(entries)
   local seen, names = all(entries)
   local epochs, leases = values_of(KEYS[1], names), values_of(KEYS[2], names)
   size = #entries / 2
   for i = 1, #names do
     local name = names[i]
-    local floor = math.max(number(epochs[name]), 0)
-    if number(leases[name]) < now and floor < oldest then floor = oldest end
+    local floor = floor_of(epochs[name], leases[name])
+    if string.sub(name, -#ends) == ends then floor = math.huge end
     if seen[name] >= floor then
       pods[#pods + 1], floors[name] = name, floor
       if floor > highest then highest = floor end
@@ -156,6 +169,48 @@ for hash in string.gmatch(ARGV[4], '%d+') do
 end
 for _, name in ipairs(pods) do
   found[#found + 1], found[#found + 2] = name, block
+end
+return found
+"""
+
+LAST = f"""
+-- The position of the last of the given blocks that each of the given pods holds, counted from 0.
+-- KEYS epochs, leases  ARGV key prefix, now, oldest stamp without a lease, hashes separated by spaces, pods...
+-- Returns pod, position, pod, position, ...
+{_READING}
+local names, hashes, floors, found, left = {{}}, {{}}, {{}}, {{}}, 0
+for i = 5, #ARGV do names[i - 4] = ARGV[i] end
+for hash in string.gmatch(ARGV[4], '%d+') do hashes[#hashes + 1] = hash end
+local epochs, leases = values_of(KEYS[1], names), values_of(KEYS[2], names)
+for _, name in ipairs(names) do
+  floors[name], left = floor_of(epochs[name], leases[name]), left + 1
+end
+
+-- The entries of a block. Reads a few pods among many by name, in both spellings.
+local function entries_of(key)
+  local size = call('HLEN', key)
+  if size == 0 then return {{}} end
+  if left * 4 >= size or left > 1000 then return call('HGETALL', key) end
+  local asked, entries = {{}}, {{}}
+  for name in pairs(floors) do
+    asked[#asked + 1], asked[#asked + 2] = name, name .. suffix
+  end
+  for i, stamp in ipairs(call('HMGET', key, unpack(asked))) do
+    if stamp then entries[#entries + 1], entries[#entries + 2] = asked[i], stamp end
+  end
+  return entries
+end
+
+for position = #hashes, 1, -1 do
+  local entries = entries_of(prefix .. hashes[position])
+  for i = 1, #entries, 2 do
+    local name = canonical(entries[i])
+    if floors[name] and number(entries[i + 1]) >= floors[name] then
+      found[#found + 1], found[#found + 2], floors[name] = name, position - 1, nil
+      left = left - 1
+    end
+  end
+  if left == 0 then break end
 end
 return found
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, scan
 from matrixinfer.index.redis.pod_states import PodState, decode
@@ -44,6 +45,8 @@ class ModelRow:
     """Number of entries that do not count: with a stamp below the pod's epoch, or too old without a living writer."""
     pods: dict[str, int] = field(default_factory=dict)
     """Number of entries that count, by pod."""
+    ends: dict[str, int] = field(default_factory=dict)
+    """Number of marks of reusable ends that count, by name. They are neither `blocks` nor `entries`."""
     scheme: dict[str, str] = field(default_factory=dict)
     """How the blocks are hashed, according to their writers."""
     bytes_per_block: float | None = None
@@ -66,8 +69,8 @@ class Survey:
     pods: dict[str, PodRow] = field(default_factory=dict)
 
     def held(self, pod: str) -> int:
-        """Number of entries of one pod that count, over all models."""
-        return sum(model.pods.get(pod, 0) for model in self.models.values())
+        """Number of entries of one pod, or of marks under a name of reusable ends, that count, over all models."""
+        return sum(model.pods.get(pod, 0) + model.ends.get(pod, 0) for model in self.models.values())
 
 
 async def survey(
@@ -130,13 +133,16 @@ async def pods(store: Store, *, clock: Callable[[], float] = time.time) -> dict[
 
 
 def _count(row: ModelRow, block: scan.Block, floors: Mapping[str, int], default: int) -> None:
-    row.blocks += 1
+    is_end = bool(block.stamps) and all(pod.endswith(ENDS_SUFFIX) for pod in block.stamps)
+    row.blocks += not is_end
     for pod, at in block.stamps.items():
-        if at >= floors.get(pod, default):
+        if at < floors.get(pod, default):
+            row.stale += 1
+        elif pod.endswith(ENDS_SUFFIX):
+            row.ends[pod] = row.ends.get(pod, 0) + 1
+        else:
             row.entries += 1
             row.pods[pod] = row.pods.get(pod, 0) + 1
-        else:
-            row.stale += 1
 
 
 async def _server(store: Store) -> tuple[str, int | None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 
 import structlog
 
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.store import Store
@@ -27,7 +28,7 @@ async def fill(
     max_age: float,
     clock: Callable[[], float] = time.time,
 ) -> int:
-    """Copy all entries of `pods` that count, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete."""
+    """Copy all entries that count of `pods` and of their reusable ends, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete."""
     copied, logged_at = 0, time.monotonic()
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -37,7 +38,7 @@ async def fill(
                 wanted = pods()
                 for block in page:
                     for pod, at in block.stamps.items():
-                        if at >= floors.get(pod, default) and pod in wanted:
+                        if at >= floors.get(pod, default) and pod.removesuffix(ENDS_SUFFIX) in wanted:
                             index.warm(block.model, pod, (block.hash,))
                             copied += 1
                 if time.monotonic() > logged_at + PROGRESS_SECONDS:

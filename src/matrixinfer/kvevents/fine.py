@@ -1,0 +1,64 @@
+"""Blocks that are smaller than those of their group: pieces of a block that is not full yet.
+
+An engine whose groups have blocks of different sizes hashes at the finest of them, and may publish a group's last tokens
+in such pieces. Only whole blocks are reused. A piece that ends where a whole block ends is that block: its hash names the
+same prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Whole(NamedTuple):
+    """A whole block that pieces make."""
+
+    block: int
+    parent: int | None
+    """The whole block before it; None at the root."""
+    tokens: bytes
+    position: int
+    """Of its first piece in the event; 0 also if that was in an earlier one."""
+
+
+class Pieces:
+    """The pieces that one group holds, by hash, with the tokens since the last whole block."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, tuple[int | None, bytes]] = {}
+        self._copies: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def add(self, blocks: Sequence[int], parent: int | None, tokens: bytes, size: int, whole: int) -> Iterator[Whole]:
+        """Take blocks of `size` tokens, four bytes each, that follow `parent`. Yields the whole ones, of `whole` tokens."""
+        before, pending = self._pieces.get(parent, (parent, b"")) if parent is not None else (None, b"")
+        first = 0
+        for position, block in enumerate(blocks):
+            pending += tokens[position * size * 4 : (position + 1) * size * 4]
+            if len(pending) < whole * 4:
+                self._pieces[block] = before, pending
+                self._copies[block] = self._copies.get(block, 0) + 1
+                continue
+            yield Whole(block, before, pending, first)
+            before, pending, first = block, b"", position + 1
+
+    def remove(self, blocks: Sequence[int]) -> list[int]:
+        """Drop one copy of each of `blocks` that is a piece. Returns the others."""
+        left = []
+        for block in blocks:
+            copies = self._copies.get(block)
+            if copies is None:
+                left.append(block)
+            elif copies > 1:
+                self._copies[block] = copies - 1
+            else:
+                del self._copies[block], self._pieces[block]
+        return left
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        self._pieces.clear()
+        self._copies.clear()

@@ -1,0 +1,297 @@
+"""Which of the prefixes that an engine holds it can reuse, marked in the index where they end.
+
+An engine with one group of full attention reuses every prefix that it holds, and needs no marks. Others do not:
+
+- with several attention groups, every group must hold the prefix (`groups`);
+- with speculative decoding, a block may depend on tokens after it (vLLM's `lookahead_token_ids`, SGLang's pairs), so a
+  prefix is reused only by prompts that go on with these.
+
+So a reusable prefix need not be followed, nor preceded, by a reusable one. Each is marked by two hashes under the
+endpoint's name of ends: one says exactly where it ends (`TokenBlockProcessor.end`), the other is the token block before
+that place, so that a lookup finds the last block with an end in it before it tries places within the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import lcm
+from typing import NamedTuple
+
+from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.config.endpoint_names import EndpointName
+from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.ends import Rule
+from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.groups import Group, Kind
+from matrixinfer.kvevents.run import Run
+from matrixinfer.kvevents.supports import Supports
+
+_MARK_BYTES = 400
+_MAX_PIECES = 65_536
+"""Links between blocks that are smaller than the primary group's, newest last."""
+
+
+class Spec(NamedTuple):
+    """What the events say of an attention group."""
+
+    kind: Kind
+    block_size: int
+    """Tokens per block; the largest, where events have several sizes."""
+    span: int | None
+    """Window or chunk in tokens, where there is one and events say it."""
+    has_fine_blocks: bool = False
+    """Some events have smaller blocks than others."""
+
+
+class Reusable:
+    """The marks of one endpoint. The ledger says what changes, and `settle` brings the marks up to date.
+
+    One group is the `primary` one: its forest knows the tokens of every prefix. The others are sets of hashes.
+    """
+
+    def __init__(self, pod: str, index: BlockIndex, blocks: TokenBlockProcessor) -> None:
+        self.specs: dict[int, Spec] = {}
+        self.primary: int | None = None
+        """The group whose blocks are indexed; None before the first event."""
+        self.lookahead = 0
+        """Tokens after a block on which its content depends as well."""
+        self.reserve = 1
+        """Tokens at a prompt's end that are never reused."""
+        self.rule: Rule | None = None
+        """How the marks are searched; None where every prefix that is held is reused."""
+        self.drop_is_settled = False
+        """Whether answers have confirmed `drop`, so that a later answer with less says something else."""
+        self._drops: frozenset[int] = frozenset()
+        self._chunks: dict[int, int] = {}
+        self._plain: tuple[int, int] | None = None
+        self.is_rooted = True
+        """Whether a reusable prefix is held from its first token on; not so where the primary group slides."""
+        self._blocks = blocks
+        self.supports = Supports(EndpointName.parse(pod).ends, index)
+        """The marks."""
+        self._groups: dict[int, Group] = {}
+        self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
+        self._ahead: dict[int, bytes] = {}
+        self._dirty: dict[int, None] = {}
+        self._pieces: dict[int, tuple[int, int]] = {}  # block -> the one before it, and its tokens
+        self._forest: Forest | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether only marked prefixes are reused."""
+        return self.rule is not None
+
+    def is_plain(self, group: int, block_size: int) -> bool:
+        """Whether an event of that group, with blocks of that size, says nothing new of the only group."""
+        return self._plain == (group, block_size)
+
+    @property
+    def unit(self) -> int:
+        """Reusable prefixes are multiples of this many tokens; 0 before the first event."""
+        return lcm(*(spec.block_size for spec in self.specs.values())) if self.specs else 0
+
+    @property
+    def drop(self) -> int:
+        """Tokens by which the engine cuts each prefix that it holds before it reuses it; 0 unless it is known to."""
+        return self.specs[self.primary].block_size if self._drops and self.primary is not None else 0
+
+    def drops(self, groups: Iterable[int]) -> None:
+        """The engine looks for one block more than it reuses in these groups, as vLLM 0.32 does with EAGLE or MTP.
+
+        No event says so.
+        """
+        self._drops = frozenset(groups)
+        self._set_rule()
+        self.touch(self._marks)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated memory of groups and marks."""
+        return _MARK_BYTES * len(self._marks) + sum(group.memory_bytes for group in self._groups.values())
+
+    def _set_rule(self) -> None:
+        self.is_rooted = self.primary is None or self.specs[self.primary].kind is Kind.FULL
+        self._plain = None
+        if not self.lookahead and len(self.specs) < 2 and self.is_rooted:
+            self.rule = None
+            if self.primary is not None:
+                self._plain = self.primary, self.specs[self.primary].block_size
+        else:
+            self.rule = Rule(self.unit, self.lookahead, self.reserve, self.drop, self.is_rooted)
+
+    def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
+        """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
+        span = self._chunks.get(group, span)
+        known = self.specs.get(group)
+        if known is not None:
+            if block_size == known.block_size or (block_size < known.block_size and known.has_fine_blocks):
+                return
+            block_size, span = max(block_size, known.block_size), span or known.span
+        self.specs[group] = Spec(kind, block_size, span, known is not None)
+        full = [number for number, spec in self.specs.items() if spec.kind is Kind.FULL]
+        if self.primary not in full:
+            self.primary = min(full or self.specs)
+        self.is_rooted = bool(full)
+        for number, spec in self.specs.items():
+            if number == self.primary and self.is_rooted:
+                continue
+            if number not in self._groups:
+                self._groups[number] = Group(spec.kind, spec.block_size, spec.span, self._before)
+            elif self._groups[number].block_size != spec.block_size:
+                self.touch(self._groups[number].resize(spec.block_size))
+        self._set_rule()
+        if forest is not None:
+            self.touch(block for _, _, block in forest.below(None))
+
+    def chunks(self, group: int, tokens: int) -> None:
+        """The group's attention works in chunks of that many tokens, which no event says."""
+        self._chunks[group] = tokens
+
+    def stored(self, group: int, blocks: Sequence[int], parent: int | None) -> None:
+        """The group holds one more copy of `blocks`, which follow each other and, where that is known, `parent`."""
+        if group in self._groups:
+            self.touch(self._groups[group].add(blocks, parent))
+
+    def look_ahead_in_pairs(self) -> None:
+        """Blocks are of pairs of tokens, of which the engine never looks up a prompt's last one."""
+        self.reserve = 2
+        self._set_rule()
+
+    def linked(self, blocks: Sequence[int], parent: int | None, size: int) -> None:
+        """An event names blocks of `size` tokens with all their tokens: so it is known which comes before which."""
+        spec = None if self.primary is None else self.specs[self.primary]
+        if spec is None or size >= spec.block_size:
+            return  # the forest of the primary group knows
+        for block in blocks:
+            if parent is not None:
+                if len(self._pieces) >= _MAX_PIECES:
+                    del self._pieces[next(iter(self._pieces))]
+                self._pieces[block] = parent, size
+            parent = block
+
+    def removed(self, group: int, blocks: Iterable[int]) -> None:
+        """The group holds one copy less of `blocks`."""
+        if group in self._groups:
+            self.touch(self._groups[group].remove(blocks))
+
+    def look_ahead(self, blocks: Sequence[int], ahead: Sequence[bytes]) -> None:
+        """`blocks` depend on these tokens after them as well."""
+        longest = max(len(tokens) // 4 for tokens in ahead)
+        if longest > self.lookahead:
+            self.lookahead = longest
+            self._set_rule()
+        self._ahead.update(zip(blocks, ahead, strict=True))
+
+    def touch(self, blocks: Iterable[int]) -> None:
+        """What ends with `blocks` may have become reusable, or not reusable any more."""
+        self._dirty.update(dict.fromkeys(blocks))
+
+    def settle(self, forest: Forest | None) -> None:
+        """Mark what has become reusable, and take away the marks of what is not. `forest`: the primary group's blocks."""
+        if not self._dirty:
+            return
+        self._forest = forest
+        for block in list(self._dirty):
+            for group in self._groups.values():
+                self.touch(group.known(block))
+        if self._drops and forest is not None:
+            for block in list(self._dirty):
+                self.touch(forest.children(block))
+        dirty, self._dirty = self._dirty, {}
+        new: dict[int, tuple[str, list[int]]] = {}
+        for block in dirty:
+            end = None if forest is None else self._end_of(forest, block)
+            if end is None:
+                self._unmark(block)
+                if forest is None or block not in forest:
+                    self._ahead.pop(block, None)
+            elif block not in self._marks:
+                new[block] = end
+        self.supports.flush()  # before anything is added, which may be the same hashes
+        for block, (model, hashes) in new.items():
+            self._marks[block] = model, hashes
+            self.supports.add(model, hashes, None)
+        self._forest = None
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        for group in self._groups.values():
+            group.clear()
+        self._marks.clear()
+        self._ahead.clear()
+        self._dirty.clear()
+        self._pieces.clear()
+        self.supports.clear()
+
+    def reset(self) -> None:
+        """Expect another engine."""
+        self.clear()
+        self.supports.forget()
+        self.specs.clear()
+        self._groups.clear()
+        self.primary, self.lookahead, self.reserve = None, 0, 1
+        self._drops, self.drop_is_settled = frozenset(), False
+        self._set_rule()
+
+    def _end_of(self, forest: Forest, block: int) -> tuple[str, list[int]] | None:
+        """Model and hashes of the prefix that ends with `block`; None when it cannot be reused."""
+        run = forest.run_of(block)
+        if run is None or (block in forest.cut and self.is_rooted):
+            return None
+        position = run.position(block)
+        end = run.end(position)
+        if (end - self.drop) % self.unit or end <= self.drop or not self._is_held(forest, run, block, end):
+            return None
+        ahead = self._ahead.get(block, b"")
+        if len(ahead) != 4 * self.lookahead:
+            return None
+        if not self._groups and end % self._blocks.block_size and self._blocks.block_size % self.unit == 0:
+            return None  # every block ends a reusable prefix: those at the ends of token blocks will do
+        key, tokens = run.ending(position)
+        return run.model, [key, self._blocks.end(key, tokens, ahead)]
+
+    def _is_held(self, forest: Forest, run: Run, block: int, end: int) -> bool:
+        """Whether every other group holds what it must for the prefix that ends with `block`."""
+        if not self._drops:
+            return all(group.holds(block, end) for group in self._groups.values())
+        reused = end - self.drop
+        before = _ending_at(forest, run, reused)
+        for number, group in self._groups.items():
+            if number in self._drops and group.kind is Kind.SLIDING:
+                if not group.holds(block, end, more=1):
+                    return False
+            elif before is None or not group.holds(before, reused):
+                return False
+        return True
+
+    def _unmark(self, block: int) -> None:
+        mark = self._marks.pop(block, None)
+        if mark is not None:
+            model, hashes = mark
+            self.supports.remove(model, hashes)
+
+    def _before(self, block: int, tokens: int) -> int | None:
+        """The block that ends that many tokens before the end of `block`, on the same prefix."""
+        piece = self._pieces.get(block)
+        if piece is not None and piece[1] == tokens:
+            return piece[0]
+        run = None if self._forest is None else self._forest.run_of(block)
+        if run is None or self._forest is None:
+            return None
+        return _ending_at(self._forest, run, run.end(run.position(block)) - tokens)
+
+
+def _ending_at(forest: Forest, run: Run, end: int) -> int | None:
+    """The block of a run, or of those that it branches off, that ends at a token."""
+    visits = 0
+    at: Run | None = run
+    while at is not None and end > 0 and visits < 1_000:
+        if end > at.start:
+            over = (end - at.start) % at.block_size
+            return None if over else at[(end - at.start) // at.block_size - 1]
+        if at.parent is None:
+            return None
+        if end == at.start:
+            return at.parent
+        at, visits = forest.run_of(at.parent), visits + 1
+    return None

@@ -1,0 +1,64 @@
+"""Learns whether an engine drops a block of every hit, which no event says.
+
+vLLM up to 0.32 (and 0.33 with `disable_lookahead_block_hashes`) with EAGLE or MTP gives up the last block of what it finds in
+its cache. Answers show it: each reports one block less than predicted. After `RUN` such answers in a row the drop is
+known, and predictions count with it; after as many that report one block more it is taken back. As many that report
+just what was predicted settle it until the feed starts again: from then on an answer with less shows blocks that the
+index claims wrongly. An answer without any hit says nothing about a drop.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import structlog
+
+from matrixinfer.kvevents.ledger import Ledger
+
+RUN = 3
+"""Answers in a row that differ by one block in the same direction."""
+
+_Sign: TypeAlias = Literal[-1, 0, 1]
+
+log = structlog.get_logger(__name__)
+
+
+class Drops:
+    """What answers have shown of every endpoint's drop."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, tuple[_Sign, int]] = {}  # endpoint -> less (1), more (-1) by a block or equal, how often
+
+    def __len__(self) -> int:
+        """Endpoints remembered."""
+        return len(self._runs)
+
+    def explains(self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int) -> bool:
+        """Whether a drop may be why an answer reports `cached` tokens where `predicted` were expected.
+
+        Learns from it: a drop that has shown `RUN` times in a row is known to the ledger from then on.
+        """
+        block, reusable = ledger.drop_unit, ledger.reusable
+        if reusable.drop_is_settled or not cached:
+            return False
+        if not block or predicted - cached not in (block, 0, -block):
+            self._runs.pop(endpoint, None)
+            return False
+        sign: _Sign = 1 if cached < predicted else -1 if cached > predicted else 0
+        last, count = self._runs.get(endpoint, (sign, 0))
+        count = count + 1 if last == sign else 1
+        self._runs[endpoint] = sign, count
+        if sign < 0 and not ledger.drops:
+            return False
+        if count >= RUN:
+            del self._runs[endpoint]
+            if sign:
+                dropped = ledger.drop_more() if sign > 0 else ledger.drop_nothing()
+                log.info("block_drop_learned", endpoint=endpoint, tokens=dropped)
+            else:
+                reusable.drop_is_settled = True
+        return sign != 0
+
+    def forget(self, endpoint: str) -> None:
+        """The endpoint has gone."""
+        self._runs.pop(endpoint, None)
