@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from matrixinfer.kvevents.groups import KINDS, Kind
+from matrixinfer.kvevents.groups import Kind, kind_of
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.tiers import DEVICE, tier_of
 from matrixinfer.kvevents.wire import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, pairs_of
@@ -104,7 +104,7 @@ class _IgnoresGroups(_Misreading):
             return event
         group = event.group_idx or 0
         if isinstance(event, BlockStored):
-            self._kinds[group] = KINDS.get(event.kv_cache_spec_kind)
+            self._kinds[group] = kind_of(event)
         full = [number for number, kind in self._kinds.items() if kind is Kind.FULL]
         return event if group == min(full or self._kinds, default=group) else None
 

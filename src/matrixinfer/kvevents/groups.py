@@ -22,8 +22,6 @@ from matrixinfer.kvevents.wire import BlockStored
 
 _MAX_RETIRED = 65_536
 """Links of hashes that are not held are kept for their return, up to this many per group."""
-
-
 _MAX_RATIO = 16
 """The largest ratio between two groups' block sizes at which their blocks are still related."""
 
@@ -37,7 +35,7 @@ class Kind(Enum):
     MAMBA = "mamba"
 
 
-KINDS = {
+_KINDS = {
     None: Kind.FULL,
     "full_attention": Kind.FULL,
     "mla_attention": Kind.FULL,
@@ -150,23 +148,28 @@ class Group:
         self._links[block] = parent
 
     def _connect(self, block: int) -> Iterator[int]:
-        """Link a held block with the one before it, if that is known, and count anew."""
-        if self.kind is not Kind.MAMBA:
-            before = self._find(block, self.block_size)
+        """Link a held block with the one before it, if that is known, and so on backwards; then recount their streaks."""
+        changed = [block]
+        at: int | None = block if self.kind is not Kind.MAMBA else None
+        while at is not None:
+            before = self._find(at, self.block_size)
             if before is None:
-                before = self._before_by_followers(block)
+                before = self._before_by_followers(at)
             if before is None:
-                before = self._links.get(block)
-            now = self._before.get(block)
-            if now is not None and before != now:
-                del self._before[block]
-                self._leave(now, block)
-            if before is not None and before != now:
-                self._before[block] = before
-                self._after.setdefault(before, set()).add(block)
-                if before in self._copies:
-                    yield from self._connect(before)
-        yield from self._recount((block,))
+                before = self._links.get(at)
+            now = self._before.get(at)
+            if before == now:
+                break
+            if now is not None:
+                del self._before[at]
+                self._leave(now, at)
+            if before is None:
+                break
+            self._before[at] = before
+            self._after.setdefault(before, set()).add(at)
+            at = before if before in self._copies else None
+            changed += [] if at is None else [at]
+        yield from self._recount(changed)
 
     def _before_by_followers(self, block: int) -> int | None:
         """What comes before `block`, found from a block that follows it: where that one begins a larger block elsewhere."""
@@ -219,4 +222,4 @@ class Group:
 
 def kind_of(event: BlockStored) -> Kind | None:
     """The kind of attention that an event's group has; None for kinds that nobody knows here."""
-    return KINDS.get(event.kv_cache_spec_kind)
+    return _KINDS.get(event.kv_cache_spec_kind)

@@ -25,7 +25,7 @@ from matrixinfer.errors import MatrixInferError
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.fine import Pieces
 from matrixinfer.kvevents.forest import Forest
-from matrixinfer.kvevents.groups import KINDS, Kind
+from matrixinfer.kvevents.groups import Kind, kind_of
 from matrixinfer.kvevents.limits import (
     CHUNKED,
     FINE_STATES,
@@ -256,7 +256,8 @@ class Ledger:
         self.has_tails = self.hides_salts = self.hides_adapters = self._numbers_adapters = False
 
     def _apply(self, events: Sequence[Event]) -> None:
-        if len(self) * (self.block_size or 0) > MAX_TOKENS:
+        blocks = max(len(self), len(self._pages))
+        if max(blocks * (self.block_size or 0), len(self._pieces) * SMALL_BLOCK, self.reusable.tokens) > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
         removed: list[EngineHash] = []
         place: tuple[str | None, int | None] = (None, None)
@@ -352,7 +353,7 @@ class Ledger:
         self._store_any(event)
 
     def _store_any(self, event: BlockStored) -> None:
-        kind = KINDS.get(event.kv_cache_spec_kind)
+        kind = kind_of(event)
         if kind is None:
             self.stats.other_attention += 1
             self._limits.note(unknown_kind(event.kv_cache_spec_kind or ""), lasting=True)
@@ -484,7 +485,7 @@ class Ledger:
             if len(self.reusable.specs) >= _MAX_PLACES:
                 return
             if event.group_idx and event.group_idx not in self.reusable.specs:
-                kind = KINDS.get(event.kv_cache_spec_kind)
+                kind = kind_of(event)
                 if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
                     self._learn(event, kind, event.group_idx)
 

@@ -77,9 +77,11 @@ class Reusable:
         self._forest: Forest | None = None
 
     @property
-    def is_needed(self) -> bool:
-        """Whether only marked prefixes are reused."""
-        return self.rule is not None
+    def tokens(self) -> int:
+        """The most tokens that any group besides the primary one, or the blocks with tokens after them, account for."""
+        groups = max((len(group) * group.block_size for group in self._groups.values()), default=0)
+        size = 0 if self.primary is None else self.specs[self.primary].block_size
+        return max(groups, len(self._ahead) * size)
 
     def is_plain(self, group: int, block_size: int) -> bool:
         """Whether an event of that group, with blocks of that size, says nothing new of the only group."""

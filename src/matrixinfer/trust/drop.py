@@ -16,7 +16,7 @@ import structlog
 from matrixinfer.kvevents.ledger import Ledger
 
 RUN = 3
-"""Answers in a row that differ by one block in the same direction."""
+"""Answers in a row that differ from the prediction in the same way."""
 
 _Sign: TypeAlias = Literal[-1, 0, 1]
 
@@ -27,7 +27,9 @@ class Drops:
     """What answers have shown of every endpoint's drop."""
 
     def __init__(self) -> None:
-        self._runs: dict[str, tuple[_Sign, int]] = {}  # endpoint -> less (1), more (-1) by a block or equal, how often
+        self._runs: dict[
+            str, tuple[_Sign, int]
+        ] = {}  # endpoint -> a block less (1), more (-1) or equal (0), and how often
 
     def __len__(self) -> int:
         """Endpoints remembered."""
@@ -36,7 +38,8 @@ class Drops:
     def explains(self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int) -> bool:
         """Whether a drop may be why an answer reports `cached` tokens where `predicted` were expected.
 
-        Learns from it: a drop that has shown `RUN` times in a row is known to the ledger from then on.
+        Learns from it: after `RUN` equal differences in a row the ledger counts with the drop, or without; after `RUN`
+        answers as predicted nothing is learned, or explained, any more.
         """
         block, reusable = ledger.drop_unit, ledger.reusable
         if reusable.drop_is_settled or not cached:

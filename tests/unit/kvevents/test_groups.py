@@ -126,3 +126,21 @@ def test_blocks_that_follow_themselves_are_refused() -> None:
     group = Group(Kind.FULL, BLOCK, None, lambda block, tokens: None)
     with pytest.raises(ValueError, match="follows itself"):
         list(group.add([1, 2, 1], 2))
+
+
+def test_a_long_prefix_whose_blocks_came_last_first_is_linked_again_when_the_size_changes() -> None:
+    blocks = 4_000
+    known: set[int] = set()
+
+    def earlier(block: int, tokens: int) -> int | None:
+        at = block - tokens // BLOCK
+        return at if block in known and at >= 0 else None
+
+    group = Group(Kind.FULL, BLOCK, None, earlier)
+    for block in reversed(range(blocks)):
+        list(group.add([block], None))
+    known.update(range(blocks))
+    list(group.resize(2 * BLOCK))
+    assert group.holds(blocks - 1, blocks * BLOCK)
+    list(group.remove([1]))
+    assert not group.holds(blocks - 1, blocks * BLOCK)

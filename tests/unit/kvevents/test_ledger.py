@@ -408,6 +408,17 @@ def test_an_engine_that_claims_more_than_any_can_hold_is_not_believed(
         same.apply(stored([14], PROMPT[12:16], parent=13))
 
 
+def test_blocks_of_another_group_count_towards_what_an_engine_can_hold(
+    same: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_TOKENS", 8)
+    same.apply(stored([11], PROMPT[:4]))
+    for first in (21, 31):
+        same.apply(stored([first, first + 1], [], block_size=4, group_idx=1, kv_cache_spec_kind="mamba"))
+    with pytest.raises(UntrustedEvents, match="more than 8 tokens"):
+        same.apply(stored([12], PROMPT[4:8], parent=11))
+
+
 def test_where_an_engine_block_straddles_token_blocks_its_tail_decides() -> None:
     follower = Follower(TokenBlockProcessor(6))
     follower.apply(stored([11, 12], PROMPT[:8]))
