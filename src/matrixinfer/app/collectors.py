@@ -10,7 +10,9 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.source import Kind
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.trust.levels import trust_in
@@ -86,6 +88,25 @@ class TokenCacheCollector(Collector):
             size.add_metric([model], stats.bytes)
             evicted.add_metric([model], stats.evicted)
         yield from (chars, size, evicted)
+
+
+class TokenSourceCollector(Collector):
+    """Where the token ids of each model come from."""
+
+    def __init__(self, finder: TokenizerFinder) -> None:
+        self._finder = finder
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the parts now."""
+        shown = GaugeMetricFamily(
+            "matrixinfer_tokenizer_source",
+            "1 for where the token ids of a model's prompts come from now.",
+            labels=["model", "source"],
+        )
+        for model, source in self._finder.sources.items():
+            for kind in get_args(Kind):
+                shown.add_metric([model, kind], float(kind == source.kind))
+        yield shown
 
 
 class FeedCollector(Collector):

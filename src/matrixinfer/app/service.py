@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -13,15 +13,23 @@ from typing import Self
 
 import structlog
 
-from matrixinfer.app.collectors import IndexCollector, KeptCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.app.collectors import (
+    IndexCollector,
+    KeptCollector,
+    PluginCollector,
+    TokenCacheCollector,
+    TokenSourceCollector,
+)
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
+from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.routing.audit import Auditor
@@ -67,19 +75,26 @@ class Service:
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
+            self._remote = RemoteTokenizer(
+                engines.session,
+                cache_bytes=config.tokenization.cache_bytes,
+                on_answered=self.metrics.engine_tokenized,
+            )
             tokenizers = TokenizerManager(
                 config.models,
                 config.tokenization,
-                RemoteTokenizer(engines.session),
+                self._remote,
                 block_size=engines.blocks.block_size,
             )
             await stack.enter_async_context(tokenizers)
+            self._finder = self._find_tokenizers(tokenizers)
             self.router = self._router(tokenizers, clock)
             await self._open_peers(stack)
             self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
+            await stack.enter_async_context(self._finder)
             self.gateway = await stack.enter_async_context(self._gateway())
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
@@ -123,6 +138,23 @@ class Service:
             clock=clock,
         )
 
+    def _find_tokenizers(self, tokenizers: TokenizerManager) -> TokenizerFinder:
+        engines, config = self.engines, self.config
+        return TokenizerFinder(
+            config.models,
+            config.tokenization,
+            tokenizers,
+            RemoteTokenizer(engines.session, rests=False),
+            fleet=partial(served_models, engines.registry),
+            distrusts=self._parity.is_approximate,
+            block_size=engines.blocks.block_size,
+        )
+
+    def _tokenizer_views(self) -> Mapping[str, Mapping[str, object]]:
+        """Where the token ids of each model come from, and what asking for them costs."""
+        costs = {name: cost.view() for name, cost in self._remote.costs.items()}
+        return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
+
     async def _open_peers(self, stack: AsyncExitStack) -> None:
         """Share load with other gateways, if the configuration says so."""
         store = self.engines.setup.store
@@ -139,10 +171,12 @@ class Service:
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "parity_samples": self._parity.__len__,
+            "late_prompts": lambda: tokenizers.late,
         }
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
         self.metrics.register(TokenCacheCollector(tokenizers))
+        self.metrics.register(TokenSourceCollector(self._finder))
         self.metrics.register(PluginCollector(self._scheduler))
 
     def _gateway(self) -> Gateway:
@@ -153,7 +187,9 @@ class Service:
         proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches)
-        admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
+        admin = Admin(
+            self.router, engines.registry, self.decisions, feeds, self._parity, config.limits, self._tokenizer_views
+        )
         return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 
 

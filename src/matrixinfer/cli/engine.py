@@ -182,6 +182,7 @@ def _add_speed(add: _Add, defaults: SimEngineConfig, timing: Timing) -> None:
         ("--load-seconds", timing.load_block, "each block loaded from the CPU"),
     ):
         add(flag, type=seconds_or_zero, default=default, metavar="S", help=f"time for {what} (default: %(default)s)")
+    add("--tokenize-seconds", type=seconds_or_zero, default=0.0, metavar="S", help="time that /tokenize takes (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,6 +249,7 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
             attention_pair=args.attention_seconds,
             load_block=args.load_seconds,
         ),
+        tokenize_seconds=args.tokenize_seconds,
         host=args.host,
         port=args.port,
         kv_port=args.kv_events_port,

@@ -106,6 +106,7 @@ class _Card(msgspec.Struct):
     id: str
     parent: str | None = None
     owned_by: str | None = None
+    root: str | None = None
     max_model_len: Any = None
 
 
@@ -135,6 +136,7 @@ def parse_models(body: bytes) -> ServedNames | None:
         aliases=frozenset(card.id for card in own),
         adapters=adapters,
         engine=own[0].owned_by,
+        root=own[0].root,
         context_length=length if isinstance(length := own[0].max_model_len, int) else None,
     )
 

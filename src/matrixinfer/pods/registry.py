@@ -71,6 +71,8 @@ class ServedNames:
     """The engine's name of its kind, the owner of its models, such as `vllm` or `sglang`."""
     context_length: int | None = None
     """Maximum number of tokens of prompt and reply together; None if the engine does not report it."""
+    root: str | None = None
+    """The path or the name from which the engine loaded its model; None if the engine does not report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, reason: str, *, ask_engine: bool) -> None:
         self._tokenizer = tokenizer
-        self._reason = reason
+        self.reason = reason
         self.ask_engine = ask_engine
 
     @property
@@ -62,7 +62,7 @@ class TextTokenizer:
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         if prompt.chat is not None:
-            raise TokenizeError(self._reason)
+            raise TokenizeError(self.reason)
         return self._tokenizer.tokenize(prompt)
 
 

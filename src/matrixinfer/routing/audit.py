@@ -26,13 +26,34 @@ _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 
 
 class Audit:
-    """One request's findings. Both parts are None where they would prove nothing."""
+    """One request's findings. Both parts are None where they would prove nothing.
 
-    __slots__ = ("_comparison", "_prediction")
+    `late` makes them when the token ids come after the decision.
+    """
 
-    def __init__(self, comparison: Comparison | None, prediction: Prediction | None) -> None:
+    __slots__ = ("_comparison", "_late", "_prediction", "_reported")
+
+    def __init__(
+        self, comparison: Comparison | None, prediction: Prediction | None, late: LateAudit | None = None
+    ) -> None:
         self._comparison = comparison
         self._prediction = prediction
+        self._late = late
+        self._reported: tuple[str, int] | None = None
+
+    def learned(self, prepared: Prepared, here: Candidate | None) -> bool:
+        """The token ids have come; `here` is the endpoint as known now. Returns whether a hit is predicted there.
+
+        It is not if the endpoint has published anything since the request was sent: that may be this prompt's blocks.
+        """
+        late, self._late = self._late, None
+        if late is None:
+            return False
+        self._comparison = late.comparison(prepared)
+        if self._comparison is not None and self._reported is not None:
+            self._comparison.counted(*self._reported)
+        self._prediction = None if here is None else late.prediction(prepared, here)
+        return self._prediction is not None
 
     def moved(self) -> None:
         """The request goes to another endpoint, for which nothing was predicted."""
@@ -40,11 +61,13 @@ class Audit:
 
     def first_byte(self) -> None:
         """The endpoint has computed the prompt."""
+        self._predict_no_more()
         if self._prediction is not None:
             self._prediction.first_byte()
 
     def usage(self, endpoint: str, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer of `endpoint` reports the prompt's tokens, and how many of them were cached if it says so."""
+        self._reported = endpoint, prompt_tokens
         if self._comparison is not None:
             self._comparison.counted(endpoint, prompt_tokens)
         if self._prediction is not None:
@@ -54,7 +77,12 @@ class Audit:
         """The request is over; `computed` if its prompt was."""
         self._end(computed=computed)
 
+    def _predict_no_more(self) -> None:
+        if self._late is not None:
+            self._late.feed = None
+
     def _end(self, *, computed: bool) -> None:
+        self._predict_no_more()
         prediction, self._prediction = self._prediction, None
         try:
             if self._comparison is not None:
@@ -62,6 +90,33 @@ class Audit:
         finally:
             if prediction is not None:
                 prediction.end(computed=computed)
+
+
+class LateAudit:
+    """What is needed to audit a request whose token ids come after it was sent to an endpoint."""
+
+    __slots__ = ("_auditor", "_mark", "feed")
+
+    def __init__(self, auditor: Auditor, feed: PodFeed | None) -> None:
+        self._auditor = auditor
+        self.feed = feed
+        """The endpoint's feed; None once nothing can be predicted any more."""
+        self._mark = _mark(feed)
+
+    def comparison(self, prepared: Prepared) -> Comparison | None:
+        """Compares the count of the prompt's tokens."""
+        return self._auditor.comparison(prepared)
+
+    def prediction(self, prepared: Prepared, chosen: Candidate) -> Prediction | None:
+        """Predicts the hit, if the index still is as it was when the request was sent."""
+        if self.feed is None or _mark(self.feed) != self._mark:
+            return None
+        return self._auditor.prediction(prepared, chosen, self.feed)
+
+
+def _mark(feed: PodFeed | None) -> tuple[int, int] | None:
+    """Changes whenever the feed changes the index."""
+    return None if feed is None else (feed.epoch, feed.stats.frames)
 
 
 class Auditor:
@@ -85,9 +140,11 @@ class Auditor:
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
-        prediction = None if feed is None else self._prediction(prepared, chosen, feed)
+        if prepared.late is not None:
+            return Audit(None, None, LateAudit(self, feed))
+        prediction = None if feed is None else self.prediction(prepared, chosen, feed)
         try:
-            return Audit(self._comparison(prepared, chosen, feed), prediction)
+            return Audit(self._watched(prepared, chosen, feed), prediction)
         except BaseException:
             if prediction is not None:
                 prediction.end(computed=False)
@@ -102,11 +159,17 @@ class Auditor:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
 
-    def _comparison(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
-        """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
+    def comparison(self, prepared: Prepared) -> Comparison | None:
+        """Compare how many token ids we count with the engine's count."""
         if prepared.tokenizer is None or prepared.ids is None:
             return None
-        comparison = Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
+        return Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
+
+    def _watched(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
+        """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
+        comparison = self.comparison(prepared)
+        if comparison is None or prepared.ids is None:
+            return None
         if feed is not None and (self._parity.is_watched(feed) or self._parity.is_due()):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
@@ -126,7 +189,7 @@ class Auditor:
             return None  # the prompt brings no whole engine block
         return Witness(_model_at(feed, prepared), ids, request.chain, held=held, block_size=request.block_size)
 
-    def _prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
+    def prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
         """Predict the hit where the index can and the answer may report it."""
         request, ledger = prepared.request, feed.ledger
         size, tokens, match = chosen.engine_block, request.prompt_tokens, chosen.matched_blocks

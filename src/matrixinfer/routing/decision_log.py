@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from matrixinfer.scheduler.framework import Candidate, Decision
+from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 
 PODS_KEPT = 16
 """A record keeps at most this many candidates: the best ones, then filtered ones."""
@@ -45,6 +45,17 @@ class Record:
     """Prompt tokens that the engine counted; None if it does not report them."""
     cached: int | None = None
     """Prompt tokens that it found in its cache; None if it does not report them."""
+    late: Mapping[str, int | None] | None = None
+    """What the token ids showed that came after the decision."""
+
+    def learned(self, request: SchedulingRequest, here: Candidate | None) -> None:
+        """The token ids have come after the decision. `here` is the endpoint if its hit can still be predicted."""
+        predicted = None if here is None else here.predicted_hit(request.prompt_tokens, request.block_size)
+        self.late = {
+            "tokens": request.prompt_tokens,
+            "blocks": len(request.chain),
+            "predicted_hit_tokens": predicted,
+        }
 
     def moved(self, endpoint: str) -> None:
         """The request was sent to another endpoint."""
@@ -75,6 +86,7 @@ class Record:
             "chosen": chosen.name,
             "ranked": [candidate.name for candidate in self.kept if candidate.name not in self.filtered],
             "predicted_hit_tokens": self._predicted(chosen),
+            "late": self.late,
             "reported": {
                 "attempts": list(self.attempts),
                 "status": self.status,

@@ -22,12 +22,14 @@ class InFlight:
         "_audit",
         "_charge",
         "_charge_at",
+        "_is_over",
         "_record",
         "_registry",
         "computed",
         "decision",
         "pod",
         "prepared",
+        "request",
         "tried",
     )
 
@@ -50,11 +52,19 @@ class InFlight:
         """Every endpoint that had it, in order."""
         self.computed = False
         """Whether an engine has computed the prompt."""
+        self.request = decision.request
+        """The request as decided, or with the token ids that came after that."""
+        self._is_over = False
         self._registry = registry
         self._charge = charge
         self._charge_at = charge_at
         self._audit = audit
         self._record = record
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its answer is over."""
+        return self._is_over
 
     @property
     def wants_usage(self) -> bool:
@@ -69,6 +79,23 @@ class InFlight:
         self._record.moved(pod.name)
         self.tried.append(pod)
         self.pod = pod
+
+    def learned(self, late: Prepared, here: Candidate | None, charge_at: Callable[[Candidate], Charge]) -> None:
+        """The token ids have come after the decision.
+
+        `late` is the request that has them, and `here` its endpoint by what is known now; None if that has gone.
+        `charge_at` charges an endpoint with the prompt's tokens and blocks.
+        """
+        self.request = late.request
+        self._charge_at = charge_at
+        is_predicted = self._audit.learned(late, here)
+        self._record.learned(late.request, here if is_predicted else None)
+        if here is None or self._is_over:
+            return
+        self._charge.cancel()
+        self._charge = charge_at(here)
+        if self.computed:
+            self._charge.first_byte()
 
     def failed(self) -> None:
         """Its endpoint could not be reached, or broke the connection."""
@@ -94,6 +121,7 @@ class InFlight:
 
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
+        self._is_over = True
         try:
             if self.computed:
                 self._charge.release()

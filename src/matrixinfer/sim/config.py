@@ -40,6 +40,8 @@ class SimEngineConfig:
     default_max_tokens: int = 64
     """Length of the reply to a request without `max_tokens`."""
     timing: Timing = field(default_factory=Timing)
+    tokenize_seconds: float = 0.0
+    """Time that `/tokenize` takes, besides tokenizing."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0

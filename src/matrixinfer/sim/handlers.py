@@ -5,6 +5,7 @@ Replies are made up, with one choice per request. Only the first of a list of pr
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -125,6 +126,7 @@ class EngineHandlers:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         query = api.decode(await request.read(), api.TokenizeRequest)
+        await asyncio.sleep(self._config.tokenize_seconds)
         if query.model is not None:
             self._check_model(query.model)
         chat = query.chat

@@ -134,7 +134,7 @@ class Parity:
         known = self._models.get(model)
         return known is not None and known.approximate
 
-    def view(self) -> dict[str, object]:
+    def view(self) -> dict[str, dict[str, object]]:
         """Every model compared so far, as JSON-able data."""
         self._settle()
         return {name: model.view() for name, model in self._models.items()}

@@ -9,10 +9,11 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.doctor.checks import check_fleet
-from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts, SampleFacts
+from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts
 from matrixinfer.doctor.findings import Finding, summarize
 from matrixinfer.doctor.gather import seconds_ahead
 from matrixinfer.pods.registry import ServedNames
+from matrixinfer.prompt.samples import SampleFacts
 
 PROBE = ProbeFacts(tokens=400, predicted=384, cached=384, hits=384)
 FEED = FeedFacts(
