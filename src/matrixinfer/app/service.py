@@ -79,6 +79,7 @@ class Service:
                 engines.session,
                 cache_bytes=config.tokenization.cache_bytes,
                 on_answered=self.metrics.engine_tokenized,
+                clock=clock,
             )
             tokenizers = TokenizerManager(
                 config.models,
@@ -87,7 +88,7 @@ class Service:
                 block_size=engines.blocks.block_size,
             )
             await stack.enter_async_context(tokenizers)
-            self._finder = self._find_tokenizers(tokenizers)
+            self._finder = self._find_tokenizers(tokenizers, clock)
             self.router = self._router(tokenizers, clock)
             await self._open_peers(stack)
             self._register_collectors(tokenizers)
@@ -138,16 +139,17 @@ class Service:
             clock=clock,
         )
 
-    def _find_tokenizers(self, tokenizers: TokenizerManager) -> TokenizerFinder:
+    def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
         engines, config = self.engines, self.config
         return TokenizerFinder(
             config.models,
             config.tokenization,
             tokenizers,
-            RemoteTokenizer(engines.session, rests=False),
+            RemoteTokenizer(engines.session, rests=False, clock=clock),
             fleet=partial(served_models, engines.registry),
             distrusts=self._parity.is_approximate,
             block_size=engines.blocks.block_size,
+            clock=clock,
         )
 
     def _tokenizer_views(self) -> Mapping[str, Mapping[str, object]]:
