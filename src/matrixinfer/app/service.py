@@ -39,6 +39,7 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 
@@ -102,6 +103,7 @@ class Service:
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
+        sizes = PromptSizes()
         return Router(
             registry=engines.registry,
             preparer=Preparer(
@@ -111,13 +113,23 @@ class Service:
                 lookup,
                 self._parity,
                 max_prefix_tokens=config.max_prefix_tokens,
+                sizes=sizes,
+                reads_bytes=self._scheduler.reads_bytes,
                 clock=clock,
             ),
-            candidates=Candidates(engines.registry, lookup, self.load, self._history, config.weights, self.peer_loads),
+            candidates=Candidates(
+                engines.registry,
+                lookup,
+                self.load,
+                self._history,
+                config.weights,
+                self.peer_loads,
+                reuse=engines.drift.reuse,
+            ),
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
-            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizes),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
@@ -136,6 +148,7 @@ class Service:
         kept = {
             "decisions": self.decisions.__len__,
             "recent_blocks": self._history.__len__,
+            "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "parity_samples": self._parity.__len__,
@@ -152,7 +165,7 @@ class Service:
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
-        feeds = FeedReports(engines.feeds, engines.setup.caches)
+        feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
         return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 

@@ -6,7 +6,7 @@ findings go to `trust.drift` (does the index hold?) and `trust.parity` (do our t
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
@@ -15,7 +15,9 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.sizing import learn
 from matrixinfer.scheduler.framework import Candidate
+from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
@@ -28,11 +30,14 @@ _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 class Audit:
     """One request's findings. Both parts are None where they would prove nothing."""
 
-    __slots__ = ("_comparison", "_prediction")
+    __slots__ = ("_comparison", "_learn", "_prediction")
 
-    def __init__(self, comparison: Comparison | None, prediction: Prediction | None) -> None:
+    def __init__(
+        self, comparison: Comparison | None, prediction: Prediction | None, learn: Callable[[int], None]
+    ) -> None:
         self._comparison = comparison
         self._prediction = prediction
+        self._learn = learn
 
     def moved(self) -> None:
         """The request goes to another endpoint, for which nothing was predicted."""
@@ -45,6 +50,7 @@ class Audit:
 
     def usage(self, endpoint: str, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer of `endpoint` reports the prompt's tokens, and how many of them were cached if it says so."""
+        self._learn(prompt_tokens)
         if self._comparison is not None:
             self._comparison.counted(endpoint, prompt_tokens)
         if self._prediction is not None:
@@ -65,7 +71,7 @@ class Audit:
 
 
 class Auditor:
-    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint."""
+    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizes` learns from answers."""
 
     def __init__(
         self,
@@ -74,7 +80,9 @@ class Auditor:
         drift: Drift,
         lookup: Lookup,
         blocks: TokenBlockProcessor,
+        sizes: PromptSizes | None = None,
     ) -> None:
+        self._sizes = PromptSizes() if sizes is None else sizes
         self._feeds = feeds
         self._parity = parity
         self._drift = drift
@@ -87,7 +95,8 @@ class Auditor:
         feed = self._feeds.get(chosen.name)
         prediction = None if feed is None else self._prediction(prepared, chosen, feed)
         try:
-            return Audit(self._comparison(prepared, chosen, feed), prediction)
+            learns = partial(learn, self._sizes, prepared.request.model, prepared.prompt, prepared.sizing)
+            return Audit(self._comparison(prepared, chosen, feed), prediction, learns)
         except BaseException:
             if prediction is not None:
                 prediction.end(computed=False)
@@ -101,6 +110,7 @@ class Auditor:
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
+        self._sizes.keep_models(models)
 
     def _comparison(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
         """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
@@ -157,6 +167,7 @@ class Auditor:
             matched=matched,
             token_block=covered,
             stores=stores,
+            dropped=chosen.dropped_tokens,
             explains=partial(self._explains, chosen.name, ledger),
         ).open()
 

@@ -120,7 +120,13 @@ class Router:
             request.close()
             if request.computed:
                 pod, scheduled = request.pod, request.decision.request
-                self._history.computed(pod.name, scheduled.model, scheduled.chain, is_exact=pod.trust == "exact")
+                self._history.computed(
+                    pod.name,
+                    scheduled.model,
+                    scheduled.chain,
+                    is_exact=pod.trust == "exact",
+                    chunks=scheduled.chunks,
+                )
         finally:
             for each in request.tried:
                 if not self._registry.has(each.pod, each.name):

@@ -29,6 +29,7 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.parity import Parity
@@ -55,11 +56,13 @@ class Parts:
         load = LoadLedger(clock, config.pending_seconds) if self.load is None else self.load
         self.parity = Parity(self.metrics, clock)
         self.resyncs: list[str] = []
-        self.drift = Drift(self.metrics, self._resync, clock)
+        self.drift = Drift(self.metrics, self._resync, clock, self._reuses_less)
+        self.sizes = PromptSizes()
         self.decisions = DecisionLog(config.decisions_kept)
         caches = FeedCaches(self.feeds, self.drift.doubts)
-        self.feed_reports = FeedReports(self.feeds, caches)
+        self.feed_reports = FeedReports(self.feeds, caches, self.drift.reuse)
         lookup = Lookup(self.registry, self.index, caches)
+        scheduler = Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover())
         self.router = Router(
             registry=self.registry,
             preparer=Preparer(
@@ -69,13 +72,17 @@ class Parts:
                 lookup,
                 self.parity,
                 max_prefix_tokens=config.max_prefix_tokens,
+                sizes=self.sizes,
+                reads_bytes=scheduler.reads_bytes,
                 clock=clock,
             ),
-            candidates=Candidates(self.registry, lookup, load, self.history, config.weights, self.peers),
-            scheduler=Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover()),
+            candidates=Candidates(
+                self.registry, lookup, load, self.history, config.weights, self.peers, reuse=self.drift.reuse
+            ),
+            scheduler=scheduler,
             load=load,
             history=self.history,
-            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks),
+            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, self.sizes),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
@@ -83,6 +90,9 @@ class Parts:
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append(name)
+
+    def _reuses_less(self, name: str, is_less: bool) -> None:
+        self.feeds[name].ledger.reuses_less(is_less)
 
 
 class Dispatcher:

@@ -1,0 +1,53 @@
+"""How much of its predicted hits an endpoint really reuses, as its answers report it. Pure.
+
+The share is a moving one: each answer that reports less than predicted lowers it, each that agrees raises it, and with
+time it goes back to 1, so that an endpoint that is avoided is tried again. What was evicted while a request waited counts
+as reused.
+"""
+
+from __future__ import annotations
+
+LEAST = 0.1
+"""The smallest share: a hit is never worth nothing."""
+WEIGHT = 0.2
+"""The weight of one answer."""
+HALF_LIFE_SECONDS = 300.0
+"""Time in which a shortfall halves without answers."""
+SHORT_AFTER = 6
+"""Answers with less than predicted, beyond twice as many that agreed, after which the events are known to say too much."""
+_NEGLIGIBLE = 0.02
+
+
+class Reuse:
+    """The share of one endpoint. Every `now` is in seconds and must not decrease."""
+
+    __slots__ = ("_at", "_shortfall", "_signs", "is_short")
+
+    def __init__(self) -> None:
+        self.is_short = False
+        """Whether answers have reported less than predicted again and again, until as many agree."""
+        self._shortfall = 0.0
+        self._at = 0.0
+        self._signs = 0.0
+
+    def share(self, now: float) -> float:
+        """Share of a predicted hit that is reused: `LEAST` to 1."""
+        shortfall = self._shortfall
+        if shortfall:
+            shortfall *= 0.5 ** ((now - self._at) / HALF_LIFE_SECONDS)
+        return 1.0 if shortfall < _NEGLIGIBLE else max(LEAST, 1.0 - shortfall)
+
+    def observe(self, predicted: int, found: int, now: float) -> None:
+        """An answer reports `found` tokens where at least `predicted` were expected; nothing follows from 0 expected."""
+        if predicted <= 0:
+            return
+        missing = max(0, predicted - found) / predicted
+        faded = self._shortfall * 0.5 ** ((now - self._at) / HALF_LIFE_SECONDS)
+        self._shortfall, self._at = faded + WEIGHT * (missing - faded), now
+        if self._shortfall < _NEGLIGIBLE and not missing:
+            self._shortfall = 0.0
+        self._signs = min(self._signs + 1.0, SHORT_AFTER) if missing else max(self._signs - 0.5, 0.0)
+        if self._signs >= SHORT_AFTER:
+            self.is_short = True
+        elif not self._signs:
+            self.is_short = False
