@@ -103,8 +103,9 @@ def holdings(
     reads_cache: bool = True,
     approximate: bool = False,
 ) -> tuple[Trust, int, int, float | None, int, int]:
-    """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`; and
-    what the prompt's bytes add: `Candidate.recent_chunks` and `guessed_tokens`.
+    """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
+
+    The last two are what the prompt's bytes add: `Candidate.recent_chunks` and `guessed_tokens`.
 
     With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
     gains nothing from pending or recent blocks. It has no keywords because it is called for every endpoint of every decision.

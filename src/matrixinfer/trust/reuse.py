@@ -14,7 +14,7 @@ WEIGHT = 0.2
 HALF_LIFE_SECONDS = 300.0
 """Time in which a shortfall halves without answers."""
 SHORT_AFTER = 6
-"""Answers with less than predicted, beyond twice as many that agreed, after which the events are known to say too much."""
+"""Answers with less than predicted after which the events are known to say too much. Two that agree offset one."""
 _NEGLIGIBLE = 0.02
 
 
@@ -25,7 +25,7 @@ class Reuse:
 
     def __init__(self) -> None:
         self.is_short = False
-        """Whether answers have reported less than predicted again and again, until as many agree."""
+        """Whether answers have reported less than predicted again and again, until twice as many agree."""
         self._shortfall = 0.0
         self._at = 0.0
         self._signs = 0.0
