@@ -51,7 +51,12 @@ class Engines:
         """The feed of each endpoint that this process follows; the subscriber fills it."""
         self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
         self.setup = IndexSetup(
-            config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
+            config,
+            self.blocks,
+            feeds=self.feeds,
+            doubts=self.drift.doubts,
+            models=self.registry.base_models,
+            reuses_less=self.drift.reuses_less,
         )
         self.subscriber = Subscriber(
             index=dry_run or self.setup.index, blocks=self.blocks, history=history, feeds=self.feeds

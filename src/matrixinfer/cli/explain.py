@@ -167,10 +167,12 @@ def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
+    is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
     table = Table(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
         *(("recent_chunks",) if decision["chunks"] else ()),
-        *("reuse", "credit", "in_flight", "waiting"),
+        *(("reuse",) if is_scaled else ()),
+        *("credit", "in_flight", "waiting"),
         *(*scorers, "total", ""),
         box=None,
     )
@@ -182,7 +184,7 @@ def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
             str(pod["pending_blocks"]),
             str(pod["recent_blocks"]),
             *((str(pod["recent_chunks"]),) if decision["chunks"] else ()),
-            f"{pod['reuse']:g}",
+            *((f"{pod['reuse']:g}",) if is_scaled else ()),
             f"{pod['credit']:g}",
             str(pod["in_flight"]),
             _shown(pod["waiting"]),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from functools import partial
 
+import msgspec
+
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
@@ -21,7 +23,7 @@ from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
-from matrixinfer.trust.prediction import Prediction
+from matrixinfer.trust.prediction import Prediction, Unwatched
 
 _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Feed states in which the index is meant to be right."""
@@ -33,7 +35,7 @@ class Audit:
     __slots__ = ("_comparison", "_learn", "_prediction")
 
     def __init__(
-        self, comparison: Comparison | None, prediction: Prediction | None, learn: Callable[[int], None]
+        self, comparison: Comparison | None, prediction: Prediction | Unwatched | None, learn: Callable[[int], None]
     ) -> None:
         self._comparison = comparison
         self._prediction = prediction
@@ -93,7 +95,7 @@ class Auditor:
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
-        prediction = None if feed is None else self._prediction(prepared, chosen, feed)
+        prediction = self._unwatched(prepared, chosen) if feed is None else self._prediction(prepared, chosen, feed)
         try:
             learns = partial(learn, self._sizes, prepared.request.model, prepared.prompt, prepared.sizing)
             return Audit(self._comparison(prepared, chosen, feed), prediction, learns)
@@ -135,6 +137,16 @@ class Auditor:
         if held + size > len(ids):
             return None  # the prompt brings no whole engine block
         return Witness(_model_at(feed, prepared), ids, request.chain, held=held, block_size=request.block_size)
+
+    def _unwatched(self, prepared: Prepared, chosen: Candidate) -> Unwatched | None:
+        """Predict the hit by what the writer of the endpoint's blocks has reported."""
+        if chosen.trust not in ("exact", "partial") or chosen.engine_block is None or chosen.pending_blocks:
+            return None
+        if prepared.prompt.cache_salt or not prepared.prompt.reads_cache:
+            return None
+        proven = msgspec.structs.replace(chosen, recent_blocks=0)
+        tokens = proven.cached_hit(prepared.request.prompt_tokens, prepared.request.block_size)
+        return Unwatched(self._drift, chosen.name, tokens) if tokens else None
 
     def _prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
         """Predict the hit where the index can and the answer may report it."""

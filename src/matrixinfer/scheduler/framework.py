@@ -125,7 +125,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return credit if self.reuse == 1.0 else credit * self.reuse
 
     def predicted_hit(self, prompt_tokens: int | None, block_size: int) -> int:
-        """Predict how many prompt tokens the endpoint will find cached: whole engine blocks, and never the last token.
+        """Predict how many prompt tokens the endpoint will find cached: `cached_hit`, scaled by what answers report."""
+        hit = self.cached_hit(prompt_tokens, block_size)
+        return hit if self.reuse == 1.0 else int(hit * self.reuse)
+
+    def cached_hit(self, prompt_tokens: int | None, block_size: int) -> int:
+        """How many prompt tokens are cached there, as far as is known: whole engine blocks, and never the last token.
 
         `block_size` is the size of the blocks that are counted here.
         """
@@ -136,8 +141,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         if self.pending_blocks or self.recent_blocks > matched:
             held = max(matched + self.pending_blocks, self.recent_blocks) * block_size
         size = self.engine_block or block_size
-        hit = max(0, min(held, prompt_tokens - 1) // size * size - self.dropped_tokens)
-        return hit if self.reuse == 1.0 else int(hit * self.reuse)
+        return max(0, min(held, prompt_tokens - 1) // size * size - self.dropped_tokens)
 
     @property
     def load(self) -> int:

@@ -91,6 +91,11 @@ class _Endpoint:
     predicted: list[tuple[float, Lookups]] = field(default_factory=list)
     """Start of each answer to a request sent since then, and its predicted hit; at most `_MAX_PREDICTED`."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Its answers have shown again and again that a part of the prediction is reused: the index is no worse than that."""
+        return self.reuse.is_short and self.found > 0
+
 
 class Drift:
     """Judges every endpoint. `clock` gives seconds and never goes back.
@@ -126,12 +131,24 @@ class Drift:
             return False
         if endpoint.awaited is not None and self._clock() >= endpoint.awaited_until:
             self._settle(name, endpoint, is_stored=endpoint.awaited())
-        return endpoint.streak >= RUN or endpoint.missed >= RUN
+        return (endpoint.streak >= RUN and not endpoint.is_partial) or endpoint.missed >= RUN
 
     def reuse(self, name: str) -> float:
         """Share of its predicted hits that it really reuses, at most 1."""
         endpoint = self._endpoints.get(name)
         return 1.0 if endpoint is None else endpoint.reuse.share(self._clock())
+
+    def reuses_less(self, name: str) -> bool:
+        """Whether its answers have reported less than predicted again and again."""
+        endpoint = self._endpoints.get(name)
+        return endpoint is not None and endpoint.reuse.is_short
+
+    def observed(self, name: str, *, predicted: int, cached: int | None) -> None:
+        """An answer reports `cached` tokens, but its endpoint's events are followed elsewhere, and nothing can be healed here."""
+        endpoint = self._of(name)
+        if cached is not None or endpoint.reports:
+            endpoint.reports = True
+            self._observe(name, endpoint, predicted, cached or 0)
 
     def reported(self, name: str, *, least: int, most: int, cached: int | None) -> None:
         """An answer of the endpoint reports `cached` tokens, or no number, which stands for 0 or for an engine that never does.
@@ -198,7 +215,7 @@ class Drift:
     def _count(self, name: str, endpoint: _Endpoint, *, is_fewer: bool, found: int) -> None:
         endpoint.streak = endpoint.streak + 1 if is_fewer else 0
         endpoint.found = max(endpoint.found, found) if is_fewer else 0
-        if endpoint.reuse.is_short and endpoint.heals >= _HEALS and endpoint.found:
+        if endpoint.is_partial and endpoint.heals >= _HEALS:
             endpoint.streak = 0  # that is how the engine is
         if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
             self._heal(name, endpoint)

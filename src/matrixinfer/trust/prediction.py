@@ -13,6 +13,27 @@ from matrixinfer.kvevents.supports import Supports, Watch
 from matrixinfer.trust.drift import Drift
 
 
+class Unwatched:
+    """A predicted hit of `tokens` at an endpoint whose events another process follows."""
+
+    __slots__ = ("_drift", "_endpoint", "_tokens")
+
+    def __init__(self, drift: Drift, endpoint: str, tokens: int) -> None:
+        self._drift = drift
+        self._endpoint = endpoint
+        self._tokens = tokens
+
+    def first_byte(self) -> None:
+        """The answer begins."""
+
+    def reported(self, cached: int | None) -> None:
+        """The answer reports `cached` tokens; None if it does not say how many."""
+        self._drift.observed(self._endpoint, predicted=self._tokens, cached=cached)
+
+    def end(self, *, computed: bool) -> None:
+        """The request is over."""
+
+
 class Prediction:
     """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Call `open` first and `end` last.
 

@@ -11,8 +11,9 @@ LEAST = 0.1
 """The smallest share: a hit is never worth nothing."""
 WEIGHT = 0.2
 """The weight of one answer."""
+GRACE_SECONDS = 60.0
 HALF_LIFE_SECONDS = 300.0
-"""Time in which a shortfall halves without answers."""
+"""Without answers a shortfall stays for the first time, and then halves in each of the second."""
 SHORT_AFTER = 6
 """Answers with less than predicted after which the events are known to say too much. Two that agree offset one."""
 _NEGLIGIBLE = 0.02
@@ -32,9 +33,7 @@ class Reuse:
 
     def share(self, now: float) -> float:
         """Share of a predicted hit that is reused: `LEAST` to 1."""
-        shortfall = self._shortfall
-        if shortfall:
-            shortfall *= 0.5 ** ((now - self._at) / HALF_LIFE_SECONDS)
+        shortfall = self._faded(now)
         return 1.0 if shortfall < _NEGLIGIBLE else max(LEAST, 1.0 - shortfall)
 
     def observe(self, predicted: int, found: int, now: float) -> None:
@@ -42,7 +41,7 @@ class Reuse:
         if predicted <= 0:
             return
         missing = max(0, predicted - found) / predicted
-        faded = self._shortfall * 0.5 ** ((now - self._at) / HALF_LIFE_SECONDS)
+        faded = self._faded(now)
         self._shortfall, self._at = faded + WEIGHT * (missing - faded), now
         if self._shortfall < _NEGLIGIBLE and not missing:
             self._shortfall = 0.0
@@ -51,3 +50,7 @@ class Reuse:
             self.is_short = True
         elif not self._signs:
             self.is_short = False
+
+    def _faded(self, now: float) -> float:
+        idle = now - self._at - GRACE_SECONDS
+        return self._shortfall if idle <= 0.0 else self._shortfall * 0.5 ** (idle / HALF_LIFE_SECONDS)

@@ -235,6 +235,30 @@ def test_an_engine_that_reuses_less_again_and_again_gets_a_limit_and_is_left_alo
     assert world.resyncs[2:] == [("a", True)]  # it may be a fault this time
 
 
+def test_what_is_partly_reused_is_not_doubted_but_discounted() -> None:
+    world = World()
+    world.report(*[32] * 10)
+    assert not world.drift.doubts("a")
+    assert world.drift.reuses_less("a")
+    assert not world.drift.reuses_less("b")
+
+
+def test_answers_of_endpoints_that_others_follow_scale_predictions_only() -> None:
+    world = World()
+    for cached in (None, *[32] * 20, *[None] * 20):
+        world.drift.observed("a", predicted=64, cached=cached)
+    assert world.drift.reuse("a") < 0.2
+    assert (world.resyncs, world.drift.doubts("a"), world.drift.reuses_less("a")) == ([], False, True)
+
+
+def test_counters_scale_predictions_where_answers_report_nothing() -> None:
+    world, total = World(), 1000
+    world.drift.measured("a", Lookups(total, None), began_at=0.0)
+    for _ in range(20):
+        total = window(world, predicted=64, grown=48, total=total)
+    assert world.drift.reuse("a") == pytest.approx(0.75, abs=0.02)
+
+
 def test_an_engine_that_reuses_less_now_and_then_gets_a_limit_too() -> None:
     world = World()
     world.report(*[32, 64] * 12)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from matrixinfer.trust.reuse import HALF_LIFE_SECONDS, LEAST, SHORT_AFTER, Reuse
+from matrixinfer.trust.reuse import GRACE_SECONDS, HALF_LIFE_SECONDS, LEAST, SHORT_AFTER, Reuse
 
 
 def test_answers_that_agree_change_nothing() -> None:
@@ -31,7 +31,8 @@ def test_a_shortfall_fades_with_time() -> None:
     reuse = Reuse()
     for _ in range(40):
         reuse.observe(64, 32, 0.0)
-    assert reuse.share(HALF_LIFE_SECONDS) == pytest.approx(0.75, abs=0.01)
+    assert reuse.share(GRACE_SECONDS) == pytest.approx(0.5, abs=0.01)
+    assert reuse.share(GRACE_SECONDS + HALF_LIFE_SECONDS) == pytest.approx(0.75, abs=0.01)
     assert reuse.share(10 * HALF_LIFE_SECONDS) == 1.0
     reuse.observe(64, 64, 10 * HALF_LIFE_SECONDS)
     assert reuse.share(10 * HALF_LIFE_SECONDS) == 1.0
