@@ -65,7 +65,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         preparer=Preparer(
             registry, tokenizers, blocks, lookup, parity, max_prefix_tokens=config.max_prefix_tokens, clock=clock
         ),
-        candidates=Candidates(registry, lookup, load, history, config.weights),
+        candidates=Candidates(registry, lookup, load, history, config.weights, reuse=drift.reuse),
         scheduler=scheduling,
         load=load,
         history=history,
