@@ -30,6 +30,7 @@ from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -39,7 +40,6 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
-from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 
@@ -103,7 +103,7 @@ class Service:
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
-        sizes = PromptSizes()
+        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         return Router(
             registry=engines.registry,
             preparer=Preparer(
@@ -112,9 +112,8 @@ class Service:
                 engines.blocks,
                 lookup,
                 self._parity,
+                sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
-                sizes=sizes,
-                reads_bytes=self._scheduler.reads_bytes,
                 clock=clock,
             ),
             candidates=Candidates(
@@ -129,7 +128,7 @@ class Service:
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
-            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizes),
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,

@@ -17,9 +17,8 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
-from matrixinfer.routing.sizing import learn
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate
-from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
@@ -73,7 +72,7 @@ class Audit:
 
 
 class Auditor:
-    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizes` learns from answers."""
+    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizer` learns from answers."""
 
     def __init__(
         self,
@@ -82,10 +81,10 @@ class Auditor:
         drift: Drift,
         lookup: Lookup,
         blocks: TokenBlockProcessor,
-        sizes: PromptSizes | None = None,
+        sizer: Sizer,
     ) -> None:
-        self._sizes = PromptSizes() if sizes is None else sizes
         self._feeds = feeds
+        self._sizer = sizer
         self._parity = parity
         self._drift = drift
         self._lookup = lookup
@@ -97,8 +96,8 @@ class Auditor:
         feed = self._feeds.get(chosen.name)
         prediction = self._unwatched(prepared, chosen) if feed is None else self._prediction(prepared, chosen, feed)
         try:
-            learns = partial(learn, self._sizes, prepared.request.model, prepared.prompt, prepared.sizing)
-            return Audit(self._comparison(prepared, chosen, feed), prediction, learns)
+            learn = partial(self._sizer.learn, prepared.request.model, prepared.prompt, prepared.sizing)
+            return Audit(self._comparison(prepared, chosen, feed), prediction, learn)
         except BaseException:
             if prediction is not None:
                 prediction.end(computed=False)
@@ -112,7 +111,7 @@ class Auditor:
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
-        self._sizes.keep_models(models)
+        self._sizer.keep_models(models)
 
     def _comparison(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
         """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""

@@ -146,8 +146,12 @@ def _guessed(request: SchedulingRequest, match: Match, trust: Trust, held: int, 
     sent = min(request.chunk_ends[chunks - 1], request.whole_tokens)
     if trust != "exact":
         return max(0, sent - held * request.block_size)
-    has_ends = match.cache is not None and match.cache.rule is not None  # then less is reused than is held
-    return max(0, sent - (request.prompt_tokens or 0)) if has_ends or held >= len(request.chain) else 0
+    known, cache = request.prompt_tokens or 0, match.cache
+    if cache is not None and cache.rule is None:  # with a rule less is reused than is held
+        engine_block = cache.engine_block or 1
+        if held < min(len(request.chain), known // engine_block * engine_block // request.block_size):
+            return 0  # not even the engine blocks before the first unknown token
+    return max(0, sent - known)
 
 
 def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -> Charge:

@@ -6,7 +6,6 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,8 @@ from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager
 from matrixinfer.routing.lookup import Lookup, Matches
-from matrixinfer.routing.sizing import NOT_NEEDED, Sizing, cut_prompt, sized
+from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
-from matrixinfer.traffic.byte_chunks import CHUNK_BYTES, MOST_CHUNKS
-from matrixinfer.traffic.prompt_sizes import BYTES_PER_TOKEN, PromptSizes
 from matrixinfer.trust.parity import Parity
 
 
@@ -57,7 +54,7 @@ class Prepared:
     tokenizer: str | None
     """The model whose tokenizer made the ids; None unless they can be compared with the engine's."""
     sizing: Sizing
-    """The prompt's bytes, where its token ids do not say all."""
+    """What is known about its size and its bytes beyond the ids."""
     degraded: Mapping[Degraded, str]
     """What the decision has to do without, and why in words."""
     timings_ms: Mapping[str, float]
@@ -69,16 +66,8 @@ class Prepared:
         return Degraded.PARITY in self.degraded or Degraded.INDEX in self.degraded
 
 
-_INLINE_BYTES = 1024 * 1024
-"""A longer prompt is cut into chunks in a thread: images may have many megabytes."""
-
-
 class Preparer:
-    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt.
-
-    `sizes` estimates what token ids do not say. With `reads_bytes` the prompt's bytes are cut into chunks even if all of
-    its ids are known.
-    """
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
 
     def __init__(
         self,
@@ -87,10 +76,9 @@ class Preparer:
         blocks: TokenBlockProcessor,
         lookup: Lookup,
         parity: Parity,
+        sizer: Sizer,
         *,
         max_prefix_tokens: int,
-        sizes: PromptSizes | None = None,
-        reads_bytes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -98,10 +86,8 @@ class Preparer:
         self._blocks = blocks
         self._lookup = lookup
         self._parity = parity
+        self._sizer = sizer
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
-        self._max_chunks = min(MOST_CHUNKS, max(1, round(max_prefix_tokens * BYTES_PER_TOKEN) // CHUNK_BYTES))
-        self._sizes = PromptSizes() if sizes is None else sizes
-        self._reads_bytes = reads_bytes
         self._clock = clock
 
     async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
@@ -113,6 +99,7 @@ class Preparer:
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
+        sizing = await self._size(prompt, model, tokenized, steps)
         chain: Sequence[int] = ()
         matches: Matches | None = None
         if tokenized is not None:
@@ -122,7 +109,6 @@ class Preparer:
                 chain = self._chain(prompt, tokenized.tokens)
                 matches = await self._match(prompt, model, pods, chain, steps)
         ids = None if tokenized is None else tokenized.tokens.ids
-        sizing = await self._size(prompt, model, tokenized, steps) if self._needs_bytes(tokenized) else NOT_NEEDED
         return Prepared(
             prompt=prompt,
             body=body,
@@ -136,8 +122,8 @@ class Preparer:
                 session=session,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,
-                other_tokens=self._others(prompt, model),
-                chunks=() if sizing.chunks is None else sizing.chunks.hashes,
+                other_tokens=sizing.other_tokens,
+                chunks=sizing.hashes,
                 chunk_ends=sizing.ends,
             ),
             pods=pods,
@@ -157,28 +143,11 @@ class Preparer:
             steps.degraded[Degraded.TOKENIZE] = f"not tokenized: {error}"
             return None
 
-    def _needs_bytes(self, tokenized: Tokenized | None) -> bool:
-        """Whether a prompt is recognised by its bytes: here, or on the next turn, when an engine's ids may be missing."""
-        if tokenized is None or not tokenized.tokens.complete:
-            return True
-        return self._reads_bytes or tokenized.source == "remote"
-
     async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
+        if not self._sizer.needs_bytes(tokenized):
+            return self._sizer.plain(prompt, model)
         with steps.step("bytes"):
-            if len(prompt.prefix) <= _INLINE_BYTES:
-                chunks = cut_prompt(prompt, self._max_chunks)
-            else:
-                loop = asyncio.get_running_loop()
-                chunks = await loop.run_in_executor(None, cut_prompt, prompt, self._max_chunks)
-        known = None if tokenized is None else len(tokenized.tokens.ids)
-        is_whole = tokenized is not None and tokenized.tokens.complete
-        return sized(prompt, chunks, self._sizes.of(model), known=known, is_whole=is_whole)
-
-    def _others(self, prompt: Prompt, model: str) -> int:
-        """Tokens of the request's other prompts, of which texts are estimated."""
-        if not prompt.more_bytes:
-            return prompt.more_tokens
-        return prompt.more_tokens + self._sizes.of(model).tokens(prompt.more_bytes, {})
+            return await self._sizer.cut(prompt, model, tokenized)
 
     def _note_limits(self, tokenized: Tokenized, model: str, steps: _Steps) -> None:
         """Note where the token ids are only a part of the engine's, or are not to be believed."""

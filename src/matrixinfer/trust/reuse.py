@@ -10,7 +10,7 @@ from __future__ import annotations
 LEAST = 0.1
 """The smallest share: a hit is never worth nothing."""
 WEIGHT = 0.2
-"""The weight of one answer."""
+"""The weight of one answer; less if less was predicted for it than usual."""
 GRACE_SECONDS = 60.0
 HALF_LIFE_SECONDS = 300.0
 """Without answers a shortfall stays for the first time, and then halves in each of the second."""
@@ -22,7 +22,7 @@ _NEGLIGIBLE = 0.02
 class Reuse:
     """The share of one endpoint. Every `now` is in seconds and must not decrease."""
 
-    __slots__ = ("_at", "_shortfall", "_signs", "is_short")
+    __slots__ = ("_at", "_shortfall", "_signs", "_usual", "is_short")
 
     def __init__(self) -> None:
         self.is_short = False
@@ -30,6 +30,7 @@ class Reuse:
         self._shortfall = 0.0
         self._at = 0.0
         self._signs = 0.0
+        self._usual = 0.0  # tokens predicted
 
     def share(self, now: float) -> float:
         """Share of a predicted hit that is reused: `LEAST` to 1."""
@@ -42,7 +43,9 @@ class Reuse:
             return
         missing = max(0, predicted - found) / predicted
         faded = self._faded(now)
-        self._shortfall, self._at = faded + WEIGHT * (missing - faded), now
+        self._usual += (predicted - self._usual) * (WEIGHT if self._usual else 1.0)
+        weight = WEIGHT * min(1.0, predicted / self._usual)
+        self._shortfall, self._at = faded + weight * (missing - faded), now
         if self._shortfall < _NEGLIGIBLE and not missing:
             self._shortfall = 0.0
         self._signs = min(self._signs + 1.0, SHORT_AFTER) if missing else max(self._signs - 0.5, 0.0)

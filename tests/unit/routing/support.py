@@ -22,6 +22,7 @@ from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -29,7 +30,6 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
-from matrixinfer.traffic.prompt_sizes import PromptSizes
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.parity import Parity
@@ -57,12 +57,13 @@ class Parts:
         self.parity = Parity(self.metrics, clock)
         self.resyncs: list[str] = []
         self.drift = Drift(self.metrics, self._resync, clock, self._reuses_less)
-        self.sizes = PromptSizes()
         self.decisions = DecisionLog(config.decisions_kept)
         caches = FeedCaches(self.feeds, self.drift.doubts)
         self.feed_reports = FeedReports(self.feeds, caches, self.drift.reuse)
         lookup = Lookup(self.registry, self.index, caches)
         scheduler = Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover())
+        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduler.reads_bytes)
+        self.sizes = sizer.sizes
         self.router = Router(
             registry=self.registry,
             preparer=Preparer(
@@ -71,9 +72,8 @@ class Parts:
                 self.blocks,
                 lookup,
                 self.parity,
+                sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
-                sizes=self.sizes,
-                reads_bytes=scheduler.reads_bytes,
                 clock=clock,
             ),
             candidates=Candidates(
@@ -82,7 +82,7 @@ class Parts:
             scheduler=scheduler,
             load=load,
             history=self.history,
-            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, self.sizes),
+            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,

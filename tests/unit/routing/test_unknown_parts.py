@@ -180,6 +180,21 @@ async def test_bytes_count_beyond_the_known_tokens_only_where_those_are_held() -
     await world.requests.finish(request)
 
 
+@pytest.mark.parametrize(
+    ("engine_block", "held", "counts"), [(32, 2, True), (32, 1, False), (24, 1, True), (64, 0, True)]
+)
+async def test_only_whole_engine_blocks_of_known_tokens_must_be_held(
+    engine_block: int, held: int, counts: bool
+) -> None:
+    world = World(Partly(40))  # the engine block that the image begins in is never indexed
+    body = chat([text("t" * 160), image("AAAA"), text(WORDS)])
+    pod = await world.turn(body)
+    world.feeds[pod].ledger.block_size = engine_block
+    world.index.add("m", pod, list(world.blocks.chain(np.arange(40, dtype=np.uint32)))[:held], None)
+    decision = await world.explain(body)
+    assert (decision["pods"][pod]["guessed_hit_tokens"] > 0) == counts
+
+
 async def test_what_the_engine_has_lost_is_not_guessed() -> None:
     world = World()
     body = chat([image("AAAA"), text(WORDS)])

@@ -19,6 +19,16 @@ def test_one_answer_weighs_little() -> None:
     assert reuse.share(0.0) == 0.8
 
 
+def test_a_small_prediction_says_little_about_large_ones() -> None:
+    reuse = Reuse()
+    for _ in range(10):
+        reuse.observe(10_000, 10_000, 0.0)
+    reuse.observe(16, 0, 0.0)
+    assert reuse.share(0.0) == 1.0
+    reuse.observe(100_000, 0, 0.0)
+    assert reuse.share(0.0) == pytest.approx(0.8, abs=0.01)
+
+
 @pytest.mark.parametrize(("found", "share"), [(48, 0.75), (16, 0.25), (0, LEAST)])
 def test_the_share_tends_to_what_answers_report(found: int, share: float) -> None:
     reuse = Reuse()
