@@ -125,11 +125,13 @@ async def test_a_request_in_flight_gets_its_blocks_and_its_prediction(
     slow = replace(ENGINE, timing=Timing(step=0.01, prefill_token=0.002, decode_sequence=0))
     async with gateway(loop, tokenizer, slow, pods=1) as target:
         under_way = asyncio.create_task(target.post(CHAT, chat()))
-        await asyncio.sleep(SLOW + 0.1)  # the prompt takes about a second
+        await asyncio.sleep(0.1)
         service = target.service
+        chunks = len(service.load)  # of the prompt's bytes
+        await asyncio.sleep(SLOW)  # the prompt takes about a second
         made = (await decisions(target))[0]
         assert made["late"]["predicted_hit_tokens"] == 0
-        assert len(service.load) == made["late"]["blocks"] > 0
+        assert len(service.load) - chunks == made["late"]["blocks"] > 0
         assert service.load.queued_tokens("pod-0") == made["late"]["tokens"]
         await under_way
         assert service.load.in_flight("pod-0") == service.load.queued_tokens("pod-0") == 0
@@ -144,6 +146,24 @@ async def test_what_came_late_is_remembered_where_events_do_not_say(
         assert len(target.service._history) == 0  # noqa: SLF001 - no page shows it
         await asyncio.sleep(2 * SLOW)
         assert len(target.service._history) == (await decisions(target))[0]["late"]["blocks"] > 0  # noqa: SLF001
+
+
+async def test_a_conversation_stays_where_it_was_while_its_token_ids_are_late(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
+    async with gateway(loop, tokenizer, replace(ENGINE, tokenize_seconds=1.9)) as target:
+        homes: dict[int, set[str | None]] = {}
+        talks = {number: chat(number) for number in range(6)}
+        for _ in range(4):
+            for number, body in talks.items():
+                answer, pod = await target.post(CHAT, body)
+                homes.setdefault(number, set()).add(pod)
+                more = "And then it goes on, as rivers do, for a long time. " * 12
+                body["messages"] += [answer["choices"][0]["message"], {"role": "user", "content": more}]
+            await asyncio.sleep(3)
+        assert all(each["tokens"] is None for each in await decisions(target))
+        assert [len(pods) for pods in homes.values()] == [1] * 6
+        assert len({pod for pods in homes.values() for pod in pods}) == 2
 
 
 async def test_a_fast_engine_is_waited_for(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:

@@ -172,7 +172,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     metrics = Metrics()
     metrics.register(IndexCollector(MemoryIndex()))
-    metrics.register(FeedCollector({}, lambda _: False))
+    metrics.register(FeedCollector({}, lambda _: False, lambda _: 1.0))
     metrics.register(KeptCollector({}))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))

@@ -112,14 +112,25 @@ class TokenSourceCollector(Collector):
 class FeedCollector(Collector):
     """The KV event feed of each endpoint."""
 
-    def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool]) -> None:
+    def __init__(
+        self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool], reuse: Callable[[str], float]
+    ) -> None:
         self._feeds = feeds
         self._doubts = doubts
+        self._reuse = reuse
 
     def collect(self) -> Iterator[Metric]:
         """Read the parts now."""
         feeds = [(pod, feed, trust_in(feed, doubted=self._doubts(pod))) for pod, feed in list(self._feeds.items())]
         yield from _belief(feeds)
+        reuse = GaugeMetricFamily(
+            "matrixinfer_kv_reuse",
+            "Share of the predicted hits that answers report lately, by which predictions are scaled; 1 when they agree.",
+            labels=["pod"],
+        )
+        for pod, _, _ in feeds:
+            reuse.add_metric([pod], self._reuse(pod))
+        yield reuse
         yield from _ledgers(feeds)
         yield from _frames(feeds)
 

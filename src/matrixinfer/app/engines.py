@@ -49,9 +49,14 @@ class Engines:
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
-        self.drift = Drift(metrics, self._resync, clock)
+        self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
         self.setup = IndexSetup(
-            config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
+            config,
+            self.blocks,
+            feeds=self.feeds,
+            doubts=self.drift.doubts,
+            models=self.registry.base_models,
+            reuses_less=self.drift.reuses_less,
         )
         self.subscriber = Subscriber(
             index=dry_run or self.setup.index, blocks=self.blocks, history=history, feeds=self.feeds
@@ -66,7 +71,7 @@ class Engines:
             self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self._dry_run or self.setup)
-            self._metrics.register(FeedCollector(self.feeds, self.drift.doubts))
+            self._metrics.register(FeedCollector(self.feeds, self.drift.doubts, self.drift.reuse))
             if self.setup.redis is not None:
                 self._metrics.register(RedisCollector(self.setup.redis, self.setup.states))
             self._stack = stack.pop_all()
@@ -117,6 +122,11 @@ class Engines:
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)
+
+    def _reuses_less(self, name: str, is_less: bool) -> None:
+        feed = self.feeds.get(name)
+        if feed is not None:
+            feed.ledger.reuses_less(is_less)
 
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
         """Compare every rank's own counters with what was predicted for it."""

@@ -38,6 +38,7 @@ from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -118,6 +119,7 @@ class Service:
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
+        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         return Router(
             registry=engines.registry,
             preparer=Preparer(
@@ -126,14 +128,23 @@ class Service:
                 engines.blocks,
                 lookup,
                 self._parity,
+                sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(engines.registry, lookup, self.load, self._history, config.weights, self.peer_loads),
+            candidates=Candidates(
+                engines.registry,
+                lookup,
+                self.load,
+                self._history,
+                config.weights,
+                self.peer_loads,
+                reuse=engines.drift.reuse,
+            ),
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
-            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
@@ -170,6 +181,7 @@ class Service:
         kept = {
             "decisions": self.decisions.__len__,
             "recent_blocks": self._history.__len__,
+            "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "parity_samples": self._parity.__len__,
@@ -188,7 +200,7 @@ class Service:
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
-        feeds = FeedReports(engines.feeds, engines.setup.caches)
+        feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
             self.router, engines.registry, self.decisions, feeds, self._parity, config.limits, self._tokenizer_views
         )

@@ -182,7 +182,13 @@ def _add_speed(add: _Add, defaults: SimEngineConfig, timing: Timing) -> None:
         ("--load-seconds", timing.load_block, "each block loaded from the CPU"),
     ):
         add(flag, type=seconds_or_zero, default=default, metavar="S", help=f"time for {what} (default: %(default)s)")
-    add("--tokenize-seconds", type=seconds_or_zero, default=0.0, metavar="S", help="time that /tokenize takes (default: 0)")
+    add(
+        "--tokenize-seconds",
+        type=seconds_or_zero,
+        default=0.0,
+        metavar="S",
+        help="time that /tokenize takes (default: 0)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,6 +37,10 @@ ORPHANS = (
     "enable the engine's replay endpoint, or reset its cache"
 )
 MISFITS = "events whose tokens do not fit their blocks were left out, so hits may be longer than predicted; report them"
+REUSES_LESS = (
+    "answers report less reuse than the events say, so hits may be shorter than these say; predictions are scaled by what "
+    "answers report (reuse in /debug/pods); with SGLang, sliding windows and states are not in its events"
+)
 UNKNOWN_KIND = "an attention kind that this release does not know"
 
 

@@ -6,8 +6,10 @@ findings go to `trust.drift` (does the index hold?) and `trust.parity` (do our t
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
+
+import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.kvevents.feed import FeedState, PodFeed
@@ -15,11 +17,12 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
-from matrixinfer.trust.prediction import Prediction
+from matrixinfer.trust.prediction import Prediction, Unwatched
 
 _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Feed states in which the index is meant to be right."""
@@ -28,16 +31,22 @@ _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 class Audit:
     """One request's findings. Both parts are None where they would prove nothing.
 
-    `late` makes them when the token ids come after the decision.
+    `learn` takes the prompt's tokens as an answer counts them. `late` makes the parts when the token ids come after the
+    decision.
     """
 
-    __slots__ = ("_comparison", "_late", "_prediction", "_reported")
+    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_reported")
 
     def __init__(
-        self, comparison: Comparison | None, prediction: Prediction | None, late: LateAudit | None = None
+        self,
+        comparison: Comparison | None,
+        prediction: Prediction | Unwatched | None,
+        learn: Callable[[int], None],
+        late: LateAudit | None = None,
     ) -> None:
         self._comparison = comparison
         self._prediction = prediction
+        self._learn = learn
         self._late = late
         self._reported: tuple[str, int] | None = None
 
@@ -67,6 +76,7 @@ class Audit:
 
     def usage(self, endpoint: str, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer of `endpoint` reports the prompt's tokens, and how many of them were cached if it says so."""
+        self._learn(prompt_tokens)
         self._reported = endpoint, prompt_tokens
         if self._comparison is not None:
             self._comparison.counted(endpoint, prompt_tokens)
@@ -120,7 +130,7 @@ def _mark(feed: PodFeed | None) -> tuple[int, int] | None:
 
 
 class Auditor:
-    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint."""
+    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizer` learns from answers."""
 
     def __init__(
         self,
@@ -129,8 +139,10 @@ class Auditor:
         drift: Drift,
         lookup: Lookup,
         blocks: TokenBlockProcessor,
+        sizer: Sizer,
     ) -> None:
         self._feeds = feeds
+        self._sizer = sizer
         self._parity = parity
         self._drift = drift
         self._lookup = lookup
@@ -140,11 +152,12 @@ class Auditor:
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
+        learn = partial(self._sizer.learn, prepared.request.model, prepared.prompt, prepared.sizing)
         if prepared.late is not None:
-            return Audit(None, None, LateAudit(self, feed))
-        prediction = None if feed is None else self.prediction(prepared, chosen, feed)
+            return Audit(None, None, learn, LateAudit(self, feed))
+        prediction = self._unwatched(prepared, chosen) if feed is None else self.prediction(prepared, chosen, feed)
         try:
-            return Audit(self._watched(prepared, chosen, feed), prediction)
+            return Audit(self._watched(prepared, chosen, feed), prediction, learn)
         except BaseException:
             if prediction is not None:
                 prediction.end(computed=False)
@@ -158,6 +171,7 @@ class Auditor:
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
+        self._sizer.keep_models(models)
 
     def comparison(self, prepared: Prepared) -> Comparison | None:
         """Compare how many token ids we count with the engine's count."""
@@ -188,6 +202,16 @@ class Auditor:
         if held + size > len(ids):
             return None  # the prompt brings no whole engine block
         return Witness(_model_at(feed, prepared), ids, request.chain, held=held, block_size=request.block_size)
+
+    def _unwatched(self, prepared: Prepared, chosen: Candidate) -> Unwatched | None:
+        """Predict the hit by what the writer of the endpoint's blocks has reported."""
+        if chosen.trust not in ("exact", "partial") or chosen.engine_block is None or chosen.pending_blocks:
+            return None
+        if prepared.prompt.cache_salt or not prepared.prompt.reads_cache:
+            return None
+        proven = msgspec.structs.replace(chosen, recent_blocks=0)
+        tokens = proven.cached_hit(prepared.request.prompt_tokens, prepared.request.block_size)
+        return Unwatched(self._drift, chosen.name, tokens) if tokens else None
 
     def prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
         """Predict the hit where the index can and the answer may report it."""
@@ -220,6 +244,7 @@ class Auditor:
             matched=matched,
             token_block=covered,
             stores=stores,
+            dropped=chosen.dropped_tokens,
             explains=partial(self._explains, chosen.name, ledger),
         ).open()
 

@@ -80,22 +80,26 @@ class InFlight:
         self.tried.append(pod)
         self.pod = pod
 
-    def learned(self, late: Prepared, here: Candidate | None, charge_at: Callable[[Candidate], Charge]) -> None:
-        """The token ids have come after the decision.
+    def learned(
+        self, late: Prepared, here: Callable[[], Candidate | None], charge_at: Callable[[Candidate], Charge]
+    ) -> bool:
+        """The token ids have come after the decision. Returns whether its endpoint still exists.
 
-        `late` is the request that has them, and `here` its endpoint by what is known now; None if that has gone.
-        `charge_at` charges an endpoint with the prompt's tokens and blocks.
+        `late` is the request that has them. `here` gives its endpoint as known now, None if that has gone; `charge_at`
+        charges an endpoint with the prompt's tokens and blocks.
         """
         self.request = late.request
         self._charge_at = charge_at
-        is_predicted = self._audit.learned(late, here)
-        self._record.learned(late.request, here if is_predicted else None)
-        if here is None or self._is_over:
-            return
-        self._charge.cancel()
-        self._charge = charge_at(here)
-        if self.computed:
-            self._charge.first_byte()
+        if not self._is_over:
+            self._charge.cancel()  # else the prompt would be found at its endpoint, where it is only expected
+        endpoint = here()
+        is_predicted = self._audit.learned(late, endpoint)
+        self._record.learned(late.request, endpoint if is_predicted else None)
+        if endpoint is not None and not self._is_over:
+            self._charge = charge_at(endpoint)
+            if self.computed:
+                self._charge.first_byte()
+        return endpoint is not None
 
     def failed(self) -> None:
         """Its endpoint could not be reached, or broke the connection."""

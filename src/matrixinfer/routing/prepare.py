@@ -17,6 +17,7 @@ from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.parity import Parity
 
@@ -25,9 +26,9 @@ class Degraded(Enum):
     """What a decision has to do without. The values are labels of `matrixinfer_degraded_total`."""
 
     TOKENIZE = "tokenize"
-    """Token ids: the prompt is routed by load."""
+    """Token ids: the prompt is routed by load, and by where its bytes were sent lately."""
     LATE = "late"
-    """Token ids: an engine is still being asked for them. The prompt is routed by its bytes and by load."""
+    """Token ids: an engine is still being asked for them. The prompt is routed as without them."""
     MEDIA = "media"
     """The token ids behind the first image, audio or video."""
     PARITY = "parity"
@@ -54,6 +55,8 @@ class Prepared:
     """Token ids of the prompt, shape (n,)."""
     tokenizer: str | None
     """The model whose tokenizer made the ids; None unless they can be compared with the engine's."""
+    sizing: Sizing
+    """What is known about its size and its bytes beyond the ids."""
     degraded: Mapping[Degraded, str]
     """What the decision has to do without, and why in words."""
     timings_ms: Mapping[str, float]
@@ -77,6 +80,7 @@ class Preparer:
         blocks: TokenBlockProcessor,
         lookup: Lookup,
         parity: Parity,
+        sizer: Sizer,
         *,
         max_prefix_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -86,6 +90,7 @@ class Preparer:
         self._blocks = blocks
         self._lookup = lookup
         self._parity = parity
+        self._sizer = sizer
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
         self._clock = clock
 
@@ -101,6 +106,7 @@ class Preparer:
         late: TokensLate | None = None
         if isinstance(tokenized, TokensLate):
             late, tokenized = tokenized, None
+        sizing = await self._size(prompt, model, tokenized, steps)
         chain: Sequence[int] = ()
         matches: Matches | None = None
         if tokenized is not None:
@@ -118,12 +124,17 @@ class Preparer:
                 prefix=prompt.prefix,
                 session=session,
                 now=self._clock(),
+                unknown_tokens=sizing.unknown_tokens,
+                other_tokens=sizing.other_tokens,
+                chunks=sizing.hashes,
+                chunk_ends=sizing.ends,
             ),
             pods=pods,
             matches=matches,
             base_model=base_model,
             ids=ids,
             tokenizer=configured if tokenized is not None and _is_comparable(tokenized) else None,
+            sizing=sizing,
             degraded=steps.degraded,
             timings_ms=steps.timings_ms,
             late=late,
@@ -140,7 +151,9 @@ class Preparer:
                 prepared.prompt, prepared.request.model, configured, prepared.pods, tokenized, steps
             )
             ids = tokenized.tokens.ids
-            request = replace(prepared.request, prompt_tokens=len(ids), chain=chain, now=self._clock())
+            request = replace(
+                prepared.request, prompt_tokens=len(ids), chain=chain, unknown_tokens=0, now=self._clock()
+            )
             use(
                 replace(
                     prepared,
@@ -183,6 +196,12 @@ class Preparer:
         with steps.step("match"):
             chain = self._chain(prompt, tokenized.tokens)
             return chain, await self._match(prompt, model, pods, chain, steps)
+
+    async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
+        if not self._sizer.needs_bytes(tokenized):
+            return self._sizer.plain(prompt, model)
+        with steps.step("bytes"):
+            return await self._sizer.cut(prompt, model, tokenized)
 
     def _note_limits(self, tokenized: Tokenized, model: str, steps: _Steps) -> None:
         """Note where the token ids are only a part of the engine's, or are not to be believed."""

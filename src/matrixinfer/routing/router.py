@@ -118,17 +118,25 @@ class Router:
 
     def _learned(self, request: InFlight, late: Prepared) -> None:
         """The token ids have come after the decision: put them into the accounts, wherever the request is by now."""
-        name = request.pod.name
-        here = next((each for each in self._candidates.snapshot(late) if each.name == name), None)
-        request.learned(late, here, partial(self._charge, late.request))
-        if request.is_over and here is not None:
+
+        def here() -> Candidate | None:
+            name = request.pod.name
+            return next((each for each in self._candidates.snapshot(late) if each.name == name), None)
+
+        if request.learned(late, here, partial(self._charge, late.request)) and request.is_over:
             self._remember(request)
 
     def _remember(self, request: InFlight) -> None:
         """Remember where a prompt was computed."""
         if request.computed:
             pod, scheduled = request.pod, request.request
-            self._history.computed(pod.name, scheduled.model, scheduled.chain, is_exact=pod.trust == "exact")
+            self._history.computed(
+                pod.name,
+                scheduled.model,
+                scheduled.chain,
+                is_exact=pod.trust == "exact",
+                chunks=scheduled.chunks,
+            )
 
     def _close(self, request: InFlight) -> None:
         """The request is over: settle what it held, and forget endpoints that have gone meanwhile."""

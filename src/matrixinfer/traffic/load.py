@@ -42,16 +42,28 @@ class LoadLedger:
         self._subscribers.append(on_charge)
         return lambda: self._subscribers.remove(on_charge)
 
-    def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
+    def charge(
+        self,
+        pod: str,
+        model: str,
+        *,
+        hashes: Sequence[int],
+        start: int,
+        queued_tokens: int,
+        chunks: Sequence[int] = (),
+    ) -> Charge:
         """Count a request that is sent to `pod` now.
 
-        `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod.
-        `queued_tokens` is the number of prompt tokens that the pod must compute.
+        `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod,
+        and so do the `chunks` of its bytes, if not all of its token ids are known. `queued_tokens` is the number of prompt
+        tokens that the pod must compute.
         """
         wanted = max(0, len(hashes) - start)
         self._delete_expired(2 * wanted + _DELETED_PER_CHARGE)
         count = min(wanted, self._max_pending_blocks - self._stored_blocks)
         blocks = list(hashes[start : start + count]) if count else []
+        if chunks:
+            blocks += chunks[: self._max_pending_blocks - self._stored_blocks - len(blocks)]
         load = self._pods.setdefault(pod, _PodLoad())
         load.in_flight += 1
         load.queued_tokens += queued_tokens
@@ -64,6 +76,8 @@ class LoadLedger:
         try:
             for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
+            for on_charge in self._subscribers if chunks else ():
+                on_charge(pod, model, chunks, 0, charge)
         except BaseException:
             charge.cancel()  # the caller never gets it
             raise

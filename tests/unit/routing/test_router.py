@@ -274,6 +274,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
             "engine_block": ENGINE_BLOCK,
             "reuse_unit": ENGINE_BLOCK,
             "drop_tokens": 0,
+            "reuse": 1.0,
         }
     }
     assert world.parts.feed_reports.of(c) == {}

@@ -299,6 +299,22 @@ def test_a_cancelled_charge_leaves_nothing_behind() -> None:
     assert ledger.total() == 0
 
 
+def test_chunks_are_pending_beside_blocks() -> None:
+    clock = FakeClock()
+    ledger, seen = LoadLedger(clock, 2.0, max_pending_blocks=5), list[tuple[list[int], int]]()
+    ledger.subscribe(lambda pod, model, hashes, start, charge: seen.append((list(hashes), start)))
+    charge = ledger.charge("a", "m", hashes=[1, 2], start=1, queued_tokens=3, chunks=(11, 12, 13))
+    assert seen == [([1, 2], 1), ([11, 12, 13], 0)]
+    assert (ledger.pending("a", "m", [1, 2], 1), ledger.pending("a", "m", [11, 12, 13, 14], 0)) == (1, 3)
+    assert ledger.pending("b", "m", [11], 0) == ledger.pending("a", "n", [11], 0) == 0
+    ledger.charge("a", "m", hashes=[], start=0, queued_tokens=0, chunks=(21, 22))
+    assert (len(ledger), ledger.pending("a", "m", [21, 22], 0)) == (5, 1)  # the bound holds for both
+    charge.release()
+    assert ledger.pending("a", "m", [11, 12, 13], 0) == 3
+    clock.now += 2.0
+    assert ledger.pending("a", "m", [11, 12, 13], 0) == 0
+
+
 def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
     ledger, seen = LoadLedger(FakeClock(), 2.0), list[tuple[str, str, list[int], int, Charge]]()
     unsubscribe = ledger.subscribe(
