@@ -55,23 +55,23 @@ class BodyRewriter:
         name = self._registry.name_at(pod, prompt.model)
         may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
-            return PodBody(_pinned(body, pinned), adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         try:
             fields = decode(_FIELDS, body)
         except InvalidRequest:
             if name != prompt.model:
                 raise
-            return PodBody(_pinned(body, pinned), adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         options = _with_usage(fields.get("stream_options")) if may_add else None
         if options is None and name == prompt.model:
-            return PodBody(_pinned(body, pinned), adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         if options is not None:
             fields["stream_options"] = options
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
-        return PodBody(_pinned(msgspec.json.encode(fields), pinned), adds_usage=options is not None)
+        return PodBody(pin_rank(msgspec.json.encode(fields), pinned), adds_usage=options is not None)
 
 
-def _pinned(body: bytes, rank: int | None) -> bytes:
+def pin_rank(body: bytes, rank: int | None) -> bytes:
     """A JSON object with SGLang's field for the rank, and otherwise the client's own bytes.
 
     The field comes last: of equal keys, readers of JSON take the last one. A client that sends the field itself, which

@@ -102,6 +102,11 @@ class PodFeed:
         return (*self._suspicions.values(), *self.remarks.words, *self.ledger.limits)
 
     @property
+    def other_rank(self) -> str | None:
+        """What is wrong if batches name another rank than the one that the publisher is listed as; None if nothing is."""
+        return self._suspicions.get(_RANK)
+
+    @property
     def given_up(self) -> bool:
         """A replay has failed: the engine's history may be fetched again later."""
         return self._knowledge in _GIVEN_UP and self._phase not in _STALE

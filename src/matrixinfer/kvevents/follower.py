@@ -82,8 +82,7 @@ class EventFollower:
 
     def _describe(self, feed: PodFeed, source: FeedSource, pod: Pod) -> None:
         """Tell the feed what the pod says about its ranks."""
-        named = source.named_rank
-        feed.listed_ranks = frozenset() if named is None else frozenset((named, pod.position(named)))
+        feed.listed_ranks = source.batch_ranks
         words = _missing_ranks(pod)
         feed.remarks.reset()
         if words is not None:
@@ -116,7 +115,7 @@ def feed_sources(pod: Pod, models: Sequence[str]) -> Iterator[FeedSource]:
         yield FeedSource(
             pod=pod.name,
             rank=source.rank if len(pod.kv_sources) > 1 else None,
-            named_rank=source.rank,
+            batch_ranks=frozenset(() if source.rank is None else (source.rank, pod.position(source.rank))),
             model=model,
             root=None if pod.served is None else pod.served.root,
             endpoint=source.endpoint,

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec
 
 import structlog
@@ -57,8 +57,8 @@ class FeedSource:
     topic: str | None = None
     rank: int | None = None
     """Data-parallel rank, if each has a cache and a feed of its own."""
-    named_rank: int | None = None
-    """The rank as which the publisher is listed, also if it is the only one."""
+    batch_ranks: frozenset[int] = field(default=frozenset(), compare=False)
+    """The numbers that its batches may carry as their rank; empty if that is not known."""
     root: str | None = None
     """Where the model was loaded from: another one has other blocks."""
     is_reported: bool = False

@@ -12,8 +12,8 @@ import msgspec
 from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error
 from matrixinfer.pods.engine_kind import EngineFacts, kind_of
 from matrixinfer.pods.metrics_text import parse_metrics
-from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, parse_server_info
 from matrixinfer.pods.pod import EngineMetrics, ServedNames
+from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, parse_server_info
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Longer answers are refused. The longest, vLLM's `/metrics`, has about 200 KB."""

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import aiohttp
 import structlog
@@ -15,7 +15,9 @@ import structlog
 from matrixinfer.config import PodWatchConfig
 from matrixinfer.pods.boot import is_another_run
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
-from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.pods.engine_kind import EngineFacts
+from matrixinfer.pods.publishers import KvSource
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, ServedNames
 
 MAX_BACK_OFF_SECONDS = 5.0
 """Longest pause between polls of a pod that is down, unless the configured interval is longer."""
@@ -25,6 +27,13 @@ RESTART_LOG_SECONDS = 60.0
 """Restarts of a pod are logged at most this often: behind one URL there may be several engines in turn."""
 
 log = structlog.get_logger(__name__)
+
+
+class _Reported(NamedTuple):
+    served: ServedNames | None
+    sources: tuple[KvSource, ...] | None
+    facts: EngineFacts | None
+    ranks: frozenset[int]
 
 
 class PodWatcher:
@@ -56,7 +65,7 @@ class PodWatcher:
         self._due: dict[str, asyncio.Event] = {}
         """By pod: set when the pod must be asked again what it is, without waiting for the next poll."""
         self._restart_logged: dict[str, float] = {}
-        self._announced: dict[str, object] = {}
+        self._announced: dict[str, _Reported] = {}
         self._silent = {pod.name for pod in registry.pods}
         self._all_answered = asyncio.Event()
         self._group = asyncio.TaskGroup()
@@ -155,17 +164,18 @@ class PodWatcher:
 
     def _announce(self, pod: Pod) -> None:
         """Pass on what is new about a pod."""
-        reported = (pod.served, pod.kv_sources, pod.facts)
-        before, self._announced[pod.name] = self._announced.get(pod.name), (*reported, pod.ranks)
-        if before == self._announced[pod.name] or (pod.served is None and not pod.kv_sources):
+        reported = _Reported(pod.served, pod.kv_sources, pod.facts, pod.ranks)
+        before = self._announced.get(pod.name)
+        if before == reported or (pod.served is None and not pod.kv_sources):
             return
+        self._announced[pod.name] = reported
         try:
             if self._on_discovered is not None:
                 self._on_discovered(pod)
         except BaseException:
             del self._announced[pod.name]  # the next answer is passed on again
             raise
-        if pod.served is not None and (before is None or before[:3] != reported):
+        if pod.served is not None and (before is None or before[:3] != reported[:3]):
             log.info(
                 "pod_discovered",
                 pod=pod.name,
