@@ -22,14 +22,7 @@ from typing import NamedTuple
 from matrixinfer.blocks import TokenIds
 from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
-
-
-class Adapter(NamedTuple):
-    """A LoRA adapter. Blocks that were computed with it serve only requests with the same adapter."""
-
-    number: int
-    """Starts at 1."""
-    name: str
+from matrixinfer.sim.prefix_cache import Adapter
 
 
 class Sequence:
@@ -85,6 +78,16 @@ class Sequence:
         return b"" if self.salt is None and self.adapter is None else repr((self.adapter, self.salt)).encode()
 
 
+class BlockHit(NamedTuple):
+    """The cached blocks of a prefix."""
+
+    blocks: list[int]
+    tokens: int
+
+
+_NO_HIT = BlockHit([], 0)
+
+
 class PagedPrefixCache:
     """`num_blocks` blocks of `block_size` tokens. Block 0 is never used (vLLM's null block)."""
 
@@ -113,7 +116,17 @@ class PagedPrefixCache:
         """Share of blocks that running requests use, 0 to 1. Blocks that are only cached do not count."""
         return 1 - len(self._free) / (self.num_blocks - 1)
 
-    def lookup(self, sequence: Sequence) -> list[int]:
+    def sequence(
+        self,
+        tokens: TokenIds,
+        salt: str | None = None,
+        adapter: Adapter | None = None,
+        _extra_key: str | None = None,
+    ) -> Sequence:
+        """A new sequence without blocks. vLLM does not know extra keys of clients."""
+        return Sequence(tokens, self.block_size, salt, adapter)
+
+    def lookup(self, sequence: Sequence) -> BlockHit:
         """Find the cached blocks that hold the longest prefix of `sequence`.
 
         At most `(n - 1) // block_size` for n tokens: the last token is always computed.
@@ -124,39 +137,39 @@ class PagedPrefixCache:
             if copies is None:
                 break
             found.append(copies[0])
-        return found
+        return BlockHit(found, len(found) * self.block_size)
 
-    def load(self, sequence: Sequence, found: int) -> int:
-        """Count the blocks after the first `found` that the CPU tier has and allocation will load back."""
+    def load(self, sequence: Sequence, hit: BlockHit) -> int:
+        """Count the tokens after the hit that the CPU tier has and allocation will load back."""
         if self._cpu is None:
             return 0
         last = (len(sequence.tokens) - 1) // self.block_size
-        loadable = list(takewhile(self._cpu.__contains__, sequence.hashes[found:last]))
+        loadable = list(takewhile(self._cpu.__contains__, sequence.hashes[len(hit.blocks) : last]))
         self._cpu.use(loadable)
-        return len(loadable)
+        return len(loadable) * self.block_size
 
-    def report(self, sequence: Sequence, found: int) -> None:
-        """Report the first `found` blocks, which are cached already, as if they were stored now."""
-        if found:
-            self._events.append(sequence.stored_event(0, found))
+    def report(self, sequence: Sequence, hit: BlockHit) -> None:
+        """Report the blocks of the hit, which are cached already, as if they were stored now."""
+        if hit.blocks:
+            self._events.append(sequence.stored_event(0, len(hit.blocks)))
 
-    def fits(self, sequence: Sequence, hit: Items[int]) -> bool:
-        """Whether all of `sequence` fits now, given the blocks `hit` that `lookup` found."""
-        return self._lacking(sequence, len(sequence.tokens), hit) <= len(self._free)
+    def fits(self, sequence: Sequence, hit: BlockHit) -> bool:
+        """Whether all of `sequence` fits now, given the blocks that `lookup` found."""
+        return self._lacking(sequence, len(sequence.tokens), hit.blocks) <= len(self._free)
 
-    def allocate(self, sequence: Sequence, computed: int, hit: Items[int] = ()) -> bool:
+    def allocate(self, sequence: Sequence, computed: int, hit: BlockHit | None = None) -> bool:
         """Allocate blocks for the first `computed` tokens of `sequence`, and make the full ones reusable.
 
         `hit` is the result of `lookup`, for a sequence without blocks. Returns False, and changes nothing, when there
         are too few free blocks.
         """
-        lacking = self._lacking(sequence, computed, hit)
+        lacking = self._lacking(sequence, computed, (hit or _NO_HIT).blocks)
         if lacking > len(self._free):
             return False
-        if hit:
-            self._share(hit)
-            sequence.blocks.extend(hit)
-            sequence.stored = len(hit)
+        if hit is not None:
+            self._share(hit.blocks)
+            sequence.blocks.extend(hit.blocks)
+            sequence.stored = len(hit.blocks)
         for _ in range(-(-computed // self.block_size) - len(sequence.blocks)):
             sequence.blocks.append(self._take())
         full = computed // self.block_size
@@ -164,7 +177,10 @@ class PagedPrefixCache:
             self._store(sequence, full)
         return True
 
-    def release(self, sequence: Sequence) -> None:
+    def computed(self, sequence: Sequence, tokens: int) -> None:
+        """Blocks are reusable as soon as they are allocated."""
+
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
         """Free the sequence's blocks. Cached ones stay until they are reused, tail first."""
         for block in reversed(sequence.blocks):
             self._users[block] -= 1

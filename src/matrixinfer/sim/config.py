@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from matrixinfer.sim.cache import Adapter
 from matrixinfer.sim.model import Timing
+from matrixinfer.sim.prefix_cache import Adapter
 from matrixinfer.sim.publisher import BUFFER_BATCHES
 
 
@@ -13,6 +14,8 @@ from matrixinfer.sim.publisher import BUFFER_BATCHES
 class SimEngineConfig:
     """Settings of one replica. Raises `ValueError` for values out of range, or a `max_model_len` that exceeds the cache."""
 
+    flavor: Literal["vllm", "sglang"] = "vllm"
+    """The engine that it behaves like: vLLM 0.32 or SGLang 0.5.23."""
     model: str = "sim"
     """Path or name of the model: the `root` in `/v1/models`."""
     served_model_names: tuple[str, ...] = ()
@@ -32,7 +35,11 @@ class SimEngineConfig:
     prefix_caching: bool = True
     """If off, no block is cached and no event is published."""
     prompt_tokens_details: bool = True
-    """`usage` reports how many prompt tokens were cached."""
+    """vLLM: `usage` reports how many prompt tokens were cached."""
+    cache_report: bool = False
+    """The same for SGLang."""
+    load_feed: bool = False
+    """SGLang: publish the load of each rank."""
     max_model_len: int | None = None
     """Maximum tokens of prompt and reply together. None: as many as the cache holds."""
     max_batched_tokens: int = 2048
@@ -44,7 +51,8 @@ class SimEngineConfig:
     port: int = 0
     kv_port: int = 0
     replay_port: int = 0
-    """Ports; 0 means any free one. Rank n uses `kv_port + n` and `replay_port + n`."""
+    load_port: int = 0
+    """Ports; 0 means any free one. Rank n uses `kv_port + n`, `replay_port + n` and `load_port + n`."""
     topic: str = ""
     """Topic of the KV events."""
     buffer_batches: int = BUFFER_BATCHES
@@ -66,6 +74,10 @@ class SimEngineConfig:
             raise ValueError(
                 "expected CPU blocks and replay batches of at least 0, and a share of lost frames from 0 to 1"
             )
+        if self.flavor == "sglang":
+            self._check_sglang()
+        elif self.load_feed:
+            raise ValueError("expected flavor sglang for a load feed: vLLM publishes none")
         names = (*self.names, *self.loras)
         if len(set(names)) < len(names):
             raise ValueError("expected different names for all models and adapters, got the same name twice")
@@ -73,6 +85,21 @@ class SimEngineConfig:
             raise ValueError(
                 f"expected max_model_len of at most {self.cache_tokens}, the tokens that the cache holds, got {self.max_model_len}"
             )
+
+    def _check_sglang(self) -> None:
+        if self.cpu_blocks:
+            raise ValueError("expected no CPU blocks with flavor sglang, whose slower tiers are not simulated")
+        ports = (self.kv_port, self.replay_port, *([self.load_port] if self.load_feed else []))
+        if self.data_parallel_size > 1 and not all(ports):
+            raise ValueError(
+                "expected ports for KV events, replays and load with flavor sglang and several ranks: "
+                "SGLang's ranks use consecutive ports, which free ones are not"
+            )
+
+    @property
+    def reports_cached(self) -> bool:
+        """Whether `usage` reports how many prompt tokens were cached."""
+        return self.cache_report if self.flavor == "sglang" else self.prompt_tokens_details
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import BlockHit, PagedPrefixCache, Sequence
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from matrixinfer.sim.prefix_cache import Adapter
 
 SIZE = 2
 
@@ -29,7 +30,7 @@ def put(
 
 
 def hit(cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None) -> int:
-    return len(cache.lookup(sequence(tokens, salt, adapter))) * SIZE
+    return cache.lookup(sequence(tokens, salt, adapter)).tokens
 
 
 def test_a_repeated_prompt_hits_all_but_the_block_of_its_last_token() -> None:
@@ -69,7 +70,7 @@ def test_blocks_in_use_are_never_evicted() -> None:
     cache = PagedPrefixCache(4, SIZE)
     put(cache, [1, 2, 3, 4])
     late = sequence([5, 6, 7, 8])
-    assert not cache.fits(late, [])
+    assert not cache.fits(late, BlockHit([], 0))
     assert not cache.allocate(late, 4)
     assert late.blocks == []
     assert hit(cache, [1, 2, 3, 4, 0]) == 4
@@ -194,7 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
     def begin(self, tokens: list[int], salt: str | None) -> None:
         new = sequence(tokens, salt)
         found = self.cache.lookup(new)
-        assert len(found) * SIZE == self.reader.hit(tokens, salt)
+        assert found.tokens == self.reader.hit(tokens, salt)
         if self.cache.fits(new, found):
             assert self.cache.allocate(new, len(tokens), found)
             self.running.append(new)
