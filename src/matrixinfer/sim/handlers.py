@@ -30,6 +30,8 @@ from matrixinfer.sim.reply import ReplyWriter
 
 _VERSION = "0.32.0"
 """The vLLM release whose API and event layout the engine has."""
+_LOOKAHEAD_VERSION = "0.33.0"
+"""The first that has lookahead tokens."""
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -178,7 +180,7 @@ class EngineHandlers:
         return web.Response()
 
     async def _version(self, _: web.Request) -> web.Response:
-        return json_response({"version": _VERSION})
+        return json_response({"version": _LOOKAHEAD_VERSION if self._config.layout.lookahead else _VERSION})
 
     def namespace(self, prompt: Prompt, body: bytes) -> tuple[Adapter | None, str | None]:
         """The request's adapter and `extra_key`. Raises `RequestError` for a model that is not served."""

@@ -177,6 +177,8 @@ class EngineModel(Generic[S, H]):
     def step(self) -> StepResult:
         """Compute one batch."""
         batch: list[_Work[S]] = []
+        if self._cache.new_step():
+            self._full = False
         budget = self._schedule_running(batch)
         self._schedule_waiting(batch, budget)
         duration = self._duration(batch)
@@ -194,8 +196,10 @@ class EngineModel(Generic[S, H]):
         position = 0
         while position < len(self._running) and budget:
             run = self._running[position]
-            count = min(len(run.sequence.tokens) - run.computed, budget)
-            if self._cache.allocate(run.sequence, run.computed + count):
+            count = self._chunk(run, budget)
+            if not count:
+                position += 1
+            elif self._cache.allocate(run.sequence, run.computed + count):
                 batch.append(_Work(run, count))
                 budget -= count
                 position += 1
@@ -216,8 +220,9 @@ class EngineModel(Generic[S, H]):
                 self._cache.report(run.sequence, hit)
             loaded = self._cache.load(run.sequence, hit)
             run.computed = hit.tokens + loaded
-            count = min(len(run.sequence.tokens) - run.computed, budget)
-            self._cache.allocate(run.sequence, run.computed + count, hit)
+            count = self._chunk(run, budget)
+            if not count or not self._cache.allocate(run.sequence, run.computed + count, hit):
+                return
             if run.cached is None:
                 run.cached = run.computed
                 self._prefix_queries += len(run.sequence.tokens)
@@ -226,6 +231,11 @@ class EngineModel(Generic[S, H]):
             self._running.append(self._waiting.popleft())
             batch.append(_Work(run, count, loaded // self._cache.block_size))
             budget -= count
+
+    def _chunk(self, run: _Run[S], budget: int) -> int:
+        """How many tokens of a request the step computes."""
+        count = min(len(run.sequence.tokens) - run.computed, budget)
+        return self._cache.chunk(run.sequence, run.computed, count, self._max_tokens)
 
     def _advance(self, run: _Run[S], count: int) -> Output | None:
         run.computed += count

@@ -70,6 +70,14 @@ class PrefixCache(Protocol, Generic[S, H]):
         """A new sequence that holds nothing yet."""
         ...
 
+    def new_step(self) -> bool:
+        """A step begins. Returns whether something that did not fit may fit now, although nothing was released."""
+        ...
+
+    def chunk(self, sequence: S, start: int, count: int, most: int) -> int:
+        """How many of the next `count` tokens after `start` one step computes; the largest step has `most` tokens."""
+        ...
+
     def lookup(self, sequence: S) -> H:
         """Find the longest reusable prefix of `sequence`. Its last token is always computed."""
         ...
@@ -89,7 +97,7 @@ class PrefixCache(Protocol, Generic[S, H]):
     def allocate(self, sequence: S, computed: int, hit: H | None = None) -> bool:
         """Make room for the first `computed` tokens. `hit` is the result of `lookup`, for a sequence that holds nothing.
 
-        Returns False, and changes nothing that others see, when there is too little room.
+        Returns False when there is too little room.
         """
         ...
 

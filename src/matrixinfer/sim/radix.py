@@ -169,6 +169,14 @@ class RadixCache:
         """A new sequence that holds nothing yet."""
         return PageSequence(tokens, self.block_size, pairs=self._pairs, salt=salt, adapter=adapter, extra_key=extra_key)
 
+    def new_step(self) -> bool:
+        """Only a release makes room."""
+        return False
+
+    def chunk(self, _sequence: PageSequence, _start: int, count: int, _most: int) -> int:
+        """All tokens that the step has room for."""
+        return count
+
     def lookup(self, sequence: PageSequence) -> PageHit:
         """Find the pages of the longest prefix, of all tokens but the last, and count them as used now."""
         node, pages = self._walk(sequence.names[: sequence.full_pages(len(sequence.tokens) - 1)])

@@ -104,11 +104,14 @@ class EngineRank:
 def new_cache(config: SimEngineConfig) -> PrefixCache[Any, Any]:
     """An empty cache of one rank."""
     if config.flavor == "sglang":
-        return RadixCache(config.num_blocks - 1, config.block_size, prefix_caching=config.prefix_caching)
+        pairs = config.speculative == "pairs"
+        return RadixCache(config.num_blocks - 1, config.block_size, pairs=pairs, prefix_caching=config.prefix_caching)
     cpu = None
     if config.cpu_blocks:
         cpu = CpuTier(config.cpu_blocks, lazy=config.lazy_offload, bare_events=config.bare_cpu_events)
-    return PagedPrefixCache(config.num_blocks, config.block_size, cpu, prefix_caching=config.prefix_caching)
+    return PagedPrefixCache(
+        config.num_blocks, config.block_size, cpu, prefix_caching=config.prefix_caching, layout=config.layout
+    )
 
 
 class Balancer:

@@ -133,7 +133,7 @@ def server_info(config: SimEngineConfig, events: Json) -> Json:
         "max_running_requests": config.max_sequences,
         "enable_cache_report": config.cache_report,
         "disable_radix_cache": not config.prefix_caching,
-        "speculative_algorithm": None,
+        "speculative_algorithm": "EAGLE" if config.speculative else None,
         "kv_events_config": msgspec.json.encode(arguments).decode(),
         "kv_events": events,
         "version": VERSION,

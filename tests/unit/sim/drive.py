@@ -9,8 +9,9 @@ from hashlib import sha256
 import msgspec
 import numpy as np
 
-from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.events import Event
+from matrixinfer.sim.sequence import Sequence
 
 VOCABULARY = 40
 SALTED = 0.1
