@@ -10,7 +10,6 @@ import structlog
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
     Config,
-    KvEventsConfig,
     ModelConfig,
     PluginRef,
     PluginsConfig,
@@ -21,14 +20,15 @@ from matrixinfer.config import (
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import Pod, ServedNames
 
-SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1", replay_endpoint="tcp://127.0.0.1:2")
-OTHER_SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:3")
+SOURCE = KvSource(endpoint="tcp://127.0.0.1:1", replay_endpoint="tcp://127.0.0.1:2", rank=0)
+OTHER_SOURCE = KvSource(endpoint="tcp://127.0.0.1:3", rank=1)
 ONE_MODEL = Config(models=(ModelConfig(name="configured"),))
 
 
-def pod(*, model: str | None = "m", sources: tuple[KvEventsConfig, ...] | None = (SOURCE,)) -> Pod:
+def pod(*, model: str | None = "m", sources: tuple[KvSource, ...] | None = (SOURCE,)) -> Pod:
     served = None if model is None else ServedNames(base_model=model, aliases=frozenset([model]), adapters={})
     return Pod(config=PodConfig(name="a", url="http://a"), served=served, kv_sources=sources)
 

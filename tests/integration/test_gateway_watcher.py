@@ -11,9 +11,10 @@ import pytest
 import structlog
 from aiohttp import web
 
-from matrixinfer.config import KvEventsConfig, LimitsConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from tests.integration.gateway_support import FOREVER, nowhere, pod
@@ -75,9 +76,7 @@ async def test_a_pod_is_discovered_measured_and_found_healthy() -> None:
         (state,) = registry.pods
         assert state.healthy
         assert state.base_model == "tiny"
-        assert state.kv_sources == (
-            KvEventsConfig(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558"),
-        )
+        assert state.kv_sources == (KvSource(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558"),)
         metrics = registry.metrics_of(state, time.monotonic())
         assert metrics is not None
         assert metrics.running == 3
@@ -109,7 +108,7 @@ async def test_a_pod_that_does_not_tell_its_models_is_still_healthy() -> None:
         assert await watcher.first_round(DEADLINE_SECONDS)
         assert registry.pods[0].healthy
         assert registry.pods[0].served is None
-        assert found == []
+        assert found == [registry.pods[0]]  # its publishers are known
 
 
 async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> None:

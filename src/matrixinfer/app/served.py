@@ -18,7 +18,7 @@ def served_models(registry: PodRegistry) -> Fleet:
                 model=model,
                 root=pod.served.root,
                 healthy=pod.healthy,
-                identity=(pod.url, pod.engine),
+                identity=(pod.url, pod.facts, pod.restarts),
             )
             fleet.setdefault(registry.configured_name(model, [pod]), []).append(served)
     return fleet

@@ -175,6 +175,10 @@ class LocalTokenizer:
         text = before_media(chat, partial(_rendered, template, chat), parts=template.content_parts)
         return self._cache.cutter.settled(text)
 
+    def template_of(self, chat: Chat) -> ChatTemplate:
+        """The template that renders `chat`. Raises `TokenizeError`."""
+        return self._template(chat)
+
     def decode(self, ids: TokenIds) -> bytes:
         """The bytes that token ids encode, including special tokens. Raises `TokenizeError` for unknown ids."""
         try:
