@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from matrixinfer.config import ModelConfig
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.tokenizer_files import code_of, read_json, read_text
 
@@ -60,10 +61,10 @@ class TextTokenizer:
     def inline_bytes(self) -> int:
         return self._tokenizer.inline_bytes
 
-    def tokenize(self, prompt: Prompt) -> Tokens:
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
         if prompt.chat is not None:
             raise TokenizeError(self._reason)
-        return self._tokenizer.tokenize(prompt)
+        return self._tokenizer.tokenize(prompt, dialect)
 
 
 def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: int = 0) -> Tokenizer:

@@ -14,6 +14,7 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.chat_template import ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.multimodal import before_media
 
 SYSTEM = {"role": "system", "content": "be nice"}
@@ -30,7 +31,7 @@ def user(*content: object) -> dict[str, Any]:
 
 
 def before(template: ChatTemplate, *messages: dict[str, Any]) -> str:
-    return before_media(Chat(messages=list(messages)), template.render, parts=template.content_parts)
+    return before_media(Chat(messages=list(messages)), template.render, parts=template.takes_parts(Dialect.VLLM))
 
 
 def real(name: str) -> ChatTemplate:
