@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.load_follower import Outcome
+from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -86,6 +88,29 @@ class TokenCacheCollector(Collector):
             size.add_metric([model], stats.bytes)
             evicted.add_metric([model], stats.evicted)
         yield from (chars, size, evicted)
+
+
+class PodCollector(Collector):
+    """What is known about the pods, other than their events."""
+
+    def __init__(self, registry: PodRegistry, loads: Mapping[str, Mapping[Outcome, int]]) -> None:
+        self._registry = registry
+        self._loads = loads
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the parts now."""
+        asleep = GaugeMetricFamily("matrixinfer_pod_asleep", "1 while the pod's engine sleeps.", labels=["pod"])
+        reports = CounterMetricFamily(
+            "matrixinfer_load_reports",
+            "Load that engines published, by what became of it.",
+            labels=["pod", "outcome"],
+        )
+        for pod in self._registry.pods:
+            asleep.add_metric([pod.name], float(pod.asleep is not None))
+        for endpoint, outcomes in list(self._loads.items()):
+            for outcome in get_args(Outcome):
+                reports.add_metric([endpoint, outcome], outcomes.get(outcome, 0))
+        yield from (asleep, reports)
 
 
 class FeedCollector(Collector):

@@ -10,14 +10,15 @@ from typing import Self
 
 import aiohttp
 
-from matrixinfer.app.collectors import FeedCollector
+from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
-from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.follower import EventFollower
+from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
@@ -27,6 +28,10 @@ from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
 """How long the start waits for the first answer of every pod."""
+_EMPTY = ("weights_offloaded", "discard_all")
+"""Kinds of sleep without a KV cache."""
+_SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
+"""Otherwise batches are on their way, and the next reading of the metrics comes after them."""
 
 
 class Engines:
@@ -54,8 +59,15 @@ class Engines:
             config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
         )
         self.subscriber = Subscriber(
-            index=dry_run or self.setup.index, blocks=self.blocks, history=history, feeds=self.feeds
+            index=dry_run or self.setup.index,
+            blocks=self.blocks,
+            history=history,
+            feeds=self.feeds,
+            on_reconnected=self._ask_again,
         )
+        self.loads = LoadFollower(self.registry)
+        self._watcher: PodWatcher | None = None
+        self._history = history
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
@@ -65,8 +77,10 @@ class Engines:
         async with AsyncExitStack() as stack:
             self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
             await stack.enter_async_context(self.subscriber)
+            await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)
             self._metrics.register(FeedCollector(self.feeds, self.drift.doubts))
+            self._metrics.register(PodCollector(self.registry, self.loads.stats))
             if self.setup.redis is not None:
                 self._metrics.register(RedisCollector(self.setup.redis, self.setup.states))
             self._stack = stack.pop_all()
@@ -99,6 +113,7 @@ class Engines:
 
         def discovered(pod: Pod) -> None:
             follower(pod)
+            self.loads.follow(pod)
             on_models_changed()
 
         watcher = PodWatcher(
@@ -107,24 +122,43 @@ class Engines:
             self._config.pod_watch,
             on_discovered=discovered,
             on_measured=self._measured,
+            on_asking=follower.asking,
+            on_told=follower.answered,
         )
+        self._watcher = watcher
         async with watcher:
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
-            yield Watching(self.registry, watcher, follower, on_models_changed, discovered)
+            yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)
 
+    def _ask_again(self, pod: str) -> None:
+        """Its publisher was lost and is back: it may be another engine's."""
+        if self._watcher is not None:
+            self._watcher.ask_again(pod)
+
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
-        """Compare every rank's own counters with what was predicted for it."""
+        """Forget what a sleeping engine held. Compare every rank's own counters with what was predicted for it."""
+        if metrics.sleep in _EMPTY:
+            self._forget_cache(pod)
         for endpoint in pod.endpoints:
             shown = metrics if endpoint.rank is None else metrics.ranks.get(endpoint.rank)
             if shown is not None and shown.prefix_hits is not None:
                 counted = Lookups(shown.prefix_hits, shown.prefix_queries)
                 self.drift.measured(endpoint.name, counted, began_at=metrics.read_at)
+
+    def _forget_cache(self, pod: Pod) -> None:
+        """The engine has given its KV cache away, which its events say only once it is awake and computes again."""
+        for endpoint in pod.endpoints:
+            feed = self.feeds.get(endpoint.name)
+            if feed is not None and feed.state in _SETTLED and len(feed.ledger):
+                self._resync(endpoint.name, replay=False)
+            if self._history is not None:
+                self._history.forget(endpoint.name)
 
 
 class Watching:
@@ -135,6 +169,7 @@ class Watching:
         registry: PodRegistry,
         watcher: PodWatcher,
         follower: EventFollower,
+        loads: LoadFollower,
         on_models_changed: Callable[[], None],
         discovered: Callable[[Pod], None],
     ) -> None:
@@ -143,6 +178,7 @@ class Watching:
         self._registry = registry
         self._watcher = watcher
         self._follower = follower
+        self._loads = loads
         self._on_models_changed = on_models_changed
 
     def join(self, config: PodConfig) -> None:
@@ -158,4 +194,5 @@ class Watching:
         if pod is not None:
             self._watcher.unwatch(name)
             self._follower.leave(pod)
+            self._loads.leave(name)
             self._on_models_changed()

@@ -73,8 +73,10 @@ def _model(pod: PodFacts, fleet: FleetFacts) -> Iterator[Verdict]:
 POD_CHECKS: Mapping[str, PodCheck] = MappingProxyType(
     {
         "engine": engine_checks.engine,
+        "sleep": engine_checks.sleep,
         "caching": engine_checks.caching,
         "events": event_checks.events,
+        "ranks": event_checks.ranks,
         "ports": event_checks.ports,
         "connection": event_checks.connection,
         "topic": event_checks.topic,

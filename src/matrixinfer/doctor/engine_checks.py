@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from matrixinfer.doctor.facts import PodFacts, ProbeFacts, SampleFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
 from matrixinfer.kvevents.ledger import SMALL_BLOCK
-from matrixinfer.prompt.tokenize_requests import SGLANG
 
 LARGE_BLOCK = 1024
 """With more tokens per block, many prompts fill no block."""
@@ -29,14 +28,11 @@ def engine(pod: PodFacts) -> Iterator[Verdict]:
         if hides
     ]
     release = _release(pod.version)
+    if pod.engine == "sglang":
+        yield _sglang(pod.version, hidden)
+        return
     shown = f"vLLM {pod.version}" if release else "an engine of unknown version"
-    if pod.served is not None and pod.served.engine == SGLANG:
-        yield warning(
-            "the engine is SGLang, whose events omit salts and adapters: prompts that use them look like plain ones",
-            "serve prompts with salts or adapters from vLLM. Use a release of SGLang that hashes pages with their parents, "
-            "and --page-size 16 or more",
-        )
-    elif (release and release < (0, 20)) or (hidden and not release):
+    if (release and release < (0, 20)) or (hidden and not release):
         yield warning(
             f"the engine is {shown}, whose events omit {' and '.join(hidden) or 'salts and some adapters'}: prompts that "
             "use them look like plain ones",
@@ -48,6 +44,29 @@ def engine(pod: PodFacts) -> Iterator[Verdict]:
         yield ok(f"the engine is {shown}; the gateway supports its older event format")
     else:
         yield ok(f"the engine is {shown}")
+
+
+def _sglang(version: str | None, hidden: Sequence[str]) -> Verdict:
+    release = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "")
+    shown = f"SGLang {version}" if version else "SGLang of unknown version"
+    is_old = release is not None and tuple(map(int, release.groups())) < (0, 5, 23)
+    if is_old or hidden:
+        omitted = " and ".join(hidden) or "salts and adapters"
+        return warning(
+            f"the engine is {shown}, whose events omit {omitted}: prompts that use them look like plain ones",
+            "upgrade to SGLang 0.5.23 or later, or serve prompts with salts or adapters from vLLM",
+        )
+    return ok(f"the engine is {shown}")
+
+
+def sleep(pod: PodFacts) -> Iterator[Verdict]:
+    """Whether the engine is awake."""
+    if pod.asleep is not None:
+        emptied = "" if pod.asleep == "paused" else ", and its cache is empty"
+        yield warning(
+            f"the engine sleeps ({pod.asleep}){emptied}: it gets requests only while no other pod of its model is awake",
+            "wake it up with POST /wake_up, or remove it from the pods",
+        )
 
 
 def caching(pod: PodFacts) -> Iterator[Verdict]:

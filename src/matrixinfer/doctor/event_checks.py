@@ -14,6 +14,10 @@ _EVENTS_FIX = (
     'start the engine with --kv-events-config \'{"enable_kv_cache_events":true,"publisher":"zmq",'
     '"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}\''
 )
+_SGLANG_FIX = (
+    'start the engine with --kv-events-config \'{"publisher":"zmq","endpoint":"tcp://*:5557",'
+    '"replay_endpoint":"tcp://*:5657"}\''
+)
 _MIN_EQUAL_TOKENS = 2
 """Equal tokens at the start by which an event belongs to the probe: no other prompt starts like it."""
 _ENDPOINT_FIX = "set kvEvents.endpoint to the engine's PUB endpoint"
@@ -27,7 +31,8 @@ def events(pod: PodFacts) -> Iterator[Verdict]:
     elif pod.feeds and len(pod.feeds) < ranks:
         yield blind(
             f"the engine has {ranks} data-parallel ranks, but the gateway follows the events of {len(pod.feeds)}",
-            "remove kvEvents, so that the engine's /kv_event_sources says where each rank publishes",
+            "remove kvEvents, so that the engine says where each rank publishes (/kv_event_sources; SGLang: /server_info), "
+            "and enable the events of all ranks",
         )
     elif pod.feeds:
         endpoints = ", ".join(feed.source.endpoint for feed in pod.feeds)
@@ -41,9 +46,20 @@ def events(pod: PodFacts) -> Iterator[Verdict]:
         yield blind("the engine reports that it publishes no KV events", _EVENTS_FIX)
     else:
         yield blind(
-            f"the engine does not say where it publishes KV events (no /kv_event_sources{_status(pod.sources_status)})",
-            f"{_EVENTS_FIX}; if it publishes already, {_ENDPOINT_FIX}",
+            f"the engine does not say where it publishes KV events ({_unsaid(pod)})",
+            f"{_SGLANG_FIX if pod.engine == 'sglang' else _EVENTS_FIX}; if it publishes already, {_ENDPOINT_FIX}",
         )
+
+
+def ranks(pod: PodFacts) -> Iterator[Verdict]:
+    """Whether every publisher's batches are from the rank as which it is listed."""
+    for feed in pod.feeds:
+        if feed.other_rank is not None:
+            yield blind(
+                f"{_of(pod, feed)}{feed.other_rank}",
+                "remove kvEvents, or set the endpoint of each rank to its own; if the engine itself lists it wrongly, "
+                "report that to the engine's maintainers",
+            )
 
 
 def ports(pod: PodFacts) -> Iterator[Verdict]:
@@ -171,7 +187,7 @@ def _unpublished(pod: PodFacts, feed: FeedFacts, sent: ProbeFacts) -> Iterator[V
     if sent.published_by is not None:
         yield blind(
             f"{where}the events of {prompt} came from {sent.published_by} instead",
-            "set the endpoints of each rank to its own; the engine must support the header X-data-parallel-rank",
+            "set the endpoints of each rank to its own; the engine must support the header X-data-parallel-rank (SGLang: the field routed_dp_rank)",
         )
     elif (sent.first_difference or 0) >= _MIN_EQUAL_TOKENS:
         yield blind(
@@ -205,6 +221,12 @@ def _of(pod: PodFacts, feed: FeedFacts, before: str = "") -> str:
         return ""
     rank = EndpointName.parse(feed.name).rank_label
     return f"{before}{rank}" if before else f"{rank}: "
+
+
+def _unsaid(pod: PodFacts) -> str:
+    if pod.engine == "sglang":
+        return "no publisher in /server_info"
+    return f"no /kv_event_sources{_status(pod.sources_status)}"
 
 
 def _status(status: int | None) -> str:

@@ -68,6 +68,7 @@ class PublisherState:
             frames=self.frames,
             other_topics=tuple(self.other_topics),
             malformed=self.feed.stats.malformed,
+            other_rank=self.feed.other_rank,
             untrusted=self.feed.untrusted,
             block_size=ledger.block_size,
             hides_salts=ledger.hides_salts,
@@ -93,6 +94,8 @@ class EventListener:
             )
             for source in sources
         }
+        for each in self.publishers.values():
+            each.feed.listed_ranks = each.source.batch_ranks
         self._by_endpoint: dict[str, list[PublisherState]] = defaultdict(list)
         for each in self.publishers.values():
             self._by_endpoint[each.source.endpoint].append(each)

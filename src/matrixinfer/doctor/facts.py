@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
+from matrixinfer.pods.engine_kind import EngineKind
+from matrixinfer.pods.pod import Sleep
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
 
 Following: TypeAlias = Literal["discover", "none", "configured"]
@@ -66,6 +69,8 @@ class FeedFacts:
     other_topics: Sequence[str] = ()
     """Topics of the other frames."""
     malformed: int = 0
+    other_rank: str | None = None
+    """What is wrong if its batches name another rank than the one that it is listed as."""
     untrusted: str | None = None
     """Why its events do not show what it caches."""
     block_size: int | None = None
@@ -92,16 +97,19 @@ class PodFacts:
     """Tokens per block that the gateway hashes (`blocks.size`)."""
     following: Following
     down: str | None = None
+    engine: EngineKind | None = None
     version: str | None = None
+    asleep: Sleep | None = None
+    """How the engine sleeps; None if it is awake or does not say."""
     served: ServedNames | None = None
     models_status: int | None = None
     """HTTP status of `/v1/models`; None for a server error or no answer."""
     sources_status: int | None = None
     """HTTP status of `/kv_event_sources`; None for a server error or no answer."""
-    reported_sources: Sequence[KvEventsConfig] = ()
-    """Publishers that the engine itself reports, by rank."""
+    reported_sources: Sequence[KvSource] = ()
+    """Publishers that the engine itself reports, in the order of their ranks."""
     ranks: int = 1
-    """Data-parallel ranks, from its metrics."""
+    """Data-parallel ranks, from its metrics or its own word."""
     prefix_caching: bool | None = None
     block_size: int | None = None
     """Tokens per engine block, from its metrics."""

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from matrixinfer.app.index_setup import token_blocks
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import Config, KvEventsConfig
+from matrixinfer.config import Config
 from matrixinfer.doctor import token_samples
 from matrixinfer.doctor.event_listener import EventListener, check_replay, listening
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
@@ -21,15 +21,8 @@ from matrixinfer.doctor.probe import Prober
 from matrixinfer.doctor.redis_facts import gather_redis_facts
 from matrixinfer.gateway.session import client_session
 from matrixinfer.kvevents.follower import feed_sources
-from matrixinfer.pods.engine_api import (
-    Answer,
-    EngineApi,
-    EngineDown,
-    parse_kv_sources,
-    parse_metrics,
-    parse_models,
-    parse_version,
-)
+from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, parse_models
+from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
@@ -45,10 +38,9 @@ OnStep: TypeAlias = Callable[[str, str], None]
 class _Answers:
     """An engine's answers to the requests that the gateway makes as well."""
 
-    version: str | None
+    about: About
     models_status: int | None
     sources_status: int | None
-    sources: tuple[KvEventsConfig, ...]
     metrics: EngineMetrics
     clock_ahead: float | None
 
@@ -143,12 +135,14 @@ class _PodGatherer:
             host=_host(pod),
             token_block=self.blocks.block_size,
             following=following,
-            version=answers.version,
+            engine=pod.engine,
+            version=None if pod.facts is None else pod.facts.version,
+            asleep=answers.metrics.sleep,
             served=pod.served,
             models_status=answers.models_status,
             sources_status=answers.sources_status,
-            reported_sources=answers.sources,
-            ranks=max(1, len(answers.metrics.ranks)),
+            reported_sources=answers.about.sources or (),
+            ranks=pod.rank_count,
             prefix_caching=answers.metrics.prefix_caching,
             block_size=answers.metrics.block_size,
             clock_ahead=answers.clock_ahead,
@@ -167,17 +161,22 @@ class _PodGatherer:
         health = await self.api.ask(f"{pod.url}/health")
         clock_ahead = seconds_ahead(health.date, before, time.time())
         self.registry.answered(pod.name)
-        paths = ("version", "v1/models", "kv_event_sources", "metrics")
-        version, models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
-        reported = parse_kv_sources(sources.body, host=_host(pod))
-        discovered = reported if pod.config.kv_events == "discover" else None
-        self.registry.learn(pod.name, served=parse_models(models.body), kv_sources=discovered)
+        paths = ("v1/models", "kv_event_sources", "metrics")
+        models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
+        served = parse_models(models.body)
+        try:
+            about = await self.api.about(pod.url, None if served is None else served.engine)
+        except EngineDown:
+            about = About(facts=None, sources=None)
+        discovered = (about.sources or ()) if pod.config.kv_events == "discover" else None
+        measured = parse_metrics(metrics.body, read_at=self.registry.clock())
+        self.registry.learn(pod.name, served=served, facts=about.facts, kv_sources=discovered)
+        self.registry.measured(pod.name, measured)
         return _Answers(
-            version=parse_version(version.body),
+            about=about,
             models_status=models.status or None,
             sources_status=sources.status or None,
-            sources=reported,
-            metrics=parse_metrics(metrics.body, read_at=self.registry.clock()),
+            metrics=measured,
             clock_ahead=clock_ahead,
         )
 
@@ -198,8 +197,13 @@ class _PodGatherer:
             probed = {}
             if self.prober is not None:
                 self.on_step(pod.name, "probing")
-                for endpoint, source in zip(pod.endpoints, sources, strict=True):
-                    probed[endpoint.name] = await self.prober.probe(endpoint, source.model, listener, engine_block)
+                models = {source.name: source.model for source in sources}
+                for endpoint in pod.endpoints:
+                    if endpoint.name not in models:  # a rank that publishes nothing
+                        continue
+                    probed[endpoint.name] = await self.prober.probe(
+                        endpoint, models[endpoint.name], listener, engine_block
+                    )
             self.on_step(pod.name, "asking for a replay")
             return [await self._facts(listener, source.name, probed) for source in sources]
 

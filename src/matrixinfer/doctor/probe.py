@@ -17,6 +17,7 @@ from matrixinfer.doctor.event_listener import EventListener
 from matrixinfer.doctor.facts import ProbeFacts
 from matrixinfer.errors import MatrixInferError, TokenizeError, client_error
 from matrixinfer.gateway.headers import RANK
+from matrixinfer.gateway.rewrite import pin_rank
 from matrixinfer.gateway.usage import usage
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
@@ -123,12 +124,16 @@ class Prober:
     async def _send(self, endpoint: Endpoint, prompt: ProbePrompt) -> int | None:
         """Send the prompt and return the cached tokens that the answer reports. Raises `ProbeFailed`."""
         headers = {"Content-Type": "application/json"}
+        data = prompt.body
         if endpoint.rank is not None:
-            headers[RANK] = str(endpoint.rank)
+            position = endpoint.pod.position(endpoint.rank)
+            headers[RANK] = str(position)
+            if endpoint.pod.engine == "sglang":
+                data = pin_rank(data, position)
         url, timeout = f"{endpoint.pod.url}{COMPLETIONS_PATH}", aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         try:
             async with self._session.post(
-                url, data=prompt.body, headers=headers, timeout=timeout, allow_redirects=False
+                url, data=data, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
                 answer = await response.read()
                 if response.status != 200:

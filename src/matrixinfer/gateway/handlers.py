@@ -20,6 +20,7 @@ from matrixinfer.gateway.body import read_body
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
@@ -191,6 +192,17 @@ def json_response(data: object, *, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(data), headers={"Content-Type": "application/json"})
 
 
+def _load(report: LoadReport, now: float) -> Mapping[str, object]:
+    return {
+        "running": report.running,
+        "waiting": report.waiting,
+        "cache_usage": report.cache_usage,
+        "uncached_tokens": report.uncached_tokens,
+        "prefill_busy_seconds": report.prefill_busy_seconds,
+        "age_s": round(now - report.read_at, 3),
+    }
+
+
 def _pod(pod: Pod, now: float) -> Mapping[str, object]:
     served, metrics = pod.served, pod.metrics
     return {
@@ -201,6 +213,10 @@ def _pod(pod: Pod, now: float) -> Mapping[str, object]:
         "model": pod.base_model,
         "aliases": None if served is None else sorted(served.aliases),
         "adapters": None if served is None else dict(served.adapters),
+        "engine": pod.engine,
+        "version": None if pod.facts is None else pod.facts.version,
+        "asleep": pod.asleep,
+        "ranks": pod.rank_count,
         "kv_sources": pod.kv_sources,
         "metrics": None
         if metrics is None
@@ -210,4 +226,5 @@ def _pod(pod: Pod, now: float) -> Mapping[str, object]:
             "cache_usage": metrics.cache_usage,
             "age_s": round(now - metrics.read_at, 3),
         },
+        "published_load": {name: _load(report, now) for name, report in pod.loads.items()},
     }

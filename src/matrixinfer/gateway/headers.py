@@ -46,7 +46,8 @@ def session_id(headers: Mapping[str, str]) -> str | None:
 def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> CIMultiDict[str]:
     """A client's headers as a pod gets them; host and length are added when they are sent.
 
-    `rank` is the chosen data-parallel rank; None if the pod has only one cache.
+    `rank` is the chosen data-parallel rank, as the engine's API counts; None if the pod has only one cache. vLLM takes
+    the header, and so does SGLang for chats and completions.
     """
     kept = _without(headers, _REPLACED)
     kept[REQUEST_ID] = identity

@@ -120,7 +120,8 @@ class Proxy:
 
     async def _attempt(self, exchange: Exchange) -> web.StreamResponse:
         in_flight = exchange.in_flight
-        body = self._rewriter.body_for(in_flight.pod.pod, in_flight.prepared.prompt, in_flight.prepared.body)
+        chosen, prepared = in_flight.pod, in_flight.prepared
+        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
         answer = _Answer(exchange, await self._open(exchange, body), body.adds_usage)
         try:
             in_flight.answered(answer.upstream.status)
@@ -143,7 +144,7 @@ class Proxy:
         request, pod = exchange.request, exchange.in_flight.pod
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
         url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
-        sent_headers = headers.to_pod(request.headers, exchange.id, pod.rank)
+        sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         for fresh in (False, True):

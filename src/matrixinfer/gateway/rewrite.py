@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -15,16 +16,22 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+_RANK_FIELDS = ("routed_dp_rank", "data_parallel_rank")
+"""SGLang's field that pins a request to a data-parallel rank, and the older name of it."""
+
+
 class PodBody(NamedTuple):
     """What is sent to a pod."""
 
     bytes: bytes
     adds_usage: bool
     """It asks for a usage report that the client did not ask for, and must not see."""
+    rank: int | None = None
+    """The data-parallel rank to ask for, as the engine's API counts; None where the engine is to choose."""
 
 
 class BodyRewriter:
-    """Rewrites bodies for pods that know the model under another name.
+    """Rewrites bodies for pods that know the model under another name, or take the rank in the body.
 
     With `adds_usage`, streams that do not ask for a usage report are made to: it says how many tokens were cached.
     """
@@ -33,29 +40,50 @@ class BodyRewriter:
         self._registry = registry
         self._adds_usage = adds_usage
 
-    def body_for(self, pod: str, prompt: Prompt, body: bytes) -> PodBody:
-        """The body for the pod of that name; `body` itself when nothing must differ.
+    def body_for(self, pod: str, prompt: Prompt, body: bytes, rank: int | None = None) -> PodBody:
+        """The body for the pod of that name, or a rank of it; `body` itself when nothing must differ.
 
         Raises `InvalidRequest` if a field must differ in a body whose fields cannot be read: `prompt` was read from it,
         but keys that routing does not need need not be UTF-8.
         """
+        position = None if rank is None else self._registry.position(pod, rank)
+        pinned = position if position is not None and self._registry.engine_of(pod) == "sglang" else None
+        named = self._named(pod, prompt, body, pinned)
+        return named._replace(rank=position)
+
+    def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None) -> PodBody:
         name = self._registry.name_at(pod, prompt.model)
         may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
-            return PodBody(body, adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         try:
             fields = decode(_FIELDS, body)
         except InvalidRequest:
             if name != prompt.model:
                 raise
-            return PodBody(body, adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         options = _with_usage(fields.get("stream_options")) if may_add else None
         if options is None and name == prompt.model:
-            return PodBody(body, adds_usage=False)
+            return PodBody(pin_rank(body, pinned), adds_usage=False)
         if options is not None:
             fields["stream_options"] = options
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
-        return PodBody(msgspec.json.encode(fields), adds_usage=options is not None)
+        return PodBody(pin_rank(msgspec.json.encode(fields), pinned), adds_usage=options is not None)
+
+
+def pin_rank(body: bytes, rank: int | None) -> bytes:
+    """A JSON object with SGLang's field for the rank, and otherwise the client's own bytes.
+
+    The field comes last: of equal keys, readers of JSON take the last one. A client that sends the field itself, which
+    cannot know the ranks of pods, gets it replaced.
+    """
+    if rank is None:
+        return body
+    if any(field.encode() in body for field in _RANK_FIELDS):
+        with suppress(InvalidRequest):
+            fields = decode(_FIELDS, body)
+            body = msgspec.json.encode({key: value for key, value in fields.items() if key not in _RANK_FIELDS})
+    return b'%b,"%b":%d}' % (body.rstrip(b" \t\r\n")[:-1], _RANK_FIELDS[0].encode(), rank)
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:

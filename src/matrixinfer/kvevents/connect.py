@@ -25,11 +25,13 @@ class Unresolved(zmq.ZMQError):
     """A host's name has no address yet, or the lookup took too long. Try again later."""
 
 
-def subscribe(context: zmq.Context[_Socket]) -> _Socket:
+def subscribe(
+    context: zmq.Context[_Socket], *, queued: int = FRAMES_QUEUED, max_bytes: int = MAX_MESSAGE_BYTES
+) -> _Socket:
     """An unconnected socket that takes everything from one publisher. Once connected, ZMQ reconnects it by itself."""
     live = context.socket(zmq.SUB)
-    live.setsockopt(zmq.RCVHWM, FRAMES_QUEUED)
-    live.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    live.setsockopt(zmq.RCVHWM, queued)
+    live.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
     live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     # A subscriber sends nothing, so without heartbeats it would wait on a dead connection forever.

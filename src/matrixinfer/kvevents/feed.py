@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matrixinfer.kvevents.cursor import Cursor, Source
 from matrixinfer.kvevents.held import HeldFrames
 from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.limits import Limits, other_rank
 from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
 from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
@@ -32,7 +33,7 @@ REPLAY_ATTEMPTS = 3
 MAX_MISSED_HEARTBEATS = 3
 """In a row, after which silence no longer proves that nothing happened."""
 
-
+_RANK = "rank"
 _STALE = (Phase.DISCONNECTED, Phase.PROVING)
 _REPLAYING = (Phase.ASKED, Phase.RECEIVING, Phase.PROVING)
 _UNTRUSTED = (Knowledge.UNTRUSTED, Knowledge.UNTRUSTED_GIVEN_UP)
@@ -52,6 +53,11 @@ class PodFeed:
         """Counts what was asked for: the answer to a replay that was asked for in an earlier epoch is void."""
         self.queue = HeldFrames()
         """Live frames that wait for a replay; for reading."""
+        self.remarks = Limits()
+        """What is known of the publisher from elsewhere than its events, in words like the limits."""
+        self.listed_ranks: frozenset[int] = frozenset()
+        """The numbers that the publisher's batches may carry as their rank; empty if that is not known."""
+        self._suspicions: dict[str, str] = {}
         self._can_replay = can_replay
         self._tables = WITH_REPLAY if can_replay else LIVE_ONLY
         self._phase = Phase.ASKED if can_replay else Phase.FOLLOWING
@@ -63,7 +69,7 @@ class PodFeed:
             Action.ASK: self._ask,
             Action.VOID: self._void,
             Action.CLEAR: ledger.clear,
-            Action.RESET: ledger.reset,
+            Action.RESET: self._reset,
             Action.LOSE: self._cursor.lose,
             Action.REWIND: self._cursor.restart,
             Action.ANSWERED: self._answered,
@@ -77,18 +83,28 @@ class PodFeed:
         """How far the index can be believed now."""
         if self.untrusted is not None:
             return FeedState.UNTRUSTED
-        if self._phase in _STALE:
+        if self._phase in _STALE or self._suspicions:
             return FeedState.STALE
         if self._phase is not Phase.FOLLOWING:
             return FeedState.SYNCING
         ledger = self.ledger
-        is_exact = not ledger.hides_salts and not ledger.hides_adapters and not ledger.limits
+        is_exact = not (ledger.hides_salts or ledger.hides_adapters or ledger.limits or self.remarks.words)
         return FeedState.COMPLETE if is_exact and self._knowledge is Knowledge.WHOLE else FeedState.PARTIAL
 
     @property
     def untrusted(self) -> str | None:
         """Why the engine's events do not say what it holds; None where they do."""
         return self._distrust if self._knowledge in _UNTRUSTED else None
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What the events cannot tell, or why they may be another cache's, in plain words that name the remedy."""
+        return (*self._suspicions.values(), *self.remarks.words, *self.ledger.limits)
+
+    @property
+    def other_rank(self) -> str | None:
+        """What is wrong if batches name another rank than the one that the publisher is listed as; None if nothing is."""
+        return self._suspicions.get(_RANK)
 
     @property
     def given_up(self) -> bool:
@@ -201,6 +217,13 @@ class PodFeed:
         """What is indexed has turned out untrue, even after a replay: clear it, and go on from live frames."""
         self._step(Input.PURGED)
 
+    def suspect(self, what: str, words: str | None) -> None:
+        """What comes may be the events of another cache, as `words` say, so that the index may be wrong; None: no longer."""
+        if words is None:
+            self._suspicions.pop(what, None)
+        else:
+            self._suspicions[what] = words
+
     def failed_to_apply(self) -> None:
         """Applying a frame failed halfway: what the ledger says cannot be trusted."""
         self._step(Input.FAILED_TO_APPLY)
@@ -262,6 +285,8 @@ class PodFeed:
         except MalformedFrame:
             self._step(Input.MALFORMED)
             return
+        if batch.rank is not None and self.listed_ranks and batch.rank not in self.listed_ranks:
+            self.suspect(_RANK, other_rank(batch.rank, self.ledger.pod))
         if source is Source.LIVE:
             self.stats.last_batch_at = batch.timestamp
         if batch.unreadable > batch.unreadable_stored:
@@ -285,6 +310,10 @@ class PodFeed:
         self.stats.bytes += len(payload)
 
     # Actions
+
+    def _reset(self) -> None:
+        self.ledger.reset()
+        self.suspect(_RANK, None)
 
     def _ask(self) -> None:
         self.epoch += 1

@@ -39,6 +39,30 @@ ORPHANS = (
 MISFITS = "events whose tokens do not fit their blocks were left out, so hits may be longer than predicted; report them"
 UNKNOWN_KIND = "an attention kind that this release does not know"
 
+UNCONFIRMED = (
+    "the connection to the publisher was lost, and the engine has not said since where it publishes, so what is indexed "
+    "may be another engine's; let the gateway reach the engine's HTTP API"
+)
+
+
+def other_rank(told: int, listed: str) -> str:
+    """Words for a publisher whose batches name another rank than the one that it is listed as."""
+    return (
+        f"its batches say that they are from data-parallel rank {told}, but it is listed as {listed}, so what is indexed "
+        "may be another rank's; set kvEvents.endpoint to the engine's own publisher, or report what /kv_event_sources says"
+    )
+
+
+def fewer_ranks(ranks: int, followed: int) -> str:
+    """Words for an engine of which only some ranks publish."""
+    publish = (
+        "only 1 of them says where it publishes" if followed == 1 else f"only {followed} of them say where they publish"
+    )
+    return (
+        f"the engine has {ranks} data-parallel ranks, but {publish}, so hits may be shorter than predicted; "
+        "remove kvEvents, so that the engine says where each rank publishes, and enable the events of all ranks"
+    )
+
 
 def unknown_kind(kind: str) -> str:
     """Words for a kind of attention without a rule."""

@@ -7,6 +7,7 @@ and so do replayed ones; either may exceed it by one frame.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 
 import zmq
@@ -26,7 +27,9 @@ class Subscriber:
     """Keeps an index up to date with the engines that it follows.
 
     Use it as an async context manager; call `follow` and `unfollow` at any time within it. `feeds` is a dict for the
-    feed of each publisher that is followed, by its name; only the subscriber changes it.
+    feed of each publisher that is followed, by its name; only the subscriber changes it. `on_reconnected` is called with
+    the pod of a publisher that was lost and is back, if the engine itself has said where it publishes: call `confirm`
+    once it has said so again.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class Subscriber:
         blocks: TokenBlockProcessor,
         history: RoutingHistory | None = None,
         feeds: dict[str, PodFeed] | None = None,
+        on_reconnected: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._index = index
         self._history = history
+        self._on_reconnected = on_reconnected
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {} if feeds is None else feeds
         self._followed: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
@@ -74,7 +79,7 @@ class Subscriber:
             self.unfollow(name)
         ledger = Ledger(pod=name, model=source.model, blocks=self._blocks, index=self._index, history=self._history)
         feed = PodFeed(ledger, can_replay=source.replay_endpoint is not None)
-        subscription = Subscription(self._shared, source, feed)
+        subscription = Subscription(self._shared, source, feed, self._on_reconnected)
         task = self._group.create_task(subscription.run(), name=f"kv-events {name}")
         self._followed[name] = subscription, task
         self.feeds[name] = feed
@@ -84,6 +89,16 @@ class Subscriber:
         """The index has turned out wrong for a publisher: fetch its history again, or clear it. Returns at once."""
         if name in self._followed:
             self._followed[name][0].resync(replay=replay)
+
+    def connections(self, names: Collection[str]) -> Mapping[str, int]:
+        """How often each publisher's connection has changed, for `confirm`."""
+        return {name: self._followed[name][0].connections for name in names if name in self._followed}
+
+    def confirm(self, connections: Mapping[str, int]) -> None:
+        """Engines have said where they publish, after these changes of the connections."""
+        for name, count in connections.items():
+            if name in self._followed:
+                self._followed[name][0].confirm(count)
 
     def unfollow(self, name: str) -> None:
         """Stop following a publisher, and forget its blocks. Does nothing if it is not followed."""

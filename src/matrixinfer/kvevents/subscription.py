@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec
 
 import structlog
@@ -23,6 +23,7 @@ from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, FeedState, PodFeed
 from matrixinfer.kvevents.ledger import SMALL_BLOCK, Ledger
+from matrixinfer.kvevents.limits import UNCONFIRMED
 from matrixinfer.kvevents.replay import Reply, fetch
 
 CONNECT_SECONDS = 10.0
@@ -35,6 +36,7 @@ HEARTBEAT_SECONDS = 10.0
 """A silent engine is asked at this interval whether anything was lost."""
 MAX_HEARTBEATS = 4
 """Engines asked at the same time."""
+_UNCONFIRMED = "unconfirmed"
 RESTART_MIN_SECONDS, RESTART_MAX_SECONDS = 1.0, 30.0
 
 _Step = ParamSpec("_Step")
@@ -55,6 +57,12 @@ class FeedSource:
     topic: str | None = None
     rank: int | None = None
     """Data-parallel rank, if each has a cache and a feed of its own."""
+    batch_ranks: frozenset[int] = field(default=frozenset(), compare=False)
+    """The numbers that its batches may carry as their rank; empty if that is not known."""
+    root: str | None = None
+    """Where the model was loaded from: another one has other blocks."""
+    is_reported: bool = False
+    """The engine itself said so, and may say something else after a restart."""
 
     @property
     def name(self) -> str:
@@ -77,9 +85,18 @@ class Shared:
 class Subscription:
     """The sockets of one publisher."""
 
-    def __init__(self, shared: Shared, source: FeedSource, feed: PodFeed) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        source: FeedSource,
+        feed: PodFeed,
+        on_reconnected: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.source = source
         self.feed = feed
+        self.connections = 0
+        """How often a connection was made or lost."""
+        self._on_reconnected = on_reconnected
         self.closed = False
         """The feed is left alone from now on; the task may take a moment to end."""
         self._shared = shared
@@ -160,12 +177,27 @@ class Subscription:
                 self._lost()
             return
         self._log.info("kv_events_connected", endpoint=self.source.endpoint)
+        self.connections += 1
         if self._connected or self._broken:
-            self.feed.reconnected()
+            self._reconnected()
         self._connected, self._broken = True, False
         self._note_state()
 
+    def _reconnected(self) -> None:
+        """Another engine may have the port now: have the engine say again where it publishes."""
+        self.feed.reconnected()
+        if self.source.is_reported:
+            self.feed.suspect(_UNCONFIRMED, UNCONFIRMED)
+            self._on_reconnected(self.source.pod)
+
+    def confirm(self, connections: int) -> None:
+        """The engine still publishes here, as it said after `connections` changes of the connection."""
+        if connections == self.connections:
+            self.feed.suspect(_UNCONFIRMED, None)
+            self._note_state()
+
     def _lost(self) -> None:
+        self.connections += 1
         self._connected, self._broken = False, True
         self.feed.disconnected()
         self._note_state()
@@ -178,7 +210,8 @@ class Subscription:
             self._note_layout(self.feed.ledger, self.feed.ledger.block_size)
         if self.feed.state is not self._logged_state:
             self._logged_state = self.feed.state
-            why = {} if self.feed.untrusted is None else {"reason": self.feed.untrusted}
+            reason = self.feed.untrusted or next(iter(self.feed.limits), None)
+            why = {} if reason is None else {"reason": reason}
             if self.feed.state in _GOOD:
                 self._log.info("kv_events_state_changed", state=self.feed.state.value)
             else:

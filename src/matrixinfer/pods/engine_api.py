@@ -1,10 +1,7 @@
-"""Reads an engine's HTTP API: its model names, its publishers of KV events and its load. Supports vLLM and SGLang."""
+"""Asks an engine over HTTP: its models, its kind, its publishers of KV events and its load. Supports vLLM and SGLang."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,28 +9,14 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from matrixinfer.config import KvEventsConfig
 from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error
-from matrixinfer.pods.registry import EngineMetrics, RankMetrics, ServedNames
+from matrixinfer.pods.engine_kind import EngineFacts, kind_of
+from matrixinfer.pods.metrics_text import parse_metrics
+from matrixinfer.pods.pod import EngineMetrics, ServedNames
+from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, parse_server_info
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Longer answers are refused. The longest, vLLM's `/metrics`, has about 200 KB."""
-
-_RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
-_WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
-_CACHE_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
-_PREFIX_HITS = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_total")
-_LOADED = (b"vllm:external_prefix_cache_hits_total",)
-"""Hits on slower tiers, which vLLM counts separately."""
-_PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
-_CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
-_BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="([1-9]\d{0,8})"')
-_PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
-_RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
-"""The label of data-parallel ranks in vLLM and in SGLang."""
-_Sample = tuple[int | None, float]
-"""Rank and value."""
-_ANY_HOST = ("*", "0.0.0.0", "[::]")  # noqa: S104 - read from engines, never bound
 
 
 class EngineDown(MatrixInferError):
@@ -50,6 +33,15 @@ class Answer:
     """Its `Date` header: the time on the engine's clock, in seconds."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What an engine says about itself, other than its models. None where it could not say now."""
+
+    facts: EngineFacts | None
+    sources: tuple[KvSource, ...] | None
+    """Its publishers of KV events, one per data-parallel rank; empty if it has none."""
+
+
 class EngineApi:
     """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown`."""
 
@@ -62,10 +54,46 @@ class EngineApi:
         body = await self._get(f"{url}/v1/models")
         return None if body is None else parse_models(body)
 
-    async def kv_sources(self, url: str) -> tuple[KvEventsConfig, ...]:
-        """Its publishers of KV events, one per data-parallel rank; empty if it has none or does not report them."""
-        body = await self._get(f"{url}/kv_event_sources")
-        return () if body is None else parse_kv_sources(body, host=urlsplit(url).hostname or "")
+    async def about(self, url: str, owner: str | None) -> About:
+        """Its kind, its version and its publishers, as its own answers say. `owner` is the owner of its models.
+
+        Only vLLM has `/kv_event_sources`, and only SGLang's `/server_info` has such contents.
+        """
+        host, kind = urlsplit(url).hostname or "", kind_of(owner)
+        if kind != "sglang":
+            listed = await self._get(f"{url}/kv_event_sources")
+            if listed is not None or kind == "vllm":
+                facts = EngineFacts(kind="vllm", version=await self._version(url))
+                return About(facts=facts, sources=() if listed is None else parse_kv_sources(listed, host=host))
+        try:
+            info = await self._server_info(url, host)
+        except EngineDown:
+            if kind == "sglang":  # the answer takes its schedulers, which may be busy
+                return About(facts=None, sources=None)
+            info = None
+        if info is None:
+            return About(facts=EngineFacts(kind=kind or "other", version=await self._version(url)), sources=())
+        architectures = parse_architectures(await self._optional(f"{url}/model_info") or b"")
+        facts = EngineFacts(kind="sglang", version=info.version, ranks=info.ranks, architectures=architectures)
+        return About(facts=facts, sources=info.sources)
+
+    async def _server_info(self, url: str, host: str) -> ServerInfo | None:
+        for path in ("server_info", "get_server_info"):
+            body = await self._get(f"{url}/{path}")
+            info = None if body is None else parse_server_info(body, host=host)
+            if info is not None:
+                return info
+        return None
+
+    async def _version(self, url: str) -> str | None:
+        return parse_version(await self._optional(f"{url}/version") or b"")
+
+    async def _optional(self, url: str) -> bytes | None:
+        """As `_get`, but no answer is none: the engine may be well without."""
+        try:
+            return await self._get(url)
+        except EngineDown:
+            return None
 
     async def check(self, url: str) -> None:
         """Check `/health`. Any answer but a server error counts as healthy, because some engines lack that path."""
@@ -106,11 +134,16 @@ class _Card(msgspec.Struct):
     id: str
     parent: str | None = None
     owned_by: str | None = None
+    root: str | None = None
     max_model_len: Any = None
 
 
 class _Version(msgspec.Struct):
     version: str
+
+
+class _ModelInfo(msgspec.Struct):
+    architectures: tuple[str, ...] | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -135,6 +168,7 @@ def parse_models(body: bytes) -> ServedNames | None:
         aliases=frozenset(card.id for card in own),
         adapters=adapters,
         engine=own[0].owned_by,
+        root=own[0].root,
         context_length=length if isinstance(length := own[0].max_model_len, int) else None,
     )
 
@@ -147,118 +181,9 @@ def parse_version(body: bytes) -> str | None:
         return None
 
 
-def parse_kv_sources(body: bytes, *, host: str) -> tuple[KvEventsConfig, ...]:
-    """The publishers in an engine's `/kv_event_sources`, by rank; `host` replaces wildcard addresses.
-
-    vLLM 0.32 answers with a map from rank to source, later releases with a list. Sources that are disabled, use another
-    transport or are malformed are left out.
-    """
+def parse_architectures(body: bytes) -> tuple[str, ...]:
+    """The names of the model's class in SGLang's `/model_info`; empty if the answer is malformed."""
     try:
-        answer: Any = msgspec.json.decode(body)
+        return (msgspec.json.decode(body, type=_ModelInfo).architectures or ())[:8]
     except UNREADABLE:
         return ()
-    if isinstance(answer, dict):
-        answer = [answer[rank] for rank in sorted(answer, key=lambda rank: (len(rank), rank))]
-    if not isinstance(answer, list):
-        return ()
-    return tuple(source for source in (_kv_source(entry, host) for entry in answer) if source is not None)
-
-
-def _kv_source(entry: object, host: str) -> KvEventsConfig | None:
-    if not isinstance(entry, dict) or entry.get("enable_kv_cache_events") is False:
-        return None
-    endpoint, replay = entry.get("endpoint"), entry.get("replay_endpoint")
-    if not isinstance(endpoint, str) or not endpoint or entry.get("publisher") not in (None, "zmq"):
-        return None
-    return KvEventsConfig(
-        endpoint=_reachable(endpoint, host),
-        replay_endpoint=_reachable(replay, host) if isinstance(replay, str) and replay else None,
-    )
-
-
-def _reachable(endpoint: str, host: str) -> str:
-    scheme, _, address = endpoint.partition("://")
-    name, _, port = address.rpartition(":")
-    if scheme != "tcp" or name not in _ANY_HOST:
-        return endpoint
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
-    """The load in a Prometheus exposition: request counts summed over all series (ranks, models), the highest cache usage.
-
-    It searches for the few names it needs instead of parsing the whole text, which takes 30 µs for 200 KB.
-    """
-    series = [_values(text, names) for names in (_RUNNING, _WAITING, _CACHE_USAGE, _PREFIX_HITS, _PREFIX_QUERIES)]
-    if series[3]:
-        series[3] += _values(text, _LOADED)
-    whole = _summed(*series)
-    ranks = sorted({rank for values in series for rank, _ in values if rank is not None})
-    cache = _CACHE.search(text)
-    block_size = _BLOCK_SIZE.search(cache[1]) if cache else None
-    caching = _PREFIX_CACHING.search(cache[1]) if cache else None
-    return EngineMetrics(
-        running=whole.running,
-        waiting=whole.waiting,
-        cache_usage=whole.cache_usage,
-        read_at=read_at,
-        prefix_hits=whole.prefix_hits,
-        prefix_queries=whole.prefix_queries,
-        block_size=int(block_size[1]) if block_size else None,
-        prefix_caching=caching[1] == b"True" if caching else None,
-        ranks={
-            rank: _summed(*([each for each in values if each[0] == rank] for values in series))
-            for rank in (ranks if len(ranks) > 1 else ())
-        },
-    )
-
-
-def _summed(
-    running: Sequence[_Sample],
-    waiting: Sequence[_Sample],
-    usage: Sequence[_Sample],
-    hits: Sequence[_Sample],
-    queries: Sequence[_Sample],
-) -> RankMetrics:
-    return RankMetrics(
-        running=_sum(running),
-        waiting=_sum(waiting),
-        cache_usage=max(value for _, value in usage) if usage else None,
-        prefix_hits=_sum(hits),
-        prefix_queries=_sum(queries),
-    )
-
-
-def _sum(samples: Sequence[_Sample]) -> int | None:
-    total = sum(value for _, value in samples)
-    return round(total) if samples and math.isfinite(total) else None
-
-
-def _values(text: bytes, names: tuple[bytes, ...]) -> list[_Sample]:
-    """The rank and value of every series with the first of `names` that occurs in the text."""
-    for name in names:
-        values = []
-        start = -1
-        while (start := text.find(name, start + 1)) >= 0:
-            end = text.find(b"\n", start)
-            stop = len(text) if end < 0 else end
-            value = _value(text, start, start + len(name), stop)
-            if value is not None:
-                rank = _RANK.search(text, start, stop)
-                values.append((int(rank[1]) if rank else None, value))
-        if values:
-            return values
-    return []
-
-
-def _value(text: bytes, start: int, after_name: int, end: int) -> float | None:
-    """The value of the sample line at `start`; None if no sample with exactly that name starts there."""
-    if (start and text[start - 1 : start] != b"\n") or text[after_name : after_name + 1] not in (b"{", b" "):
-        return None
-    # Label values may contain spaces and braces, but the text after the last brace does not.
-    fields = text[max(after_name, text.rfind(b"}", after_name, end) + 1) : end].split()
-    try:
-        value = float(fields[0])
-    except (IndexError, ValueError):
-        return None
-    return value if math.isfinite(value) else None

@@ -5,141 +5,17 @@ It does no I/O: the watcher and the router report their observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
+from matrixinfer.pods.load_reports import FRESH_SECONDS, LoadReport
+from matrixinfer.pods.pod import Endpoint, EngineMetrics, Pod, RankMetrics, ServedModel, ServedNames
+from matrixinfer.pods.publishers import KvSource, configured_source
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineMetrics:
-    """One reading of an engine's metrics. A value is None if the engine does not export it."""
-
-    running: int | None
-    waiting: int | None
-    cache_usage: float | None
-    """Fraction of KV blocks in use, 0 to 1."""
-    read_at: float
-    """When the reading began, in seconds on the registry's clock."""
-    prefix_hits: int | None = None
-    """Prompt tokens found in the engine's cache since it started, on any tier."""
-    prefix_queries: int | None = None
-    """Prompt tokens looked up in the engine's cache since it started."""
-    block_size: int | None = None
-    """Tokens per block of the engine's cache."""
-    prefix_caching: bool | None = None
-    """Whether the engine reuses the blocks of earlier prompts (prefix caching)."""
-    ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
-    """The metrics of each data-parallel rank, if the engine reports them separately."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankMetrics:
-    """The fields of `EngineMetrics` for one data-parallel rank."""
-
-    running: int | None = None
-    waiting: int | None = None
-    cache_usage: float | None = None
-    prefix_hits: int | None = None
-    prefix_queries: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """A cache that can be chosen: a pod, or one of its data-parallel ranks, each of which has a separate cache."""
-
-    name: str
-    """The pod's name, or `pod@dp0`, `pod@dp1`, …; the index and the feeds use the same name."""
-    pod: Pod
-    rank: int | None
-    """The data-parallel rank; None for the whole pod."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedNames:
-    """The model names that one engine serves."""
-
-    base_model: str
-    """The engine's own name of its model, which the index uses as well."""
-    aliases: frozenset[str]
-    """All names of the base model, including `base_model`."""
-    adapters: Mapping[str, str]
-    """Maps adapter names to the model that they adapt."""
-    engine: str | None = None
-    """The engine's name of its kind, the owner of its models, such as `vllm` or `sglang`."""
-    context_length: int | None = None
-    """Maximum number of tokens of prompt and reply together; None if the engine does not report it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """One entry of the gateway's `/v1/models`."""
-
-    name: str
-    parent: str | None = None
-    """The model that an adapter adapts; None for base models."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Pod:
-    """The last known state of one engine replica. Only its registry changes it."""
-
-    config: PodConfig
-    served: ServedNames | None = None
-    """None until the engine has reported it."""
-    kv_sources: tuple[KvEventsConfig, ...] | None = None
-    """Its publishers of KV events, one per data-parallel rank; empty if it has none, None if it was not asked yet."""
-    metrics: EngineMetrics | None = None
-    failures: int = 0
-    """Number of consecutive failures."""
-    healthy: bool = False
-    """False until the first answer, and after too many consecutive failures."""
-    gone: bool = False
-    """True once the pod has left the registry: no more requests are sent there."""
-    endpoints: Sequence[Endpoint] = ()
-    """The pod itself, or each data-parallel rank if it publishes events of several ranks."""
-
-    def __post_init__(self) -> None:
-        self.set_kv_sources(self.kv_sources)
-
-    @property
-    def name(self) -> str:
-        """The unique name."""
-        return self.config.name
-
-    @property
-    def url(self) -> str:
-        """The base URL of its HTTP API."""
-        return self.config.url
-
-    @property
-    def engine(self) -> str | None:
-        """The engine's name of its kind; None until the engine has reported it."""
-        return None if self.served is None else self.served.engine
-
-    @property
-    def base_model(self) -> str | None:
-        """The engine's own name of its model; None until the engine has reported it."""
-        return None if self.served is None else self.served.base_model
-
-    def set_kv_sources(self, sources: tuple[KvEventsConfig, ...] | None) -> None:
-        """Set its publishers of KV events, and its endpoints accordingly. None: not known."""
-        self.kv_sources = sources
-        ranks = len(sources or ())
-        self.endpoints = tuple(
-            Endpoint(name=str(EndpointName(self.name, rank)), pod=self, rank=rank)
-            for rank in (range(ranks) if ranks > 1 else (None,))
-        )
-
-    def index_name(self, name: str) -> str | None:
-        """The index's name of a model if this engine is known to serve it, else None."""
-        if self.served is None:
-            return None
-        if name in self.served.aliases:
-            return self.served.base_model
-        return name if name in self.served.adapters else None
+__all__ = ["Endpoint", "EngineMetrics", "Pod", "PodRegistry", "RankMetrics", "ServedModel", "ServedNames"]
 
 
 class PodRegistry:
@@ -185,7 +61,7 @@ class PodRegistry:
     def resolve(self, requested: str) -> tuple[str, list[Pod]]:
         """The index's name of a model, and the pods that may serve it.
 
-        Returns only healthy pods, or as a last resort all pods if none is healthy. If no pod is known to serve a
+        Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods. If no pod is known to serve a
         configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
         if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
         model now, but one may later.
@@ -203,7 +79,8 @@ class PodRegistry:
             if not unidentified:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")
             index_name, pods = name, unidentified
-        return index_name, [pod for pod in pods if pod.healthy] or pods
+        healthy = [pod for pod in pods if pod.healthy]
+        return index_name, [pod for pod in healthy if pod.asleep is None] or healthy or pods
 
     def configured_name(self, model: str, pods: Sequence[Pod]) -> str:
         """The configured name of a model that `pods` serve, found by the model's own name or an alias; else its own name."""
@@ -261,6 +138,16 @@ class PodRegistry:
             return requested
         return self._configured.get(requested, requested)
 
+    def engine_of(self, pod: str) -> EngineKind | None:
+        """The kind of engine of a pod; None if it is not known."""
+        state = self._by_name.get(pod)
+        return None if state is None else state.engine
+
+    def position(self, pod: str, rank: int) -> int:
+        """How the API of a pod's engine counts a rank."""
+        state = self._by_name.get(pod)
+        return rank if state is None else state.position(rank)
+
     def failed(self, pod: str) -> None:
         """Report that the pod refused or broke a connection, or did not answer in time."""
         state = self._by_name.get(pod)
@@ -278,22 +165,44 @@ class PodRegistry:
             state.healthy = True
 
     def learn(
-        self, pod: str, *, served: ServedNames | None = None, kv_sources: tuple[KvEventsConfig, ...] | None = None
+        self,
+        pod: str,
+        *,
+        served: ServedNames | None = None,
+        facts: EngineFacts | None = None,
+        kv_sources: tuple[KvSource, ...] | None = None,
     ) -> None:
-        """Record the pod's models or publishers; None leaves the previous value."""
+        """Record the pod's models, facts or publishers; None leaves the previous value."""
         state = self._by_name.get(pod)
         if state is None:
             return
         if served is not None:
             state.served = served
+        if facts is not None:
+            state.facts = facts
         if kv_sources is not None:
-            state.set_kv_sources(kv_sources)
+            state.kv_sources = kv_sources
+            state.name_endpoints()
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
         """Record a reading of the pod's metrics."""
         state = self._by_name.get(pod)
-        if state is not None:
-            state.metrics = metrics
+        if state is None:
+            return
+        state.metrics = metrics
+        if metrics.running is not None and metrics.ranks.keys() != state.ranks:
+            state.ranks = frozenset(metrics.ranks)
+            state.name_endpoints()
+
+    def published_load(self, pod: str, endpoint: str, report: LoadReport) -> None:
+        """Record the load that an endpoint of the pod has published."""
+        if self.has(pod, endpoint):
+            self._by_name[pod].loads[endpoint] = report
+
+    def load_of(self, endpoint: Endpoint, now: float) -> LoadReport | None:
+        """The load that an endpoint has published; None if it publishes none, or has not lately."""
+        report = endpoint.pod.loads.get(endpoint.name)
+        return None if report is None or now - report.read_at > FRESH_SECONDS else report
 
     def _serving(self, name: str) -> tuple[str, list[Pod]]:
         """The pods known to serve a name. If engines name the same model differently, the first pod's name is used."""
@@ -302,7 +211,7 @@ class PodRegistry:
         return serving[0][1] if serving else name, [pod for pod, _ in serving]
 
 
-def _configured_sources(pod: PodConfig) -> tuple[KvEventsConfig, ...] | None:
+def _configured_sources(pod: PodConfig) -> tuple[KvSource, ...] | None:
     if pod.kv_events == "discover":
         return None
-    return () if pod.kv_events == "none" else (pod.kv_events,)
+    return () if pod.kv_events == "none" else (configured_source(pod.kv_events),)

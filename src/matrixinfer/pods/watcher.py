@@ -5,27 +5,43 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import aiohttp
 import structlog
 
 from matrixinfer.config import PodWatchConfig
+from matrixinfer.pods.boot import is_another_run
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
-from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.pods.engine_kind import EngineFacts
+from matrixinfer.pods.publishers import KvSource
+from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, ServedNames
 
 MAX_BACK_OFF_SECONDS = 5.0
 """Longest pause between polls of a pod that is down, unless the configured interval is longer."""
+SOON_SECONDS = 0.1
+"""Pause before a poll that was asked for, so that several wishes are one poll."""
+RESTART_LOG_SECONDS = 60.0
+"""Restarts of a pod are logged at most this often: behind one URL there may be several engines in turn."""
 
 log = structlog.get_logger(__name__)
+
+
+class _Reported(NamedTuple):
+    served: ServedNames | None
+    sources: tuple[KvSource, ...] | None
+    facts: EngineFacts | None
+    ranks: frozenset[int]
 
 
 class PodWatcher:
     """Runs one task per pod. Use as an async context manager; call `watch` and `unwatch` as pods come and go.
 
-    `on_discovered` is called with a pod whenever it reports new models or publishers, `on_measured` at every reading.
-    A pod that was down is discovered again as soon as it answers, because it may be another engine.
+    `on_discovered` is called with a pod whenever it reports new models, publishers or ranks, `on_measured` at every
+    reading. A pod that has failed or restarted is asked what it is as soon as it answers, because it may be another
+    engine; `on_asking` is called before every such question, and `on_told` after the answer.
     """
 
     def __init__(
@@ -36,13 +52,20 @@ class PodWatcher:
         *,
         on_discovered: Callable[[Pod], None] | None = None,
         on_measured: Callable[[Pod, EngineMetrics], None] | None = None,
+        on_asking: Callable[[Pod], None] = lambda _: None,
+        on_told: Callable[[Pod], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._api = EngineApi(session, config.scrape_timeout_seconds)
         self._config = config
         self._on_discovered = on_discovered
         self._on_measured = on_measured
-        self._announced: dict[str, object] = {}
+        self._on_asking = on_asking
+        self._on_told = on_told
+        self._due: dict[str, asyncio.Event] = {}
+        """By pod: set when the pod must be asked again what it is, without waiting for the next poll."""
+        self._restart_logged: dict[str, float] = {}
+        self._announced: dict[str, _Reported] = {}
         self._silent = {pod.name for pod in registry.pods}
         self._all_answered = asyncio.Event()
         self._group = asyncio.TaskGroup()
@@ -65,6 +88,7 @@ class PodWatcher:
 
     def watch(self, pod: Pod) -> None:
         """Start polling a pod that is not being polled yet."""
+        self._due[pod.name] = asyncio.Event()
         self._tasks[pod.name] = self._group.create_task(self._watch(pod), name=f"watch {pod.name}")
 
     def unwatch(self, name: str) -> None:
@@ -73,7 +97,14 @@ class PodWatcher:
             return
         self._tasks.pop(name).cancel()
         self._announced.pop(name, None)
+        self._restart_logged.pop(name, None)
+        del self._due[name]
         self._stop_waiting_for(name)
+
+    def ask_again(self, name: str) -> None:
+        """A pod may be another engine by now: ask it soon. No effect if it is not being polled."""
+        if name in self._due:
+            self._due[name].set()
 
     async def first_round(self, seconds: float) -> bool:
         """Wait up to `seconds` until every pod has answered once. Returns False if some have not."""
@@ -89,45 +120,87 @@ class PodWatcher:
 
     async def _watch(self, pod: Pod) -> None:
         """Poll one pod forever."""
-        clock = self._registry.clock
+        clock, due = self._registry.clock, self._due[pod.name]
         discover_at = clock()
+        is_suspect = True  # after a failure it may be another engine
         was_healthy: bool | None = None
         while True:
             reason: str | None = None
             try:
-                if clock() >= discover_at or not pod.healthy:
+                if clock() >= discover_at or is_suspect or pod.failures or due.is_set():
+                    due.clear()
                     await self._discover(pod)
+                    is_suspect = False
                     discover_at = clock() + self._config.discovery_interval_seconds
                 # `/metrics` answers even after the engine behind the API has died, so check the health first.
                 await self._api.check(pod.url)
-                metrics = await self._api.metrics(pod.url, now=clock())
-                self._registry.measured(pod.name, metrics)
-                if self._on_measured is not None:
-                    self._on_measured(pod, metrics)
+                await self._measure(pod)
                 self._answered(pod)
             except EngineDown as error:
-                reason = str(error)
+                reason, is_suspect = str(error), True
                 self._registry.failed(pod.name)
             except Exception as error:
                 # Supervision boundary: an error while polling one pod must not end the gateway.
                 log.exception("pod_watch_failed", pod=pod.name)
-                reason = type(error).__name__
+                reason, is_suspect = type(error).__name__, True
                 self._registry.failed(pod.name)
             if pod.healthy is not was_healthy:
                 was_healthy = pod.healthy
                 self._log_health(pod, reason)
-            await asyncio.sleep(self._delay(pod))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._delay(pod)):
+                    await due.wait()
+                    await asyncio.sleep(SOON_SECONDS)
 
     async def _discover(self, pod: Pod) -> None:
+        self._on_asking(pod)
         served = await self._api.models(pod.url)
-        sources = await self._api.kv_sources(pod.url) if pod.config.kv_events == "discover" else None
-        self._registry.learn(pod.name, served=served, kv_sources=sources)
-        reported = (pod.served, pod.kv_sources)
-        if served is not None and reported != self._announced.get(pod.name):
+        about = await self._api.about(pod.url, None if served is None else served.engine)
+        sources = about.sources if pod.config.kv_events == "discover" else None
+        self._registry.learn(pod.name, served=served, facts=about.facts, kv_sources=sources)
+        self._announce(pod)
+        if sources is not None:
+            self._on_told(pod)
+
+    def _announce(self, pod: Pod) -> None:
+        """Pass on what is new about a pod."""
+        reported = _Reported(pod.served, pod.kv_sources, pod.facts, pod.ranks)
+        before = self._announced.get(pod.name)
+        if before == reported or (pod.served is None and not pod.kv_sources):
+            return
+        self._announced[pod.name] = reported
+        try:
             if self._on_discovered is not None:
                 self._on_discovered(pod)
-            self._announced[pod.name] = reported
-            log.info("pod_discovered", pod=pod.name, model=served.base_model, adapters=sorted(served.adapters))
+        except BaseException:
+            del self._announced[pod.name]  # the next answer is passed on again
+            raise
+        if pod.served is not None and (before is None or before[:3] != reported[:3]):
+            log.info(
+                "pod_discovered",
+                pod=pod.name,
+                model=pod.served.base_model,
+                adapters=sorted(pod.served.adapters),
+                engine=pod.engine,
+                version=None if pod.facts is None else pod.facts.version,
+            )
+
+    async def _measure(self, pod: Pod) -> None:
+        """Read the pod's metrics. If they show another run of the engine, ask what it is before they count."""
+        before = pod.metrics
+        metrics = await self._api.metrics(pod.url, now=self._registry.clock())
+        if before is not None and is_another_run(before.boot, metrics.boot):
+            self._log_restart(pod)
+            await self._discover(pod)
+        self._registry.measured(pod.name, metrics)
+        self._announce(pod)
+        was_asleep = None if before is None else before.sleep
+        if metrics.sleep is not None and was_asleep is None:
+            log.warning("pod_fell_asleep", pod=pod.name, state=metrics.sleep)
+        elif metrics.sleep is None and was_asleep is not None:
+            log.info("pod_woke_up", pod=pod.name)
+        if self._on_measured is not None:
+            self._on_measured(pod, metrics)
 
     def _answered(self, pod: Pod) -> None:
         self._registry.answered(pod.name)
@@ -144,6 +217,12 @@ class PodWatcher:
         interval = self._config.scrape_interval_seconds
         back_off = min(interval * 2.0 ** min(pod.failures, 16), max(interval, MAX_BACK_OFF_SECONDS))
         return back_off * random.uniform(0.9, 1.1)  # noqa: S311 - spreads polls, no security purpose
+
+    def _log_restart(self, pod: Pod) -> None:
+        now = self._registry.clock()
+        if now - self._restart_logged.get(pod.name, -RESTART_LOG_SECONDS) >= RESTART_LOG_SECONDS:
+            self._restart_logged[pod.name] = now
+            log.info("pod_restarted", pod=pod.name)
 
     def _log_health(self, pod: Pod, reason: str | None) -> None:
         if not pod.healthy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from matrixinfer.config import WeightsConfig
+from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
 from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
@@ -53,8 +54,11 @@ class Candidates:
             name, request, match, load, self._history, self._weights, reads_cache, approximate
         )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
-        engine: EngineMetrics | RankMetrics | None = metrics
-        if metrics is not None and endpoint.rank is not None:
+        published = self._registry.load_of(endpoint, request.now) if endpoint.pod.loads else None
+        engine: EngineMetrics | RankMetrics | LoadReport | None = metrics
+        if published is not None:
+            engine = published
+        elif metrics is not None and endpoint.rank is not None:
             engine = metrics.ranks.get(endpoint.rank)
         engine_block = None if cache is None else cache.engine_block
         if engine_block is None and metrics is not None:
@@ -69,7 +73,7 @@ class Candidates:
             running=engine.running if engine else None,
             waiting=engine.waiting if engine else None,
             cache_usage=engine.cache_usage if engine else None,
-            metrics_age=request.now - metrics.read_at if metrics else None,
+            metrics_age=request.now - read.read_at if (read := published or metrics) else None,
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=engine_block,

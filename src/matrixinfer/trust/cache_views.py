@@ -109,7 +109,7 @@ class FeedReports:
         feed = self._feeds.get(name)
         if feed is not None:
             report |= {
-                "limits": list(feed.ledger.limits),
+                "limits": list(feed.limits),
                 "untrusted": feed.untrusted,
                 "frames": feed.stats.frames,
                 "engine_blocks": len(feed.ledger),

@@ -84,14 +84,18 @@ async def until_stopped(seconds: float | None) -> AsyncIterator[None]:
 async def _published_by(url: str) -> tuple[KvEventsConfig, ...]:
     async with aiohttp.ClientSession() as session:
         try:
-            found = await EngineApi(session, _TIMEOUT_SECONDS).kv_sources(url)
+            api = EngineApi(session, _TIMEOUT_SECONDS)
+            served = await api.models(url)
+            found = (await api.about(url, None if served is None else served.engine)).sources
         except EngineDown as error:
             raise ConfigError("ENDPOINT", str(error)) from error
     if not found:
         raise ConfigError(
-            "ENDPOINT", f"{url} names no publisher in /kv_event_sources: give the tcp:// endpoint on which it publishes"
+            "ENDPOINT",
+            f"{url} names no publisher in /kv_event_sources or /server_info: give the tcp:// endpoint on which it "
+            "publishes",
         )
-    return found
+    return tuple(KvEventsConfig(endpoint=source.endpoint, replay_endpoint=source.replay_endpoint) for source in found)
 
 
 def _is_url(text: str) -> bool:
