@@ -138,7 +138,7 @@ class Service:
             "recent_blocks": self._history.__len__,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
-            "parity_samples": self._parity.__len__,
+            "parity_samples": self._parity.sampling.__len__,
         }
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))

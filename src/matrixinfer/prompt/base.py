@@ -85,6 +85,8 @@ class Prompt:
     """The engine keeps only this many tokens from the prompt's beginning. Never 0."""
     reads_cache: bool = True
     """False when the engine ignores its cache and computes the whole prompt, as for log-probabilities of the prompt."""
+    request_class: str = "text"
+    """What the canary judges together; see `request_class`."""
     counted: bool = True
     """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
 

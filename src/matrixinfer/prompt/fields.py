@@ -14,6 +14,7 @@ from msgspec import Meta, Raw, Struct
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.request_class import request_class
 
 T = TypeVar("T")
 
@@ -190,6 +191,7 @@ def prompt(
         keep_last=keep if side == "left" else None,
         keep_first=keep if side == "right" else None,
         reads_cache=reads_cache,
+        request_class=request_class(path, chat),
         counted=counted and request.truncate_prompt_tokens is None,
     )
 

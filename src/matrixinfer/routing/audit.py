@@ -20,19 +20,28 @@ from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
 from matrixinfer.trust.prediction import Prediction
+from matrixinfer.trust.sampling import Present, Sampling
 
 _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Feed states in which the index is meant to be right."""
 
 
 class Audit:
-    """One request's findings. Both parts are None where they would prove nothing."""
+    """One request's findings. The parts are None where they would prove nothing."""
 
-    __slots__ = ("_comparison", "_prediction")
+    __slots__ = ("_comparison", "_prediction", "_present", "_sampling")
 
-    def __init__(self, comparison: Comparison | None, prediction: Prediction | None) -> None:
+    def __init__(
+        self,
+        comparison: Comparison | None,
+        prediction: Prediction | None,
+        sampling: Sampling,
+        present: Present | None,
+    ) -> None:
         self._comparison = comparison
         self._prediction = prediction
+        self._sampling = sampling
+        self._present = present
 
     def moved(self) -> None:
         """The request goes to another endpoint, for which nothing was predicted."""
@@ -56,7 +65,10 @@ class Audit:
 
     def _end(self, *, computed: bool) -> None:
         prediction, self._prediction = self._prediction, None
+        present, self._present = self._present, None
         try:
+            if present is not None:
+                self._sampling.leave(present)
             if self._comparison is not None:
                 self._comparison.unwatch(computed=computed)
         finally:
@@ -86,9 +98,14 @@ class Auditor:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
         prediction = None if feed is None else self._prediction(prepared, chosen, feed)
+        sampling, present = self._parity.sampling, None
         try:
-            return Audit(self._comparison(prepared, chosen, feed), prediction)
+            if feed is not None:
+                present = sampling.enter(feed, _model_at(feed, prepared), prepared.ids)
+            return Audit(self._comparison(prepared, chosen, feed, present), prediction, sampling, present)
         except BaseException:
+            if present is not None:
+                sampling.leave(present)
             if prediction is not None:
                 prediction.end(computed=False)
             raise
@@ -102,15 +119,17 @@ class Auditor:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
 
-    def _comparison(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
+    def _comparison(
+        self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None, present: Present | None
+    ) -> Comparison | None:
         """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
         if prepared.tokenizer is None or prepared.ids is None:
             return None
         comparison = Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
-        if feed is not None and (self._parity.is_watched(feed) or self._parity.is_due()):
+        if feed is not None and present is not None and comparison.is_due(feed):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
-                comparison.watch(chosen.name, feed, witness)
+                comparison.watch(chosen.name, feed, witness, present)
         return comparison
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
