@@ -76,10 +76,11 @@ class Sample:
                 unseen.pop(i, None)
             if not explained:
                 strange.append(chain)
-        # Our own chain was not among them. It is one of the strange ones if there are enough for all that are missing.
+        # Our own chain was not among them. It is one of the strange ones if there is one for each that is missing,
+        # and most likely the one that is most like it.
         if self.blind or any(each.ids is None for each in rivals) or len(strange) != 1 + len(unseen):
             return "inconclusive", None
-        return "differs", min(at for chain in strange if (at := witness.difference(chain)) is not None)
+        return "differs", max(at for chain in strange if (at := witness.difference(chain)) is not None)
 
 
 @dataclass(slots=True, eq=False)
