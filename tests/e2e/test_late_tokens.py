@@ -103,7 +103,8 @@ async def test_an_answer_does_not_wait_for_a_slow_engine_to_tokenize(
         (made,) = await decisions(target)
         counted = answer["usage"]["prompt_tokens"]
         assert made["late"] == {"tokens": counted, "blocks": counted // 128, "predicted_hit_tokens": None}
-        assert (await parity(target))["usage"] == {"agreed": 1, "mismatched": 0, "inconclusive": 0, "streak": 1}
+        usage = (await parity(target))["classes"]["chat"]["usage"]
+        assert usage == {"agreed": 1, "mismatched": 0, "inconclusive": 0, "streak": 1}
         assert (await parity(target))["asking"]["answers"] == 1
 
 

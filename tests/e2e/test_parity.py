@@ -12,7 +12,7 @@ from matrixinfer.prompt.chat_template import CHATML
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
-from matrixinfer.trust import parity
+from matrixinfer.trust import parity, sampling
 from tests.virtual_time import VirtualTimeLoop
 
 from .fleet import Fleet, virtual_fleet
@@ -24,13 +24,13 @@ ENGINE = SimEngineConfig(
     model="m", block_size=16, num_blocks=5_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
 )
 GRACE = 0.1
-DISTRUST = "token ids have differed from the engine's; only recent blocks count"
+DISTRUST = "token ids of chat requests have differed from the engine's; only recent blocks count"
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "SAMPLED_EVERY", 1)
-    monkeypatch.setattr(parity, "_GRACE_SECONDS", GRACE)
+    monkeypatch.setattr(sampling, "_GRACE_SECONDS", GRACE)
 
 
 def template(path: Path, replaced: str, by: str) -> str:
@@ -45,11 +45,11 @@ def chat(number: int, **more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": text}], "max_tokens": 2, **more}
 
 
-async def checks(gateway: Fleet) -> dict[str, Any]:
+async def checks(gateway: Fleet, request_class: str = "chat") -> dict[str, Any]:
     """What has been compared, once the last events have come."""
     await asyncio.sleep(2 * GRACE)
     async with gateway.session.get(f"{gateway.service.gateway.admin_url}/debug/tokenizers") as response:
-        found: dict[str, Any] = (await response.json())["tokenizers"]["m"]
+        found: dict[str, Any] = (await response.json())["tokenizers"]["m"]["classes"][request_class]
         return found
 
 
@@ -75,7 +75,7 @@ async def test_the_same_tokenizer_agrees_in_counts_and_in_events(
         found = await checks(gateway)
     assert b'"usage":{' not in without_usage
     assert found["approximate"] is False
-    assert (found["usage"]["agreed"], found["usage"]["mismatched"]) == (7, 0)
+    assert (found["usage"]["agreed"], found["usage"]["mismatched"]) == (6, 0)
     assert found["events"]["agreed"] >= 4
     assert found["events"]["mismatched"] == 0
 
@@ -89,7 +89,7 @@ async def test_an_empty_prompt_is_the_engines_to_refuse(loop: VirtualTimeLoop, t
             assert response.status == 400
 
 
-async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_agree(
+async def test_a_class_of_requests_whose_counts_differ_is_routed_approximately_alone(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tmp_path: Path
 ) -> None:
     other = template(tmp_path, "{%- if tools %}", "You are a river.{%- if tools %}")
@@ -101,10 +101,10 @@ async def test_a_model_whose_counts_differ_is_routed_approximately_until_they_ag
         assert DISTRUST in decision["notes"]
         assert {pod["matched_blocks"] for pod in decision["pods"].values()} == {None}
         assert (await checks(gateway))["approximate"] is True
-        for _ in range(parity.RUN):
-            await gateway.post(COMPLETIONS, {"model": "m", "prompt": "Once upon a time", "max_tokens": 1})
-        assert (await checks(gateway))["approximate"] is False
-        decision = await gateway.explain(CHAT, chat(0))
+        text = {"model": "m", "prompt": "Once upon a time", "max_tokens": 1}
+        await gateway.post(COMPLETIONS, text)
+        assert (await checks(gateway, "text"))["approximate"] is False
+        decision = await gateway.explain(COMPLETIONS, text)
         assert None not in {pod["matched_blocks"] for pod in decision["pods"].values()}
 
 

@@ -41,6 +41,7 @@ class Engine:
     bodies: list[Any] = field(default_factory=list)
     url: str = ""
     engine: str | None = "vllm"
+    version: str | None = "0.33.0"
     names: dict[str, str] = field(default_factory=dict)
 
     def index_name(self, name: str) -> str | None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from matrixinfer.prompt import tokenizer_files
 from matrixinfer.prompt.conversation import engine_messages, engine_tools
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.requests import parse
 
@@ -81,7 +82,7 @@ def test_conversations_have_the_ids_of_transformers(name: str, trace: Any) -> No
     make: Any = PreTrainedTokenizerFast
     tokens = tokenizer_files.special_tokens(FOLDER, where="$")
     theirs = make(tokenizer_object=Tokenizer.from_file(str(FOLDER / "tokenizer.json")), **tokens)
-    parts = ours._templates["default"].content_parts  # noqa: SLF001 - what the template was found to take
+    parts = ours._templates["default"].takes_parts(Dialect.VLLM)  # noqa: SLF001 - what the template was found to take
     compared = 0
     for number, body in enumerate(trace()):
         ids = ours.tokenize(parse("/v1/chat/completions", json.dumps({"model": "m"} | body).encode())).ids

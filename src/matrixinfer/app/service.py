@@ -32,6 +32,7 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
@@ -158,7 +159,7 @@ class Service:
             tokenizers,
             RemoteTokenizer(engines.session, rests=False, clock=clock),
             fleet=partial(served_models, engines.registry),
-            distrusts=self._parity.is_approximate,
+            distrusts=lambda model: any(self._parity.is_approximate(model, each) for each in SAMPLED_CLASSES),
             block_size=engines.blocks.block_size,
             clock=clock,
         )
@@ -184,7 +185,7 @@ class Service:
             "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
-            "parity_samples": self._parity.__len__,
+            "parity_samples": self._parity.sampling.__len__,
             "late_prompts": lambda: tokenizers.late,
         }
         self.metrics.register(IndexCollector(self.engines.setup.index))

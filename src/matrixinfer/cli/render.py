@@ -81,7 +81,7 @@ def _template(args: argparse.Namespace) -> ChatTemplate:
         source = tokenizer_files.read_text(Path(args.chat_template), where="--chat-template")
     special = {} if args.tokenizer is None else tokenizer_files.special_tokens(args.tokenizer, where="--tokenizer")
     now = datetime.now if args.now is None else lambda: args.now
-    return ChatTemplate(source, now=now, **special)
+    return ChatTemplate(source, now=now, aliases_reasoning=True, **special)
 
 
 def _rendered(template: ChatTemplate, line: bytes) -> str:

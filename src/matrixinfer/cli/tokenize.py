@@ -114,7 +114,8 @@ async def _answered(
     except InvalidRequest as error:
         return {"error": str(error)}
     try:
-        answer = _answer(await tokenizers.tokenize(prompt, model=_MODEL, engines=()))
+        engines = () if comparison is None else (comparison.engine,)
+        answer = _answer(await tokenizers.tokenize(prompt, model=_MODEL, engines=engines))
     except TokenizeError as error:
         answer = {"error": str(error)}
     return answer if comparison is None else answer | await comparison.compare(prompt, answer)
@@ -142,6 +143,7 @@ def _answer(tokenized: Tokenized) -> dict[str, object]:
 class _ComparedEngine:
     url: str
     engine: str | None
+    version: str | None
 
     def index_name(self, _: str) -> str | None:
         """None: the engine is asked for its model by the name that it reports."""
@@ -152,11 +154,13 @@ async def _comparison(url: str, api: EngineApi, remote: RemoteTokenizer) -> _Com
     """Raises `ConfigError` when the engine does not say which model it serves."""
     try:
         served = await api.models(url.rstrip("/"))
+        facts = (await api.about(url.rstrip("/"), None if served is None else served.engine)).facts
     except EngineDown as error:
         raise ConfigError("--compare", str(error)) from error
     if served is None:
         raise ConfigError("--compare", f"expected a model in {url}/v1/models, found none")
-    return _Comparison(remote, _ComparedEngine(url, served.engine), served.base_model)
+    engine = _ComparedEngine(url, facts.kind if facts else served.engine, facts.version if facts else None)
+    return _Comparison(remote, engine, served.base_model)
 
 
 class _Comparison:
@@ -164,7 +168,7 @@ class _Comparison:
 
     def __init__(self, remote: RemoteTokenizer, engine: _ComparedEngine, model: str) -> None:
         self._remote = remote
-        self._engine = engine
+        self.engine = engine
         self._model = model
         self._same = self._different = self._engine_only = self._failed = 0
 
@@ -174,7 +178,7 @@ class _Comparison:
             return {}
         self._progress()
         try:
-            ids = await self._remote.tokenize(prompt, [self._engine], self._model, timeout_seconds=_TIMEOUT_SECONDS)
+            ids = await self._remote.tokenize(prompt, [self.engine], self._model, timeout_seconds=_TIMEOUT_SECONDS)
         except TokenizeError as error:
             self._failed += 1
             return {"engine_error": str(error)}

@@ -2,8 +2,8 @@
 
 An engine that holds the first `held` tokens of a prompt computes the rest, and stores it as blocks that follow the block
 which ends there. So while the prompt is in flight, a new chain of blocks after exactly those tokens belongs to that
-prompt, if there is only one such chain. Its tokens are then the engine's own token ids of the prompt. No chain (the
-engine held more than was known) or several (other prompts continue from the same place) prove nothing.
+prompt, or to another one that continues from the same place. Whoever knows those others can tell (`trust.sampling`). No
+chain proves nothing: the engine held more than was known.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from matrixinfer.blocks import TokenIds, token_bytes
 from matrixinfer.kvevents.run import Run
+
+_MAX_SEEN = 16
 
 
 class Witness:
@@ -28,31 +30,38 @@ class Witness:
         """How many new chains followed those tokens."""
         self.first_difference: int | None = None
         """Position in the prompt of the first token that differs in the last chain seen; None if all are equal."""
-        self._model = model
+        self.seen: list[bytes] = []
+        """The tokens of the first chains, four bytes each, as far as they were stored at once."""
+        self.model = model
+        self.held = held
+        self.ids = ids
         self._tokens = token_bytes(ids)
-        self._held = held
         blocks = held // block_size
         self._parent = chain[blocks - 1] if blocks else None
 
     def see(self, run: Run, position: int) -> None:
         """Look at the blocks that were appended to `run` from `position` on."""
-        if run.start + position * run.block_size != self._held or run.model != self._model:
+        if run.start + position * run.block_size != self.held or run.model != self.model:
             return
         parent, rest = run.before(position)
-        start = 4 * self._held
+        start = 4 * self.held
         if parent != self._parent or rest != self._tokens[start - len(rest) : start]:
             return
+        theirs = bytes(run.tokens[start - 4 * run.base :])
         self.chains += 1
-        self.first_difference = self._difference(bytes(run.tokens[start - 4 * run.base :]))
+        self.first_difference = self.difference(theirs)
+        if len(self.seen) < _MAX_SEEN:
+            self.seen.append(theirs)
 
-    def is_like(self, other: Witness) -> bool:
-        """Whether this witness could mistake blocks that `other` looks for for its own."""
-        return (self._model, self._held, self._parent) == (other._model, other._held, other._parent)
-
-    def _difference(self, theirs: bytes) -> int | None:
-        ours = self._tokens[4 * self._held :]
+    def difference(self, theirs: bytes) -> int | None:
+        """The position in the prompt of the first token that differs in a chain; None if all are equal."""
+        ours = self._tokens[4 * self.held :]
         count = min(len(ours), len(theirs))
         if ours[:count] == theirs[:count]:
             return None
         at = next(i for i in range(0, count, 4) if ours[i : i + 4] != theirs[i : i + 4])
-        return self._held + at // 4
+        return self.held + at // 4
+
+    def is_of(self, theirs: bytes, ids: TokenIds) -> bool:
+        """Whether a chain holds the tokens of another prompt, `ids`, that begins with the same `held` tokens."""
+        return token_bytes(ids[self.held : self.held + len(theirs) // 4]) == theirs[: 4 * max(0, len(ids) - self.held)]

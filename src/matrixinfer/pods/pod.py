@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from matrixinfer.config import PodConfig
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.pods.boot import BootMarks
-from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
+from matrixinfer.pods.engine_kind import EngineFacts, EngineKind, kind_of
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.publishers import KvSource
 
@@ -136,7 +136,14 @@ class Pod:
     @property
     def engine(self) -> EngineKind | None:
         """The kind of engine; None until it is known."""
-        return None if self.facts is None else self.facts.kind
+        if self.facts is not None:
+            return self.facts.kind
+        return None if self.served is None else kind_of(self.served.engine)
+
+    @property
+    def version(self) -> str | None:
+        """The engine's version; None if it does not report it."""
+        return None if self.facts is None else self.facts.version
 
     @property
     def base_model(self) -> str | None:

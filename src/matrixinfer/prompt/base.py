@@ -12,8 +12,21 @@ from typing import Annotated, Any, Protocol
 from msgspec import Meta
 
 from matrixinfer.blocks import SharedHashes, TokenIds
+from matrixinfer.prompt.dialect import Dialect
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SentFields:
+    """Fields of a chat as the client sent them, which SGLang reads differently from vLLM."""
+
+    template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | float | None = None
+    reasoning: object = None
+    tool_choice: object = None
+    input_ids: TokenIds | None = None
+    """The prompt's token ids. SGLang uses them in place of the messages; vLLM ignores them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +49,9 @@ class Chat:
     """Later system messages are merged into the first one if the template refuses them; see `template_traits.adapt`."""
     thinking_off: bool = False
     """Thinking is disabled by a value that not every template knows; see `template_traits.adapt`."""
+
+    sent: SentFields | None = None
+    """None in APIs whose chats only vLLM builds in a way that is known here."""
 
     @property
     def own_template(self) -> bool:
@@ -73,6 +89,8 @@ class Prompt:
     """Bytes of the request's other prompts, which the engine computes as well."""
     more_tokens: int = 0
     """Tokens of the request's other prompts, if these are token ids."""
+    request_class: str = "text"
+    """What the canary judges together; see `request_class`."""
     counted: bool = True
     """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
 
@@ -104,8 +122,8 @@ class Tokenizer(Protocol):
         """Largest request, in bytes, that is fast enough to tokenize on the event loop."""
         ...
 
-    def tokenize(self, prompt: Prompt) -> Tokens:
-        """The ids that the engine caches for `prompt`, whose `token_ids` is None. Raises `TokenizeError`.
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
+        """The ids that engines of `dialect` cache for `prompt`, whose `token_ids` is None. Raises `TokenizeError`.
 
         Does not truncate: the caller applies `keep_first` and `keep_last`.
         """

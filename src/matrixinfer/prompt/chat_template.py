@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.content_format import walks_content
+from matrixinfer.prompt.content_format import sglang_passes_parts, vllm_passes_parts
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.sandbox import Sandbox
 
 CHATML = """\
@@ -57,25 +58,42 @@ _FINAL_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 class ChatTemplate:
     """A compiled template. Special tokens become variables of the template; a token that is None stays undefined.
 
-    `now` is the clock of `strftime_now`. Raises `TokenizeError` if `source` is not a valid template.
+    `now` is the clock of `strftime_now`. With `aliases_reasoning`, templates get a message's reasoning under all its names,
+    as from transformers 5.21 on; the engines known so far require older versions. Raises `TokenizeError` if `source` is not a valid template.
     """
 
     def __init__(
-        self, source: str, *, now: Callable[[], datetime] = datetime.now, **special_tokens: str | None
+        self,
+        source: str,
+        *,
+        now: Callable[[], datetime] = datetime.now,
+        aliases_reasoning: bool = True,
+        **special_tokens: str | None,
     ) -> None:
         environment = Sandbox(now=now)
         try:
             tree = environment.parse(source)
-            self.content_parts = walks_content(tree)
-            """True when the template loops over a message's content as a list of parts."""
+            self._parts = _forms_of_content(source, tree)
             self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
         self.source = source
         self.knows_developers = '"developer"' in source or "'developer'" in source
         """True when the template mentions the role `developer`; vLLM searches for the quoted word in the same way."""
+        self._aliases_reasoning = aliases_reasoning
         self._reads_content = "content" in source
+        self.bos_token = special_tokens.get("bos_token")
         self._special_tokens = {name: token for name, token in special_tokens.items() if token is not None}
+
+    def takes_parts(self, dialect: Dialect) -> bool:
+        """Whether engines of this dialect pass a message's content as a list of parts, not as one string.
+
+        Raises `TokenizeError` if that depends on a version that is not known.
+        """
+        takes = self._parts[dialect]
+        if takes is None:
+            raise TokenizeError("the form of this template's content depends on the engine's version, which is unknown")
+        return takes
 
     def render(
         self,
@@ -98,7 +116,7 @@ class ChatTemplate:
         context: dict[str, Any] = {
             **self._special_tokens,
             **variables,
-            "messages": [_shaped(message) for message in messages],
+            "messages": [_shaped(message, aliases=self._aliases_reasoning) for message in messages],
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
@@ -127,10 +145,23 @@ class ChatTemplate:
         raise TokenizeError("the final message has no text to continue")
 
 
-def _shaped(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without its null values, and with its reasoning under every name that templates use for it."""
+def _forms_of_content(source: str, tree: jinja2.nodes.Template) -> Mapping[Dialect, bool | None]:
+    """For each dialect whether content is a list of parts; None if its versions differ in that."""
+    newest = vllm_passes_parts(tree)
+    vllm = {
+        Dialect.VLLM: newest,
+        Dialect.VLLM_30: vllm_passes_parts(tree, namespaces=False),
+        Dialect.VLLM_28: vllm_passes_parts(tree, macros=False, namespaces=False),
+    }
+    unknown = newest if len(set(vllm.values())) == 1 else None
+    sglang = sglang_passes_parts(source, tree)
+    return {**vllm, Dialect.VLLM_UNKNOWN: unknown, **{each: sglang for each in Dialect if each.is_sglang}}
+
+
+def _shaped(message: Mapping[str, Any], *, aliases: bool) -> dict[str, Any]:
+    """A message without its null values; with `aliases`, its reasoning under every name that templates use for it."""
     shaped = {key: value for key, value in message.items() if value is not None}
-    for name in _REASONING:
+    for name in _REASONING if aliases else ():
         if name in shaped:
             return {"thinking": shaped[name], **shaped, "reasoning_content": shaped[name]}
     return shaped

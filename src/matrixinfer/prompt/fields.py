@@ -14,6 +14,7 @@ from msgspec import Meta, Raw, Struct
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.request_class import request_class
 
 T = TypeVar("T")
 
@@ -203,6 +204,7 @@ def prompt(
         reads_cache=reads_cache,
         more_bytes=more_bytes,
         more_tokens=more_tokens,
+        request_class=request_class(path, chat),
         counted=counted and request.truncate_prompt_tokens is None,
     )
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeAlias
 
@@ -24,6 +25,7 @@ from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import found, hub, loader
 from matrixinfer.prompt.base import Prompt, Tokenizer
+from matrixinfer.prompt.dialect import Dialect, dialect_of
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
@@ -276,15 +278,26 @@ class TokenizerFinder:
 
     async def _check(self, tokenizer: Tokenizer, engines: Iterable[Served], results: dict[str, Checked]) -> None:
         """Compare the samples with those engines, one after the other."""
-        asks = isinstance(tokenizer, loader.TextTokenizer)
 
-        async def ours(prompt: Prompt) -> TokenIds | None:
-            if asks and prompt.chat is not None:
+        async def ours(prompt: Prompt, *, dialect: Dialect) -> TokenIds | None:
+            chat = prompt.chat
+            if (
+                chat is not None
+                and isinstance(tokenizer, loader.TextTokenizer)
+                and tokenizer.asks_engine(chat, dialect)
+            ):
                 return None
-            return (await asyncio.to_thread(tokenizer.tokenize, prompt)).ids
+            return (await asyncio.to_thread(tokenizer.tokenize, prompt, dialect)).ids
 
         for each in engines:
-            samples = await compare(ours, self._remote, each.engine, model=each.model, seconds=self._answer_seconds)
+            dialect = dialect_of(each.engine.engine, each.engine.version)
+            samples = await compare(
+                partial(ours, dialect=dialect),
+                self._remote,
+                each.engine,
+                model=each.model,
+                seconds=self._answer_seconds,
+            )
             results[each.name] = Checked.of(each.name, samples)
 
     def _settle(self, name: str, model: _Model) -> None:
@@ -300,7 +313,7 @@ class TokenizerFinder:
         if tokenizer is None:
             return
         if whole.chats is not None and not isinstance(tokenizer, loader.TextTokenizer):
-            tokenizer = loader.TextTokenizer(tokenizer, whole.chats, ask_engine=True)
+            tokenizer = loader.TextTokenizer(tokenizer, whole.chats)
         self._tokenizers.use(name, tokenizer)
         asks = isinstance(tokenizer, loader.TextTokenizer)
         reason = whole.chats or (tokenizer.reason if isinstance(tokenizer, loader.TextTokenizer) else None)

@@ -10,7 +10,8 @@ from typing import Any, Literal, cast
 
 from matrixinfer.config import ModelConfig
 from matrixinfer.errors import ConfigError, TokenizeError
-from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.base import Chat, Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.tokenizer_files import code_of, read_json, read_text
 
@@ -31,8 +32,10 @@ RENDERED_BY_ENGINE: Mapping[str, str] = MappingProxyType(
 """Architectures whose chats vLLM 0.32 renders without a chat template, and the tokenizer mode that it uses for them."""
 
 _HARMONY_TYPE = "gpt_oss"
-"""The model type whose chats vLLM renders in the harmony format in every tokenizer mode, except in `/tokenize`."""
-_HARMONY = "the engine renders chats of gpt-oss in the harmony format, without a template"
+"""The model type whose chats vLLM renders in the harmony format in every tokenizer mode, whatever template it is given."""
+_HARMONY = "vLLM renders chats of gpt-oss in the harmony format, without a template"
+_HARMONY_MISSING = f"{_HARMONY}; `pip install 'matrixinfer-gateway[harmony]'` to do so here"
+_HARMONY_DIFFERS = f"{_HARMONY}, but this vocabulary is not that of the format's library"
 
 _MISTRAL_FILE = re.compile(r"tekken\.json|tokenizer\.model\.v.*")
 _MISTRAL_ONLY_FILE = re.compile(r"tekken.*\.json|.*\.model\.v\d+(m\d+)?")
@@ -43,14 +46,12 @@ _ALL_KINDS = "tokenizer.json, tekken.json, tokenizer.model.v*, tiktoken.model, *
 class TextTokenizer:
     """A tokenizer for a model whose chats only the engine can render: it encodes texts and refuses chats.
 
-    `ask_engine` is True if the engine's `/tokenize` renders chats as it does for requests. `reason` goes into the
-    `TokenizeError` for chats.
+    `reason` goes into the `TokenizeError` for chats.
     """
 
-    def __init__(self, tokenizer: Tokenizer, reason: str, *, ask_engine: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, reason: str) -> None:
         self._tokenizer = tokenizer
         self.reason = reason
-        self.ask_engine = ask_engine
 
     @property
     def name(self) -> str:
@@ -60,10 +61,25 @@ class TextTokenizer:
     def inline_bytes(self) -> int:
         return self._tokenizer.inline_bytes
 
-    def tokenize(self, prompt: Prompt) -> Tokens:
+    def asks_engine(self, chat: Chat, dialect: Dialect) -> bool:
+        """Whether the engine's `/tokenize` renders this chat as the engine does for requests."""
+        return True
+
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
         if prompt.chat is not None:
             raise TokenizeError(self.reason)
-        return self._tokenizer.tokenize(prompt)
+        return self._tokenizer.tokenize(prompt, dialect)
+
+
+class HarmonyTextTokenizer(TextTokenizer):
+    """A tokenizer for gpt-oss without the harmony library. SGLang renders these chats by the model's template."""
+
+    def asks_engine(self, chat: Chat, dialect: Dialect) -> bool:
+        """Only vLLM from 0.33 on renders harmony in `/tokenize`, where a chat's reasoning effort has no field."""
+        return dialect is Dialect.VLLM and chat.sent is not None and chat.sent.reasoning_effort is None
+
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
+        return self._tokenizer.tokenize(prompt, dialect) if dialect.is_sglang else super().tokenize(prompt, dialect)
 
 
 def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: int = 0) -> Tokenizer:
@@ -86,8 +102,19 @@ def load(model: ModelConfig, *, where: str, block_size: int = 128, cache_bytes: 
         tokenizer = LocalTokenizer.load(
             file, model.chat_template, where=where, block_size=block_size, cache_bytes=cache_bytes
         )
-    reason = _engine_renders(file.parent, model, where=f"{where}.tokenizer")
-    return tokenizer if reason is None else TextTokenizer(tokenizer, reason, ask_engine=reason != _HARMONY)
+    config = read_json(file.parent / "config.json", where=f"{where}.tokenizer")
+    if config.get("model_type") == _HARMONY_TYPE:
+        return _harmony(tokenizer)
+    reason = _engine_renders(file.parent, model, config, where=f"{where}.tokenizer")
+    return tokenizer if reason is None else TextTokenizer(tokenizer, reason)
+
+
+def _harmony(tokenizer: Tokenizer) -> Tokenizer:
+    try:
+        from matrixinfer.prompt.harmony import HarmonyTokenizer  # noqa: PLC0415 - needs an extra
+    except ImportError:
+        return HarmonyTextTokenizer(tokenizer, _HARMONY_MISSING)
+    return HarmonyTokenizer.load(tokenizer) or HarmonyTextTokenizer(tokenizer, _HARMONY_DIFFERS)
 
 
 def _mistral(file: Path, *, where: str) -> Tokenizer:
@@ -168,14 +195,9 @@ def _file_names(mode: str) -> str:
     }.get(mode, _ALL_KINDS)
 
 
-def _engine_renders(folder: Path, model: ModelConfig, *, where: str) -> str | None:
+def _engine_renders(folder: Path, model: ModelConfig, config: Mapping[str, Any], *, where: str) -> str | None:
     """Why only the engine can render the model's chats, or None. A configured chat template always means None."""
-    if model.chat_template is not None:
-        return None
-    config = read_json(folder / "config.json", where=where)
-    if config.get("model_type") == _HARMONY_TYPE:
-        return _HARMONY
-    if model.tokenizer_mode != "auto":
+    if model.chat_template is not None or model.tokenizer_mode != "auto":
         return None
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +23,11 @@ from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.multimodal import before_media
+from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
+from matrixinfer.prompt.sglang import sglang_chat, without_wrappers
 from matrixinfer.prompt.template_traits import TemplateTraits, adapt, probe
 
 
@@ -115,7 +119,8 @@ class LocalTokenizer:
             sources = {"default": _configured(chat_template, where=f"{where}.chatTemplate")}
         try:
             templates = {
-                name: ChatTemplate(source, now=now, **files.special_tokens) for name, source in sources.items()
+                name: ChatTemplate(source, now=now, aliases_reasoning=False, **files.special_tokens)
+                for name, source in sources.items()
             }
         except TokenizeError as error:
             raise ConfigError(f"{where}.chatTemplate", str(error)) from error
@@ -140,44 +145,78 @@ class LocalTokenizer:
         """Larger requests, in bytes, should be tokenized in a thread."""
         return self._encoder.inline_bytes
 
-    def tokenize(self, prompt: Prompt) -> Tokens:
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
         """See `Tokenizer.tokenize`."""
         timings: dict[str, float] = {}
-        text, complete = prompt.text, True
+        text, complete, continued = prompt.text, True, ""
+        # SGLang's completions have no field for this.
+        special = prompt.add_special_tokens or (dialect.is_sglang and prompt.path == COMPLETIONS_PATH)
         if prompt.chat is not None:
             start = self._clock()
             complete = not has_media(prompt.chat.messages)
-            text = self.render(prompt.chat) if complete else self.render_before_media(prompt.chat)
+            if dialect.is_sglang:
+                text, continued = self.render_for_sglang(prompt.chat, dialect)
+                special = False
+            elif complete:
+                text = self.render(prompt.chat, dialect)
+            else:
+                text = self.render_before_media(prompt.chat, dialect)
             timings["render"] = (self._clock() - start) * 1e3
         if text is None:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
         start = self._clock()
-        ids, hashes = self._encode(text, before=prompt.add_special_tokens, after=prompt.add_special_tokens and complete)
+        ids, hashes = self._encode(text, before=special, after=special and complete)
+        if continued:
+            ids = np.concatenate((ids, self._continued(continued)))
         timings["tokenize"] = (self._clock() - start) * 1e3
-        return Tokens(ids=ids, complete=complete, hashes=hashes, timings_ms=timings)
+        return Tokens(ids=ids, complete=complete, hashes=None if continued else hashes, timings_ms=timings)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """The token ids of `text`, shape (n,), optionally with the special tokens around it. Raises `TokenizeError`."""
         return self._encode(text, before=add_special_tokens, after=add_special_tokens)[0]
 
-    def render(self, chat: Chat) -> str:
-        """The chat's text as the engine renders it. Raises `TokenizeError`."""
+    def render(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
+        """The chat's text as vLLM renders it. Raises `TokenizeError`."""
         template, chat = self._template(chat), self._adapted(chat)
-        messages = engine_messages(chat.messages, parts=template.content_parts, in_schema_order=chat.in_schema_order)
-        return _rendered(template, chat, messages)
+        parts = template.takes_parts(dialect)
+        return _rendered(
+            template, chat, engine_messages(chat.messages, parts=parts, in_schema_order=chat.in_schema_order)
+        )
 
-    def render_before_media(self, chat: Chat) -> str:
+    def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
 
         Raises `TokenizeError`.
         """
         template, chat = self._template(chat), self._adapted(chat)
-        text = before_media(chat, partial(_rendered, template, chat), parts=template.content_parts)
+        text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
         return self._cache.cutter.settled(text)
 
     def template_of(self, chat: Chat) -> ChatTemplate:
         """The template that renders `chat`. Raises `TokenizeError`."""
         return self._template(chat)
+
+    def render_for_sglang(self, chat: Chat, dialect: Dialect) -> tuple[str, str]:
+        """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`."""
+        if len(self._templates) > 1:
+            raise TokenizeError(
+                "the tokenizer has several chat templates; set `chatTemplate` to the one that SGLang uses"
+            )
+        template = self._template(replace(chat, chat_template=None))
+        shaped = sglang_chat(chat, dialect, parts=template.takes_parts(dialect))
+        documents = shaped.variables.pop("documents", None)
+        try:
+            text = template.render(shaped.messages, shaped.tools, documents, **shaped.variables)
+        except TokenizeError:
+            if not shaped.tools:
+                raise
+            text = template.render(shaped.messages, without_wrappers(shaped.tools), documents, **shaped.variables)
+        return text, shaped.continued
+
+    def _continued(self, text: str) -> TokenIds:
+        """The ids of a text to continue, as SGLang appends them to the prompt: without the BOS token."""
+        ids, _ = self._encode(text, before=True, after=True)
+        return ids[1:] if len(ids) and ids[0] == self._bos else ids
 
     def decode(self, ids: TokenIds) -> bytes:
         """The bytes that token ids encode, including special tokens. Raises `TokenizeError` for unknown ids."""
@@ -202,6 +241,13 @@ class LocalTokenizer:
     @cached_property
     def _traits(self) -> TemplateTraits:
         return probe((template.source for template in self._templates.values()), self.render)
+
+    @cached_property
+    def _bos(self) -> int | None:
+        """The id of the BOS token; None if there is none."""
+        token = next((each.bos_token for each in self._templates.values()), None)
+        ids = NO_TOKENS if token is None else self._encode(token, before=False, after=False)[0]
+        return int(ids[0]) if len(ids) == 1 else None
 
     def _template(self, chat: Chat) -> ChatTemplate:
         if chat.own_template:

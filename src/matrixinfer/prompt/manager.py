@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import numpy as np
 import structlog
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
@@ -20,8 +21,10 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.cache import CacheStats
+from matrixinfer.prompt.dialect import Dialect, dialect_of, dialects_of
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
 
@@ -162,17 +165,50 @@ class TokenizerManager:
             return Tokenized(tokens=_truncated(Tokens(ids=prompt.token_ids), prompt), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
+        if may_be_late and self._asks(prompt, model, engines):
+            return await self._ask_briefly(prompt, model, engines)
+        return await self._tokenize(prompt, model, engines)
+
+    def _asks(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> bool:
+        """Whether an engine must be asked."""
+        tokenizer = self._local.get(model)
+        if tokenizer is None:
+            return True
+        if prompt.chat is None or not (prompt.chat.own_template or isinstance(tokenizer, loader.TextTokenizer)):
+            return False
+        return any(_needs_engine(prompt, tokenizer, dialect) for dialect in dialects_of(engines))
+
+    async def _tokenize(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                tokenizer = self._local.get(model)
-                if tokenizer is None or _needs_engine(prompt, tokenizer):
-                    if may_be_late:
-                        return await self._ask_briefly(prompt, model, engines)
-                    return await self._ask(prompt, model, engines)
-                tokens = await self._run(tokenizer, prompt)
-                return Tokenized(tokens=_truncated(tokens, prompt), source="local")
+                return await self._tokenize_for_all(prompt, model, engines)
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
+
+    async def _tokenize_for_all(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+        dialects = [Dialect.VLLM] if prompt.chat is None and prompt.path != COMPLETIONS_PATH else dialects_of(engines)
+        first = await self._tokenize_for(prompt, model, engines, dialects[0] if dialects else Dialect.VLLM)
+        for other in dialects[1:]:
+            ids = (await self._tokenize_for(prompt, model, engines, other)).tokens.ids
+            if not np.array_equal(ids, first.tokens.ids):
+                raise TokenizeError(
+                    f"{dialects[0].value} and {other.value} serve the model and render this differently"
+                )
+        return first
+
+    async def _tokenize_for(self, prompt: Prompt, model: str, engines: Sequence[Engine], dialect: Dialect) -> Tokenized:
+        """Tokenize as the engines of one dialect do."""
+        sent = None if prompt.chat is None else prompt.chat.sent
+        if dialect.is_sglang and sent is not None and sent.input_ids is not None:
+            return Tokenized(tokens=Tokens(ids=sent.input_ids), source="request")
+        tokenizer = self._local.get(model)
+        if tokenizer is None or _needs_engine(prompt, tokenizer, dialect):
+            speakers = [each for each in engines if dialect_of(each.engine, each.version) is dialect]
+            tokenized = await self._ask(prompt, model, speakers)
+        else:
+            tokenized = Tokenized(tokens=await self._run(tokenizer, prompt, dialect), source="local")
+        # SGLang does not know the fields that ask for truncation.
+        return tokenized if dialect.is_sglang else replace(tokenized, tokens=_truncated(tokenized.tokens, prompt))
 
     def _load(self) -> dict[str, Tokenizer]:
         return {
@@ -186,16 +222,16 @@ class TokenizerManager:
             if model.tokenizer is not None
         }
 
-    async def _run(self, tokenizer: Tokenizer, prompt: Prompt) -> Tokens:
+    async def _run(self, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
         """Tokenize on the event loop if that is fast, else in a thread."""
         if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
             try:
-                return tokenizer.tokenize(prompt)
+                return tokenizer.tokenize(prompt, dialect)
             except NeedsThread:
                 pass
         if self._queued >= _MAX_QUEUED:
             raise TokenizeError(f"{_MAX_QUEUED} prompts are already waiting to be tokenized")
-        job = asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.tokenize, prompt)
+        job = asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.tokenize, prompt, dialect)
         self._queued += 1
         job.add_done_callback(self._dequeued)
         return await job
@@ -208,7 +244,7 @@ class TokenizerManager:
         if len(self._late) >= MAX_LATE:
             raise TokenizeError(f"engines have not sent the token ids of {MAX_LATE} earlier prompts yet")
         seconds = self._patience(model)
-        asking = asyncio.create_task(self._ask(prompt, model, engines))
+        asking = asyncio.create_task(self._tokenize(prompt, model, engines))
         try:
             await asyncio.wait((asking,), timeout=seconds)
         except asyncio.CancelledError:
@@ -242,14 +278,16 @@ class TokenizerManager:
         start = self._clock()
         ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
         took = {"tokenize": (self._clock() - start) * 1e3}
-        return Tokenized(tokens=_truncated(Tokens(ids=ids, timings_ms=took), prompt), source="remote")
+        return Tokenized(tokens=Tokens(ids=ids, timings_ms=took), source="remote")
 
 
-def _needs_engine(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+def _needs_engine(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> bool:
     """Whether only an engine can render the prompt, and its `/tokenize` does so exactly."""
     if prompt.chat is None:
         return False
-    return prompt.chat.own_template or (isinstance(tokenizer, loader.TextTokenizer) and tokenizer.ask_engine)
+    if isinstance(tokenizer, loader.TextTokenizer):
+        return tokenizer.asks_engine(prompt.chat, dialect)
+    return prompt.chat.own_template and not dialect.is_sglang  # SGLang ignores a request's template
 
 
 def _truncated(tokens: Tokens, prompt: Prompt) -> Tokens:

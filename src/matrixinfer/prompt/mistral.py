@@ -20,6 +20,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Library
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.conversation import engine_tools, has_media
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.template_traits import TemplateTraits, adapt
 
 _ID_CHARS = 9
@@ -62,10 +63,12 @@ class MistralTokenizer:
             raise ConfigError(where, f"{file} is not a usable Mistral tokenizer: {error}") from error
         return cls(library)
 
-    def tokenize(self, prompt: Prompt) -> Tokens:
+    def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
         """See `Tokenizer.tokenize`. A chat is not rendered to text first, so only `tokenize` is timed."""
         start = self._clock()
         if prompt.chat is not None:
+            if dialect.is_sglang:
+                raise TokenizeError("how SGLang renders chats with Mistral's own tokenizer is not known here")
             _check(prompt.chat)
         try:
             ids = self._encode(prompt)

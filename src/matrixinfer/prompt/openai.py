@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec import Raw
 
+from matrixinfer.blocks import TokenIds
+from matrixinfer.errors import UNREADABLE
 from matrixinfer.prompt import fields
-from matrixinfer.prompt.base import Chat, Prompt, TokenId
+from matrixinfer.prompt.base import Chat, Prompt, SentFields, TokenId
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -17,7 +20,10 @@ COMPLETIONS_PATH = "/v1/completions"
 class _ChatRequest(fields.ChatRequest, kw_only=True):
     tools: Raw = fields.NULL
     documents: list[fields.Object] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: str | float | None = None
+    reasoning: Any = None
+    tool_choice: Any = None
+    input_ids: Raw = fields.NULL
     echo: bool | None = None
     prompt_logprobs: Any = None
 
@@ -34,6 +40,7 @@ class _CompletionRequest(fields.Request, kw_only=True):
 
 _CHAT = msgspec.json.Decoder(_ChatRequest)
 _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
+_IDS = msgspec.json.Decoder(list[TokenId])
 
 
 def chat(path: str, body: bytes) -> Prompt:
@@ -44,6 +51,7 @@ def chat(path: str, body: bytes) -> Prompt:
     """
     request = fields.decode(_CHAT, body)
     tools = fields.decode(fields.OBJECTS, request.tools, "tools")
+    effort = request.reasoning_effort
     return fields.prompt(
         path,
         request,
@@ -57,7 +65,14 @@ def chat(path: str, body: bytes) -> Prompt:
             continue_final_message=request.continue_final_message is True,
             chat_template=request.chat_template,
             chat_template_kwargs=fields.template_variables(
-                request.chat_template_kwargs, effort=request.reasoning_effort
+                request.chat_template_kwargs, effort=effort if isinstance(effort, str) else None
+            ),
+            sent=SentFields(
+                template_kwargs=request.chat_template_kwargs,
+                reasoning_effort=effort,
+                reasoning=request.reasoning,
+                tool_choice=request.tool_choice,
+                input_ids=_ids(request.input_ids),
             ),
         ),
         add_special_tokens=request.add_special_tokens is True,
@@ -95,3 +110,13 @@ def completion(path: str, body: bytes) -> Prompt:
         more_tokens=first.more_tokens,
         counted=first.alone,
     )
+
+
+def _ids(sent: Raw) -> TokenIds | None:
+    """The field `input_ids`, which only SGLang reads and so only SGLang validates."""
+    if bytes(sent) == b"null":
+        return None
+    try:
+        return np.array(_IDS.decode(sent), dtype=np.uint32)
+    except UNREADABLE:
+        return None

@@ -23,6 +23,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, TokenizeError
 from matrixinfer.prompt.base import Prompt, TokenId
 from matrixinfer.prompt.cache import Lru
+from matrixinfer.prompt.dialect import dialect_of
 from matrixinfer.prompt.tokenize_requests import tokenize_request
 
 _ENGINES_ASKED = 2
@@ -51,6 +52,11 @@ class Engine(Protocol):
     @property
     def engine(self) -> str | None:
         """The engine's own name of its kind, such as `vllm`; None until it has reported it."""
+        ...
+
+    @property
+    def version(self) -> str | None:
+        """The engine's version; None if it does not report it."""
         ...
 
     def index_name(self, name: str) -> str | None:
@@ -156,7 +162,11 @@ class RemoteTokenizer:
         """
         chosen = self._chosen(engines)
         bodies = [
-            msgspec.json.encode(tokenize_request(prompt, engine.index_name(prompt.model) or model, engine.engine))
+            msgspec.json.encode(
+                tokenize_request(
+                    prompt, engine.index_name(prompt.model) or model, dialect_of(engine.engine, engine.version)
+                )
+            )
             for engine in chosen
         ]
         key = _digest(bodies[0], "" if self._rests else chosen[0].url)

@@ -58,6 +58,8 @@ SAMPLES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 """By name: the API path, and the request body without `model`."""
+SAMPLED_CLASSES = ("text", "chat", "chat+tools")
+"""The classes of these requests; see `request_class`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

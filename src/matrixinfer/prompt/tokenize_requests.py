@@ -6,35 +6,46 @@ An engine renders chats with its own template, so its ids are exact without conf
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.conversation import has_media
-from matrixinfer.prompt.openai import CHAT_PATH
+from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 
-SGLANG = "sglang"
-"""The owner of SGLang's models, as its `/v1/models` names it."""
+_HARMONY_NAME = re.compile(r"gpt[-_]oss", re.IGNORECASE)
+"""Names of models whose chats vLLM renders in the harmony format, if they are called by their usual name."""
 
 
-def tokenize_request(prompt: Prompt, model: str, engine: str | None) -> dict[str, Any]:
+def tokenize_request(prompt: Prompt, model: str, dialect: Dialect) -> dict[str, Any]:
     """The body of a `/tokenize` request, to be encoded as JSON.
 
-    `engine` is the engine's own name of its kind; every kind but SGLang gets the form of vLLM 0.32. Raises
-    `TokenizeError` if the answer would not be the ids that the engine caches for the client's request.
+    Raises `TokenizeError` if the answer would not be the ids that the engine caches for the client's request.
     """
     chat = prompt.chat
     if chat is None:
         if prompt.text is None:
             raise ValueError("a prompt of token ids needs no tokenizer")
-        return {"model": model, "prompt": prompt.text, "add_special_tokens": prompt.add_special_tokens}
+        special = prompt.add_special_tokens or (dialect.is_sglang and prompt.path == COMPLETIONS_PATH)
+        return {"model": model, "prompt": prompt.text, "add_special_tokens": special}
     if has_media(chat.messages):
         raise TokenizeError("the prompt contains images, audio or video, and no tokenizer is configured")
+    if dialect.is_sglang:
+        return {"model": model} | _sglang_chat(prompt, chat, dialect)
     if chat.joins_system or chat.thinking_off or not chat.in_schema_order:
         raise TokenizeError(f"engines reshape chats of {prompt.path}, but their /tokenize does not")
-    if engine == SGLANG:
-        return {"model": model} | _sglang_chat(prompt, chat)
+    if _HARMONY_NAME.search(model):
+        _check_harmony(chat, dialect)
     return {"model": model, "add_special_tokens": prompt.add_special_tokens} | _vllm_chat(chat)
+
+
+def _check_harmony(chat: Chat, dialect: Dialect) -> None:
+    if dialect is not Dialect.VLLM:
+        raise TokenizeError("vLLM renders chats of gpt-oss in the harmony format, but before 0.33 not in /tokenize")
+    if chat.sent is None or chat.sent.reasoning_effort is not None:
+        raise TokenizeError("vLLM's /tokenize has no field for the reasoning effort of gpt-oss")
 
 
 def _vllm_chat(chat: Chat) -> dict[str, Any]:
@@ -49,13 +60,27 @@ def _vllm_chat(chat: Chat) -> dict[str, Any]:
     }
 
 
-def _sglang_chat(prompt: Prompt, chat: Chat) -> dict[str, Any]:
+def _sglang_chat(prompt: Prompt, chat: Chat, dialect: Dialect) -> dict[str, Any]:
     """A chat in SGLang's form. Versions whose `/tokenize` does not support chats refuse it, because it has no `prompt`."""
-    if prompt.path != CHAT_PATH or chat.own_template:
-        raise TokenizeError(f"SGLang's /tokenize supports neither {prompt.path} nor chat templates in requests")
-    optional = {"tools": chat.tools, "chat_template_kwargs": chat.chat_template_kwargs}
+    sent = chat.sent
+    if prompt.path != CHAT_PATH or sent is None:
+        raise TokenizeError(f"SGLang's /tokenize does not support {prompt.path}")
+    if dialect is not Dialect.SGLANG_18 and _has_nulls(chat):
+        raise TokenizeError("SGLang's /tokenize orders the keys of tools with null values differently")
+    optional = {
+        "tools": chat.tools,
+        "tool_choice": sent.tool_choice,
+        "reasoning_effort": sent.reasoning_effort,
+        "reasoning": sent.reasoning,
+        "chat_template_kwargs": sent.template_kwargs,
+    }
     return {
         "messages": chat.messages,
         "continue_final_message": chat.continue_final_message,
         **{key: value for key, value in optional.items() if value is not None},
     }
+
+
+def _has_nulls(chat: Chat) -> bool:
+    functions = [function for tool in chat.tools or () if isinstance(function := tool.get("function"), dict)]
+    return any(each.get(key, "") is None for each in functions for key in ("description", "parameters"))

@@ -23,29 +23,35 @@ from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
 from matrixinfer.trust.prediction import Prediction, Unwatched
+from matrixinfer.trust.sampling import Present, Sampling
 
 _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Feed states in which the index is meant to be right."""
 
 
 class Audit:
-    """One request's findings. Both parts are None where they would prove nothing.
+    """One request's findings. The parts are None where they would prove nothing.
 
     `learn` takes the prompt's tokens as an answer counts them. `late` makes the parts when the token ids come after the
     decision.
     """
 
-    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_reported")
+    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_present", "_reported", "_sampling")
 
     def __init__(
         self,
         comparison: Comparison | None,
         prediction: Prediction | Unwatched | None,
+        sampling: Sampling,
+        present: Present | None,
+        *,
         learn: Callable[[int], None],
         late: LateAudit | None = None,
     ) -> None:
         self._comparison = comparison
         self._prediction = prediction
+        self._sampling = sampling
+        self._present = present
         self._learn = learn
         self._late = late
         self._reported: tuple[str, int] | None = None
@@ -58,6 +64,8 @@ class Audit:
         late, self._late = self._late, None
         if late is None:
             return False
+        if self._present is not None:
+            self._present.ids = prepared.ids
         self._comparison = late.comparison(prepared)
         if self._comparison is not None and self._reported is not None:
             self._comparison.counted(*self._reported)
@@ -94,7 +102,10 @@ class Audit:
     def _end(self, *, computed: bool) -> None:
         self._predict_no_more()
         prediction, self._prediction = self._prediction, None
+        present, self._present = self._present, None
         try:
+            if present is not None:
+                self._sampling.leave(present)
             if self._comparison is not None:
                 self._comparison.unwatch(computed=computed)
         finally:
@@ -152,13 +163,20 @@ class Auditor:
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
+        sampling, present = self._parity.sampling, None
         learn = partial(self._sizer.learn, prepared.request.model, prepared.prompt, prepared.sizing)
-        if prepared.late is not None:
-            return Audit(None, None, learn, LateAudit(self, feed))
-        prediction = self._unwatched(prepared, chosen) if feed is None else self.prediction(prepared, chosen, feed)
+        prediction = None
+        if prepared.late is None:
+            prediction = self._unwatched(prepared, chosen) if feed is None else self.prediction(prepared, chosen, feed)
         try:
-            return Audit(self._watched(prepared, chosen, feed), prediction, learn)
+            if feed is not None:
+                present = sampling.enter(feed, _model_at(feed, prepared), prepared.ids)
+            late = None if prepared.late is None else LateAudit(self, feed)
+            comparison = self._watched(prepared, chosen, feed, present)
+            return Audit(comparison, prediction, sampling, present, learn=learn, late=late)
         except BaseException:
+            if present is not None:
+                sampling.leave(present)
             if prediction is not None:
                 prediction.end(computed=False)
             raise
@@ -179,15 +197,17 @@ class Auditor:
             return None
         return Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
 
-    def _watched(self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None) -> Comparison | None:
+    def _watched(
+        self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None, present: Present | None
+    ) -> Comparison | None:
         """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
         comparison = self.comparison(prepared)
         if comparison is None or prepared.ids is None:
             return None
-        if feed is not None and (self._parity.is_watched(feed) or self._parity.is_due()):
+        if feed is not None and present is not None and comparison.is_due(feed):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
-                comparison.watch(chosen.name, feed, witness)
+                comparison.watch(chosen.name, feed, witness, present)
         return comparison
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:

@@ -192,7 +192,7 @@ class Preparer:
     ) -> tuple[BlockChain, Matches | None]:
         """The block hashes of a tokenized prompt, and their matches."""
         steps.timings_ms.update(tokenized.tokens.timings_ms)
-        self._note_limits(tokenized, configured, steps)
+        self._note_limits(tokenized, configured, prompt.request_class, steps)
         with steps.step("match"):
             chain = self._chain(prompt, tokenized.tokens)
             return chain, await self._match(prompt, model, pods, chain, steps)
@@ -203,13 +203,15 @@ class Preparer:
         with steps.step("bytes"):
             return await self._sizer.cut(prompt, model, tokenized)
 
-    def _note_limits(self, tokenized: Tokenized, model: str, steps: _Steps) -> None:
+    def _note_limits(self, tokenized: Tokenized, model: str, request_class: str, steps: _Steps) -> None:
         """Note where the token ids are only a part of the engine's, or are not to be believed."""
         if not tokenized.tokens.complete:
             known = len(tokenized.tokens.ids)
             steps.degraded[Degraded.MEDIA] = f"only the {known} tokens before the first image, audio or video are known"
-        elif _is_comparable(tokenized) and self._parity.is_approximate(model):
-            steps.degraded[Degraded.PARITY] = "token ids have differed from the engine's; only recent blocks count"
+        elif _is_comparable(tokenized) and self._parity.is_approximate(model, request_class):
+            steps.degraded[Degraded.PARITY] = (
+                f"token ids of {request_class} requests have differed from the engine's; only recent blocks count"
+            )
 
     def _chain(self, prompt: Prompt, tokens: Tokens) -> BlockChain:
         return self._blocks.chain(

@@ -12,6 +12,7 @@ import msgspec
 
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.api import Json
 from matrixinfer.sim.sglang_api import Options, TokenizeRequest
@@ -24,7 +25,7 @@ def render(tokenizer: LocalTokenizer, chat: Options | TokenizeRequest) -> tuple[
     """The chat's text, and the text of a final message that the engine continues. Raises `RequestError`, `TokenizeError`."""
     tools = _tools(chat.tools, chat.tool_choice)
     template = tokenizer.template_of(Chat(messages=chat.messages or [], tools=tools))
-    messages = [_message(message, parts=template.content_parts) for message in chat.messages or []]
+    messages = [_message(message, parts=template.takes_parts(Dialect.SGLANG)) for message in chat.messages or []]
     as_given = chat.add_generation_prompt if isinstance(chat, TokenizeRequest) else None
     continued = ""
     if as_given is None or chat.continue_final_message:

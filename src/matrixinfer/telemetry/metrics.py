@@ -79,13 +79,18 @@ class Metrics:
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
         self._degraded = self._counter("degraded", "Decisions that were made without an input, by reason.", "reason")
         self._parity = self._counter(
-            "tokenizer_parity", "Comparisons of the gateway's token ids with the engine's.", "model", "check", "result"
+            "tokenizer_parity",
+            "Comparisons of the gateway's token ids with the engine's.",
+            "model",
+            "class",
+            "check",
+            "result",
         )
         self._approximate = _Children(
             Gauge(
                 "matrixinfer_tokenizer_approximate",
-                "1 while a model is routed without the index because its token ids differ from the engine's.",
-                ["model"],
+                "1 while a class of a model's requests is routed without the index because its token ids differ.",
+                ["model", "class"],
                 registry=self.registry,
             )
         )
@@ -191,9 +196,9 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         self._predicted_hits.inc(hit_tokens)
 
-    def parity(self, model: str, check: str, result: str) -> None:
+    def parity(self, model: str, request_class: str, check: str, result: str) -> None:
         """Token ids were compared with the engine's. `result` is `agreed`, `mismatch` or `inconclusive`."""
-        self._parity[model, check, result].inc()
+        self._parity[model, request_class, check, result].inc()
 
     def drift(self, pod: str, result: str, predicted: int, cached: int) -> None:
         """A response reported cached tokens.
@@ -212,9 +217,9 @@ class Metrics:
         """A pod is indexed again from the start."""
         self._resyncs[pod,].inc()
 
-    def approximate(self, model: str, is_approximate: bool) -> None:
-        """From now on, a model is routed without the index, or with it again."""
-        self._approximate[model,].set(is_approximate)
+    def approximate(self, model: str, request_class: str, is_approximate: bool) -> None:
+        """From now on, a class of a model's requests is routed without the index, or with it again."""
+        self._approximate[model, request_class].set(is_approximate)
 
     def _counter(self, name: str, text: str, *labels: str) -> _Children[Counter]:
         return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry))

@@ -1,15 +1,16 @@
 """Whether our token ids are the engine's: the canary, and what follows when it differs.
 
 Two things are compared all the time: the number of prompt tokens that answers report and, for a sample of requests, the
-token ids themselves as the engine's events show them (`kvevents.witness`). After a run of mismatches the model is routed
-approximately, by what this gateway has sent where instead of the index, until as many comparisons in a row agree.
+token ids themselves as the engine's events show them (`trust.sampling`). Each class of request (`prompt.request_class`)
+is judged by itself, since an engine may render one differently and all others alike. After a run of mismatches requests
+of that class are routed approximately, by what this gateway has sent where instead of the index, until as many
+comparisons in a row agree.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import structlog
@@ -18,23 +19,21 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.trust.sampling import Outcome, Present, Sample, Sampling
 
 Check: TypeAlias = Literal["usage", "events"]
 
 RUN = 3
-"""Mismatches in a row after which a model is routed approximately, and agreements after which it no longer is."""
+"""Mismatches in a row after which a class is routed approximately, and agreements after which it no longer is."""
 SAMPLED_EVERY = 16
-"""One request in this many has its token ids compared with the engine's events."""
-_MAX_SAMPLES = 64
-_GRACE_SECONDS = 1.0
-"""How long after the answer's end its events may still come."""
+"""One request in this many of a class has its token ids compared with the engine's events, once `RUN` have agreed."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Verdict:
-    """The comparisons of one kind for one model."""
+    """The comparisons of one kind for one class of a model's requests."""
 
     agreed: int = 0
     mismatched: int = 0
@@ -62,22 +61,6 @@ class Verdict:
         }
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Sample:
-    """A request whose blocks are being looked for in the events of the pod that computes it."""
-
-    model: str
-    pod: str
-    path: str
-    feed: PodFeed
-    epoch: int
-    """The feed's epoch when the sample began: in a later one, old blocks may have been published again."""
-    witness: Witness
-    until: float | None = None
-    """When to judge it; None while the request is in flight."""
-    void: bool = False
-
-
 class Comparison:
     """One prompt's token ids, compared with what its engine reports about them."""
 
@@ -92,23 +75,43 @@ class Comparison:
 
     def counted(self, pod: str, engines: int) -> None:
         """The engine `pod` counted `engines` prompt tokens. Call it only for prompts that are `counted`."""
-        self._parity.counted(self._model, pod=pod, path=self._prompt.path, ours=self._count, engines=engines)
+        prompt = self._prompt
+        self._parity.counted(
+            self._model, prompt.request_class, pod=pod, path=prompt.path, ours=self._count, engines=engines
+        )
 
-    def watch(self, pod: str, feed: PodFeed, witness: Witness) -> None:
-        """Start to look for the prompt in the engine's events."""
-        self._sample = self._parity.watch(self._model, pod, self._prompt.path, feed, witness)
+    def is_due(self, feed: PodFeed) -> bool:
+        """Whether this request is to be sampled."""
+        return self._parity.is_due(self._model, self._prompt.request_class) and self._parity.sampling.can_watch(feed)
+
+    def watch(self, pod: str, feed: PodFeed, witness: Witness, present: Present) -> None:
+        """Start to look for the prompt in the engine's events. `present` is the request's entry in the sampling."""
+        prompt = self._prompt
+        self._sample = self._parity.sampling.watch(
+            feed,
+            witness,
+            present,
+            model=self._model,
+            request_class=prompt.request_class,
+            pod=pod,
+            path=prompt.path,
+        )
+        if self._sample is not None:
+            self._parity.sampled(self._model, prompt.request_class)
 
     def unwatch(self, *, computed: bool) -> None:
         """The request is over, or goes to another endpoint."""
-        if self._sample is not None:
-            self._parity.finished(self._sample, computed=computed)
-            self._sample = None
+        sample, self._sample = self._sample, None
+        if sample is not None:
+            self._parity.sampling.finished(sample, computed=computed)
 
 
 @dataclass(slots=True)
-class _Model:
-    checks: dict[Check, Verdict]
+class _Class:
+    checks: dict[Check, Verdict] = field(default_factory=lambda: {"usage": Verdict(), "events": Verdict()})
     approximate: bool = False
+    unsampled: int = 0
+    """Requests since the last one that was sampled."""
 
     def view(self) -> dict[str, object]:
         checks: dict[str, object] = {name: check.view() for name, check in self.checks.items()}
@@ -116,122 +119,88 @@ class _Model:
 
 
 class Parity:
-    """The verdicts on all models. `clock` gives seconds and never goes back."""
+    """The verdicts on all models, by class of request. `clock` gives seconds and never goes back."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._clock = clock
-        self._models: dict[str, _Model] = {}
-        self._samples: list[Sample] = []
-        self._turns = itertools.count()
+        self._models: dict[str, dict[str, _Class]] = {}
+        self.sampling = Sampling(clock, self._judged)
 
-    def __len__(self) -> int:
-        """Requests being looked for in events."""
-        return len(self._samples)
-
-    def is_approximate(self, model: str) -> bool:
-        """Whether `model`'s token ids have lately differed."""
-        known = self._models.get(model)
+    def is_approximate(self, model: str, request_class: str) -> bool:
+        """Whether the token ids of `model` have lately differed for this class of request."""
+        known = self._models.get(model, {}).get(request_class)
         return known is not None and known.approximate
 
     def view(self) -> dict[str, dict[str, object]]:
-        """Every model compared so far, as JSON-able data."""
-        self._settle()
-        return {name: model.view() for name, model in self._models.items()}
+        """Every model compared so far, with its classes of request, as JSON-able data."""
+        self.sampling.settle()
+        return {
+            name: {
+                "approximate": any(each.approximate for each in classes.values()),
+                "classes": {request_class: each.view() for request_class, each in sorted(classes.items())},
+            }
+            for name, classes in self._models.items()
+        }
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among these."""
-        self._settle()
-        self._models = {name: model for name, model in self._models.items() if name in models}
+        self.sampling.settle()
+        self.sampling.forget_gone()
+        self._models = {name: classes for name, classes in self._models.items() if name in models}
 
-    def counted(self, model: str, *, pod: str, path: str, ours: int, engines: int) -> None:
+    def counted(self, model: str, request_class: str, *, pod: str, path: str, ours: int, engines: int) -> None:
         """An answer of `pod` reports `engines` prompt tokens where we counted `ours`."""
-        self._note(model, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
+        self._note(model, request_class, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
 
-    def is_due(self) -> bool:
-        """Whether this request belongs to the sample."""
-        return next(self._turns) % SAMPLED_EVERY == 0
+    def is_due(self, model: str, request_class: str) -> bool:
+        """Whether this request should be sampled: all are until a run of agreements, then one in `SAMPLED_EVERY`."""
+        known = self._class(model, request_class)
+        known.unsampled += 1
+        return known.checks["events"].streak < RUN or known.unsampled >= SAMPLED_EVERY
 
-    def is_watched(self, feed: PodFeed) -> bool:
-        """Whether a request is being looked for in `feed`, so that every other one sent there must be passed to `watch`."""
-        self._settle()
-        return feed.ledger.is_observed
+    def sampled(self, model: str, request_class: str) -> None:
+        """A request of this class is being sampled."""
+        self._class(model, request_class).unsampled = 0
 
-    def watch(self, model: str, pod: str, path: str, feed: PodFeed, witness: Witness) -> Sample | None:
-        """Look for a prompt in the blocks that `pod` stores from now on, unless another prompt is being looked for there.
-
-        In that case the other search ends if its blocks could be confused with those of this prompt.
-        """
-        if feed.ledger.is_observed:
-            self._crossed(feed, witness)
-            return None
-        if len(self._samples) >= _MAX_SAMPLES:
-            return None
-        sample = Sample(model=model, pod=pod, path=path, feed=feed, epoch=feed.epoch, witness=witness)
-        feed.ledger.observe(witness)
-        self._samples.append(sample)
-        return sample
-
-    def _crossed(self, feed: PodFeed, witness: Witness) -> None:
-        """A prompt that may be like the one looked for in `feed` goes to the same pod."""
-        for sample in self._samples:
-            if sample.feed is feed and sample.witness.is_like(witness):
-                feed.ledger.stop_observing(sample.witness)
-                sample.void = sample.void or not sample.witness.chains
-
-    def finished(self, sample: Sample, *, computed: bool) -> None:
-        """The request of `sample` is over. Its last events may still come."""
-        sample.void = sample.void or not computed
-        sample.until = self._clock() + _GRACE_SECONDS if computed else self._clock()
-
-    def _settle(self) -> None:
-        """Judge the samples that are due."""
-        if not self._samples:
+    def _judged(self, sample: Sample) -> None:
+        outcome: Outcome
+        outcome, position = sample.outcome()
+        if outcome == "inconclusive":
+            self._class(sample.model, sample.request_class).checks["events"].inconclusive += 1
+            self._metrics.parity(sample.model, sample.request_class, "events", "inconclusive")
             return
-        now = self._clock()
-        over = [sample for sample in self._samples if sample.until is not None and sample.until <= now]
-        if over:
-            self._samples = [sample for sample in self._samples if sample not in over]
-        for sample in over:
-            self._judge(sample)
-
-    def _judge(self, sample: Sample) -> None:
-        sample.feed.ledger.stop_observing(sample.witness)
-        if sample.void or sample.feed.epoch != sample.epoch or sample.witness.chains != 1:
-            self._model(sample.model).checks["events"].inconclusive += 1
-            self._metrics.parity(sample.model, "events", "inconclusive")
-            return
-        position = sample.witness.first_difference
         self._note(
             sample.model,
+            sample.request_class,
             "events",
-            agrees=position is None,
+            agrees=outcome == "agrees",
             pod=sample.pod,
             path=sample.path,
             first_difference=position,
         )
 
-    def _note(self, name: str, check: Check, *, agrees: bool, **facts: object) -> None:
-        model = self._model(name)
-        verdict = model.checks[check]
+    def _note(self, model: str, request_class: str, check: Check, *, agrees: bool, **facts: object) -> None:
+        known = self._class(model, request_class)
+        verdict = known.checks[check]
         verdict.note(agrees=agrees)
-        self._metrics.parity(name, check, "agreed" if agrees else "mismatch")
+        self._metrics.parity(model, request_class, check, "agreed" if agrees else "mismatch")
+        where = {"model": model, "class": request_class, "check": check}
         if not agrees and _is_logged(verdict):
-            log.warning("tokenizer_differed", model=name, check=check, times=verdict.mismatched, **facts)
-        approximate = any(each.differing for each in model.checks.values())
-        if approximate != model.approximate:
-            model.approximate = approximate
-            self._metrics.approximate(name, approximate)
+            log.warning("tokenizer_differed", **where, times=verdict.mismatched, **facts)
+        approximate = any(each.differing for each in known.checks.values())
+        if approximate != known.approximate:
+            known.approximate = approximate
+            self._metrics.approximate(model, request_class, approximate)
             if approximate:
-                log.warning("tokenizer_distrusted", model=name, check=check)
+                log.warning("tokenizer_distrusted", **where)
             else:
-                log.info("tokenizer_trusted", model=name, check=check)
+                log.info("tokenizer_trusted", **where)
 
-    def _model(self, name: str) -> _Model:
-        known = self._models.get(name)
+    def _class(self, model: str, request_class: str) -> _Class:
+        classes = self._models.setdefault(model, {})
+        known = classes.get(request_class)
         if known is None:
-            checks: dict[Check, Verdict] = {"usage": Verdict(), "events": Verdict()}
-            known = self._models[name] = _Model(checks)
+            known = classes[request_class] = _Class()
         return known
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.chat_template import CHATML, ChatTemplate
+from matrixinfer.prompt.dialect import Dialect
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "once upon "}
@@ -202,7 +203,7 @@ LOOP = "{% for m in messages %}"
     ],
 )
 def test_the_template_determines_the_form_of_content(source: str, parts: bool) -> None:
-    assert ChatTemplate(source).content_parts is parts
+    assert ChatTemplate(source).takes_parts(Dialect.VLLM) is parts
 
 
 def test_an_empty_conversation_cannot_be_continued() -> None:

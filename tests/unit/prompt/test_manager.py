@@ -35,6 +35,7 @@ Answer = list[int] | TokenizeError | None
 class Pod:
     url: str = "http://a"
     engine: str | None = "vllm"
+    version: str | None = "0.33.0"
 
     def index_name(self, _: str) -> str | None:
         return None

@@ -14,6 +14,7 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.chat_template import ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.multimodal import before_media
 
 SYSTEM = {"role": "system", "content": "be nice"}
@@ -30,7 +31,7 @@ def user(*content: object) -> dict[str, Any]:
 
 
 def before(template: ChatTemplate, *messages: dict[str, Any]) -> str:
-    return before_media(Chat(messages=list(messages)), template.render, parts=template.content_parts)
+    return before_media(Chat(messages=list(messages)), template.render, parts=template.takes_parts(Dialect.VLLM))
 
 
 def real(name: str) -> ChatTemplate:
@@ -49,9 +50,9 @@ def real(name: str) -> ChatTemplate:
         ("gemma3", "<s><start_of_turn>user\nbe nice\n\nlook:"),
         ("idefics3", "<|begin_of_text|>System: be nice<end_of_utterance>\nUser: look: "),
         ("smolvlm", "<|im_start|>System: be nice<end_of_utterance>\nUser: look: "),
-        # Images come before the message's text, or at a position that only the engine knows.
+        ("lfm2_2_5_vl", "<s><|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\nlook: "),
+        # Images come before the message's text.
         ("llava_next", "<<SYS>>\nbe nice\n<</SYS>>\n\n[INST] "),
-        ("lfm2_2_5_vl", "<s><|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\n"),
     ],
 )
 def test_templates_of_real_models_are_cut_before_their_placeholder(name: str, beginning: str) -> None:

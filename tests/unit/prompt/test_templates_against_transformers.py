@@ -64,7 +64,7 @@ def expected(theirs: PreTrainedTokenizerFast, source: str | None, chat: dict[str
 
 def compiled(source: str) -> ChatTemplate | None:
     try:
-        return ChatTemplate(source, now=lambda: NOW, **SPECIAL)
+        return ChatTemplate(source, now=lambda: NOW, aliases_reasoning=True, **SPECIAL)
     except TokenizeError:
         return None
 
