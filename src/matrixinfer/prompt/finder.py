@@ -256,11 +256,11 @@ class TokenizerFinder:
             self._refuse(name, model, error.message, stamp)
             return False
         whole = Checked.all(results.values())
-        if whole.unanswered is not None:
-            self._refuse(name, model, whole.unanswered)
-            return False
         if whole.refused is not None:
             self._refuse(name, model, whole.refused, stamp)
+            return False
+        if whole.unanswered is not None:
+            self._refuse(name, model, whole.unanswered)
             return False
         model.tokenizer, model.results, model.failures = tokenizer, results, 0
         self._settle(name, model)
@@ -306,8 +306,8 @@ class TokenizerFinder:
         if whole.refused is not None:
             self._refuse(name, model, whole.refused, _stamp(Path(model.source.path or "")))
             return
-        model.results = {engine: each for engine, each in model.results.items() if each.unanswered is None}
-        if whole.unanswered is not None:
+        model.results = {engine: each for engine, each in model.results.items() if not each.again}
+        if whole.again:
             self._retry(model)
         tokenizer = model.tokenizer
         if tokenizer is None:

@@ -47,29 +47,34 @@ class Checked:
     """How the token ids of the samples compare with those of one engine, or of several."""
 
     unanswered: str | None = None
-    """Why the comparison is incomplete: it must be made again."""
+    """Why texts could not be compared."""
     refused: str | None = None
     """Why the tokenizer cannot be used at all."""
     chats: str | None = None
     """Why it cannot be used for chats."""
+    again: bool = False
+    """A sample was not answered, so the comparison must be made again."""
 
     @classmethod
     def of(cls, engine: str, samples: Iterable[SampleFacts]) -> Checked:
         """What the samples of one engine show. Chats that were not compared because the engine is asked show nothing."""
-        refused = chats = None
+        unanswered = refused = chats = None
+        again = False
         for sample in samples:
-            if sample.engine_error is not None and not sample.refused:
-                return cls(unanswered=f"{sample.name} could not be compared: {sample.engine_error}")
             if sample.is_equal or (
                 sample.is_chat and not (sample.compared or sample.engine_error or sample.gateway_error)
             ):
                 continue
             why = _difference(sample, engine)
+            is_open = sample.engine_error is not None and not sample.refused
+            again = again or is_open
             if sample.is_chat:
                 chats = chats or why
+            elif is_open:
+                unanswered = unanswered or why
             else:
                 refused = refused or why
-        return cls(refused=refused, chats=chats)
+        return cls(unanswered=unanswered, refused=refused, chats=chats, again=again)
 
     @classmethod
     def all(cls, each: Iterable[Checked]) -> Checked:
@@ -79,12 +84,13 @@ class Checked:
             unanswered=next((one.unanswered for one in results if one.unanswered), None),
             refused=next((one.refused for one in results if one.refused), None),
             chats=next((one.chats for one in results if one.chats), None),
+            again=any(one.again for one in results),
         )
 
 
 def _difference(sample: SampleFacts, engine: str) -> str:
     if sample.compared:
         return f"{sample.name} differs from the token ids of {engine} from token {sample.first_difference} on"
-    if sample.gateway_error is None:
-        return f"{sample.name} could not be compared: {sample.engine_error}"
+    if sample.engine_error is not None and (sample.gateway_error is None or not sample.refused):
+        return f"{sample.name} could not be compared with {engine}: {sample.engine_error}"
     return f"{sample.name} cannot be tokenized: {sample.gateway_error}"
