@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -396,23 +396,52 @@ async def test_what_the_question_cannot_say_is_not_asked(
 
 
 async def test_sglang_is_asked_in_its_own_words(engine: Engine, session: aiohttp.ClientSession) -> None:
-    engine.engine = "sglang"
+    engine.engine, engine.version = "sglang", "0.5.23"
     remote = RemoteTokenizer(session)
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    await ids_of(remote, [engine], text("x"))
-    await ids_of(remote, [engine], chat(tools=tools, chat_template_kwargs={"mood": 1}))
+    sent = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "auto",
+        "reasoning_effort": 0.5,
+        "reasoning": {"enabled": True},
+        "chat_template_kwargs": {"mood": 1},
+    }
+    await ids_of(remote, [engine], text("x", add_special_tokens=False))
+    await ids_of(remote, [engine], chat(chat_template="{{ messages }}", add_generation_prompt=False, **sent))
     assert engine.bodies == [
         {"model": "tiny", "prompt": "x", "add_special_tokens": True},
-        {
-            "model": "tiny",
-            "messages": HELLO,
-            "continue_final_message": False,
-            "tools": tools,
-            "chat_template_kwargs": {"mood": 1},
-        },
+        {"model": "tiny", "messages": HELLO, "continue_final_message": False, **sent},
     ]
-    with pytest.raises(TokenizeError, match="SGLang"):
-        await ids_of(remote, [engine], chat(chat_template="{{ messages }}"))
+
+
+@pytest.mark.parametrize("key", ["description", "parameters"])
+async def test_sglang_is_not_asked_about_keys_that_its_tokenize_moves(
+    engine: Engine, session: aiohttp.ClientSession, key: str
+) -> None:
+    engine.engine, engine.version = "sglang", "0.5.23"
+    remote = RemoteTokenizer(session)
+    prompt = chat(tools=[{"type": "function", "function": {key: None, "name": "f"}}])
+    with pytest.raises(TokenizeError, match="orders the keys"):
+        await ids_of(remote, [engine], prompt)
+    engine.version = "0.5.22"
+    await ids_of(remote, [engine], prompt)
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "reason"),
+    [
+        ("0.33.0", {}, None),
+        ("0.32.0", {}, "before 0.33"),
+        (None, {}, "before 0.33"),
+        ("0.33.0", {"reasoning_effort": "low"}, "no field for the reasoning effort"),
+    ],
+)
+async def test_gpt_oss_is_asked_for_only_where_tokenize_renders_harmony(
+    engine: Engine, session: aiohttp.ClientSession, version: str | None, fields: dict[str, Any], reason: str | None
+) -> None:
+    engine.version, engine.names = version, {"alias": "openai/gpt-oss-20b"}
+    with nullcontext() if reason is None else pytest.raises(TokenizeError, match=reason):
+        await ids_of(RemoteTokenizer(session), [engine], chat(**fields))
+    await ids_of(RemoteTokenizer(session), [engine], text("x"))
 
 
 async def test_answers_are_remembered_until_engines_change(engine: Engine, session: aiohttp.ClientSession) -> None:

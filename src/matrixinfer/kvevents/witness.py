@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from matrixinfer.blocks import TokenIds, token_bytes
 from matrixinfer.kvevents.run import Run
 
-_MAX_SEEN = 16
+_MAX_SEEN = 64
+_MAX_BYTES = 4 * 2048
 
 
 class Witness:
@@ -30,8 +31,10 @@ class Witness:
         """How many new chains followed those tokens."""
         self.first_difference: int | None = None
         """Position in the prompt of the first token that differs in the last chain seen; None if all are equal."""
-        self.seen: list[bytes] = []
-        """The tokens of the first chains, four bytes each, as far as they were stored at once."""
+        self.equal: bytes | None = None
+        """The tokens, four bytes each, of the first chain that equals the prompt as far as it was stored at once."""
+        self.strange: list[bytes] = []
+        """The tokens of the first chains that do not, or the beginnings of these."""
         self.model = model
         self.held = held
         self.ids = ids
@@ -50,8 +53,10 @@ class Witness:
         theirs = bytes(run.tokens[start - 4 * run.base :])
         self.chains += 1
         self.first_difference = self.difference(theirs)
-        if len(self.seen) < _MAX_SEEN:
-            self.seen.append(theirs)
+        if self.first_difference is None:
+            self.equal = self.equal or theirs
+        elif len(self.strange) < _MAX_SEEN:
+            self.strange.append(theirs[:_MAX_BYTES])
 
     def difference(self, theirs: bytes) -> int | None:
         """The position in the prompt of the first token that differs in a chain; None if all are equal."""
@@ -63,5 +68,5 @@ class Witness:
         return self.held + at // 4
 
     def is_of(self, theirs: bytes, ids: TokenIds) -> bool:
-        """Whether a chain holds the tokens of another prompt, `ids`, that begins with the same `held` tokens."""
+        """Whether a chain may hold the tokens of another prompt, `ids`, that begins with the same `held` tokens."""
         return token_bytes(ids[self.held : self.held + len(theirs) // 4]) == theirs[: 4 * max(0, len(ids) - self.held)]

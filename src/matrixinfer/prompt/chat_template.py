@@ -147,10 +147,11 @@ class ChatTemplate:
 
 def _forms_of_content(source: str, tree: jinja2.nodes.Template) -> Mapping[Dialect, bool | None]:
     """For each dialect whether content is a list of parts; None if its versions differ in that."""
-    newest = vllm_passes_parts(tree)
+    newest, middle = vllm_passes_parts(tree), vllm_passes_parts(tree, namespaces=False)
     vllm = {
         Dialect.VLLM: newest,
-        Dialect.VLLM_30: vllm_passes_parts(tree, namespaces=False),
+        Dialect.VLLM_31: middle,
+        Dialect.VLLM_30: middle,
         Dialect.VLLM_28: vllm_passes_parts(tree, macros=False, namespaces=False),
     }
     unknown = newest if len(set(vllm.values())) == 1 else None

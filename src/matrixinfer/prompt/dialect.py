@@ -16,7 +16,8 @@ class Dialect(Enum):
     """Engines that render chats alike. The values are for messages. Text prompts are the same for all of them."""
 
     VLLM = "vLLM 0.33 or later"
-    VLLM_30 = "vLLM 0.30 to 0.32"
+    VLLM_31 = "vLLM 0.31 or 0.32"
+    VLLM_30 = "vLLM 0.30"
     VLLM_28 = "vLLM before 0.30"
     VLLM_UNKNOWN = "vLLM of unknown version"
     SGLANG = "SGLang 0.5.23 or later"
@@ -31,7 +32,12 @@ class Dialect(Enum):
 
 
 _SGLANG = frozenset({Dialect.SGLANG, Dialect.SGLANG_18, Dialect.SGLANG_OLD, Dialect.SGLANG_UNKNOWN})
-_VLLM_FROM = (((0, 33), Dialect.VLLM), ((0, 30), Dialect.VLLM_30), ((0,), Dialect.VLLM_28))
+_VLLM_FROM = (
+    ((0, 33), Dialect.VLLM),
+    ((0, 31), Dialect.VLLM_31),
+    ((0, 30), Dialect.VLLM_30),
+    ((0,), Dialect.VLLM_28),
+)
 _SGLANG_FROM = (((0, 5, 23), Dialect.SGLANG), ((0, 5, 18), Dialect.SGLANG_18), ((0,), Dialect.SGLANG_OLD))
 _FIRST = (0, 4)
 """Lower numbers are those of builds from source, which do not say what they were built from."""

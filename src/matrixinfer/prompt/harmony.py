@@ -21,6 +21,8 @@ from matrixinfer.prompt.conversation import engine_tools, has_media
 from matrixinfer.prompt.dialect import Dialect
 
 _EFFORTS = {"high": ReasoningEffort.HIGH, "medium": ReasoningEffort.MEDIUM, "low": ReasoningEffort.LOW}
+_KNOWN = (Dialect.VLLM, Dialect.VLLM_31)
+"""Older versions use another library, which writes the headers of tool results differently."""
 _INSTRUCTING = ("system", "developer")
 _RESPONSES_PATH = "/v1/responses"
 _SAMPLE = "Größe: 1234567.89 km²\r\n\tnaïve —\u200b「東京」 한국어 🤷🏽‍♀️ don't WON'T x_1 = [0xFF, -3e10]\n\n\n end "
@@ -75,6 +77,8 @@ class HarmonyTokenizer:
         """See `Tokenizer.tokenize`."""
         if prompt.chat is None or dialect.is_sglang:
             return self._tokenizer.tokenize(prompt, dialect)  # SGLang renders the template of gpt-oss
+        if dialect not in _KNOWN:
+            raise TokenizeError(f"how {dialect.value} renders gpt-oss is not known here")
         if prompt.path == _RESPONSES_PATH or prompt.keep_last is not None:
             raise TokenizeError("how vLLM renders this request for gpt-oss is not known here")
         start = self._clock()

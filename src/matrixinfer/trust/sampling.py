@@ -8,13 +8,13 @@ begin is the sample's own only if no other of these requests explains it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from matrixinfer.blocks import TokenIds
+from matrixinfer.blocks import TokenIds, token_bytes
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.witness import Witness
 
@@ -23,6 +23,8 @@ Outcome: TypeAlias = Literal["agrees", "differs", "inconclusive"]
 _MAX_SAMPLES = 64
 _MAX_PRESENT = 256
 """Limit of requests noted for one endpoint. While there are more, nothing is held against a sample."""
+_HEAD = 8
+"""Chains and prompts are compared only if their first tokens, this many, are the same."""
 _GRACE_SECONDS = 1.0
 """How long after an answer's end its events may still come."""
 
@@ -62,25 +64,43 @@ class Sample:
     def outcome(self) -> tuple[Outcome, int | None]:
         """Whether the engine's ids are ours, and the first position that differs if not."""
         witness = self.witness
-        if self.void or self.feed.epoch != self.epoch or witness.chains > len(witness.seen):
+        if self.void or self.feed.epoch != self.epoch or not witness.chains:
             return "inconclusive", None
-        rivals = [each for each in self.rivals if each.model == witness.model]
-        known = [each.ids for each in rivals if each.ids is not None and _may_follow(each.ids, witness)]
-        unseen = dict(enumerate(known))
-        strange: list[bytes] = []
-        for chain in witness.seen:
-            explained = [i for i, ids in enumerate(known) if witness.is_of(chain, ids)]
-            if not explained and witness.difference(chain) is None:
-                return "agrees", None
-            for i in explained:
-                unseen.pop(i, None)
-            if not explained:
-                strange.append(chain)
-        # Our own chain was not among them. It is one of the strange ones if there is one for each that is missing,
-        # and most likely the one that is most like it.
-        if self.blind or any(each.ids is None for each in rivals) or len(strange) != 1 + len(unseen):
+        rivals = [each.ids for each in self.rivals if each.model == witness.model]
+        known = [ids for ids in rivals if ids is not None and _may_follow(ids, witness)]
+        if witness.equal is not None:
+            mine = not any(witness.is_of(witness.equal, ids) for ids in known)
+            return ("agrees" if mine else "inconclusive"), None
+        if self.blind or any(ids is None for ids in rivals):
+            return "inconclusive", None
+        strange, unseen = _unexplained(witness, known)
+        # Our own chain was not seen. It is a strange one if each that is missing is there, or if it must have begun here
+        # because no other request can have brought more of our prompt than was known.
+        if not strange or not (len(strange) == 1 + unseen or self._begins_here(known)):
             return "inconclusive", None
         return "differs", max(at for chain in strange if (at := witness.difference(chain)) is not None)
+
+    def _begins_here(self, others: Sequence[TokenIds]) -> bool:
+        """Whether none of `others` has the next engine block of our prompt."""
+        start, size = self.witness.held, self.feed.ledger.block_size or 1
+        ours = self.witness.ids[start : start + size]
+        return not any(np.array_equal(ids[start : start + size], ours) for ids in others)
+
+
+def _unexplained(witness: Witness, others: Sequence[TokenIds]) -> tuple[list[bytes], int]:
+    """The strange chains that none of `others` explains, and how many of these have not been seen."""
+    by_head: dict[bytes, list[int]] = {}
+    for i, ids in enumerate(others):
+        by_head.setdefault(token_bytes(ids[witness.held : witness.held + _HEAD]), []).append(i)
+    short = [i for head, them in by_head.items() if len(head) < 4 * _HEAD for i in them]
+    unseen = set(range(len(others)))
+    strange: list[bytes] = []
+    for chain in witness.strange:
+        explained = [i for i in (*by_head.get(chain[: 4 * _HEAD], ()), *short) if witness.is_of(chain, others[i])]
+        unseen.difference_update(explained)
+        if not explained:
+            strange.append(chain)
+    return strange, len(unseen)
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.encoders import Reference
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
@@ -158,20 +159,25 @@ async def test_only_the_beginning_of_a_prompt_with_an_image_is_known(model: Path
 
 
 @pytest.mark.parametrize(
-    ("architecture", "asked"),
-    [({"architectures": ["DeepseekV32ForCausalLM"]}, True), ({"model_type": "gpt_oss"}, False)],
+    ("architecture", "version", "asked"),
+    [
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "0.32.0", True),
+        ({"model_type": "gpt_oss"}, "0.33.0", True),
+        ({"model_type": "gpt_oss"}, "0.32.0", False),
+    ],
 )
 async def test_a_chat_that_only_the_engine_can_render_asks_an_engine_whose_tokenize_does(
-    model: Path, architecture: dict[str, Any], asked: bool
+    model: Path, architecture: dict[str, Any], version: str, asked: bool
 ) -> None:
     (model / "config.json").write_text(json.dumps(architecture))
     remote = FakeRemote([1])
     async with TokenizerManager(
         [ModelConfig(name="m", tokenizer=str(model))], TokenizationConfig(), remote
     ) as tokenizers:
-        assert (await tokenizers.tokenize(text("x"), model="m", engines=PODS)).source == "local"
+        pods = [Pod(version=version)]
+        assert (await tokenizers.tokenize(text("x"), model="m", engines=pods)).source == "local"
         with nullcontext() if asked else pytest.raises(TokenizeError, match="harmony"):
-            assert (await tokenizers.tokenize(chat("x"), model="m", engines=PODS)).source == "remote"
+            assert (await tokenizers.tokenize(chat("x"), model="m", engines=pods)).source == "remote"
     assert len(remote.asked) == asked
 
 
@@ -192,6 +198,54 @@ async def test_a_truncated_prompt_keeps_what_the_engine_keeps(model: Path) -> No
     assert cut.tokens.ids.tolist() == [6, 7]
 
 
+VLLM, OLD_VLLM, SGLANG = Pod(), Pod(version="0.32.0"), Pod(engine="sglang", version="0.5.23")
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+async def test_a_chat_is_rendered_as_the_engine_that_serves_the_model_does(model: Path) -> None:
+    async with manager(model) as tokenizers:
+        ids = {
+            pod: (await tokenizers.tokenize(chat(PARTS), model="m", engines=[pod])).tokens.ids.tolist()
+            for pod in (VLLM, OLD_VLLM, SGLANG)
+        }
+    words = {pod: tokenizer().decode(each, skip_special_tokens=False) for pod, each in ids.items()}
+    assert words[VLLM] == words[OLD_VLLM] == words[SGLANG].replace("one two", "onetwo")
+    assert ids[VLLM] != ids[SGLANG]
+
+
+async def test_engines_that_render_a_chat_alike_are_tokenized_for_together_and_others_not_at_all(model: Path) -> None:
+    fleet = [VLLM, SGLANG, OLD_VLLM, VLLM]
+    async with manager(model) as tokenizers:
+        for prompt in (chat("hello"), text("hello"), text([1, 2])):
+            assert (await tokenizers.tokenize(prompt, model="m", engines=fleet)).tokens.ids.tolist()
+        with pytest.raises(TokenizeError, match=r"vLLM 0\.33 or later and SGLang 0\.5\.23 or later .* differently"):
+            await tokenizers.tokenize(chat(PARTS), model="m", engines=fleet)
+
+
+async def test_engines_of_each_kind_are_asked(model: Path) -> None:
+    remote = FakeRemote([1])
+    fleet = [Pod(), Pod("http://b", engine="sglang", version="0.5.23")]
+    async with manager(None, remote) as tokenizers:
+        assert (await tokenizers.tokenize(chat(PARTS), model="m", engines=fleet)).source == "remote"
+        assert remote.asked == [("http://a", "m"), ("http://b", "m")]
+
+
+async def test_only_sglang_takes_the_ids_that_come_with_a_chat(model: Path) -> None:
+    async with manager(model) as tokenizers:
+        sent = await tokenizers.tokenize(chat("hello", input_ids=[5, 6]), model="m", engines=[SGLANG])
+        assert (sent.tokens.ids.tolist(), sent.source) == ([5, 6], "request")
+        for ids, pod in (([5, 6], VLLM), (["no", "ids"], SGLANG)):
+            ignored = await tokenizers.tokenize(chat("hello", input_ids=ids), model="m", engines=[pod])
+            assert ignored.source == "local"
+
+
+async def test_sglang_neither_truncates_nor_takes_templates(model: Path) -> None:
+    async with manager(model) as tokenizers:
+        for prompt in (chat("hello", truncate_prompt_tokens=2), chat("hello", chat_template="x")):
+            whole = await tokenizers.tokenize(prompt, model="m", engines=[SGLANG])
+            assert (whole.source, len(whole.tokens.ids) > 2) == ("local", True)
+
+
 async def test_an_inexact_prompt_is_not_tokenized(model: Path) -> None:
     async with manager(model, FakeRemote([1])) as tokenizers:
         with pytest.raises(TokenizeError, match="the engine keeps it"):
@@ -202,7 +256,7 @@ async def test_an_inexact_prompt_is_not_tokenized(model: Path) -> None:
 
 async def test_prompts_are_read_while_many_are_being_tokenized(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(LocalTokenizer, "tokenize", lambda self, prompt: release.wait(30))
+    monkeypatch.setattr(LocalTokenizer, "tokenize", lambda self, prompt, dialect: release.wait(30))
     monkeypatch.setattr("matrixinfer.prompt.manager._MAX_QUEUED", 3)
     long = text("word " * 50_000)
     async with manager(model, timeout_seconds=1.0) as tokenizers:
@@ -239,9 +293,9 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
     threads: list[bool] = []
     honest = LocalTokenizer.render
 
-    def render(self: LocalTokenizer, chat: Chat) -> str:
+    def render(self: LocalTokenizer, chat: Chat, dialect: Dialect) -> str:
         threads.append(threading.current_thread() is threading.main_thread())
-        return honest(self, chat)
+        return honest(self, chat, dialect)
 
     monkeypatch.setattr(LocalTokenizer, "render", render)
     async with manager(model) as tokenizers:
@@ -259,7 +313,7 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
 async def test_the_deadline_applies_to_a_slow_tokenizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def render(self: LocalTokenizer, chat: Chat) -> str:
+    def render(self: LocalTokenizer, chat: Chat, dialect: Dialect) -> str:
         release.wait(5)
         return ""
 

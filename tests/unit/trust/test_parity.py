@@ -46,7 +46,10 @@ class World:
             theirs = ids.copy()
             theirs[len(ids) if at is None else at :] = 99
             witness.chains += 1
-            witness.seen.append(token_bytes(theirs))
+            if at is None:
+                witness.equal = token_bytes(theirs)
+            else:
+                witness.strange.append(token_bytes(theirs))
         self.parity.sampling.leave(present)
         self.parity.sampling.finished(sample, computed=computed)
 

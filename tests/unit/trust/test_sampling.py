@@ -149,7 +149,7 @@ def test_our_own_chain_is_found_among_others(world: World) -> None:
     assert world.ends(sample) == ("agrees", None)
 
 
-def test_an_engine_that_renders_all_requests_differently_is_caught_at_any_concurrency(world: World) -> None:
+def test_an_engine_that_renders_all_requests_differently_is_caught_among_many(world: World) -> None:
     others = [prompt(2000 + i) for i in range(5)]
     for each in others:
         world.enter(each)
@@ -159,11 +159,26 @@ def test_an_engine_that_renders_all_requests_differently_is_caught_at_any_concur
     assert world.ends(sample) == ("differs", 6)
 
 
-def test_a_strange_chain_may_be_that_of_a_request_whose_own_was_not_seen(world: World) -> None:
-    world.enter(OTHER)
+@pytest.mark.parametrize(
+    ("other", "outcome"), [(OTHER, ("differs", 0)), ([*OURS[:8], 1, 2, 3], ("inconclusive", None))]
+)
+def test_a_strange_chain_is_ours_if_nobody_brought_more_of_our_prompt(
+    world: World, other: list[int], outcome: tuple[Outcome, int | None]
+) -> None:
+    """The other request's own chain has not come."""
+    world.enter(other)
     sample = world.sampled(OURS)
     world.stores(prompt(3000))
-    assert world.ends(sample) == ("inconclusive", None)
+    assert world.ends(sample) == outcome
+
+
+def test_our_own_chain_is_found_among_more_than_are_kept(world: World) -> None:
+    sample = world.sampled(OURS)
+    for head in range(100):
+        world.stores(prompt(3000 + head))
+    world.stores(OURS)
+    assert len(sample.witness.strange) == 64
+    assert world.ends(sample) == ("agrees", None)
 
 
 @pytest.mark.parametrize("unknown", [None, OURS])
