@@ -114,7 +114,7 @@ def first_prompt(prompts: str | list[Any], param: str) -> FirstPrompt:
         raise InvalidRequest(f"`{param}` must not be empty", param=param)
     head, alone = prompts[0], len(prompts) == 1
     if isinstance(head, str):
-        more = sum(len(each) for each in prompts[1:] if isinstance(each, str))
+        more = sum(map(_bytes, prompts[1:]))
         return FirstPrompt(text=head, token_ids=None, prefix=head.encode(), alone=alone, more_bytes=more)
     more = 0
     if isinstance(head, int):
@@ -131,6 +131,12 @@ def first_prompt(prompts: str | list[Any], param: str) -> FirstPrompt:
     return FirstPrompt(
         text=None, token_ids=np.frombuffer(ids, dtype=np.uint32), prefix=prefix, alone=alone, more_tokens=more
     )
+
+
+def _bytes(text: object) -> int:
+    if not isinstance(text, str):
+        return 0
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def required(param: str) -> InvalidRequest:

@@ -56,7 +56,7 @@ class SchedulingRequest:
 
     @property
     def whole_tokens(self) -> int:
-        """Tokens of the prompt, as far as they are unknown estimated."""
+        """Tokens of the prompt: those that are known, and an estimate of the others."""
         return (self.prompt_tokens or 0) + self.unknown_tokens
 
 

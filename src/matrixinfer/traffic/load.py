@@ -59,7 +59,7 @@ class LoadLedger:
         tokens that the pod must compute.
         """
         wanted = max(0, len(hashes) - start)
-        self._delete_expired(2 * wanted + _DELETED_PER_CHARGE)
+        self._delete_expired(2 * (wanted + len(chunks)) + _DELETED_PER_CHARGE)
         count = min(wanted, self._max_pending_blocks - self._stored_blocks)
         blocks = list(hashes[start : start + count]) if count else []
         if chunks:

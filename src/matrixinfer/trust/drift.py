@@ -241,6 +241,7 @@ class Drift:
         endpoint.pause = min(2 * endpoint.pause, _LONGEST_PAUSE_SECONDS)
         endpoint.streak = endpoint.found = 0
         endpoint.heals += 1
+        endpoint.reuse.start_over()
 
 
 def _outcome(least: int, most: int, cached: int) -> Outcome:

@@ -54,6 +54,10 @@ class Reuse:
         elif not self._signs:
             self.is_short = False
 
+    def start_over(self) -> None:
+        """The endpoint is indexed again: how wrong the old index was says nothing about the new one."""
+        self._shortfall = 0.0
+
     def _faded(self, now: float) -> float:
         idle = now - self._at - GRACE_SECONDS
         return self._shortfall if idle <= 0.0 else self._shortfall * 0.5 ** (idle / HALF_LIFE_SECONDS)

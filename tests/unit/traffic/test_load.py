@@ -315,6 +315,16 @@ def test_chunks_are_pending_beside_blocks() -> None:
     assert ledger.pending("a", "m", [11, 12, 13], 0) == 0
 
 
+def test_chunks_that_have_expired_are_deleted_as_fast_as_new_ones_come() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+    for number in range(20):
+        chunks = range(1000 * number, 1000 * number + 1000)
+        ledger.charge("a", "m", hashes=(), start=0, queued_tokens=0, chunks=chunks).release()
+        clock.now += 2.0
+    assert len(ledger) <= 2000
+
+
 def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
     ledger, seen = LoadLedger(FakeClock(), 2.0), list[tuple[str, str, list[int], int, Charge]]()
     unsubscribe = ledger.subscribe(
