@@ -310,6 +310,13 @@ AT = KvSource(endpoint="tcp://127.0.0.1:5557", rank=0)
         (None, {"/kv_event_sources": {"0": {"endpoint": "tcp://*:5557"}}}, "vllm", None, (AT,)),
         ("sglang", {"/server_info": INFO}, "sglang", "0.5.23", (AT,)),
         ("sglang", {"/get_server_info": INFO}, "sglang", "0.5.23", (AT,)),
+        (
+            "sglang",
+            {"/kv_event_sources": [{"endpoint": "tcp://*:5557", "data_parallel_rank": 0}]},
+            "sglang",
+            None,
+            (AT,),
+        ),
         (None, {"/server_info": INFO}, "sglang", "0.5.23", (AT,)),
         ("sglang", {}, "sglang", None, ()),
         ("somebody", {"/version": {"version": "1.3"}}, "other", "1.3", ()),
