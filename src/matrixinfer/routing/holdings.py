@@ -114,7 +114,8 @@ def holdings(
     trust: Trust = "none" if approximate or cache is None else cache.trust
     pending = recent = 0
     if reads_cache:
-        pending = load.pending(name, request.model, request.chain, matched or 0)
+        whole = cache is not None and cache.rule is not None
+        pending = load.pending(name, request.model, request.chain, matched or 0, whole_prompts=whole)
         recent = 0 if trust == "exact" else history.match(name, request.model, request.chain)
     chunks = guessed = 0
     if request.chunks and reads_cache:

@@ -336,3 +336,27 @@ def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
     unsubscribe()
     ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
     assert len(seen) == 1
+
+
+def test_whole_prompts_count_up_to_where_one_ends() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+
+    def whole(hashes: list[int], start: int = 0) -> int:
+        return ledger.pending("a", "m", hashes, start, whole_prompts=True)
+
+    short = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
+    long = ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=0, queued_tokens=0)
+    again = ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=2, queued_tokens=0)
+    assert [whole(hashes) for hashes in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5], [9])] == [0, 2, 2, 4, 0]
+    assert (whole([1, 2, 3, 4], 2), whole([1, 2, 3], 2)) == (2, 0)
+    short.cancel()
+    assert (whole([1, 2]), ledger.pending("a", "m", [1, 2], 0)) == (0, 2)
+    again.cancel()
+    long.release()
+    clock.now = 1.0
+    assert whole([1, 2, 3, 4]) == 4
+    clock.now = 3.0
+    assert whole([1, 2, 3, 4]) == 0
+    ledger.charge("a", "m", hashes=[], start=0, queued_tokens=0)
+    assert len(ledger) == 0
