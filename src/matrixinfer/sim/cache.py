@@ -245,6 +245,9 @@ class PagedPrefixCache:
             sequence.stored[number] = full
         if group.is_full and group.block_size != self._layout.hash_size:
             self._store_end(sequence, number, tokens)
+        if group.kind == MAMBA and not self._layout.lookahead and tokens == self._last_state(sequence.prompt) > 0:
+            # vLLM 0.32 takes the prompt's last state for new in every step that goes no further; 0.33 does not.
+            self._new_states.update(self._pool.keys_of(blocks[tokens // group.block_size - 1]))
 
     def _storable(self, number: int, tokens: int) -> int:
         """How many of the first `tokens` tokens a later hit can reach."""

@@ -52,6 +52,7 @@ class FakeRemote(RemoteTokenizer):
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
+        self.costs = {}
 
     async def tokenize(
         self, prompt: Prompt, engines: Sequence[Engine], model: str, *, timeout_seconds: float
