@@ -12,9 +12,8 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.load_follower import Outcome
 from matrixinfer.pods.registry import PodRegistry
-from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.source import Kind
+from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.trust.levels import trust_in
@@ -95,8 +94,8 @@ class TokenCacheCollector(Collector):
 class TokenSourceCollector(Collector):
     """Where the token ids of each model come from."""
 
-    def __init__(self, finder: TokenizerFinder) -> None:
-        self._finder = finder
+    def __init__(self, sources: Callable[[], Mapping[str, Source]]) -> None:
+        self._sources = sources
 
     def collect(self) -> Iterator[Metric]:
         """Read the parts now."""
@@ -105,7 +104,7 @@ class TokenSourceCollector(Collector):
             "1 for where the token ids of a model's prompts come from now.",
             labels=["model", "source"],
         )
-        for model, source in self._finder.sources.items():
+        for model, source in self._sources().items():
             for kind in get_args(Kind):
                 shown.add_metric([model, kind], float(kind == source.kind))
         yield shown

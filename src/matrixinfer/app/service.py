@@ -191,7 +191,7 @@ class Service:
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
         self.metrics.register(TokenCacheCollector(tokenizers))
-        self.metrics.register(TokenSourceCollector(self._finder))
+        self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
 
     def _gateway(self) -> Gateway:
