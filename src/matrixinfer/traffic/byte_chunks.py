@@ -3,9 +3,9 @@
 A chunk is `CHUNK_BYTES` of text, or less text and the image, audio or video behind it, whatever its size. Its hash covers
 all bytes before it, like a block's. So two turns of one conversation have the same first chunks, and two images differ.
 
-    h[0] = u64(SHA-256("bytes" ‖ salt)[:8]),  h[i] = u64(SHA-256(h[i-1] as 8 bytes big endian ‖ bytes)[:8])
+    p[0] = SHA-256("bytes" [‖ 0 ‖ salt])[:8],  p[i] = SHA-256(p[i-1] ‖ the chunk's bytes)[:8]
 
-with the top bit cleared; h[0] is no chunk.
+The hash of a chunk is p[i] as a number, big endian, with the top bit cleared.
 """
 
 from __future__ import annotations
