@@ -225,7 +225,10 @@ class TokenizationConfig(Section, frozen=True):
         Seconds, described("Deadline for one prompt. A request whose prompt takes longer is routed by load.")
     ] = 2.0
     max_prompt_bytes: Annotated[
-        Count, described("Requests with a larger body are not tokenized; they are routed by load.")
+        Count,
+        described(
+            "Requests with a larger body are not tokenized; they are routed by load, and by where their bytes were sent lately."
+        ),
     ] = 4 * 1024 * 1024
     cache_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
