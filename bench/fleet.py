@@ -22,6 +22,7 @@ from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -60,16 +61,17 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     load, parity = LoadLedger(clock, config.pending_seconds), Parity(metrics, clock)
     drift = Drift(metrics, lambda name, *, replay: None, clock)
     lookup = Lookup(registry, index, FeedCaches(feeds, drift.doubts))
+    sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduling.reads_bytes)
     router = Router(
         registry=registry,
         preparer=Preparer(
-            registry, tokenizers, blocks, lookup, parity, max_prefix_tokens=config.max_prefix_tokens, clock=clock
+            registry, tokenizers, blocks, lookup, parity, sizer, max_prefix_tokens=config.max_prefix_tokens, clock=clock
         ),
-        candidates=Candidates(registry, lookup, load, history, config.weights),
+        candidates=Candidates(registry, lookup, load, history, config.weights, reuse=drift.reuse),
         scheduler=scheduling,
         load=load,
         history=history,
-        auditor=Auditor(feeds, parity, drift, lookup, blocks),
+        auditor=Auditor(feeds, parity, drift, lookup, blocks, sizer),
         decisions=DecisionLog(config.decisions_kept),
         metrics=metrics,
         clock=clock,

@@ -104,7 +104,11 @@ async def test_the_guide_shows_the_real_output(tokenizer: LocalTokenizer, capsys
 def decision(identity: str, attempts: list[str], status: int | None) -> dict[str, Any]:
     """A decision for pod a, as the admin address serves it."""
     pod = dict.fromkeys(
-        ("matched_blocks", "pending_blocks", "recent_blocks", "credit", "in_flight", "waiting", "total"), 0
+        (
+            *("matched_blocks", "pending_blocks", "recent_blocks", "recent_chunks"),
+            *("reuse", "credit", "in_flight", "waiting", "total"),
+        ),
+        0,
     )
     return {
         "id": identity,
@@ -112,9 +116,13 @@ def decision(identity: str, attempts: list[str], status: int | None) -> dict[str
         "path": COMPLETIONS,
         "model": "m",
         "tokens": 1,
+        "unknown_tokens": 0,
+        "other_tokens": 0,
         "blocks": 1,
+        "chunks": 0,
         "chosen": "a",
         "predicted_hit_tokens": 77,
+        "guessed_hit_tokens": 0,
         "reported": {"attempts": attempts, "status": status, "prompt_tokens": None, "cached_tokens": None},
         "candidates": 2,
         "pods": {

@@ -18,8 +18,9 @@ import numpy as np
 import zmq
 
 from matrixinfer.blocks import TokenBlockProcessor, token_bytes
-from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.events import BlockStored, Event
+from matrixinfer.sim.sequence import Sequence
 
 BLOCK = 16
 _END = b"\xff" * 8
@@ -54,10 +55,11 @@ class Brain:
 
     def truth(self) -> list[int]:
         """The token blocks that a prompt can reach."""
-        return [self._names[block] for block in self._cache._copies if self._reachable(block)]
+        cached = set(self._cache.cached_hashes())
+        return [self._names[block] for block in cached if self._reachable(block, cached)]
 
-    def _reachable(self, block: int | None) -> bool:
-        return block is None or (block in self._cache._copies and self._reachable(self._parents[block]))
+    def _reachable(self, block: int | None, cached: set[int]) -> bool:
+        return block is None or (block in cached and self._reachable(self._parents[block], cached))
 
     def _noted(self, events: list[Event]) -> list[Event]:
         for event in events:

@@ -14,6 +14,7 @@ import pytest
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.sim.events import BlockRemoved, BlockStored, EventBatch, Medium, encode
@@ -22,6 +23,7 @@ from tests.unit.routing.support import Dispatcher
 
 PATH = "/v1/completions"
 SOURCE = KvEventsConfig(endpoint="tcp://127.0.0.1:1")
+SOURCES = tuple(KvSource(endpoint=SOURCE.endpoint, rank=rank) for rank in (0, 1))
 NOBODY = "http://127.0.0.1:1"
 SIZE = 16
 PRESENT = 3
@@ -52,7 +54,7 @@ class World:
         service.join(config)
         registry = service.engines.registry
         names = ServedNames(base_model="m", aliases=frozenset({"m"}), adapters={f"lora-{number}": "m"})
-        registry.learn(name, served=names, kv_sources=(SOURCE,) * (2 if number % 3 == 0 else 1))
+        registry.learn(name, served=names, kv_sources=SOURCES[: 2 if number % 3 == 0 else 1])
         registry.answered(name)
         pod = registry.pods[-1]
         service.watching.discovered(pod)

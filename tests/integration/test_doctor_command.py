@@ -425,9 +425,11 @@ async def test_older_releases(version: str, level: str, words: str, engine: SimE
 
 async def test_sglang(engine: SimEngine, doctor: DoctorCommand) -> None:
     models = {"data": [{"id": "sim", "owned_by": "sglang"}]}
-    async with altering(engine, v1_models=answering(models), version=answering({}, 404)) as pod:
+    info = {"version": "0.5.22", "dp_size": 1, "kv_events": None}
+    async with altering(engine, v1_models=answering(models), server_info=answering(info)) as pod:
         report = await doctor.check(pod)
-    assert "the engine is SGLang" in report.only("engine", "warning")["message"]
+    assert "the engine is SGLang 0.5.22, whose events omit" in report.only("engine", "warning")["message"]
+    assert "(no publisher in /server_info)" in report.only("events", "blind")["message"]
 
 
 async def test_answers_that_do_not_report_cached_tokens(tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:

@@ -6,14 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import structlog
 from aiohttp import web
 
-from matrixinfer.config import KvEventsConfig, LimitsConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_kind import EngineFacts
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from tests.integration.gateway_support import FOREVER, nowhere, pod
@@ -31,6 +34,8 @@ class Engine:
     def __init__(self, model: str = "tiny") -> None:
         self.model = model
         self.running = 3
+        self.started = 100
+        self.extra = ""
         self.down = self.slow = self.locked = self.dead = False
         self.asked: list[str] = []
 
@@ -48,7 +53,9 @@ class Engine:
             "/health": "",
             "/v1/models": f'{{"data":[{{"id":"{self.model}"}}]}}',
             "/kv_event_sources": '[{"endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}]',
-            "/metrics": f'vllm:num_requests_running{{engine="0"}} {self.running}\n',
+            "/version": '{"version":"0.33.0"}',
+            "/metrics": f'vllm:num_requests_running{{engine="0"}} {self.running}\n'
+            f"process_start_time_seconds {self.started}\n{self.extra}",
         }
         return web.Response(text=answers[request.path])
 
@@ -75,9 +82,7 @@ async def test_a_pod_is_discovered_measured_and_found_healthy() -> None:
         (state,) = registry.pods
         assert state.healthy
         assert state.base_model == "tiny"
-        assert state.kv_sources == (
-            KvEventsConfig(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558"),
-        )
+        assert state.kv_sources == (KvSource(endpoint="tcp://127.0.0.1:5557", replay_endpoint="tcp://127.0.0.1:5558"),)
         metrics = registry.metrics_of(state, time.monotonic())
         assert metrics is not None
         assert metrics.running == 3
@@ -109,7 +114,7 @@ async def test_a_pod_that_does_not_tell_its_models_is_still_healthy() -> None:
         assert await watcher.first_round(DEADLINE_SECONDS)
         assert registry.pods[0].healthy
         assert registry.pods[0].served is None
-        assert found == []
+        assert found == [registry.pods[0]]  # its publishers are known
 
 
 async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> None:
@@ -220,3 +225,124 @@ async def test_pods_that_come_are_watched_until_they_go() -> None:
         watcher.unwatch("late")
         await asyncio.sleep(0)
         assert list(watcher._tasks) == list(watcher._announced) == ["pod-0"]  # noqa: SLF001 - nothing stays
+
+
+async def test_an_engine_that_restarts_between_two_readings_is_asked_what_it_is_before_they_count() -> None:
+    engine = Engine()
+    with structlog.testing.capture_logs() as logs:
+        async with pod(engine) as url, watching(url) as (registry, watcher):
+            await watcher.first_round(DEADLINE_SECONDS)
+            (state,) = registry.pods
+            assert (state.engine, state.facts) == ("vllm", EngineFacts(kind="vllm", version="0.33.0"))
+            engine.model, engine.started = "other", 200
+            await eventually(lambda: state.base_model == "other")
+            assert engine.asked.count("/v1/models") == 2
+            engine.started = 300
+            await eventually(lambda: engine.asked.count("/v1/models") == 3)
+    events = [entry["event"] for entry in logs]
+    assert events == ["pod_discovered", "pod_came_up", "pod_restarted", "pod_discovered"]
+
+
+async def test_a_pod_is_asked_again_at_once_when_somebody_wants_to_know() -> None:
+    engine = Engine()
+    slow = PodWatchConfig(scrape_interval_seconds=60, discovery_interval_seconds=600)
+    asked: list[str] = []
+    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+        registry = PodRegistry([PodConfig(name="a", url=url)], (), slow, clock=time.monotonic)
+        async with PodWatcher(
+            registry,
+            session,
+            slow,
+            on_asking=lambda pod: asked.append(f"asking {pod.name}"),
+            on_told=lambda pod: asked.append(f"told {pod.name}"),
+        ) as watcher:
+            await watcher.first_round(DEADLINE_SECONDS)
+            watcher.ask_again("unknown")
+            for _ in range(5):
+                watcher.ask_again("a")
+            await eventually(lambda: len(asked) == 4)
+            await asyncio.sleep(0.2)
+    assert asked == ["asking a", "told a"] * 2
+
+
+async def test_a_failed_reading_has_the_pod_asked_again_before_it_is_down() -> None:
+    engine = Engine()
+    config = PodWatchConfig(scrape_interval_seconds=0.02, unhealthy_after_failures=10**6)
+    async with pod(engine) as url, watching(url, config=config) as (registry, watcher):
+        await watcher.first_round(DEADLINE_SECONDS)
+        engine.dead = True
+        await eventually(lambda: registry.pods[0].failures > 0)
+        engine.dead, engine.model = False, "other"
+        await eventually(lambda: registry.pods[0].base_model == "other")
+        assert registry.pods[0].healthy
+
+
+async def test_sleep_is_logged_when_it_begins_and_when_it_ends() -> None:
+    engine = Engine()
+    with structlog.testing.capture_logs() as logs:
+        async with pod(engine) as url, watching(url) as (registry, watcher):
+            await watcher.first_round(DEADLINE_SECONDS)
+            engine.extra = 'vllm:engine_sleep_state{sleep_state="awake"} 0\n'
+            await eventually(lambda: registry.pods[0].asleep == "paused")
+            await asyncio.sleep(0.1)
+            engine.extra = 'vllm:engine_sleep_state{sleep_state="awake"} 1\n'
+            await eventually(lambda: registry.pods[0].asleep is None)
+    told = [
+        (entry["event"], entry.get("state")) for entry in logs if "sleep" in entry["event"] or "woke" in entry["event"]
+    ]
+    assert told == [("pod_fell_asleep", "paused"), ("pod_woke_up", None)]
+
+
+INFO = {
+    "version": "0.5.23",
+    "dp_size": 1,
+    "internal_states": [],
+    "kv_events": {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 5557, "dp_size": 1},
+}
+AT = KvSource(endpoint="tcp://127.0.0.1:5557", rank=0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "answers", "kind", "version", "sources"),
+    [
+        ("vllm", {"/version": {"version": "0.28.0"}}, "vllm", "0.28.0", ()),
+        ("vllm", {}, "vllm", None, ()),
+        (None, {"/kv_event_sources": {"0": {"endpoint": "tcp://*:5557"}}}, "vllm", None, (AT,)),
+        ("sglang", {"/server_info": INFO}, "sglang", "0.5.23", (AT,)),
+        ("sglang", {"/get_server_info": INFO}, "sglang", "0.5.23", (AT,)),
+        (
+            "sglang",
+            {"/kv_event_sources": [{"endpoint": "tcp://*:5557", "data_parallel_rank": 0}]},
+            "sglang",
+            None,
+            (AT,),
+        ),
+        (None, {"/server_info": INFO}, "sglang", "0.5.23", (AT,)),
+        ("sglang", {}, "sglang", None, ()),
+        ("somebody", {"/version": {"version": "1.3"}}, "other", "1.3", ()),
+        (None, {"/server_info": 500}, "other", None, ()),
+        ("sglang", {"/server_info": 500}, None, None, None),
+    ],
+)
+async def test_the_kind_of_engine_is_found_by_asking(
+    owner: str | None, answers: dict[str, Any], kind: str | None, version: str | None, sources: object
+) -> None:
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        answer = answers.get(request.path, 404)
+        return web.Response(status=answer) if isinstance(answer, int) else web.json_response(answer)
+
+    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+        about = await EngineApi(session, 5.0).about(url, owner)
+    assert about.sources == sources
+    assert (about.facts and about.facts.kind, about.facts and about.facts.version) == (kind, version)
+
+
+async def test_sglang_names_the_class_of_its_model() -> None:
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        answers: dict[str, Any] = {"/server_info": INFO, "/model_info": {"architectures": ["GptOssForCausalLM"]}}
+        return web.json_response(answers[request.path])
+
+    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+        about = await EngineApi(session, 5.0).about(url, "sglang")
+    assert about.facts is not None
+    assert about.facts.architectures == ("GptOssForCausalLM",)

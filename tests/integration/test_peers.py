@@ -85,6 +85,18 @@ async def test_what_was_computed_is_remembered_where_events_do_not_tell_all(valk
         assert [other.load.pending(name, "m", CHAIN, 0) for name in ("sure", "unsure", "unknown")] == [10, 10, 0]
 
 
+async def test_what_was_sent_is_recognised_by_its_bytes_at_other_gateways_too(valkey: Server) -> None:
+    async with ends(config_of(valkey)) as (one, other):
+        charge = one.load.charge("sure", "m", hashes=(), start=0, queued_tokens=70, chunks=CHAIN)
+        await eventually(lambda: other.load.pending("sure", "m", CHAIN, 0) == 10)
+        charge.cancel()
+        for name in ("sure", "unknown"):
+            one.history.computed(name, "m", (), is_exact=True, chunks=CHAIN)
+        await eventually(lambda: other.history.match_chunks("sure", "m", CHAIN) == 10)
+        assert other.history.match("sure", "m", CHAIN) == 0
+        assert "unknown" not in other.history
+
+
 async def test_what_is_malformed_is_counted_and_survived(valkey: Server) -> None:
     async with ends(config_of(valkey)) as (one, other):
         good, _ = encode("another", {"sure": Load(1, 1)}, [Prompt("sure", "m", False, CHAIN)])

@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestServer
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
-from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.remote import PromptRefused, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
 from tests.waiting import DEADLINE_SECONDS, eventually
 
@@ -442,3 +442,61 @@ async def test_gpt_oss_is_asked_for_only_where_tokenize_renders_harmony(
     with nullcontext() if reason is None else pytest.raises(TokenizeError, match=reason):
         await ids_of(RemoteTokenizer(session), [engine], chat(**fields))
     await ids_of(RemoteTokenizer(session), [engine], text("x"))
+
+
+async def test_answers_are_remembered_until_engines_change(engine: Engine, session: aiohttp.ClientSession) -> None:
+    remote = RemoteTokenizer(session, cache_bytes=10_000)
+    assert await ids_of(remote, [engine]) == await ids_of(remote, [engine]) == [9707, 1879]
+    assert len(engine.bodies) == 1
+    await ids_of(remote, [engine], text("y"))
+    assert len(engine.bodies) == 2
+    remote.forget()
+    await ids_of(remote, [engine])
+    assert len(engine.bodies) == 3
+
+
+async def test_failures_are_not_remembered(engine: Engine, session: aiohttp.ClientSession) -> None:
+    remote = RemoteTokenizer(session, cache_bytes=10_000)
+    engine.handler = answering(400)
+    with pytest.raises(PromptRefused):
+        await ids_of(remote, [engine])
+    engine.handler = vllm
+    assert await ids_of(remote, [engine]) == [9707, 1879]
+
+
+async def test_engines_that_are_compared_do_not_share_answers(
+    engines: list[Engine], session: aiohttp.ClientSession
+) -> None:
+    release = asyncio.Event()
+    engines[0].handler = slowly(release)
+    engines[1].handler = answering(200, b'{"tokens":[5]}')
+    remote = RemoteTokenizer(session, rests=False, cache_bytes=10_000)
+    first = asyncio.create_task(ids_of(remote, engines[:1]))
+    await eventually(lambda: len(engines[0].bodies) == 1)
+    assert await ids_of(remote, engines[1:2]) == [5]
+    release.set()
+    assert await first == [9707, 1879]
+    assert await ids_of(remote, engines[1:2]) == [5]
+
+
+async def test_what_asking_costs_is_measured_by_model(engine: Engine, session: aiohttp.ClientSession) -> None:
+    seen: list[tuple[str, float]] = []
+    now = 0.0
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        nonlocal now
+        now += 0.25
+        return await vllm(request)
+
+    engine.handler = slow
+    remote = RemoteTokenizer(session, on_answered=lambda *each: seen.append(each), clock=lambda: now)
+    for _ in range(7):
+        await ids_of(remote, [engine])
+    assert remote.costs["tiny"].quantile(0.5) is None  # too few to say
+    await ids_of(remote, [engine])
+    assert remote.costs["tiny"].quantile(0.5) == 0.25
+    engine.handler = answering(500)
+    with pytest.raises(TokenizeError):
+        await ids_of(remote, [engine])
+    assert remote.costs["tiny"].view() == {"answers": 8, "failures": 1, "p50_ms": 250.0, "p90_ms": 250.0}
+    assert seen == [("tiny", 0.25)] * 8

@@ -65,6 +65,24 @@ async def test_a_connection_that_is_silently_dead_is_replaced(
         await eventually(lambda: held(index) == 2 and complete(feed))
 
 
+async def test_a_message_that_is_too_long_costs_the_connection_but_not_the_feed(
+    subscriber: Subscriber, index: MemoryIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrixinfer.kvevents.connect.MAX_MESSAGE_BYTES", 10_000)
+    monkeypatch.setattr("matrixinfer.kvevents.subscription.HEARTBEAT_SECONDS", 0.1)
+    async with Engine() as engine:
+        feed = subscriber.follow(engine.source(replay=False))
+
+        def hears(blocks: int) -> bool:
+            engine.publish(stored(0, blocks))
+            return held(index) == blocks
+
+        await eventually(lambda: hears(1), pause=0.05)
+        engine.publisher.publish(b"x" * 20_000)
+        await eventually(lambda: feed.state is FeedState.STALE)
+        await eventually(lambda: hears(2), pause=0.05)
+
+
 async def test_every_topic_is_taken(subscriber: Subscriber, index: MemoryIndex) -> None:
     async with Engine(topic="kv-events") as engine:
         feed = subscriber.follow(engine.source())

@@ -21,6 +21,7 @@ from matrixinfer.app.collectors import (
     KeptCollector,
     PluginCollector,
     TokenCacheCollector,
+    TokenSourceCollector,
 )
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
@@ -172,9 +173,10 @@ def test_operators_find_every_metric_and_no_other() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     metrics = Metrics()
     metrics.register(IndexCollector(MemoryIndex()))
-    metrics.register(FeedCollector({}, lambda _: False))
+    metrics.register(FeedCollector({}, lambda _: False, lambda _: 1.0))
     metrics.register(KeptCollector({}))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
+    metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server

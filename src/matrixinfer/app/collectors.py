@@ -13,6 +13,7 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.load_follower import Outcome
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.trust.levels import trust_in
@@ -90,6 +91,25 @@ class TokenCacheCollector(Collector):
         yield from (chars, size, evicted)
 
 
+class TokenSourceCollector(Collector):
+    """Where the token ids of each model come from."""
+
+    def __init__(self, sources: Callable[[], Mapping[str, Source]]) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the parts now."""
+        shown = GaugeMetricFamily(
+            "matrixinfer_tokenizer_source",
+            "1 for where the token ids of a model's prompts come from now.",
+            labels=["model", "source"],
+        )
+        for model, source in self._sources().items():
+            for kind in get_args(Kind):
+                shown.add_metric([model, kind], float(kind == source.kind))
+        yield shown
+
+
 class PodCollector(Collector):
     """What is known about the pods, other than their events."""
 
@@ -116,14 +136,25 @@ class PodCollector(Collector):
 class FeedCollector(Collector):
     """The KV event feed of each endpoint."""
 
-    def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool]) -> None:
+    def __init__(
+        self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool], reuse: Callable[[str], float]
+    ) -> None:
         self._feeds = feeds
         self._doubts = doubts
+        self._reuse = reuse
 
     def collect(self) -> Iterator[Metric]:
         """Read the parts now."""
         feeds = [(pod, feed, trust_in(feed, doubted=self._doubts(pod))) for pod, feed in list(self._feeds.items())]
         yield from _belief(feeds)
+        reuse = GaugeMetricFamily(
+            "matrixinfer_kv_reuse",
+            "Share of the predicted hits that answers report lately, by which predictions are scaled; 1 when they agree.",
+            labels=["pod"],
+        )
+        for pod, _, _ in feeds:
+            reuse.add_metric([pod], self._reuse(pod))
+        yield reuse
         yield from _ledgers(feeds)
         yield from _frames(feeds)
 

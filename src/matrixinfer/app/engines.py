@@ -54,9 +54,14 @@ class Engines:
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
-        self.drift = Drift(metrics, self._resync, clock)
+        self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
         self.setup = IndexSetup(
-            config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
+            config,
+            self.blocks,
+            feeds=self.feeds,
+            doubts=self.drift.doubts,
+            models=self.registry.base_models,
+            reuses_less=self.drift.reuses_less,
         )
         self.subscriber = Subscriber(
             index=dry_run or self.setup.index,
@@ -79,7 +84,7 @@ class Engines:
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)
-            self._metrics.register(FeedCollector(self.feeds, self.drift.doubts))
+            self._metrics.register(FeedCollector(self.feeds, self.drift.doubts, self.drift.reuse))
             self._metrics.register(PodCollector(self.registry, self.loads.stats))
             if self.setup.redis is not None:
                 self._metrics.register(RedisCollector(self.setup.redis, self.setup.states))
@@ -135,6 +140,11 @@ class Engines:
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)
+
+    def _reuses_less(self, name: str, is_less: bool) -> None:
+        feed = self.feeds.get(name)
+        if feed is not None:
+            feed.ledger.reuses_less(is_less)
 
     def _ask_again(self, pod: str) -> None:
         """Its publisher was lost and is back: it may be another engine's."""

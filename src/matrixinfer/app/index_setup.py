@@ -40,7 +40,8 @@ class IndexSetup:
     """The index and everything behind it. Use it as an async context manager.
 
     It owns the connection to Redis, if one is configured. `feeds` are the feeds that this process follows, by endpoint;
-    `doubts` says whether an endpoint has drifted; `models` returns the index's names of the served models.
+    `doubts` says whether an endpoint has drifted, `reuses_less` whether answers have shown that it reuses less than its
+    events say; `models` returns the index's names of the served models.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class IndexSetup:
         feeds: Mapping[str, PodFeed],
         doubts: Callable[[str], bool],
         models: Callable[[], list[str]],
+        reuses_less: Callable[[str], bool] = lambda _: False,
     ) -> None:
         index = config.index
         self._feeds = feeds
         self._doubts = doubts
+        self._reuses_less = reuses_less
         self._config = index
         self.follows = index.kind == "memory" or index.writer == "gateway"
         """Whether this process follows the engines' events."""
@@ -97,7 +100,7 @@ class IndexSetup:
     def _caches(self, *, unvouched: bool) -> Caches:
         states, warm, doubts = self.states, self.warm, self._doubts
         if states is not None and not self.follows:
-            return ReportedCaches(states, unvouched=unvouched)
+            return ReportedCaches(states, unvouched=unvouched, reuses_less=self._reuses_less)
         if states is not None and self.redis is not None:
             return SharedCaches(FeedCaches(self._feeds, doubts), ReportedCaches(states), self._writes_surely)
         if warm is None:

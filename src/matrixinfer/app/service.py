@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -13,23 +13,33 @@ from typing import Self
 
 import structlog
 
-from matrixinfer.app.collectors import IndexCollector, KeptCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.app.collectors import (
+    IndexCollector,
+    KeptCollector,
+    PluginCollector,
+    TokenCacheCollector,
+    TokenSourceCollector,
+)
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
+from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -67,19 +77,27 @@ class Service:
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
+            self._remote = RemoteTokenizer(
+                engines.session,
+                cache_bytes=config.tokenization.cache_bytes,
+                on_answered=self.metrics.engine_tokenized,
+                clock=clock,
+            )
             tokenizers = TokenizerManager(
                 config.models,
                 config.tokenization,
-                RemoteTokenizer(engines.session),
+                self._remote,
                 block_size=engines.blocks.block_size,
             )
             await stack.enter_async_context(tokenizers)
+            self._finder = self._find_tokenizers(tokenizers, clock)
             self.router = self._router(tokenizers, clock)
             await self._open_peers(stack)
             self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
+            await stack.enter_async_context(self._finder)
             self.gateway = await stack.enter_async_context(self._gateway())
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
@@ -102,6 +120,7 @@ class Service:
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
+        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         return Router(
             registry=engines.registry,
             preparer=Preparer(
@@ -110,18 +129,45 @@ class Service:
                 engines.blocks,
                 lookup,
                 self._parity,
+                sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(engines.registry, lookup, self.load, self._history, config.weights, self.peer_loads),
+            candidates=Candidates(
+                engines.registry,
+                lookup,
+                self.load,
+                self._history,
+                config.weights,
+                self.peer_loads,
+                reuse=engines.drift.reuse,
+            ),
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
-            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
         )
+
+    def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
+        engines, config = self.engines, self.config
+        return TokenizerFinder(
+            config.models,
+            config.tokenization,
+            tokenizers,
+            RemoteTokenizer(engines.session, rests=False, clock=clock),
+            fleet=partial(served_models, engines.registry),
+            distrusts=lambda model: any(self._parity.is_approximate(model, each) for each in SAMPLED_CLASSES),
+            block_size=engines.blocks.block_size,
+            clock=clock,
+        )
+
+    def _tokenizer_views(self) -> Mapping[str, Mapping[str, object]]:
+        """Where the token ids of each model come from, and what asking for them costs."""
+        costs = {name: cost.view() for name, cost in self._remote.costs.items()}
+        return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
 
     async def _open_peers(self, stack: AsyncExitStack) -> None:
         """Share load with other gateways, if the configuration says so."""
@@ -136,13 +182,16 @@ class Service:
         kept = {
             "decisions": self.decisions.__len__,
             "recent_blocks": self._history.__len__,
+            "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "parity_samples": self._parity.sampling.__len__,
+            "late_prompts": lambda: tokenizers.late,
         }
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
         self.metrics.register(TokenCacheCollector(tokenizers))
+        self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
 
     def _gateway(self) -> Gateway:
@@ -152,8 +201,10 @@ class Service:
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
-        feeds = FeedReports(engines.feeds, engines.setup.caches)
-        admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
+        feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
+        admin = Admin(
+            self.router, engines.registry, self.decisions, feeds, self._parity, config.limits, self._tokenizer_views
+        )
         return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 
 

@@ -38,25 +38,33 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "engine",
         help="run a simulated engine",
-        description="Simulate one vLLM replica: the OpenAI API with a real tokenizer, a real prefix cache and KV events "
-        "over ZMQ, but made-up replies. Prints one line with its endpoints when it is ready, and runs until SIGTERM or "
-        "Ctrl-C. Options have vLLM's names where vLLM has them.",
+        description="Simulate one replica of vLLM or SGLang: the OpenAI API with a real tokenizer, a real prefix cache "
+        "and KV events over ZMQ, but made-up replies. Prints one line with its endpoints when it is ready, and runs "
+        "until SIGTERM or Ctrl-C. Options have the engines' names where they have them.",
     )
     defaults = SimEngineConfig()
     _add_api(parser.add_argument, defaults)
     _add_events(parser.add_argument, defaults)
     _add_cache(parser.add_argument, defaults)
+    _add_attention(parser.add_argument, defaults)
     _add_speed(parser.add_argument, defaults, Timing())
     parser.add_argument("--json", action="store_true", help="print the endpoints as JSON")
     parser.set_defaults(run=run)
 
 
 def _add_api(add: _Add, defaults: SimEngineConfig) -> None:
+    add(
+        "--flavor",
+        choices=("vllm", "sglang"),
+        default=defaults.flavor,
+        help="the engine whose API, cache and KV events it has: vLLM 0.32 or SGLang 0.5.23 (default: %(default)s)",
+    )
     add("--model", default=defaults.model, metavar="NAME", help="name of the model (default: %(default)s)")
     add("--served-model-name", nargs="+", default=(), metavar="NAME", help="names that requests use instead of --model")
     add("--lora", action="append", default=[], metavar="NAME", help="name of a LoRA adapter; may be repeated")
     add(
         "--data-parallel-size",
+        "--dp-size",
         type=at_least_one,
         default=defaults.data_parallel_size,
         metavar="RANKS",
@@ -104,6 +112,14 @@ def _add_events(add: _Add, defaults: SimEngineConfig) -> None:
         help="share of KV event batches, 0 to 1, that are not sent live and can only be replayed (default: %(default)s)",
     )
     add(
+        "--load-publish-endpoint",
+        type=_load_endpoint,
+        default="off",
+        metavar="ENDPOINT",
+        help="SGLang: where rank 0 publishes its load, `off`, `auto` (the ports after the KV events and their replay) or "
+        "tcp://*:PORT (default: off)",
+    )
+    add(
         "--seed",
         type=integer,
         default=defaults.seed,
@@ -112,9 +128,41 @@ def _add_events(add: _Add, defaults: SimEngineConfig) -> None:
     )
 
 
+def _add_attention(add: _Add, defaults: SimEngineConfig) -> None:
+    add(
+        "--attention",
+        nargs="+",
+        default=defaults.attention,
+        metavar="KIND[:TOKENS][@SIZE]",
+        help="vLLM: the attention groups of the model: full, mla, sink_full, sliding:WINDOW, sliding_mla:WINDOW, mamba or "
+        "chunked:CHUNK, each with its block size if that differs from --block-size (default: full)",
+    )
+    add(
+        "--speculative",
+        choices=("drop", "lookahead", "pairs"),
+        help="cache as engines do with EAGLE or MTP: drop the last block of each hit (vLLM 0.32), hash the tokens after a "
+        "block (vLLM 0.33), or have pages of token pairs (SGLang); nothing is drafted (default: none)",
+    )
+    add(
+        "--lookahead-tokens",
+        type=at_least_one,
+        default=defaults.lookahead_tokens,
+        metavar="TOKENS",
+        help="tokens after a block that its hash covers, with --speculative lookahead (default: %(default)s)",
+    )
+    add(
+        "--prefix-cache-retention-interval",
+        choices=("0", "none"),
+        default="0",
+        help="vLLM: cache windows and states only where a prompt ends or branches off (0), or at every block (none) "
+        "(default: %(default)s)",
+    )
+
+
 def _add_cache(add: _Add, defaults: SimEngineConfig) -> None:
     add(
         "--block-size",
+        "--page-size",
         type=at_least_one,
         default=defaults.block_size,
         metavar="TOKENS",
@@ -149,7 +197,12 @@ def _add_cache(add: _Add, defaults: SimEngineConfig) -> None:
         "--enable-prompt-tokens-details",
         action=argparse.BooleanOptionalAction,
         default=defaults.prompt_tokens_details,
-        help="report in `usage` how many prompt tokens were cached (default: yes)",
+        help="vLLM: report in `usage` how many prompt tokens were cached (default: yes)",
+    )
+    add(
+        "--enable-cache-report",
+        action="store_true",
+        help="SGLang: report in `usage` how many prompt tokens were cached",
     )
     add(
         "--max-model-len",
@@ -182,6 +235,13 @@ def _add_speed(add: _Add, defaults: SimEngineConfig, timing: Timing) -> None:
         ("--load-seconds", timing.load_block, "each block loaded from the CPU"),
     ):
         add(flag, type=seconds_or_zero, default=default, metavar="S", help=f"time for {what} (default: %(default)s)")
+    add(
+        "--tokenize-seconds",
+        type=seconds_or_zero,
+        default=0.0,
+        metavar="S",
+        help="time that /tokenize takes (default: 0)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,6 +274,27 @@ async def _serve(config: SimEngineConfig, tokenizer: LocalTokenizer, *, as_json:
         await stop.wait()
 
 
+def _load_endpoint(text: str) -> str | int:
+    """`off`, `auto`, or the port of `tcp://*:PORT`."""
+    if text in ("off", "auto"):
+        return text
+    host, separator, number = text.partition("tcp://*:")
+    if host or not separator:
+        raise argparse.ArgumentTypeError(f"expected off, auto or tcp://*:PORT, got `{text}`")
+    return port(number)
+
+
+def _load_port(args: argparse.Namespace) -> int:
+    """The port of `--load-publish-endpoint`: as SGLang derives it for `auto`, which skips the ports of the replay."""
+    if args.load_publish_endpoint != "auto":
+        return 0 if args.load_publish_endpoint == "off" else args.load_publish_endpoint
+    ranks, replay = args.data_parallel_size, args.kv_replay_port
+    if not args.kv_events_port:
+        return 0
+    base: int = args.kv_events_port + ranks
+    return replay + ranks if base < replay + ranks and replay < base + ranks else base
+
+
 def _tokenizer(args: argparse.Namespace) -> LocalTokenizer:
     path, template = args.tokenizer, args.chat_template
     if path is None:
@@ -228,16 +309,23 @@ def _tokenizer(args: argparse.Namespace) -> LocalTokenizer:
 
 def _config(args: argparse.Namespace) -> SimEngineConfig:
     return SimEngineConfig(
+        flavor=args.flavor,
         model=args.model,
         served_model_names=tuple(args.served_model_name),
         loras=tuple(args.lora),
         data_parallel_size=args.data_parallel_size,
         block_size=args.block_size,
+        attention=tuple(args.attention),
+        speculative=args.speculative,
+        lookahead_tokens=args.lookahead_tokens,
+        dense=args.prefix_cache_retention_interval == "none",
         num_blocks=args.num_gpu_blocks_override,
         cpu_blocks=args.cpu_blocks,
         lazy_offload=args.lazy_offload,
         prefix_caching=args.enable_prefix_caching,
         prompt_tokens_details=args.enable_prompt_tokens_details,
+        cache_report=args.enable_cache_report,
+        load_feed=args.load_publish_endpoint != "off",
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_num_batched_tokens,
         max_sequences=args.max_num_seqs,
@@ -248,10 +336,12 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
             attention_pair=args.attention_seconds,
             load_block=args.load_seconds,
         ),
+        tokenize_seconds=args.tokenize_seconds,
         host=args.host,
         port=args.port,
         kv_port=args.kv_events_port,
         replay_port=args.kv_replay_port,
+        load_port=_load_port(args),
         topic=args.topic,
         buffer_batches=args.kv_buffer_batches,
         lose_frames=args.lose_frames,

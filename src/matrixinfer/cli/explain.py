@@ -158,13 +158,21 @@ def _print_list(console: Console, decisions: Sequence[Json]) -> None:
 def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
     console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
     tokens = "not counted" if decision["tokens"] is None else plural(decision["tokens"], "token")
-    console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}")
-    console.print(f"predicted hit: {plural(decision['predicted_hit_tokens'], 'token')} on {decision['chosen']}")
+    console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}{_estimated(decision)}")
+    guessed = decision["guessed_hit_tokens"]
+    by_bytes = f", and about {guessed} more by the bytes that were sent there lately" if guessed else ""
+    console.print(
+        f"predicted hit: {plural(decision['predicted_hit_tokens'], 'token')} on {decision['chosen']}{by_bytes}"
+    )
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
+    is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
     table = Table(
-        *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks", "credit", "in_flight", "waiting"),
+        *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
+        *(("recent_chunks",) if decision["chunks"] else ()),
+        *(("reuse",) if is_scaled else ()),
+        *("credit", "in_flight", "waiting"),
         *(*scorers, "total", ""),
         box=None,
     )
@@ -175,6 +183,8 @@ def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
             _matched(pod),
             str(pod["pending_blocks"]),
             str(pod["recent_blocks"]),
+            *((str(pod["recent_chunks"]),) if decision["chunks"] else ()),
+            *((f"{pod['reuse']:g}",) if is_scaled else ()),
             f"{pod['credit']:g}",
             str(pod["in_flight"]),
             _shown(pod["waiting"]),
@@ -187,6 +197,20 @@ def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
         console.print(f"… and {decision['candidates'] - len(decision['pods'])} more pods")
     for note in decision["notes"]:
         console.print(f"note: {note}")
+
+
+def _estimated(decision: Json) -> str:
+    """What is estimated of the prompt, because its token ids do not say it."""
+    unknown, others = decision["unknown_tokens"], decision["other_tokens"]
+    parts = [
+        *(
+            [f"about {unknown} tokens with unknown ids ({plural(decision['chunks'], 'chunk')} of bytes)"]
+            if unknown
+            else []
+        ),
+        *([f"about {others} tokens in other prompts"] if others else []),
+    ]
+    return "".join(f", {part}" for part in parts)
 
 
 def _outcome(reported: Json) -> str:

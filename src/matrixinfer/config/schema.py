@@ -23,7 +23,7 @@ class ModelConfig(Section, frozen=True):
         str | None,
         described(
             "The model's folder, or the vocabulary file in it, relative to the config file. "
-            "Without it, an engine's `/tokenize` tokenizes prompts."
+            "Without it, one is looked for (`tokenization.find`), else an engine's `/tokenize` tokenizes prompts."
         ),
     ] = None
     tokenizer_mode: Annotated[
@@ -202,8 +202,25 @@ class RedisConfig(Section, frozen=True):
 
 
 class TokenizationConfig(Section, frozen=True):
-    """Limits on turning prompts into token ids."""
+    """How prompts become token ids, and the limits on that."""
 
+    find: Annotated[
+        Literal["local", "download", "none"],
+        described(
+            "Where to look for the tokenizer of a model that has none configured. `local`: the path that the engine reports, "
+            "if it is on this machine, and Hugging Face's cache. `download`: also the Hugging Face Hub (extra `hub`), for "
+            "tokenizer and template files, never weights. `none`: nowhere; engines are asked. What is found is used only "
+            "if its token ids equal the engine's on samples that are hard to tokenize."
+        ),
+    ] = "local"
+    download_seconds: Annotated[Seconds, described("Deadline of one download.")] = 120.0
+    wait_milliseconds: Annotated[
+        Annotated[float, Meta(ge=0)],
+        described(
+            "Where an engine is asked for token ids, a decision waits for them this long. Without them, it is made by what "
+            "was sent where and by load; the ids then come later and are used for the accounts."
+        ),
+    ] = 5.0
     timeout_seconds: Annotated[
         Seconds, described("Deadline for one prompt. A request whose prompt takes longer is routed by load.")
     ] = 2.0
@@ -294,7 +311,7 @@ class Config(Section, frozen=True):
         ),
     ] = None
     scheduler: Annotated[SchedulerConfig, described("How a pod is chosen.")] = SchedulerConfig()
-    tokenization: Annotated[TokenizationConfig, described("Limits on tokenizing prompts.")] = TokenizationConfig()
+    tokenization: Annotated[TokenizationConfig, described("How prompts become token ids.")] = TokenizationConfig()
     drift: Annotated[
         DriftConfig, described("How hits that engines report are compared with what the index predicted.")
     ] = DriftConfig()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from matrixinfer.doctor.facts import PodFacts, ProbeFacts, SampleFacts
+from matrixinfer.doctor.facts import PodFacts, ProbeFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
 from matrixinfer.kvevents.ledger import SMALL_BLOCK
+from matrixinfer.prompt.samples import SampleFacts
+from matrixinfer.prompt.source import Source
 
 LARGE_BLOCK = 1024
 """With more tokens per block, many prompts fill no block."""
@@ -134,12 +136,40 @@ def tokens(pod: PodFacts) -> Iterator[Verdict]:
                 "set `tokenizer` of the model and, if the tokenizer has no chat template, `chatTemplate`; or let the gateway "
                 "reach the engine's /tokenize",
             )
+    source = pod.source
     if same:
-        yield ok(f"the gateway computes the engine's token ids for {', '.join(same)}")
+        found = f", with the tokenizer found at {source.path}" if source is not None and source.kind == "found" else ""
+        yield ok(f"the gateway computes the engine's token ids for {', '.join(same)}{found}")
     elif pod.samples and not any(
         sample.compared or sample.gateway_error or sample.engine_error for sample in pod.samples
     ):
-        yield ok("token ids come from the engine's own /tokenize")
+        yield ok(f"token ids come from the engine's own /tokenize{_cost(pod)}")
+    if source is not None:
+        yield from _refused(source)
+
+
+def _refused(source: Source) -> Iterator[Verdict]:
+    """What was found and is not used."""
+    for path, reason in source.refused.items():
+        yield warning(
+            f"the tokenizer found at {path} is not used: {reason}",
+            "set `tokenizer` of the model to the folder of the model that the engine serves, in the same revision; or leave "
+            "it to the engine's /tokenize",
+        )
+    if source.kind == "found" and source.asks_for_chats:
+        yield warning(
+            f"the tokenizer found at {source.path} is used for texts only; chats go to the engine's /tokenize: "
+            f"{source.reason}",
+            "set `tokenizer` of the model, and `chatTemplate` to the engine's template, or leave chats to the engine",
+        )
+
+
+def _cost(pod: PodFacts) -> str:
+    """What asking costs, and why nobody else is asked."""
+    why = "" if pod.source is None or pod.source.reason is None else f" ({pod.source.reason})"
+    if pod.asking is None or pod.asking["p50_ms"] is None:
+        return why
+    return f"{why}, which took {pod.asking['p50_ms']} ms (p50) and {pod.asking['p90_ms']} ms (p90) for one prompt"
 
 
 def _differs(sample: SampleFacts) -> Verdict:

@@ -42,7 +42,7 @@ def events(pod: PodFacts) -> Iterator[Verdict]:
         yield blind(
             "the engine publishes events, but does not say for which model", "configure its model under `models`"
         )
-    elif pod.sources_status == 200:
+    elif pod.sources_status == 200 and pod.engine != "sglang":
         yield blind("the engine reports that it publishes no KV events", _EVENTS_FIX)
     else:
         yield blind(

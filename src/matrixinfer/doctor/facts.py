@@ -11,28 +11,13 @@ from matrixinfer.pods.engine_kind import EngineKind
 from matrixinfer.pods.pod import Sleep
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
+from matrixinfer.prompt.samples import SampleFacts
+from matrixinfer.prompt.source import Source
 
 Following: TypeAlias = Literal["discover", "none", "configured"]
 """How the config says to find a pod's KV events."""
 Replay: TypeAlias = Literal["answers", "silent", "foreign"]
 """How a replay endpoint answered: with what was published; not completely in time; with another publisher's batches."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleFacts:
-    """One sample prompt, tokenized by the gateway and by the engine."""
-
-    name: str
-    """For messages, such as `a text`."""
-    optional: bool = False
-    """Not every model accepts such a prompt."""
-    gateway_error: str | None = None
-    """Why the gateway could not tokenize it."""
-    engine_error: str | None = None
-    """Why the engine's ids are not known."""
-    compared: bool = False
-    first_difference: int | None = None
-    """Position of the first id that differs; None when all are equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +101,10 @@ class PodFacts:
     clock_ahead: float | None = None
     """Seconds by which its clock is ahead of the local one, or behind if negative; a lower bound, from the Date header."""
     samples: Sequence[SampleFacts] = ()
+    source: Source | None = None
+    """Where the token ids of its model come from."""
+    asking: Mapping[str, object] | None = None
+    """What it costs to ask for token ids, as in `/debug/tokenizers`."""
     feeds: Sequence[FeedFacts] = ()
     """The publishers that the gateway would follow."""
 

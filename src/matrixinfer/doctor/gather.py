@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from matrixinfer.app.index_setup import token_blocks
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.app.served import served_models
+from matrixinfer.blocks import TokenBlockProcessor, TokenIds
 from matrixinfer.config import Config
-from matrixinfer.doctor import token_samples
 from matrixinfer.doctor.event_listener import EventListener, check_replay, listening
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
 from matrixinfer.doctor.probe import Prober
@@ -24,8 +25,12 @@ from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, parse_models
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.samples import SampleFacts, compare
+from matrixinfer.prompt.source import Source
 
 MAX_PODS = 8
 """Pods that are checked at the same time."""
@@ -58,6 +63,15 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
         tokenizers = await stack.enter_async_context(
             TokenizerManager(config.models, config.tokenization, remote, block_size=blocks.block_size)
         )
+        finder = TokenizerFinder(
+            config.models,
+            config.tokenization,
+            tokenizers,
+            remote,
+            fleet=partial(served_models, registry),
+            block_size=blocks.block_size,
+            answer_seconds=patience,
+        )
         api = EngineApi(session, patience)
         prober = Prober(
             session=session, api=api, tokenizers=tokenizers, registry=registry, blocks=blocks, patience=patience
@@ -68,6 +82,7 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
             api=api,
             tokenizers=tokenizers,
             remote=remote,
+            finder=finder,
             prober=prober if probes else None,
             blocks=blocks,
             patience=patience,
@@ -101,6 +116,7 @@ class _PodGatherer:
     api: EngineApi
     tokenizers: TokenizerManager
     remote: RemoteTokenizer
+    finder: TokenizerFinder
     prober: Prober | None
     blocks: TokenBlockProcessor
     patience: float
@@ -124,9 +140,7 @@ class _PodGatherer:
             )
         configured = self.registry.configured_name(pod.base_model or self._only_model, [pod])
         self.on_step(pod.name, "comparing token ids")
-        compared = await token_samples.compare(
-            self.tokenizers, self.remote, pod, configured=configured, seconds=self.patience
-        )
+        source, compared = await self._tokens(pod, configured)
         feeds = await self._feeds(pod, answers.metrics.block_size)
         self.on_step(pod.name, "done")
         return PodFacts(
@@ -147,8 +161,22 @@ class _PodGatherer:
             block_size=answers.metrics.block_size,
             clock_ahead=answers.clock_ahead,
             samples=compared,
+            source=source,
+            asking=self.remote.costs[configured].view() if configured in self.remote.costs else None,
             feeds=feeds,
         )
+
+    async def _tokens(self, pod: Pod, configured: str) -> tuple[Source | None, Sequence[SampleFacts]]:
+        """Where the token ids of the pod's model come from, and how they compare with the pod's own."""
+        engines = [each for each in served_models(self.registry).get(configured, ()) if each.name == pod.name]
+        source = await self.finder.look(configured, engines) if engines else None
+
+        async def ours(prompt: Prompt) -> TokenIds | None:
+            tokenized = await self.tokenizers.tokenize(prompt, model=configured, engines=[pod])
+            return None if tokenized.source == "remote" else tokenized.tokens.ids
+
+        model = pod.base_model or configured
+        return source, await compare(ours, self.remote, pod, model=model, seconds=self.patience)
 
     @property
     def _only_model(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import msgspec
@@ -142,7 +142,9 @@ class Admin:
         feeds: FeedReports,
         parity: Parity,
         limits: LimitsConfig,
+        sources: Callable[[], Mapping[str, Mapping[str, object]]] = dict,
     ) -> None:
+        self._sources = sources
         self._router = router
         self._registry = registry
         self._decisions = decisions
@@ -183,8 +185,12 @@ class Admin:
         )
 
     async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
-        """How each model's token ids compare with its engines'."""
-        return json_response({"tokenizers": self._parity.view()})
+        """Where each model's token ids come from, and how they compare with its engines'."""
+        sources, compared = self._sources(), self._parity.view()
+        models = {**dict.fromkeys(sources), **dict.fromkeys(compared)}
+        return json_response(
+            {"tokenizers": {name: {**sources.get(name, {}), **compared.get(name, {})} for name in models}}
+        )
 
 
 def json_response(data: object, *, status: int = 200) -> web.Response:

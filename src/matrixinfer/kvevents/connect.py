@@ -14,7 +14,7 @@ LOOKUP_TIMEOUT = 5.0
 FRAMES_QUEUED = 100_000
 """Frames per publisher that ZMQ queues while the subscriber is busy, for example with a replay."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""ZMQ disconnects a peer that sends a longer message."""
+"""ZMQ disconnects a peer that sends a longer message, and does not connect to it again."""
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 5_000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 
@@ -25,13 +25,11 @@ class Unresolved(zmq.ZMQError):
     """A host's name has no address yet, or the lookup took too long. Try again later."""
 
 
-def subscribe(
-    context: zmq.Context[_Socket], *, queued: int = FRAMES_QUEUED, max_bytes: int = MAX_MESSAGE_BYTES
-) -> _Socket:
+def subscribe(context: zmq.Context[_Socket], *, queued: int = FRAMES_QUEUED) -> _Socket:
     """An unconnected socket that takes everything from one publisher. Once connected, ZMQ reconnects it by itself."""
     live = context.socket(zmq.SUB)
     live.setsockopt(zmq.RCVHWM, queued)
-    live.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    live.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     live.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
     live.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     # A subscriber sends nothing, so without heartbeats it would wait on a dead connection forever.

@@ -31,6 +31,7 @@ from matrixinfer.kvevents.limits import (
     FINE_STATES,
     MISFITS,
     ORPHANS,
+    REUSES_LESS,
     SHARED_PAGES,
     SLOWER_TIERS,
     SPARSE_WINDOWS,
@@ -188,6 +189,13 @@ class Ledger:
     def drop_nothing(self) -> int:
         """Count with no drop any more."""
         return self._set_drops([])
+
+    def reuses_less(self, is_less: bool) -> None:
+        """Whether answers have shown, again and again, that the engine reuses less than its events say it holds."""
+        if is_less:
+            self._limits.note(REUSES_LESS, lasting=True)
+        else:
+            self._limits.drop(REUSES_LESS)
 
     def _set_drops(self, groups: Sequence[int]) -> int:
         self.reusable.drops(groups)

@@ -37,6 +37,11 @@ ORPHANS = (
     "enable the engine's replay endpoint, or reset its cache"
 )
 MISFITS = "events whose tokens do not fit their blocks were left out, so hits may be longer than predicted; report them"
+REUSES_LESS = (
+    "answers report less reuse than the events say, again and again, as with attention that is not in the events (SGLang's "
+    "sliding windows and mamba), so hits may be shorter than the events say; predictions are scaled by what answers report, "
+    "see reuse in /debug/pods"
+)
 UNKNOWN_KIND = "an attention kind that this release does not know"
 
 UNCONFIRMED = (

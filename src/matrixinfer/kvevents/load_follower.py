@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeAlias
 
@@ -17,12 +17,14 @@ import zmq
 
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import Drain
-from matrixinfer.pods.load_reports import MAX_BYTES, parse_load
+from matrixinfer.pods.load_reports import parse_load
 from matrixinfer.pods.registry import Pod, PodRegistry
 
 FRAMES_QUEUED = 8
 """Reports per publisher that ZMQ queues."""
 RETRY_SECONDS = 10.0
+SILENT_SECONDS = 30.0
+"""After so long without a message a new connection is made. ZMQ makes none by itself after a message that is too long."""
 
 Outcome: TypeAlias = Literal["taken", "malformed", "misdirected"]
 """What became of a report; `misdirected` if it names another rank than the publisher is listed as."""
@@ -86,6 +88,7 @@ class LoadFollower:
         while True:
             try:
                 await self._listen(publisher)
+                continue
             except Unresolved as error:
                 log.warning(
                     "kv_events_unresolved", pod=publisher.name, endpoint=publisher.address, error=error.strerror
@@ -96,14 +99,25 @@ class LoadFollower:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _listen(self, publisher: _Publisher) -> None:
+        """Follow it until it has been silent for too long."""
         if self._context is None:
             raise RuntimeError("the follower is not running")
+        news = asyncio.Event()
+
+        def take(parts: list[bytes]) -> None:
+            news.set()
+            self._take(publisher, parts)
+
         with ExitStack() as stack:
-            socket = subscribe(self._context, queued=FRAMES_QUEUED, max_bytes=MAX_BYTES)
+            socket = subscribe(self._context, queued=FRAMES_QUEUED)
             stack.callback(socket.close, linger=0)
             await connect(socket, publisher.address)
-            stack.enter_context(self._drain.reading(socket, lambda parts: self._take(publisher, parts)))
-            await asyncio.Event().wait()
+            stack.enter_context(self._drain.reading(socket, take))
+            with suppress(TimeoutError):
+                while True:
+                    news.clear()
+                    async with asyncio.timeout(SILENT_SECONDS):
+                        await news.wait()
 
     def _take(self, publisher: _Publisher, parts: list[bytes]) -> None:
         """Take a message `[topic, number, report]`."""

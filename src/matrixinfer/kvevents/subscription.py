@@ -70,6 +70,10 @@ class FeedSource:
         return str(EndpointName(self.pod, self.rank))
 
 
+class _StayedAway(Exception):
+    """A lost connection does not come back. ZMQ tries no more after a message that it refused: make a new one."""
+
+
 class Shared:
     """What all subscriptions of one process share."""
 
@@ -116,6 +120,8 @@ class Subscription:
         while True:
             try:
                 await self._follow()
+            except _StayedAway:
+                continue
             except Unresolved as error:
                 self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
             except Exception:
@@ -237,6 +243,8 @@ class Subscription:
                 if not (self._connected or self._broken):
                     self._log.warning("kv_events_not_connected", endpoint=self.source.endpoint)
                     self._lost()
+                elif self._broken:
+                    raise _StayedAway from None
                 elif self.feed.given_up:
                     await self._try_again()
                 elif self._connected and self.feed.stats.last_frame_at == live:

@@ -10,13 +10,17 @@ from matrixinfer.traffic.history import RoutingHistory
 
 
 class Watch:
-    """Records whether a token block has lost its last support since the watch began."""
+    """Records how many of a run of token blocks have kept their support ever since the watch began.
 
-    __slots__ = ("gone", "name")
+    Blocks that come back do not count: whoever looks them up may have stored them itself.
+    """
 
-    def __init__(self, name: int) -> None:
-        self.name = name
-        self.gone = False
+    __slots__ = ("left", "model", "names")
+
+    def __init__(self, model: str, names: Sequence[int]) -> None:
+        self.model = model
+        self.names = names
+        self.left = len(names)
 
 
 class Supports:
@@ -32,7 +36,7 @@ class Supports:
         self._history = history
         self._counts: dict[str, dict[int, int]] = {}  # by model
         self._gone: dict[str, list[int]] = {}
-        self._watches: dict[int, list[Watch]] = {}
+        self._watches: dict[tuple[str, int], list[Watch]] = {}  # by model and last block that is left
 
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
@@ -66,7 +70,7 @@ class Supports:
 
     def remove(self, model: str, names: Iterable[int]) -> None:
         """Drop one supporter of each block in `names`. Raises `KeyError` for a block without supporters."""
-        counts = self._counts.get(model, {})
+        counts, touched = self._counts.get(model, {}), list[int]()
         for name in names:
             left = counts[name] - 1
             if left:
@@ -74,8 +78,11 @@ class Supports:
             else:
                 del counts[name]
                 self._gone.setdefault(model, []).append(name)
-                for watch in self._watches.pop(name, ()) if self._watches else ():
-                    watch.gone = True
+                if self._watches and (model, name) in self._watches:
+                    touched.append(name)
+        for name in touched:
+            for watch in self._watches.pop((model, name), ()):
+                self._shorten(watch, counts)
         if not counts:
             self._counts.pop(model, None)  # adapters come and go
 
@@ -93,7 +100,7 @@ class Supports:
         self._gone.clear()
         for watches in self._watches.values():
             for watch in watches:
-                watch.gone = True
+                watch.left = 0
         self._watches.clear()
         self._index.clear(self._pod)
 
@@ -101,16 +108,30 @@ class Supports:
         """Have the index forget the endpoint, once its supports are cleared."""
         self._index.forget(self._pod)
 
-    def watch(self, name: int) -> Watch:
-        """Begin to watch a token block that is supported. End with `unwatch`."""
-        watch = Watch(name)
-        self._watches.setdefault(name, []).append(watch)
+    def watch(self, model: str, names: Sequence[int]) -> Watch:
+        """Begin to watch a run of token blocks that are supported. End with `unwatch`.
+
+        No block of a run is supported without those before it, so it is enough to look at the last one that is left.
+        """
+        watch = Watch(model, names)
+        if watch.left:
+            self._watches.setdefault((model, names[-1]), []).append(watch)
         return watch
 
     def unwatch(self, watch: Watch) -> None:
         """End a watch."""
-        watches = self._watches.get(watch.name, [])
+        if not watch.left:
+            return
+        last = watch.model, watch.names[watch.left - 1]
+        watches = self._watches.get(last, [])
         if watch in watches:
             watches.remove(watch)
             if not watches:
-                del self._watches[watch.name]
+                del self._watches[last]
+
+    def _shorten(self, watch: Watch, counts: Collection[int]) -> None:
+        """The last block that a watch looks at is gone: go back to the last one that is still there."""
+        while watch.left and watch.names[watch.left - 1] not in counts:
+            watch.left -= 1
+        if watch.left:
+            self._watches.setdefault((watch.model, watch.names[watch.left - 1]), []).append(watch)

@@ -57,25 +57,35 @@ class EngineApi:
     async def about(self, url: str, owner: str | None) -> About:
         """Its kind, its version and its publishers, as its own answers say. `owner` is the owner of its models.
 
-        Only vLLM has `/kv_event_sources`, and only SGLang's `/server_info` has such contents.
+        vLLM has `/kv_event_sources`, and SGLang says the same in `/server_info`.
         """
         host, kind = urlsplit(url).hostname or "", kind_of(owner)
-        if kind != "sglang":
-            listed = await self._get(f"{url}/kv_event_sources")
-            if listed is not None or kind == "vllm":
-                facts = EngineFacts(kind="vllm", version=await self._version(url))
-                return About(facts=facts, sources=() if listed is None else parse_kv_sources(listed, host=host))
+        if kind == "sglang":
+            return await self._about_sglang(url, host)
+        listed = await self._get(f"{url}/kv_event_sources")
+        if listed is None and kind is None and (await self._optional_info(url, host)) is not None:
+            return await self._about_sglang(url, host)
+        kind = "vllm" if listed is not None else kind or "other"
+        sources = () if listed is None else parse_kv_sources(listed, host=host)
+        return About(facts=EngineFacts(kind=kind, version=await self._version(url)), sources=sources)
+
+    async def _about_sglang(self, url: str, host: str) -> About:
         try:
             info = await self._server_info(url, host)
-        except EngineDown:
-            if kind == "sglang":  # the answer takes its schedulers, which may be busy
-                return About(facts=None, sources=None)
-            info = None
-        if info is None:
-            return About(facts=EngineFacts(kind=kind or "other", version=await self._version(url)), sources=())
+        except EngineDown:  # the answer takes the schedulers, which may be busy
+            return About(facts=None, sources=None)
         architectures = parse_architectures(await self._optional(f"{url}/model_info") or b"")
+        if info is None:
+            info = ServerInfo(version=await self._version(url), ranks=1, sources=())
+        sources = info.sources or parse_kv_sources(await self._optional(f"{url}/kv_event_sources") or b"", host=host)
         facts = EngineFacts(kind="sglang", version=info.version, ranks=info.ranks, architectures=architectures)
-        return About(facts=facts, sources=info.sources)
+        return About(facts=facts, sources=sources)
+
+    async def _optional_info(self, url: str, host: str) -> ServerInfo | None:
+        try:
+            return await self._server_info(url, host)
+        except EngineDown:
+            return None
 
     async def _server_info(self, url: str, host: str) -> ServerInfo | None:
         for path in ("server_info", "get_server_info"):

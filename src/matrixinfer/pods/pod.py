@@ -109,6 +109,8 @@ class Pod:
     """The data-parallel ranks that its metrics show, if several."""
     loads: dict[str, LoadReport] = field(default_factory=dict)
     """The last load that it published, by endpoint."""
+    restarts: int = 0
+    """How often its metrics have shown that it is another run of the engine, or another engine."""
     failures: int = 0
     """Number of consecutive failures."""
     healthy: bool = False

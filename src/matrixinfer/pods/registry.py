@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.pods.boot import is_another_run
 from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
 from matrixinfer.pods.load_reports import FRESH_SECONDS, LoadReport
 from matrixinfer.pods.pod import Endpoint, EngineMetrics, Pod, RankMetrics, ServedModel, ServedNames
@@ -189,6 +190,8 @@ class PodRegistry:
         state = self._by_name.get(pod)
         if state is None:
             return
+        if state.metrics is not None and is_another_run(state.metrics.boot, metrics.boot):
+            state.restarts += 1
         state.metrics = metrics
         if metrics.running is not None and metrics.ranks.keys() != state.ranks:
             state.ranks = frozenset(metrics.ranks)

@@ -85,6 +85,10 @@ class Prompt:
     """The engine keeps only this many tokens from the prompt's beginning. Never 0."""
     reads_cache: bool = True
     """False when the engine ignores its cache and computes the whole prompt, as for log-probabilities of the prompt."""
+    more_bytes: int = 0
+    """Bytes of the request's other prompts, which the engine computes as well."""
+    more_tokens: int = 0
+    """Tokens of the request's other prompts, if these are token ids."""
     request_class: str = "text"
     """What the canary judges together; see `request_class`."""
     counted: bool = True

@@ -70,8 +70,8 @@ class TokenCache:
         self._encode_each = encode_each
         self.cutter = cutter
         self._block_size = block_size
-        self._pieces: _Lru[str, TokenIds] = _Lru(max_bytes // 2)
-        self._beginnings: _Lru[_Key, _Beginning] = _Lru(max_bytes // 2)
+        self._pieces: Lru[str, TokenIds] = Lru(max_bytes // 2)
+        self._beginnings: Lru[_Key, _Beginning] = Lru(max_bytes // 2)
         self._numbers = itertools.count(1)
         self._hits = 0
         self._misses = 0
@@ -193,7 +193,7 @@ def _bytes(text: str, ids: TokenIds) -> int:
     return sys.getsizeof(text) + ids.nbytes
 
 
-class _Lru(Generic[K, V]):
+class Lru(Generic[K, V]):
     """A dict of bounded size that evicts the least recently used entries."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -205,7 +205,13 @@ class _Lru(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._entries.clear()
+        self.bytes = 0
+
     def get(self, key: K) -> V | None:
+        """The value, which then counts as used; None if there is none."""
         entry = self._entries.get(key)
         if entry is None:
             return None

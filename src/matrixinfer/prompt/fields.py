@@ -56,6 +56,9 @@ class FirstPrompt:
     """See `Prompt.prefix`."""
     alone: bool
     """True when the request has no other prompt."""
+    more_bytes: int = 0
+    more_tokens: int = 0
+    """See `Prompt.more_bytes` and `Prompt.more_tokens`."""
 
 
 class ChatRequest(Request, kw_only=True):
@@ -111,7 +114,9 @@ def first_prompt(prompts: str | list[Any], param: str) -> FirstPrompt:
         raise InvalidRequest(f"`{param}` must not be empty", param=param)
     head, alone = prompts[0], len(prompts) == 1
     if isinstance(head, str):
-        return FirstPrompt(text=head, token_ids=None, prefix=head.encode(), alone=alone)
+        more = sum(map(_bytes, prompts[1:]))
+        return FirstPrompt(text=head, token_ids=None, prefix=head.encode(), alone=alone, more_bytes=more)
+    more = 0
     if isinstance(head, int):
         head, alone = prompts, True
     elif not head:
@@ -121,7 +126,17 @@ def first_prompt(prompts: str | list[Any], param: str) -> FirstPrompt:
     except TypeError as error:
         raise InvalidRequest(f"`{param}` must not mix token ids with anything else", param=param) from error
     prefix = msgspec.json.encode(head)
-    return FirstPrompt(text=None, token_ids=np.frombuffer(ids, dtype=np.uint32), prefix=prefix, alone=alone)
+    if not alone:
+        more = sum(len(each) for each in prompts[1:] if isinstance(each, list))
+    return FirstPrompt(
+        text=None, token_ids=np.frombuffer(ids, dtype=np.uint32), prefix=prefix, alone=alone, more_tokens=more
+    )
+
+
+def _bytes(text: object) -> int:
+    if not isinstance(text, str):
+        return 0
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def required(param: str) -> InvalidRequest:
@@ -154,6 +169,8 @@ def prompt(
     inexact: str | None = None,
     truncates: Literal["left", "right"] | None = None,
     reads_cache: bool = True,
+    more_bytes: int = 0,
+    more_tokens: int = 0,
     counted: bool = True,
 ) -> Prompt:
     """Build the `Prompt` of a request of `size` bytes.
@@ -191,6 +208,8 @@ def prompt(
         keep_last=keep if side == "left" else None,
         keep_first=keep if side == "right" else None,
         reads_cache=reads_cache,
+        more_bytes=more_bytes,
+        more_tokens=more_tokens,
         request_class=request_class(path, chat),
         counted=counted and request.truncate_prompt_tokens is None,
     )

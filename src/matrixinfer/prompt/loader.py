@@ -51,7 +51,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, reason: str) -> None:
         self._tokenizer = tokenizer
-        self._reason = reason
+        self.reason = reason
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class TextTokenizer:
 
     def tokenize(self, prompt: Prompt, dialect: Dialect = Dialect.VLLM) -> Tokens:
         if prompt.chat is not None:
-            raise TokenizeError(self._reason)
+            raise TokenizeError(self.reason)
         return self._tokenizer.tokenize(prompt, dialect)
 
 

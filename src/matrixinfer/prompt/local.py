@@ -194,6 +194,10 @@ class LocalTokenizer:
         text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
         return self._cache.cutter.settled(text)
 
+    def template_of(self, chat: Chat) -> ChatTemplate:
+        """The template that renders `chat`. Raises `TokenizeError`."""
+        return self._template(chat)
+
     def render_for_sglang(self, chat: Chat, dialect: Dialect) -> tuple[str, str]:
         """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`."""
         if len(self._templates) > 1:

@@ -1,15 +1,20 @@
-"""Chooses the tokenizer for a model, and enforces the limits that all tokenizers share."""
+"""Chooses the tokenizer for a model, and enforces the limits that all tokenizers share.
+
+A model's own tokenizer is configured, or found and put here later (`use`). Without one, an engine is asked. A caller may
+decide not to wait for that: it gets `TokensLate`, and the token ids when they come.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import structlog
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
@@ -26,9 +31,15 @@ from matrixinfer.prompt.requests import parse
 _THREADS = 2
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
+MAX_LATE = 64
+"""Limit of prompts whose token ids are still asked for while nobody waits for them."""
+_IN_VAIN = 0.1
+"""If lately less than this share of the answers came in time, nobody waits for the next one."""
 _INLINE_BODY_BYTES = 256 * 1024
 _INLINE_PIECES = 256
 """Chats with more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,10 +50,36 @@ class Tokenized:
     source: Literal["request", "local", "remote"]
 
 
-class TokenizerManager:
-    """Tokenizes prompts with the model's own tokenizer if one is configured, else by asking an engine.
+class TokensLate(TokenizeError):
+    """An engine has not sent the token ids in time. It is still being asked: `then` passes them on when they come."""
 
-    Use as an async context manager, which loads the tokenizers and owns the threads.
+    def __init__(
+        self, message: str, asking: asyncio.Task[Tokenized], keep: Callable[[asyncio.Task[None]], None]
+    ) -> None:
+        super().__init__(message)
+        self._asking = asking
+        self._keep = keep
+
+    def then(self, use: Callable[[Tokenized], Awaitable[None]]) -> None:
+        """Call `use` with the token ids when they come, and not if they never do."""
+        self._keep(asyncio.create_task(self._pass_on(use)))
+
+    async def _pass_on(self, use: Callable[[Tokenized], Awaitable[None]]) -> None:
+        try:
+            tokenized = await self._asking
+        except TokenizeError:
+            return
+        try:
+            await use(tokenized)
+        except Exception:
+            # Supervision boundary: the request is served whatever becomes of its token ids.
+            log.exception("late_tokens_failed")
+
+
+class TokenizerManager:
+    """Tokenizes prompts with the model's own tokenizer if there is one, else by asking an engine.
+
+    Use as an async context manager, which loads the tokenizers and owns the threads and the late answers.
     """
 
     def __init__(
@@ -59,10 +96,12 @@ class TokenizerManager:
         self._remote = remote
         self._block_size = block_size
         self._clock = clock
-        self._local: Mapping[str, Tokenizer] = {}
+        self._local: dict[str, Tokenizer] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._queued = 0
+        self._late: set[asyncio.Task[Tokenized]] = set()
+        self._following: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Load the configured tokenizers. Raises `ConfigError` if one cannot be loaded."""
@@ -73,6 +112,10 @@ class TokenizerManager:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        tasks: list[asyncio.Task[Any]] = [*self._late, *self._following]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for pool in (self._threads, self._reader):
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -84,17 +127,37 @@ class TokenizerManager:
         """The token cache counters of each model's own tokenizer, by model."""
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
 
+    @property
+    def late(self) -> int:
+        """Prompts whose token ids are still asked for while nobody waits for them."""
+        return len(self._late)
+
+    def use(self, model: str, tokenizer: Tokenizer | None) -> None:
+        """From now on, tokenize prompts for `model`, the index's name of the model, with this tokenizer; None asks an engine."""
+        if tokenizer is None:
+            self._local.pop(model, None)
+        else:
+            self._local[model] = tokenizer
+
+    def engines_changed(self) -> None:
+        """Forget what engines have answered: one may be another now."""
+        if self._remote is not None:
+            self._remote.forget()
+
     async def read(self, path: str, body: bytes) -> Prompt:
         """`parse` the body, in a thread if it is large. Raises `InvalidRequest`."""
         if len(body) <= _INLINE_BODY_BYTES:
             return parse(path, body)
         return await asyncio.get_running_loop().run_in_executor(self._reader, parse, path, body)
 
-    async def tokenize(self, prompt: Prompt, *, model: str, engines: Sequence[Engine]) -> Tokenized:
+    async def tokenize(
+        self, prompt: Prompt, *, model: str, engines: Sequence[Engine], may_be_late: bool = False
+    ) -> Tokenized:
         """The token ids of `prompt` for `model`, the index's name of the model.
 
         `engines` serve the model; they are asked if the model has no tokenizer here, or if only an engine can render
-        the prompt. Raises only `TokenizeError`, also if the request is too large or the deadline passes.
+        the prompt. Raises only `TokenizeError`, also if the request is too large or the deadline passes; with
+        `may_be_late`, `TokensLate` when an engine does not answer within `tokenization.waitMilliseconds`.
         """
         if prompt.inexact is not None:
             raise TokenizeError(prompt.inexact)
@@ -102,13 +165,27 @@ class TokenizerManager:
             return Tokenized(tokens=_truncated(Tokens(ids=prompt.token_ids), prompt), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
+        if may_be_late and self._asks(prompt, model, engines):
+            return await self._ask_briefly(prompt, model, engines)
+        return await self._tokenize(prompt, model, engines)
+
+    def _asks(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> bool:
+        """Whether an engine must be asked."""
+        tokenizer = self._local.get(model)
+        if tokenizer is None:
+            return True
+        if prompt.chat is None or not (prompt.chat.own_template or isinstance(tokenizer, loader.TextTokenizer)):
+            return False
+        return any(_needs_engine(prompt, tokenizer, dialect) for dialect in dialects_of(engines))
+
+    async def _tokenize(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                return await self._tokenize(prompt, model, engines)
+                return await self._tokenize_for_all(prompt, model, engines)
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
-    async def _tokenize(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+    async def _tokenize_for_all(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         dialects = [Dialect.VLLM] if prompt.chat is None and prompt.path != COMPLETIONS_PATH else dialects_of(engines)
         first = await self._tokenize_for(prompt, model, engines, dialects[0] if dialects else Dialect.VLLM)
         for other in dialects[1:]:
@@ -161,6 +238,39 @@ class TokenizerManager:
 
     def _dequeued(self, _: asyncio.Future[Tokens]) -> None:
         self._queued -= 1
+
+    async def _ask_briefly(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+        """Ask an engine, but wait for the answer only briefly. Raises `TokensLate` if it is still to come."""
+        if len(self._late) >= MAX_LATE:
+            raise TokenizeError(f"engines have not sent the token ids of {MAX_LATE} earlier prompts yet")
+        seconds = self._patience(model)
+        asking = asyncio.create_task(self._tokenize(prompt, model, engines))
+        try:
+            await asyncio.wait((asking,), timeout=seconds)
+        except asyncio.CancelledError:
+            asking.cancel()
+            raise
+        if asking.done():
+            return asking.result()
+        self._late.add(asking)
+        asking.add_done_callback(self._arrived)
+        raise TokensLate(f"the engine did not send them within {seconds * 1e3:g} ms", asking, self._follow)
+
+    def _patience(self, model: str) -> float:
+        """Seconds to wait for an engine's answer; 0 if almost all of its last answers took longer than the limit."""
+        seconds = self._settings.wait_milliseconds / 1e3
+        cost = None if self._remote is None else self._remote.costs.get(model)
+        fastest = None if cost is None else cost.quantile(_IN_VAIN)
+        return seconds if fastest is None or fastest <= seconds else 0.0
+
+    def _arrived(self, asking: asyncio.Task[Tokenized]) -> None:
+        self._late.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # mark it as retrieved: nobody may be waiting any more
+
+    def _follow(self, task: asyncio.Task[None]) -> None:
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
 
     async def _ask(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         if self._remote is None or not engines:

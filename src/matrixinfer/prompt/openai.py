@@ -106,6 +106,8 @@ def completion(path: str, body: bytes) -> Prompt:
         inexact=inexact,
         truncates="left",
         reads_cache=request.prompt_logprobs is None and not echoed,
+        more_bytes=first.more_bytes,
+        more_tokens=first.more_tokens,
         counted=first.alone,
     )
 

@@ -73,6 +73,8 @@ def embeddings(path: str, body: bytes) -> Prompt:
         token_ids=first.token_ids,
         add_special_tokens=request.add_special_tokens is not False,
         truncates="right",
+        more_bytes=first.more_bytes,
+        more_tokens=first.more_tokens,
         counted=first.alone,
     )
 
@@ -102,11 +104,13 @@ def score(path: str, body: bytes) -> Prompt:
 
 
 def _chat(path: str, request: _EmbeddingRequest, messages: list[fields.Object], size: int, *, count: int) -> Prompt:
+    prefix = msgspec.json.encode(messages)
     return fields.prompt(
         path,
         request,
         size,
-        prefix=msgspec.json.encode(messages),
+        prefix=prefix,
+        more_bytes=max(0, size - len(prefix)) if count > 1 else 0,
         chat=Chat(
             messages=messages,
             add_generation_prompt=request.add_generation_prompt is True,
@@ -126,11 +130,13 @@ def _query(path: str, request: _ScoringRequest, query: str | fields.Object, size
         inexact = "the query contains content that is not text"
     elif request.max_tokens_per_query:
         inexact = "the engine truncates the query"
+    prefix = query.encode() if isinstance(query, str) else msgspec.json.encode(query)
     return fields.prompt(
         path,
         request,
         size,
-        prefix=query.encode() if isinstance(query, str) else msgspec.json.encode(query),
+        prefix=prefix,
+        more_bytes=max(0, size - len(prefix)),  # the documents
         text=query if isinstance(query, str) else None,
         add_special_tokens=True,
         inexact=inexact,

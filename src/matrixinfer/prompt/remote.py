@@ -1,7 +1,7 @@
 """Asks the engines for token ids: the `/tokenize` of vLLM and SGLang.
 
 At most two engines are asked per prompt, in round-robin order; engines that failed recently come last. Concurrent calls
-with the same prompt share one answer.
+with the same prompt share one answer, and the last answers are remembered.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 import aiohttp
@@ -20,6 +22,7 @@ import numpy as np
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, TokenizeError
 from matrixinfer.prompt.base import Prompt, TokenId
+from matrixinfer.prompt.cache import Lru
 from matrixinfer.prompt.dialect import dialect_of
 from matrixinfer.prompt.tokenize_requests import tokenize_request
 
@@ -32,6 +35,10 @@ _INLINE_BYTES = 64 * 1024
 """Longer answers are decoded in a thread: decoding takes 8 ms per MiB."""
 _ABSENT_SECONDS = 60.0
 """For this long, an engine without `/tokenize` is not asked at all."""
+_MAX_MODELS = 256
+_COSTS_KEPT = 128
+_FEW = 8
+"""With fewer answers, nothing is said about how long the next one takes."""
 
 
 class Engine(Protocol):
@@ -68,12 +75,41 @@ def _ids(answer: bytes) -> TokenIds:
     return np.array(_REPLY.decode(answer).tokens, dtype=np.uint32)
 
 
+class PromptRefused(TokenizeError):
+    """The engine's `/tokenize` does not take this prompt, and never will."""
+
+
 class _Failed(TokenizeError):
     """This engine cannot answer now, or has no `/tokenize` at all (`absent`). Another engine may answer."""
 
     def __init__(self, message: str, *, absent: bool = False) -> None:
         super().__init__(message)
         self.absent = absent
+
+
+@dataclass(slots=True, eq=False)
+class Cost:
+    """How long engines took to tokenize the last prompts of one model."""
+
+    answers: int = 0
+    """How many engines have answered."""
+    failures: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_COSTS_KEPT))
+
+    def quantile(self, share: float) -> float | None:
+        """The time, in seconds, within which this share of the last prompts was tokenized; None if there are too few."""
+        if len(self.seconds) < _FEW:
+            return None
+        return sorted(self.seconds)[int(share * (len(self.seconds) - 1))]
+
+    def view(self) -> dict[str, object]:
+        """As JSON-able data, in milliseconds."""
+        ordered = sorted(self.seconds)
+        shown = {
+            name: round(ordered[int(share * (len(ordered) - 1))] * 1e3, 2) if ordered else None
+            for name, share in (("p50_ms", 0.5), ("p90_ms", 0.9))
+        }
+        return {"answers": self.answers, "failures": self.failures, **shown}
 
 
 @dataclass(slots=True)
@@ -85,7 +121,14 @@ class _Request:
 
 
 class RemoteTokenizer:
-    """Asks engines for token ids, within the caller's deadline. With `rests=False`, engines that failed are not skipped."""
+    """Asks engines for token ids, within the caller's deadline.
+
+    With `rests=False`, engines that failed are not skipped, and each engine is asked itself: one's answer is never taken
+    for another's.
+
+    Answers are remembered in up to `cache_bytes`, until `forget`. `on_answered` is called with the model and the seconds
+    that its engine took.
+    """
 
     def __init__(
         self,
@@ -93,12 +136,18 @@ class RemoteTokenizer:
         *,
         max_response_bytes: int = 32 * 1024 * 1024,
         rests: bool = True,
+        cache_bytes: int = 0,
+        on_answered: Callable[[str, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
         self._max_response_bytes = max_response_bytes
         self._rests = rests
+        self._on_answered = on_answered
         self._clock = clock
+        self._known: Lru[bytes, TokenIds] = Lru(cache_bytes)
+        self.costs: dict[str, Cost] = {}
+        """What asking has cost, by model."""
         self._turns = itertools.count()
         self._under_way: dict[bytes, _Request] = {}
         self._resting: dict[str, tuple[float, bool]] = {}  # URL -> end of the rest, and whether `/tokenize` is absent
@@ -120,13 +169,17 @@ class RemoteTokenizer:
             )
             for engine in chosen
         ]
-        request = self._under_way.get(bodies[0])
+        key = _digest(bodies[0], "" if self._rests else chosen[0].url)
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        request = self._under_way.get(key)
         if request is None:
             if len(self._under_way) >= _MAX_PROMPTS:
                 raise TokenizeError(f"engines are already tokenizing {_MAX_PROMPTS} prompts")
-            asking = self._ask([engine.url for engine in chosen], bodies, timeout_seconds / len(chosen))
-            request = self._under_way[bodies[0]] = _Request(asyncio.create_task(asking))
-            request.task.add_done_callback(lambda task: self._answered(bodies[0], task))
+            asking = self._ask(model, [engine.url for engine in chosen], bodies, timeout_seconds / len(chosen))
+            request = self._under_way[key] = _Request(asyncio.create_task(asking))
+            request.task.add_done_callback(lambda task: self._answered(key, task))
         request.waiting += 1
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -136,17 +189,22 @@ class RemoteTokenizer:
         finally:
             request.waiting -= 1
             if not request.waiting:
-                self._leave(bodies[0], request.task)  # a later caller must not join a task that is being cancelled
+                self._leave(key, request.task)  # a later caller must not join a task that is being cancelled
                 request.task.cancel()  # no effect if it is done
 
-    def _answered(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
-        self._leave(body, task)
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: waiting callers got it, and without any it does not matter
+    def forget(self) -> None:
+        """Forget all remembered answers: an engine may now give others."""
+        self._known.clear()
 
-    def _leave(self, body: bytes, task: asyncio.Task[TokenIds]) -> None:
-        if body in self._under_way and self._under_way[body].task is task:
-            del self._under_way[body]
+    def _answered(self, key: bytes, task: asyncio.Task[TokenIds]) -> None:
+        self._leave(key, task)
+        # Reading the exception marks it as retrieved: waiting callers got it, and without any it does not matter.
+        if not task.cancelled() and task.exception() is None:
+            self._known.put(key, task.result(), task.result().nbytes)
+
+    def _leave(self, key: bytes, task: asyncio.Task[TokenIds]) -> None:
+        if key in self._under_way and self._under_way[key].task is task:
+            del self._under_way[key]
 
     def _chosen(self, engines: Sequence[Engine]) -> list[Engine]:
         """The engines to ask, in this order. Raises `TokenizeError` if there is none."""
@@ -159,20 +217,35 @@ class RemoteTokenizer:
         order = sorted((*able[turn:], *able[:turn]), key=lambda engine: engine.url in self._resting)
         return order[:_ENGINES_ASKED]
 
-    async def _ask(self, urls: Sequence[str], bodies: Sequence[bytes], timeout_seconds: float) -> TokenIds:
+    async def _ask(self, model: str, urls: Sequence[str], bodies: Sequence[bytes], timeout_seconds: float) -> TokenIds:
         failures = []
+        cost = self._cost(model)
         for url, body in zip(urls, bodies, strict=True):
+            start = self._clock()
             try:
-                return await self._post(url, body, timeout_seconds)
+                ids = await self._post(url, body, timeout_seconds)
             except _Failed as error:
+                cost.failures += 1
                 rest = _ABSENT_SECONDS if error.absent else _REST_SECONDS
                 if self._rests:
                     self._resting[url] = self._clock() + rest, error.absent
                 failures.append(str(error))
+            else:
+                took = self._clock() - start
+                cost.answers += 1
+                cost.seconds.append(took)
+                if self._on_answered is not None:
+                    self._on_answered(model, took)
+                return ids
         raise TokenizeError("; ".join(failures))
 
+    def _cost(self, model: str) -> Cost:
+        if model not in self.costs and len(self.costs) >= _MAX_MODELS:
+            del self.costs[next(iter(self.costs))]
+        return self.costs.setdefault(model, Cost())
+
     async def _post(self, url: str, body: bytes, timeout_seconds: float) -> TokenIds:
-        """Ask one engine. Raises `TokenizeError` if it refuses the prompt, as others would too; else `_Failed`."""
+        """Ask one engine. Raises `PromptRefused` if it refuses the prompt, as others would too; else `_Failed`."""
         try:
             async with self._session.post(
                 f"{url.rstrip('/')}/tokenize",
@@ -182,7 +255,7 @@ class RemoteTokenizer:
                 allow_redirects=False,
             ) as response:
                 if response.status in (400, 413, 422):
-                    raise TokenizeError(f"{url}/tokenize refused the prompt with {response.status}")
+                    raise PromptRefused(f"{url}/tokenize refused the prompt with {response.status}")
                 if response.status != 200:
                     absent = response.status in (404, 405)
                     raise _Failed(f"{url}/tokenize answered {response.status}", absent=absent)
@@ -203,3 +276,7 @@ class RemoteTokenizer:
             if len(answer) > self._max_response_bytes:
                 raise _Failed(f"{url}/tokenize answered with more than {self._max_response_bytes} bytes")
         return bytes(answer)
+
+
+def _digest(body: bytes, url: str) -> bytes:
+    return blake2b(body, digest_size=20, key=blake2b(url.encode()).digest()).digest()

@@ -6,8 +6,10 @@ findings go to `trust.drift` (does the index hold?) and `trust.parity` (do our t
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
+
+import msgspec
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.kvevents.feed import FeedState, PodFeed
@@ -15,11 +17,12 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
 from matrixinfer.trust.parity import Comparison, Parity
-from matrixinfer.trust.prediction import Prediction
+from matrixinfer.trust.prediction import Prediction, Unwatched
 from matrixinfer.trust.sampling import Present, Sampling
 
 _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
@@ -27,21 +30,47 @@ _PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 
 
 class Audit:
-    """One request's findings. The parts are None where they would prove nothing."""
+    """One request's findings. The parts are None where they would prove nothing.
 
-    __slots__ = ("_comparison", "_prediction", "_present", "_sampling")
+    `learn` takes the prompt's tokens as an answer counts them. `late` makes the parts when the token ids come after the
+    decision.
+    """
+
+    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_present", "_reported", "_sampling")
 
     def __init__(
         self,
         comparison: Comparison | None,
-        prediction: Prediction | None,
+        prediction: Prediction | Unwatched | None,
         sampling: Sampling,
         present: Present | None,
+        *,
+        learn: Callable[[int], None],
+        late: LateAudit | None = None,
     ) -> None:
         self._comparison = comparison
         self._prediction = prediction
         self._sampling = sampling
         self._present = present
+        self._learn = learn
+        self._late = late
+        self._reported: tuple[str, int] | None = None
+
+    def learned(self, prepared: Prepared, here: Candidate | None) -> bool:
+        """The token ids have come; `here` is the endpoint as known now. Returns whether a hit is predicted there.
+
+        It is not if the endpoint has published anything since the request was sent: that may be this prompt's blocks.
+        """
+        late, self._late = self._late, None
+        if late is None:
+            return False
+        if self._present is not None:
+            self._present.ids = prepared.ids
+        self._comparison = late.comparison(prepared)
+        if self._comparison is not None and self._reported is not None:
+            self._comparison.counted(*self._reported)
+        self._prediction = None if here is None else late.prediction(prepared, here)
+        return self._prediction is not None
 
     def moved(self) -> None:
         """The request goes to another endpoint, for which nothing was predicted."""
@@ -49,11 +78,14 @@ class Audit:
 
     def first_byte(self) -> None:
         """The endpoint has computed the prompt."""
+        self._predict_no_more()
         if self._prediction is not None:
             self._prediction.first_byte()
 
     def usage(self, endpoint: str, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer of `endpoint` reports the prompt's tokens, and how many of them were cached if it says so."""
+        self._learn(prompt_tokens)
+        self._reported = endpoint, prompt_tokens
         if self._comparison is not None:
             self._comparison.counted(endpoint, prompt_tokens)
         if self._prediction is not None:
@@ -63,7 +95,12 @@ class Audit:
         """The request is over; `computed` if its prompt was."""
         self._end(computed=computed)
 
+    def _predict_no_more(self) -> None:
+        if self._late is not None:
+            self._late.feed = None
+
     def _end(self, *, computed: bool) -> None:
+        self._predict_no_more()
         prediction, self._prediction = self._prediction, None
         present, self._present = self._present, None
         try:
@@ -76,8 +113,35 @@ class Audit:
                 prediction.end(computed=computed)
 
 
+class LateAudit:
+    """What is needed to audit a request whose token ids come after it was sent to an endpoint."""
+
+    __slots__ = ("_auditor", "_mark", "feed")
+
+    def __init__(self, auditor: Auditor, feed: PodFeed | None) -> None:
+        self._auditor = auditor
+        self.feed = feed
+        """The endpoint's feed; None once nothing can be predicted any more."""
+        self._mark = _mark(feed)
+
+    def comparison(self, prepared: Prepared) -> Comparison | None:
+        """Compares the count of the prompt's tokens."""
+        return self._auditor.comparison(prepared)
+
+    def prediction(self, prepared: Prepared, chosen: Candidate) -> Prediction | None:
+        """Predicts the hit, if the index still is as it was when the request was sent."""
+        if self.feed is None or _mark(self.feed) != self._mark:
+            return None
+        return self._auditor.prediction(prepared, chosen, self.feed)
+
+
+def _mark(feed: PodFeed | None) -> tuple[int, int] | None:
+    """Changes whenever the feed changes the index."""
+    return None if feed is None else (feed.epoch, feed.stats.frames)
+
+
 class Auditor:
-    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint."""
+    """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizer` learns from answers."""
 
     def __init__(
         self,
@@ -86,8 +150,10 @@ class Auditor:
         drift: Drift,
         lookup: Lookup,
         blocks: TokenBlockProcessor,
+        sizer: Sizer,
     ) -> None:
         self._feeds = feeds
+        self._sizer = sizer
         self._parity = parity
         self._drift = drift
         self._lookup = lookup
@@ -97,12 +163,17 @@ class Auditor:
     def open(self, prepared: Prepared, chosen: Candidate) -> Audit:
         """Begin to audit a request that goes to `chosen`."""
         feed = self._feeds.get(chosen.name)
-        prediction = None if feed is None else self._prediction(prepared, chosen, feed)
         sampling, present = self._parity.sampling, None
+        learn = partial(self._sizer.learn, prepared.request.model, prepared.prompt, prepared.sizing)
+        prediction = None
+        if prepared.late is None:
+            prediction = self._unwatched(prepared, chosen) if feed is None else self.prediction(prepared, chosen, feed)
         try:
             if feed is not None:
                 present = sampling.enter(feed, _model_at(feed, prepared), prepared.ids)
-            return Audit(self._comparison(prepared, chosen, feed, present), prediction, sampling, present)
+            late = None if prepared.late is None else LateAudit(self, feed)
+            comparison = self._watched(prepared, chosen, feed, present)
+            return Audit(comparison, prediction, sampling, present, learn=learn, late=late)
         except BaseException:
             if present is not None:
                 sampling.leave(present)
@@ -118,14 +189,21 @@ class Auditor:
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
         self._parity.keep_models(models)
+        self._sizer.keep_models(models)
 
-    def _comparison(
+    def comparison(self, prepared: Prepared) -> Comparison | None:
+        """Compare how many token ids we count with the engine's count."""
+        if prepared.tokenizer is None or prepared.ids is None:
+            return None
+        return Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
+
+    def _watched(
         self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None, present: Present | None
     ) -> Comparison | None:
         """Compare our token ids with the engine's: its count of them always, the ids themselves in a sample."""
-        if prepared.tokenizer is None or prepared.ids is None:
+        comparison = self.comparison(prepared)
+        if comparison is None or prepared.ids is None:
             return None
-        comparison = Comparison(self._parity, prepared.tokenizer, prepared.prompt, len(prepared.ids))
         if feed is not None and present is not None and comparison.is_due(feed):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
@@ -145,7 +223,17 @@ class Auditor:
             return None  # the prompt brings no whole engine block
         return Witness(_model_at(feed, prepared), ids, request.chain, held=held, block_size=request.block_size)
 
-    def _prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
+    def _unwatched(self, prepared: Prepared, chosen: Candidate) -> Unwatched | None:
+        """Predict the hit by what the writer of the endpoint's blocks has reported."""
+        if chosen.trust not in ("exact", "partial") or chosen.engine_block is None or chosen.pending_blocks:
+            return None
+        if prepared.prompt.cache_salt or not prepared.prompt.reads_cache:
+            return None
+        proven = msgspec.structs.replace(chosen, recent_blocks=0)
+        tokens = proven.cached_hit(prepared.request.prompt_tokens, prepared.request.block_size)
+        return Unwatched(self._drift, chosen.name, tokens) if tokens else None
+
+    def prediction(self, prepared: Prepared, chosen: Candidate, feed: PodFeed) -> Prediction | None:
         """Predict the hit where the index can and the answer may report it."""
         request, ledger = prepared.request, feed.ledger
         size, tokens, match = chosen.engine_block, request.prompt_tokens, chosen.matched_blocks
@@ -176,6 +264,7 @@ class Auditor:
             matched=matched,
             token_block=covered,
             stores=stores,
+            dropped=chosen.dropped_tokens,
             explains=partial(self._explains, chosen.name, ledger),
         ).open()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
@@ -16,7 +18,7 @@ from matrixinfer.traffic.peers.message import Load
 
 
 class Candidates:
-    """Puts candidates together from what each part knows about them."""
+    """Puts candidates together from what each part knows about them. `reuse` gives `Candidate.reuse` of an endpoint."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class Candidates:
         history: RoutingHistory,
         weights: WeightsConfig,
         peers: PeerLoads | None = None,
+        reuse: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self._registry = registry
         self._lookup = lookup
@@ -33,6 +36,7 @@ class Candidates:
         self._history = history
         self._weights = weights
         self._peers = PeerLoads() if peers is None else peers
+        self._reuse = reuse
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
@@ -50,7 +54,7 @@ class Candidates:
         match = self._lookup.match_at(name, matches)
         cache = match.cache
         reads_cache, approximate = prepared.prompt.reads_cache, prepared.is_approximate
-        trust, pending, recent, credit = holdings(
+        trust, pending, recent, credit, chunks, guessed = holdings(
             name, request, match, load, self._history, self._weights, reads_cache, approximate
         )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
@@ -84,6 +88,9 @@ class Candidates:
             pending_blocks=pending,
             recent_blocks=recent,
             cached_credit=credit,
+            recent_chunks=chunks,
+            guessed_tokens=guessed,
+            reuse=self._reuse(name),
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from matrixinfer.scheduler.framework import Candidate, Decision
+from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 
 PODS_KEPT = 16
 """A record keeps at most this many candidates: the best ones, then filtered ones."""
@@ -24,9 +24,15 @@ class Record:
     path: str
     model: str
     prompt_tokens: int | None
+    unknown_tokens: int
+    """Estimated tokens of the prompt whose ids are unknown."""
+    other_tokens: int
+    """Estimated tokens of the request's other prompts."""
     block_size: int
     blocks: int
     """Full blocks of the prompt."""
+    chunks: int
+    """Chunks of its bytes, if it was looked up by them."""
     pods: int
     """Number of candidates."""
     kept: Sequence[Candidate]
@@ -45,6 +51,17 @@ class Record:
     """Prompt tokens that the engine counted; None if it does not report them."""
     cached: int | None = None
     """Prompt tokens that it found in its cache; None if it does not report them."""
+    late: Mapping[str, int | None] | None = None
+    """What the token ids showed that came after the decision."""
+
+    def learned(self, request: SchedulingRequest, here: Candidate | None) -> None:
+        """The token ids have come after the decision. `here` is the endpoint if its hit can still be predicted."""
+        predicted = None if here is None else here.predicted_hit(request.prompt_tokens, request.block_size)
+        self.late = {
+            "tokens": request.prompt_tokens,
+            "blocks": len(request.chain),
+            "predicted_hit_tokens": predicted,
+        }
 
     def moved(self, endpoint: str) -> None:
         """The request was sent to another endpoint."""
@@ -71,10 +88,15 @@ class Record:
             "path": self.path,
             "model": self.model,
             "tokens": self.prompt_tokens,
+            "unknown_tokens": self.unknown_tokens,
+            "other_tokens": self.other_tokens,
             "blocks": self.blocks,
+            "chunks": self.chunks,
             "chosen": chosen.name,
             "ranked": [candidate.name for candidate in self.kept if candidate.name not in self.filtered],
             "predicted_hit_tokens": self._predicted(chosen),
+            "late": self.late,
+            "guessed_hit_tokens": chosen.guessed_tokens,
             "reported": {
                 "attempts": list(self.attempts),
                 "status": self.status,
@@ -99,11 +121,14 @@ class Record:
             "tiers": list(candidate.tiers),
             "pending_blocks": candidate.pending_blocks,
             "recent_blocks": candidate.recent_blocks,
+            "recent_chunks": candidate.recent_chunks,
             "credit": round(candidate.credit, 2),
             "filtered": self.filtered.get(name),
             "scores": {scorer: scores.get(name) for scorer, scores in self.scores.items()},
             "total": self.totals.get(name),
             "predicted_hit_tokens": self._predicted(candidate),
+            "guessed_hit_tokens": candidate.guessed_tokens,
+            "reuse": round(candidate.reuse, 3),
             "in_flight": candidate.in_flight,
             "peers_in_flight": candidate.peers_in_flight,
             "waiting": candidate.waiting,
@@ -130,8 +155,11 @@ def record(
         path=path,
         model=request.model,
         prompt_tokens=request.prompt_tokens,
+        unknown_tokens=request.unknown_tokens,
+        other_tokens=request.other_tokens,
         block_size=request.block_size,
         blocks=len(request.chain),
+        chunks=len(request.chunks),
         pods=len(decision.candidates),
         kept=kept,
         scores={scorer: _of(scores, names) for scorer, scores in decision.scores.items()},

@@ -102,8 +102,10 @@ def holdings(
     weights: WeightsConfig,
     reads_cache: bool = True,
     approximate: bool = False,
-) -> tuple[Trust, int, int, float | None]:
+) -> tuple[Trust, int, int, float | None, int, int]:
     """What an endpoint's blocks count for: its trust, its pending and recent blocks, and `Candidate.cached_credit`.
+
+    The last two are what the prompt's bytes add: `Candidate.recent_chunks` and `guessed_tokens`.
 
     With `approximate` the index is not believed for this prompt. A prompt that does not read caches (`reads_cache`)
     gains nothing from pending or recent blocks. It has no keywords because it is called for every endpoint of every decision.
@@ -112,12 +114,45 @@ def holdings(
     trust: Trust = "none" if approximate or cache is None else cache.trust
     pending = recent = 0
     if reads_cache:
-        pending = load.pending(name, request.model, request.chain, matched or 0)
+        whole = cache is not None and cache.rule is not None
+        pending = load.pending(name, request.model, request.chain, matched or 0, whole_prompts=whole)
         recent = 0 if trust == "exact" else history.match(name, request.model, request.chain)
-    if trust == "exact" and not tiers:
-        return trust, pending, recent, None
-    credit = cached_credit(trust, weights, match=matched or 0, tiers=tiers, pending=pending, recent=recent)
-    return trust, pending, recent, credit
+    chunks = guessed = 0
+    if request.chunks and reads_cache:
+        chunks = history.match_chunks(name, request.model, request.chunks)
+        chunks += load.pending(name, request.model, request.chunks, chunks)
+        guessed = _guessed(request, match, trust, max((matched or 0) + pending, recent), chunks)
+    if trust == "exact" and not tiers and not guessed:
+        return trust, pending, recent, None, chunks, 0
+    credit = cached_credit(
+        trust,
+        weights,
+        match=matched or 0,
+        tiers=tiers,
+        pending=pending,
+        recent=recent,
+        guessed=guessed / request.block_size,
+    )
+    return trust, pending, recent, credit, chunks, guessed
+
+
+def _guessed(request: SchedulingRequest, match: Match, trust: Trust, held: int, chunks: int) -> int:
+    """Estimated tokens that `chunks` chunks of the prompt's bytes add to the `held` blocks.
+
+    Where the events say all that is cached, the bytes say nothing about tokens that are known: they count only beyond
+    those, and only if all of those are held.
+    """
+    if not chunks:
+        return 0
+    sent = min(request.chunk_ends[chunks - 1], request.whole_tokens)
+    if trust != "exact":
+        return max(0, sent - held * request.block_size)
+    known, cache = request.prompt_tokens or 0, match.cache
+    if cache is not None and cache.rule is None:  # with a rule less is reused than is held
+        engine_block = cache.engine_block or 1
+        if held < min(len(request.chain), known // engine_block * engine_block // request.block_size):
+            return 0  # not even the engine blocks before the first unknown token
+    return max(0, sent - known)
 
 
 def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -> Charge:
@@ -128,5 +163,6 @@ def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -
         request.model,
         hashes=request.chain,
         start=candidate.matched_blocks or 0,
-        queued_tokens=(request.prompt_tokens or 0) - predicted,
+        queued_tokens=max(0, request.whole_tokens - predicted - candidate.guessed_tokens) + request.other_tokens,
+        chunks=request.chunks,
     )

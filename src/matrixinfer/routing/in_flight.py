@@ -22,12 +22,14 @@ class InFlight:
         "_audit",
         "_charge",
         "_charge_at",
+        "_is_over",
         "_record",
         "_registry",
         "computed",
         "decision",
         "pod",
         "prepared",
+        "request",
         "tried",
     )
 
@@ -50,11 +52,19 @@ class InFlight:
         """Every endpoint that had it, in order."""
         self.computed = False
         """Whether an engine has computed the prompt."""
+        self.request = decision.request
+        """The request as decided, or with the token ids that came after that."""
+        self._is_over = False
         self._registry = registry
         self._charge = charge
         self._charge_at = charge_at
         self._audit = audit
         self._record = record
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its answer is over."""
+        return self._is_over
 
     @property
     def wants_usage(self) -> bool:
@@ -69,6 +79,27 @@ class InFlight:
         self._record.moved(pod.name)
         self.tried.append(pod)
         self.pod = pod
+
+    def learned(
+        self, late: Prepared, here: Callable[[], Candidate | None], charge_at: Callable[[Candidate], Charge]
+    ) -> bool:
+        """The token ids have come after the decision. Returns whether its endpoint still exists.
+
+        `late` is the request that has them. `here` gives its endpoint as known now, None if that has gone; `charge_at`
+        charges an endpoint with the prompt's tokens and blocks.
+        """
+        self.request = late.request
+        self._charge_at = charge_at
+        if not self._is_over:
+            self._charge.cancel()  # else the prompt would be found at its endpoint, where it is only expected
+        endpoint = here()
+        is_predicted = self._audit.learned(late, endpoint)
+        self._record.learned(late.request, endpoint if is_predicted else None)
+        if endpoint is not None and not self._is_over:
+            self._charge = charge_at(endpoint)
+            if self.computed:
+                self._charge.first_byte()
+        return endpoint is not None
 
     def failed(self) -> None:
         """Its endpoint could not be reached, or broke the connection."""
@@ -94,6 +125,7 @@ class InFlight:
 
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
+        self._is_over = True
         try:
             if self.computed:
                 self._charge.release()

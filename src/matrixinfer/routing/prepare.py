@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager
+from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.parity import Parity
 
@@ -25,7 +26,9 @@ class Degraded(Enum):
     """What a decision has to do without. The values are labels of `matrixinfer_degraded_total`."""
 
     TOKENIZE = "tokenize"
-    """Token ids: the prompt is routed by load."""
+    """Token ids: the prompt is routed by load, and by where its bytes were sent lately."""
+    LATE = "late"
+    """Token ids: an engine is still being asked for them. The prompt is routed as without them."""
     MEDIA = "media"
     """The token ids behind the first image, audio or video."""
     PARITY = "parity"
@@ -52,10 +55,14 @@ class Prepared:
     """Token ids of the prompt, shape (n,)."""
     tokenizer: str | None
     """The model whose tokenizer made the ids; None unless they can be compared with the engine's."""
+    sizing: Sizing
+    """What is known about its size and its bytes beyond the ids."""
     degraded: Mapping[Degraded, str]
     """What the decision has to do without, and why in words."""
     timings_ms: Mapping[str, float]
     """Milliseconds of each step."""
+    late: TokensLate | None = None
+    """Passes on the token ids that were not there in time."""
 
     @property
     def is_approximate(self) -> bool:
@@ -73,6 +80,7 @@ class Preparer:
         blocks: TokenBlockProcessor,
         lookup: Lookup,
         parity: Parity,
+        sizer: Sizer,
         *,
         max_prefix_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -82,6 +90,7 @@ class Preparer:
         self._blocks = blocks
         self._lookup = lookup
         self._parity = parity
+        self._sizer = sizer
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
         self._clock = clock
 
@@ -94,14 +103,14 @@ class Preparer:
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
+        late: TokensLate | None = None
+        if isinstance(tokenized, TokensLate):
+            late, tokenized = tokenized, None
+        sizing = await self._size(prompt, model, tokenized, steps)
         chain: Sequence[int] = ()
         matches: Matches | None = None
         if tokenized is not None:
-            steps.timings_ms.update(tokenized.tokens.timings_ms)
-            self._note_limits(tokenized, configured, prompt.request_class, steps)
-            with steps.step("match"):
-                chain = self._chain(prompt, tokenized.tokens)
-                matches = await self._match(prompt, model, pods, chain, steps)
+            chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps)
         ids = None if tokenized is None else tokenized.tokens.ids
         return Prepared(
             prompt=prompt,
@@ -115,22 +124,84 @@ class Preparer:
                 prefix=prompt.prefix,
                 session=session,
                 now=self._clock(),
+                unknown_tokens=sizing.unknown_tokens,
+                other_tokens=sizing.other_tokens,
+                chunks=sizing.hashes,
+                chunk_ends=sizing.ends,
             ),
             pods=pods,
             matches=matches,
             base_model=base_model,
             ids=ids,
             tokenizer=configured if tokenized is not None and _is_comparable(tokenized) else None,
+            sizing=sizing,
             degraded=steps.degraded,
             timings_ms=steps.timings_ms,
+            late=late,
         )
 
-    async def _tokenize(self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps) -> Tokenized | None:
+    def follow(self, prepared: Prepared, use: Callable[[Prepared], None]) -> None:
+        """If the token ids are late, call `use` with the request that has them, when they come. They may never come."""
+
+        async def complete(tokenized: Tokenized) -> None:
+            steps = _Steps(self._clock)
+            steps.degraded.update(prepared.degraded)
+            configured = self._registry.configured_name(prepared.base_model, prepared.pods)
+            chain, matches = await self._find(
+                prepared.prompt, prepared.request.model, configured, prepared.pods, tokenized, steps
+            )
+            ids = tokenized.tokens.ids
+            request = replace(
+                prepared.request, prompt_tokens=len(ids), chain=chain, unknown_tokens=0, now=self._clock()
+            )
+            use(
+                replace(
+                    prepared,
+                    request=request,
+                    matches=matches,
+                    ids=ids,
+                    tokenizer=configured if _is_comparable(tokenized) else None,
+                    degraded=steps.degraded,
+                    late=None,
+                )
+            )
+
+        if prepared.late is not None:
+            prepared.late.then(complete)
+
+    async def _tokenize(
+        self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
+    ) -> Tokenized | TokensLate | None:
         try:
-            return await self._tokenizers.tokenize(prompt, model=model, engines=pods)
+            return await self._tokenizers.tokenize(prompt, model=model, engines=pods, may_be_late=True)
+        except TokensLate as late:
+            steps.degraded[Degraded.LATE] = f"token ids were not there in time: {late}"
+            return late
         except TokenizeError as error:
             steps.degraded[Degraded.TOKENIZE] = f"not tokenized: {error}"
             return None
+
+    async def _find(
+        self,
+        prompt: Prompt,
+        model: str,
+        configured: str,
+        pods: Sequence[Pod],
+        tokenized: Tokenized,
+        steps: _Steps,
+    ) -> tuple[BlockChain, Matches | None]:
+        """The block hashes of a tokenized prompt, and their matches."""
+        steps.timings_ms.update(tokenized.tokens.timings_ms)
+        self._note_limits(tokenized, configured, prompt.request_class, steps)
+        with steps.step("match"):
+            chain = self._chain(prompt, tokenized.tokens)
+            return chain, await self._match(prompt, model, pods, chain, steps)
+
+    async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
+        if not self._sizer.needs_bytes(tokenized):
+            return self._sizer.plain(prompt, model)
+        with steps.step("bytes"):
+            return await self._sizer.cut(prompt, model, tokenized)
 
     def _note_limits(self, tokenized: Tokenized, model: str, request_class: str, steps: _Steps) -> None:
         """Note where the token ids are only a part of the engine's, or are not to be believed."""

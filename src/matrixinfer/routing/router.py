@@ -65,6 +65,8 @@ class Router:
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request.decision, self._clock() - started)
+            if prepared.late is not None:
+                self._preparer.follow(prepared, partial(self._learned, request))
             yield request
         finally:
             self._close(request)
@@ -114,13 +116,33 @@ class Router:
         """Count the request at an endpoint, with the blocks that it brings there."""
         return charge(self._load, request, pod)
 
+    def _learned(self, request: InFlight, late: Prepared) -> None:
+        """The token ids have come after the decision: put them into the accounts, wherever the request is by now."""
+
+        def here() -> Candidate | None:
+            name = request.pod.name
+            return next((each for each in self._candidates.snapshot(late) if each.name == name), None)
+
+        if request.learned(late, here, partial(self._charge, late.request)) and request.is_over:
+            self._remember(request)
+
+    def _remember(self, request: InFlight) -> None:
+        """Remember where a prompt was computed."""
+        if request.computed:
+            pod, scheduled = request.pod, request.request
+            self._history.computed(
+                pod.name,
+                scheduled.model,
+                scheduled.chain,
+                is_exact=pod.trust == "exact",
+                chunks=scheduled.chunks,
+            )
+
     def _close(self, request: InFlight) -> None:
         """The request is over: settle what it held, and forget endpoints that have gone meanwhile."""
         try:
             request.close()
-            if request.computed:
-                pod, scheduled = request.pod, request.decision.request
-                self._history.computed(pod.name, scheduled.model, scheduled.chain, is_exact=pod.trust == "exact")
+            self._remember(request)
         finally:
             for each in request.tried:
                 if not self._registry.has(each.pod, each.name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -27,8 +27,10 @@ from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.traffic.byte_chunks import cut
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
+from matrixinfer.traffic.prompt_sizes import Rates
 
 
 class Selector:
@@ -79,11 +81,12 @@ class Selector:
     ) -> Decision:
         """Rank `candidates` for a prompt. Nothing is counted until `charge`; a dry run leaves plugins as they were, too.
 
-        `token_ids` are those that the engine computes, chat template applied; None routes by load. A candidate is a name,
+        `token_ids` are those that the engine computes, chat template applied; None routes by load, and by where the
+        beginning of `prefix` (the prompt's bytes, as the client sent them) was sent lately. A candidate is a name,
         or a `Candidate` with what the caller knows: its engine metrics, and in `in_flight` and `queued_tokens` the load
         that this selector has not charged. The selector fills in what it and the index know, which is nothing for a
         name that the index does not follow. `model` is the name under which `Index.follow` has it, or an
-        adapter's. `salt` is the request's cache salt; `session` and `prefix` (the prompt's text) are for plugins.
+        adapter's. `salt` is the request's cache salt; `session` is for plugins.
 
         Raises `NoPodAvailable` without candidates, and `InvalidRequest` for an argument that is wrong.
         """
@@ -92,6 +95,8 @@ class Selector:
         if not isinstance(prefix, bytes):
             raise InvalidRequest(f"prefix: expected bytes, got {type(prefix).__name__}", param="prefix")
         chain = None if token_ids is None else self._known.chain(token_ids, salt=salt, max_blocks=self._max_blocks)
+        known = None if token_ids is None else len(token_ids)
+        chunks, unknown, ends = self._bytes(prefix, salt, known)
         request = SchedulingRequest(
             id=request_id,
             model=model,
@@ -101,6 +106,9 @@ class Selector:
             prefix=prefix,
             session=session,
             now=self._clock(),
+            unknown_tokens=unknown,
+            chunks=chunks,
+            chunk_ends=ends,
         )
         matches = None if chain is None else self._known.match(model, chain)
         pods = [self._candidate(each, request, matches) for each in given]
@@ -119,10 +127,21 @@ class Selector:
         self._accounts.forget(pod)
         self._index.forget(pod)
 
+    def _bytes(self, prefix: bytes, salt: str | None, known: int | None) -> tuple[Sequence[int], int, Sequence[int]]:
+        """`chunks`, `unknown_tokens` and `chunk_ends` of a request."""
+        if not prefix or not (known is None or self._scheduler.reads_bytes):
+            return (), 0, ()
+        found, rates = cut(prefix, salt=salt), Rates()
+        if known is not None:
+            return found.hashes, 0, rates.ends(found, known, found.text_bytes)
+        return found.hashes, rates.tokens(found.text_bytes, found.media), rates.ends(found, 0, 0)
+
     def _candidate(self, base: Candidate, request: SchedulingRequest, matches: Matches | None) -> Candidate:
         name, load = base.name, self._load
         match = match_at(name, self._known.caches.of(name), matches)
-        trust, pending, recent, credit = holdings(name, request, match, load, self._known.history, self._weights)
+        trust, pending, recent, credit, chunks, guessed = holdings(
+            name, request, match, load, self._known.history, self._weights
+        )
         cache = match.cache
         return msgspec.structs.replace(
             base,
@@ -138,6 +157,8 @@ class Selector:
             pending_blocks=pending,
             recent_blocks=recent,
             cached_credit=credit,
+            recent_chunks=chunks,
+            guessed_tokens=guessed,
         )
 
 
@@ -215,7 +236,7 @@ class _Accounts:
             del self._open[candidate.name]
         if computed:
             exact = candidate.trust == "exact"
-            self._history.computed(candidate.name, request.model, request.chain, is_exact=exact)
+            self._history.computed(candidate.name, request.model, request.chain, is_exact=exact, chunks=request.chunks)
 
     def forget(self, pod: str) -> None:
         self._open.pop(pod, None)

@@ -14,20 +14,28 @@ from matrixinfer.scheduler.framework import Trust
 
 
 def cached_credit(
-    trust: Trust, weights: WeightsConfig, *, match: int, tiers: Sequence[int], pending: int, recent: int
+    trust: Trust,
+    weights: WeightsConfig,
+    *,
+    match: int,
+    tiers: Sequence[int],
+    pending: int,
+    recent: int,
+    guessed: float = 0.0,
 ) -> float:
-    """The credit for the first `match` blocks of a prompt and the `recent` blocks beyond them.
+    """The credit for the first `match` blocks of a prompt, the `recent` blocks beyond them, and `guessed` further ones.
 
     `tiers` says how many blocks, from the start, are on the device, and how many are there or on the next faster tier;
     it is empty if there is only one tier. `pending` blocks follow the match; `recent` counts from the prompt's start.
+    `guessed` blocks were sent lately as well, as the prompt's bytes show (`Candidate.guessed_tokens`).
     """
     if trust == "none":
-        return weights.unproven * max(0, recent - pending)
+        return weights.unproven * (max(0, recent - pending) + guessed)
     total, before = 0.0, 0
     for blocks, weight in zip((*tiers, match), (1.0, weights.host, weights.storage), strict=False):
         total += weight * max(0, blocks - before)
         before = max(before, blocks)
     if trust == "exact":
-        return total
-    beyond = weights.unproven * max(0, recent - match - pending)
+        return total + weights.unproven * guessed
+    beyond = weights.unproven * (max(0, recent - match - pending) + guessed)
     return (total if trust == "partial" else weights.unproven * total) + beyond

@@ -33,7 +33,8 @@ class SchedulingRequest:
     model: str
     """The index's name for the model. An adapter is a model of its own."""
     prompt_tokens: int | None
-    """Tokens in the prompt; None if it was not tokenized."""
+    """Token ids that are known: all of the prompt's, or those before its first image, audio or video; None if it was not
+    tokenized."""
     block_size: int
     """Tokens per block of `chain`."""
     chain: Sequence[int]
@@ -44,6 +45,19 @@ class SchedulingRequest:
     """The client's session id, if it sends one."""
     now: float = 0.0
     """Seconds on the monotonic clock."""
+    unknown_tokens: int = 0
+    """Estimated tokens of the part of the prompt whose token ids are unknown."""
+    other_tokens: int = 0
+    """Estimated tokens of the request's other prompts, if it has several. Everything else here is about the first one."""
+    chunks: Sequence[int] = ()
+    """Hashes of chunks of the prompt's bytes. Empty if all token ids are known, unless a plugin `reads_bytes`."""
+    chunk_ends: Sequence[int] = ()
+    """Estimated tokens from the prompt's start to the end of each chunk."""
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of the prompt: those that are known, and an estimate of the others."""
+        return (self.prompt_tokens or 0) + self.unknown_tokens
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -90,6 +104,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Blocks from the prompt's start that were sent there lately, if the index cannot say whether they are held."""
     cached_credit: float | None = None
     """Credit for the matched and recent blocks (`matrixinfer.scheduler.credit`); None counts each of `matched_blocks` as 1."""
+    recent_chunks: int = 0
+    """Chunks of the prompt's bytes, from its start, that were sent there lately or are in flight."""
+    guessed_tokens: int = 0
+    """Estimated tokens in those chunks beyond the blocks that are known to be there. They are part of `cached_credit`."""
+    reuse: float = 1.0
+    """Share of the predicted hits that the endpoint's answers report lately, at most 1. Credit and hits are scaled by it."""
 
     @property
     def pod(self) -> str:
@@ -99,10 +119,18 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def credit(self) -> float:
         """Credit for the matched, recent and pending blocks of the prompt, in blocks."""
-        return ((self.matched_blocks or 0) if self.cached_credit is None else self.cached_credit) + self.pending_blocks
+        credit = (
+            (self.matched_blocks or 0) if self.cached_credit is None else self.cached_credit
+        ) + self.pending_blocks
+        return credit if self.reuse == 1.0 else credit * self.reuse
 
     def predicted_hit(self, prompt_tokens: int | None, block_size: int) -> int:
-        """Predict how many prompt tokens the endpoint will find cached: whole engine blocks, and never the last token.
+        """Predict how many prompt tokens the endpoint will find cached: `cached_hit`, scaled by what answers report."""
+        hit = self.cached_hit(prompt_tokens, block_size)
+        return hit if self.reuse == 1.0 else int(hit * self.reuse)
+
+    def cached_hit(self, prompt_tokens: int | None, block_size: int) -> int:
+        """How many prompt tokens are cached there, as far as is known: whole engine blocks, and never the last token.
 
         `block_size` is the size of the blocks that are counted here.
         """
@@ -175,7 +203,11 @@ class Decision:
 
 
 class Plugin(Protocol):
-    """What every plugin needs."""
+    """What every plugin needs.
+
+    A class attribute `reads_bytes = True` asks for `SchedulingRequest.chunks` and `Candidate.recent_chunks` also when all
+    token ids are known.
+    """
 
     name: ClassVar[str]
     Args: ClassVar[type[Section]]

@@ -28,6 +28,8 @@ class Profile:
     picker: tuple[str, Picker]
     listeners: tuple[tuple[str, PostSchedule], ...]
     """Plugins that see decisions: every enabled plugin that has the method, at whatever stage it is enabled."""
+    reads_bytes: bool
+    """Whether any plugin asks for the prompt's chunks; see `framework.Plugin`."""
 
 
 def build(
@@ -61,6 +63,9 @@ def build(
             (name, cast("PostSchedule", plugin))
             for name, plugin in plugins.items()
             if _has(plugin, _METHODS["PostSchedule"])
+        ),
+        reads_bytes=any(
+            _has(plugin, "reads_bytes") and getattr(plugin, "reads_bytes", False) is True for plugin in plugins.values()
         ),
     )
 

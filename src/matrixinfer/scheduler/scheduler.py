@@ -65,6 +65,11 @@ class Scheduler:
         """The enabled plugins by name."""
         return MappingProxyType(dict(self._profile.plugins))
 
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether a plugin needs the prompt's chunks also when all token ids are known."""
+        return self._profile.reads_bytes
+
     def schedule(
         self, request: SchedulingRequest, candidates: Sequence[Candidate], *, dry_run: bool = False
     ) -> Decision:

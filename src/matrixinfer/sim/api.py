@@ -1,4 +1,4 @@
-"""vLLM's JSON: the fields of requests that the simulated engine reads, and all its answers."""
+"""vLLM's JSON: the fields of requests that the simulated engine reads, and all its answers. See also `sglang_api`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Exchange:
         content: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason, "stop_reason": None}
         kind = "chat.completion" if self.chat else "text_completion"
-        return self._envelope(kind, [choice]) | {"usage": self._usage(cached_tokens)}
+        return self._envelope(kind, [choice]) | {"usage": self.usage(cached_tokens)}
 
     def chunks(self, start: int, end: int, cached_tokens: int) -> bytes:
         """Server-sent events for the tokens [start, end), with those that open and close the stream."""
@@ -110,19 +110,20 @@ class Exchange:
             parts.append(self._chunk(content, self.finish_reason if position == last else None))
         if end > last:
             if self.include_usage:
-                parts.append(_event(self._envelope(self._chunk_kind, []) | {"usage": self._usage(cached_tokens)}))
+                parts.append(event(self._envelope(self._chunk_kind, []) | {"usage": self.usage(cached_tokens)}))
             parts.append(b"data: [DONE]\n\n")
         return b"".join(parts)
 
     def _chunk(self, content: Json, finish_reason: str | None) -> bytes:
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return _event(self._envelope(self._chunk_kind, [choice]))
+        return event(self._envelope(self._chunk_kind, [choice]))
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
         name = f"chatcmpl-{self.request_id}" if self.chat else f"cmpl-{self.request_id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def _usage(self, cached_tokens: int) -> Json:
+    def usage(self, cached_tokens: int) -> Json:
+        """`usage` of the answer."""
         generated = len(self.reply.ids)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -162,5 +163,6 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise InvalidRequest(str(failure)) from failure
 
 
-def _event(data: Json) -> bytes:
+def event(data: Json) -> bytes:
+    """A server-sent event."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from matrixinfer.sim.events import Event
 from matrixinfer.sim.model import EngineModel, EngineRequest, Output, StepResult
+from matrixinfer.sim.prefix_cache import Event
 
 _MAX_LAG_SECONDS = 0.05
 """A busy engine catches up after late timers, so that it is as fast as the model, but not after longer stalls."""
@@ -40,7 +41,7 @@ class Ticket:
 class EngineDriver:
     """Steps a model in its only task, `run`. `publish` gets the events of a step, if any, when the step ends."""
 
-    def __init__(self, model: EngineModel, publish: Callable[[list[Event]], None]) -> None:
+    def __init__(self, model: EngineModel[Any, Any], publish: Callable[[list[Event]], None]) -> None:
         self.model = model
         self._publish = publish
         self._tickets: dict[int, Ticket] = {}
@@ -63,6 +64,11 @@ class EngineDriver:
             del self._tickets[request.id]
             if ticket.generated < len(request.reply):
                 self.model.abort(request.id)
+
+    def publish_idle(self) -> None:
+        """Publish the events since the last step now."""
+        if events := self.model.take_events():
+            self._publish(events)
 
     async def run(self) -> None:
         """Step while there is work, until cancelled."""

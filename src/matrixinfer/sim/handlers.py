@@ -1,10 +1,11 @@
-"""The simulated engine's HTTP API, with vLLM's paths.
+"""The simulated engine's HTTP API, with vLLM's paths. `sglang_handlers` has SGLang's.
 
 Replies are made up, with one choice per request. Only the first of a list of prompts is answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,20 +18,23 @@ from aiohttp import web
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
 from matrixinfer.prompt import openai, requests
-from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim import api
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.driver import Ticket
-from matrixinfer.sim.metrics import EngineMetrics
+from matrixinfer.sim.metrics import EngineMetrics, Metrics
 from matrixinfer.sim.model import EngineRequest
+from matrixinfer.sim.prefix_cache import Adapter
 from matrixinfer.sim.rank import Balancer, EngineRank
 from matrixinfer.sim.reply import ReplyWriter
 
 _VERSION = "0.32.0"
 """The vLLM release whose API and event layout the engine has."""
+_LOOKAHEAD_VERSION = "0.33.0"
+"""The first that has lookahead tokens."""
 _MAX_BODY_BYTES = 64 * 1024 * 1024
-_RANK_HEADER = "X-data-parallel-rank"
+RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -43,42 +47,54 @@ class EngineHandlers:
         self._ranks = tuple(ranks)
         self._balancer = Balancer(self._ranks)
         self._writer = ReplyWriter(tokenizer, config.seed)
-        self._metrics = EngineMetrics(config, self._ranks)
+        self._metrics = self.metrics(config)
         self._created = int(time.time())
         self._ids = count()
 
     def application(self) -> web.Application:
         """The application with all paths."""
-        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_refusals])
-        app.add_routes(
-            [
-                web.post(openai.CHAT_PATH, self._generate),
-                web.post(openai.COMPLETIONS_PATH, self._generate),
-                web.post("/tokenize", self._tokenize),
-                web.post("/reset_prefix_cache", self._reset),
-                web.get("/v1/models", self._models),
-                web.get("/kv_event_sources", self._event_sources),
-                web.get("/metrics", self._expose_metrics),
-                web.get("/load", self._load),
-                web.get("/health", self._health),
-                web.get("/version", self._version),
-            ]
-        )
+        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[self._refusals])
+        app.add_routes(self.routes())
         return app
+
+    def metrics(self, config: SimEngineConfig) -> Metrics:
+        """The metrics that it exposes."""
+        return EngineMetrics(config, self._ranks)
+
+    def routes(self) -> list[web.RouteDef]:
+        """All paths."""
+        return [
+            *self.common_routes(),
+            web.post("/reset_prefix_cache", self._reset),
+            web.get("/kv_event_sources", self._event_sources),
+            web.get("/load", self._load),
+            web.get("/version", self._version),
+        ]
+
+    def common_routes(self) -> list[web.RouteDef]:
+        """The paths that vLLM and SGLang share."""
+        return [
+            web.post(openai.CHAT_PATH, self._generate),
+            web.post(openai.COMPLETIONS_PATH, self._generate),
+            web.post("/tokenize", self._tokenize),
+            web.get("/v1/models", self._models),
+            web.get("/metrics", self._expose_metrics),
+            web.get("/health", self._health),
+        ]
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         received_at = time.monotonic()
         body = await request.read()
         prompt = requests.parse(request.path, body)
         options = api.decode(body, api.GenerateOptions)
-        self._check_model(prompt.model)
         if options.n not in (None, 1):
             raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
-        ids = prompt.token_ids
-        if ids is None:
-            ids = self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens)
+        adapter, extra_key = self.namespace(prompt, body)
+        ids = self.prompt_ids(prompt, body)
         reply = self._writer.write(ids, self._reply_length(len(ids), options.limit))
-        exchange = api.Exchange(
+        rank = self.rank(request, body)
+        exchange = self.exchange(
+            body,
             chat=prompt.chat is not None,
             request_id=request.headers.get("x-request-id") or uuid.uuid4().hex,
             created=int(time.time()),
@@ -87,15 +103,15 @@ class EngineHandlers:
             reply=reply,
             finish_reason="stop" if options.limit is None else "length",
             include_usage=options.stream_options is not None and options.stream_options.include_usage,
-            reports_cached=self._config.prompt_tokens_details,
+            reports_cached=self._config.reports_cached,
         )
-        rank = self._rank(request)
         work = EngineRequest(
             id=next(self._ids),
             prompt=ids,
             reply=reply.ids,
             salt=prompt.cache_salt,
-            adapter=self._config.adapter(prompt.model),
+            adapter=adapter,
+            extra_key=extra_key,
             reports_hits=options.reports_hits,
         )
         with rank.driver.request(work) as ticket:
@@ -105,7 +121,18 @@ class EngineHandlers:
             self._metrics.first_token(rank, time.monotonic() - received_at)
             while seen < len(reply.ids):
                 seen = await ticket.wait(seen)
-            return _json(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
+            self._metrics.finished(exchange, ticket.cached_tokens, streamed=False)
+            return json_response(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
+
+    @web.middleware
+    async def _refusals(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except RequestError as failure:
+            status, body = self.error(failure)
+        except TokenizeError as failure:
+            status, body = self.error(InvalidRequest(str(failure)))
+        return json_response(body, status=status)
 
     async def _stream(
         self, request: web.Request, exchange: api.Exchange, ticket: Ticket, rank: EngineRank, received_at: float
@@ -120,45 +147,66 @@ class EngineHandlers:
                 self._metrics.first_token(rank, time.monotonic() - received_at)
             await response.write(exchange.chunks(seen, generated, ticket.cached_tokens))
             seen = generated
+        self._metrics.finished(exchange, ticket.cached_tokens, streamed=True)
         await response.write_eof()
         return response
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         query = api.decode(await request.read(), api.TokenizeRequest)
+        await asyncio.sleep(self._config.tokenize_seconds)
         if query.model is not None:
             self._check_model(query.model)
         chat = query.chat
         special = query.add_special_tokens
         ids = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
         length = self._config.context_length
-        return _json({"count": len(ids), "max_model_len": length, "tokens": ids.tolist(), "token_strs": None})
+        return json_response({"count": len(ids), "max_model_len": length, "tokens": ids.tolist(), "token_strs": None})
 
     async def _reset(self, _: web.Request) -> web.Response:
-        done = [rank.driver.model.reset_prefix_cache() for rank in self._ranks]
-        return _json({"success": all(done)})
+        done = [rank.reset() for rank in self._ranks]
+        return json_response({"success": all(done)})
 
     async def _models(self, _: web.Request) -> web.Response:
-        return _json(api.models(self._config, self._created))
+        return json_response(api.models(self._config, self._created))
 
     async def _event_sources(self, _: web.Request) -> web.Response:
-        return _json({str(rank.number): rank.publisher.source() for rank in self._ranks})
+        return json_response({str(rank.number): rank.publisher.source() for rank in self._ranks})
 
     async def _expose_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
 
     async def _load(self, _: web.Request) -> web.Response:
-        return _json({"server_load": sum(rank.driver.in_flight for rank in self._ranks)})
+        return json_response({"server_load": sum(rank.driver.in_flight for rank in self._ranks)})
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
 
     async def _version(self, _: web.Request) -> web.Response:
-        return _json({"version": _VERSION})
+        return json_response({"version": _LOOKAHEAD_VERSION if self._config.layout.lookahead else _VERSION})
 
-    def _rank(self, request: web.Request) -> EngineRank:
+    def namespace(self, prompt: Prompt, body: bytes) -> tuple[Adapter | None, str | None]:
+        """The request's adapter and `extra_key`. Raises `RequestError` for a model that is not served."""
+        self._check_model(prompt.model)
+        return self._config.adapter(prompt.model), None
+
+    def prompt_ids(self, prompt: Prompt, body: bytes) -> TokenIds:
+        """The prompt's token ids. Raises `RequestError` or `TokenizeError`."""
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        return self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens)
+
+    def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
+        """The request's exchange."""
+        return api.Exchange(**fields)
+
+    def error(self, failure: RequestError) -> tuple[int, api.Json]:
+        """Status and body of an error answer."""
+        return api.error(failure)
+
+    def rank(self, request: web.Request, body: bytes) -> EngineRank:
         """The rank that the request names or, as with vLLM, any rank if the header is missing or not a number."""
         try:
-            pinned = int(request.headers.get(_RANK_HEADER, ""))
+            pinned = int(request.headers.get(RANK_HEADER, ""))
         except ValueError:
             return self._balancer.choose()
         if not 0 <= pinned < len(self._ranks):
@@ -191,18 +239,8 @@ class EngineHandlers:
         return min(self._config.default_max_tokens, room) if limit is None else limit
 
 
-@web.middleware
-async def _refusals(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except RequestError as failure:
-        status, body = api.error(failure)
-    except TokenizeError as failure:
-        status, body = api.error(InvalidRequest(str(failure)))
-    return _json(body, status=status)
-
-
-def _json(data: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def json_response(data: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """An answer in JSON."""
     return web.Response(
         body=msgspec.json.encode(data), status=status, headers={"content-type": "application/json", **(headers or {})}
     )

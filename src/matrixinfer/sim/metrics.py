@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from matrixinfer.sim.api import Exchange
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.rank import EngineRank
 from matrixinfer.sim.stats import EngineStats
@@ -26,6 +28,22 @@ _TOTALS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:num_preemptions": ("Requests pushed out of the cache while running.", lambda stats: stats.preemptions),
 }
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+
+
+class Metrics(Protocol):
+    """What the handlers record, and `/metrics` shows."""
+
+    def first_token(self, rank: EngineRank, seconds: float) -> None:
+        """Record the time from a request's arrival to its first token."""
+        ...
+
+    def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
+        """Record a request's end."""
+        ...
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        ...
 
 
 class EngineMetrics:
@@ -49,6 +67,9 @@ class EngineMetrics:
     def first_token(self, rank: EngineRank, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""
         self._first_token.labels(*self._labels(rank)).observe(seconds)
+
+    def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
+        """Record a request's end. vLLM's totals are those of the ranks."""
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

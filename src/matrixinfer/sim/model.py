@@ -1,4 +1,4 @@
-"""One engine as a pure model: continuous batching over a paged prefix cache.
+"""One engine as a pure model: continuous batching over a prefix cache.
 
 It has no clock, I/O or randomness. The caller submits requests, runs a step, lets its duration pass (in real or virtual
 time), and then delivers its outputs and events.
@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import msgspec
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
-from matrixinfer.sim.events import Event
+from matrixinfer.sim.prefix_cache import Adapter, Event, H, PrefixCache, S
 from matrixinfer.sim.stats import EngineStats
 
 
@@ -47,6 +46,8 @@ class EngineRequest:
     """Only requests with the same salt share blocks."""
     adapter: Adapter | None = None
     """Only requests with the same adapter share blocks."""
+    extra_key: str | None = None
+    """Only requests with the same key share blocks. SGLang's; no event shows it."""
     reports_hits: bool = False
     """Events report the blocks that it finds in the cache as if they were stored again."""
 
@@ -71,24 +72,24 @@ class StepResult:
     events: list[Event]
 
 
-class _Work(NamedTuple):
+class _Work(NamedTuple, Generic[S]):
     """A request's part of a step."""
 
-    run: _Run
+    run: _Run[S]
     tokens: int
     """Tokens to compute."""
     loaded: int = 0
     """Blocks to load from the CPU tier."""
 
 
-class _Run:
+class _Run(Generic[S]):
     """A request's progress."""
 
     __slots__ = ("cached", "computed", "generated", "request", "sequence")
 
-    def __init__(self, request: EngineRequest, block_size: int) -> None:
+    def __init__(self, request: EngineRequest, sequence: S) -> None:
         self.request = request
-        self.sequence = Sequence(request.prompt, block_size, request.salt, request.adapter)
+        self.sequence = sequence
         self.computed = 0
         self.generated = 0
         self.cached: int | None = None
@@ -98,7 +99,7 @@ class _Run:
         return self.generated == len(self.request.reply)
 
 
-class EngineModel:
+class EngineModel(Generic[S, H]):
     """Schedules as vLLM does: first come, first served, at most `max_tokens` per step, long prompts in chunks.
 
     Running requests go first. If one finds no free block, the latest arrival is preempted: it later starts again, from
@@ -106,17 +107,18 @@ class EngineModel:
     """
 
     def __init__(
-        self, cache: PagedPrefixCache, timing: Timing, *, max_tokens: int = 2048, max_sequences: int = 256
+        self, cache: PrefixCache[S, H], timing: Timing, *, max_tokens: int = 2048, max_sequences: int = 256
     ) -> None:
         self._cache = cache
         self._timing = timing
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
-        self._running: list[_Run] = []
-        self._waiting: deque[_Run] = deque()
+        self._running: list[_Run[S]] = []
+        self._waiting: deque[_Run[S]] = deque()
         self._full = False
         self._prefix_queries = self._prefix_hits = self._loaded_tokens = 0
-        self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+        self._prompt_tokens = self._generated_tokens = self._preemptions = self._computed_prompt_tokens = 0
+        self._prefill_seconds = 0.0
 
     @property
     def busy(self) -> bool:
@@ -136,6 +138,10 @@ class EngineModel:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
+            used_tokens=round(self._cache.usage * self._cache.capacity),
+            waiting_tokens=sum(len(run.sequence.tokens) for run in self._waiting),
+            computed_prompt_tokens=self._computed_prompt_tokens,
+            prefill_seconds=self._prefill_seconds,
         )
 
     def submit(self, request: EngineRequest) -> None:
@@ -145,7 +151,8 @@ class EngineModel:
             raise ValueError("expected at least one prompt token and one reply token")
         if total > self._cache.capacity:
             raise ValueError(f"expected at most {self._cache.capacity} tokens, which the cache holds, got {total}")
-        self._waiting.append(_Run(request, self._cache.block_size))
+        sequence = self._cache.sequence(request.prompt, request.salt, request.adapter, request.extra_key)
+        self._waiting.append(_Run(request, sequence))
 
     def abort(self, request_id: int) -> None:
         """Drop a request if it is unfinished. The blocks that it filled stay cached."""
@@ -163,26 +170,36 @@ class EngineModel:
         """Clear the cache; False while any block is in use. The event comes with the next step, as with vLLM."""
         return self._cache.reset()
 
+    def take_events(self) -> list[Event]:
+        """The events since the last step, for engines that publish them while they are idle."""
+        return self._cache.take_events()
+
     def step(self) -> StepResult:
         """Compute one batch."""
-        batch: list[_Work] = []
+        batch: list[_Work[S]] = []
+        if self._cache.new_step():
+            self._full = False
         budget = self._schedule_running(batch)
         self._schedule_waiting(batch, budget)
         duration = self._duration(batch)
+        if any(not work.run.generated for work in batch):
+            self._prefill_seconds += duration
         outputs = [output for work in batch if (output := self._advance(work.run, work.tokens)) is not None]
         if any(output.finished for output in outputs):
             self._running = [run for run in self._running if not run.finished]
         return StepResult(duration=duration, outputs=outputs, events=self._cache.take_events())
 
-    def _schedule_running(self, batch: list[_Work]) -> int:
+    def _schedule_running(self, batch: list[_Work[S]]) -> int:
         """Return the rest of the step's token budget, or 0 when a request was preempted."""
         budget = self._max_tokens
         preempted = False
         position = 0
         while position < len(self._running) and budget:
             run = self._running[position]
-            count = min(len(run.sequence.tokens) - run.computed, budget)
-            if self._cache.allocate(run.sequence, run.computed + count):
+            count = self._chunk(run, budget)
+            if not count:
+                position += 1
+            elif self._cache.allocate(run.sequence, run.computed + count):
                 batch.append(_Work(run, count))
                 budget -= count
                 position += 1
@@ -191,7 +208,7 @@ class EngineModel:
                 preempted = True
         return 0 if preempted else budget
 
-    def _schedule_waiting(self, batch: list[_Work], budget: int) -> None:
+    def _schedule_waiting(self, batch: list[_Work[S]], budget: int) -> None:
         while budget and self._waiting and not self._full and len(self._running) < self._max_sequences:
             run = self._waiting[0]
             hit = self._cache.lookup(run.sequence)
@@ -200,22 +217,31 @@ class EngineModel:
                 self._full = True
                 return
             if run.request.reports_hits:
-                self._cache.report(run.sequence, len(hit))
-            loaded = self._cache.load(run.sequence, len(hit))
-            run.computed = (len(hit) + loaded) * self._cache.block_size
-            count = min(len(run.sequence.tokens) - run.computed, budget)
-            self._cache.allocate(run.sequence, run.computed + count, hit)
+                self._cache.report(run.sequence, hit)
+            loaded = self._cache.load(run.sequence, hit)
+            run.computed = hit.tokens + loaded
+            count = self._chunk(run, budget)
+            if not count or not self._cache.allocate(run.sequence, run.computed + count, hit):
+                return
             if run.cached is None:
                 run.cached = run.computed
                 self._prefix_queries += len(run.sequence.tokens)
-                self._prefix_hits += len(hit) * self._cache.block_size
-                self._loaded_tokens += loaded * self._cache.block_size
+                self._prefix_hits += hit.tokens
+                self._loaded_tokens += loaded
             self._running.append(self._waiting.popleft())
-            batch.append(_Work(run, count, loaded))
+            batch.append(_Work(run, count, loaded // self._cache.block_size))
             budget -= count
 
-    def _advance(self, run: _Run, count: int) -> Output | None:
+    def _chunk(self, run: _Run[S], budget: int) -> int:
+        """How many tokens of a request the step computes."""
+        count = min(len(run.sequence.tokens) - run.computed, budget)
+        return self._cache.chunk(run.sequence, run.computed, count, self._max_tokens)
+
+    def _advance(self, run: _Run[S], count: int) -> Output | None:
         run.computed += count
+        self._cache.computed(run.sequence, run.computed)
+        if not run.generated:
+            self._computed_prompt_tokens += count
         if run.computed < len(run.sequence.tokens):
             return None
         if not run.generated:
@@ -232,17 +258,17 @@ class EngineModel:
             finished=run.finished,
         )
 
-    def _preempt(self, run: _Run) -> None:
-        self._release(run)
+    def _preempt(self, run: _Run[S]) -> None:
+        self._release(run, preempted=True)
         run.computed = 0
         self._preemptions += 1
         self._waiting.appendleft(run)
 
-    def _release(self, run: _Run) -> None:
-        self._cache.release(run.sequence)
+    def _release(self, run: _Run[S], *, preempted: bool = False) -> None:
+        self._cache.release(run.sequence, preempted=preempted)
         self._full = False
 
-    def _duration(self, batch: list[_Work]) -> float:
+    def _duration(self, batch: list[_Work[S]]) -> float:
         prefill = decode = loads = 0
         pairs = 0.0
         for run, count, loaded in batch:

@@ -6,15 +6,19 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.driver import EngineDriver
-from matrixinfer.sim.events import Event, EventBatch, encode
+from matrixinfer.sim.load_feed import LoadFeed
 from matrixinfer.sim.model import EngineModel
+from matrixinfer.sim.prefix_cache import Event, PrefixCache
 from matrixinfer.sim.publisher import EventPublisher
+from matrixinfer.sim.radix import RadixCache
 from matrixinfer.sim.stats import EngineStats
 
 
@@ -34,16 +38,26 @@ class EngineRank:
             loss=config.lose_frames,
             seed=config.seed + number,
         )
+        self.load_feed = None
+        if config.load_feed:
+            self.load_feed = LoadFeed(
+                config, number, lambda: self.stats, config.load_port and config.load_port + number
+            )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Raises `zmq.ZMQError` when a port is taken."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.publisher)
+            work = [self.driver.run, self.publisher.serve]
+            if self.load_feed is not None:
+                stack.enter_context(self.load_feed)
+                work.append(self.load_feed.run)
             group = await stack.enter_async_context(asyncio.TaskGroup())
-            for work in (self.driver.run(), self.publisher.serve()):
-                stack.callback(group.create_task(work).cancel)
+            for task in work:
+                stack.callback(group.create_task(task()).cancel)
             self._stack = stack.pop_all()
+        self._publish_idle()
         return self
 
     async def __aexit__(
@@ -63,21 +77,41 @@ class EngineRank:
             raise RuntimeError("expected an idle engine, but requests are in flight")
         self.driver.model = self._new_model()
         self.publisher.restart()
+        self._publish_idle()
 
-    def _new_model(self) -> EngineModel:
+    def reset(self) -> bool:
+        """Clear the cache; False while any block is in use."""
+        done = self.driver.model.reset_prefix_cache()
+        self._publish_idle()
+        return done
+
+    def _new_model(self) -> EngineModel[Any, Any]:
         config = self._config
-        cpu = None
-        if config.cpu_blocks:
-            cpu = CpuTier(config.cpu_blocks, lazy=config.lazy_offload, bare_events=config.bare_cpu_events)
         return EngineModel(
-            PagedPrefixCache(config.num_blocks, config.block_size, cpu, prefix_caching=config.prefix_caching),
-            config.timing,
-            max_tokens=config.max_batched_tokens,
-            max_sequences=config.max_sequences,
+            new_cache(config), config.timing, max_tokens=config.max_batched_tokens, max_sequences=config.max_sequences
         )
 
+    def _publish_idle(self) -> None:
+        """SGLang publishes while it is idle; vLLM's events wait for the next step."""
+        if self._config.flavor == "sglang":
+            self.driver.publish_idle()
+
     def _publish(self, events: list[Event]) -> None:
-        self.publisher.publish(encode(EventBatch(time.time(), events, self.number)))
+        # Both engines send a batch as an array.
+        self.publisher.publish(msgspec.msgpack.encode((time.time(), events, self.number)))
+
+
+def new_cache(config: SimEngineConfig) -> PrefixCache[Any, Any]:
+    """An empty cache of one rank."""
+    if config.flavor == "sglang":
+        pairs = config.speculative == "pairs"
+        return RadixCache(config.num_blocks - 1, config.block_size, pairs=pairs, prefix_caching=config.prefix_caching)
+    cpu = None
+    if config.cpu_blocks:
+        cpu = CpuTier(config.cpu_blocks, lazy=config.lazy_offload, bare_events=config.bare_cpu_events)
+    return PagedPrefixCache(
+        config.num_blocks, config.block_size, cpu, prefix_caching=config.prefix_caching, layout=config.layout
+    )
 
 
 class Balancer:

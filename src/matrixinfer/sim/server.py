@@ -1,4 +1,4 @@
-"""The simulated engine as a server: ranks and HTTP API of one vLLM replica."""
+"""The simulated engine as a server: ranks and HTTP API of one replica."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.handlers import EngineHandlers
 from matrixinfer.sim.rank import EngineRank
+from matrixinfer.sim.sglang_handlers import SglangHandlers
 from matrixinfer.sim.stats import EngineStats
 
 _SHUTDOWN_SECONDS = 1.0
@@ -24,7 +25,8 @@ class SimEngine:
     def __init__(self, config: SimEngineConfig, tokenizer: LocalTokenizer) -> None:
         self.config = config
         self.ranks = tuple(EngineRank(config, number) for number in range(config.data_parallel_size))
-        self._handlers = EngineHandlers(config, tokenizer, self.ranks)
+        handlers = SglangHandlers if config.flavor == "sglang" else EngineHandlers
+        self._handlers = handlers(config, tokenizer, self.ranks)
         self._stack = AsyncExitStack()
         self._port = config.port
 

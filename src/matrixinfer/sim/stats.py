@@ -22,6 +22,14 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
+    used_tokens: int
+    """Room in the cache that running requests use, in tokens."""
+    waiting_tokens: int
+    """Tokens of the requests that wait."""
+    computed_prompt_tokens: int
+    """Prompt tokens that were not cached, computed so far."""
+    prefill_seconds: float
+    """Time of the steps that computed any."""
 
     @classmethod
     def total(cls, ranks: Iterable[EngineStats]) -> EngineStats:

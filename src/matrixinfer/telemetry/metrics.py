@@ -71,6 +71,11 @@ class Metrics:
                 buckets=_DECISION_BUCKETS,
             )
         )
+        self._engine_tokenize = self._histogram(
+            "engine_tokenize_seconds",
+            "Time that an engine's /tokenize took for one prompt.",
+            buckets=_DECISION_BUCKETS,
+        )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
         self._degraded = self._counter("degraded", "Decisions that were made without an input, by reason.", "reason")
         self._parity = self._counter(
@@ -177,6 +182,10 @@ class Metrics:
         self._decision.observe(seconds)
         for stage, milliseconds in stages_ms.items():
             self._stages[stage,].observe(milliseconds / 1000)
+
+    def engine_tokenized(self, _: str, seconds: float) -> None:
+        """An engine has tokenized a prompt."""
+        self._engine_tokenize.observe(seconds)
 
     def degraded(self, reason: str) -> None:
         """A decision was made without an input."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
-from matrixinfer.sim.cache import Sequence as EngineSequence
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, Event, EventBatch, encode
+from matrixinfer.sim.sequence import Sequence as EngineSequence
 
 
 class FakeClock:

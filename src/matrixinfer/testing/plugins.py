@@ -53,6 +53,9 @@ _candidates = st.lists(
         metrics_age=st.none() | st.floats(0, 60),
         matched_blocks=_maybe_counts,
         pending_blocks=_counts,
+        recent_chunks=_counts,
+        guessed_tokens=_counts,
+        reuse=st.floats(0.1, 1.0),
     ),
     min_size=1,
     max_size=12,
@@ -68,6 +71,9 @@ _requests = st.builds(
     prefix=st.sampled_from([b"", b"short", b"x" * 600, b"y" * 2000]),
     session=st.none() | st.just("s"),
     now=st.floats(0, 1e6),
+    unknown_tokens=_counts,
+    other_tokens=_counts,
+    chunks=st.lists(st.integers(0, 2**63 - 1), max_size=20).map(tuple),
 )
 
 

@@ -42,16 +42,28 @@ class LoadLedger:
         self._subscribers.append(on_charge)
         return lambda: self._subscribers.remove(on_charge)
 
-    def charge(self, pod: str, model: str, *, hashes: Sequence[int], start: int, queued_tokens: int) -> Charge:
+    def charge(
+        self,
+        pod: str,
+        model: str,
+        *,
+        hashes: Sequence[int],
+        start: int,
+        queued_tokens: int,
+        chunks: Sequence[int] = (),
+    ) -> Charge:
         """Count a request that is sent to `pod` now.
 
-        `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod.
-        `queued_tokens` is the number of prompt tokens that the pod must compute.
+        `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod,
+        and so do the `chunks` of its bytes, if not all of its token ids are known. `queued_tokens` is the number of prompt
+        tokens that the pod must compute.
         """
         wanted = max(0, len(hashes) - start)
-        self._delete_expired(2 * wanted + _DELETED_PER_CHARGE)
+        self._delete_expired(2 * (wanted + len(chunks)) + _DELETED_PER_CHARGE)
         count = min(wanted, self._max_pending_blocks - self._stored_blocks)
         blocks = list(hashes[start : start + count]) if count else []
+        if chunks:
+            blocks += chunks[: self._max_pending_blocks - self._stored_blocks - len(blocks)]
         load = self._pods.setdefault(pod, _PodLoad())
         load.in_flight += 1
         load.queued_tokens += queued_tokens
@@ -64,6 +76,8 @@ class LoadLedger:
         try:
             for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
+            for on_charge in self._subscribers if chunks else ():
+                on_charge(pod, model, chunks, 0, charge)
         except BaseException:
             charge.cancel()  # the caller never gets it
             raise
@@ -102,13 +116,18 @@ class LoadLedger:
         """Number of stored blocks, counted per request. Later requests delete expired ones."""
         return self._stored_blocks
 
-    def pending(self, pod: str, model: str, hashes: Sequence[int], start: int) -> int:
+    def pending(self, pod: str, model: str, hashes: Sequence[int], start: int, *, whole_prompts: bool = False) -> int:
         """How many consecutive blocks from position `start` on are pending at `pod`.
 
-        Reads `hashes` only if any block is pending there. The search is exponential, then binary.
+        With `whole_prompts`, up to where a prompt ends that is pending there: an engine that does not reuse every prefix
+        that it holds will reuse that one. Reads `hashes` only if any block is pending there. The search is exponential,
+        then binary.
         """
         pending = self._pending.get((pod, model))
-        return 0 if pending is None else pending.count(hashes, start, self._clock())
+        if pending is None:
+            return 0
+        count = pending.count(hashes, start, self._clock())
+        return pending.ends_within(hashes, start, count, self._clock()) if whole_prompts else count
 
     def forget(self, pod: str) -> None:
         """Delete all data of `pod`, which has gone. Charges that are still open there no longer count."""
@@ -221,10 +240,12 @@ class _PodLoad:
 class _Pending:
     """The pending blocks of one model at one pod: of requests in flight, and fading ones of requests that have ended."""
 
-    __slots__ = ("_fading", "_held", "_until", "key")
+    __slots__ = ("_ends", "_fading", "_held", "_until", "key")
 
-    def __init__(self, key: tuple[str, str]) -> None:
+    def __init__(self, key: tuple[str, str], *, has_ends: bool = True) -> None:
         self.key = key
+        self._ends = _Pending(key, has_ends=False) if has_ends else None
+        """The last block of each request."""
         self._held: dict[int, int] = {}
         self._fading: dict[int, float] = {}
         self._until = float("-inf")
@@ -237,6 +258,8 @@ class _Pending:
         held = self._held
         for block in blocks:
             held[block] = held.get(block, 0) + 1
+        if self._ends is not None:
+            self._ends.add(blocks[-1:])
 
     def release(self, blocks: list[int]) -> None:
         """Remove one request's `blocks`; they do not fade."""
@@ -246,20 +269,36 @@ class _Pending:
                 held[block] -= 1
             else:
                 del held[block]
+        if self._ends is not None:
+            self._ends.release(blocks[-1:])
 
     def fade(self, blocks: list[int], until: float) -> None:
         """Remove one request's `blocks`, which stay pending until `until`. `until` must not decrease between calls."""
-        self.release(blocks)
+        held = self._held
         for block in blocks:
-            if block not in self._held:
+            if held[block] > 1:
+                held[block] -= 1
+            else:
+                del held[block]
                 self._fading[block] = until
         self._until = until
+        if self._ends is not None:
+            self._ends.fade(blocks[-1:], until)
 
     def drop(self, blocks: list[int], until: float) -> None:
         """Delete those of `blocks` that expire at `until`, and not later because another request brought them."""
         for block in blocks:
             if self._fading.get(block) == until:
                 del self._fading[block]
+        if self._ends is not None:
+            self._ends.drop(blocks[-1:], until)
+
+    def ends_within(self, hashes: Sequence[int], start: int, count: int, now: float) -> int:
+        """How many of `count` pending blocks from `start` on there are up to the last one that ends a request."""
+        ends = self._ends
+        if ends is None:
+            return 0
+        return next((n for n in range(count, 0, -1) if ends.count(hashes[start + n - 1 : start + n], 0, now)), 0)
 
     def count(self, hashes: Sequence[int], start: int, now: float) -> int:
         fading = self._fading if self._until > now else {}

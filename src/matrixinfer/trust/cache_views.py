@@ -83,11 +83,14 @@ class FeedCaches:
 
 
 class FeedReports:
-    """The state of each pod's KV events, for operators."""
+    """The state of each pod's KV events, for operators. `reuse` gives the share of predicted hits that answers report."""
 
-    def __init__(self, feeds: Mapping[str, PodFeed], caches: Caches) -> None:
+    def __init__(
+        self, feeds: Mapping[str, PodFeed], caches: Caches, reuse: Callable[[str], float] = lambda _: 1.0
+    ) -> None:
         self._feeds = feeds
         self._caches = caches
+        self._reuse = reuse
 
     def of(self, pod: Pod) -> dict[str, dict[str, object]]:
         """The pod's endpoints as JSON-able data; those that nobody follows are absent."""
@@ -105,6 +108,7 @@ class FeedReports:
             "engine_block": cache.engine_block,
             "reuse_unit": cache.engine_block if cache.rule is None else cache.rule.unit,
             "drop_tokens": cache.drop if cache.rule is None else cache.rule.drop,
+            "reuse": round(self._reuse(name), 3),
         }
         feed = self._feeds.get(name)
         if feed is not None:

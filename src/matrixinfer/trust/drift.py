@@ -8,6 +8,11 @@ replayed; if that does not help, they are cleared and built up from live events 
 as long, and the endpoint is doubted meanwhile. More than predicted is no fault: requests of other gateways, or blocks
 whose events are on their way.
 
+An engine may also reuse less than its events say without any fault in the index: with kinds of attention that its
+events do not show. So every answer moves the share of the prediction that the endpoint is given credit for (`reuse`).
+Once answers have reported less again and again the feed gets a limit, and while some of the prediction is reused the
+endpoint is indexed again no more than twice: there is nothing to heal.
+
 **By counters.** Where answers report nothing, the engine's own counters of tokens looked up and found serve instead,
 less sharply: the hits counted between two readings must cover what was predicted for the requests sent and answered in
 between. While the engine has not yet counted even the prompts of those requests, nothing follows.
@@ -25,6 +30,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import structlog
 
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.trust.reuse import Reuse
 
 Outcome: TypeAlias = Literal["exact", "more", "fewer", "evicted"]
 Window: TypeAlias = Literal["covered", "short", "uncounted"]
@@ -39,6 +45,8 @@ WINDOW_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 600.0
 _MAX_PREDICTED = 10_000
+_HEALS = 2
+"""Times that an endpoint is indexed again, by replay and from live events, before its reuse is taken for what it is."""
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +71,11 @@ class _Endpoint:
     reports: bool = False
     """It has reported cached tokens before, so an answer without a number means 0."""
     streak: int = 0
+    found: int = 0
+    """Most tokens that an answer of this streak found in the cache."""
+    reuse: Reuse = field(default_factory=Reuse)
+    heals: int = 0
+    """How often it was indexed again since its answers last agreed for long."""
     not_before: float = float("-inf")
     pause: float = _FIRST_PAUSE_SECONDS
     replays: bool = True
@@ -78,11 +91,26 @@ class _Endpoint:
     predicted: list[tuple[float, Lookups]] = field(default_factory=list)
     """Start of each answer to a request sent since then, and its predicted hit; at most `_MAX_PREDICTED`."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Its answers have shown again and again that a part of the prediction is reused: the index is no worse than that."""
+        return self.reuse.is_short and self.found > 0
+
 
 class Drift:
-    """Judges every endpoint. `clock` gives seconds and never goes back."""
+    """Judges every endpoint. `clock` gives seconds and never goes back.
 
-    def __init__(self, metrics: Metrics, resync: Resync, clock: Callable[[], float]) -> None:
+    `limits` is told whether an endpoint has reused less than its events say again and again, with every change.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        resync: Resync,
+        clock: Callable[[], float],
+        limits: Callable[[str, bool], None] = lambda name, is_less: None,
+    ) -> None:
+        self._limits = limits
         self._metrics = metrics
         self._resync = resync
         self._clock = clock
@@ -103,7 +131,24 @@ class Drift:
             return False
         if endpoint.awaited is not None and self._clock() >= endpoint.awaited_until:
             self._settle(name, endpoint, is_stored=endpoint.awaited())
-        return endpoint.streak >= RUN or endpoint.missed >= RUN
+        return (endpoint.streak >= RUN and not endpoint.is_partial) or endpoint.missed >= RUN
+
+    def reuse(self, name: str) -> float:
+        """Share of its predicted hits that it really reuses, at most 1."""
+        endpoint = self._endpoints.get(name)
+        return 1.0 if endpoint is None else endpoint.reuse.share(self._clock())
+
+    def reuses_less(self, name: str) -> bool:
+        """Whether its answers have reported less than predicted again and again."""
+        endpoint = self._endpoints.get(name)
+        return endpoint is not None and endpoint.reuse.is_short
+
+    def observed(self, name: str, *, predicted: int, cached: int | None) -> None:
+        """An answer reports `cached` tokens, but its endpoint's events are followed elsewhere, and nothing can be healed here."""
+        endpoint = self._of(name)
+        if cached is not None or endpoint.reports:
+            endpoint.reports = True
+            self._observe(name, endpoint, predicted, cached or 0)
 
     def reported(self, name: str, *, least: int, most: int, cached: int | None) -> None:
         """An answer of the endpoint reports `cached` tokens, or no number, which stands for 0 or for an engine that never does.
@@ -117,7 +162,8 @@ class Drift:
         found = cached or 0
         outcome = _outcome(least, most, found)
         self._metrics.drift(name, outcome, min(max(found, least), most), found)
-        self._count(name, endpoint, is_fewer=outcome == "fewer")
+        self._observe(name, endpoint, least, found)
+        self._count(name, endpoint, is_fewer=outcome == "fewer", found=found)
 
     def began(self, name: str, *, sent_at: float, least: int, tokens: int) -> None:
         """An answer begins whose request must have found `least` of its `tokens` in the cache."""
@@ -134,14 +180,16 @@ class Drift:
                 return
             predicted = [each for at, each in endpoint.predicted if at <= began_at]
             if predicted:
-                self._weigh(name, endpoint, _window(before, counted, predicted))
+                least = sum(each.hits for each in predicted)
+                self._weigh(name, endpoint, _window(before, counted, predicted), least, counted.hits - before.hits)
         endpoint.counted, endpoint.counted_at = counted, now
         endpoint.predicted.clear()
 
-    def _weigh(self, name: str, endpoint: _Endpoint, window: Window) -> None:
+    def _weigh(self, name: str, endpoint: _Endpoint, window: Window, least: int, found: int) -> None:
         self._metrics.drift_window(name, window)
         if not endpoint.reports and window != "uncounted":
-            self._count(name, endpoint, is_fewer=window == "short")
+            self._observe(name, endpoint, least, found)
+            self._count(name, endpoint, is_fewer=window == "short", found=found)
 
     def awaits(self, name: str, is_stored: Callable[[], bool]) -> None:
         """The endpoint has computed a prompt with a block that was not indexed. One block at a time is awaited."""
@@ -154,8 +202,21 @@ class Drift:
         """The endpoint has gone."""
         self._endpoints.pop(name, None)
 
-    def _count(self, name: str, endpoint: _Endpoint, *, is_fewer: bool) -> None:
+    def _observe(self, name: str, endpoint: _Endpoint, least: int, found: int) -> None:
+        reuse, was_short = endpoint.reuse, endpoint.reuse.is_short
+        reuse.observe(least, found, self._clock())
+        if reuse.is_short and not was_short:
+            log.warning("kv_reuse_short", endpoint=name, reuse=round(reuse.share(self._clock()), 2))
+        elif was_short and not reuse.is_short:
+            endpoint.heals = 0
+        if reuse.is_short or was_short:  # every time, as a restart of the engine clears the limit
+            self._limits(name, reuse.is_short)
+
+    def _count(self, name: str, endpoint: _Endpoint, *, is_fewer: bool, found: int) -> None:
         endpoint.streak = endpoint.streak + 1 if is_fewer else 0
+        endpoint.found = max(endpoint.found, found) if is_fewer else 0
+        if endpoint.is_partial and endpoint.heals >= _HEALS:
+            endpoint.streak = 0  # that is how the engine is
         if endpoint.streak >= RUN and self._clock() >= endpoint.not_before:
             self._heal(name, endpoint)
 
@@ -178,7 +239,9 @@ class Drift:
         endpoint.replays = not endpoint.replays
         endpoint.not_before = now + endpoint.pause
         endpoint.pause = min(2 * endpoint.pause, _LONGEST_PAUSE_SECONDS)
-        endpoint.streak = 0
+        endpoint.streak = endpoint.found = 0
+        endpoint.heals += 1
+        endpoint.reuse.start_over()
 
 
 def _outcome(least: int, most: int, cached: int) -> Outcome:

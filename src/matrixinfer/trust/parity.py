@@ -131,7 +131,7 @@ class Parity:
         known = self._models.get(model, {}).get(request_class)
         return known is not None and known.approximate
 
-    def view(self) -> dict[str, object]:
+    def view(self) -> dict[str, dict[str, object]]:
         """Every model compared so far, with its classes of request, as JSON-able data."""
         self.sampling.settle()
         return {

@@ -13,17 +13,39 @@ from matrixinfer.kvevents.supports import Supports, Watch
 from matrixinfer.trust.drift import Drift
 
 
+class Unwatched:
+    """A predicted hit of `tokens` at an endpoint whose events another process follows."""
+
+    __slots__ = ("_drift", "_endpoint", "_tokens")
+
+    def __init__(self, drift: Drift, endpoint: str, tokens: int) -> None:
+        self._drift = drift
+        self._endpoint = endpoint
+        self._tokens = tokens
+
+    def first_byte(self) -> None:
+        """The answer begins."""
+
+    def reported(self, cached: int | None) -> None:
+        """The answer reports `cached` tokens; None if it does not say how many."""
+        self._drift.observed(self._endpoint, predicted=self._tokens, cached=cached)
+
+    def end(self, *, computed: bool) -> None:
+        """The request is over."""
+
+
 class Prediction:
     """A predicted hit of `tokens` out of `prompt_tokens`, in whole engine blocks. Call `open` first and `end` last.
 
     The hit reaches into `matched`, token blocks of `token_block` tokens. `stores` is a block that the engine must hold
-    once it has computed the prompt, if one can be named. `explains` says whether a report of cached tokens differs from
+    once it has computed the prompt, if one can be named. The engine cuts each hit by `dropped` tokens. `explains` says whether a report of cached tokens differs from
     the prediction for a reason that is no fault of the index (`trust.drop`).
     """
 
     __slots__ = (
         "_at_first_byte",
         "_drift",
+        "_dropped",
         "_endpoint",
         "_explains",
         "_matched",
@@ -49,6 +71,7 @@ class Prediction:
         matched: Sequence[int],
         token_block: int,
         stores: int | None,
+        dropped: int,
         explains: Callable[[int, int], bool],
     ) -> None:
         self.tokens = self._at_first_byte = tokens
@@ -60,22 +83,23 @@ class Prediction:
         self._matched = matched
         self._token_block = token_block
         self._stores = stores
+        self._dropped = dropped
         self._explains = explains
         self._sent_at = float("inf")
         self._watch: Watch | None = None
 
     def open(self) -> Self:
-        """The request is sent now: watch the last block that the hit rests on. Returns the prediction itself."""
+        """The request is sent now: watch the blocks that the hit rests on. Returns the prediction itself."""
         self._sent_at = self._drift.now()
         if self._matched:
-            self._watch = self._supports.watch(self._matched[-1])
+            self._watch = self._supports.watch(self._model, self._matched)
         return self
 
     def first_byte(self) -> None:
-        """The answer begins: blocks evicted before now were not there to be found."""
-        if self._watch is not None and self._watch.gone:
-            left = self._supports.held(self._model, self._matched) * self._token_block
-            self._at_first_byte = min(self.tokens, left)
+        """The answer begins: blocks evicted before now were not there to be found, even if they are stored again."""
+        if self._watch is not None and self._watch.left < len(self._matched):
+            left = self._watch.left * self._token_block - self._dropped
+            self._at_first_byte = min(self.tokens, max(0, left))
         self._unwatch()
         self._drift.began(self._endpoint, sent_at=self._sent_at, least=self._at_first_byte, tokens=self._prompt_tokens)
 

@@ -17,11 +17,15 @@ class ReportedCaches:
     """Caches whose events agents follow, and report in Redis.
 
     An endpoint that nobody reports is unknown. With `unvouched` it counts as partly known: its writer reports nothing.
+    `reuses_less` says whether answers have shown that an endpoint reuses less than its events say.
     """
 
-    def __init__(self, states: PodStates, *, unvouched: bool = False) -> None:
+    def __init__(
+        self, states: PodStates, *, unvouched: bool = False, reuses_less: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self._states = states
         self._unvouched = unvouched
+        self._reuses_less = reuses_less
 
     def rule_of(self, name: str) -> Rule | None:
         """The rule that its agent reported last."""
@@ -38,6 +42,8 @@ class ReportedCaches:
             believed = "none"  # its blocks are hashed differently, so nothing would ever match
         if believed != "none" and not self._states.is_alive(name):
             believed = "stale"
+        if believed == "exact" and self._reuses_less(name):
+            believed = "partial"
         return CacheView(
             trust=believed,
             feed=state.feed,

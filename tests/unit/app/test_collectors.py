@@ -23,7 +23,7 @@ def test_a_feed_shows_its_state_and_what_was_wrong_with_its_frames() -> None:
     feed = PodFeed(ledger, can_replay=True)
     feed.stats.wrong_topic = 3
     feed.disconnected()
-    shown = samples(FeedCollector({"a": feed}, lambda _: False).collect())
+    shown = samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())
     states = {state: shown["matrixinfer_kv_feed_state", "a", state.value] for state in FeedState}
     assert states == {state: float(state is FeedState.STALE) for state in FeedState}
     assert shown["matrixinfer_kv_trust", "a", "stale"] == 1
@@ -33,7 +33,7 @@ def test_a_feed_shows_its_state_and_what_was_wrong_with_its_frames() -> None:
 def test_a_pod_whose_answers_differ_is_shown_as_doubted() -> None:
     feed = PodFeed(Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex()), can_replay=False)
     for doubtful, trust in ((set[str](), "partial"), ({"a"}, "stale")):
-        shown = samples(FeedCollector({"a": feed}, doubtful.__contains__).collect())
+        shown = samples(FeedCollector({"a": feed}, doubtful.__contains__, lambda _: 1.0).collect())
         assert [level for level in get_args(Trust) if shown["matrixinfer_kv_trust", "a", level]] == [trust]
 
 
@@ -41,12 +41,12 @@ def test_a_feed_shows_how_much_it_has_received_and_still_holds() -> None:
     ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
     feed = PodFeed(ledger, can_replay=True)
     feed.live(3, b"held")
-    shown = samples(FeedCollector({"a": feed}, lambda _: False).collect())
+    shown = samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())
     assert shown["matrixinfer_kv_held_frames", "a"] == 1
     assert shown["matrixinfer_kv_received_bytes_total", "a"] == 4
     assert ("matrixinfer_kv_last_frame_timestamp_seconds", "a") not in shown
     feed.stats.last_frame_at = 1.5
-    shown = samples(FeedCollector({"a": feed}, lambda _: False).collect())
+    shown = samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())
     assert shown["matrixinfer_kv_last_frame_timestamp_seconds", "a"] == 1.5
     assert ("matrixinfer_kv_lag_seconds", "a") not in shown
 
@@ -56,4 +56,7 @@ def test_a_feed_shows_how_far_behind_the_engine_it_is() -> None:
     feed = PodFeed(ledger, can_replay=False)
     feed.stats.last_frame_at = 7.0
     feed.live(0, b"\x93\xcb" + struct.pack(">d", 4.5) + b"\x90\xc0")
-    assert samples(FeedCollector({"a": feed}, lambda _: False).collect())["matrixinfer_kv_lag_seconds", "a"] == 2.5
+    assert (
+        samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())["matrixinfer_kv_lag_seconds", "a"]
+        == 2.5
+    )

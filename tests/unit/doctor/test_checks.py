@@ -9,10 +9,12 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.doctor.checks import check_fleet
-from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts, SampleFacts
+from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts
 from matrixinfer.doctor.findings import Finding, summarize
 from matrixinfer.doctor.gather import seconds_ahead
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
+from matrixinfer.prompt.samples import SampleFacts
 
 PROBE = ProbeFacts(tokens=400, predicted=384, cached=384, hits=384)
 FEED = FeedFacts(
@@ -26,6 +28,7 @@ FEED = FeedFacts(
     probe=PROBE,
 )
 SAMPLE = SampleFacts(name="a text", compared=True)
+SOURCE = KvSource(endpoint="tcp://10.0.0.1:5557", rank=0)
 SERVED = ServedNames(base_model="m", aliases=frozenset({"m"}), adapters={}, engine="vllm", context_length=8192)
 POD = PodFacts(
     name="a",
@@ -37,7 +40,7 @@ POD = PodFacts(
     served=SERVED,
     models_status=200,
     sources_status=200,
-    reported_sources=(FEED.source,),
+    reported_sources=(SOURCE,),
     prefix_caching=True,
     block_size=16,
     clock_ahead=0.0,
@@ -68,7 +71,12 @@ ROWS: list[tuple[str, PodFacts, str, str, str]] = [
     ("0.19", replace(POD, version="0.19.1"), "engine", "warning", "omit salts and some adapters"),
     ("hides both", feed(hides_salts=True, hides_adapters=True), "engine", "warning", "its events omit salts and adapters"),
     ("no release hides", replace(feed(hides_salts=True), version=None), "engine", "warning", "whose events omit salts"),
-    ("sglang", replace(POD, served=replace(SERVED, engine="sglang")), "engine", "warning", "the engine is SGLang"),
+    ("sglang", replace(POD, engine="sglang", version="0.5.22"), "engine", "warning", "the engine is SGLang 0.5.22, whose events omit"),
+    ("sglang hides", replace(POD, engine="sglang", version=None, feeds=(replace(FEED, hides_salts=True),)), "engine", "warning", "SGLang of unknown version, whose events omit salts"),
+    ("sglang off", replace(POD, engine="sglang", reported_sources=(), feeds=(), sources_status=404), "events", "blind", "(no publisher in /server_info)"),
+    ("paused", replace(POD, asleep="paused"), "sleep", "warning", "the engine sleeps (paused): it gets requests only"),
+    ("asleep", replace(POD, asleep="discard_all"), "sleep", "warning", "sleeps (discard_all), and its cache is empty"),
+    ("other rank", replace(POD, feeds=(replace(FEED, other_rank="its batches say rank 1"),)), "ranks", "blind", "its batches say rank 1"),
     ("models refused", replace(POD, served=None, models_status=401), "model", "warning", "(HTTP 401 from /v1/models): it requires"),
     ("models failed", replace(POD, served=None, models_status=None), "model", "warning", "(HTTP error from /v1/models)"),
     ("caching off", replace(POD, prefix_caching=False), "caching", "blind", "prefix caching is off"),
@@ -78,7 +86,7 @@ ROWS: list[tuple[str, PodFacts, str, str, str]] = [
     ("no answer", replace(POD, reported_sources=(), feeds=(), sources_status=None), "events", "blind", "(no /kv_event_sources)"),
     ("no model", replace(POD, feeds=()), "events", "blind", "does not say for which model"),
     ("ranks by metrics", replace(POD, ranks=2), "events", "blind", "2 data-parallel ranks"),
-    ("ranks by sources", replace(POD, reported_sources=(FEED.source,) * 4), "events", "blind", "4 data-parallel ranks"),
+    ("ranks by sources", replace(POD, reported_sources=(SOURCE,) * 4), "events", "blind", "4 data-parallel ranks"),
     ("not reached", feed(connected=False, probe=None), "connection", "blind", "cannot connect to tcp://10.0.0.1:5557"),
     ("no endpoint", feed(connected=False, error="bad"), "connection", "blind", "cannot connect to tcp://10.0.0.1:5557: bad"),
     (

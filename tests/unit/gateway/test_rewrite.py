@@ -11,6 +11,8 @@ import pytest
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
+from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import PodRegistry, ServedNames
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.requests import parse
@@ -18,14 +20,15 @@ from matrixinfer.prompt.requests import parse
 MODELS = (ModelConfig(name="m", aliases=("nice",)), ModelConfig(name="lora", aliases=("fine",)))
 
 
-def rewrite(body: bytes, *, adds_usage: bool = False) -> PodBody:
-    """The body for a pod that knows `m`, `also` and `lora`."""
+def rewrite(body: bytes, *, adds_usage: bool = False, engine: EngineKind = "vllm", rank: int | None = None) -> PodBody:
+    """The body for a pod that knows `m`, `also` and `lora`, with ranks from 8 on."""
     registry = PodRegistry(
         [PodConfig(name="a", url="http://a", kv_events="none")], MODELS, PodWatchConfig(), time.monotonic
     )
     served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
-    registry.learn("a", served=served)
-    return BodyRewriter(registry, adds_usage=adds_usage).body_for("a", parse(COMPLETIONS_PATH, body), body)
+    sources = tuple(KvSource(endpoint="tcp://a:1", rank=rank) for rank in (8, 9))
+    registry.learn("a", served=served, facts=EngineFacts(kind=engine), kv_sources=sources)
+    return BodyRewriter(registry, adds_usage=adds_usage).body_for("a", parse(COMPLETIONS_PATH, body), body, rank)
 
 
 def request(**fields: object) -> bytes:
@@ -92,3 +95,38 @@ def test_a_body_whose_keys_are_not_utf_8_stays_unless_the_pod_needs_another_name
     assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
     with pytest.raises(InvalidRequest, match="not UTF-8"):
         rewrite(body.replace(b'"m"', b'"nice"'))
+
+
+def test_a_rank_is_asked_for_as_the_engine_counts_it() -> None:
+    body = request(odd={"b": 1})
+    assert rewrite(body, rank=9) == PodBody(body, adds_usage=False, rank=1)
+    assert rewrite(body, engine="other", rank=8) == PodBody(body, adds_usage=False, rank=0)
+    assert rewrite(body, engine="sglang") == PodBody(body, adds_usage=False, rank=None)
+
+
+@pytest.mark.parametrize("space", [b"", b" \r\n\t"])
+def test_sglang_gets_the_rank_in_the_body_beside_the_client_s_own_bytes(space: bytes) -> None:
+    body = b' {"model":"m", "prompt" : [1,2], "x":1.0000000000000000001 }' + space
+    rewritten = rewrite(body, engine="sglang", rank=9)
+    assert rewritten.bytes == b' {"model":"m", "prompt" : [1,2], "x":1.0000000000000000001 ,"routed_dp_rank":1}'
+    assert rewritten.rank == 1
+
+
+@pytest.mark.parametrize("field", ["routed_dp_rank", "data_parallel_rank", "routed\\u005fdp_rank"])
+@pytest.mark.parametrize("name", ["m", "nice"])
+def test_a_rank_that_the_client_names_gives_way(field: str, name: str) -> None:
+    body = f'{{"model": "{name}", "prompt": [1, 2, 3], "{field}": 5, "seed": 1}}'.encode()
+    sent = json.loads(rewrite(body, engine="sglang", rank=9).bytes)
+    assert sent == {"model": "m", "prompt": [1, 2, 3], "seed": 1, "routed_dp_rank": 1}
+
+
+def test_rank_name_and_usage_go_together() -> None:
+    rewritten = rewrite(request(model="nice", stream=True), adds_usage=True, engine="sglang", rank=8)
+    sent = json.loads(rewritten.bytes)
+    assert (sent["model"], sent["routed_dp_rank"], sent["stream_options"]) == ("m", 0, {"include_usage": True})
+    assert (rewritten.adds_usage, rewritten.rank) == (True, 0)
+
+
+def test_a_body_whose_keys_are_not_utf_8_gets_its_rank_all_the_same() -> None:
+    body = request().removesuffix(b"}") + b', "\xff": 1, "data_parallel_rank": 3}'
+    assert rewrite(body, engine="sglang", rank=9).bytes == body[:-1] + b',"routed_dp_rank":1}'

@@ -719,3 +719,45 @@ def test_no_heartbeat_is_asked_for_where_the_answer_would_say_nothing() -> None:
     feed = followed()
     feed.disconnected()
     assert feed.heartbeat_from is None
+
+
+def test_what_is_known_from_elsewhere_is_a_limit_also_after_a_restart() -> None:
+    feed = Feed()
+    feed.replay(range(2))
+    assert (feed.state, feed.limits) == (COMPLETE, ())
+    feed.remarks.note("two ranks, one publisher")
+    assert (feed.state, feed.limits) == (PARTIAL, ("two ranks, one publisher",))
+    feed.live(0, RESTARTED[0])
+    feed.settle()
+    feed.replay(range(1), RESTARTED)
+    assert (feed.stats.restarts, feed.state, feed.limits) == (1, PARTIAL, ("two ranks, one publisher",))
+    feed.remarks.reset()
+    assert feed.state is COMPLETE
+
+
+def test_what_may_be_another_engine_s_is_stale_until_it_is_settled() -> None:
+    feed = Feed()
+    feed.replay(range(2))
+    feed.suspect("port", "the port may be another engine's")
+    assert (feed.state, feed.limits) == (STALE, ("the port may be another engine's",))
+    feed.suspect("port", None)
+    feed.suspect("port", None)
+    assert (feed.state, feed.limits) == (COMPLETE, ())
+
+
+def test_batches_of_another_rank_are_noticed() -> None:
+    feed = Feed()
+    feed.listed_ranks = frozenset((9, 1))
+    feed.replay(range(0))
+    for number, rank in enumerate((9, 1, None)):
+        feed.live(number, frame(rank=rank))
+    assert (feed.state, feed.other_rank) == (COMPLETE, None)
+    feed.live(3, frame(rank=0))
+    assert feed.state is STALE
+    assert feed.other_rank is not None
+    assert "from data-parallel rank 0, but it is listed as pod-a" in feed.other_rank
+    feed.live(0, frame(rank=9, timestamp=7))
+    feed.settle()
+    feed.replay(range(1), [frame(rank=9, timestamp=7)])
+    assert feed.other_rank is None
+    assert feed.state is COMPLETE

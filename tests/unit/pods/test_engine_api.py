@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from matrixinfer.config import KvEventsConfig
-from matrixinfer.pods.engine_api import parse_kv_sources, parse_metrics, parse_models, parse_version
+from matrixinfer.pods.engine_api import parse_models, parse_version
+from matrixinfer.pods.metrics_text import parse_metrics
+from matrixinfer.pods.publishers import KvSource, parse_kv_sources
 
 VLLM = b"""\
 # HELP python_gc_objects_collected_total Objects collected during gc
@@ -137,14 +138,15 @@ def test_event_sources_are_read_in_the_form_of_vllm_0_32() -> None:
     others = {"10": one | {"endpoint": "tcp://*:5567"}, "2": one | {"endpoint": "tcp://*:5559"}}
     sources = parse_kv_sources(msgspec.json.encode({"0": one, **others}), host="10.0.0.7")
     assert [source.endpoint for source in sources] == [f"tcp://10.0.0.7:{port}" for port in (5557, 5559, 5567)]
-    assert sources[0] == KvEventsConfig(endpoint="tcp://10.0.0.7:5557", replay_endpoint="tcp://10.0.0.7:5558")
+    assert sources[0] == KvSource(endpoint="tcp://10.0.0.7:5557", replay_endpoint="tcp://10.0.0.7:5558", rank=0)
+    assert [source.rank for source in sources] == [0, 2, 10]
 
 
 def test_event_sources_are_read_in_the_form_of_a_list() -> None:
     body = msgspec.json.encode(
         [{"data_parallel_rank": 0, "endpoint": "tcp://10.0.0.1:5557", "replay_endpoint": None, "topic": ""}]
     )
-    assert parse_kv_sources(body, host="h") == (KvEventsConfig(endpoint="tcp://10.0.0.1:5557"),)
+    assert parse_kv_sources(body, host="h") == (KvSource(endpoint="tcp://10.0.0.1:5557", rank=0),)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 
 TINY = ServedNames(base_model="tiny", aliases=frozenset({"tiny", "tiny-x"}), adapters={"lora": "tiny"})
@@ -50,7 +51,7 @@ def test_an_unidentified_pod_is_assumed_to_serve_configured_models_that_no_other
 
 def test_endpoints_are_pods_or_their_ranks() -> None:
     fleet = registry("a", "b")
-    fleet.learn("b", kv_sources=(KvEventsConfig(endpoint="tcp://b:1"), KvEventsConfig(endpoint="tcp://b:2")))
+    fleet.learn("b", kv_sources=(KvSource(endpoint="tcp://b:1", rank=0), KvSource(endpoint="tcp://b:2", rank=1)))
     names = ("a", "a@dp0", "b", "b@dp1", "b@dp2", "c")
     assert [name for name in names if fleet.is_endpoint(name)] == ["a", "b@dp1"]
 
@@ -125,11 +126,11 @@ def test_the_list_of_models_contains_the_names_that_resolve() -> None:
 
 
 def test_event_sources_are_unknown_only_if_the_engine_must_be_asked() -> None:
-    endpoint = KvEventsConfig(endpoint="tcp://h:1")
+    configured, endpoint = KvEventsConfig(endpoint="tcp://h:1"), KvSource(endpoint="tcp://h:1")
     pods = [
         PodConfig(name="asked", url="http://a"),
         PodConfig(name="none", url="http://b", kv_events="none"),
-        PodConfig(name="given", url="http://c", kv_events=endpoint),
+        PodConfig(name="given", url="http://c", kv_events=configured),
     ]
     fleet = PodRegistry(pods, (), PodWatchConfig(), clock=lambda: 0.0)
     assert [pod.kv_sources for pod in fleet.pods] == [None, (), (endpoint,)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
-from matrixinfer.prompt.cache import TokenCache, _Lru
+from matrixinfer.prompt.cache import Lru, TokenCache
 from matrixinfer.prompt.segments import Cutter
 from tests.unit.prompt.support import tokenizer
 
@@ -162,7 +162,7 @@ def test_an_entry_larger_than_the_cache_is_not_kept(made: Tokenizer) -> None:
 def hurried(put: Callable[..., Any]) -> Callable[..., Any]:
     """As `put`, but let other threads run between reading and writing the sum."""
 
-    def slow(self: _Lru[Any, Any], key: object, value: object, size: int) -> Any:
+    def slow(self: Lru[Any, Any], key: object, value: object, size: int) -> Any:
         held = self.bytes
         time.sleep(0)
         if self.bytes != held:
@@ -177,7 +177,7 @@ def test_several_threads_may_encode_at_once(made: Tokenizer, monkeypatch: pytest
     tested = cache(reference, max_bytes=6_000)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    monkeypatch.setattr(_Lru, "put", hurried(_Lru.put))
+    monkeypatch.setattr(Lru, "put", hurried(Lru.put))
     texts = ["".join(f"<|im_start|>user {i * j % 17}<|im_end|>" for i in range(20)) for j in range(1, 9)]
     expected = {text: reference(text).tolist() for text in texts}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
 from matrixinfer.blocks import TokenIds
@@ -21,7 +22,7 @@ from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.encoders import Reference
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
@@ -51,6 +52,7 @@ class FakeRemote(RemoteTokenizer):
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
+        self.costs = {}
 
     async def tokenize(
         self, prompt: Prompt, engines: Sequence[Engine], model: str, *, timeout_seconds: float
@@ -362,3 +364,76 @@ async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch,
         with pytest.raises(InvalidRequest):
             await tokenizers.read(COMPLETIONS_PATH, body[:-1])
     assert [name.startswith("read") for name in threads] == [size > 1000] * 2
+
+
+async def test_a_tokenizer_that_was_found_is_used_until_it_is_withdrawn(model: Path) -> None:
+    remote = FakeRemote([1])
+    async with manager(None, remote) as tokenizers:
+        tokenizers.use("m", LocalTokenizer.load(model, None))
+        assert (await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)).source == "local"
+        tokenizers.use("m", None)
+        assert (await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)).source == "remote"
+
+
+async def test_late_token_ids_are_passed_on_when_they_come() -> None:
+    remote = FakeRemote(None)
+    seen: list[list[int]] = []
+
+    async def use(tokenized: Tokenized) -> None:
+        seen.append(tokenized.tokens.ids.tolist())
+
+    async def answer(*_: Any, **__: Any) -> TokenIds:
+        await release.wait()
+        return np.array([7], dtype=np.uint32)
+
+    release = asyncio.Event()
+    remote.tokenize = answer  # type: ignore[method-assign]
+    async with manager(None, remote, wait_milliseconds=1.0) as tokenizers:
+        with pytest.raises(TokensLate, match="within 1 ms") as late:
+            await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)
+        late.value.then(use)
+        assert (tokenizers.late, seen) == (1, [])
+        release.set()
+        await eventually(lambda: seen == [[7]])
+        assert tokenizers.late == 0
+
+
+async def test_who_uses_late_token_ids_may_fail(model: Path) -> None:
+    async def use(_: Tokenized) -> None:
+        raise RuntimeError
+
+    async def answer(*_: Any, **__: Any) -> TokenIds:
+        await asyncio.sleep(0.02)
+        return np.array([7], dtype=np.uint32)
+
+    remote = FakeRemote(None)
+    remote.tokenize = answer  # type: ignore[method-assign]
+    async with manager(None, remote, wait_milliseconds=0.0) as tokenizers:
+        with pytest.raises(TokensLate) as late:
+            await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)
+        with capture_logs() as logs:
+            late.value.then(use)
+            await eventually(lambda: bool(logs))
+        assert logs[0]["event"] == "late_tokens_failed"
+
+
+async def test_nothing_is_asked_for_any_more_after_the_end() -> None:
+    remote = FakeRemote(None)
+    async with manager(None, remote, wait_milliseconds=1.0) as tokenizers:
+        with pytest.raises(TokensLate):
+            await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)
+        impatient = asyncio.create_task(tokenizers.tokenize(text("other"), model="m", engines=PODS, may_be_late=True))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.wait([impatient])
+        assert (impatient.cancelled(), tokenizers.late) == (True, 1)
+    await asyncio.sleep(0)
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_a_failure_that_comes_late_is_nobodys() -> None:
+    remote = FakeRemote(TokenizeError("refused"))
+    async with manager(None, remote) as tokenizers:
+        with pytest.raises(TokenizeError, match="refused") as error:
+            await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)
+        assert not isinstance(error.value, TokensLate)

@@ -98,6 +98,22 @@ def test_the_first_list_of_token_ids_decides(prompt: Any) -> None:
     assert parsed.text is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [
+        ("x", (0, 0)),
+        (["x"], (0, 0)),
+        ([1, 2], (0, 0)),
+        ([[1, 2]], (0, 0)),
+        (["x", "héllo", "abc"], (6 + 3, 0)),
+        ([[1, 2], [3], [4, 5, 6]], (0, 4)),
+    ],
+)
+def test_the_size_of_further_prompts_is_known(prompt: Any, more: tuple[int, int]) -> None:
+    parsed = completion(prompt)
+    assert (parsed.more_bytes, parsed.more_tokens) == more
+
+
 def test_special_tokens_can_be_turned_on_and_off() -> None:
     assert chat(add_special_tokens=True).add_special_tokens
     assert not completion("x", add_special_tokens=False).add_special_tokens

@@ -70,6 +70,15 @@ def test_a_ranking_begins_with_its_query(path: str) -> None:
     assert prompt.prefix == b"q"
 
 
+def test_documents_and_further_inputs_have_a_size() -> None:
+    ranking = request("/rerank", query="q", documents=["a" * 1000, "b" * 1000])
+    assert 2000 < ranking.more_bytes < 2100
+    assert embedding(input=["x", "y" * 1000]).more_bytes == 1000
+    assert embedding(input=[[1, 2], [3] * 50]).more_tokens == 50
+    assert 1000 < embedding(input=[HELLO, [{"role": "user", "content": "y" * 1000}]]).more_bytes < 1200
+    assert embedding(input="x").more_bytes == embedding(messages=HELLO).more_bytes == 0
+
+
 @pytest.mark.parametrize("path", ["/score", "/v1/score"])
 @pytest.mark.parametrize("name", ["queries", "data_1", "text_1"])
 @pytest.mark.parametrize("value", ["q", ["q", "r"]])

@@ -19,7 +19,6 @@ from msgspec import structs
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
-    KvEventsConfig,
     ModelConfig,
     PodConfig,
     PodWatchConfig,
@@ -29,6 +28,7 @@ from matrixinfer.feedtools.capture_file import CaptureReader
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
@@ -155,7 +155,7 @@ async def over_fleets() -> AsyncIterator[str]:
     for seed in range(40):
         draw = random.Random(seed)
         gateway = Gateway(pods=("a", "b", "c", "d"), block_size=4)
-        gateway.registry.learn("d", kv_sources=(KvEventsConfig(endpoint="tcp://d:1"),) * 2)
+        gateway.registry.learn("d", kv_sources=tuple(KvSource(endpoint="tcp://d:1", rank=rank) for rank in (0, 1)))
         prompt = [draw.randrange(1000) for _ in range(48)]
         for endpoint in ("a", "b", "d@dp0", "d@dp1"):
             _report(gateway.feed(endpoint), prompt[: draw.randrange(0, 49)], draw)

@@ -22,6 +22,7 @@ from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -55,11 +56,14 @@ class Parts:
         load = LoadLedger(clock, config.pending_seconds) if self.load is None else self.load
         self.parity = Parity(self.metrics, clock)
         self.resyncs: list[str] = []
-        self.drift = Drift(self.metrics, self._resync, clock)
+        self.drift = Drift(self.metrics, self._resync, clock, self._reuses_less)
         self.decisions = DecisionLog(config.decisions_kept)
         caches = FeedCaches(self.feeds, self.drift.doubts)
-        self.feed_reports = FeedReports(self.feeds, caches)
+        self.feed_reports = FeedReports(self.feeds, caches, self.drift.reuse)
         lookup = Lookup(self.registry, self.index, caches)
+        scheduler = Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover())
+        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduler.reads_bytes)
+        self.sizes = sizer.sizes
         self.router = Router(
             registry=self.registry,
             preparer=Preparer(
@@ -68,14 +72,17 @@ class Parts:
                 self.blocks,
                 lookup,
                 self.parity,
+                sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(self.registry, lookup, load, self.history, config.weights, self.peers),
-            scheduler=Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover()),
+            candidates=Candidates(
+                self.registry, lookup, load, self.history, config.weights, self.peers, reuse=self.drift.reuse
+            ),
+            scheduler=scheduler,
             load=load,
             history=self.history,
-            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks),
+            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
@@ -83,6 +90,9 @@ class Parts:
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append(name)
+
+    def _reuses_less(self, name: str, is_less: bool) -> None:
+        self.feeds[name].ledger.reuses_less(is_less)
 
 
 class Dispatcher:

@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from matrixinfer.config import ModelConfig
+from matrixinfer.kvevents.limits import REUSES_LESS
 from matrixinfer.trust.drop import RUN
 
 from .recorded import MODEL, Gateway
@@ -124,6 +125,29 @@ async def test_a_block_drop_is_learnt_from_answers_and_taken_back(kinds: tuple[s
     assert learned == [BLOCK, 0]
     assert not world.parts.drift.doubts("a")
     assert b"kv_resyncs_total{" not in world.parts.metrics.render()
+
+
+@pytest.mark.parametrize("kinds", [("full_attention",), ("full_attention", "mamba")])
+async def test_an_engine_that_reuses_less_than_its_events_say_is_predicted_by_its_answers(
+    kinds: tuple[str, ...],
+) -> None:
+    world, tokens = World(BLOCK), 9 * BLOCK + 5
+    world.publish(*(event(group, kind, 0, 9) for group, kind in enumerate(kinds)))
+    for _ in range(40):
+        await world.ask(3 * BLOCK, tokens)
+    assert await world.predicted(tokens) == pytest.approx(3 * BLOCK, abs=3)
+    decision: Any = await world.parts.router.explain(PATH, world.body(tokens))
+    shown = decision["pods"]["a"]
+    assert (shown["matched_blocks"], shown["trust"]) == (9, "partial")
+    assert shown["reuse"] == pytest.approx(1 / 3, abs=0.02)
+    assert shown["credit"] == pytest.approx(9 * shown["reuse"], abs=0.01)
+    report: Any = world.parts.feed_reports.of(world.registry.pods[0])["a"]
+    assert report["limits"] == [REUSES_LESS]
+    assert world.parts.resyncs == ["a", "a"]
+    for _ in range(40):
+        await world.ask(9 * BLOCK, tokens)
+    assert await world.predicted(tokens) == 9 * BLOCK
+    assert world.feed("a").ledger.limits == ()
 
 
 async def test_a_drop_that_answers_have_settled_explains_nothing_later() -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
-    KvEventsConfig,
     ModelConfig,
     PodConfig,
     PodWatchConfig,
@@ -23,6 +22,7 @@ from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable,
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.in_flight import InFlight
@@ -274,18 +274,19 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
             "engine_block": ENGINE_BLOCK,
             "reuse_unit": ENGINE_BLOCK,
             "drop_tokens": 0,
+            "reuse": 1.0,
         }
     }
     assert world.parts.feed_reports.of(c) == {}
 
 
-SOURCE = KvEventsConfig(endpoint="tcp://b:1")
+SOURCE = KvSource(endpoint="tcp://b:1")
 
 
 def ranked(*held: int) -> World:
     """A fleet in which the pod `b` has data-parallel ranks that hold so many tokens each."""
     world = World()
-    world.registry.learn("b", kv_sources=(SOURCE,) * len(held))
+    world.registry.learn("b", kv_sources=tuple(replace(SOURCE, rank=rank) for rank in range(len(held))))
     for rank, tokens in enumerate(held):
         world.feeds[f"b@dp{rank}"] = world.feeds["b"]
         world.holds(f"b@dp{rank}", tokens)

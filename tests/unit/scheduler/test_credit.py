@@ -37,6 +37,22 @@ def test_blocks_count_by_tier_and_trust(
     )
 
 
+@pytest.mark.parametrize(
+    ("trust", "match", "pending", "recent", "counts"),
+    [("exact", 2, 0, 0, 2 + 3), ("partial", 2, 0, 4, 2 + 1.5 + 3), ("none", 0, 1, 2, 0.75 + 3)],
+)
+def test_what_the_bytes_add_counts_like_what_was_sent_lately(
+    trust: Trust, match: int, pending: int, recent: int, counts: float
+) -> None:
+    credit = cached_credit(trust, WEIGHTS, match=match, tiers=(), pending=pending, recent=recent, guessed=4)
+    assert credit == pytest.approx(counts)
+
+
+def test_credit_and_hits_are_scaled_by_what_answers_report() -> None:
+    candidate = Candidate(name="a", url="", matched_blocks=4, pending_blocks=2, engine_block=16, reuse=0.5)
+    assert (candidate.credit, candidate.cached_hit(200, 32), candidate.predicted_hit(200, 32)) == (3, 192, 96)
+
+
 def test_a_candidates_credit_includes_pending_blocks() -> None:
     plain = Candidate(name="a", url="", matched_blocks=4, pending_blocks=2)
     assert (plain.credit, Candidate(name="a", url="").credit) == (6, 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
@@ -19,7 +17,7 @@ from matrixinfer.scheduler.plugins import BUILT_IN
 from matrixinfer.scheduler.plugins.bounded_load import bound
 from matrixinfer.scheduler.plugins.least_request import spread
 
-from .support import pod, pods, request, services
+from .support import pod, pods, profile, request, scheduler, services
 
 Loads = st.lists(st.integers(0, 500), min_size=1, max_size=20)
 
@@ -215,69 +213,15 @@ def test_random_draws_are_uniform_and_seeded() -> None:
 
 
 class TestPrefixCache:
-    def test_scores_what_was_sent_to_a_pod_before(self) -> None:
-        plugin = make("prefix-cache", blockBytes=4)
-        candidates = pods(3)
-        send(plugin, request(prefix=b"aaaabbbbcccc"), candidates, candidates[0])
-        send(plugin, request(prefix=b"aaaaxxxx"), candidates, candidates[1])
-        values = plugin.score(request(prefix=b"aaaabbbbccccdddd!"), candidates).values
-        assert values == [75.0, 25.0, 0.0]
-        assert plugin.score(request(prefix=b"xxxxbbbb"), candidates).values == [0.0, 0.0, 0.0]
-        assert plugin.score(request(prefix=b"aaaa", model="other"), candidates).values == [0.0, 0.0, 0.0]
+    def test_scores_the_share_of_the_chunks_that_were_sent_to_a_pod(self) -> None:
+        candidates = [pod("a", recent_chunks=3), pod("b", recent_chunks=1), pod("c")]
+        answer = score("prefix-cache", candidates, request(chunks=(1, 2, 3, 4), chunk_ends=(1, 2, 3, 4)))
+        assert answer == Scores(values=[75.0, 25.0, 0.0])
 
     def test_says_that_a_prompt_is_too_short(self) -> None:
-        answer = score("prefix-cache", pods(1), request(prefix=b"abc"), blockBytes=4)
-        assert answer == Scores(values=[0.0], note="the prompt's 3 bytes are fewer than one block of 4")
+        answer = score("prefix-cache", pods(1), request(prefix=b"abc"))
+        assert answer == Scores(values=[0.0], note="the prompt's 3 bytes are fewer than one chunk")
 
-    def test_considers_a_bounded_part_of_the_prompt(self) -> None:
-        plugin = make("prefix-cache", blockBytes=1, maxBlocksToMatch=2)
-        send(plugin, request(prefix=b"abc"), [pod("a")], pod("a"))
-        assert plugin.score(request(prefix=b"abx"), [pod("a")]).values == [100.0]
-
-    def test_forgets_the_ends_of_the_oldest_prompts_first(self) -> None:
-        plugin = make("prefix-cache", blockBytes=1, maxBlocks=5)
-        send(plugin, request(prefix=b"abcd"), [pod("a")], pod("a"))
-        send(plugin, request(prefix=b"xyz"), [pod("a")], pod("a"))
-        assert plugin.score(request(prefix=b"abcd"), [pod("a")]).values == [50.0]
-        assert plugin.score(request(prefix=b"xyz"), [pod("a")]).values == [100.0]
-
-    def test_forgets_pods_that_have_gone(self) -> None:
-        plugin = make("prefix-cache", blockBytes=1)
-        both = [pod("gone"), pod("a")]
-        send(plugin, request(prefix=b"ab"), both, both[0])
-        send(plugin, request(prefix=b"ab"), both[1:], both[1])
-        assert plugin.score(request(prefix=b"ab"), both).values == [0.0, 100.0]
-
-    def test_blocks_that_went_to_the_same_pods_share_one_set_of_pods(self) -> None:
-        plugin = make("prefix-cache", blockBytes=1)
-        candidates, blocks = pods(8), 2048
-        asked = request(prefix=b"x" * blocks)
-        tracemalloc.start()
-        try:
-            for chosen in candidates:
-                send(plugin, asked, candidates, chosen)
-            memory, _ = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert memory / blocks < 400  # a set of eight names alone takes more than 700 bytes
-
-    def test_agrees_with_a_set_of_prefixes_per_pod(self) -> None:
-        draw = random.Random(5)
-        plugin = make("prefix-cache", blockBytes=1)
-        candidates = pods(4)
-        known: dict[str, set[bytes]] = {c.name: set() for c in candidates}
-        for _ in range(300):
-            text = bytes(draw.choices(b"ab", k=draw.randint(1, 6)))
-            expected = []
-            for c in candidates:
-                held = 0
-                while held < len(text) and text[: held + 1] in known[c.name]:
-                    held += 1
-                expected.append(100.0 * held / len(text))
-            assert plugin.score(request(prefix=text), candidates).values == expected
-            chosen = draw.choice(candidates)
-            send(plugin, request(prefix=text), candidates, chosen)
-            known[chosen.name] |= {text[: i + 1] for i in range(len(text))}
-            if draw.random() < 0.1:
-                plugin = make("prefix-cache", blockBytes=1)
-                known = {c.name: set() for c in candidates}
+    def test_asks_for_the_bytes_of_every_prompt(self) -> None:
+        assert scheduler(profile(scorers=("prefix-cache",))).reads_bytes
+        assert not scheduler(profile(scorers=("kvcache-aware",))).reads_bytes

@@ -9,8 +9,9 @@ from hashlib import sha256
 import msgspec
 import numpy as np
 
-from matrixinfer.sim.cache import PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.events import Event
+from matrixinfer.sim.sequence import Sequence
 
 VOCABULARY = 40
 SALTED = 0.1
@@ -45,7 +46,7 @@ def drive(*, block_size: int, num_blocks: int, seed: int, steps: int) -> tuple[l
         salt = rng.choice(["salt-a", "salt-b"]) if rng.random() < SALTED else None
         sequence = Sequence(np.array(ids, dtype=np.uint32), block_size, salt)
         hit = cache.lookup(sequence)
-        hits.append(len(hit) * block_size)
+        hits.append(hit.tokens)
         if cache.allocate(sequence, len(ids), hit):
             running.append(sequence)
     batches.append(cache.take_events())
@@ -86,6 +87,6 @@ def digest(batches: Iterable[Iterable[object]]) -> str:
             if "block_hashes" in event:
                 event["block_hashes"] = [numbers.setdefault(each, len(numbers)) for each in event["block_hashes"]]
             if "parent_block_hash" in event:
-                event["parent_block_hash"] = numbers[event["parent_block_hash"]]
+                event["parent_block_hash"] = numbers.setdefault(event["parent_block_hash"], len(numbers))
         state.update(msgspec.json.encode(plain))
     return state.hexdigest()

@@ -9,8 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import BlockHit, PagedPrefixCache
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from matrixinfer.sim.prefix_cache import Adapter
+from matrixinfer.sim.sequence import Sequence
 
 SIZE = 2
 
@@ -29,7 +31,7 @@ def put(
 
 
 def hit(cache: PagedPrefixCache, tokens: Iterable[int], salt: str | None = None, adapter: Adapter | None = None) -> int:
-    return len(cache.lookup(sequence(tokens, salt, adapter))) * SIZE
+    return cache.lookup(sequence(tokens, salt, adapter)).tokens
 
 
 def test_a_repeated_prompt_hits_all_but_the_block_of_its_last_token() -> None:
@@ -53,8 +55,8 @@ def test_a_prompt_of_whole_blocks_sent_twice_keeps_its_last_block_twice() -> Non
     stored = [event for event in cache.take_events() if isinstance(event, BlockStored)]
     assert [len(event.block_hashes) for event in stored] == [2, 1]
     assert stored[1].block_hashes[0] == stored[0].block_hashes[1]
-    assert first.blocks[0] == second.blocks[0]
-    assert first.blocks[1] != second.blocks[1]
+    assert first.blocks[0][0] == second.blocks[0][0]
+    assert first.blocks[0][1] != second.blocks[0][1]
 
 
 def test_blocks_nobody_uses_are_evicted_oldest_first_and_tail_before_head() -> None:
@@ -69,9 +71,9 @@ def test_blocks_in_use_are_never_evicted() -> None:
     cache = PagedPrefixCache(4, SIZE)
     put(cache, [1, 2, 3, 4])
     late = sequence([5, 6, 7, 8])
-    assert not cache.fits(late, [])
+    assert not cache.fits(late, BlockHit([[]], 0))
     assert not cache.allocate(late, 4)
-    assert late.blocks == []
+    assert late.blocks == [[]]
     assert hit(cache, [1, 2, 3, 4, 0]) == 4
 
 
@@ -194,7 +196,7 @@ class CacheMachine(RuleBasedStateMachine):
     def begin(self, tokens: list[int], salt: str | None) -> None:
         new = sequence(tokens, salt)
         found = self.cache.lookup(new)
-        assert len(found) * SIZE == self.reader.hit(tokens, salt)
+        assert found.tokens == self.reader.hit(tokens, salt)
         if self.cache.fits(new, found):
             assert self.cache.allocate(new, len(tokens), found)
             self.running.append(new)
@@ -224,11 +226,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def running_requests_have_enough_blocks(self) -> None:
-        held = {block for each in self.running for block in each.blocks}
+        held = {block for each in self.running for block in each.blocks[0]}
         assert 0 not in held
         assert self.cache.usage == pytest.approx(len(held) / 7)
         for each in self.running:
-            assert len(each.blocks) == -(-len(each.tokens) // SIZE)
+            assert len(each.blocks[0]) == -(-len(each.tokens) // SIZE)
             assert hit(self.cache, [*each.tokens, 0], each.salt) >= len(each.tokens) // SIZE * SIZE
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from matrixinfer.sim.cache import Adapter, PagedPrefixCache, Sequence
+from matrixinfer.sim.cache import PagedPrefixCache
 from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from matrixinfer.sim.model import EngineModel, EngineRequest, Timing
+from matrixinfer.sim.prefix_cache import Adapter
+from matrixinfer.sim.sequence import Sequence
 
 SIZE = 2
 A, B = [1, 2, 3, 4], [5, 6, 7, 8]
@@ -26,15 +28,15 @@ def sequence(tokens: Iterable[int], adapter: Adapter | None = None) -> Sequence:
 def found(cache: PagedPrefixCache, tokens: Iterable[int]) -> tuple[int, int]:
     """Blocks that are found on the GPU, and then on the CPU."""
     prompt = sequence(tokens)
-    on_gpu = len(cache.lookup(prompt))
-    return on_gpu, cache.load(prompt, on_gpu)
+    on_gpu = cache.lookup(prompt)
+    return len(on_gpu.blocks[0]), cache.load(prompt, on_gpu) // SIZE
 
 
 def run(cache: PagedPrefixCache, tokens: Iterable[int], adapter: Adapter | None = None) -> list[Event]:
     """Serve a prompt and return the events."""
     held = sequence(tokens, adapter)
     hit = cache.lookup(held)
-    cache.load(held, len(hit))
+    cache.load(held, hit)
     assert cache.allocate(held, len(held.tokens), hit)
     cache.release(held)
     return cache.take_events()
@@ -160,8 +162,8 @@ def test_events_report_what_each_tier_holds(lazy: bool) -> None:
                 else:
                     held[event.medium].remove(block)
         prompt = sequence([*draw.choice(prompts), 7])
-        on_gpu = len(cache.lookup(prompt))
-        on_cpu = cache.load(prompt, on_gpu)
+        hit = cache.lookup(prompt)
+        on_gpu, on_cpu = len(hit.blocks[0]), cache.load(prompt, hit) // SIZE
         assert set(prompt.hashes[:on_gpu]) <= set(held["GPU"])
         assert set(prompt.hashes[on_gpu : on_gpu + on_cpu]) <= set(held["CPU"])
         rest = prompt.hashes[on_gpu + on_cpu : (len(prompt.tokens) - 1) // SIZE]

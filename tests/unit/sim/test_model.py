@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ TIMING = Timing(step=1.0, prefill_token=0.01, decode_sequence=0.1)
 
 def model(
     *, blocks: int = 1000, size: int = 4, max_tokens: int = 100, max_sequences: int = 8, timing: Timing = TIMING
-) -> EngineModel:
+) -> EngineModel[Any, Any]:
     return EngineModel(PagedPrefixCache(blocks, size), timing, max_tokens=max_tokens, max_sequences=max_sequences)
 
 
@@ -24,7 +25,7 @@ def request(key: int, prompt: Iterable[int], reply: int = 1) -> EngineRequest:
     return EngineRequest(id=key, prompt=np.array(list(prompt), dtype=np.uint32), reply=range(5000, 5000 + reply))
 
 
-def drain(engine: EngineModel) -> list[StepResult]:
+def drain(engine: EngineModel[Any, Any]) -> list[StepResult]:
     steps = []
     while engine.busy:
         steps.append(engine.step())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,11 +81,31 @@ def test_new_endpoints_take_space_from_the_largest_one() -> None:
 
 
 def test_a_subscriber_is_called_for_prompts_of_this_gateway_only() -> None:
-    history, sent = RoutingHistory(), list[tuple[str, str, list[int]]]()
-    unsubscribe = history.subscribe(lambda name, model, chain: sent.append((name, model, list(chain))))
+    history, sent = RoutingHistory(), list[tuple[str, str, list[int], bool]]()
+
+    def on_sent(name: str, model: str, hashes: Sequence[int], by_bytes: bool) -> None:
+        sent.append((name, model, list(hashes), by_bytes))
+
+    unsubscribe = history.subscribe(on_sent)
     history.record_sent("a", "m", CHAIN)
     history.record_reported("b", "m", CHAIN)
-    assert sent == [("a", "m", CHAIN)]
+    history.computed("a", "m", CHAIN, is_exact=True, chunks=[7])
+    assert sent == [("a", "m", CHAIN, False), ("a", "m", [7], True)]
     unsubscribe()
     history.record_sent("a", "m", CHAIN)
-    assert len(sent) == 1
+    assert len(sent) == 2
+
+
+def test_chunks_are_kept_beside_blocks_and_also_where_events_say_all() -> None:
+    history = RoutingHistory(max_blocks=6)
+    history.computed("a", "m", CHAIN, is_exact=False, chunks=CHAIN)
+    history.computed("a", "m", CHAIN, is_exact=True, chunks=[*CHAIN, 15])
+    assert (history.match("a", "m", CHAIN), history.match_chunks("a", "m", [*CHAIN, 15, 16])) == (0, 5)
+    assert history.match_chunks("a", "lora", CHAIN) == history.match_chunks("b", "m", CHAIN) == 0
+    history.drop("a", "m", CHAIN)  # events name blocks
+    assert (len(history), history.chunks, "a" in history) == (0, 5, True)
+    history.computed("b", "m", (), is_exact=True, chunks=range(50))
+    assert history.chunks == 6
+    history.forget("a")
+    history.forget("b")
+    assert (history.chunks, "a" in history, "b" in history) == (0, False, False)

@@ -299,6 +299,32 @@ def test_a_cancelled_charge_leaves_nothing_behind() -> None:
     assert ledger.total() == 0
 
 
+def test_chunks_are_pending_beside_blocks() -> None:
+    clock = FakeClock()
+    ledger, seen = LoadLedger(clock, 2.0, max_pending_blocks=5), list[tuple[list[int], int]]()
+    ledger.subscribe(lambda pod, model, hashes, start, charge: seen.append((list(hashes), start)))
+    charge = ledger.charge("a", "m", hashes=[1, 2], start=1, queued_tokens=3, chunks=(11, 12, 13))
+    assert seen == [([1, 2], 1), ([11, 12, 13], 0)]
+    assert (ledger.pending("a", "m", [1, 2], 1), ledger.pending("a", "m", [11, 12, 13, 14], 0)) == (1, 3)
+    assert ledger.pending("b", "m", [11], 0) == ledger.pending("a", "n", [11], 0) == 0
+    ledger.charge("a", "m", hashes=[], start=0, queued_tokens=0, chunks=(21, 22))
+    assert (len(ledger), ledger.pending("a", "m", [21, 22], 0)) == (5, 1)  # the bound holds for both
+    charge.release()
+    assert ledger.pending("a", "m", [11, 12, 13], 0) == 3
+    clock.now += 2.0
+    assert ledger.pending("a", "m", [11, 12, 13], 0) == 0
+
+
+def test_chunks_that_have_expired_are_deleted_as_fast_as_new_ones_come() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+    for number in range(20):
+        chunks = range(1000 * number, 1000 * number + 1000)
+        ledger.charge("a", "m", hashes=(), start=0, queued_tokens=0, chunks=chunks).release()
+        clock.now += 2.0
+    assert len(ledger) <= 2000
+
+
 def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
     ledger, seen = LoadLedger(FakeClock(), 2.0), list[tuple[str, str, list[int], int, Charge]]()
     unsubscribe = ledger.subscribe(
@@ -310,3 +336,27 @@ def test_a_subscriber_is_called_for_requests_that_bring_blocks() -> None:
     unsubscribe()
     ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
     assert len(seen) == 1
+
+
+def test_whole_prompts_count_up_to_where_one_ends() -> None:
+    clock = FakeClock()
+    ledger = LoadLedger(clock, 2.0)
+
+    def whole(hashes: list[int], start: int = 0) -> int:
+        return ledger.pending("a", "m", hashes, start, whole_prompts=True)
+
+    short = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
+    long = ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=0, queued_tokens=0)
+    again = ledger.charge("a", "m", hashes=[1, 2, 3, 4], start=2, queued_tokens=0)
+    assert [whole(hashes) for hashes in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5], [9])] == [0, 2, 2, 4, 0]
+    assert (whole([1, 2, 3, 4], 2), whole([1, 2, 3], 2)) == (2, 0)
+    short.cancel()
+    assert (whole([1, 2]), ledger.pending("a", "m", [1, 2], 0)) == (0, 2)
+    again.cancel()
+    long.release()
+    clock.now = 1.0
+    assert whole([1, 2, 3, 4]) == 4
+    clock.now = 3.0
+    assert whole([1, 2, 3, 4]) == 0
+    ledger.charge("a", "m", hashes=[], start=0, queued_tokens=0)
+    assert len(ledger) == 0

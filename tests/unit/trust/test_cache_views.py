@@ -40,6 +40,13 @@ def test_what_an_agent_reports_is_believed_while_it_lives(trust: str, alive: boo
     assert (cache.engine_block, cache.tiers) == (16, ("pod-a~device",))
 
 
+@pytest.mark.parametrize(("trust", "believed"), [("exact", "partial"), ("partial", "partial"), ("stale", "stale")])
+def test_a_pod_whose_answers_report_less_again_and_again_is_not_exact(trust: str, believed: str) -> None:
+    cache = ReportedCaches(reported(trust), reuses_less={"pod-a"}.__contains__).of("pod-a")
+    assert cache is not None
+    assert cache.trust == believed
+
+
 def test_a_pod_that_nobody_reports_is_unknown_unless_writers_never_report() -> None:
     states = reported("exact")
     assert ReportedCaches(states).of("pod-b") is None

@@ -15,7 +15,8 @@ class World:
         self.now = 0.0
         self.metrics = Metrics()
         self.resyncs: list[tuple[str, bool]] = []
-        self.drift = Drift(self.metrics, self._resync, lambda: self.now)
+        self.limits: list[tuple[str, bool]] = []
+        self.drift = Drift(self.metrics, self._resync, lambda: self.now, lambda *each: self.limits.append(each))
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.resyncs.append((name, replay))
@@ -123,6 +124,7 @@ def prediction_of(world: World, supports: Supports, *, stored: int | None = None
         matched=[1, 2, 3],
         token_block=16,
         stores=stored,
+        dropped=0,
         explains=lambda predicted, cached: False,
     ).open()
 
@@ -155,6 +157,130 @@ def test_a_prediction_is_what_is_left_of_it_when_the_answer_begins(
     prediction.reported(cached)
     prediction.end(computed=True)
     assert world.count(result) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "cached", "result"),
+    [
+        (["-3", "+3"], 32, "evicted"),  # as it would be if the request found two blocks and stored the third itself
+        (["-3", "+3"], 16, "fewer"),
+        (["-3", "-2", "+2", "+3"], 16, "evicted"),
+        (["-3", "+3", "-3", "-2", "+2", "+3"], 16, "evicted"),
+        (["-3", "+3", "-3", "-2", "+2", "+3"], 0, "fewer"),
+        (["-2", "-3", "+2", "+3"], 16, "evicted"),
+        (["other-3"], 32, "fewer"),
+    ],
+)
+def test_a_block_evicted_meanwhile_is_not_there_to_be_found_even_if_it_comes_back(
+    steps: list[str], cached: int, result: str
+) -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    supports.add("other", [1, 2, 3], None)
+    prediction = prediction_of(world, supports)
+    for step in steps:
+        block = int(step[-1])
+        if step.startswith("+"):
+            supports.add("m", [block], block - 1)
+        else:
+            supports.remove("other" if step.startswith("other") else "m", [block])
+    prediction.first_byte()
+    prediction.reported(cached)
+    prediction.end(computed=True)
+    assert world.count(result) == 1
+    assert not supports.watched
+
+
+def test_a_request_that_stores_again_what_was_evicted_under_it_is_no_drift() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    for _ in range(3 * RUN):
+        prediction = prediction_of(world, supports)
+        supports.remove("m", [2, 3])
+        supports.add("m", [2, 3], 1)
+        prediction.first_byte()
+        prediction.reported(16)
+        prediction.end(computed=True)
+    assert (world.resyncs, world.drift.reuse("a")) == ([], 1.0)
+
+
+def test_answers_scale_what_is_predicted_and_the_share_recovers() -> None:
+    world = World()
+    assert world.drift.reuse("a") == 1.0
+    world.report(64, 64, 80, 64)
+    assert world.drift.reuse("a") == 1.0
+    world.report(*[32] * 30)
+    assert world.drift.reuse("a") == pytest.approx(0.5, abs=0.01)
+    assert world.drift.reuse("b") == 1.0
+    world.report(*[64] * 20)
+    assert world.drift.reuse("a") == 1.0
+    world.drift.forget("a")
+    assert world.drift.reuse("a") == 1.0
+
+
+def test_an_endpoint_that_is_indexed_again_starts_with_full_credit() -> None:
+    world = World()
+    world.report(0, 0)
+    assert world.drift.reuse("a") < 0.7
+    world.report(0)
+    assert world.resyncs == [("a", True)]
+    assert world.drift.reuse("a") == 1.0
+
+
+def test_an_engine_that_reuses_less_again_and_again_gets_a_limit_and_is_left_alone() -> None:
+    world = World()
+    with capture_logs() as logs:
+        for _ in range(40):
+            world.report(32)
+            world.now += 60.0
+    assert world.resyncs == [("a", True), ("a", False)]
+    assert set(world.limits) == {("a", True)}
+    assert not world.drift.doubts("a")
+    assert [log["event"] for log in logs].count("kv_reuse_short") == 1
+    world.report(*[64] * 12)
+    assert world.limits[-1] == ("a", False)
+    world.now += 60.0
+    world.report(*[32] * RUN)
+    assert world.resyncs[2:] == [("a", True)]  # it may be a fault this time
+
+
+def test_what_is_partly_reused_is_not_doubted_but_discounted() -> None:
+    world = World()
+    world.report(*[32] * 10)
+    assert not world.drift.doubts("a")
+    assert world.drift.reuses_less("a")
+    assert not world.drift.reuses_less("b")
+
+
+def test_answers_of_endpoints_that_others_follow_scale_predictions_only() -> None:
+    world = World()
+    for cached in (None, *[32] * 20, *[None] * 20):
+        world.drift.observed("a", predicted=64, cached=cached)
+    assert world.drift.reuse("a") < 0.2
+    assert (world.resyncs, world.drift.doubts("a"), world.drift.reuses_less("a")) == ([], False, True)
+
+
+def test_counters_scale_predictions_where_answers_report_nothing() -> None:
+    world, total = World(), 1000
+    world.drift.measured("a", Lookups(total, None), began_at=0.0)
+    for _ in range(20):
+        total = window(world, predicted=64, grown=48, total=total)
+    assert world.drift.reuse("a") == pytest.approx(0.75, abs=0.02)
+
+
+def test_an_engine_that_reuses_less_now_and_then_gets_a_limit_too() -> None:
+    world = World()
+    world.report(*[32, 64] * 12)
+    assert world.resyncs == []
+    assert world.limits[-1] == ("a", True)
+
+
+def test_where_nothing_is_reused_at_all_the_index_is_healed_again_and_again() -> None:
+    world = World()
+    for _ in range(40):
+        world.report(0)
+        world.now += 60.0
+    assert len(world.resyncs) > 3
 
 
 def test_nothing_is_watched_for_requests_that_are_over() -> None:

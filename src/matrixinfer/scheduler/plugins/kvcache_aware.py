@@ -18,7 +18,8 @@ class KvCacheAware(Plugin):
 
     Pending blocks, which requests in flight bring to a pod, count as held. Blocks on slower tiers, blocks whose events
     are in doubt, and blocks that were sent lately to a pod without reliable events get less credit
-    (`scheduler.weights`). The prompt's full blocks count, up to `maxBlocksToMatch`. A prompt without a full block scores
+    (`scheduler.weights`). The prompt's full blocks count, up to `maxBlocksToMatch`; where token ids are unknown, their
+    number is estimated, and what was sent lately is recognised by the prompt's bytes. A prompt without a full block scores
     0 at every pod, and so does a prompt that is no longer than one block of every engine.
     """
 
@@ -46,12 +47,14 @@ class KvCacheAware(Plugin):
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
         blocks = len(request.chain)
+        if request.unknown_tokens:
+            blocks = max(blocks, request.whole_tokens // request.block_size)
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
             return Scores(values=[0.0] * len(candidates), note=_why_no_blocks(request))
         if _is_too_short(request, candidates):
             note = (
-                f"no engine can find the prompt's {request.prompt_tokens} tokens in its cache: they fit into one block"
+                f"no engine can find the prompt's {request.whole_tokens} tokens in its cache: they fit into one block"
             )
             return Scores(values=[0.0] * len(candidates), note=note)
         values = [100.0 * min(pod.credit, considered) / considered for pod in candidates]
@@ -72,13 +75,15 @@ def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
 
 def _is_too_short(request: SchedulingRequest, candidates: Sequence[Candidate]) -> bool:
     """Whether no engine can have a hit: engines find only whole blocks, and never the last token."""
-    tokens = request.prompt_tokens
-    if tokens is None:
+    tokens = request.whole_tokens
+    if request.prompt_tokens is None:
         return False
     return all(pod.engine_block is not None and tokens <= pod.engine_block for pod in candidates)
 
 
 def _why_no_blocks(request: SchedulingRequest) -> str:
+    if request.unknown_tokens:
+        return f"the prompt's tokens, estimated at {request.whole_tokens}, are fewer than one block of {request.block_size}"
     if request.prompt_tokens is None:
         return "the prompt was not tokenized"
     if request.prompt_tokens < request.block_size:

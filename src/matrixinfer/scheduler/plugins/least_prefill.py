@@ -17,7 +17,7 @@ class LeastPrefill(Plugin):
     `cost = queued tokens + prompt tokens not cached there + requestTokens × requests there`, and
     `score = 100 × scaleTokens / (scaleTokens + cost − least cost)`. While `kvcache-aware` rates the share of a prompt that
     is cached, this plugin weighs the cached tokens against the queue: a small hit does not draw new conversations to a
-    busy pod, and a large hit is worth a wait. A prompt that was not tokenized counts as cached nowhere.
+    busy pod, and a large hit is worth a wait. Tokens whose ids are unknown are estimated from the prompt's bytes.
     """
 
     name: ClassVar[str] = "least-prefill"
@@ -37,7 +37,7 @@ class LeastPrefill(Plugin):
         self._scale = args.scale_tokens
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        prompt, size, per_request = request.prompt_tokens or 0, request.block_size, self._request_tokens
+        prompt, size, per_request = request.whole_tokens, request.block_size, self._request_tokens
         costs = [
             pod.queued_tokens + max(0.0, prompt - pod.credit * size) + per_request * pod.load for pod in candidates
         ]

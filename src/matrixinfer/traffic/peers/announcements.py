@@ -28,9 +28,9 @@ class Announcements:
         """Add a prompt that was just sent to an endpoint; the blocks from `start` on are pending there."""
         self._add(Prompt(endpoint, model, False, hashes, start), lambda: charge.awaits_first_byte)
 
-    def add_computed(self, endpoint: str, model: str, chain: Sequence[int]) -> None:
+    def add_computed(self, endpoint: str, model: str, hashes: Sequence[int], by_bytes: bool = False) -> None:
         """Add a prompt that an endpoint has computed; its events may not report all of it."""
-        self._add(Prompt(endpoint, model, True, chain), lambda: False)
+        self._add(Prompt(endpoint, model, True, hashes, by_bytes=by_bytes), lambda: False)
 
     def message(self, load: Mapping[str, Load], now: float) -> bytes | None:
         """The message to publish now, or None if there is nothing new. Pass the gateway's whole `load`."""

@@ -196,6 +196,6 @@ class Peers:
             return 0
         blocks = sent.blocks
         self._load.add_pending(sent.endpoint, sent.model, blocks)
-        if sent.computed and trust != "exact":
-            self._history.record_reported(sent.endpoint, sent.model, blocks)
+        if sent.computed and (sent.by_bytes or trust != "exact"):
+            self._history.record_reported(sent.endpoint, sent.model, blocks, by_bytes=sent.by_bytes)
         return len(blocks)

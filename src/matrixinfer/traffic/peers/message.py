@@ -50,6 +50,8 @@ class Sent(msgspec.Struct, frozen=True, array_like=True):
     """True if the endpoint has computed the prompt, which its events may not report; False if it is in flight."""
     packed: bytes
     """Hashes of consecutive blocks, 8 bytes each, big-endian. If `computed`, they begin at the prompt's start."""
+    by_bytes: bool = False
+    """True if `computed` and the hashes are of chunks of the prompt's bytes. Earlier releases ignore this field."""
 
     def __post_init__(self) -> None:
         if len(self.packed) % BLOCK_BYTES:
@@ -81,6 +83,7 @@ class Prompt(NamedTuple):
     hashes: Sequence[int]
     start: int = 0
     """Position of the first hash to publish."""
+    by_bytes: bool = False
 
 
 _DECODER = msgspec.msgpack.Decoder(Message)
@@ -134,7 +137,8 @@ def _fitting(load: Mapping[str, Load]) -> dict[str, Load]:
 
 def _packed(prompt: Prompt, limit: int) -> Sent:
     hashes = prompt.hashes[prompt.start : prompt.start + limit]
-    return Sent(prompt.endpoint, prompt.model, prompt.computed, np.array(hashes, dtype=">u8").tobytes())
+    packed = np.array(hashes, dtype=">u8").tobytes()
+    return Sent(prompt.endpoint, prompt.model, prompt.computed, packed, prompt.by_bytes)
 
 
 def _encoded(gateway: str, load: dict[str, Load], sent: Sequence[Sent]) -> bytes:

@@ -27,17 +27,29 @@ LOAD = {"pod-0": Load(3, 70_000), "pod-1@dp1": Load(1, 0)}
 
 def test_an_encoded_message_is_decoded() -> None:
     prompts = [Prompt("pod-0", "m", False, CHAIN, 1), Prompt("pod-1@dp1", "lora", True, CHAIN)]
+    prompts.append(Prompt("pod-0", "m", True, CHAIN, by_bytes=True))
     data, left_out = encode("g", LOAD, prompts)
     message = decode(data)
     assert (message.gateway, message.load, left_out) == ("g", LOAD, 0)
-    assert [(each.endpoint, each.model, each.computed, each.blocks) for each in message.sent] == [
-        ("pod-0", "m", False, CHAIN[1:]),
-        ("pod-1@dp1", "lora", True, CHAIN),
+    assert [(each.endpoint, each.model, each.computed, each.blocks, each.by_bytes) for each in message.sent] == [
+        ("pod-0", "m", False, CHAIN[1:], False),
+        ("pod-1@dp1", "lora", True, CHAIN, False),
+        ("pod-0", "m", True, CHAIN, True),
     ]
 
 
+def test_messages_of_earlier_releases_are_read() -> None:
+    message = decode(msgspec.msgpack.encode({"gateway": "g", "load": {}, "sent": [["a", "m", True, bytes(8)]]}))
+    assert not message.sent[0].by_bytes
+
+
 def test_unknown_fields_are_ignored() -> None:
-    fields = {"gateway": "g", "load": {"a": [1, 2, "more"]}, "sent": [["a", "m", True, bytes(8), 7]], "new": {"x": 1}}
+    fields = {
+        "gateway": "g",
+        "load": {"a": [1, 2, "more"]},
+        "sent": [["a", "m", True, bytes(8), False, 7]],
+        "new": {"x": 1},
+    }
     message = decode(msgspec.msgpack.encode(fields))
     assert (message.load["a"], message.sent[0].blocks) == (Load(1, 2), [0])
 
