@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,71 @@ async def test_ids_that_differ_in_equal_number_show_in_the_events(
     assert (found["usage"]["mismatched"], found["events"]["agreed"]) == (0, 0)
     assert found["events"]["mismatched"] >= parity.RUN
     assert found["approximate"] is True
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": f"tool_{i}", "description": "Does it.", "parameters": {"type": "object"}},
+    }
+    for i in range(10)
+]
+
+
+async def test_tools_that_the_engine_writes_differently_do_not_disturb_plain_chats(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tmp_path: Path
+) -> None:
+    """Their number of tokens is the same, so only the events show it."""
+    other = template(tmp_path, "tool | tojson ~", "(tool | tojson).replace('tool_', 'took_') ~")
+    async with virtual_fleet(loop, tokenizer, ENGINE, pods=1, chat_template=other) as gateway:
+        await gateway.post(CHAT, chat(0))
+        await asyncio.sleep(GRACE)
+        for number in range(1, parity.RUN + 1):
+            tools = [*TOOLS, {"type": "function", "function": {"name": f"tool_{number * 1000}"}}]
+            await gateway.post(CHAT, chat(number, tools=tools[::-1]))
+            await checks(gateway, "chat+tools")
+            await gateway.post(CHAT, chat(number))
+            await checks(gateway)
+        plain, with_tools = await checks(gateway), await checks(gateway, "chat+tools")
+        decision = await gateway.explain(CHAT, chat(1))
+        again = await gateway.explain(CHAT, chat(1, tools=TOOLS))
+        metric = 'matrixinfer_tokenizer_approximate{class="%s",model="m"}'
+        shown = [await gateway.metric(metric % each) for each in ("chat", "chat+tools")]
+    assert (plain["approximate"], with_tools["approximate"]) == (False, True)
+    assert (plain["events"]["mismatched"], with_tools["events"]["agreed"]) == (0, 0)
+    assert decision["pods"]["pod-0"]["matched_blocks"]
+    assert again["pods"]["pod-0"]["matched_blocks"] is None
+    assert any(note.startswith("token ids of chat+tools requests") for note in again["notes"])
+    assert shown == [0, 1]
+
+
+SGLANG = replace(ENGINE, flavor="sglang", cache_report=True)
+
+
+async def test_chats_are_rendered_as_the_sglang_that_serves_them_does(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
+    history = [*chat(1)["messages"], {"role": "assistant", "content": "It does."}]
+    parts = [{"type": "text", "text": "The river"}, {"type": "text", "text": "flows. " * 100}]
+    bodies = [
+        chat(2, tools=TOOLS),
+        chat(3, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "tool_3"}}),
+        chat(4, reasoning_effort=0.5),
+        chat(5, messages=[{"role": "user", "content": parts}]),
+        chat(6, messages=history),
+        chat(7, messages=history, continue_final_message=True),
+        chat(8, input_ids=list(range(100, 400))),
+    ]
+    async with virtual_fleet(loop, tokenizer, SGLANG, pods=2) as gateway:
+        for body in bodies:
+            for turn in range(2):
+                answer = await gateway.ask(CHAT, body)
+                assert answer.cached - 128 < answer.predicted <= answer.cached  # in whole token blocks
+                assert bool(answer.cached) or not turn
+                await asyncio.sleep(2 * GRACE)
+        async with gateway.session.get(f"{gateway.service.gateway.admin_url}/debug/tokenizers") as response:
+            classes = (await response.json())["tokenizers"]["m"]["classes"]
+    assert set(classes) == {"chat", "chat+tools", "chat+reasoning", "chat+parts", "chat+other"}
+    for found in classes.values():
+        assert found["usage"]["agreed"]
+        assert found["usage"]["mismatched"] == found["events"]["mismatched"] == 0

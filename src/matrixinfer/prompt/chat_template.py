@@ -148,11 +148,13 @@ class ChatTemplate:
 def _forms_of_content(source: str, tree: jinja2.nodes.Template) -> Mapping[Dialect, bool | None]:
     """For each dialect whether content is a list of parts; None if its versions differ in that."""
     newest, middle = vllm_passes_parts(tree), vllm_passes_parts(tree, namespaces=False)
+    oldest = vllm_passes_parts(tree, macros=False, namespaces=False)
     vllm = {
         Dialect.VLLM: newest,
         Dialect.VLLM_31: middle,
         Dialect.VLLM_30: middle,
-        Dialect.VLLM_28: vllm_passes_parts(tree, macros=False, namespaces=False),
+        Dialect.VLLM_24: oldest,
+        Dialect.VLLM_OLD: oldest,
     }
     unknown = newest if len(set(vllm.values())) == 1 else None
     sglang = sglang_passes_parts(source, tree)

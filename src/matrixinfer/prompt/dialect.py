@@ -18,7 +18,8 @@ class Dialect(Enum):
     VLLM = "vLLM 0.33 or later"
     VLLM_31 = "vLLM 0.31 or 0.32"
     VLLM_30 = "vLLM 0.30"
-    VLLM_28 = "vLLM before 0.30"
+    VLLM_24 = "vLLM 0.24 to 0.29"
+    VLLM_OLD = "vLLM before 0.24"
     VLLM_UNKNOWN = "vLLM of unknown version"
     SGLANG = "SGLang 0.5.23 or later"
     SGLANG_18 = "SGLang 0.5.18 to 0.5.22"
@@ -36,7 +37,8 @@ _VLLM_FROM = (
     ((0, 33), Dialect.VLLM),
     ((0, 31), Dialect.VLLM_31),
     ((0, 30), Dialect.VLLM_30),
-    ((0,), Dialect.VLLM_28),
+    ((0, 24), Dialect.VLLM_24),
+    ((0,), Dialect.VLLM_OLD),
 )
 _SGLANG_FROM = (((0, 5, 23), Dialect.SGLANG), ((0, 5, 18), Dialect.SGLANG_18), ((0,), Dialect.SGLANG_OLD))
 _FIRST = (0, 4)

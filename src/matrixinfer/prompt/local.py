@@ -177,6 +177,8 @@ class LocalTokenizer:
 
     def render(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The chat's text as vLLM renders it. Raises `TokenizeError`."""
+        if dialect is Dialect.VLLM_OLD and chat.sent is not None and chat.sent.reasoning_effort is not None:
+            raise TokenizeError("what vLLM before 0.24 makes of a reasoning effort is not known here")
         template, chat = self._template(chat), self._adapted(chat)
         parts = template.takes_parts(dialect)
         return _rendered(

@@ -17,8 +17,10 @@ from matrixinfer.prompt.dialect import Dialect, dialect_of, dialects_of
         ("vllm", "1.0", Dialect.VLLM),
         ("vllm", "0.32.0", Dialect.VLLM_31),
         ("vllm", "0.30.0+cpu", Dialect.VLLM_30),
-        ("vllm", "0.29.0", Dialect.VLLM_28),
-        ("vllm", "0.8.5.post1", Dialect.VLLM_28),
+        ("vllm", "0.29.0", Dialect.VLLM_24),
+        ("vllm", "0.24.0", Dialect.VLLM_24),
+        ("vllm", "0.23.9", Dialect.VLLM_OLD),
+        ("vllm", "0.8.5.post1", Dialect.VLLM_OLD),
         ("vllm", "0.1.dev123+gabc", Dialect.VLLM_UNKNOWN),
         ("vllm", None, Dialect.VLLM_UNKNOWN),
         ("vllm", "nightly", Dialect.VLLM_UNKNOWN),
@@ -47,7 +49,7 @@ def test_a_fleet_has_each_dialect_once() -> None:
 LOOP = "{% for m in messages %}"
 INNER = "{% for p in m.content %}{% endfor %}"
 MACRO = "{% macro show(given, more=1) %}{% for p in given %}{% endfor %}{% endmacro %}"
-V28, V30, V33 = Dialect.VLLM_28, Dialect.VLLM_30, Dialect.VLLM
+V28, V30, V33 = Dialect.VLLM_24, Dialect.VLLM_30, Dialect.VLLM
 ALL = {V28, V30, V33}
 
 

@@ -115,7 +115,7 @@ def test_reasoning_before_the_last_answer_is_dropped(rendered: Any) -> None:
     assert ("said one" in text, "thought one" in text, "thought last" in text) == (True, False, True)
 
 
-@pytest.mark.parametrize("dialect", [Dialect.VLLM_30, Dialect.VLLM_28, Dialect.VLLM_UNKNOWN])
+@pytest.mark.parametrize("dialect", [Dialect.VLLM_30, Dialect.VLLM_24, Dialect.VLLM_UNKNOWN])
 def test_versions_with_another_library_are_refused(harmony: HarmonyTokenizer, dialect: Dialect) -> None:
     harmony.tokenize(chat(), Dialect.VLLM_31)
     with pytest.raises(TokenizeError, match="not known here"):

@@ -18,7 +18,9 @@ from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders
 from matrixinfer.prompt import local as local_module
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.requests import parse
 from matrixinfer.prompt.segments import Cutter
 
 from .support import TEXTS, folder, tokenizer
@@ -321,3 +323,24 @@ def test_a_reload_that_fails_or_changes_ids_keeps_the_old_tokenizer(
         "no such file",
         "its file has changed",
     ]
+
+
+def test_what_old_versions_make_of_a_reasoning_effort_is_not_guessed(deepseek: LocalTokenizer) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    plain, thinking = (
+        parse("/v1/chat/completions", json.dumps(each).encode()) for each in (body, {**body, "reasoning_effort": "low"})
+    )
+    for dialect in (Dialect.VLLM, Dialect.VLLM_24, Dialect.VLLM_UNKNOWN):
+        assert deepseek.tokenize(thinking, dialect).ids.tolist()
+    assert deepseek.tokenize(plain, Dialect.VLLM_OLD).ids.tolist()
+    with pytest.raises(TokenizeError, match="reasoning effort"):
+        deepseek.tokenize(thinking, Dialect.VLLM_OLD)
+
+
+def test_templates_of_engines_do_not_get_reasoning_under_a_third_name(tmp_path: Path) -> None:
+    """The versions of transformers that vLLM and SGLang require do not have that yet."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[-1].reasoning }}{{ messages[-1].reasoning_content }}{{ messages[-1].thinking }}")
+    made = LocalTokenizer.load(folder(tmp_path / "model", tokenizer()), str(template))
+    for key in ("reasoning", "reasoning_content"):
+        assert made.render(Chat(messages=[{"role": "assistant", "content": "x", key: "hm"}])) == "hmhm"
