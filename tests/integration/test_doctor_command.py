@@ -452,6 +452,7 @@ async def test_an_engine_that_sleeps(engine: SimEngine, doctor: DoctorCommand) -
     async with altering(engine, metrics=lambda status, body: (status, body + states)) as pod:
         report = await doctor.check(pod)
     assert "the engine sleeps (discard_all), and its cache is empty" in report.only("sleep", "warning")["message"]
+    assert engine.stats.prefix_queries == 0  # it was not probed
 
 
 async def test_batches_of_another_rank(engine: SimEngine, tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:
