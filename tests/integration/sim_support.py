@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -76,6 +78,23 @@ class Client:
 async def running(tokenizer: LocalTokenizer, config: SimEngineConfig = CONFIG) -> AsyncIterator[Client]:
     async with SimEngine(config, tokenizer) as engine, aiohttp.ClientSession(engine.url) as session:
         yield Client(engine, session)
+
+
+@asynccontextmanager
+async def command(*flags: str) -> AsyncIterator[Json]:
+    """`matrixinfer engine` as a process of its own. Yields what it prints when it is ready."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "matrixinfer", "engine", "--json", "--port", "0", *flags, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        yield msgspec.json.decode(await asyncio.wait_for(process.stdout.readline(), DEADLINE_SECONDS))
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), DEADLINE_SECONDS) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 class Feed:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 import zmq
 import zmq.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from matrixinfer.feedtools.capture import check_capture
+from matrixinfer.cli import main
 from matrixinfer.prompt.chat_template import CHATML, ChatTemplate
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -23,7 +23,7 @@ from matrixinfer.sim.model import Timing
 from tests.ports import consecutive_ports
 from tests.waiting import DEADLINE_SECONDS
 
-from .sim_support import CHAT, COMPLETIONS, CONFIG, Client, Feed, Json, running, subscribed
+from .sim_support import CHAT, COMPLETIONS, CONFIG, Client, command, running, subscribed
 
 SGLANG = replace(CONFIG, flavor="sglang", cache_report=True)
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -225,45 +225,28 @@ async def test_the_load_of_each_rank_is_published_while_it_changes_and_every_sec
         assert stat[10] == pytest.approx(400_000)
 
 
-async def frames_of(feed: Feed) -> list[Json]:
-    """All frames so far, as rows of a capture."""
-    frames = await feed.replay(0)
-    return [
-        {"kind": "event", "seq": int.from_bytes(frame[2], "big"), "payload_hex": frame[3].hex()}
-        for frame in frames[:-1]
-    ]
-
-
-async def test_the_events_of_each_rank_predict_every_hit_over_http(tokenizer: LocalTokenizer) -> None:
-    """The rows of a capture are in order: every event that a rank has published comes before the next request."""
-    draw = random.Random(1)
-    rows: list[list[Json]] = [[], []]
+async def test_the_command_runs_an_sglang() -> None:
+    port = consecutive_ports(6)
+    flags = ["--flavor", "sglang", "--dp-size", "2", "--page-size", "32", "--lora", "c", "--speculative", "pairs"]
+    flags += ["--kv-events-port", str(port), "--kv-replay-port", str(port + 2), "--load-publish-endpoint", "auto"]
     async with (
-        running(tokenizer, two_ranks(num_blocks=40)) as client,
-        subscribed(client.engine, 0) as first,
-        subscribed(client.engine, 1) as second,
+        command(*flags, "--enable-cache-report") as ready,
+        aiohttp.ClientSession(ready["url"]) as session,
+        session.get("/server_info") as response,
     ):
-        prompts: list[list[int]] = [[draw.randrange(9) for _ in range(draw.randrange(4, 60))] for _ in range(12)]
-        for number in range(150):
-            rank = draw.randrange(2)
-            feed, known = (first, second)[rank], sum(row["kind"] == "event" for row in rows[rank])
-            rows[rank] += (await frames_of(feed))[known:]
-            base = draw.choice(prompts)
-            prompt = [*base[: draw.randrange(1, len(base) + 1)], *[draw.randrange(9) for _ in range(draw.randrange(9))]]
-            body = {"model": "sim", "prompt": prompt, "max_tokens": draw.choice([1, 20]), "routed_dp_rank": rank}
-            if draw.random() < 0.2:
-                body["cache_salt"] = draw.choice("ab")
-            answer = await client.post(COMPLETIONS, body)
-            rows[rank] += [
-                {"kind": "request", "label": str(number), "body": body, "prompt_token_ids": prompt},
-                {"kind": "response", "label": str(number), "usage": answer["usage"]},
-            ]
-    for each in rows:
-        report = check_capture(each)
-        assert report.mismatches == []
-        assert report.unsupported == {}
-        assert report.requests > 50
-        assert report.publishers[0].limits == ()
+        info = await response.json()
+    events = info["kv_events"]
+    # The load feed would overlap with the replays: it comes after them.
+    assert (events["endpoint_port_base"], events["load_endpoint_port_base"]) == (port, port + 4)
+    assert (events["block_size"], events["dp_size"], info["enable_cache_report"]) == (32, 2, True)
+    assert info["speculative_algorithm"] == "EAGLE"
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5000", "5000", "tcp://*:x"])
+def test_a_load_endpoint_that_cannot_be_bound_is_refused(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["engine", "--load-publish-endpoint", endpoint])
+    assert "expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -271,7 +254,10 @@ async def test_the_events_of_each_rank_predict_every_hit_over_http(tokenizer: Lo
     [
         ({"data_parallel_size": 2}, "consecutive"),
         ({"cpu_blocks": 1}, "no CPU blocks"),
+        ({"attention": ("mla",)}, "expected full attention"),
+        ({"speculative": "drop"}, "of kind `pairs`"),
         ({"flavor": "vllm", "load_feed": True}, "expected flavor sglang"),
+        ({"flavor": "vllm", "speculative": "pairs"}, "expected flavor sglang"),
     ],
 )
 def test_what_sglang_cannot_do_is_refused(wrong: dict[str, Any], message: str) -> None:

@@ -46,6 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_api(parser.add_argument, defaults)
     _add_events(parser.add_argument, defaults)
     _add_cache(parser.add_argument, defaults)
+    _add_attention(parser.add_argument, defaults)
     _add_speed(parser.add_argument, defaults, Timing())
     parser.add_argument("--json", action="store_true", help="print the endpoints as JSON")
     parser.set_defaults(run=run)
@@ -124,6 +125,37 @@ def _add_events(add: _Add, defaults: SimEngineConfig) -> None:
         default=defaults.seed,
         metavar="N",
         help="random seed of the replies and of the batches lost (default: %(default)s)",
+    )
+
+
+def _add_attention(add: _Add, defaults: SimEngineConfig) -> None:
+    add(
+        "--attention",
+        nargs="+",
+        default=defaults.attention,
+        metavar="KIND[:TOKENS][@SIZE]",
+        help="vLLM: the attention groups of the model: full, mla, sink_full, sliding:WINDOW, sliding_mla:WINDOW, mamba or "
+        "chunked:CHUNK, each with its block size if that differs from --block-size (default: full)",
+    )
+    add(
+        "--speculative",
+        choices=("drop", "lookahead", "pairs"),
+        help="cache as engines do with EAGLE or MTP: drop the last block of each hit (vLLM 0.32), hash the tokens after a "
+        "block (vLLM 0.33), or have pages of token pairs (SGLang); nothing is drafted (default: none)",
+    )
+    add(
+        "--lookahead-tokens",
+        type=at_least_one,
+        default=defaults.lookahead_tokens,
+        metavar="TOKENS",
+        help="tokens after a block that its hash covers, with --speculative lookahead (default: %(default)s)",
+    )
+    add(
+        "--prefix-cache-retention-interval",
+        choices=("0", "none"),
+        default="0",
+        help="vLLM: cache windows and states only where a prompt ends or branches off (0), or at every block (none) "
+        "(default: %(default)s)",
     )
 
 
@@ -276,6 +308,10 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
         loras=tuple(args.lora),
         data_parallel_size=args.data_parallel_size,
         block_size=args.block_size,
+        attention=tuple(args.attention),
+        speculative=args.speculative,
+        lookahead_tokens=args.lookahead_tokens,
+        dense=args.prefix_cache_retention_interval == "none",
         num_blocks=args.num_gpu_blocks_override,
         cpu_blocks=args.cpu_blocks,
         lazy_offload=args.lazy_offload,

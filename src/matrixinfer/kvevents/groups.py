@@ -100,7 +100,7 @@ class Group:
                 self._link(block, parent)
             copies = self._copies.get(block, 0)
             self._copies[block] = copies + 1
-            if not copies:
+            if not copies or (parent is not None and block not in self._before):
                 yield from self._connect(block)
             parent = block
 
@@ -158,13 +158,11 @@ class Group:
             if before is None:
                 before = self._links.get(at)
             now = self._before.get(at)
-            if before == now:
-                break
+            if before is None or before == now:
+                break  # what is known of a prefix stays true, also when it cannot be looked up right now
             if now is not None:
                 del self._before[at]
                 self._leave(now, at)
-            if before is None:
-                break
             self._before[at] = before
             self._after.setdefault(before, set()).add(at)
             at = before if before in self._copies else None

@@ -131,8 +131,9 @@ class Reusable:
             block_size, span = max(block_size, known.block_size), span or known.span
         self.specs[group] = Spec(kind, block_size, span, known is not None)
         full = [number for number, spec in self.specs.items() if spec.kind is Kind.FULL]
-        if self.primary not in full:
-            self.primary = min(full or self.specs)
+        candidates = [number for number in full if number in self._drops] or full or list(self.specs)
+        if self.primary not in candidates:
+            self.primary = min(candidates)
         self.is_rooted = bool(full)
         for number, spec in self.specs.items():
             if number == self.primary and self.is_rooted:
@@ -259,7 +260,7 @@ class Reusable:
         reused = end - self.drop
         before = _ending_at(forest, run, reused)
         for number, group in self._groups.items():
-            if number in self._drops and group.kind is Kind.SLIDING:
+            if number in self._drops and group.kind in (Kind.FULL, Kind.SLIDING):
                 if not group.holds(block, end, more=1):
                     return False
             elif before is None or not group.holds(before, reused):

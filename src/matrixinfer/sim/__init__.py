@@ -1,1 +1,1 @@
-"""A simulated engine: cache and timing of one vLLM replica as a pure model, with its HTTP API and KV events around it."""
+"""A simulated engine: cache and timing of one replica as a pure model, with its HTTP API and KV events around it."""

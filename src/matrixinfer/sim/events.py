@@ -26,7 +26,7 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     lora_id: int | None = None
     medium: Medium = "GPU"
     lora_name: str | None = None
-    extra_keys: list[tuple[str, ...] | None] | None
+    extra_keys: list[tuple[str, ...] | None] | UnsetType | None
     """One entry per block: what its hash covers besides tokens. A cache salt is in the first block's only."""
     group_idx: int = 0
     kv_cache_spec_kind: str | None = "full_attention"

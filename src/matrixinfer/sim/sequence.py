@@ -105,7 +105,7 @@ class Sequence:
             block_size=size,
             lora_id=None if self.adapter is None else self.adapter.number,
             lora_name=None if self.adapter is None else self.adapter.name,
-            extra_keys=[(name if block else name + salt) or None for block in kept],
+            extra_keys=[(name if block else name + salt) or None for block in kept] or UNSET,
             group_idx=number,
             kv_cache_spec_kind=group.kind,
             kv_cache_spec_sliding_window=group.window or UNSET,

@@ -144,3 +144,22 @@ def test_a_long_prefix_whose_blocks_came_last_first_is_linked_again_when_the_siz
     assert group.holds(blocks - 1, blocks * BLOCK)
     list(group.remove([1]))
     assert not group.holds(blocks - 1, blocks * BLOCK)
+
+
+def test_a_link_stays_known_while_it_cannot_be_looked_up() -> None:
+    known: dict[int, int] = {2: 1}
+    group = Group(Kind.SLIDING, BLOCK, 13, lambda block, tokens: known.get(block) if tokens == BLOCK else None)
+    list(group.add([1], None))
+    list(group.add([2], None))
+    assert group.holds(2, 2 * BLOCK)
+    known.clear()
+    list(group.add([3], 2))
+    assert group.holds(3, 3 * BLOCK)
+
+
+def test_an_event_that_says_what_a_held_block_follows_counts_at_once() -> None:
+    group = Group(Kind.SLIDING, BLOCK, 9, lambda block, tokens: None)
+    list(group.add([2], None))
+    assert not group.holds(2, 2 * BLOCK)
+    list(group.add([1, 2], None))
+    assert group.holds(2, 2 * BLOCK)

@@ -87,6 +87,6 @@ def digest(batches: Iterable[Iterable[object]]) -> str:
             if "block_hashes" in event:
                 event["block_hashes"] = [numbers.setdefault(each, len(numbers)) for each in event["block_hashes"]]
             if "parent_block_hash" in event:
-                event["parent_block_hash"] = numbers[event["parent_block_hash"]]
+                event["parent_block_hash"] = numbers.setdefault(event["parent_block_hash"], len(numbers))
         state.update(msgspec.json.encode(plain))
     return state.hexdigest()

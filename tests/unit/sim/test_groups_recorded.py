@@ -33,8 +33,8 @@ def layout(attention: list[str], **more: Any) -> Layout:
 
 
 def recorded(layout: Layout, seed: int, **meta: Any) -> list[Row]:
-    shape = Shape(longest=12 * SIZE, unit=layout.unit, chunk=max(64, 2 * layout.unit))
-    blocks = 60 * sum(layout.unit // group.block_size for group in layout.groups)
+    shape = Shape(requests=160, longest=12 * SIZE, unit=layout.unit, chunk=max(64, 2 * layout.unit))
+    blocks = 50 * sum(layout.unit // group.block_size for group in layout.groups)
     cache = PagedPrefixCache(blocks, SIZE, layout=layout)
     return record(cache, seed=seed, shape=shape, meta=meta)
 
@@ -43,31 +43,28 @@ def check_exact(rows: list[Row]) -> None:
     report, counts = check(rows)
     assert report.mismatches == []
     assert report.unsupported == {}
-    assert report.requests == counts["lookups"] > 200
+    assert report.requests == counts["lookups"] > 140
     assert min(counts["hits"], counts["BlockRemoved"], counts["AllBlocksCleared"]) > 2
     assert [publisher.limits for publisher in report.publishers] == [()]
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", [*FULL_KINDS, *SEVERAL])
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
-def test_every_hit_is_predicted(kind: str, dense: bool, seed: int) -> None:
-    check_exact(recorded(layout((FULL_KINDS | SEVERAL)[kind], dense=dense), seed))
+def test_every_hit_is_predicted(kind: str, dense: bool) -> None:
+    check_exact(recorded(layout((FULL_KINDS | SEVERAL)[kind], dense=dense), seed=1))
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", [*FULL_KINDS, *SEVERAL])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_every_hit_is_predicted_with_lookahead(kind: str, tokens: int, seed: int) -> None:
-    check_exact(recorded(layout((FULL_KINDS | SEVERAL)[kind], lookahead=tokens), seed))
+def test_every_hit_is_predicted_with_lookahead(kind: str, tokens: int) -> None:
+    check_exact(recorded(layout((FULL_KINDS | SEVERAL)[kind], lookahead=tokens), seed=2))
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", [*FULL_KINDS, *SEVERAL])
-def test_every_hit_is_predicted_where_blocks_are_known_to_be_dropped(kind: str, seed: int) -> None:
+def test_every_hit_is_predicted_where_blocks_are_known_to_be_dropped(kind: str) -> None:
     dropping = layout((FULL_KINDS | SEVERAL)[kind], drop=True)
     groups = [{"eagle": number in dropping.dropping} for number in range(len(dropping.groups))]
-    check_exact(recorded(dropping, seed, use_eagle=True, groups=groups))
+    check_exact(recorded(dropping, seed=3, use_eagle=True, groups=groups))
 
 
 @pytest.mark.parametrize("seed", range(2))
