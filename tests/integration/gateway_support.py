@@ -88,8 +88,8 @@ class FakeRewriter:
 
     adds_usage: bool = False
 
-    def body_for(self, pod: str, prompt: None, body: bytes) -> PodBody:
-        return PodBody(body, self.adds_usage)
+    def body_for(self, pod: str, prompt: None, body: bytes, rank: int | None) -> PodBody:
+        return PodBody(body, self.adds_usage, rank)
 
 
 class FakeRouter:

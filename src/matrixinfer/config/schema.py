@@ -233,8 +233,8 @@ class TokenizationConfig(Section, frozen=True):
     cache_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
         described(
-            "Memory in which each configured tokenizer remembers prompts, so that only the new part of a conversation is "
-            "tokenized."
+            "Memory in which each tokenizer remembers prompts, so that only the new part of a conversation is tokenized; "
+            "and, once more, in which the answers of engines that were asked are remembered."
         ),
     ] = 256 * 1024 * 1024
 
