@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from matrixinfer.sim.model import EngineModel, EngineRequest, Timing
+from matrixinfer.sim.page_sequence import PageSequence
 from matrixinfer.sim.prefix_cache import Adapter
-from matrixinfer.sim.radix import PageSequence, RadixCache
+from matrixinfer.sim.radix import RadixCache
 from matrixinfer.sim.radix_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 SIZE = 2

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from matrixinfer.sim.radix import PageHit, PageSequence, RadixCache
+from matrixinfer.sim.page_sequence import PageSequence
+from matrixinfer.sim.radix import PageHit, RadixCache
 from matrixinfer.sim.radix_events import Event
 
 from .drive import digest
