@@ -10,7 +10,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import decision, engines, growth, ingest, lookup, proxy, references, report, shared_index, tokenization
+from bench import (
+    decision,
+    engines,
+    first_byte,
+    growth,
+    ingest,
+    lookup,
+    proxy,
+    references,
+    report,
+    shared_index,
+    tokenization,
+)
 from bench.measure import QUICK, Figure, Scale
 
 PARTS: Mapping[str, Callable[[Scale], Iterator[Figure] | Iterator[Figure | str]]] = {
@@ -23,6 +35,7 @@ PARTS: Mapping[str, Callable[[Scale], Iterator[Figure] | Iterator[Figure | str]]
     "engines": engines.run,
     "proxy": proxy.run,
     "redis": shared_index.run,
+    "first byte": first_byte.run,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 

@@ -153,6 +153,28 @@ async def test_a_retry_and_a_request_without_an_answer_are_told_apart(capsys: py
     assert "\nsent to a; no answer\n" in second
 
 
+async def test_what_is_known_by_bytes_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    made = decision("image", ["a"], 200) | {
+        "tokens": 20,
+        "unknown_tokens": 1500,
+        "other_tokens": 30,
+        "chunks": 4,
+        "guessed_hit_tokens": 1200,
+    }
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"decisions": [made]})
+
+    app = web.Application()
+    app.router.add_get("/debug/decisions", answer)
+    async with TestServer(app) as admin:
+        assert await asyncio.to_thread(main, ["explain", "--admin", str(admin.make_url("")), "image"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "prompt: 20 tokens, 1 full block, about 1500 tokens with unknown ids (4 chunks of bytes)" in shown
+    assert ", about 30 tokens in other prompts predicted hit: 77 tokens on a, and about 1200 more by the bytes" in shown
+    assert "recent_blocks recent_chunks reuse credit" in shown
+
+
 def without_times(text: str) -> list[str]:
     return [re.sub(r"\d\d:\d\d:\d\d", "", line).rstrip() for line in text.splitlines()]
 

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["decision", "lookup", "references", "ingest", "growth", "engines", "proxy", "redis"])
+@pytest.mark.parametrize(
+    "part", ["decision", "lookup", "references", "ingest", "growth", "engines", "proxy", "redis", "first byte"]
+)
 def test_a_part_runs_and_every_figure_is_a_number(part: str) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--json", "--only", part]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -19,7 +19,7 @@ import pytest
 from matrixinfer.doctor.checks import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
-from tests.ports import free_port
+from tests.ports import consecutive_ports, free_port
 
 from .doctor_support import FAST, SHORT_PATIENCE, DoctorCommand, altered, answering, log_settings
 from .kvevents_support import Engine as Publisher
@@ -426,10 +426,49 @@ async def test_older_releases(version: str, level: str, words: str, engine: SimE
 async def test_sglang(engine: SimEngine, doctor: DoctorCommand) -> None:
     models = {"data": [{"id": "sim", "owned_by": "sglang"}]}
     info = {"version": "0.5.22", "dp_size": 1, "kv_events": None}
-    async with altering(engine, v1_models=answering(models), server_info=answering(info)) as pod:
+    async with altering(
+        engine, v1_models=answering(models), server_info=answering(info), kv_event_sources=answering({}, 404)
+    ) as pod:
         report = await doctor.check(pod)
-    assert "the engine is SGLang 0.5.22, whose events omit" in report.only("engine", "warning")["message"]
-    assert "(no publisher in /server_info)" in report.only("events", "blind")["message"]
+    (found,), (events,) = report.of("engine"), report.of("events")
+    assert "the engine is SGLang 0.5.22, whose events omit" in found["message"]
+    assert "(no publisher in /server_info)" in events["message"]
+    assert "--kv-events-config" in events["fix"]
+
+
+async def test_sglang_with_two_ranks(tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:
+    port = consecutive_ports(4)
+    config = replace(FAST, flavor="sglang", cache_report=True, data_parallel_size=2, kv_port=port, replay_port=port + 2)
+    async with SimEngine(config, tokenizer) as engine:
+        report = await doctor.check({"name": "a", "url": engine.url})
+        hits = [rank.stats.prefix_hits for rank in engine.ranks]
+    assert [found for found in report.findings if found["level"] != "ok"] == []
+    assert report.of("engine")[0]["message"] == "the engine is SGLang 0.5.23"
+    assert all(hits)
+
+
+async def test_an_engine_that_sleeps(engine: SimEngine, doctor: DoctorCommand) -> None:
+    states = b'\nvllm:engine_sleep_state{sleep_state="awake"} 0\nvllm:engine_sleep_state{sleep_state="discard_all"} 1\n'
+    async with altering(engine, metrics=lambda status, body: (status, body + states)) as pod:
+        report = await doctor.check(pod)
+    assert "the engine sleeps (discard_all), and its cache is empty" in report.only("sleep", "warning")["message"]
+    assert engine.stats.prefix_queries == 0  # it was not probed
+
+
+async def test_batches_of_another_rank(engine: SimEngine, tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:
+    async with engine:
+        listed = {"3": engine.ranks[0].publisher.source()}  # its batches name rank 0, which the API may count as well
+        async with altered(engine, {"/kv_event_sources": answering(listed)}) as url:
+            report = await doctor.check({"name": "a", "url": url})
+        assert report.code == 0
+    async with SimEngine(replace(FAST, data_parallel_size=2), tokenizer) as engine:
+        listed = {str(1 - rank.number): rank.publisher.source() for rank in engine.ranks}
+        async with altered(engine, {"/kv_event_sources": answering(listed)}) as url:
+            report = await doctor.check({"name": "a", "url": url}, patience=SHORT_PATIENCE)
+    words = [found["message"] for found in report.of("ranks")]
+    assert [text.partition(",")[0] for text in words] == [
+        f"dp{rank}: its batches say that they are from data-parallel rank {1 - rank}" for rank in (0, 1)
+    ]
 
 
 async def test_answers_that_do_not_report_cached_tokens(tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:

@@ -79,6 +79,6 @@ async def test_a_repository_that_does_not_exist_says_so(server: Hub) -> None:
 async def test_a_download_that_hangs_ends_at_its_deadline(server: Hub) -> None:
     server.hangs = True
     began = time.monotonic()
-    with pytest.raises(TokenizeError, match="could not be downloaded within 0.5 s"):
+    with pytest.raises(TokenizeError, match=r"could not be downloaded within 0\.5 s"):
         await hub.download(REPO, None, timeout_seconds=0.5)
     assert time.monotonic() - began < DEADLINE_SECONDS / 2

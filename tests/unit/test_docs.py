@@ -20,6 +20,7 @@ from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
     PluginCollector,
+    PodCollector,
     TokenCacheCollector,
     TokenSourceCollector,
 )
@@ -27,8 +28,9 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
-from matrixinfer.config import PluginRef, SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.config import PluginRef, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
@@ -174,6 +176,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics = Metrics()
     metrics.register(IndexCollector(MemoryIndex()))
     metrics.register(FeedCollector({}, lambda _: False, lambda _: 1.0))
+    metrics.register(PodCollector(PodRegistry((), (), PodWatchConfig(), clock=lambda: 0.0), {}))
     metrics.register(KeptCollector({}))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))

@@ -79,7 +79,7 @@ class PodConfig(Section, frozen=True):
     kv_events: Annotated[
         KvEventsConfig | Literal["discover", "none"],
         described(
-            "Endpoints of its KV events. `discover` asks the engine's `/kv_event_sources`; `none` does not listen."
+            "Endpoints of its KV events. `discover` asks the engine (`/kv_event_sources`; SGLang: `/server_info`); `none` does not listen."
         ),
     ] = "discover"
 
@@ -225,7 +225,10 @@ class TokenizationConfig(Section, frozen=True):
         Seconds, described("Deadline for one prompt. A request whose prompt takes longer is routed by load.")
     ] = 2.0
     max_prompt_bytes: Annotated[
-        Count, described("Requests with a larger body are not tokenized; they are routed by load.")
+        Count,
+        described(
+            "Requests with a larger body are not tokenized; they are routed by load, and by where their bytes were sent lately."
+        ),
     ] = 4 * 1024 * 1024
     cache_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
@@ -279,7 +282,9 @@ class PodWatchConfig(Section, frozen=True):
         Count,
         described("After this many failed reads or requests in a row, a pod is used only as a last resort."),
     ] = 2
-    discovery_interval_seconds: Annotated[Seconds, described("Time between two reads of a pod's `/v1/models`.")] = 30.0
+    discovery_interval_seconds: Annotated[
+        Seconds, described("Time between two questions to a pod what it is (`/v1/models` and others).")
+    ] = 30.0
 
 
 class LogConfig(Section, frozen=True):

@@ -141,7 +141,7 @@ class _PodGatherer:
         configured = self.registry.configured_name(pod.base_model or self._only_model, [pod])
         self.on_step(pod.name, "comparing token ids")
         source, compared = await self._tokens(pod, configured)
-        feeds = await self._feeds(pod, answers.metrics.block_size)
+        feeds = await self._feeds(pod, answers.metrics)
         self.on_step(pod.name, "done")
         return PodFacts(
             name=pod.name,
@@ -215,7 +215,7 @@ class _PodGatherer:
         except EngineDown:
             return Answer(status=0, body=b"", date=None)
 
-    async def _feeds(self, pod: Pod, engine_block: int | None) -> Sequence[FeedFacts]:
+    async def _feeds(self, pod: Pod, metrics: EngineMetrics) -> Sequence[FeedFacts]:
         """Connect to the pod's publishers, probe them one after the other, and ask each for a replay."""
         sources = list(feed_sources(pod, [model.name for model in self.config.models]))
         if not sources:
@@ -223,14 +223,14 @@ class _PodGatherer:
         self.on_step(pod.name, "connecting to its events")
         async with listening(sources, self.blocks, self.patience) as listener:
             probed = {}
-            if self.prober is not None:
+            if self.prober is not None and metrics.sleep is None:  # a sleeping engine would compute nothing
                 self.on_step(pod.name, "probing")
                 models = {source.name: source.model for source in sources}
                 for endpoint in pod.endpoints:
                     if endpoint.name not in models:  # a rank that publishes nothing
                         continue
                     probed[endpoint.name] = await self.prober.probe(
-                        endpoint, models[endpoint.name], listener, engine_block
+                        endpoint, models[endpoint.name], listener, metrics.block_size
                     )
             self.on_step(pod.name, "asking for a replay")
             return [await self._facts(listener, source.name, probed) for source in sources]

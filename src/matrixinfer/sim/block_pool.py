@@ -47,10 +47,15 @@ class BlockPool:
         """Share of blocks in use, 0 to 1."""
         return 1 - len(self._free) / (self.num_blocks - 1)
 
-    def find(self, key: Key) -> int | None:
-        """The first of the blocks that are cached under `key`."""
-        copies = self._copies.get(key)
-        return None if copies is None else copies[0]
+    def find(self, groups: Iterable[int], block_hash: int) -> list[int] | None:
+        """The first of the blocks that are cached under a hash, in each of these groups; None where there is none."""
+        found = []
+        for group in groups:
+            copies = self._copies.get(Key(group, block_hash))
+            if copies is None:
+                return None
+            found.append(copies[0])
+        return found
 
     def keys_of(self, block: int) -> list[Key]:
         """What a block is cached under."""

@@ -51,6 +51,9 @@ class PagedPrefixCache:
         self._layout = layout or Layout(groups=(Group(block_size=block_size),))
         self._groups = self._layout.groups
         self.block_size = self._layout.unit
+        self._hash_size = self._layout.hash_size
+        self._dropping = self._layout.dropping
+        self._has_states = any(group.kind == MAMBA for group in self._groups)
         self._pool = BlockPool(num_blocks, cpu)
         self._finder = Finder(self._layout)
         self._cpu = cpu
@@ -84,7 +87,8 @@ class PagedPrefixCache:
 
     def new_step(self) -> bool:
         """A step begins. Returns whether something that did not fit may fit now, although nothing was released."""
-        has_waited, self._new_states = bool(self._new_states), set()
+        has_waited = bool(self._new_states)
+        self._new_states.clear()
         return has_waited
 
     def chunk(self, sequence: Sequence, start: int, count: int, most: int) -> int:
@@ -92,9 +96,11 @@ class PagedPrefixCache:
 
         States are cached at the ends of chunks, so with mamba chunks end where a state is to be cached.
         """
-        total, unit = len(sequence.tokens), self._layout.unit
+        if not self._has_states:
+            return count
+        total, unit = len(sequence.tokens), self.block_size
         prefill_end, end = max(sequence.prompt, total - 1), start + count
-        if start >= prefill_end or all(group.kind != MAMBA for group in self._groups):
+        if start >= prefill_end:
             return count
         if end < prefill_end:
             aligned = end // unit * unit
@@ -109,11 +115,12 @@ class PagedPrefixCache:
 
     def lookup(self, sequence: Sequence) -> BlockHit:
         """Find the cached blocks of the longest prefix of `sequence` that every group can reuse."""
-        hit = self._finder.longest(
-            len(sequence.tokens),
-            sequence.hashed,
-            lambda group, end: self._pool.find(Key(group, sequence.hash_at(end))),
-        )
+        hashes, size = sequence.hashes, self._hash_size
+
+        def find(groups: list[int], end: int) -> list[int] | None:
+            return self._pool.find(groups, hashes[end // size - 1])
+
+        hit = self._finder.longest(len(sequence.tokens), sequence.hashed, find)
         sequence.junction = hit.longest if hit.longest > hit.tokens else 0
         return BlockHit(hit.blocks, hit.tokens)
 
@@ -243,7 +250,7 @@ class PagedPrefixCache:
             self._pool.events.append(sequence.stored_event(first, full, group, number, kept))
             self._copy_to_cpu(sequence, first, full)
             sequence.stored[number] = full
-        if group.is_full and group.block_size != self._layout.hash_size:
+        if group.is_full and group.block_size != self._hash_size:
             self._store_end(sequence, number, tokens)
         if group.kind == MAMBA and not self._layout.lookahead and tokens == self._last_state(sequence.prompt) > 0:
             # vLLM 0.32 takes the prompt's last state for new in every step that goes no further; 0.33 does not.
@@ -253,15 +260,15 @@ class PagedPrefixCache:
         """How many of the first `tokens` tokens a later hit can reach."""
         if len(self._groups) == 1:
             return tokens
-        aligned = tokens // self._layout.unit * self._layout.unit
-        if aligned and number in self._layout.dropping:
+        aligned = tokens // self.block_size * self.block_size
+        if aligned and number in self._dropping:
             return min(tokens, aligned + self._groups[number].block_size)
         return aligned
 
     def _store_end(self, sequence: Sequence, number: int, tokens: int) -> None:
         """Make a block findable by the last hash of the prompt within it."""
-        group, size = self._groups[number], self._layout.hash_size
-        limit = sequence.prompt - (number not in self._layout.dropping)
+        group, size = self._groups[number], self._hash_size
+        limit = sequence.prompt - (number not in self._dropping)
         end = min(limit // size * size, sequence.hashed)
         block = end // group.block_size
         if not 0 < end <= tokens or not end % group.block_size or block >= len(sequence.blocks[number]):
@@ -280,7 +287,7 @@ class PagedPrefixCache:
 
     def _last_state(self, tokens: int) -> int:
         """The last place of a prompt whose state a later one can read."""
-        layout = self._layout
-        if layout.drop:
-            return max(0, tokens // layout.unit * layout.unit - layout.unit)
-        return (tokens - max(1, layout.lookahead)) // layout.unit * layout.unit
+        unit = self.block_size
+        if self._layout.drop:
+            return max(0, tokens // unit * unit - unit)
+        return (tokens - max(1, self._layout.lookahead)) // unit * unit

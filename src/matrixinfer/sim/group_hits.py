@@ -18,6 +18,9 @@ Blocks: TypeAlias = list[int]
 _Row: TypeAlias = list[list[int] | None]
 """For each block those of all groups that are alike, or None where none is needed."""
 
+Find: TypeAlias = Callable[[list[int], int], list[int] | None]
+"""Gets groups and the end of a block. Returns the blocks that are cached there, or None where one is missing."""
+
 
 class GroupHit(NamedTuple):
     """What can be reused of a prompt."""
@@ -38,7 +41,7 @@ class _Kind(NamedTuple):
 
 
 class Finder:
-    """Looks up prefixes in groups of a layout. `find` is the block of a group that is cached at an end, if any."""
+    """Looks up prefixes in the groups of a layout."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -52,7 +55,7 @@ class Finder:
             key=lambda kind: not kind.group.is_full,
         )
 
-    def longest(self, tokens: int, hashed: int, find: Callable[[int, int], int | None]) -> GroupHit:
+    def longest(self, tokens: int, hashed: int, find: Find) -> GroupHit:
         """The longest prefix of a prompt of `tokens` tokens, `hashed` of which are in blocks with a hash."""
         blocks: list[Blocks] = [[] for _ in self._layout.groups]
         lengths: dict[int, int] = {}
@@ -87,13 +90,12 @@ class Finder:
                 del row[length // group.block_size :]
         return GroupHit(length, blocks, longest)
 
-    def _search(self, kind: _Kind, most: int, find: Callable[[int, int], int | None], *, drops: bool) -> list[Blocks]:
+    def _search(self, kind: _Kind, most: int, find: Find, *, drops: bool) -> list[Blocks]:
         group, unit = kind.group, self._layout.unit
         size = group.block_size
 
         def cached(block: int) -> list[int] | None:
-            found = [find(number, (block + 1) * size) for number in kind.numbers]
-            return [each for each in found if each is not None] if None not in found else None
+            return find(kind.numbers, (block + 1) * size)
 
         def is_end(blocks: int) -> bool:
             return not blocks * size % unit

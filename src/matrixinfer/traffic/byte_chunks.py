@@ -3,9 +3,9 @@
 A chunk is `CHUNK_BYTES` of text, or less text and the image, audio or video behind it, whatever its size. Its hash covers
 all bytes before it, like a block's. So two turns of one conversation have the same first chunks, and two images differ.
 
-    h[0] = u64(SHA-256("bytes" ‖ salt)[:8]),  h[i] = u64(SHA-256(h[i-1] as 8 bytes big endian ‖ bytes)[:8])
+    p[0] = SHA-256("bytes" [‖ 0 ‖ salt])[:8],  p[i] = SHA-256(p[i-1] ‖ the chunk's bytes)[:8]
 
-with the top bit cleared; h[0] is no chunk.
+The hash of a chunk is p[i] as a number, big endian, with the top bit cleared.
 """
 
 from __future__ import annotations
@@ -59,41 +59,54 @@ class Chunks:
 
 def cut(prompt: bytes, *, salt: str | None = None, has_media: bool = True, most: int = MOST_CHUNKS) -> Chunks:
     """Cut `prompt`, of which at most `most` chunks are hashed. Without `has_media` all of it is text."""
-    view, hashes, ends, kinds = memoryview(prompt), list[int](), list[int](), list[Kind | None]()
-    parent = sha256(b"bytes" if salt is None else b"bytes\0" + salt.encode()).digest()[:8]
-    counts: dict[Kind, int] = {}
+    cutter = _Cutter(prompt, salt, most)
+    media: dict[Kind, int] = {}
     before: int | None = None
-    start = text = 0
-
-    def add(end: int, bytes_of_text: int, kind: Kind | None) -> None:
-        nonlocal parent, start, text
-        text += bytes_of_text
-        if len(hashes) < most:
-            state = sha256(parent)
-            state.update(view[start:end])
-            parent = state.digest()[:8]
-            hashes.append(int.from_bytes(parent, "big") & _TOP_BIT_CLEARED)
-            ends.append(text)
-            kinds.append(kind)
-        start = end
-
     for medium in _media(prompt) if has_media else ():
-        while start + CHUNK_BYTES <= medium.start:
-            add(start + CHUNK_BYTES, CHUNK_BYTES, None)
-        add(medium.end, medium.start - start, medium.kind)
-        before = text if before is None else before
-        counts[medium.kind] = counts.get(medium.kind, 0) + 1
-    while start + CHUNK_BYTES <= len(prompt) and len(hashes) < most:
-        add(start + CHUNK_BYTES, CHUNK_BYTES, None)
-    text += len(prompt) - start
+        cutter.take_text(medium.start)
+        cutter.take(medium.end, medium.start - cutter.start, medium.kind)
+        before = cutter.text if before is None else before
+        media[medium.kind] = media.get(medium.kind, 0) + 1
+    cutter.take_text(len(prompt))
+    text = cutter.text + len(prompt) - cutter.start
     return Chunks(
-        hashes=tuple(hashes),
-        text=tuple(ends),
-        kinds=tuple(kinds),
+        hashes=tuple(cutter.hashes),
+        text=tuple(cutter.ends),
+        kinds=tuple(cutter.kinds),
         text_bytes=text,
-        media=counts,
+        media=media,
         before_media=text if before is None else before,
     )
+
+
+class _Cutter:
+    """The chunks up to `start`, where the next one begins."""
+
+    def __init__(self, prompt: bytes, salt: str | None, most: int) -> None:
+        self.start = self.text = 0
+        self.hashes: list[int] = []
+        self.ends: list[int] = []
+        self.kinds: list[Kind | None] = []
+        self._view = memoryview(prompt)
+        self._most = most
+        self._parent = sha256(b"bytes" if salt is None else b"bytes\0" + salt.encode()).digest()[:8]
+
+    def take_text(self, end: int) -> None:
+        """Cut full chunks of text, at most up to `end`."""
+        while self.start + CHUNK_BYTES <= end:
+            self.take(self.start + CHUNK_BYTES, CHUNK_BYTES, None)
+
+    def take(self, end: int, text_bytes: int, kind: Kind | None) -> None:
+        """Cut a chunk that ends at `end`, of which `text_bytes` are text and the rest is a medium of this kind."""
+        self.text += text_bytes
+        if len(self.hashes) < self._most:
+            state = sha256(self._parent)
+            state.update(self._view[self.start : end])
+            self._parent = state.digest()[:8]
+            self.hashes.append(int.from_bytes(self._parent, "big") & _TOP_BIT_CLEARED)
+            self.ends.append(self.text)
+            self.kinds.append(kind)
+        self.start = end
 
 
 def _media(prompt: bytes) -> Iterator[Medium]:

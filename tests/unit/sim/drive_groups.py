@@ -1,4 +1,4 @@
-"""Random calls of a cache with attention groups: those under which vLLM's own manager was recorded (`vllm_groups.json`)."""
+"""Random calls of a cache: those under which those of vLLM (`vllm_groups.json`) and SGLang (`sglang_pages.json`) were recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Request(Protocol):
 
 
 class Manager(Protocol):
-    """What is driven: the simulated cache or, when it was recorded, vLLM's."""
+    """What is driven: a simulated cache or, when it was recorded, an engine's."""
 
     def new_step(self) -> None: ...
     def begin(self, ids: list[int], salt: str | None) -> tuple[Any, int]: ...
