@@ -13,9 +13,9 @@ import numpy as np
 from bench.prompts import prose, tokenizer_path
 from matrixinfer.blocks import TokenIds
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.sim.cache import PagedPrefixCache
-from matrixinfer.sim.cache import Sequence as Cached
+from matrixinfer.sim.cache import BlockHit, PagedPrefixCache
 from matrixinfer.sim.events import BlockRemoved, BlockStored, Event, EventBatch, encode
+from matrixinfer.sim.sequence import Sequence as Cached
 
 _STEP_TOKENS = 2_048  # an engine computes at most this many tokens of a prompt per step
 _SYSTEM_TOKENS, _REPLY_TOKENS, _TURNS = 2_048, 64, 6
@@ -133,7 +133,7 @@ def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[
         for i, sequence in enumerate(running):
             if i == len(computed):
                 hit = cache.lookup(sequence)
-                computed.append(len(hit) * cache.block_size)
+                computed.append(hit.tokens)
                 _allocate(cache, sequence, computed[i], hit)
             prompt = ends[i] - _REPLY_TOKENS
             if computed[i] < prompt:
@@ -148,9 +148,9 @@ def _serve(cache: PagedPrefixCache, running: Sequence[Cached]) -> Iterator[list[
         cache.release(sequence)
 
 
-def _allocate(cache: PagedPrefixCache, sequence: Cached, computed: int, hit: Sequence[int] = ()) -> None:
+def _allocate(cache: PagedPrefixCache, sequence: Cached, computed: int, hit: BlockHit | None = None) -> None:
     if not cache.allocate(sequence, computed, hit):
-        raise ValueError(f"expected enough blocks for two prompts, got {cache.num_blocks}")
+        raise ValueError(f"expected room for two prompts, got {cache.capacity} tokens")
 
 
 _ARRAY_FIELDS = {

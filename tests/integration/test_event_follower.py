@@ -23,7 +23,7 @@ from matrixinfer.config import (
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.kvevents.follower import EventFollower
-from matrixinfer.kvevents.limits import UNCONFIRMED
+from matrixinfer.kvevents.limits import HIDDEN_COMPONENTS, UNCONFIRMED
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.publishers import KvSource
@@ -185,6 +185,14 @@ async def test_an_engine_with_more_ranks_than_publishers_is_known_in_part_and_wa
     state.facts = None
     follow(state)
     assert subscriber.feeds["a"].limits == ()
+
+
+async def test_a_hybrid_model_on_sglang_is_known_in_part(subscriber: Subscriber) -> None:
+    follow = EventFollower(subscriber, ONE_MODEL)
+    state = pod()
+    state.facts = EngineFacts(kind="sglang", architectures=("GptOssForCausalLM",))
+    follow(state)
+    assert subscriber.feeds["a"].limits == (HIDDEN_COMPONENTS,)
 
 
 async def test_feeds_know_which_ranks_their_batches_may_name(subscriber: Subscriber) -> None:

@@ -8,7 +8,7 @@ import structlog
 
 from matrixinfer.config import Config
 from matrixinfer.kvevents.feed import PodFeed
-from matrixinfer.kvevents.limits import fewer_ranks
+from matrixinfer.kvevents.limits import HIDDEN_COMPONENTS, fewer_ranks
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
@@ -87,6 +87,8 @@ class EventFollower:
         feed.remarks.reset()
         if words is not None:
             feed.remarks.note(words)
+        if pod.facts is not None and pod.facts.hides_components:
+            feed.remarks.note(HIDDEN_COMPONENTS)
 
     def _warn_of_ranks(self, pod: Pod, followed: int) -> None:
         words = _missing_ranks(pod) if followed else None

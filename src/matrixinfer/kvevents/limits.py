@@ -49,6 +49,11 @@ UNCONFIRMED = (
     "may be another engine's; let the gateway reach the engine's HTTP API"
 )
 
+HIDDEN_COMPONENTS = (
+    "the model has sliding windows or states of mamba or linear attention, and SGLang does not publish which of them it "
+    "holds, so hits may be shorter than predicted; start SGLang with --enable-cache-report, so that answers show it"
+)
+
 
 def other_rank(told: int, listed: str) -> str:
     """Words for a publisher whose batches name another rank than the one that it is listed as."""

@@ -7,6 +7,35 @@ from typing import Literal, TypeAlias, get_args
 
 EngineKind: TypeAlias = Literal["vllm", "sglang", "other"]
 
+_HYBRIDS = (
+    *(
+        "Llama4",
+        "GptOss",
+        "Gemma4",
+        "Step3p5",
+        "Step3p7",
+        "MiMoV2",
+        "DeepseekV4",
+        "GraniteSWA",
+        "GraniteMoeSWA",
+        "Laguna",
+    ),
+    *(
+        "Qwen3Next",
+        "Qwen3_5",
+        "FalconH1",
+        "NemotronH",
+        "KimiLinear",
+        "Lfm2",
+        "JetNemotron",
+        "GraniteMoeHybrid",
+        "BailingMoeV2_5",
+    ),
+    *("Mamba", "FalconMamba"),
+)
+"""How the names of models begin of which SGLang 0.5.23 keeps sliding windows, or states of mamba or linear attention,
+apart from the pages that it publishes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
@@ -18,6 +47,11 @@ class EngineFacts:
     """Data-parallel ranks."""
     architectures: tuple[str, ...] = ()
     """Names of the model's class, such as `LlamaForCausalLM`; SGLang says them."""
+
+    @property
+    def hides_components(self) -> bool:
+        """Whether what the engine reuses depends on more than it publishes."""
+        return self.kind == "sglang" and any(name.startswith(_HYBRIDS) for name in self.architectures)
 
 
 def kind_of(owner: str | None) -> EngineKind | None:

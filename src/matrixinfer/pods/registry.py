@@ -81,7 +81,9 @@ class PodRegistry:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")
             index_name, pods = name, unidentified
         healthy = [pod for pod in pods if pod.healthy]
-        return index_name, [pod for pod in healthy if pod.asleep is None] or healthy or pods
+        return index_name, [
+            pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None
+        ] or healthy or pods
 
     def configured_name(self, model: str, pods: Sequence[Pod]) -> str:
         """The configured name of a model that `pods` serve, found by the model's own name or an alias; else its own name."""

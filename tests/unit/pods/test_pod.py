@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from matrixinfer.config import PodConfig, PodWatchConfig
-from matrixinfer.pods.engine_kind import EngineFacts, kind_of
+from matrixinfer.pods.engine_kind import EngineFacts, EngineKind, kind_of
 from matrixinfer.pods.load_reports import FRESH_SECONDS, parse_load
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, RankMetrics, ServedNames
@@ -95,6 +95,20 @@ def test_the_number_of_ranks_is_the_largest_that_anything_says() -> None:
 @pytest.mark.parametrize(("owner", "kind"), [("vllm", "vllm"), ("sglang", "sglang"), ("other", None), (None, None)])
 def test_the_owner_of_the_models_names_the_kind(owner: str | None, kind: str | None) -> None:
     assert kind_of(owner) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "hides"),
+    [
+        ("sglang", "GptOssForCausalLM", True),
+        ("sglang", "Qwen3NextForCausalLM", True),
+        ("sglang", "Qwen3ForCausalLM", False),
+        ("sglang", "Gemma3ForCausalLM", False),
+        ("vllm", "GptOssForCausalLM", False),
+    ],
+)
+def test_sglang_hides_components_of_hybrid_models(kind: EngineKind, architecture: str, hides: bool) -> None:
+    assert EngineFacts(kind=kind, architectures=(architecture,)).hides_components == hides
 
 
 def test_a_sleeping_pod_gets_requests_only_if_no_other_is_awake() -> None:
