@@ -142,7 +142,7 @@ async def test_tools_that_the_engine_writes_differently_do_not_disturb_plain_cha
     async with virtual_fleet(loop, tokenizer, ENGINE, pods=1, chat_template=other) as gateway:
         await gateway.post(CHAT, chat(0))
         await asyncio.sleep(GRACE)
-        for number in range(1, parity.RUN + 1):
+        for number in range(1, 2 * parity.RUN + 1):
             tools = [*TOOLS, {"type": "function", "function": {"name": f"tool_{number * 1000}"}}]
             await gateway.post(CHAT, chat(number, tools=tools[::-1]))
             await checks(gateway, "chat+tools")

@@ -43,6 +43,8 @@ def test_everything_observed_is_exposed_under_its_documented_name() -> None:
         ("matrixinfer_decision_stage_seconds_sum", ("tokenize",)): 0.002,
         ("matrixinfer_routed_total", ("a",)): 1,
         ("matrixinfer_degraded_total", ("tokenize",)): 1,
+        ("matrixinfer_engine_tokenize_seconds_count", ()): 0,
+        ("matrixinfer_engine_tokenize_seconds_sum", ()): 0,
         ("matrixinfer_prompt_tokens_total", ()): 100,
         ("matrixinfer_predicted_hit_tokens_total", ()): 64,
     }
