@@ -42,4 +42,4 @@ class LeastPrefill(Plugin):
             pod.queued_tokens + max(0.0, prompt - pod.credit * size) + per_request * pod.load for pod in candidates
         ]
         scale, least = self._scale, min(costs, default=0)
-        return Scores(values=[100.0 * (scale / (scale + cost - least)) for cost in costs])
+        return Scores(values=[100.0 * (scale / (scale + (cost - least))) for cost in costs])
