@@ -30,7 +30,9 @@ MatrixInferError
 ├── IndexUnavailable
 │   └── ScriptsRefused         index.redis.store: the server does not run scripts for this user
 ├── TokenizeError
-│   └── NeedsThread            prompt.encoders: the text must be encoded in a thread
+│   ├── NeedsThread            prompt.encoders: the text must be encoded in a thread
+│   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
+│   └── TokensLate             prompt.manager: the token ids have not come in time
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
