@@ -33,7 +33,9 @@ class Reuse:
         self._usual = 0.0  # tokens predicted
 
     def share(self, now: float) -> float:
-        """Share of a predicted hit that is reused: `LEAST` to 1."""
+        """Share of a predicted hit that is reused: `LEAST` to 1, and 1 as long as the events are not known to say too much."""
+        if not self.is_short:
+            return 1.0
         shortfall = self._faded(now)
         return 1.0 if shortfall < _NEGLIGIBLE else max(LEAST, 1.0 - shortfall)
 

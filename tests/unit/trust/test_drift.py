@@ -218,15 +218,6 @@ def test_answers_scale_what_is_predicted_and_the_share_recovers() -> None:
     assert world.drift.reuse("a") == 1.0
 
 
-def test_an_endpoint_that_is_indexed_again_starts_with_full_credit() -> None:
-    world = World()
-    world.report(0, 0)
-    assert world.drift.reuse("a") < 0.7
-    world.report(0)
-    assert world.resyncs == [("a", True)]
-    assert world.drift.reuse("a") == 1.0
-
-
 def test_an_engine_that_reuses_less_again_and_again_gets_a_limit_and_is_left_alone() -> None:
     world = World()
     with capture_logs() as logs:

@@ -13,16 +13,36 @@ def test_answers_that_agree_change_nothing() -> None:
     assert (reuse.share(1.0), reuse.is_short) == (1.0, False)
 
 
-def test_one_answer_weighs_little() -> None:
+def short() -> Reuse:
+    """An endpoint that is known to reuse less than predicted, and now gets full credit again."""
     reuse = Reuse()
+    for _ in range(SHORT_AFTER):
+        reuse.observe(1, 0, 0.0)
+    reuse.start_over()
+    assert reuse.is_short
+    return reuse
+
+
+def test_nothing_is_taken_off_until_the_events_are_known_to_say_too_much() -> None:
+    reuse = Reuse()
+    for _ in range(SHORT_AFTER - 1):
+        reuse.observe(64, 0, 0.0)
+        assert reuse.share(0.0) == 1.0
     reuse.observe(64, 0, 0.0)
-    assert reuse.share(0.0) == 0.8
+    assert reuse.share(0.0) < 0.5
+
+
+def test_one_answer_weighs_little() -> None:
+    reuse = short()
+    reuse.observe(64, 0, 0.0)
+    assert reuse.share(0.0) == pytest.approx(0.8)
 
 
 def test_a_small_prediction_says_little_about_large_ones() -> None:
-    reuse = Reuse()
+    reuse = short()
     for _ in range(10):
         reuse.observe(10_000, 10_000, 0.0)
+    assert reuse.is_short
     reuse.observe(16, 0, 0.0)
     assert reuse.share(0.0) == 1.0
     reuse.observe(100_000, 0, 0.0)
