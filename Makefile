@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --duratio
 UNIT := tests/unit tests/conformance
 TIMES ?= 10
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm check lint bench traces format lock clean
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm check-engines check lint bench traces format lock clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -38,6 +38,9 @@ test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
 	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v tests/vllm
 
+check-engines: .venv/dev.stamp ## What the newest vLLM and SGLang publish that the gateway does not know (86 MB into .engines)
+	$(BIN)/python -m watch .engines --page docs/engines.md
+
 check: lint test-unit ## Format, lint, types, import contracts, unit tests
 
 lint: .venv/dev.stamp
@@ -60,7 +63,7 @@ lock: .venv/dev.stamp ## Pin the newest requirements
 	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 
-clean: ## Remove what the targets made, but for the engines in .vllm
+clean: ## Remove what the targets made, but for the engines in .vllm and .engines
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/dev.stamp: requirements/data.txt

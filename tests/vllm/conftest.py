@@ -75,11 +75,11 @@ class EngineFactory:
         self._version = version
         self._model = model
 
-    def __call__(self, count: int, options: Options) -> list[Engine]:
+    def __call__(self, count: int, options: Options, *, model: Path | None = None) -> list[Engine]:
         return [
             Engine(
                 executable=executable(self._folder, self._version),
-                model=self._model,
+                model=model or self._model,
                 options=options,
                 folder=self._folder,
                 core=number % (os.cpu_count() or 1),
