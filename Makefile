@@ -8,6 +8,7 @@ EXTRAS := --extra mistral --extra tiktoken
 
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm
+TESTS ?= tests/vllm
 
 # Two workers for two cores; a third one where tests mostly wait for processes and timers. A file stays on one worker.
 PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --durations 15
@@ -34,9 +35,9 @@ test-rest: .venv/dev.stamp
 test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside a process that takes a whole core
 	TIMES=$(TIMES) .ci/repeat
 
-test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (10 to 25 minutes, 3.4 GB)
+test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (an hour, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
-	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v tests/vllm
+	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v $(TESTS)
 
 check-engines: .venv/dev.stamp ## What the newest vLLM and SGLang publish that the gateway does not know (86 MB into .engines)
 	$(BIN)/python -m watch .engines --page docs/engines.md

@@ -155,19 +155,13 @@ _FULL = frozenset({"full_attention"})
 _MTP = {"method": "mtp", "num_speculative_tokens": 1}
 
 KINDS: dict[str, Kind] = {
-    "sliding windows and full attention (Gemma 3)": Kind(
-        config=_GEMMA, blocks=1600, attention=_FULL | {"sliding_window"}
-    ),
-    "sliding windows and full attention (gpt-oss)": Kind(
-        config=_GPT_OSS, blocks=800, parser="openai", renders=False, attention=_FULL | {"sliding_window"}
-    ),
-    "mamba and full attention (Qwen3-Next)": Kind(
-        config=_QWEN_NEXT, arguments=("--mamba-cache-mode", "align"), attention=_FULL | {"mamba"}
-    ),
-    "MLA (DeepSeek)": Kind(
+    "gemma3": Kind(config=_GEMMA, blocks=1600, attention=_FULL | {"sliding_window"}),
+    "gpt-oss": Kind(config=_GPT_OSS, blocks=800, parser="openai", renders=False, attention=_FULL | {"sliding_window"}),
+    "qwen3-next": Kind(config=_QWEN_NEXT, arguments=("--mamba-cache-mode", "align"), attention=_FULL | {"mamba"}),
+    "deepseek": Kind(
         config=_DEEPSEEK, block_size=16, blocks=800, caches_prefixes=False, attention=frozenset({"mla_attention"})
     ),
-    "MLA and MTP (DeepSeek)": Kind(
+    "deepseek-mtp": Kind(
         config=_DEEPSEEK | {"num_nextn_predict_layers": 1},
         speculation=_MTP,
         block_size=16,
@@ -176,23 +170,26 @@ KINDS: dict[str, Kind] = {
         attention=frozenset({"mla_attention"}),
         drops_block=True,
     ),
-    "MTP (GLM)": Kind(config=_GLM, speculation=_MTP, attention=_FULL, drops_block=True),
-    "EAGLE (Llama)": Kind(
+    "glm-mtp": Kind(config=_GLM, speculation=_MTP, attention=_FULL, drops_block=True),
+    "llama-eagle": Kind(
         config=_LLAMA,
         speculation={"method": "eagle", "num_speculative_tokens": 2},
         draft=_EAGLE,
         attention=_FULL,
         drops_block=True,
     ),
-    "n-grams (Qwen 2)": Kind(
+    "qwen2-ngram": Kind(
         config=_QWEN,
         speculation={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
         attention=_FULL,
     ),
-    "chunked and full attention (Llama 4)": Kind(
-        config=_LLAMA4, blocks=1600, attention=_FULL | {"chunked_local_attention"}, is_exact=False
+    "llama4": Kind(config=_LLAMA4, blocks=1600, attention=_FULL | {"chunked_local_attention"}, is_exact=False),
+    "mistral": Kind(config=_MISTRAL, attention=frozenset({"sliding_window"}), is_exact=False),
+    "mistral-dense": Kind(
+        config=_MISTRAL,
+        arguments=("--prefix-cache-retention-interval", "None"),
+        attention=frozenset({"sliding_window"}),
     ),
-    "sliding windows alone (Mistral)": Kind(config=_MISTRAL, attention=frozenset({"sliding_window"}), is_exact=False),
 }
 
 

@@ -85,6 +85,8 @@ class Target:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         hits = {name: pod["predicted_hit_tokens"] for name, pod in decision["pods"].items()}
         tally.add(hits[endpoint], cached)
+        if hits[endpoint] != cached:
+            print(f"{decision['tokens']} tokens: predicted {hits[endpoint]}, reported {cached}", flush=True)
         if self.recording is not None:
             await self.recording.add(body, body["prompt"], cached)
         return Answer(hits[endpoint], cached, endpoint, max(hits.values()), text)
