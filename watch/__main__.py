@@ -9,7 +9,7 @@ from pathlib import Path
 
 from watch.compare import differences
 from watch.known import ENGINES
-from watch.releases import fetch, newest
+from watch.releases import fetch, find
 from watch.report import Result, written
 from watch.sources import CannotRead, opened
 
@@ -25,7 +25,7 @@ def main() -> int:
     results: dict[str, Result] = {}
     for engine in ENGINES:
         try:
-            release = newest(engine.package, uv=Path(sys.executable).with_name("uv"))
+            release = find(engine.package, uv=Path(sys.executable).with_name("uv"))
             with opened(fetch(release, arguments.folder)) as sources:
                 news = differences(engine, sources)
         except CannotRead as error:

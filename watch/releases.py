@@ -36,17 +36,18 @@ class Release:
         return self.url.split("#")[0].rsplit("/", 1)[-1]
 
 
-def newest(package: str, *, uv: Path) -> Release:
-    """The newest release that is no preview. Raises `CannotRead`."""
+def find(package: str, *, uv: Path, version: str | None = None) -> Release:
+    """A release; without a version the newest one that is no preview. Raises `CannotRead`."""
+    wanted = package if version is None else f"{package}=={version}"
     command = [uv, "pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml"]
     command += ["--python-version", PYTHON, "--python-platform", PLATFORM, "-"]
     try:
         done = subprocess.run(  # noqa: S603 - the arguments are constants
-            list(map(str, command)), input=package, capture_output=True, text=True, timeout=INDEX_SECONDS, check=True
+            list(map(str, command)), input=wanted, capture_output=True, text=True, timeout=INDEX_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        raise CannotRead(f"the package index was asked for {package} and did not answer: {said}") from error
+        raise CannotRead(f"the package index was asked for {wanted} and did not answer: {said}") from error
     return parse_lock(package, done.stdout)
 
 
@@ -66,7 +67,7 @@ def parse_lock(package: str, lock: str) -> Release:
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise CannotRead(
             f"uv's lock file of {package} names no file with a size and a SHA-256 ({error!r}). Look at it with "
-            "`uv pip compile --no-deps --format pylock.toml`, and mend watch/releases.py"
+            "`uv pip compile --no-deps --format pylock.toml -`, and mend watch/releases.py"
         ) from error
 
 

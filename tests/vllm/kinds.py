@@ -14,6 +14,8 @@ from .model import HEADS, HIDDEN, INNER, KV_HEADS, MAX_TOKENS, VOCABULARY, write
 
 WINDOW = 128
 """Tokens of a sliding window, or of a chunk."""
+DROPPING = ("0.32.0",)
+"""Versions that drop a block of every hit when they draft with EAGLE or MTP."""
 _PLUGIN = "prefix_caching_plugin"
 
 _SHAPE = {
@@ -54,7 +56,7 @@ class Kind:
     attention: frozenset[str]
     """The kinds of attention that its events must name."""
     drops_block: bool = False
-    """Drops a block of every hit, which no event says."""
+    """Drops a block of every hit, which no event says, in the versions in `DROPPING`."""
     is_exact: bool = True
     """Otherwise hits may be longer than predicted, and the feed says so."""
 

@@ -40,7 +40,7 @@ def release(folder: Path, monkeypatch: pytest.MonkeyPatch, events: str) -> None:
         size=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    monkeypatch.setattr(command, "newest", lambda package, uv: found)
+    monkeypatch.setattr(command, "find", lambda package, uv: found)
 
 
 def test_a_known_release_is_written_to_the_page(
@@ -67,6 +67,6 @@ def test_a_release_that_cannot_be_had_is_a_failure(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = Release(package="made", version="3.0", url=page.with_name("none.whl").as_uri(), size=1, sha256="")
-    monkeypatch.setattr(command, "newest", lambda package, uv: gone)
+    monkeypatch.setattr(command, "find", lambda package, uv: gone)
     assert command.main() == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("- Made: none.whl cannot be downloaded: ")

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from watch.releases import Release, fetch, newest, parse_lock
+from watch.releases import Release, fetch, find, parse_lock
 from watch.sources import CannotRead, opened
 
 LOCK = """
@@ -52,7 +52,7 @@ def test_a_lock_file_that_names_no_file_says_where_to_look(lock: str) -> None:
 
 def test_an_index_that_does_not_answer_is_quoted() -> None:
     with pytest.raises(CannotRead, match=r"asked for made and did not answer: .*No such file"):
-        newest("made", uv=Path("/nonexistent/uv"))
+        find("made", uv=Path("/nonexistent/uv"))
 
 
 @pytest.mark.parametrize("make", [wheel, distribution])
