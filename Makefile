@@ -8,13 +8,14 @@ EXTRAS := --extra harmony --extra mistral --extra tiktoken
 
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm
+TESTS ?= tests/vllm
 
 # Two workers for two cores; a third one where tests mostly wait for processes and timers. A file stays on one worker.
 PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --durations 15
 UNIT := tests/unit tests/conformance
 TIMES ?= 10
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm check lint bench traces format lock clean
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm check-engines check lint bench traces format lock clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -34,9 +35,12 @@ test-rest: .venv/dev.stamp
 test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside a process that takes a whole core
 	TIMES=$(TIMES) .ci/repeat
 
-test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (10 to 25 minutes, 3.4 GB)
+test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (an hour, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
-	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v tests/vllm
+	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v $(TESTS)
+
+check-engines: .venv/dev.stamp ## What the newest vLLM and SGLang publish that the gateway does not know (86 MB into .engines)
+	$(BIN)/python -m watch .engines --page docs/engines.md
 
 check: lint test-unit ## Format, lint, types, import contracts, unit tests
 
@@ -60,7 +64,7 @@ lock: .venv/dev.stamp ## Pin the newest requirements
 	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 
-clean: ## Remove what the targets made, but for the engines in .vllm
+clean: ## Remove what the targets made, but for the engines in .vllm and .engines
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/dev.stamp: requirements/data.txt

@@ -32,11 +32,19 @@ class Options:
     block_size: int = 32
     blocks: int = 400
     """Blocks in the KV cache."""
+    max_tokens: int = 8192
+    """Tokens of the longest request, at most."""
     ranks: int = 1
     adapters: tuple[tuple[str, Path], ...] = ()
     """Names and folders."""
     reports_cached: bool = True
     """Its answers report how many prompt tokens it found in its cache."""
+    parser: str = "pythonic"
+    """Of tool calls."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of `vllm serve`."""
+    path: Path | None = None
+    """A folder with further Python modules."""
 
 
 @dataclass(kw_only=True)
@@ -129,9 +137,9 @@ class Engine:
             "port": api,
             "block-size": options.block_size,
             "num-gpu-blocks-override": options.blocks,
-            "max-model-len": min(8192, options.block_size * (options.blocks - 2)),
+            "max-model-len": min(options.max_tokens, options.block_size * (options.blocks - 2)),
             "max-num-seqs": 16,
-            "tool-call-parser": "pythonic",
+            "tool-call-parser": options.parser,
             "kv-events-config": json.dumps(events_config),
         }
         if options.ranks > 1:
@@ -150,19 +158,25 @@ class Engine:
         if options.adapters:
             modules = (f"{name}={folder}" for name, folder in options.adapters)
             yield from ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", *modules)
+        yield from options.arguments
 
     def _environment(self) -> dict[str, str]:
         binding = "|".join(map(str, range(self.options.ranks))) if self.options.ranks > 1 else str(self.core)
-        return os.environ | {
-            "VLLM_CACHE_ROOT": str(self.folder / "cache"),
-            "VLLM_CONFIG_ROOT": str(self.folder / "config"),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": binding,
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        path = {"PYTHONPATH": str(self.options.path)} if self.options.path is not None else {}
+        return (
+            os.environ
+            | path
+            | {
+                "VLLM_CACHE_ROOT": str(self.folder / "cache"),
+                "VLLM_CONFIG_ROOT": str(self.folder / "config"),
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": binding,
+                "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "DO_NOT_TRACK": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+        )
 
 
 def logs_of(folder: Path) -> Path:

@@ -62,12 +62,17 @@ def make_model(folder: Path) -> Path:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer of the model in `folder`."""
     tokenizer = tokenizer_of(folder)
     tokenizer.mkdir(exist_ok=True)
     shutil.copy(TOKENIZER / "tokenizer.json", tokenizer)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "model_max_length": MAX_TOKENS}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def tokenizer_of(model: Path) -> Path:

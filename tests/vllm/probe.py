@@ -9,6 +9,7 @@ import zmq
 import zmq.asyncio
 
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.wire import BlockStored, decode
 
 SECONDS = 30.0
 SILENCE_SECONDS = 0.3
@@ -19,14 +20,29 @@ class Probe:
     """Asks the replay sockets in `endpoints`, by name of the feed."""
 
     def __init__(self, endpoints: Mapping[str, str]) -> None:
-        self._endpoints = endpoints
+        self.endpoints = endpoints
 
     async def settled(self, feeds: Mapping[str, PodFeed]) -> None:
         """Wait until every feed has all events of its engine. Raises `TimeoutError`."""
         with zmq.asyncio.Context() as context:
             async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
                 for name, feed in feeds.items():
-                    group.create_task(self._settled(context, self._endpoints[name], feed))
+                    group.create_task(self._settled(context, self.endpoints[name], feed))
+
+    async def kinds(self, name: str) -> set[str | None]:
+        """The kinds of attention that a feed's engine names in the events that it still has."""
+        kinds: set[str | None] = set()
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.connect(self.endpoints[name])
+            await socket.send_multipart([b"", bytes(8)])
+            async with asyncio.timeout(SECONDS):
+                while (frames := await socket.recv_multipart())[-2] != _END:
+                    kinds |= {
+                        each.kv_cache_spec_kind for each in decode(frames[-1]).events if isinstance(each, BlockStored)
+                    }
+        return kinds
 
     async def _settled(self, context: zmq.asyncio.Context, endpoint: str, feed: PodFeed) -> None:
         with context.socket(zmq.DEALER) as socket:

@@ -26,6 +26,7 @@ from tests.waiting import eventually
 from .engine import NAME, Engine
 from .model import tokenizer_of
 from .probe import Probe
+from .recording import Recording
 from .results import Tally
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -61,6 +62,8 @@ class Target:
     service: Service
     session: aiohttp.ClientSession
     probe: Probe
+    recording: Recording | None = None
+    """Takes the requests that `ask` sends, whose prompt is token ids."""
 
     @property
     def feeds(self) -> Mapping[str, PodFeed]:
@@ -71,6 +74,8 @@ class Target:
         """Send a request, after every event of the previous ones has arrived, and add it to the tally."""
         body = {"model": NAME, "temperature": 0, "max_tokens": 4, **body}
         await self.wait_for_events()
+        if self.recording is not None:
+            await self.recording.take_frames()
         decision = await self.explain(path, body)
         async with self.session.post(self.service.gateway.url + path, json=body) as response:
             assert response.status == 200, await response.text()
@@ -80,6 +85,10 @@ class Target:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         hits = {name: pod["predicted_hit_tokens"] for name, pod in decision["pods"].items()}
         tally.add(hits[endpoint], cached)
+        if hits[endpoint] != cached:
+            print(f"{decision['tokens']} tokens: predicted {hits[endpoint]}, reported {cached}", flush=True)
+        if self.recording is not None:
+            await self.recording.add(body, body["prompt"], cached)
         return Answer(hits[endpoint], cached, endpoint, max(hits.values()), text)
 
     async def explain(self, path: str, body: Json) -> Json:

@@ -130,6 +130,40 @@ async def evictions(target: Target, tally: Tally, draw: random.Random, *, count:
     return [await target.ask(tally, COMPLETIONS, {"prompt": prompt}) for prompt in _cut(draw, prefixes, count)]
 
 
+async def varied(
+    target: Target, tally: Tally, draw: random.Random, *, count: int, block: int, tokens: int = 1500
+) -> list[Answer]:
+    """New prompts, and earlier ones as they were, cut anywhere or at a block, grown, or with a salt."""
+    prompts = [few_ids(draw, draw.randrange(1, tokens)) for _ in range(3)]
+    answers = []
+    for _ in range(count):
+        prompt, salt = _vary(draw, draw.choice(prompts), block, tokens), draw.choice((None, None, None, "s"))
+        body = {"prompt": prompt, "max_tokens": draw.choice((1, 4, block + 3))} | ({"cache_salt": salt} if salt else {})
+        answers.append(await target.ask(tally, COMPLETIONS, body))
+        prompts = [*prompts[-40:], prompt]
+    return answers
+
+
+def _vary(draw: random.Random, prompt: list[int], block: int, tokens: int) -> list[int]:
+    whole = len(prompt) // block * block
+    match draw.randrange(6):
+        case 0:
+            return few_ids(draw, draw.randrange(1, tokens))
+        case 1:
+            return prompt
+        case 2:
+            return prompt[: draw.randrange(len(prompt)) + 1]
+        case 3:
+            return prompt[: max(1, min(whole, draw.randrange(len(prompt)) // block * block) + draw.choice((-1, 0, 1)))]
+        case _:
+            return [*prompt[: draw.choice((whole, len(prompt)))], *few_ids(draw, draw.randrange(1, 200))][: 2 * tokens]
+
+
+def few_ids(draw: random.Random, count: int) -> list[int]:
+    """Tokens of a small alphabet, so that a recording of them is small."""
+    return [draw.randrange(1000, 1256) for _ in range(count)]
+
+
 def _cut(draw: random.Random, prefixes: list[list[int]], count: int) -> Iterator[list[int]]:
     for prefix in chain(prefixes, (draw.choice(prefixes) for _ in range(count - len(prefixes)))):
         yield [*prefix[: draw.randrange(len(prefix) // 2, len(prefix))], *ids(draw, draw.randrange(1, 100))]

@@ -241,8 +241,10 @@ class Auditor:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and ledger.hides_salts):
             return None
-        block, rule, chain = request.block_size, ledger.reusable.rule, request.chain
+        block, rule, chain, longest = request.block_size, ledger.reusable.rule, request.chain, None
         if rule is None:
+            if size % block:  # the engine may hold more than ends with a whole token block
+                longest = (tokens - 1) // size * size
             # Engine blocks beyond the last whole token block can be evicted without any token block going, so the
             # prediction stops before them.
             held = min(match * block, tokens - 1) // size * size
@@ -265,11 +267,11 @@ class Auditor:
             token_block=covered,
             stores=stores,
             dropped=chosen.dropped_tokens,
-            explains=partial(self._explains, chosen.name, ledger),
+            explains=partial(self._explains, chosen.name, ledger, longest),
         ).open()
 
-    def _explains(self, endpoint: str, ledger: Ledger, predicted: int, cached: int) -> bool:
-        return self._drops.explains(endpoint, ledger, predicted=predicted, cached=cached)
+    def _explains(self, endpoint: str, ledger: Ledger, longest: int | None, predicted: int, cached: int) -> bool:
+        return self._drops.explains(endpoint, ledger, predicted=predicted, cached=cached, longest=longest)
 
 
 def _model_at(feed: PodFeed, prepared: Prepared) -> str:

@@ -5,6 +5,10 @@ its cache. Answers show it: each reports one block less than predicted. After `R
 known, and predictions count with it; after as many that report one block more it is taken back. As many that report
 just what was predicted settle it until the feed starts again: from then on an answer with less shows blocks that the
 index claims wrongly. An answer without any hit says nothing about a drop.
+
+Where token blocks are larger than the engine's, a prediction ends with a whole token block, and the engine may hold up to
+a token block more. Then an answer with as much as predicted, or more, is no proof against a drop, unless it reports the
+longest hit that the prompt allows: an engine that drops never does.
 """
 
 from __future__ import annotations
@@ -35,15 +39,23 @@ class Drops:
         """Endpoints remembered."""
         return len(self._runs)
 
-    def explains(self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int) -> bool:
+    def explains(
+        self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int, longest: int | None = None
+    ) -> bool:
         """Whether a drop may be why an answer reports `cached` tokens where `predicted` were expected.
 
-        Learns from it: after `RUN` equal differences in a row the ledger counts with the drop, or without; after `RUN`
-        answers as predicted nothing is learned, or explained, any more.
+        `longest` is the longest hit that the prompt allows, where the engine may hold more than was predicted; None where
+        the prediction is to the engine's block. Learns from it: after `RUN` equal differences in a row the ledger counts
+        with the drop, or without; after `RUN` answers as predicted nothing is learned, or explained, any more.
         """
         block, reusable = ledger.drop_unit, ledger.reusable
         if reusable.drop_is_settled or not cached:
             return False
+        if longest is not None and cached >= predicted:
+            if cached == longest:
+                predicted = cached - block if ledger.drops else cached
+            elif cached > predicted or not ledger.drops:
+                return False
         if not block or predicted - cached not in (block, 0, -block):
             self._runs.pop(endpoint, None)
             return False

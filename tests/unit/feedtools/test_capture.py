@@ -122,6 +122,21 @@ def test_hits_of_every_kind_of_attention_are_predicted_or_named(name: str, compa
     assert set(report.unsupported.values()) == reasons
 
 
+@pytest.mark.parametrize(
+    ("name", "requests"), [("deepseek", 44), ("deepseek-mtp", 45), ("gemma3", 45), ("qwen3-next", 45)]
+)
+def test_hits_of_running_engines_of_other_kinds_are_predicted(name: str, requests: int) -> None:
+    report = check_capture(recorded(f"capture-{name}"))
+    assert (report.requests, report.mismatches) == (requests, [])
+    assert set(report.unsupported.values()) <= {COPIES}
+
+
+@pytest.mark.parametrize("block_size", [8, 48, 64, 128])
+@pytest.mark.parametrize("name", ["deepseek", "gemma3", "qwen3-next"])
+def test_hits_of_other_kinds_are_predicted_at_any_size_of_token_blocks(name: str, block_size: int) -> None:
+    assert check_capture(recorded(f"capture-{name}"), block_size=block_size).mismatches == []
+
+
 # The rules of comparison
 
 

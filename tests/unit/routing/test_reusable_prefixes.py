@@ -150,6 +150,36 @@ async def test_an_engine_that_reuses_less_than_its_events_say_is_predicted_by_it
     assert world.feed("a").ledger.limits == ()
 
 
+async def test_a_drop_is_learnt_for_good_where_token_blocks_are_larger_than_the_engines() -> None:
+    world, drops = World(4 * BLOCK), BLOCK
+    world.publish(event(0, "full_attention", 0, 12))
+    short, middle, long = (4 * BLOCK + 5, 4 * BLOCK), (5 * BLOCK + 5, 5 * BLOCK), (7 * BLOCK + 5, 7 * BLOCK)
+    for tokens, held in (middle, middle, middle, long, long, long, short, middle, short, long, short):
+        await world.ask(held - drops, tokens)  # `short` alone shows the drop: the others are one token block and more
+    assert await world.predicted(short[0]) == 3 * BLOCK
+    for tokens, held in (middle, middle, middle, long, long, long, short, short, short):
+        await world.ask(held - drops, tokens)
+    assert await world.predicted(short[0]) == 3 * BLOCK
+    assert not world.parts.drift.doubts("a")
+    assert b"kv_resyncs_total{" not in world.parts.metrics.render()
+
+
+async def test_the_longest_hit_of_a_prompt_shows_that_nothing_is_dropped() -> None:
+    world, tokens = World(4 * BLOCK), 7 * BLOCK + 5
+    world.publish(event(0, "full_attention", 0, 12))
+    for _ in range(RUN):
+        await world.ask(3 * BLOCK, 4 * BLOCK + 5)
+    assert await world.predicted(tokens) == 3 * BLOCK
+    for _ in range(RUN):
+        await world.ask(7 * BLOCK, tokens)
+    assert await world.predicted(tokens) == 4 * BLOCK
+    for _ in range(RUN):
+        await world.ask(7 * BLOCK, tokens)
+    for _ in range(RUN):
+        await world.ask(3 * BLOCK, 4 * BLOCK + 5)
+    assert world.parts.resyncs == ["a"]
+
+
 async def test_a_drop_that_answers_have_settled_explains_nothing_later() -> None:
     world, tokens = World(BLOCK), 9 * BLOCK + 5
     world.publish(event(0, "full_attention", 0, 9))
