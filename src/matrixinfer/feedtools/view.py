@@ -9,8 +9,9 @@ from typing import Any
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.feedtools.describe import Line, describe, listed, plural, shown, tallied
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import AllBlocksCleared, BlockStored, Event, MalformedFrame, decode
 
 _MAX_PLACES = 16

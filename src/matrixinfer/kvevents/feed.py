@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.cursor import Cursor, Source
 from matrixinfer.kvevents.held import HeldFrames
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
 from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
@@ -81,9 +82,8 @@ class PodFeed:
             return FeedState.STALE
         if self._phase is not Phase.FOLLOWING:
             return FeedState.SYNCING
-        ledger = self.ledger
-        is_exact = not ledger.hides_salts and not ledger.hides_adapters and not ledger.limits
-        return FeedState.COMPLETE if is_exact and self._knowledge is Knowledge.WHOLE else FeedState.PARTIAL
+        is_exact = self.ledger.is_exact and self._knowledge is Knowledge.WHOLE
+        return FeedState.COMPLETE if is_exact else FeedState.PARTIAL
 
     @property
     def untrusted(self) -> str | None:

@@ -217,6 +217,11 @@ def tokens_of(event: BlockStored) -> bytes | None:
     return packed.tobytes()
 
 
+def parent_of(event: BlockStored) -> int | None:
+    """The block that the event's blocks follow; None for the root."""
+    return None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
+
+
 def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
     """The tokens of blocks of token pairs, as SGLang publishes them when it drafts with EAGLE.
 

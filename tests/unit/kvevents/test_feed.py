@@ -4,8 +4,9 @@ import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import feed as feed_module
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.feed import FeedState, PodFeed
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import Event
 
 from .support import CLEARED, Follower, frame, removed, stored

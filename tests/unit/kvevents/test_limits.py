@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.kvevents import limits
+from matrixinfer.kvevents import event_reader, limits
 from matrixinfer.kvevents.limits import Limits
 from matrixinfer.kvevents.tiers import MOST_UNEVICTED_TOKENS, Unevicted
 
@@ -156,8 +156,9 @@ def test_the_oldest_blocks_of_a_silent_tier_are_forgotten() -> None:
     assert MOST_UNEVICTED_TOKENS >= 1_000_000
 
 
-def test_a_silent_tier_does_not_grow_for_ever(engine: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.ledger, "_unevicted", Unevicted(most_tokens=64))
+def test_a_silent_tier_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_reader, "Unevicted", lambda: Unevicted(most_tokens=64))
+    engine = Follower(TokenBlockProcessor(4))
     for number in range(100):
         tokens = [number, *range(7)]
         engine.apply(stored([2 * number + 1, 2 * number + 2], tokens, medium="cpu"))
