@@ -34,11 +34,19 @@ from matrixinfer.index.ends import search
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.limits import CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNKNOWN_KIND, UNLINKED
+from matrixinfer.kvevents.limits import (
+    CHUNKED,
+    CHUNKED_ALONE,
+    FINE_STATES,
+    SLOWER_TIERS,
+    SPARSE_WINDOWS,
+    UNKNOWN_KIND,
+    UNLINKED,
+)
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
-_LENGTHEN = (CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
+_LENGTHEN = (CHUNKED, CHUNKED_ALONE, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
 """Limits with which hits may be longer than predicted, never shorter."""
 
 

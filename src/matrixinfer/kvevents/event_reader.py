@@ -204,13 +204,15 @@ class EventReader:
         self, forest: Forest, event: BlockStored, ids: Sequence[int], tokens: bytes, parent: int | None, whole: int
     ) -> None:
         """Store blocks smaller than the group's, as far as they make whole ones."""
-        self._reusable.linked(ids, parent, event.block_size)
+        self._reusable.linked(event, ids, parent, tokens)
         for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
             keys = event.extra_keys if isinstance(event.extra_keys, list) else None
+            ahead = event.lookahead
             piece = msgspec.structs.replace(
                 event,
                 block_size=whole,
-                extra_keys=None if keys is None else keys[made.position : made.position + 1],
+                extra_keys=None if keys is None else keys[made.first : made.first + 1],
+                lookahead_token_ids=None if ahead is None else ahead[made.last : made.last + 1],
             )
             self._store_dense(forest, piece, [made.block], made.tokens, made.parent)
 

@@ -10,7 +10,7 @@ from collections.abc import MutableMapping, Sequence
 from matrixinfer.kvevents.counts import LedgerStats
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Kind, kind_of
-from matrixinfer.kvevents.limits import CHUNKED, FINE_STATES, MISFITS, SPARSE_WINDOWS, UNLINKED, Limits
+from matrixinfer.kvevents.limits import CHUNKED, CHUNKED_ALONE, FINE_STATES, MISFITS, SPARSE_WINDOWS, UNLINKED, Limits
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, tier_of
@@ -64,12 +64,12 @@ class Grouping:
             self._learn(event, kind, group)
         if group == reusable.primary and reusable.is_rooted:
             return False
-        is_dense = tokens_of(event) is not None
-        ids = block_ids(event.block_hashes)
+        tokens, ids = tokens_of(event), block_ids(event.block_hashes)
+        is_dense = tokens is not None
         parent = parent_of(event) if is_dense else None
-        if is_dense:
-            reusable.linked(ids, parent, event.block_size)
-        reusable.stored(group, ids, parent)
+        if tokens is not None:
+            reusable.linked(event, ids, parent, tokens)
+        reusable.stored(group, ids, parent, is_dense=is_dense)
         if group == reusable.primary and is_dense:
             return False
         if group == reusable.primary:
@@ -98,6 +98,8 @@ class Grouping:
         for spec in reusable.specs.values():
             if spec.kind is Kind.CHUNKED and spec.span is None:
                 self._limits.note(CHUNKED, lasting=True)
+            if spec.kind is Kind.CHUNKED and not reusable.is_rooted:
+                self._limits.note(CHUNKED_ALONE, lasting=True)
             if spec.kind is Kind.MAMBA and spec.has_fine_blocks:
                 self._limits.note(FINE_STATES, lasting=True)
         if reusable.primary == before:
@@ -107,6 +109,7 @@ class Grouping:
             self._reach.drop_all(forest)  # its group still counts those blocks
         if reusable.is_rooted:
             self._limits.drop(SPARSE_WINDOWS)
+            self._limits.drop(CHUNKED_ALONE)
 
     def _check_links(self) -> None:
         """See whether the blocks of other groups, as this batch left them, are among those of the primary one."""

@@ -68,7 +68,7 @@ class Ledger:
         self.model = model
         self.stats = LedgerStats()
         self.tiers = Tiers(pod, index, history)
-        self.reusable = Reusable(pod, index, blocks)
+        self.reusable = Reusable(pod, model, index, blocks)
         self._history = history
         self._limits = Limits()
         self._reach = Reach(self.tiers, self.reusable)
@@ -130,8 +130,7 @@ class Ledger:
     @property
     def drop_unit(self) -> int:
         """Tokens by which the engine cuts its hits, if it drops a block of them; 0 if that is not known."""
-        reusable = self.reusable
-        return reusable.specs[reusable.primary].block_size if reusable.primary is not None else 0
+        return self.reusable.unit
 
     @property
     def drops(self) -> bool:

@@ -12,6 +12,10 @@ CHUNKED = (
     "chunked attention: its chunk size is not published, so hits may be longer than predicted; "
     "for exact hits start vLLM with --disable-hybrid-kv-cache-manager"
 )
+CHUNKED_ALONE = (
+    "no full attention but chunked attention: every whole chunk counts as cached, so hits may be longer than predicted; "
+    "start vLLM with --disable-hybrid-kv-cache-manager"
+)
 SPARSE_WINDOWS = (
     "no full attention, and blocks are published sparsely (prefix_cache_retention_interval 0), so hits may be longer "
     "than predicted; set prefix_cache_retention_interval to null"
