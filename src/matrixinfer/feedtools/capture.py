@@ -37,6 +37,7 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.limits import (
     CHUNKED,
     CHUNKED_ALONE,
+    DROPPED_SIZES,
     FINE_STATES,
     SLOWER_TIERS,
     SPARSE_WINDOWS,
@@ -282,6 +283,8 @@ class _Check:
         limits = [words for feed in self._reading.feeds.values() for words in feed.ledger.limits]
         if self._facts.fine_hits:
             return _Prediction(tokens, FINE_HITS, is_least=True)
+        if DROPPED_SIZES in limits:
+            return _Prediction(tokens, DROPPED_SIZES)
         for words in limits:
             if words in _LENGTHEN:
                 return _Prediction(tokens, words, is_least=True)

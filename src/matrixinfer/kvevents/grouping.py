@@ -10,7 +10,16 @@ from collections.abc import MutableMapping, Sequence
 from matrixinfer.kvevents.counts import LedgerStats
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Kind, kind_of
-from matrixinfer.kvevents.limits import CHUNKED, CHUNKED_ALONE, FINE_STATES, MISFITS, SPARSE_WINDOWS, UNLINKED, Limits
+from matrixinfer.kvevents.limits import (
+    CHUNKED,
+    CHUNKED_ALONE,
+    DROPPED_SIZES,
+    FINE_STATES,
+    MISFITS,
+    SPARSE_WINDOWS,
+    UNLINKED,
+    Limits,
+)
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, tier_of
@@ -79,6 +88,13 @@ class Grouping:
         self._stats.stored += len(ids)
         return True
 
+    def note_drops(self) -> None:
+        """The drops, or the groups, have changed."""
+        if self._reusable.drops_unevenly:
+            self._limits.note(DROPPED_SIZES, lasting=True)
+        else:
+            self._limits.drop(DROPPED_SIZES)
+
     def settle(self) -> None:
         """A batch is over: bring the marks up to date, and see whether groups name blocks of the primary one."""
         self._reusable.settle(self.primary_forest)
@@ -102,6 +118,7 @@ class Grouping:
                 self._limits.note(CHUNKED_ALONE, lasting=True)
             if spec.kind is Kind.MAMBA and spec.has_fine_blocks:
                 self._limits.note(FINE_STATES, lasting=True)
+        self.note_drops()
         if reusable.primary == before:
             return
         forest = None if before is None else self._forests.pop(("GPU", before), None)

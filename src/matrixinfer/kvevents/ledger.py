@@ -169,6 +169,7 @@ class Ledger:
 
     def _set_drops(self, groups: Sequence[int]) -> int:
         self.reusable.drops(groups)
+        self._reader.grouping.note_drops()
         forest = self._reader.grouping.primary_forest
         if self.reusable.rule is not None and forest is not None:
             self.reusable.touch(block for _, _, block in forest.below(None))

@@ -20,6 +20,10 @@ SPARSE_WINDOWS = (
     "no full attention, and blocks are published sparsely (prefix_cache_retention_interval 0), so hits may be longer "
     "than predicted; set prefix_cache_retention_interval to null"
 )
+DROPPED_SIZES = (
+    "speculative decoding drops blocks, and sliding windows have smaller blocks than full attention, so hits may be longer "
+    "or shorter than predicted; use vLLM 0.33 or later, whose blocks depend on the tokens after them instead"
+)
 FINE_STATES = (
     "prefix_match_unit below the block size hides the last tokens of a hit, so hits may be longer than predicted; "
     "leave prefix_match_unit at the block size"

@@ -137,8 +137,9 @@ class Predecessors:
         number = (end - (run.end(position) - run.block_size)) // size - 1
         before = self._follow(run, position, size, number)
         content = None if before is None else self._content(run, position, before, number, size)
-        if content is not None:
+        if before is not None and content is not None:
             self._sizes[size] = None
+            _keep(self._before, block, (before if isinstance(before, int) else START, size))
             _keep(self._by_content, content, block)
             yield from self._waiting.pop(content, ())
 

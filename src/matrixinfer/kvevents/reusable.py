@@ -101,6 +101,12 @@ class Reusable:
         size = self.specs[self.primary].block_size
         return max(-(-self._drop_of(number) // size) * size for number in self.specs)
 
+    @property
+    def drops_unevenly(self) -> bool:
+        """Whether the engine drops blocks that are smaller than the primary group's: where they end is not published."""
+        size = 0 if self.primary is None else self.specs[self.primary].block_size
+        return any(0 < self._drop_of(number) < size for number in self.specs)
+
     def _drop_of(self, group: int) -> int:
         """Tokens that a group must hold beyond a prefix that is reused."""
         spec = self.specs[group]
@@ -128,7 +134,9 @@ class Reusable:
             if self.primary is not None:
                 self._plain = self.primary, self.specs[self.primary].block_size
         else:
-            self.rule = Rule(self.unit, self.lookahead, self.reserve, self.drop, self.is_rooted)
+            # A single group drops a block of the longest hit; of several each looks for one block more than the hit.
+            reserve = 0 if self.drop and len(self.specs) > 1 else self.reserve
+            self.rule = Rule(self.unit, self.lookahead, reserve, self.drop, self.is_rooted)
 
     def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
         """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
