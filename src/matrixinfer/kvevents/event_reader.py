@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET
 
 from matrixinfer.blocks import token_bytes
 from matrixinfer.kvevents.counts import LedgerStats, UntrustedEvents
@@ -19,13 +20,22 @@ from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.grouping import Grouping
 from matrixinfer.kvevents.groups import kind_of
 from matrixinfer.kvevents.layout import Layout
-from matrixinfer.kvevents.limits import MISFITS, SHARED_PAGES, SLOWER_TIERS, Limits, spared, store_only, unknown_kind
+from matrixinfer.kvevents.limits import (
+    EXTRA_KEYS,
+    MISFITS,
+    SHARED_PAGES,
+    SLOWER_TIERS,
+    Limits,
+    spared,
+    store_only,
+    unknown_kind,
+)
 from matrixinfer.kvevents.pages import Pages
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.stored import is_bare, tokens_in
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, Tiers, Unevicted, tier_of
-from matrixinfer.kvevents.wire import BlockStored, EngineHash, block_ids, parent_of, tokens_of
+from matrixinfer.kvevents.wire import BlockStored, EngineHash, block_ids, parent_of, plain, tokens_of
 
 _DEVICE_NAMES = ("GPU", None)
 _UNEVICTED_BYTES = 100
@@ -134,7 +144,7 @@ class EventReader:
         ):
             # An engine with one group of full attention, whose layout is known: almost every event there is.
             forest, tokens = self.forests.get(("GPU", group)), tokens_of(event)
-            if forest is not None and tokens is not None and event.block_hashes and not event.hides_keys:
+            if forest is not None and tokens is not None and event.block_hashes and event.extra_keys is not UNSET:
                 ids = block_ids(event.block_hashes)
                 self._stats.stored += len(ids)
                 self._store_dense(forest, event, ids, tokens, parent_of(event))
@@ -150,6 +160,10 @@ class EventReader:
         bare = is_bare(event)
         if event.group_idx and event.kv_cache_spec_kind is None and not bare:
             raise UntrustedEvents("its attention groups cannot be distinguished")
+        if self.layout.is_annotated and event.hides_keys:
+            event = plain(event)
+        elif event.is_annotated and not self.layout.is_annotated:
+            self._take_for_pages()
         if self.layout.learn(event):
             self.clear()  # a connector published first
         place = self.layout.place(event.medium, event.group_idx)
@@ -172,6 +186,15 @@ class EventReader:
         else:
             self._store_tokens(forest, place, event, tokens, ahead)
 
+    def _take_for_pages(self) -> None:
+        """The blocks so far are pages of a radix tree, which the layout of their events did not show."""
+        if self.forests.keys() - {("GPU", 0)}:
+            self.clear()
+        for forest in self.forests.values():
+            blocks = [block for _, _, block in forest.below(None)]
+            self.pages.stored(blocks, blocks, None)
+            forest.copies.clear()
+
     def _store_tokens(
         self, forest: Forest, place: Place, event: BlockStored, tokens: bytes, ahead: list[bytes] | None
     ) -> None:
@@ -183,7 +206,12 @@ class EventReader:
             self._reusable.look_ahead_in_pairs()
             self._reusable.look_ahead(ids, ahead)
         self._stats.stored += len(ids)
-        again = self.pages.stored(ids, event.medium) if self.layout.is_radix else ()
+        again: Sequence[int] = ()
+        repeats = self.pages.repeats
+        if self.layout.is_radix:
+            again = self.pages.stored(ids, block_ids(event.block_hashes), event.medium)
+        if self.pages.repeats > repeats:
+            self._limits.note(EXTRA_KEYS, lasting=True)
         size = event.block_size
         whole = self._reusable.specs[place[1]].block_size if forest.tier == DEVICE else size
         if size < whole and len(self._reusable.specs) > 1:

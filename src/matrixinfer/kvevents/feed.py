@@ -8,7 +8,7 @@ Engines drop the part of a replay that a slow reader does not take, and may stil
 brought something is followed by another one, from the last frame on, until one brings nothing or live frames take over.
 
 A frame that cannot be read may have reported a removal, and so may an event in it that is not clearly a BlockStored. So
-it counts as a loss: the pod is cleared and the feed is partial. Whatever was lost, the engine holds nothing after
+it counts as a loss: the pod is cleared and the feed is partial. An event of an unknown type is a limit of the feed. Whatever was lost, the engine holds nothing after
 AllBlocksCleared: from there on the feed is complete again.
 """
 
@@ -65,6 +65,7 @@ class PodFeed:
             Action.VOID: self._void,
             Action.CLEAR: ledger.clear,
             Action.RESET: ledger.reset,
+            Action.START_OVER: ledger.start_over,
             Action.LOSE: self._cursor.lose,
             Action.REWIND: self._cursor.restart,
             Action.ANSWERED: self._answered,
@@ -264,6 +265,9 @@ class PodFeed:
             return
         if source is Source.LIVE:
             self.stats.last_batch_at = batch.timestamp
+        for kind in batch.unknown:
+            self.stats.unreadable_events += 1
+            self.ledger.skip(kind)
         if batch.unreadable > batch.unreadable_stored:
             self.stats.unreadable_events += batch.unreadable
             self._step(Input.UNREADABLE)

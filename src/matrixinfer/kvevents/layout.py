@@ -21,13 +21,20 @@ class Layout:
         """The events do not show a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
         """The events do not show a block's adapter."""
+        self.is_annotated = False
+        """Arrays have a map at their end where there is something to say: without it there is neither salt nor adapter."""
         self._numbers_adapters = False  # events give adapters as numbers: their blocks are recognised, not indexed
 
     def learn(self, event: BlockStored) -> bool:
-        """Learn from a stored event. Returns whether what was taken for pages is not. Raises `UntrustedEvents`.
+        """Learn from a stored event. Returns whether blocks stored before may not be what they seemed.
 
-        Connectors leave out fields too, as SGLang does, so only its own media show its layout at first.
+        Connectors leave out fields too, as SGLang does, so only its own media show its layout at first. Raises
+        `UntrustedEvents`.
         """
+        if event.is_annotated and not self.is_annotated:
+            self.is_annotated = self.is_radix = True
+            self.hides_salts = self.hides_adapters = False
+            return False
         if event.hides_keys:
             self.hides_salts = True
             self._numbers_adapters = self._numbers_adapters or event.lora_id is not None
@@ -51,4 +58,5 @@ class Layout:
     def reset(self) -> None:
         """Expect another engine."""
         self.is_radix = None
+        self.is_annotated = False
         self.hides_salts = self.hides_adapters = self._numbers_adapters = False

@@ -13,7 +13,7 @@ ledger is the only owner of engine hashes. It takes batches, and has others do t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
@@ -22,9 +22,7 @@ from matrixinfer.kvevents.engine_blocks import EngineBlocks
 from matrixinfer.kvevents.event_reader import EventReader
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Kind
-from matrixinfer.kvevents.limits import (
-    Limits,
-)
+from matrixinfer.kvevents.limits import Limits, unknown_event
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.stored import in_order
@@ -71,6 +69,7 @@ class Ledger:
         self.reusable = Reusable(pod, model, index, blocks)
         self._history = history
         self._limits = Limits()
+        self._of_engine: tuple[str, ...] = ()
         self._reach = Reach(self.tiers, self.reusable)
         self._blocks = EngineBlocks(
             model=model, blocks=blocks, reach=self._reach, stats=self.stats, orphans=Orphans(self.stats, self._limits)
@@ -94,13 +93,13 @@ class Ledger:
     @property
     def limits(self) -> tuple[str, ...]:
         """What the events cannot tell, in plain words that name the remedy, the oldest first."""
-        return self._limits.words
+        return (*self._of_engine, *self._limits.words)
 
     @property
     def is_exact(self) -> bool:
         """Whether the events show all that decides what the engine reuses."""
         layout = self._reader.layout
-        return not (layout.hides_salts or layout.hides_adapters or self._limits.words)
+        return not (layout.hides_salts or layout.hides_adapters or self._limits.words or self._of_engine)
 
     @property
     def has_tails(self) -> bool:
@@ -195,14 +194,30 @@ class Ledger:
             # No consistent sequence of events does this; checking each event beforehand would slow down every feed.
             raise UntrustedEvents("its events contradict each other") from error
 
+    def skip(self, kind: str) -> None:
+        """The engine published an event of a type that is not known here."""
+        self._limits.note(unknown_event(kind), lasting=True)
+
     def clear(self) -> None:
         """Forget every block: the engine holds nothing, or what it holds is no longer known."""
         self._reader.clear()
 
     def reset(self) -> None:
-        """Expect another engine: clear, and forget block size and layout."""
+        """Expect another engine: clear, and forget block size, layout and whether it drops blocks."""
+        self.start_over()
+        self.reusable.forget_drops()
+
+    def start_over(self) -> None:
+        """Read the same engine's history once more: clear, and learn block size and layout again."""
         self._reader.reset()
         self._forget_sent()
+
+    def note_engine(self, words: Iterable[str]) -> None:
+        """What is known of the engine from elsewhere limits what its events tell (`limits.of_engine`): this, and no more.
+
+        It stays until the next call, also when the engine restarts.
+        """
+        self._of_engine = tuple(words)
 
     def _apply(self, events: Sequence[Event]) -> None:
         reader = self._reader

@@ -6,7 +6,13 @@ about the blocks at hand last until every block is gone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 _MOST = 16
+_WINDOWS = frozenset({"sliding_attention", "chunked_attention"})
+_STATES = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv"})
+_WINDOW_FIELDS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+_STATE_FIELDS = ("mamba_d_state", "mamba_n_heads", "ssm_state_size", "hybrid_override_pattern", "linear_num_key_heads")
 
 CHUNKED = (
     "chunked attention: its chunk size is not published, so hits may be longer than predicted; "
@@ -36,6 +42,14 @@ SHARED_PAGES = (
     "pages of several salts or adapters share a hash, and a removal does not say whose page went, so hits may be "
     "shorter than predicted; give each tenant a replica of its own, or accept the difference"
 )
+EXTRA_KEYS = (
+    "a page was stored again while it was there: clients send an extra_key, which events do not show, so hits may be "
+    "shorter than predicted; use cache_salt instead"
+)
+COMPONENTS = (
+    "the model has sliding windows or states of mamba or linear attention, and SGLang does not publish which of them it "
+    "holds, so hits may be shorter than predicted; start SGLang with --enable-cache-report, so that answers show it"
+)
 SLOWER_TIERS = (
     "slower tiers are not counted for engines with several attention groups or with speculative decoding, so hits may "
     "be longer than predicted; expect less of the slower tiers, or turn them off"
@@ -45,6 +59,13 @@ ORPHANS = (
     "enable the engine's replay endpoint, or reset its cache"
 )
 MISFITS = "events whose tokens do not fit their blocks were left out, so hits may be longer than predicted; report them"
+UNTRIED = (
+    "this engine's events are read as its source publishes them, but no such engine has been tried, so hits may be longer "
+    "or shorter than predicted; compare them with `matrixinfer events record` and `events check`"
+)
+_NO_EVICTIONS = "publishes no evictions"
+_MAYBE_CLEARED = "a cache reset may have reached"
+UNKNOWN_EVENT = "an event type that this release does not know"
 UNKNOWN_KIND = "an attention kind that this release does not know"
 
 
@@ -53,10 +74,36 @@ def unknown_kind(kind: str) -> str:
     return f"{UNKNOWN_KIND} ({kind[:64]}), so hits may be shorter than predicted; upgrade the gateway"
 
 
+def unknown_event(kind: str) -> str:
+    """Words for a type of event that no layout has."""
+    return (
+        f"{UNKNOWN_EVENT} ({kind[:64]}), which may add or remove blocks, so hits may be longer or shorter than predicted; "
+        "upgrade the gateway"
+    )
+
+
+def of_engine(*, engine: str, model: Mapping[str, object]) -> tuple[str, ...]:
+    """The limits of an engine of that kind (`vllm`, `sglang`) with a model whose configuration (config.json) is `model`.
+
+    Fields that are missing limit nothing: so does a model of which nothing is known.
+    """
+    text = model.get("text_config")
+    config = {**model, **text} if isinstance(text, Mapping) else dict(model)
+    layers = config.get("layer_types")
+    kinds = {str(kind) for kind in layers} if isinstance(layers, Sequence) and not isinstance(layers, str) else set()
+    has_windows = bool(kinds & _WINDOWS) or (not kinds and _is_set(config, _WINDOW_FIELDS, unless="use_sliding_window"))
+    has_states = bool(kinds & _STATES) or _is_set(config, _STATE_FIELDS)
+    return (COMPONENTS,) if engine == "sglang" and (has_windows or has_states) else ()
+
+
+def _is_set(config: Mapping[str, object], fields: Sequence[str], *, unless: str = "") -> bool:
+    return config.get(unless) is not False and any(config.get(name) for name in fields)
+
+
 def store_only(medium: str) -> str:
     """Words for a slower tier that only ever stores."""
     return (
-        f"the {medium[:64]} tier publishes no evictions, so hits may be shorter than predicted; its oldest blocks are "
+        f"the {medium[:64]} tier {_NO_EVICTIONS}, so hits may be shorter than predicted; its oldest blocks are "
         "forgotten, publish evictions if its connector can"
     )
 
@@ -64,9 +111,37 @@ def store_only(medium: str) -> str:
 def spared(medium: str) -> str:
     """Words for a slower tier that still had blocks when a reset was published."""
     return (
-        f"a cache reset may have reached the {medium[:64]} tier or spared it, so hits may be shorter than predicted; "
+        f"{_MAYBE_CLEARED} the {medium[:64]} tier or spared it, so hits may be shorter than predicted; "
         "restart the engine to empty every tier"
     )
+
+
+_NAMES = (
+    (CHUNKED, "chunk_size"),
+    (CHUNKED_ALONE, "chunked_alone"),
+    (SPARSE_WINDOWS, "sparse_windows"),
+    (DROPPED_SIZES, "dropped_sizes"),
+    (FINE_STATES, "fine_states"),
+    (UNLINKED, "unlinked_groups"),
+    (SHARED_PAGES, "shared_pages"),
+    (EXTRA_KEYS, "extra_keys"),
+    (COMPONENTS, "components"),
+    (SLOWER_TIERS, "slower_tiers"),
+    (ORPHANS, "orphans"),
+    (MISFITS, "misfits"),
+    (UNTRIED, "untried"),
+    (UNKNOWN_KIND, "unknown_attention"),
+    (UNKNOWN_EVENT, "unknown_events"),
+    (_NO_EVICTIONS, "no_evictions"),
+    (_MAYBE_CLEARED, "maybe_cleared"),
+)
+NAMES = (*(name for _, name in _NAMES), "other")
+"""Short names of limits, for metrics."""
+
+
+def name_of(words: str) -> str:
+    """The short name of a limit."""
+    return next((name for part, name in _NAMES if part in words), "other")
 
 
 class Limits:

@@ -243,13 +243,17 @@ class Reusable:
         self.supports.clear()
 
     def reset(self) -> None:
-        """Expect another engine."""
+        """Learn of the groups again. What is known of drops stays."""
         self.clear()
         self.supports.forget()
         self._predecessors.reset()
         self.specs.clear()
         self._groups.clear()
         self.primary, self.lookahead, self.reserve = None, 0, 1
+        self._set_rule()
+
+    def forget_drops(self) -> None:
+        """Expect another engine: nothing is known of its drops."""
         self._drops, self.drop_is_settled = frozenset(), False
         self._set_rule()
 

@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from matrixinfer.app.collectors import FeedCollector
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents import limits
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.scheduler.framework import Trust
@@ -57,3 +58,14 @@ def test_a_feed_shows_how_far_behind_the_engine_it_is() -> None:
     feed.stats.last_frame_at = 7.0
     feed.live(0, b"\x93\xcb" + struct.pack(">d", 4.5) + b"\x90\xc0")
     assert samples(FeedCollector({"a": feed}, lambda _: False).collect())["matrixinfer_kv_lag_seconds", "a"] == 2.5
+
+
+def test_a_feed_shows_the_limits_of_its_events_by_short_names() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    ledger.skip("BlockMoved")
+    ledger.skip("BlockJoined")
+    ledger.note_engine([limits.COMPONENTS, "something else"])
+    shown = samples(FeedCollector({"a": PodFeed(ledger, can_replay=True)}, lambda _: False).collect())
+    names = {key[2] for key in shown if key[0] == "matrixinfer_kv_feed_limits"}
+    assert names == {"components", "other", "unknown_events"}
+    assert names <= set(limits.NAMES)

@@ -184,3 +184,92 @@ def test_a_removal_is_put_after_the_off_loading_of_the_same_batch_but_not_across
     assert engine.held(PROMPT) == 8
     engine.apply(removed([2, 1]))
     assert engine.total == 0
+
+
+def page(block: int, tokens: list[int], **fields: Any) -> dict[str, Any]:
+    """A page as SGLang stores it."""
+    event = stored([block], tokens, **fields)
+    return {name: value for name, value in event.items() if name not in ("extra_keys", "lora_name")}
+
+
+def test_a_page_that_is_stored_again_shows_an_extra_key_of_a_client(engine: Follower) -> None:
+    engine.apply(page(1, PROMPT[:4]), page(1, PROMPT[:4], cache_salt="tenant"), removed([1]), page(1, PROMPT[:4]))
+    assert limits.EXTRA_KEYS not in limits_of(engine)
+    engine.apply(page(1, PROMPT[:4]))
+    assert limits.EXTRA_KEYS in limits_of(engine)
+    engine.apply(CLEARED)
+    assert limits_of(engine) == (limits.EXTRA_KEYS,)
+
+
+def test_arrays_with_a_map_at_their_end_show_salts_and_adapters(engine: Follower) -> None:
+    def array(block: int, tokens: list[int], *said: object) -> list[object]:
+        return ["BlockStored", [block], None, tokens, len(tokens), None, "GPU", *said]
+
+    engine.apply(array(1, PROMPT[:4]), array(2, PROMPT[4:8]))
+    assert (engine.ledger.hides_salts, engine.ledger.hides_adapters) == (True, True)
+    engine.apply(array(1, PROMPT[:4], {"cache_salt": "tenant"}))
+    assert (engine.ledger.hides_salts, engine.ledger.hides_adapters, engine.ledger.is_exact) == (False, False, True)
+    engine.apply(array(3, PROMPT[8:12], {"lora_name": "ad"}), array(4, PROMPT[12:16]))
+    held = [engine.held(PROMPT[at : at + 4]) for at in (0, 4, 8, 12)]
+    assert (held, engine.held(PROMPT[:4], salt="tenant")) == ([4, 4, 0, 4], 4)
+    assert engine.held(PROMPT[8:12], model="ad") == 4
+    engine.apply(["BlockRemoved", [2], "GPU"])
+    assert (engine.held(PROMPT[4:8]), engine.ledger.hides_salts) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_limited"),
+    [
+        ({}, False),
+        ({"architectures": ["Qwen3ForCausalLM"], "sliding_window": None}, False),
+        ({"sliding_window": 4096, "use_sliding_window": False}, False),
+        ({"sliding_window": 4096}, True),
+        ({"layer_types": ["full_attention"], "sliding_window": 4096}, False),
+        ({"text_config": {"layer_types": ["full_attention", "sliding_attention"]}}, True),
+        ({"layer_types": ["linear_attention", "full_attention"]}, True),
+        ({"mamba_d_state": 128}, True),
+    ],
+)
+def test_a_model_whose_components_sglang_does_not_publish_is_a_limit(model: dict[str, Any], is_limited: bool) -> None:
+    words = limits.of_engine(engine="sglang", model=model)
+    assert (words == (limits.COMPONENTS,)) is is_limited
+    assert not limits.of_engine(engine="vllm", model=model)
+
+
+def test_what_is_known_of_an_engine_limits_its_events_until_it_is_known_again(engine: Follower) -> None:
+    engine.ledger.note_engine([limits.COMPONENTS])
+    engine.ledger.reset()
+    assert (limits_of(engine), engine.ledger.is_exact) == ((limits.COMPONENTS,), False)
+    engine.ledger.note_engine([])
+    assert (limits_of(engine), engine.ledger.is_exact) == ((), True)
+
+
+def test_chunked_attention_alone_is_a_limit_until_full_attention_is_seen(engine: Follower) -> None:
+    engine.ledger.reusable.chunks(1, 8)
+    engine.apply(stored([1], PROMPT[:4], **CHUNKED))
+    assert limits_of(engine) == (limits.CHUNKED_ALONE,)
+    engine.apply(stored([1], PROMPT[:4], **FULL))
+    assert limits_of(engine) == ()
+
+
+@pytest.mark.parametrize(("window_block", "is_limited"), [(4, False), (8, False), (2, True)])
+def test_drops_of_smaller_blocks_than_those_of_full_attention_are_a_limit(window_block: int, is_limited: bool) -> None:
+    engine = Follower(TokenBlockProcessor(4))
+    sliding = {**SLIDING, "group_idx": 1}
+    count = 8 // window_block
+    engine.apply(stored([1, 2], PROMPT[:8], **FULL), stored(list(range(3 - count, 3)), PROMPT[:8], **sliding))
+    engine.ledger.drop_more()
+    assert limits_of(engine) == ()
+    engine.ledger.drop_more()
+    assert (limits.DROPPED_SIZES in limits_of(engine)) is is_limited
+    engine.ledger.drop_nothing()
+    assert limits_of(engine) == ()
+
+
+def test_few_orphans_are_a_late_beginning_and_many_are_a_loss(engine: Follower) -> None:
+    engine.apply(*(stored([100 + block], PROMPT[:4], parent=99) for block in range(16)))
+    assert limits_of(engine) == ()
+    engine.apply(stored([200], PROMPT[:4], parent=99))
+    assert limits_of(engine) == (limits.ORPHANS,)
+    engine.apply(CLEARED)
+    assert limits_of(engine) == ()
