@@ -111,8 +111,10 @@ class Facts:
         if not is_on_device and not is_bare(event):
             self._connectors.add(medium)
         self._is_annotated |= event.is_annotated
-        self.hides_salts = (self.hides_salts or event.hides_keys) and not self._is_annotated
-        self.hides_adapters = (self.hides_adapters or event.lora_name is UNSET) and not self._is_annotated
+        self.hides_salts = (self.hides_salts or event.hides_keys or event.is_of_tensorrt) and not self._is_annotated
+        self.hides_adapters = (
+            self.hides_adapters or (event.hides_keys and event.lora_name is UNSET)
+        ) and not self._is_annotated
         self._has_tenants |= event.is_of_radix_tree and bool(event.salt is not None or event.lora_name)
 
 

@@ -25,6 +25,7 @@ from matrixinfer.kvevents.limits import (
     MISFITS,
     SHARED_PAGES,
     SLOWER_TIERS,
+    UNTRIED,
     Limits,
     spared,
     store_only,
@@ -166,6 +167,8 @@ class EventReader:
             self._take_for_pages()
         if self.layout.learn(event):
             self.clear()  # a connector published first
+        if self.layout.is_tensorrt:
+            self._limits.note(UNTRIED, lasting=True)
         place = self.layout.place(event.medium, event.group_idx)
         tier = tier_of(place[0])
         if tier == DEVICE and event.block_size > 0 and self.grouping.take(event, kind, place[1]):

@@ -17,6 +17,8 @@ class Layout:
     def __init__(self) -> None:
         self.is_radix: bool | None = None
         """The layout is SGLang's; None before the first event that shows it."""
+        self.is_tensorrt = False
+        """The layout is TensorRT-LLM's."""
         self.hides_salts = False
         """The events do not show a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
@@ -41,6 +43,8 @@ class Layout:
             self.hides_adapters = event.lora_name is UNSET and not self._numbers_adapters
             if is_hash_of_tokens_alone(event):
                 raise UntrustedEvents("its blocks are hashed without what precedes them")
+        if event.is_of_tensorrt and self.is_radix is not False:
+            self.is_tensorrt = self.hides_salts = True
         was_radix = self.is_radix
         if was_radix is not False:
             if not event.is_of_radix_tree:
@@ -58,5 +62,5 @@ class Layout:
     def reset(self) -> None:
         """Expect another engine."""
         self.is_radix = None
-        self.is_annotated = False
+        self.is_annotated = self.is_tensorrt = False
         self.hides_salts = self.hides_adapters = self._numbers_adapters = False

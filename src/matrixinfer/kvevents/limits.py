@@ -85,6 +85,8 @@ def unknown_event(kind: str) -> str:
 def of_engine(*, engine: str, model: Mapping[str, object]) -> tuple[str, ...]:
     """The limits of an engine of that kind (`vllm`, `sglang`) with a model whose configuration (config.json) is `model`.
 
+    Any other kind of engine is untried.
+
     Fields that are missing limit nothing: so does a model of which nothing is known.
     """
     text = model.get("text_config")
@@ -93,6 +95,8 @@ def of_engine(*, engine: str, model: Mapping[str, object]) -> tuple[str, ...]:
     kinds = {str(kind) for kind in layers} if isinstance(layers, Sequence) and not isinstance(layers, str) else set()
     has_windows = bool(kinds & _WINDOWS) or (not kinds and _is_set(config, _WINDOW_FIELDS, unless="use_sliding_window"))
     has_states = bool(kinds & _STATES) or _is_set(config, _STATE_FIELDS)
+    if engine not in ("vllm", "sglang"):
+        return (UNTRIED,)
     return (COMPONENTS,) if engine == "sglang" and (has_windows or has_states) else ()
 
 

@@ -51,6 +51,8 @@ def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> t
     """
     if event.lora_id is not None and not event.lora_name:
         return 0, None
+    if isinstance(event.mm_keys, list):
+        count = next((at for at, keys in enumerate(event.mm_keys[first : first + count]) if keys), count)
     if event.extra_keys is None or event.extra_keys is UNSET or not any(event.extra_keys):
         return count, None
     salt: str | None = None

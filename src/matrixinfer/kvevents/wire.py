@@ -44,8 +44,8 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
-    lora_name: str | UnsetType | None = None
-    """UNSET if the layout does not have it."""
+    lora_name: str | UnsetType | None = UNSET
+    """UNSET if the layout does not have it, or leaves it out where it says nothing."""
     extra_keys: list[Any] | UnsetType | None = UNSET
     """What else the content of each block depends on: adapter, multimodal items, salt, embeddings (untagged), or None.
 
@@ -59,6 +59,8 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     """For each block the tokens after it on which its content depends as well (speculative decoding, vLLM 0.33)."""
     cache_salt: str | None = None
     """SGLang's: of all the blocks."""
+    mm_keys: list[Any] | None = None
+    """TensorRT-LLM's: the multimodal items in each block."""
 
     @property
     def window(self) -> int | None:
@@ -84,6 +86,17 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     def is_annotated(self) -> bool:
         """An array with a map at its end: without it, neither salt nor adapter is left unsaid."""
         return False
+
+    @property
+    def is_of_tensorrt(self) -> bool:
+        """The layout is TensorRT-LLM's: that of a radix tree, with all of the adapter's fields and no salt."""
+        return (
+            self.extra_keys is UNSET
+            and self.lora_name is not UNSET
+            and self.medium == "GPU"
+            and self.is_of_radix_tree
+            and not self.is_annotated
+        )
 
     @property
     def is_of_radix_tree(self) -> bool:
@@ -132,6 +145,7 @@ class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
     kv_cache_spec_sliding_window: Any = None
     lookahead_token_ids: Any = None
     cache_salt: Any = None
+    mm_keys: Any = None
 
     @property
     def hides_keys(self) -> bool:
