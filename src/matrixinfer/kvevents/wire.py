@@ -89,10 +89,10 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
     @property
     def is_of_tensorrt(self) -> bool:
-        """The layout is TensorRT-LLM's: that of a radix tree, with all of the adapter's fields and no salt."""
+        """The layout is TensorRT-LLM's: that of a radix tree, but nothing is left out, not even an adapter that is nil."""
         return (
             self.extra_keys is UNSET
-            and self.lora_name is not UNSET
+            and self.lora_name is None
             and self.medium == "GPU"
             and self.is_of_radix_tree
             and not self.is_annotated

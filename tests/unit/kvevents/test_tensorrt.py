@@ -77,10 +77,14 @@ def test_its_layout_is_recognised_by_what_is_there_and_what_is_not(fields: dict[
     event = decode(frame(stored([1], PROMPT[:4], **fields))).events[0]
     assert isinstance(event, BlockStored)
     assert event.is_of_tensorrt is is_tensorrt
-    sglang = {name: value for name, value in stored([1], PROMPT[:4]).items() if name != "lora_name"}
-    other = decode(frame(sglang)).events[0]
-    assert isinstance(other, BlockStored)
-    assert (other.is_of_radix_tree, other.is_of_tensorrt) == (True, False)
+
+
+@pytest.mark.parametrize("said", [{}, {"lora_name": "ad"}])
+def test_pages_of_sglang_are_not_taken_for_its_blocks(said: dict[str, Any]) -> None:
+    page = {name: value for name, value in stored([1], PROMPT[:4]).items() if name != "lora_name"}
+    event = decode(frame({**page, **said})).events[0]
+    assert isinstance(event, BlockStored)
+    assert (event.is_of_radix_tree, event.is_of_tensorrt) == (True, False)
 
 
 def test_its_replays_have_the_topic_before_the_number() -> None:
