@@ -13,13 +13,13 @@ class Store:
 
 
 def test_a_writer_is_sure_of_an_endpoint_only_with_all_names_that_it_writes() -> None:
-    writer = BlockWriter(cast(Any, Store()), meta={}, max_age=1)
+    writer = BlockWriter(cast("Any", Store()), meta={}, max_age=1)
     names = list(index_names("a"))
 
     def take(name: str, *, has_lease: bool = True) -> None:
         writer.follow(name)
         record = writer._pods[name]
-        record.lease, record.needs_resync = cast(Any, object()) if has_lease else None, False
+        record.lease, record.needs_resync = cast("Any", object()) if has_lease else None, False
 
     assert not writer.is_sure("a", names)
     take("a")
