@@ -82,39 +82,29 @@ class Ledger:
             stats=self.stats,
             limits=self._limits,
         )
+        # Plain attributes, because every decision reads them of every endpoint.
+        self.block_size: int | None = None
+        """Tokens per engine block, the largest if they differ: matches are rounded down to it. None before the first."""
+        self.limits: tuple[str, ...] = ()
+        """What the events cannot tell, in plain words that name the remedy, the oldest first."""
+        self.is_exact = True
+        """Whether the events show all that decides what the engine reuses."""
+        self.has_tails = False
+        """Engine blocks and token blocks straddle each other, so lookups must ask for tails."""
+        self.hides_salts = False
+        """The events do not show a block's salt: a salted prompt looks like a plain one."""
+        self.hides_adapters = False
+        """The events do not show a block's adapter."""
 
     # What is known
 
-    @property
-    def block_size(self) -> int | None:
-        """Tokens per engine block, the largest if they differ: matches are rounded down to it. None before the first."""
-        return self._reader.block_size
-
-    @property
-    def limits(self) -> tuple[str, ...]:
-        """What the events cannot tell, in plain words that name the remedy, the oldest first."""
-        return (*self._of_engine, *self._limits.words)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the events show all that decides what the engine reuses."""
+    def _show(self) -> None:
+        """Bring the attributes up to date."""
         layout = self._reader.layout
-        return not (layout.hides_salts or layout.hides_adapters or self._limits.words or self._of_engine)
-
-    @property
-    def has_tails(self) -> bool:
-        """Engine blocks and token blocks straddle each other, so lookups must ask for tails."""
-        return self._reach.has_tails
-
-    @property
-    def hides_salts(self) -> bool:
-        """The events do not show a block's salt: a salted prompt looks like a plain one."""
-        return self._reader.layout.hides_salts
-
-    @property
-    def hides_adapters(self) -> bool:
-        """The events do not show a block's adapter."""
-        return self._reader.layout.hides_adapters
+        self.block_size, self.has_tails = self._reader.block_size, self._reach.has_tails
+        self.hides_salts, self.hides_adapters = layout.hides_salts, layout.hides_adapters
+        self.limits = (*self._of_engine, *self._limits.words)
+        self.is_exact = not (self.hides_salts or self.hides_adapters or self.limits)
 
     @property
     def supports(self) -> Supports:
@@ -169,6 +159,7 @@ class Ledger:
     def _set_drops(self, groups: Sequence[int]) -> int:
         self.reusable.drops(groups)
         self._reader.grouping.note_drops()
+        self._show()
         forest = self._reader.grouping.primary_forest
         if self.reusable.rule is not None and forest is not None:
             self.reusable.touch(block for _, _, block in forest.below(None))
@@ -193,14 +184,18 @@ class Ledger:
         except (IndexError, KeyError, ValueError) as error:
             # No consistent sequence of events does this; checking each event beforehand would slow down every feed.
             raise UntrustedEvents("its events contradict each other") from error
+        finally:
+            self._show()
 
     def skip(self, kind: str) -> None:
         """The engine published an event of a type that is not known here."""
         self._limits.note(unknown_event(kind), lasting=True)
+        self._show()
 
     def clear(self) -> None:
         """Forget every block: the engine holds nothing, or what it holds is no longer known."""
         self._reader.clear()
+        self._show()
 
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size, layout and whether it drops blocks."""
@@ -211,6 +206,7 @@ class Ledger:
         """Read the same engine's history once more: clear, and learn block size and layout again."""
         self._reader.reset()
         self._forget_sent()
+        self._show()
 
     def note_engine(self, words: Iterable[str]) -> None:
         """What is known of the engine from elsewhere limits what its events tell (`limits.of_engine`): this, and no more.
@@ -218,6 +214,7 @@ class Ledger:
         It stays until the next call, also when the engine restarts.
         """
         self._of_engine = tuple(words)
+        self._show()
 
     def _apply(self, events: Sequence[Event]) -> None:
         reader = self._reader
