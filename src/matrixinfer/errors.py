@@ -24,7 +24,7 @@ MatrixInferError
 ├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
 ├── MalformedFrame           kvevents.wire: a payload is not a batch of KV events
 ├── ImpossibleInput          kvevents.transitions: a feed met an input that cannot occur in its state; a bug
-├── UntrustedEvents          kvevents.ledger: the events do not determine what the engine holds
+├── UntrustedEvents          kvevents.counts: the events do not determine what the engine holds
 ├── MalformedMessage         traffic.peers.message: bytes from the peers' channel are not a valid message
 ├── Fenced                   index.redis.commands: another writer has taken over a pod
 ├── IndexUnavailable

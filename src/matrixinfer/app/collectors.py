@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.limits import name_of
 from matrixinfer.kvevents.load_follower import Outcome
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
@@ -170,12 +171,17 @@ def _belief(feeds: _Feeds) -> Iterator[Metric]:
     trust = GaugeMetricFamily(
         "matrixinfer_kv_trust", "1 for the current trust in the endpoint's events.", labels=["pod", "trust"]
     )
+    limits = GaugeMetricFamily(
+        "matrixinfer_kv_feed_limits", "1 for each limit of what the endpoint's events tell.", labels=["pod", "limit"]
+    )
     for pod, feed, believed in feeds:
+        for limit in sorted({name_of(words) for words in feed.limits}):
+            limits.add_metric([pod, limit], 1.0)
         for each in FeedState:
             state.add_metric([pod, each.value], float(feed.state is each))
         for level in get_args(Trust):
             trust.add_metric([pod, level], float(level == believed))
-    yield from (state, trust)
+    yield from (state, trust, limits)
 
 
 def _ledgers(feeds: _Feeds) -> Iterator[Metric]:

@@ -29,10 +29,12 @@ from matrixinfer.index.redis.warm_start import fill
 from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.tiers import index_names
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches
 from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
+_MOST_NAMES = 4_096
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
@@ -79,6 +81,7 @@ class IndexSetup:
         self.caches = self._caches(unvouched=index.writer == "none")
         """What is known about every endpoint's cache: from feeds, or from what other writers report."""
         self._stack = AsyncExitStack()
+        self._names: dict[str, tuple[str, ...]] = {}  # the index's names of each endpoint
 
     def _redis_index(self, store: Store, index: IndexConfig, blocks: TokenBlockProcessor) -> RedisIndex:
         return RedisIndex(
@@ -141,8 +144,14 @@ class IndexSetup:
         await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds)
 
     def _writes_surely(self, pod: str) -> bool:
-        writer = None if self.redis is None else self.redis.writer
-        return writer is not None and writer.is_writer(pod) and not writer.needs_resync(pod)
+        if self.redis is None:
+            return False
+        names = self._names.get(pod)
+        if names is None:
+            if len(self._names) >= _MOST_NAMES:
+                self._names.clear()
+            names = self._names[pod] = tuple(index_names(pod))
+        return self.redis.writer.is_sure(pod, names)
 
     def _has_own_events(self, pod: str) -> bool:
         """Whether the publisher's own events say more by now than a warm start does."""

@@ -80,6 +80,7 @@ POD_CHECKS: Mapping[str, PodCheck] = MappingProxyType(
         "ports": event_checks.ports,
         "connection": event_checks.connection,
         "topic": event_checks.topic,
+        "limits": event_checks.limits,
         "replay": event_checks.replay,
         "probe": event_checks.probe,
         "usage": engine_checks.usage,

@@ -110,6 +110,14 @@ def topic(pod: PodFacts) -> Iterator[Verdict]:
             )
 
 
+def limits(pod: PodFacts) -> Iterator[Verdict]:
+    """What the events do not tell of the engine's cache."""
+    for feed in pod.feeds:
+        for words in feed.limits:
+            what, _, remedy = words.partition("; ")
+            yield warning(f"{_of(pod, feed)}{what}", remedy or "see docs/engines.md")
+
+
 def replay(pod: PodFacts) -> Iterator[Verdict]:
     """Whether past events can be replayed."""
     for feed in pod.feeds:

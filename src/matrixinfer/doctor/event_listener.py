@@ -73,6 +73,7 @@ class PublisherState:
             block_size=ledger.block_size,
             hides_salts=ledger.hides_salts,
             hides_adapters=ledger.hides_adapters,
+            limits=ledger.limits,
             clock_ahead=self.clock_ahead,
             replay=replay,
             probe=probe,

@@ -62,6 +62,8 @@ class FeedFacts:
     """Tokens per engine block, from its events."""
     hides_salts: bool = False
     hides_adapters: bool = False
+    limits: Sequence[str] = ()
+    """What its events cannot tell, in words that name the remedy after a semicolon."""
     clock_ahead: float | None = None
     """Seconds by which the timestamp of its last batch is ahead of the local clock."""
     replay: Replay | None = None

@@ -34,11 +34,20 @@ from matrixinfer.index.ends import search
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
-from matrixinfer.kvevents.limits import CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNKNOWN_KIND, UNLINKED
+from matrixinfer.kvevents.limits import (
+    CHUNKED,
+    CHUNKED_ALONE,
+    DROPPED_SIZES,
+    FINE_STATES,
+    SLOWER_TIERS,
+    SPARSE_WINDOWS,
+    UNKNOWN_KIND,
+    UNLINKED,
+)
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
-_LENGTHEN = (CHUNKED, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
+_LENGTHEN = (CHUNKED, CHUNKED_ALONE, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
 """Limits with which hits may be longer than predicted, never shorter."""
 
 
@@ -274,6 +283,8 @@ class _Check:
         limits = [words for feed in self._reading.feeds.values() for words in feed.ledger.limits]
         if self._facts.fine_hits:
             return _Prediction(tokens, FINE_HITS, is_least=True)
+        if DROPPED_SIZES in limits:
+            return _Prediction(tokens, DROPPED_SIZES)
         for words in limits:
             if words in _LENGTHEN:
                 return _Prediction(tokens, words, is_least=True)

@@ -47,6 +47,7 @@ class Facts:
         self._device_block: int | None = None
         self._other_block: int | None = None
         self._copies: dict[str, _Copies] = {}
+        self._is_annotated = False
         self._offloads = self._clears = self._has_tenants = False
         self._connectors: set[str] = set()
         self._evicting: set[str] = set()
@@ -109,8 +110,11 @@ class Facts:
         self._offloads |= not is_on_device
         if not is_on_device and not is_bare(event):
             self._connectors.add(medium)
-        self.hides_salts |= event.hides_keys
-        self.hides_adapters |= event.lora_name is UNSET
+        self._is_annotated |= event.is_annotated
+        self.hides_salts = (self.hides_salts or event.hides_keys or event.is_of_tensorrt) and not self._is_annotated
+        self.hides_adapters = (
+            self.hides_adapters or (event.hides_keys and event.lora_name is UNSET)
+        ) and not self._is_annotated
         self._has_tenants |= event.is_of_radix_tree and bool(event.salt is not None or event.lora_name)
 
 

@@ -71,7 +71,7 @@ class RemovesEveryTenant(Ledger):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._pages.keeps_twins = False
+        self._reader.pages.keeps_twins = False
 
 
 class _IgnoresClears(_Misreading):

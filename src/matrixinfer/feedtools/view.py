@@ -9,8 +9,9 @@ from typing import Any
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.feedtools.describe import Line, describe, listed, plural, shown, tallied
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.cursor import Cursor, Source, Verdict
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import AllBlocksCleared, BlockStored, Event, MalformedFrame, decode
 
 _MAX_PLACES = 16
@@ -117,10 +118,12 @@ class FeedView:
             self._seen.events += 1
             line = describe(event, seq=seq, time=batch.timestamp, with_tokens=self._with_tokens)
             yield self._remarked(line, self._apply(event))
-        if batch.unreadable:
-            self._seen.unreadable_events += batch.unreadable
-            words = plural(batch.unreadable, "unreadable event")
-            yield Line(kind="unreadable", seq=seq, words=words, details={"events": batch.unreadable})
+        unread = batch.unreadable + len(batch.unknown)
+        if unread:
+            self._seen.unreadable_events += unread
+            kinds = ", ".join(sorted({shown(kind) for kind in batch.unknown})[:_MAX_PLACES])
+            words = plural(unread, "unreadable event") + (f", of unknown types: {kinds}" if kinds else "")
+            yield Line(kind="unreadable", seq=seq, words=words, details={"events": unread})
 
     def wrong(self, parts: list[bytes]) -> Line:
         """Take a message that is not a frame."""

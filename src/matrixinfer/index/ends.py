@@ -25,7 +25,7 @@ class Rule(NamedTuple):
     ahead: int = 0
     """Tokens after a prefix that decide as well whether it is reused."""
     reserve: int = 1
-    """Tokens at a prompt's end that are never reused."""
+    """Tokens at a prompt's end in which no prefix may end, before it is cut."""
     drop: int = 0
     """Tokens by which each prefix is cut before it is reused."""
     is_rooted: bool = True
@@ -45,7 +45,7 @@ def search(
     """
     unit, ahead, drop = rule.unit, rule.ahead, rule.drop
     block_size = chain.block_size
-    limit = min(tokens - max(0 if drop else rule.reserve, ahead), chain.tokens - ahead)
+    limit = min(tokens - max(rule.reserve, ahead), chain.tokens - ahead)
     found: dict[str, int] = {}
     if limit < unit or unit < 1:
         return found

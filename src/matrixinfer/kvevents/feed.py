@@ -8,7 +8,7 @@ Engines drop the part of a replay that a slow reader does not take, and may stil
 brought something is followed by another one, from the last frame on, until one brings nothing or live frames take over.
 
 A frame that cannot be read may have reported a removal, and so may an event in it that is not clearly a BlockStored. So
-it counts as a loss: the pod is cleared and the feed is partial. Whatever was lost, the engine holds nothing after
+it counts as a loss: the pod is cleared and the feed is partial. An event of an unknown type is a limit of the feed. Whatever was lost, the engine holds nothing after
 AllBlocksCleared: from there on the feed is complete again.
 """
 
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.cursor import Cursor, Source
 from matrixinfer.kvevents.held import HeldFrames
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.limits import Limits, other_rank
 from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
@@ -70,6 +71,7 @@ class PodFeed:
             Action.VOID: self._void,
             Action.CLEAR: ledger.clear,
             Action.RESET: self._reset,
+            Action.START_OVER: ledger.start_over,
             Action.LOSE: self._cursor.lose,
             Action.REWIND: self._cursor.restart,
             Action.ANSWERED: self._answered,
@@ -87,9 +89,8 @@ class PodFeed:
             return FeedState.STALE
         if self._phase is not Phase.FOLLOWING:
             return FeedState.SYNCING
-        ledger = self.ledger
-        is_exact = not (ledger.hides_salts or ledger.hides_adapters or ledger.limits or self.remarks.words)
-        return FeedState.COMPLETE if is_exact and self._knowledge is Knowledge.WHOLE else FeedState.PARTIAL
+        is_exact = self.ledger.is_exact and not self.remarks.words and self._knowledge is Knowledge.WHOLE
+        return FeedState.COMPLETE if is_exact else FeedState.PARTIAL
 
     @property
     def untrusted(self) -> str | None:
@@ -289,6 +290,9 @@ class PodFeed:
             self.suspect(_RANK, other_rank(batch.rank, self.ledger.pod))
         if source is Source.LIVE:
             self.stats.last_batch_at = batch.timestamp
+        for kind in batch.unknown:
+            self.stats.unreadable_events += 1
+            self.ledger.skip(kind)
         if batch.unreadable > batch.unreadable_stored:
             self.stats.unreadable_events += batch.unreadable
             self._step(Input.UNREADABLE)

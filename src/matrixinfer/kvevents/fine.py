@@ -18,8 +18,10 @@ class Whole(NamedTuple):
     parent: int | None
     """The whole block before it; None at the root."""
     tokens: bytes
-    position: int
-    """Of its first piece in the event; 0 also if that was in an earlier one."""
+    first: int
+    """The position in the event of its first piece; 0 also if that was in an earlier one."""
+    last: int
+    """The position of its last piece."""
 
 
 class Pieces:
@@ -42,7 +44,7 @@ class Pieces:
                 self._pieces[block] = before, pending
                 self._copies[block] = self._copies.get(block, 0) + 1
                 continue
-            yield Whole(block, before, pending, first)
+            yield Whole(block, before, pending, first, position)
             before, pending, first = block, b"", position + 1
 
     def remove(self, blocks: Sequence[int]) -> list[int]:

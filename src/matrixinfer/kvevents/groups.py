@@ -26,6 +26,13 @@ _MAX_RATIO = 16
 """The largest ratio between two groups' block sizes at which their blocks are still related."""
 
 
+START = -1
+"""What comes before the first block of a prefix."""
+_UNKNOWN = -2
+_WHOLE = 1 << 62
+"""In place of a number of blocks: all from the start."""
+
+
 class Kind(Enum):
     """How a group's attention looks back."""
 
@@ -51,8 +58,10 @@ _KINDS = {
 class Group:
     """One group's hashes, each with the number of consecutive blocks that end with it and are held.
 
-    `span` is the window or the chunk, in tokens; None for the other kinds, and where the engine does not publish it.
-    `before` finds the hash that comes a number of tokens earlier on the same prefix, where that is known.
+    `span` is the window or the chunk, in tokens; None for the other kinds, and where the engine does not publish it: then
+    it matters only whether those blocks begin at the start, and they are not counted, as a block that joins or leaves
+    would change all that follow. `before` finds the hash that comes a number of tokens earlier on the same prefix, or
+    `START`; None where that is not known.
     """
 
     __slots__ = ("_after", "_before", "_copies", "_find", "_links", "_streaks", "block_size", "kind", "span")
@@ -87,17 +96,19 @@ class Group:
 
     def holds(self, block: int, end: int, *, more: int = 0) -> bool:
         """Whether the group holds the prefix of `end` tokens that `block` names, and `more` blocks before what it needs."""
+        if self._is_unbounded:
+            return self._streaks.get(block) == _WHOLE
         needed = min(self.needed(end) + more, end // self.block_size)
         return needed <= 0 or self._streaks.get(block, 0) >= needed
 
-    def add(self, blocks: Iterable[int], parent: int | None) -> Iterator[int]:
-        """One more copy of each of `blocks`, which follow each other and `parent` (None: unknown, or the root).
+    def add(self, blocks: Iterable[int], parent: int | None, *, linked: bool = True) -> Iterator[int]:
+        """One more copy of each of `blocks`. Yields the hashes whose prefixes may have become reusable.
 
-        Yields the hashes whose prefixes may have become reusable.
+        If they are `linked`, they follow each other and `parent`; without one they begin at the start.
         """
         for block in blocks:
-            if parent is not None:
-                self._link(block, parent)
+            if linked:
+                self.link(block, START if parent is None else parent)
             copies = self._copies.get(block, 0)
             self._copies[block] = copies + 1
             if not copies or (parent is not None and block not in self._before):
@@ -119,6 +130,12 @@ class Group:
                 yield block
                 yield from self._recount(self._after.get(block, ()))
 
+    def link(self, block: int, parent: int) -> None:
+        """`block` follows `parent` directly. `known` counts with it."""
+        if block not in self._links and len(self._links) >= _MAX_RETIRED + len(self._copies):
+            del self._links[next(iter(self._links))]
+        self._links[block] = parent
+
     def known(self, block: int) -> Iterator[int]:
         """What comes before `block` may be known now. Yields as `add` does."""
         if block in self._copies and self.kind is not Kind.MAMBA:
@@ -133,19 +150,16 @@ class Group:
             yield from self._connect(block)
 
     def clear(self) -> None:
-        """Nothing is held any more."""
-        for part in (self._copies, self._streaks, self._before, self._after, self._links):
+        """Nothing is held any more. What follows what stays true."""
+        for part in (self._copies, self._streaks, self._before, self._after):
             part.clear()
+        for block in list(self._links)[: max(0, len(self._links) - _MAX_RETIRED)]:
+            del self._links[block]
 
     @property
     def memory_bytes(self) -> int:
         """Memory, estimated."""
         return 400 * len(self._copies) + 100 * len(self._links)
-
-    def _link(self, block: int, parent: int) -> None:
-        if block not in self._links and len(self._links) >= _MAX_RETIRED + len(self._copies):
-            del self._links[next(iter(self._links))]
-        self._links[block] = parent
 
     def _connect(self, block: int) -> Iterator[int]:
         """Link a held block with the one before it, if that is known, and so on backwards; then recount their streaks."""
@@ -199,23 +213,33 @@ class Group:
             block = pending.pop()
             if block not in self._copies:
                 continue
-            streak = min(most, 1 + self._streaks.get(self._before.get(block, -1), 0))
-            if streak > len(self._copies):
-                raise ValueError("a block follows itself")
+            streak = self._streak(block, most)
             if self._streaks.get(block) != streak:
                 self._streaks[block] = streak
                 yield block
                 pending += self._after.get(block, ())
 
+    def _streak(self, block: int, most: int) -> int:
+        """How many consecutive blocks are held that end with `block`, up to `most`."""
+        before = self._before.get(block, _UNKNOWN)
+        if most == _WHOLE:
+            return _WHOLE if before == START or self._streaks.get(before) == _WHOLE else 1
+        streak = min(most, 1 + self._streaks.get(before, 0))
+        if streak > len(self._copies):
+            raise ValueError("a block follows itself")
+        return streak
+
+    @property
+    def _is_unbounded(self) -> bool:
+        return self.kind is Kind.FULL or (self.kind is not Kind.MAMBA and self.span is None)
+
     def _most(self) -> int:
         """The longest streak that anybody asks for."""
-        if self.kind is Kind.MAMBA:
-            return 1
+        if self._is_unbounded:
+            return _WHOLE
         if self.kind is Kind.SLIDING and self.span is not None:
             return 1 + -(-(self.span - 1) // self.block_size)
-        if self.kind is Kind.CHUNKED and self.span is not None:
-            return max(1, self.span // self.block_size)
-        return 1 << 62
+        return max(1, self.span // self.block_size) if self.kind is Kind.CHUNKED and self.span is not None else 1
 
 
 def kind_of(event: BlockStored) -> Kind | None:

@@ -12,9 +12,17 @@ CHUNKED = (
     "chunked attention: its chunk size is not published, so hits may be longer than predicted; "
     "for exact hits start vLLM with --disable-hybrid-kv-cache-manager"
 )
+CHUNKED_ALONE = (
+    "no full attention but chunked attention: every whole chunk counts as cached, so hits may be longer than predicted; "
+    "start vLLM with --disable-hybrid-kv-cache-manager"
+)
 SPARSE_WINDOWS = (
     "no full attention, and blocks are published sparsely (prefix_cache_retention_interval 0), so hits may be longer "
     "than predicted; set prefix_cache_retention_interval to null"
+)
+DROPPED_SIZES = (
+    "speculative decoding drops blocks, and sliding windows have smaller blocks than full attention, so hits may be longer "
+    "or shorter than predicted; use vLLM 0.33 or later, whose blocks depend on the tokens after them instead"
 )
 FINE_STATES = (
     "prefix_match_unit below the block size hides the last tokens of a hit, so hits may be longer than predicted; "
@@ -27,6 +35,10 @@ UNLINKED = (
 SHARED_PAGES = (
     "pages of several salts or adapters share a hash, and a removal does not say whose page went, so hits may be "
     "shorter than predicted; give each tenant a replica of its own, or accept the difference"
+)
+EXTRA_KEYS = (
+    "a page was stored again while it was there: clients send an extra_key, which events do not show, so hits may be "
+    "shorter than predicted; use cache_salt instead"
 )
 SLOWER_TIERS = (
     "slower tiers are not counted for engines with several attention groups or with speculative decoding, so hits may "
@@ -42,6 +54,15 @@ REUSES_LESS = (
     "sliding windows and mamba), so hits may be shorter than the events say; predictions are scaled by what answers report, "
     "see reuse in /debug/pods"
 )
+UNTRIED = (
+    "this engine's events are read as its source publishes them, but no such engine has been tried, so hits may be longer "
+    "or shorter than predicted; compare them with `matrixinfer events record` and `events check`"
+)
+_OTHER_RANK = "its batches say that they are from data-parallel rank"
+_FEWER_RANKS = "data-parallel ranks, but"
+_NO_EVICTIONS = "publishes no evictions"
+_MAYBE_CLEARED = "a cache reset may have reached"
+UNKNOWN_EVENT = "an event type that this release does not know"
 UNKNOWN_KIND = "an attention kind that this release does not know"
 
 UNCONFIRMED = (
@@ -58,7 +79,7 @@ HIDDEN_COMPONENTS = (
 def other_rank(told: int, listed: str) -> str:
     """Words for a publisher whose batches name another rank than the one that it is listed as."""
     return (
-        f"its batches say that they are from data-parallel rank {told}, but it is listed as {listed}, so what is indexed "
+        f"{_OTHER_RANK} {told}, but it is listed as {listed}, so what is indexed "
         "may be another rank's; set kvEvents.endpoint to the engine's own publisher, or report what /kv_event_sources says"
     )
 
@@ -69,7 +90,7 @@ def fewer_ranks(ranks: int, followed: int) -> str:
         "only 1 of them says where it publishes" if followed == 1 else f"only {followed} of them say where they publish"
     )
     return (
-        f"the engine has {ranks} data-parallel ranks, but {publish}, so hits may be shorter than predicted; "
+        f"the engine has {ranks} {_FEWER_RANKS} {publish}, so hits may be shorter than predicted; "
         "remove kvEvents, so that the engine says where each rank publishes, and enable the events of all ranks"
     )
 
@@ -79,10 +100,18 @@ def unknown_kind(kind: str) -> str:
     return f"{UNKNOWN_KIND} ({kind[:64]}), so hits may be shorter than predicted; upgrade the gateway"
 
 
+def unknown_event(kind: str) -> str:
+    """Words for a type of event that no layout has."""
+    return (
+        f"{UNKNOWN_EVENT} ({kind[:64]}), which may add or remove blocks, so hits may be longer or shorter than predicted; "
+        "upgrade the gateway"
+    )
+
+
 def store_only(medium: str) -> str:
     """Words for a slower tier that only ever stores."""
     return (
-        f"the {medium[:64]} tier publishes no evictions, so hits may be shorter than predicted; its oldest blocks are "
+        f"the {medium[:64]} tier {_NO_EVICTIONS}, so hits may be shorter than predicted; its oldest blocks are "
         "forgotten, publish evictions if its connector can"
     )
 
@@ -90,9 +119,41 @@ def store_only(medium: str) -> str:
 def spared(medium: str) -> str:
     """Words for a slower tier that still had blocks when a reset was published."""
     return (
-        f"a cache reset may have reached the {medium[:64]} tier or spared it, so hits may be shorter than predicted; "
+        f"{_MAYBE_CLEARED} the {medium[:64]} tier or spared it, so hits may be shorter than predicted; "
         "restart the engine to empty every tier"
     )
+
+
+_NAMES = (
+    (CHUNKED, "chunk_size"),
+    (CHUNKED_ALONE, "chunked_alone"),
+    (SPARSE_WINDOWS, "sparse_windows"),
+    (DROPPED_SIZES, "dropped_sizes"),
+    (FINE_STATES, "fine_states"),
+    (UNLINKED, "unlinked_groups"),
+    (SHARED_PAGES, "shared_pages"),
+    (EXTRA_KEYS, "extra_keys"),
+    (HIDDEN_COMPONENTS, "components"),
+    (REUSES_LESS, "reuses_less"),
+    (UNCONFIRMED, "unconfirmed"),
+    (_OTHER_RANK, "other_rank"),
+    (_FEWER_RANKS, "fewer_ranks"),
+    (SLOWER_TIERS, "slower_tiers"),
+    (ORPHANS, "orphans"),
+    (MISFITS, "misfits"),
+    (UNTRIED, "untried"),
+    (UNKNOWN_KIND, "unknown_attention"),
+    (UNKNOWN_EVENT, "unknown_events"),
+    (_NO_EVICTIONS, "no_evictions"),
+    (_MAYBE_CLEARED, "maybe_cleared"),
+)
+NAMES = (*(name for _, name in _NAMES), "other")
+"""Short names of limits, for metrics."""
+
+
+def name_of(words: str) -> str:
+    """The short name of a limit."""
+    return next((name for part, name in _NAMES if part in words), "other")
 
 
 class Limits:

@@ -22,6 +22,8 @@ class Pages:
         self._removed: dict[tuple[int, str], int] = {}  # removals that may have been of any of several pages
         self.ambiguous = 0
         """Removals that did not say whose page went."""
+        self.repeats = 0
+        """Pages that were stored again while they were there: a tree does so only for another namespace."""
         self.keeps_twins = True
         """Keep the pages that share a hash until as many removals have come; otherwise one removal ends them all."""
 
@@ -40,15 +42,24 @@ class Pages:
                 twins.append(page)
         return pages, None if parent is None else parent ^ mask
 
-    def stored(self, pages: Sequence[int], medium: str | None) -> list[int]:
-        """`pages` are on a medium now. Returns those that were there before."""
+    def stored(self, pages: Sequence[int], hashes: Sequence[int], medium: str | None) -> list[int]:
+        """`pages`, which have these hashes, are on a medium now. Returns those that were there before."""
         again, name = [], medium or "GPU"
-        for page in pages:
+        for page, block in zip(pages, hashes, strict=True):
             media = self._media.setdefault(page, set())
             if name in media:
                 again.append(page)
+                if not self._was_removed(block, name):
+                    self.repeats += 1
             media.add(name)
         return again
+
+    def _was_removed(self, block: int, name: str) -> bool:
+        """Whether a removal that did not say whose page went was of one that is stored now."""
+        removals = self._removed.pop((block, name), 0)
+        if removals > 1:
+            self._removed[block, name] = removals - 1
+        return removals > 0
 
     def removed(self, hashes: Sequence[int], medium: str | None) -> list[int]:
         """Pages with these hashes left a medium. Returns the ids that were there."""

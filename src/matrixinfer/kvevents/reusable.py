@@ -23,12 +23,12 @@ from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Group, Kind
+from matrixinfer.kvevents.predecessors import Predecessors
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.supports import Supports
+from matrixinfer.kvevents.wire import BlockStored
 
 _MARK_BYTES = 400
-_MAX_PIECES = 65_536
-"""Links between blocks that are smaller than the primary group's, newest last."""
 
 
 class Spec(NamedTuple):
@@ -49,7 +49,7 @@ class Reusable:
     One group is the `primary` one: its forest knows the tokens of every prefix. The others are sets of hashes.
     """
 
-    def __init__(self, pod: str, index: BlockIndex, blocks: TokenBlockProcessor) -> None:
+    def __init__(self, pod: str, model: str, index: BlockIndex, blocks: TokenBlockProcessor) -> None:
         self.specs: dict[int, Spec] = {}
         self.primary: int | None = None
         """The group whose blocks are indexed; None before the first event."""
@@ -73,8 +73,8 @@ class Reusable:
         self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
         self._ahead: dict[int, bytes] = {}
         self._dirty: dict[int, None] = {}
-        self._pieces: dict[int, tuple[int, int]] = {}  # block -> the one before it, and its tokens
-        self._forest: Forest | None = None
+        self._predecessors = Predecessors(model)
+        self._sparse: list[tuple[Group, Sequence[int]]] = []  # of this batch: blocks that need not follow each other
 
     @property
     def tokens(self) -> int:
@@ -95,7 +95,22 @@ class Reusable:
     @property
     def drop(self) -> int:
         """Tokens by which the engine cuts each prefix that it holds before it reuses it; 0 unless it is known to."""
-        return self.specs[self.primary].block_size if self._drops and self.primary is not None else 0
+        if not self._drops or self.primary is None:
+            return 0
+        # The primary group's blocks say which tokens there are.
+        size = self.specs[self.primary].block_size
+        return max(-(-self._drop_of(number) // size) * size for number in self.specs)
+
+    @property
+    def drops_unevenly(self) -> bool:
+        """Whether the engine drops blocks that are smaller than the primary group's: where they end is not published."""
+        size = 0 if self.primary is None else self.specs[self.primary].block_size
+        return any(0 < self._drop_of(number) < size for number in self.specs)
+
+    def _drop_of(self, group: int) -> int:
+        """Tokens that a group must hold beyond a prefix that is reused."""
+        spec = self.specs[group]
+        return spec.block_size if group in self._drops and spec.kind in (Kind.FULL, Kind.SLIDING) else 0
 
     def drops(self, groups: Iterable[int]) -> None:
         """The engine looks for one block more than it reuses in these groups, as vLLM 0.32 does with EAGLE or MTP.
@@ -119,7 +134,9 @@ class Reusable:
             if self.primary is not None:
                 self._plain = self.primary, self.specs[self.primary].block_size
         else:
-            self.rule = Rule(self.unit, self.lookahead, self.reserve, self.drop, self.is_rooted)
+            # A single group drops a block of the longest hit; of several each looks for one block more than the hit.
+            reserve = 0 if self.drop and len(self.specs) > 1 else self.reserve
+            self.rule = Rule(self.unit, self.lookahead, reserve, self.drop, self.is_rooted)
 
     def learn(self, group: int, kind: Kind, block_size: int, span: int | None, forest: Forest | None) -> None:
         """An event of `group` has blocks of that kind and size. `forest` holds the primary group's blocks so far."""
@@ -139,7 +156,7 @@ class Reusable:
             if number == self.primary and self.is_rooted:
                 continue
             if number not in self._groups:
-                self._groups[number] = Group(spec.kind, spec.block_size, spec.span, self._before)
+                self._groups[number] = Group(spec.kind, spec.block_size, spec.span, self._predecessors.before)
             elif self._groups[number].block_size != spec.block_size:
                 self.touch(self._groups[number].resize(spec.block_size))
         self._set_rule()
@@ -150,27 +167,23 @@ class Reusable:
         """The group's attention works in chunks of that many tokens, which no event says."""
         self._chunks[group] = tokens
 
-    def stored(self, group: int, blocks: Sequence[int], parent: int | None) -> None:
-        """The group holds one more copy of `blocks`, which follow each other and, where that is known, `parent`."""
+    def stored(self, group: int, blocks: Sequence[int], parent: int | None, *, is_dense: bool) -> None:
+        """The group holds one more copy of `blocks`, which, if they are dense, follow each other and `parent`."""
         if group in self._groups:
-            self.touch(self._groups[group].add(blocks, parent))
+            self.touch(self._groups[group].add(blocks, parent, linked=is_dense))
+            if not is_dense:
+                self._sparse.append((self._groups[group], blocks))
 
     def look_ahead_in_pairs(self) -> None:
         """Blocks are of pairs of tokens, of which the engine never looks up a prompt's last one."""
         self.reserve = 2
         self._set_rule()
 
-    def linked(self, blocks: Sequence[int], parent: int | None, size: int) -> None:
-        """An event names blocks of `size` tokens with all their tokens: so it is known which comes before which."""
+    def linked(self, event: BlockStored, blocks: Sequence[int], parent: int | None, tokens: bytes) -> None:
+        """An event names blocks with all their tokens: so it is known which comes before which."""
         spec = None if self.primary is None else self.specs[self.primary]
-        if spec is None or size >= spec.block_size:
-            return  # the forest of the primary group knows
-        for block in blocks:
-            if parent is not None:
-                if len(self._pieces) >= _MAX_PIECES:
-                    del self._pieces[next(iter(self._pieces))]
-                self._pieces[block] = parent, size
-            parent = block
+        if spec is not None and event.block_size < spec.block_size:  # otherwise the forest of the primary group knows
+            self.touch(self._predecessors.learn(event, blocks, parent, tokens))
 
     def removed(self, group: int, blocks: Iterable[int]) -> None:
         """The group holds one copy less of `blocks`."""
@@ -193,13 +206,16 @@ class Reusable:
         """Mark what has become reusable, and take away the marks of what is not. `forest`: the primary group's blocks."""
         if not self._dirty:
             return
-        self._forest = forest
+        self._predecessors.forest, self._predecessors.lookahead = forest, self.lookahead
+        self._link_sparse()
         for block in list(self._dirty):
             for group in self._groups.values():
                 self.touch(group.known(block))
-        if self._drops and forest is not None:
-            for block in list(self._dirty):
-                self.touch(forest.children(block))
+        if forest is not None and self.primary is not None:
+            changed = list(self._dirty)
+            for _ in range(self.drop // self.specs[self.primary].block_size):
+                changed = [child for block in changed for child in forest.children(block)]
+                self.touch(changed)
         dirty, self._dirty = self._dirty, {}
         new: dict[int, tuple[str, list[int]]] = {}
         for block in dirty:
@@ -214,7 +230,7 @@ class Reusable:
         for block, (model, hashes) in new.items():
             self._marks[block] = model, hashes
             self.supports.add(model, hashes, None)
-        self._forest = None
+        self._predecessors.forest = None
 
     def clear(self) -> None:
         """Nothing is held any more."""
@@ -223,16 +239,22 @@ class Reusable:
         self._marks.clear()
         self._ahead.clear()
         self._dirty.clear()
-        self._pieces.clear()
+        self._predecessors.clear()
+        self._sparse.clear()
         self.supports.clear()
 
     def reset(self) -> None:
-        """Expect another engine."""
+        """Learn of the groups again. What is known of drops stays."""
         self.clear()
         self.supports.forget()
+        self._predecessors.reset()
         self.specs.clear()
         self._groups.clear()
         self.primary, self.lookahead, self.reserve = None, 0, 1
+        self._set_rule()
+
+    def forget_drops(self) -> None:
+        """Expect another engine: nothing is known of its drops."""
         self._drops, self.drop_is_settled = frozenset(), False
         self._set_rule()
 
@@ -258,43 +280,26 @@ class Reusable:
         if not self._drops:
             return all(group.holds(block, end) for group in self._groups.values())
         reused = end - self.drop
-        before = _ending_at(forest, run, reused)
         for number, group in self._groups.items():
-            if number in self._drops and group.kind in (Kind.FULL, Kind.SLIDING):
-                if not group.holds(block, end, more=1):
-                    return False
-            elif before is None or not group.holds(before, reused):
+            at = reused + self._drop_of(number)
+            last = block if at == end else self._predecessors.before(block, end - at)
+            more = 1 if at > reused and group.kind is Kind.SLIDING else 0
+            if last is None or not group.holds(last, at, more=more):
                 return False
         return True
+
+    def _link_sparse(self) -> None:
+        """Link the blocks of sparse events, now that all of the batch is known."""
+        for group, blocks in self._sparse:
+            if group.kind is not Kind.MAMBA:
+                for before, block in self._predecessors.consecutive(blocks, group.block_size):
+                    group.link(block, before)
+                self.touch(self._predecessors.deduce(blocks, group.block_size))
+                self.touch(blocks)
+        self._sparse.clear()
 
     def _unmark(self, block: int) -> None:
         mark = self._marks.pop(block, None)
         if mark is not None:
             model, hashes = mark
             self.supports.remove(model, hashes)
-
-    def _before(self, block: int, tokens: int) -> int | None:
-        """The block that ends that many tokens before the end of `block`, on the same prefix."""
-        piece = self._pieces.get(block)
-        if piece is not None and piece[1] == tokens:
-            return piece[0]
-        run = None if self._forest is None else self._forest.run_of(block)
-        if run is None or self._forest is None:
-            return None
-        return _ending_at(self._forest, run, run.end(run.position(block)) - tokens)
-
-
-def _ending_at(forest: Forest, run: Run, end: int) -> int | None:
-    """The block of a run, or of those that it branches off, that ends at a token."""
-    visits = 0
-    at: Run | None = run
-    while at is not None and end > 0 and visits < 1_000:
-        if end > at.start:
-            over = (end - at.start) % at.block_size
-            return None if over else at[(end - at.start) // at.block_size - 1]
-        if at.parent is None:
-            return None
-        if end == at.start:
-            return at.parent
-        at, visits = forest.run_of(at.parent), visits + 1
-    return None

@@ -195,6 +195,8 @@ class Action(QuickEnum):
     """Clear what is indexed."""
     RESET = "reset"
     """Clear what is indexed, and forget what is known about the engine's layout."""
+    START_OVER = "start over"
+    """Reset, but keep what answers have shown of the engine: it is the same one."""
     LOSE = "lose"
     """Give up the position: the next frame, whichever it is, is taken for a beginning."""
     REWIND = "rewind"

@@ -12,7 +12,7 @@ from matrixinfer.blocks import token_bytes
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.tiers import DEVICE, tier_of
-from matrixinfer.kvevents.wire import BlockRemoved, BlockStored, Event, block_ids
+from matrixinfer.kvevents.wire import BlockRemoved, BlockStored, Event, block_ids, pairs_of, tokens_of
 
 _NO_TOKENS = (b"\x90", b"\xc0")
 """An empty list and nil."""
@@ -51,6 +51,8 @@ def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> t
     """
     if event.lora_id is not None and not event.lora_name:
         return 0, None
+    if isinstance(event.mm_keys, list):
+        count = next((at for at, keys in enumerate(event.mm_keys[first : first + count]) if keys), count)
     if event.extra_keys is None or event.extra_keys is UNSET or not any(event.extra_keys):
         return count, None
     salt: str | None = None
@@ -84,6 +86,15 @@ def tokens_of_chunk(event: BlockStored) -> bytes | None:
         return token_bytes(tokens[:-1])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
         return None
+
+
+def tokens_in(event: BlockStored, tier: int) -> tuple[bytes | None, list[bytes] | None]:
+    """The tokens of an event's blocks, None if they do not fit; and those after each block, if it is of pairs."""
+    tokens = tokens_of(event) if event.block_size > 0 and event.block_hashes else None
+    if tokens is None and tier != DEVICE:
+        tokens = tokens_of_chunk(event)
+    pairs = None if tokens is not None else pairs_of(event)
+    return (tokens, None) if pairs is None else pairs
 
 
 def in_order(events: Sequence[Event], stored: Sequence[BlockStored]) -> Sequence[Event]:

@@ -8,6 +8,7 @@ loaded, and from where.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 from matrixinfer.config.endpoint_names import TIERS, EndpointName
 from matrixinfer.index.base import BlockIndex
@@ -17,6 +18,10 @@ from matrixinfer.traffic.history import RoutingHistory
 DEVICE, HOST, STORAGE = 0, 1, 2
 MOST_UNEVICTED_TOKENS = 2_000_000
 """The most tokens to believe in on a tier that publishes no evictions: some 250 GB for a model of 8 billion parameters."""
+MAX_PLACES = 16
+"""Media and attention groups of one engine that are kept apart; more are not believed."""
+Place: TypeAlias = tuple[str, int]
+"""A cache medium and an attention group."""
 Supported = tuple[str, list[int], int | None]
 """Consecutive token blocks that an engine block supports: their model, their names, and the one before them."""
 

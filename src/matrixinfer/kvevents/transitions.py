@@ -67,6 +67,8 @@ _ASK, _VOID, _CLEAR, _RESET = Action.ASK, Action.VOID, Action.CLEAR, Action.RESE
 _LOSE, _REWIND, _ANSWERED, _MISSED = Action.LOSE, Action.REWIND, Action.ANSWERED, Action.MISSED
 _DROP, _JUDGE, _APPLY, _HOLD, _PUT_BACK = Fate.DROP, Fate.JUDGE, Fate.APPLY, Fate.HOLD, Fate.PUT_BACK
 _FROM_START = (_VOID, _ANSWERED, _RESET, _REWIND, _ASK)
+_OVER = (_VOID, _ANSWERED, Action.START_OVER, _REWIND, _ASK)
+_OVER_ANYWHERE = (_VOID, _ANSWERED, Action.START_OVER, _LOSE)
 _FROM_ANYWHERE = (_VOID, _ANSWERED, _RESET, _LOSE)
 
 # fmt: off
@@ -121,7 +123,7 @@ _ROWS: tuple[_Row, ...] = (
     (Input.RECONNECTED,            _ALL,                    _PROVING,     (_VOID, _ASK),          _DROP),
     (Input.RECONNECTED_AT_START,   _AT_START,               _ASKED,       (_VOID, _ASK),          _DROP),
     (Input.RECONNECTED_ASTRAY,     _ASTRAY,                 _ASKED,       _FROM_START,            _DROP),
-    (Input.STARTED_OVER,           _ALL,                    _ASKED,       _FROM_START,            _DROP),
+    (Input.STARTED_OVER,           _ALL,                    _ASKED,       _OVER,                  _DROP),
     (Input.PURGED,                 _ALL,                    _FOLLOWING,   (_VOID, _CLEAR, _LOSE), _DROP),
 )
 
@@ -143,7 +145,7 @@ _LIVE_ONLY_ROWS: tuple[_Row, ...] = (
     (Input.DISCONNECTED,           _LIVE_ONLY_PHASES,        _DISCONNECTED, (_VOID,),              _DROP),
     (Input.RECONNECTED,            _LIVE_ONLY_PHASES,        _FOLLOWING,   _FROM_ANYWHERE,         _DROP),
     (Input.RECONNECTED_ASTRAY,     _LIVE_ONLY_PHASES,        _FOLLOWING,   _FROM_ANYWHERE,         _DROP),
-    (Input.STARTED_OVER,           _LIVE_ONLY_PHASES,        _FOLLOWING,   _FROM_ANYWHERE,         _DROP),
+    (Input.STARTED_OVER,           _LIVE_ONLY_PHASES,        _FOLLOWING,   _OVER_ANYWHERE,         _DROP),
     (Input.PURGED,                 _LIVE_ONLY_PHASES,        _FOLLOWING,   (_VOID, _CLEAR, _LOSE), _DROP),
 )
 # fmt: on

@@ -6,11 +6,13 @@ release, so one type reads them all::
 
     ["BlockStored", hashes, parent, tokens, block_size, lora_id    SGLang
      , medium                                                      vLLM 0.12, SGLang
+     , {cache_salt, lora_name, …}                                  SGLang, where there is something to say
      , lora_name                                                   vLLM 0.16
      , extra_keys, group_idx, …]                                   vLLM 0.20
 
 A new layout is one more pair of batch and event types below. Unknown fields are ignored. An event that cannot be read is
-counted and skipped, so that the rest of its batch still counts. A payload that is not a batch raises `MalformedFrame`.
+counted and skipped, so that the rest of its batch still counts, and so is one of an unknown type, which is named. A
+payload that is not a batch raises `MalformedFrame`.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
-    lora_name: str | UnsetType | None = None
-    """UNSET if the layout does not have it."""
+    lora_name: str | UnsetType | None = UNSET
+    """UNSET if the layout does not have it, or leaves it out where it says nothing."""
     extra_keys: list[Any] | UnsetType | None = UNSET
     """What else the content of each block depends on: adapter, multimodal items, salt, embeddings (untagged), or None.
 
@@ -57,6 +59,8 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     """For each block the tokens after it on which its content depends as well (speculative decoding, vLLM 0.33)."""
     cache_salt: str | None = None
     """SGLang's: of all the blocks."""
+    mm_keys: list[Any] | None = None
+    """TensorRT-LLM's: the multimodal items in each block."""
 
     @property
     def window(self) -> int | None:
@@ -77,6 +81,22 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     def hides_keys(self) -> bool:
         """The layout does not have what else the content of blocks depends on."""
         return False
+
+    @property
+    def is_annotated(self) -> bool:
+        """An array with a map at its end: without it, neither salt nor adapter is left unsaid."""
+        return False
+
+    @property
+    def is_of_tensorrt(self) -> bool:
+        """The layout is TensorRT-LLM's: that of a radix tree, but nothing is left out, not even an adapter that is nil."""
+        return (
+            self.extra_keys is UNSET
+            and self.lora_name is None
+            and self.medium == "GPU"
+            and self.is_of_radix_tree
+            and not self.is_annotated
+        )
 
     @property
     def is_of_radix_tree(self) -> bool:
@@ -114,15 +134,18 @@ class Batch(msgspec.Struct, frozen=True):
     unreadable: int = 0
     unreadable_stored: int = 0
     """How many of the unreadable events are BlockStored: blocks stay unknown, but no known block was removed."""
+    unknown: tuple[str, ...] = ()
+    """The types of events that no layout has; they are not among the unreadable ones."""
 
 
 class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
-    lora_name: str | UnsetType | None = UNSET
+    lora_name: str | dict[str, Any] | UnsetType | None = UNSET  # type: ignore[assignment]  # until it is `_annotated`
     extra_keys: list[Any] | UnsetType | None = UNSET
     # Fields of maps only. What an array has in their places is unknown, and means nothing.
     kv_cache_spec_sliding_window: Any = None
     lookahead_token_ids: Any = None
     cache_salt: Any = None
+    mm_keys: Any = None
 
     @property
     def hides_keys(self) -> bool:
@@ -139,6 +162,12 @@ class _StoredArray(BlockStored, frozen=True, kw_only=True, array_like=True):
     @property
     def salt(self) -> str | None:
         return None
+
+
+class _AnnotatedArray(BlockStored, frozen=True, kw_only=True):
+    @property
+    def is_annotated(self) -> bool:
+        return True
 
 
 class _RemovedArray(BlockRemoved, frozen=True, kw_only=True, array_like=True):
@@ -189,8 +218,8 @@ _UNREAD: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_UnreadInArray, _Unread
 _EVENTS: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_Map, _Array)))
 _TOKENS = msgspec.msgpack.Decoder(list[int])
 _BIGRAMS = msgspec.msgpack.Decoder(list[tuple[int, int]])
+_TYPES = frozenset(kind.__name__ for kind in (BlockStored, BlockRemoved, AllBlocksCleared))
 _TWO_TO_64 = 1 << 64
-# What msgspec raises for unexpected bytes.
 
 
 def decode(payload: bytes) -> Batch:
@@ -200,8 +229,37 @@ def decode(payload: bytes) -> Batch:
             batch = layout.decode(payload)
         except UNREADABLE:
             continue
-        return Batch(batch.events, batch.ts, batch.data_parallel_rank)
+        events = batch.events if layout is not _BATCHES[1] else _annotated(batch.events)
+        return Batch(events, batch.ts, batch.data_parallel_rank)
     return _decode_one_by_one(payload)
+
+
+def _annotated(events: Sequence[Event]) -> Sequence[Event]:
+    """The events, with the maps at the end of arrays read."""
+    if not any(isinstance(event, _StoredArray) and isinstance(event.lora_name, dict) for event in events):
+        return events
+    return [_with_map(event) if isinstance(event, _StoredArray) else event for event in events]
+
+
+def _with_map(event: _StoredArray) -> BlockStored:
+    if not isinstance(event.lora_name, dict):
+        return event
+    salt, adapter = event.lora_name.get("cache_salt"), event.lora_name.get("lora_name")
+    return _AnnotatedArray(
+        block_hashes=event.block_hashes,
+        parent_block_hash=event.parent_block_hash,
+        token_ids=event.token_ids,
+        block_size=event.block_size,
+        lora_id=event.lora_id,
+        medium=event.medium,
+        lora_name=adapter if isinstance(adapter, str) else None,
+        cache_salt=salt if isinstance(salt, str) else None,
+    )
+
+
+def plain(event: BlockStored) -> BlockStored:
+    """An array that hides keys, from an engine that annotates those with any: it has none."""
+    return _with_map(msgspec.structs.replace(event, lora_name={})) if isinstance(event, _StoredArray) else event
 
 
 def tokens_of(event: BlockStored) -> bytes | None:
@@ -215,6 +273,11 @@ def tokens_of(event: BlockStored) -> bytes | None:
         return None
     packed.byteswap()
     return packed.tobytes()
+
+
+def parent_of(event: BlockStored) -> int | None:
+    """The block that the event's blocks follow; None for the root."""
+    return None if event.parent_block_hash is None else block_ids([event.parent_block_hash])[0]
 
 
 def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
@@ -278,14 +341,18 @@ def _decode_one_by_one(payload: bytes) -> Batch:
             reason = error
             continue
         events: list[Event] = []
-        unread = []
+        unread: list[str | None] = []
         for raw in batch.events:
             event = _decode_event(raw)
             if event is None:
-                unread.append(raw)
+                unread.append(_type_of(raw))
             else:
                 events.append(event)
-        return Batch(events, batch.ts, batch.data_parallel_rank, len(unread), sum(map(_names_block_stored, unread)))
+        unknown = tuple(name for name in unread if name is not None and name not in _TYPES)
+        stored = unread.count(BlockStored.__name__)
+        return Batch(
+            _annotated(events), batch.ts, batch.data_parallel_rank, len(unread) - len(unknown), stored, unknown
+        )
     raise MalformedFrame(str(reason)) from reason
 
 
@@ -299,10 +366,11 @@ def _decode_event(raw: msgspec.Raw) -> Event | None:
     return None
 
 
-def _names_block_stored(raw: msgspec.Raw) -> bool:
+def _type_of(raw: msgspec.Raw) -> str | None:
+    """The type of an event that cannot be read; None if that cannot be read either."""
     try:
         event = msgspec.msgpack.decode(raw)
     except UNREADABLE:
-        return False
+        return None
     kind = event.get("type") if isinstance(event, dict) else event[0] if isinstance(event, list) and event else None
-    return kind == BlockStored.__name__
+    return kind if isinstance(kind, str) and kind else None

@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from matrixinfer.app.collectors import FeedCollector
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents import limits
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.scheduler.framework import Trust
@@ -60,3 +61,16 @@ def test_a_feed_shows_how_far_behind_the_engine_it_is() -> None:
         samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())["matrixinfer_kv_lag_seconds", "a"]
         == 2.5
     )
+
+
+def test_a_feed_shows_the_limits_of_its_events_by_short_names() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    ledger.skip("BlockMoved")
+    ledger.skip("BlockJoined")
+    feed = PodFeed(ledger, can_replay=True)
+    for words in (limits.HIDDEN_COMPONENTS, limits.fewer_ranks(4, 2), limits.other_rank(1, "a@dp0"), "something else"):
+        feed.remarks.note(words)
+    shown = samples(FeedCollector({"a": feed}, lambda _: False, lambda _: 0.5).collect())
+    names = {key[2] for key in shown if key[0] == "matrixinfer_kv_feed_limits"}
+    assert names == {"components", "fewer_ranks", "other_rank", "other", "unknown_events"}
+    assert names <= set(limits.NAMES)

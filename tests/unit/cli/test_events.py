@@ -137,7 +137,9 @@ def test_check_fails_where_a_frame_cannot_be_read(tmp_path: Path, capsys: pytest
     file.write_text("\n".join(map(json.dumps, [STORED, garbage, unknown])))
     assert main(["events", "check", str(file)]) == 1
     assert capsys.readouterr().out.splitlines()[1] == (
-        "  0 engine blocks cached at the end; 1 unreadable frame; 1 unreadable event"
+        "  0 engine blocks cached at the end; 1 unreadable frame; 1 unreadable event; limit: an event type that this "
+        "release does not know (Unknown), which may add or remove blocks, so hits may be longer or shorter than "
+        "predicted; upgrade the gateway"
     )
 
 

@@ -69,6 +69,7 @@ NO_HIT: dict[str, Any] = {"predicted": 0, "cached": 0, "hits": 0}
 ROWS: list[tuple[str, PodFacts, str, str, str]] = [
     ("down", replace(POD, down="refused"), "health", "blind", "the engine does not answer: refused"),
     ("0.19", replace(POD, version="0.19.1"), "engine", "warning", "omit salts and some adapters"),
+    ("limits", feed(limits=("hits may be longer; leave it",)), "limits", "warning", "hits may be longer"),
     ("hides both", feed(hides_salts=True, hides_adapters=True), "engine", "warning", "its events omit salts and adapters"),
     ("no release hides", replace(feed(hides_salts=True), version=None), "engine", "warning", "whose events omit salts"),
     ("sglang", replace(POD, engine="sglang", version="0.5.22"), "engine", "warning", "the engine is SGLang 0.5.22, whose events omit"),

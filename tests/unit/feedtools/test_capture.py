@@ -99,6 +99,7 @@ def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(n
 @pytest.mark.parametrize(
     ("name", "compared", "reasons"),
     [
+        ("eagle-full16-swa32-first100", 100, set()),
         ("eagle-mla-mtp-bs64-first250", 250, set()),
         ("hybrid-full-chunked-bs16-first250", 250, set()),
         ("hybrid-full32-swa16-first200", 200, set()),
@@ -109,6 +110,7 @@ def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(n
         ("sglang-p64", 450, set()),
         ("swa-only-dense-bs16-first200", 200, set()),
         ("v033-eagle-lookahead1-full-swa-bs16-first250", 250, set()),
+        ("v033-eagle-lookahead1-full32-swa16-first100", 100, set()),
         ("v033-hybrid-full-mamba-bs64-first250", 250, set()),
         ("hybrid-full-mamba-unit16-bs64-first120", 0, {FINE_HITS}),
         ("sglang-extrakey-p16-first250", 136, {EXTRA_KEY, EXTRA_KEY_SHARED}),

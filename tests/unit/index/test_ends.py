@@ -166,7 +166,8 @@ def test_a_name_that_holds_an_end_in_anothers_block_may_have_a_longer_one() -> N
         (Rule(unit=2), 8),
         (Rule(unit=2, reserve=0), 10),
         (Rule(unit=2, reserve=3), 6),
-        (Rule(unit=2, drop=2), 8),  # what is cut leaves more than the reserve
+        (Rule(unit=2, drop=2), 6),
+        (Rule(unit=2, reserve=0, drop=2), 8),  # what is cut leaves more than the reserve
         (Rule(unit=4), 8),
         (Rule(unit=16), None),
     ],

@@ -4,8 +4,10 @@ import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import feed as feed_module
+from matrixinfer.kvevents import limits
+from matrixinfer.kvevents.counts import UntrustedEvents
 from matrixinfer.kvevents.feed import FeedState, PodFeed
-from matrixinfer.kvevents.ledger import Ledger, UntrustedEvents
+from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import Event
 
 from .support import CLEARED, Follower, frame, removed, stored
@@ -517,7 +519,7 @@ def test_without_replay_a_lost_connection_clears() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "malformed", "unreadable"),
-    [(b"\xc1", 1, 0), (frame({"type": "BlockMoved"}, stored([103], [3], parent=102), ["odd"]), 0, 2)],
+    [(b"\xc1", 1, 0), (frame({"type": "BlockRemoved"}, stored([103], [3], parent=102), [7]), 0, 2)],
     ids=["frame", "event"],
 )
 def test_what_cannot_be_read_may_have_been_a_removal_and_clears(bad: bytes, malformed: int, unreadable: int) -> None:
@@ -527,6 +529,28 @@ def test_what_cannot_be_read_may_have_been_a_removal_and_clears(bad: bytes, malf
     assert (feed.stats.malformed, feed.stats.unreadable_events) == (malformed, unreadable)
     feed.live(4, ROOT)
     assert (feed.state, feed.held) == (PARTIAL, 1)
+
+
+def test_an_event_of_an_unknown_type_costs_trust_and_no_blocks() -> None:
+    feed = complete_feed(3)
+    feed.live(3, frame({"type": "BlockMoved"}, CLEARED, stored([7], PROMPT[:1]), ["BlockMoved", 1]))
+    assert (feed.state, feed.held, feed.stats.unreadable_events) == (PARTIAL, 1, 2)
+    assert feed.ledger.limits == (limits.unknown_event("BlockMoved"),)
+    feed.live(4, frame(CLEARED))
+    assert feed.state is PARTIAL  # until another engine is expected
+    feed.start_over()
+    assert not feed.ledger.limits
+
+
+def test_what_answers_have_shown_of_drops_stays_while_the_engine_is_the_same() -> None:
+    feed = complete_feed(3)
+    feed.ledger.drop_more()
+    feed.ledger.reusable.drop_is_settled = True
+    feed.start_over()
+    feed.replay(range(3))
+    assert (feed.ledger.drops, feed.ledger.reusable.drop_is_settled, feed.state) == (True, True, COMPLETE)
+    feed.live(0, ROOT)  # another engine
+    assert (feed.ledger.drops, feed.ledger.reusable.drop_is_settled) == (False, False)
 
 
 def test_a_stored_block_that_cannot_be_read_is_missing_even_after_a_clear_in_the_same_batch() -> None:

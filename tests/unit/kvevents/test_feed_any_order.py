@@ -19,7 +19,7 @@ PAYLOADS = (
     frame(stored([1], [1])),
     frame(stored([2], [2])),
     frame(CLEARED),
-    frame(["odd"]),
+    frame(["BlockRemoved"]),
     frame({**stored([1], [1]), "block_size": "16"}),
     frame(["BlockStored", [hash((1,))], None, [1], 1, None]),  # cannot be trusted
 )

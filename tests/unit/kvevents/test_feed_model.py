@@ -36,7 +36,7 @@ def spoil_all(_: bytes) -> bytes:
 def spoil_last_event(payload: bytes) -> bytes:
     """The same batch with an event at its end that cannot be read."""
     timestamp, events, rank = msgspec.msgpack.decode(payload)
-    return frame(*events[:-1], ["odd"], timestamp=timestamp, rank=rank)
+    return frame(*events[:-1], ["BlockRemoved"], timestamp=timestamp, rank=rank)
 
 
 def spoil_last_stored(payload: bytes) -> bytes:

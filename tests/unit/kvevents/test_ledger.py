@@ -4,7 +4,7 @@ import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents import ledger as ledger_module
-from matrixinfer.kvevents.ledger import UntrustedEvents
+from matrixinfer.kvevents.counts import UntrustedEvents
 
 from .support import CLEARED, Follower, removed, stored
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.blocks import Scheme, TokenBlockProcessor
-from matrixinfer.kvevents.ledger import UntrustedEvents
+from matrixinfer.kvevents.counts import UntrustedEvents
 
 from .support import CLEARED, MODEL, Follower, removed, stored
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.kvevents import limits
+from matrixinfer.kvevents import event_reader, limits
 from matrixinfer.kvevents.limits import Limits
 from matrixinfer.kvevents.tiers import MOST_UNEVICTED_TOKENS, Unevicted
 
@@ -156,8 +156,9 @@ def test_the_oldest_blocks_of_a_silent_tier_are_forgotten() -> None:
     assert MOST_UNEVICTED_TOKENS >= 1_000_000
 
 
-def test_a_silent_tier_does_not_grow_for_ever(engine: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.ledger, "_unevicted", Unevicted(most_tokens=64))
+def test_a_silent_tier_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_reader, "Unevicted", lambda: Unevicted(most_tokens=64))
+    engine = Follower(TokenBlockProcessor(4))
     for number in range(100):
         tokens = [number, *range(7)]
         engine.apply(stored([2 * number + 1, 2 * number + 2], tokens, medium="cpu"))
@@ -183,3 +184,65 @@ def test_a_removal_is_put_after_the_off_loading_of_the_same_batch_but_not_across
     assert engine.held(PROMPT) == 8
     engine.apply(removed([2, 1]))
     assert engine.total == 0
+
+
+def page(block: int, tokens: list[int], **fields: Any) -> dict[str, Any]:
+    """A page as SGLang stores it."""
+    event = stored([block], tokens, **fields)
+    return {name: value for name, value in event.items() if name not in ("extra_keys", "lora_name")}
+
+
+def test_a_page_that_is_stored_again_shows_an_extra_key_of_a_client(engine: Follower) -> None:
+    engine.apply(page(1, PROMPT[:4]), page(1, PROMPT[:4], cache_salt="tenant"), removed([1]), page(1, PROMPT[:4]))
+    assert limits.EXTRA_KEYS not in limits_of(engine)
+    engine.apply(page(1, PROMPT[:4]))
+    assert limits.EXTRA_KEYS in limits_of(engine)
+    engine.apply(CLEARED)
+    assert limits_of(engine) == (limits.EXTRA_KEYS,)
+
+
+def test_arrays_with_a_map_at_their_end_show_salts_and_adapters(engine: Follower) -> None:
+    def array(block: int, tokens: list[int], *said: object) -> list[object]:
+        return ["BlockStored", [block], None, tokens, len(tokens), None, "GPU", *said]
+
+    engine.apply(array(1, PROMPT[:4]), array(2, PROMPT[4:8]))
+    assert (engine.ledger.hides_salts, engine.ledger.hides_adapters) == (True, True)
+    engine.apply(array(1, PROMPT[:4], {"cache_salt": "tenant"}))
+    assert (engine.ledger.hides_salts, engine.ledger.hides_adapters, engine.ledger.is_exact) == (False, False, True)
+    engine.apply(array(3, PROMPT[8:12], {"lora_name": "ad"}), array(4, PROMPT[12:16]))
+    held = [engine.held(PROMPT[at : at + 4]) for at in (0, 4, 8, 12)]
+    assert (held, engine.held(PROMPT[:4], salt="tenant")) == ([4, 4, 0, 4], 4)
+    assert engine.held(PROMPT[8:12], model="ad") == 4
+    engine.apply(["BlockRemoved", [2], "GPU"])
+    assert (engine.held(PROMPT[4:8]), engine.ledger.hides_salts) == (0, False)
+
+
+def test_chunked_attention_alone_is_a_limit_until_full_attention_is_seen(engine: Follower) -> None:
+    engine.ledger.reusable.chunks(1, 8)
+    engine.apply(stored([1], PROMPT[:4], **CHUNKED))
+    assert limits_of(engine) == (limits.CHUNKED_ALONE,)
+    engine.apply(stored([1], PROMPT[:4], **FULL))
+    assert limits_of(engine) == ()
+
+
+@pytest.mark.parametrize(("window_block", "is_limited"), [(4, False), (8, False), (2, True)])
+def test_drops_of_smaller_blocks_than_those_of_full_attention_are_a_limit(window_block: int, is_limited: bool) -> None:
+    engine = Follower(TokenBlockProcessor(4))
+    sliding = {**SLIDING, "group_idx": 1}
+    count = 8 // window_block
+    engine.apply(stored([1, 2], PROMPT[:8], **FULL), stored(list(range(3 - count, 3)), PROMPT[:8], **sliding))
+    engine.ledger.drop_more()
+    assert limits_of(engine) == ()
+    engine.ledger.drop_more()
+    assert (limits.DROPPED_SIZES in limits_of(engine)) is is_limited
+    engine.ledger.drop_nothing()
+    assert limits_of(engine) == ()
+
+
+def test_few_orphans_are_a_late_beginning_and_many_are_a_loss(engine: Follower) -> None:
+    engine.apply(*(stored([100 + block], PROMPT[:4], parent=99) for block in range(16)))
+    assert limits_of(engine) == ()
+    engine.apply(stored([200], PROMPT[:4], parent=99))
+    assert limits_of(engine) == (limits.ORPHANS,)
+    engine.apply(CLEARED)
+    assert limits_of(engine) == ()

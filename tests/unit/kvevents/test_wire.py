@@ -18,6 +18,7 @@ from matrixinfer.kvevents.wire import (
     decode,
     has_bigrams,
     is_hash_of_tokens_alone,
+    plain,
     tokens_of,
 )
 
@@ -98,9 +99,25 @@ def test_events_that_are_arrays_are_recognised_by_their_length(
 
 
 def test_an_array_whose_fields_have_other_types_is_not_guessed() -> None:
-    salted = ["BlockStored", [5], 7, TOKENS, 4, None, "GPU", {"cache_salt": "s"}]
+    salted = ["BlockStored", [5], 7, TOKENS, 4, None, "GPU", 8]
     batch = decode(frame(salted))
     assert (batch.events, batch.unreadable, batch.unreadable_stored) == ([], 1, 1)
+
+
+@pytest.mark.parametrize("others", [[], [5]])
+def test_the_map_at_the_end_of_an_array_is_read(others: list[object]) -> None:
+    said = {"cache_salt": "s", "lora_name": "ad", "session_id": "x", "new": 1}
+    event = ["BlockStored", [5], 7, TOKENS, 4, 1, "GPU"]
+    batch = decode(frame([*event, said], [*event, {}], event, *others))
+    salted, empty, bare = batch.events
+    assert isinstance(salted, BlockStored)
+    assert isinstance(empty, BlockStored)
+    assert isinstance(bare, BlockStored)
+    assert (salted.salt, salted.lora_name, salted.hides_keys, salted.is_of_radix_tree) == ("s", "ad", False, True)
+    assert (salted.block_hashes, salted.parent_block_hash, salted.block_size, salted.medium) == ([5], 7, 4, "GPU")
+    assert (empty.salt, empty.lora_name, empty.is_annotated) == (None, None, True)
+    assert (bare.hides_keys, bare.is_annotated) == (True, False)
+    assert (plain(bare).hides_keys, plain(bare).is_of_radix_tree) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +190,12 @@ def test_unknown_fields_pass() -> None:
 @pytest.mark.parametrize(
     "odd",
     [
-        {"type": "BlockMoved", "block_hashes": [1]},
         {"block_hashes": [1]},
         {"type": "BlockRemoved"},
         {"type": "BlockRemoved", "block_hashes": "abc"},
         {"type": "BlockStored", "block_hashes": [None], "token_ids": [1], "block_size": 1},
         {"type": "BlockStored", "block_hashes": [1], "token_ids": [1], "block_size": "1"},
         {"type": 7},
-        ["BlockMoved", [1]],
         ["BlockRemoved"],
         ["BlockRemoved", "abc"],
         [],
@@ -193,6 +208,13 @@ def test_an_event_that_cannot_be_read_costs_only_itself(odd: object) -> None:
     batch = decode(frame(removed([1]), odd, removed([2]), rank=4))
     assert batch.events == [BlockRemoved(block_hashes=[n], medium="GPU") for n in (1, 2)]
     assert (batch.unreadable, batch.rank) == (1, 4)
+
+
+@pytest.mark.parametrize("odd", [{"type": "BlockMoved", "block_hashes": [1]}, ["BlockMoved", [1]]])
+def test_events_of_an_unknown_type_are_named(odd: object) -> None:
+    batch = decode(frame(removed([1]), odd, ["BlockRemoved"], removed([2])))
+    assert batch.events == [BlockRemoved(block_hashes=[n], medium="GPU") for n in (1, 2)]
+    assert (batch.unknown, batch.unreadable, batch.unreadable_stored) == (("BlockMoved",), 1, 0)
 
 
 def test_an_event_whose_text_is_not_utf8_costs_only_itself() -> None:

@@ -22,6 +22,7 @@ from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable,
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.wire import decode
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, RankMetrics, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
@@ -32,6 +33,7 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
+from tests.unit.kvevents.support import frame, removed, stored
 
 from .support import Dispatcher, Parts
 
@@ -64,7 +66,7 @@ class World:
             self.registry.learn(pod.name, served=served)
             self.registry.answered(pod.name)
             ledger = Ledger(pod=pod.name, model="m", blocks=self.blocks, index=self.index)
-            ledger.block_size = ENGINE_BLOCK
+            ledger.apply(*decode(frame(stored([1], range(ENGINE_BLOCK)), removed([1]))).events)
             self.feeds[pod.name] = PodFeed(ledger, can_replay=False)
         self.parts = Parts(
             registry=self.registry,

@@ -14,13 +14,15 @@ from matrixinfer.kvevents.groups import kind_of
 from matrixinfer.kvevents.wire import BlockRemoved, BlockStored
 
 ROOT = Path(__file__).parents[3]
+UNWATCHED = {"mm_keys"}
+"""Fields of TensorRT-LLM alone, whose releases are not watched."""
 STRUCTS: dict[str, type[msgspec.Struct]] = {"BlockStored": BlockStored, "BlockRemoved": BlockRemoved}
 
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_the_fields_that_are_read_are_those_of_the_decoder(name: str) -> None:
     read = {field for engine in ENGINES for field in engine.structs[name].read}
-    assert read == {field.name for field in msgspec.structs.fields(STRUCTS[name])}
+    assert read == {field.name for field in msgspec.structs.fields(STRUCTS[name])} - UNWATCHED
 
 
 @pytest.mark.parametrize("engine", [each for each in ENGINES if each.kinds], ids=lambda engine: engine.title)

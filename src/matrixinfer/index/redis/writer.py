@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -170,6 +170,14 @@ class BlockWriter:
     def is_writer(self, pod: str) -> bool:
         """Whether this writer has the lease on the pod."""
         return pod in self._pods and self._pods[pod].lease is not None
+
+    def is_sure(self, endpoint: str, names: Iterable[str]) -> bool:
+        """Whether this writer has the leases on `endpoint` and on those of its `names` that are written, all in step."""
+        return all(
+            self.is_writer(name) and not self.needs_resync(name)
+            for name in names
+            if name == endpoint or name in self._pods
+        )
 
     @property
     def waiting(self) -> int:
