@@ -10,10 +10,11 @@ from typing import Protocol
 
 from bench.prompts import MODEL
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.config import OutliersConfig, PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.audit import Auditor
@@ -60,15 +61,17 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     load, parity = LoadLedger(clock, config.pending_seconds), Parity(metrics, clock)
     drift = Drift(metrics, lambda name, *, replay: None, clock)
     lookup = Lookup(registry, index, FeedCaches(feeds, drift.doubts))
+    outliers = Outliers(OutliersConfig(), clock)
     router = Router(
         registry=registry,
         preparer=Preparer(
             registry, tokenizers, blocks, lookup, parity, max_prefix_tokens=config.max_prefix_tokens, clock=clock
         ),
-        candidates=Candidates(registry, lookup, load, history, config.weights),
+        candidates=Candidates(registry, lookup, load, history, config.weights, outliers),
         scheduler=scheduling,
         load=load,
         history=history,
+        outliers=outliers,
         auditor=Auditor(feeds, parity, drift, lookup, blocks),
         decisions=DecisionLog(config.decisions_kept),
         metrics=metrics,

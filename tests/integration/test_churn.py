@@ -84,7 +84,7 @@ class World:
         body = msgspec.json.encode({"model": model, "prompt": self.tokens(20)})
         request = await self.requests.dispatch(PATH, body)
         if len(request.decision.attempts) > 1 and self.rng.random() < 0.3:
-            request.failed()
+            request.failed("connect")
             request.move(request.decision.attempts[1])
         request.answered(200)
         request.first_byte()

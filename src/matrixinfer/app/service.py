@@ -19,8 +19,11 @@ from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.upstream import Upstream, upstream
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
@@ -34,11 +37,13 @@ from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 
@@ -63,6 +68,7 @@ class Service:
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
+        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
         self._parity = Parity(self.metrics, clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
@@ -80,7 +86,8 @@ class Service:
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
-            self.gateway = await stack.enter_async_context(self._gateway())
+            connections = await stack.enter_async_context(upstream(config.limits, self.metrics))
+            self.gateway = await stack.enter_async_context(self._gateway(connections))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -113,10 +120,13 @@ class Service:
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(engines.registry, lookup, self.load, self._history, config.weights, self.peer_loads),
+            candidates=Candidates(
+                engines.registry, lookup, self.load, self._history, config.weights, self.outliers, self.peer_loads
+            ),
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
+            outliers=self.outliers,
             auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks),
             decisions=self.decisions,
             metrics=self.metrics,
@@ -138,6 +148,7 @@ class Service:
             "recent_blocks": self._history.__len__,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
+            "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.__len__,
         }
         self.metrics.register(IndexCollector(self.engines.setup.index))
@@ -145,12 +156,14 @@ class Service:
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(PluginCollector(self._scheduler))
 
-    def _gateway(self) -> Gateway:
+    def _gateway(self, connections: Upstream) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
-        proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
+        budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
+        retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
+        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches)
         admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)

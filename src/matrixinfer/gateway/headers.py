@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -61,6 +63,20 @@ def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMult
     kept[REQUEST_ID] = identity
     kept[POD] = pod
     return kept
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds in a pod's `Retry-After`, which may also be a date (RFC 9110, 10.2.3); None without a valid one."""
+    given = headers.get("retry-after", "").strip()
+    if not given:
+        return None
+    if given.isascii() and given.isdigit():
+        return float(given[:9])
+    try:
+        until = parsedate_to_datetime(given)
+    except ValueError:
+        return None
+    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:

@@ -5,7 +5,8 @@ It does no I/O: the watcher and the router report their observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
@@ -98,6 +99,8 @@ class Pod:
     """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
     """True once the pod has left the registry: no more requests are sent there."""
+    when_down: dict[Callable[[], None], None] = field(default_factory=dict)
+    """What to call when it is declared down, in order."""
     endpoints: Sequence[Endpoint] = ()
     """The pod itself, or each data-parallel rank if it publishes events of several ranks."""
 
@@ -269,6 +272,21 @@ class PodRegistry:
         state.failures += 1
         if state.failures >= self._watch.unhealthy_after_failures:
             state.healthy = False
+            for act in tuple(state.when_down):
+                act()
+
+    @contextmanager
+    def when_down(self, pod: str, act: Callable[[], None]) -> Iterator[None]:
+        """Call `act` whenever a report leaves the pod unhealthy, while the context is open."""
+        state = self._by_name.get(pod)
+        if state is None:
+            yield
+            return
+        state.when_down[act] = None
+        try:
+            yield
+        finally:
+            del state.when_down[act]
 
     def answered(self, pod: str) -> None:
         """Report that the pod answered with something other than a server error."""

@@ -9,10 +9,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import SchedulerConfig
+from matrixinfer.config import OutliersConfig, SchedulerConfig
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.audit import Auditor
@@ -60,6 +61,7 @@ class Parts:
         caches = FeedCaches(self.feeds, self.drift.doubts)
         self.feed_reports = FeedReports(self.feeds, caches)
         lookup = Lookup(self.registry, self.index, caches)
+        self.outliers = Outliers(OutliersConfig(), clock)
         self.router = Router(
             registry=self.registry,
             preparer=Preparer(
@@ -71,10 +73,11 @@ class Parts:
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
-            candidates=Candidates(self.registry, lookup, load, self.history, config.weights, self.peers),
+            candidates=Candidates(self.registry, lookup, load, self.history, config.weights, self.outliers, self.peers),
             scheduler=Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover()),
             load=load,
             history=self.history,
+            outliers=self.outliers,
             auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks),
             decisions=self.decisions,
             metrics=self.metrics,

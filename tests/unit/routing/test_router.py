@@ -306,7 +306,7 @@ async def test_the_chosen_rank_is_charged_and_its_pod_is_reported() -> None:
     chosen = sent.decision.chosen
     assert (chosen.name, chosen.pod, chosen.rank, chosen.url) == ("b@dp1", "b", 1, "http://b")
     assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
-    sent.failed()
+    sent.failed("connect")
     assert world.registry.pods[1].failures == 1
     sent.answered(503)
     assert world.registry.pods[1].failures == 1
@@ -437,7 +437,7 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
     world = World()
     sent = await world.dispatch(request(), request_id="r-1")
     first, second = sent.decision.attempts[:2]
-    sent.failed()
+    sent.failed("connect")
     sent.move(second)
     sent.answered(200)
     sent.usage(40, 8)
