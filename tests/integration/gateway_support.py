@@ -15,7 +15,15 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, PodWatchConfig, RetriesConfig
+from matrixinfer.config import (
+    Config,
+    LimitsConfig,
+    ModelConfig,
+    OutliersConfig,
+    PodConfig,
+    PodWatchConfig,
+    RetriesConfig,
+)
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
@@ -23,6 +31,7 @@ from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import upstream
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
@@ -216,7 +225,8 @@ async def rig(
         status = Status(registry, metrics, draining).routes()
         api = Api(cast("Router", router), registry, proxy, metrics, limits).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
-        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, parity, limits).routes()
+        outliers = Outliers(OutliersConfig(), time.monotonic)
+        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
         gateway = await stack.enter_async_context(
             Gateway(config, api={**api, **status}, admin={**admin, **status}, draining=draining)
         )

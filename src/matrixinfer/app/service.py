@@ -166,7 +166,7 @@ class Service:
         proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches)
-        admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
+        admin = Admin(self.router, engines.registry, self.decisions, feeds, self.outliers, self._parity, config.limits)
         return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 
 

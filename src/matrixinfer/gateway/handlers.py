@@ -20,6 +20,7 @@ from matrixinfer.gateway.body import read_body
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
@@ -139,6 +140,7 @@ class Admin:
         registry: PodRegistry,
         decisions: DecisionLog,
         feeds: FeedReports,
+        outliers: Outliers,
         parity: Parity,
         limits: LimitsConfig,
     ) -> None:
@@ -146,6 +148,7 @@ class Admin:
         self._registry = registry
         self._decisions = decisions
         self._feeds = feeds
+        self._outliers = outliers
         self._parity = parity
         self._limits = limits
 
@@ -178,8 +181,18 @@ class Admin:
         """Every pod as last seen."""
         now = self._registry.clock()
         return json_response(
-            {"pods": [{**_pod(pod, now), "feeds": self._feeds.of(pod)} for pod in self._registry.pods]}
+            {
+                "pods": [
+                    {**_pod(pod, now), "withheld": self._withheld(pod), "feeds": self._feeds.of(pod)}
+                    for pod in self._registry.pods
+                ]
+            }
         )
+
+    def _withheld(self, pod: Pod) -> Mapping[str, str]:
+        """Why endpoints of a pod get no requests, or only a probe."""
+        reasons = ((endpoint.name, self._outliers.reason(endpoint.name)) for endpoint in pod.endpoints)
+        return {name: reason for name, reason in reasons if reason is not None}
 
     async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
         """How each model's token ids compare with its engines'."""
