@@ -17,6 +17,8 @@ from aiohttp import web
 
 from matrixinfer.config import (
     Config,
+    ConnectionsConfig,
+    DrainConfig,
     LimitsConfig,
     ModelConfig,
     OutliersConfig,
@@ -198,12 +200,21 @@ async def rig(
     limits: LimitsConfig | None = None,
     watch: PodWatchConfig | None = None,
     retries: RetriesConfig | None = None,
+    drain: DrainConfig | None = None,
+    connections: ConnectionsConfig | None = None,
+    max_connections: int | None = None,
 ) -> AsyncIterator[Rig]:
     """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
     pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
-    limits = limits or LimitsConfig(first_byte_timeout_seconds=DEADLINE_SECONDS, drain_seconds=DEADLINE_SECONDS)
+    limits = limits or LimitsConfig(first_byte_timeout_seconds=DEADLINE_SECONDS)
     config = Config(
-        listen=f"{LOOPBACK}:0", admin=f"{LOOPBACK}:0", models=(ModelConfig(name="tiny"),), pods=pods, limits=limits
+        listen=f"{LOOPBACK}:0",
+        admin=f"{LOOPBACK}:0",
+        models=(ModelConfig(name="tiny"),),
+        pods=pods,
+        limits=limits,
+        drain=drain or DrainConfig(timeout_seconds=DEADLINE_SECONDS),
+        connections=connections or ConnectionsConfig(),
     )
     registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
     for pod in registry.pods:
@@ -211,11 +222,11 @@ async def rig(
     router, rewriter, metrics = FakeRouter(registry), FakeRewriter(), Metrics()
     draining = asyncio.Event()
     async with AsyncExitStack() as stack:
-        connections = await stack.enter_async_context(upstream(limits, metrics))
+        pool = await stack.enter_async_context(upstream(limits, metrics))
         retries = retries or RetriesConfig(jitter_seconds=0.0)
         budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
         proxy = Proxy(
-            connections,
+            pool,
             Retries(retries, budget, random.Random(1)),
             cast("BodyRewriter", rewriter),
             metrics,
@@ -228,7 +239,13 @@ async def rig(
         outliers = Outliers(OutliersConfig(), time.monotonic)
         admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
         gateway = await stack.enter_async_context(
-            Gateway(config, api={**api, **status}, admin={**admin, **status}, draining=draining)
+            Gateway(
+                config,
+                api={**api, **status},
+                admin={**admin, **status},
+                draining=draining,
+                max_connections=max_connections,
+            )
         )
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from matrixinfer.config import Config, LimitsConfig
+from matrixinfer.config import Config, DrainConfig, LimitsConfig
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.pods.registry import ServedNames
 from tests.integration.gateway_support import BODY, CHAT, FOREVER, LOOPBACK, Rig, ok, pod, rig
@@ -230,8 +230,7 @@ async def test_a_response_begun_while_draining_ends_its_connection(streamed: boo
 
 async def test_what_outlives_the_drain_is_cancelled_and_accounted_for() -> None:
     slow = Slow()
-    limits = LimitsConfig(drain_seconds=0.2)
-    async with pod(slow) as url, rig(url, limits=limits) as gateway:
+    async with pod(slow) as url, rig(url, drain=DrainConfig(timeout_seconds=0.2)) as gateway:
         response = await gateway.client.post(gateway.url + CHAT, data=BODY)
         await asyncio.wait_for(gateway.gateway.drain(), DEADLINE_SECONDS)
         assert gateway.router.reports[-1] == "closed"
@@ -243,7 +242,7 @@ async def test_what_outlives_the_drain_is_cancelled_and_accounted_for() -> None:
 async def test_an_error_inside_the_context_does_not_wait_for_requests() -> None:
     slow = Slow()
     async with pod(slow) as url, asyncio.timeout(DEADLINE_SECONDS):
-        context = rig(url, limits=LimitsConfig(drain_seconds=FOREVER))
+        context = rig(url, drain=DrainConfig(timeout_seconds=FOREVER))
         gateway = await context.__aenter__()
         response = await gateway.client.post(gateway.url + CHAT, data=BODY)
         assert not await context.__aexit__(ZeroDivisionError, ZeroDivisionError(), None)

@@ -95,8 +95,16 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        log.info("gateway_stopping", drain_seconds=self.config.limits.drain_seconds)
-        return await self._stack.__aexit__(kind, error, trace)
+        drain = self.config.drain
+        log.info("gateway_stopping", delay_seconds=drain.delay_seconds, timeout_seconds=drain.timeout_seconds)
+        try:
+            return await self._stack.__aexit__(kind, error, trace)
+        finally:
+            log.info("gateway_stopped")
+
+    def delay_drain(self) -> None:
+        """When this ends, go on for `drain.delaySeconds` before it takes no more requests."""
+        self.gateway.delay_drain()
 
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     configure(config.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
-    uvloop.run(run_until_stopped(Service(config), path="serve", on_started=gc.freeze))
+    service = Service(config)
+    uvloop.run(run_until_stopped(service, path="serve", on_started=gc.freeze, on_terminated=service.delay_drain))
     return 0
 
 

@@ -19,6 +19,8 @@ from matrixinfer.config.scheduling import (
 from matrixinfer.config.schema import (
     CLUSTER_SUFFIX,
     Config,
+    ConnectionsConfig,
+    DrainConfig,
     DriftConfig,
     IndexConfig,
     KvEventsConfig,
@@ -38,7 +40,9 @@ __all__ = [
     "CLUSTER_SUFFIX",
     "BlocksConfig",
     "Config",
+    "ConnectionsConfig",
     "Count",
+    "DrainConfig",
     "DriftConfig",
     "IndexConfig",
     "KvEventsConfig",

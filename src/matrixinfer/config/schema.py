@@ -255,8 +255,37 @@ class LimitsConfig(Section, frozen=True):
     ] = 300.0
     connect_timeout_seconds: Annotated[Seconds, described("Deadline of one attempt to connect to a pod.")] = 5.0
     max_attempts: Annotated[Count, described("Most pods tried before the first byte.")] = 3
-    drain_seconds: Annotated[
-        Annotated[float, Meta(ge=0)], described("How long requests in flight may take to finish after SIGTERM.")
+
+
+class ConnectionsConfig(Section, frozen=True):
+    """Limits on clients' connections."""
+
+    max: Annotated[
+        Count | None,
+        described(
+            "Most connections of clients at a time; further ones are answered with 503. By default a third of the file "
+            "descriptors that this process may have, which leaves enough for engines and the admin listener."
+        ),
+    ] = None
+    head_timeout_seconds: Annotated[
+        Seconds, described("A connection whose request line and headers take longer to arrive is closed with 408.")
+    ] = 15.0
+    keep_alive_seconds: Annotated[
+        Seconds, described("How long a connection without a request is kept. Balancers in front should close earlier.")
+    ] = 75.0
+
+
+class DrainConfig(Section, frozen=True):
+    """What happens after SIGTERM. A second signal cuts off what is left."""
+
+    delay_seconds: Annotated[
+        Annotated[float, Meta(ge=0)],
+        described(
+            "How long requests are still accepted while `/ready` answers 503, so that balancers can notice. Ctrl-C skips it."
+        ),
+    ] = 3.0
+    timeout_seconds: Annotated[
+        Annotated[float, Meta(ge=0)], described("How long requests in flight may then take to finish.")
     ] = 30.0
 
 
@@ -370,6 +399,8 @@ class Config(Section, frozen=True):
     ] = DriftConfig()
     limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
+    connections: Annotated[ConnectionsConfig, described("Limits on clients' connections.")] = ConnectionsConfig()
+    drain: Annotated[DrainConfig, described("What happens after SIGTERM.")] = DrainConfig()
     retries: Annotated[RetriesConfig, described("When a request is sent to another pod.")] = RetriesConfig()
     outliers: Annotated[OutliersConfig, described("Which endpoints get no requests because they fail them.")] = (
         OutliersConfig()

@@ -12,6 +12,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
+SERVER = "matrixinfer"
+"""Answers that name no server say this, and no version."""
 SESSION = "x-session-id"
 RANK = "x-data-parallel-rank"
 
@@ -27,7 +29,7 @@ _HOP_BY_HOP = (
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1)."""
 
-_REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID))
+_REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID, RANK))
 _DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _MAX_SESSION_CHARS = 256
@@ -62,6 +64,7 @@ def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMult
     kept = _without(headers, _DROPPED)
     kept[REQUEST_ID] = identity
     kept[POD] = pod
+    kept.setdefault("server", SERVER)
     return kept
 
 
@@ -80,7 +83,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
-    connection = headers.get("connection")
-    if connection is not None:
+    for connection in headers.getall("connection", ()):
         names = names.union(name.strip().lower() for name in connection.split(","))
     return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])
