@@ -203,6 +203,7 @@ async def rig(
     drain: DrainConfig | None = None,
     connections: ConnectionsConfig | None = None,
     max_connections: int | None = None,
+    admin_names: tuple[str, ...] = (),
 ) -> AsyncIterator[Rig]:
     """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
     pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
@@ -215,6 +216,7 @@ async def rig(
         limits=limits,
         drain=drain or DrainConfig(timeout_seconds=DEADLINE_SECONDS),
         connections=connections or ConnectionsConfig(),
+        admin_names=admin_names,
     )
     registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
     for pod in registry.pods:

@@ -59,7 +59,7 @@ async def test_a_body_that_trickles_in_is_given_up(path: str) -> None:
     async with pod(ok) as url, rig(url, limits=LimitsConfig(body_timeout_seconds=0.2)) as gateway:
         base = gateway.url if path == CHAT else gateway.admin_url
         reader, writer = await asyncio.open_connection(LOOPBACK, int(base.rsplit(":", 1)[1]))
-        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{" % path.encode())
+        writer.write(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{" % path.encode())
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_SECONDS)
         assert b" 408 " in head
         assert b"connection: close" in head.lower()

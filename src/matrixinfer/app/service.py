@@ -13,10 +13,11 @@ from typing import Self
 
 import structlog
 
-from matrixinfer.app.collectors import IndexCollector, KeptCollector, PluginCollector, TokenCacheCollector
+from matrixinfer.app.collectors import IndexCollector, KeptCollector, LogCollector, PluginCollector, TokenCacheCollector
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
@@ -36,6 +37,7 @@ from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
@@ -53,8 +55,10 @@ log = structlog.get_logger(__name__)
 class Service:
     """A running gateway, from its configuration. Use as an async context manager; leaving it drains."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log_stream: LogStream | None = None) -> None:
+        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics."""
         self.config = config
+        self._log_stream = log_stream
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -159,6 +163,8 @@ class Service:
             "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.__len__,
         }
+        if self._log_stream is not None:
+            self.metrics.register(LogCollector(self._log_stream))
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
         self.metrics.register(TokenCacheCollector(tokenizers))
@@ -175,7 +181,14 @@ class Service:
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches)
         admin = Admin(self.router, engines.registry, self.decisions, feeds, self.outliers, self._parity, config.limits)
-        return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
+        public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        return Gateway(
+            config,
+            api={**api.routes(), **public},
+            admin={**admin.routes(), **status},
+            draining=draining,
+            max_connections=config.connections.max or descriptors.for_clients(),
+        )
 
 
 def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:

@@ -378,6 +378,16 @@ class Config(Section, frozen=True):
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )
+    admin_names: Annotated[
+        tuple[str, ...],
+        described(
+            "Host names by which the admin listener may be addressed, beside IP addresses and `localhost`. Others are "
+            "answered with 403, so that a web page cannot reach it through a name of its own."
+        ),
+    ] = ()
+    public_metrics: Annotated[
+        bool, described("Whether `/metrics` is served at `listen` as well, and not at `admin` alone.")
+    ] = True
     models: Annotated[
         tuple[ModelConfig, ...],
         described("Models that need settings of their own. All others are discovered from the engines."),

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from matrixinfer.config import Config, split_address
+from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
 
 
@@ -39,7 +40,10 @@ class Gateway:
         self._admin: Listener | None = None
         if config.admin is not None:
             self._admin = Listener(
-                *split_address(config.admin, path="$.admin"), admin, draining, connections=config.connections
+                *split_address(config.admin, path="$.admin"),
+                guarded(admin, config.admin_names),
+                draining,
+                connections=config.connections,
             )
         self._stack = AsyncExitStack()
 

@@ -8,6 +8,7 @@ engine, so whoever sends it to another pod must know: `Failed.was_sent`.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,11 +19,15 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from matrixinfer.config import LimitsConfig
+from matrixinfer.errors import Overloaded
 from matrixinfer.gateway.session import client_options
 from matrixinfer.telemetry.metrics import Metrics
 
 MAX_WHOLE_BYTES = 1024 * 1024
 """Bodies up to this size are written at once, longer ones piece by piece."""
+
+_OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+"""Errors of a connection that are this machine's fault, not the pod's."""
 
 FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
 
@@ -60,7 +65,7 @@ class Upstream:
         self._metrics = metrics
 
     async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
-        """The answer, whose headers have come. Raises `Failed`."""
+        """The answer, whose headers have come. Raises `Failed`, and `Overloaded` when this process is short of something."""
         connection = Connection()
         try:
             return await self._post(self._pooled, url, body, headers, connection)
@@ -84,7 +89,7 @@ class Upstream:
     ) -> aiohttp.ClientResponse:
         payload = body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
         try:
-            return await session.post(
+            answer = await session.post(
                 url, data=payload, headers=headers, allow_redirects=False, trace_request_ctx=connection
             )
         except aiohttp.ConnectionTimeoutError as error:
@@ -94,11 +99,17 @@ class Upstream:
         except aiohttp.InvalidURL:
             raise  # our fault; it says nothing about the pod
         except aiohttp.ClientConnectorError as error:
+            if error.os_error.errno in _OWN_ERRORS:
+                raise Overloaded("The gateway has no free file descriptor or port.") from error
             raise Failed("connect", was_sent=False) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             raise Failed("disconnect", was_sent=True) from error
         except aiohttp.ClientError as error:
             raise Failed("protocol", was_sent=True) from error
+        if answer.status < 200:  # such as 101: the engine now speaks another protocol, which nobody asked for
+            answer.close()
+            raise Failed("protocol", was_sent=True)
+        return answer
 
 
 @asynccontextmanager
