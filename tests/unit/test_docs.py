@@ -8,6 +8,7 @@ import io
 import random
 import re
 import shlex
+import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from matrixinfer.app.collectors import (
     FeedCollector,
     IndexCollector,
     KeptCollector,
+    LogCollector,
     PluginCollector,
     TokenCacheCollector,
 )
@@ -32,6 +34,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES, with_policy
+from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +177,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(IndexCollector(MemoryIndex()))
     metrics.register(FeedCollector({}, lambda _: False))
     metrics.register(KeptCollector({}))
+    metrics.register(LogCollector(LogStream(sys.stderr)))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
