@@ -33,6 +33,7 @@ MatrixInferError
 │   └── ScriptsRefused         index.redis.store: the server does not run scripts for this user
 ├── TokenizeError
 │   └── NeedsThread            prompt.encoders: the text must be encoded in a thread
+├── AttemptFailed            gateway.upstream: a pod sent no byte of an answer
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines

@@ -28,7 +28,7 @@ from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
-from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Failed, Upstream
+from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, AttemptFailed, Upstream
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -141,7 +141,7 @@ class Proxy:
                     return await self._attempt(exchange, retry, is_last=is_last)
             except _Refused as error:
                 kind, refusal = str(error), error.response
-            except Failed as error:
+            except AttemptFailed as error:
                 kind = error.kind
                 self._metrics.upstream_error(pod.name, kind)
                 in_flight.failed(kind)
@@ -182,7 +182,7 @@ class Proxy:
             answer.upstream.close()
 
     async def _open(self, exchange: Exchange, body: PodBody) -> aiohttp.ClientResponse:
-        """Send the request and wait for the answer's headers. Raises `Failed`."""
+        """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
         url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
@@ -199,14 +199,14 @@ class Proxy:
         raise _Refused(kept, answer.upstream.status)
 
     async def _read(self, answer: _Answer, *, whole: bool) -> bytes:
-        """The first bytes of an answer's body, or all of it. Raises `Failed`."""
+        """The first bytes of an answer's body, or all of it. Raises `AttemptFailed`."""
         content = answer.upstream.content
         try:
             return await (content.read() if whole else content.readany())
         except aiohttp.ServerTimeoutError as error:
-            raise Failed("timeout", was_sent=True) from error
+            raise AttemptFailed("timeout", was_sent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Failed("disconnect", was_sent=True) from error
+            raise AttemptFailed("disconnect", was_sent=True) from error
 
     async def _stream(self, answer: _Answer, chunk: bytes) -> web.StreamResponse:
         """Pass on an answer that begins with `chunk`; the rest is written as it is read."""
@@ -295,7 +295,7 @@ class Proxy:
 
 @asynccontextmanager
 async def _unless_down(in_flight: InFlight) -> AsyncIterator[None]:
-    """Raise `Failed` if the pod is declared down while the context is open: it may be frozen, and never answer."""
+    """Raise `AttemptFailed` if the pod is declared down while the context is open: it may be frozen, and never answer."""
     loop, scope = asyncio.get_running_loop(), asyncio.timeout(None)
     try:
         async with scope:
@@ -304,7 +304,7 @@ async def _unless_down(in_flight: InFlight) -> AsyncIterator[None]:
     except TimeoutError as error:
         if not scope.expired():
             raise
-        raise Failed("went_down", was_sent=True) from error
+        raise AttemptFailed("went_down", was_sent=True) from error
 
 
 def _count(exchange: Exchange, answer: bytes) -> None:

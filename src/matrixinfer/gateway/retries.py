@@ -6,7 +6,7 @@ import asyncio
 import random
 
 from matrixinfer.config import RetriesConfig
-from matrixinfer.gateway.upstream import Failed
+from matrixinfer.gateway.upstream import AttemptFailed
 from matrixinfer.traffic.retry_budget import RetryBudget
 
 
@@ -42,7 +42,7 @@ class Retry:
         """Whether another pod may get the request if the present one, which has received it, does not answer."""
         return self._sent < self._config.after_send
 
-    def after_failure(self, failure: Failed) -> bool:
+    def after_failure(self, failure: AttemptFailed) -> bool:
         """Whether another pod gets the request after this failure. A pod that was not reached had no work: that is free."""
         if not failure.was_sent:
             return True

@@ -3,7 +3,7 @@
 An engine closes idle connections, and may do so just while a request is being sent on one. That says nothing about the
 engine, so the request is sent to it once more, on a new connection. Whether a connection was new is known from the
 client library's tracing. When a new one breaks after the request went out, the request itself may have broken the
-engine, so whoever sends it to another pod must know: `Failed.was_sent`.
+engine, so whoever sends it to another pod must know: `AttemptFailed.was_sent`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.errors import Overloaded
+from matrixinfer.errors import MatrixInferError, Overloaded
 from matrixinfer.gateway.session import client_options
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -32,7 +32,7 @@ _OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
 
 
-class Failed(Exception):
+class AttemptFailed(MatrixInferError):
     """The pod sent no byte of an answer. `was_sent`: it may have read the request."""
 
     def __init__(self, kind: FailureKind, *, was_sent: bool) -> None:
@@ -65,19 +65,19 @@ class Upstream:
         self._metrics = metrics
 
     async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
-        """The answer, whose headers have come. Raises `Failed`, and `Overloaded` when this process is short of something."""
+        """The answer, whose headers have come. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
         connection = Connection()
         try:
             return await self._post(self._pooled, url, body, headers, connection)
-        except Failed as error:
+        except AttemptFailed as error:
             if error.kind != "disconnect" or not connection.reused:
                 raise
         self._metrics.retry("stale_connection")
         try:
             return await self._post(self._fresh, url, body, headers, Connection())
-        except Failed as error:
+        except AttemptFailed as error:
             # Perhaps the first connection broke because the request broke the engine.
-            raise Failed(error.kind, was_sent=True) from error
+            raise AttemptFailed(error.kind, was_sent=True) from error
 
     async def _post(
         self,
@@ -93,22 +93,22 @@ class Upstream:
                 url, data=payload, headers=headers, allow_redirects=False, trace_request_ctx=connection
             )
         except aiohttp.ConnectionTimeoutError as error:
-            raise Failed("connect_timeout", was_sent=False) from error
+            raise AttemptFailed("connect_timeout", was_sent=False) from error
         except aiohttp.ServerTimeoutError as error:
-            raise Failed("timeout", was_sent=True) from error
+            raise AttemptFailed("timeout", was_sent=True) from error
         except aiohttp.InvalidURL:
             raise  # our fault; it says nothing about the pod
         except aiohttp.ClientConnectorError as error:
             if error.os_error.errno in _OWN_ERRORS:
                 raise Overloaded("The gateway has no free file descriptor or port.") from error
-            raise Failed("connect", was_sent=False) from error
+            raise AttemptFailed("connect", was_sent=False) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise Failed("disconnect", was_sent=True) from error
+            raise AttemptFailed("disconnect", was_sent=True) from error
         except aiohttp.ClientError as error:
-            raise Failed("protocol", was_sent=True) from error
+            raise AttemptFailed("protocol", was_sent=True) from error
         if answer.status < 200:  # such as 101: the engine now speaks another protocol, which nobody asked for
             answer.close()
-            raise Failed("protocol", was_sent=True)
+            raise AttemptFailed("protocol", was_sent=True)
         return answer
 
 
