@@ -13,7 +13,15 @@ import msgspec
 import pytest
 
 from matrixinfer.app.service import Service
-from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.config import (
+    Config,
+    KvEventsConfig,
+    ModelConfig,
+    OutliersConfig,
+    PodConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+)
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.sim.events import BlockRemoved, BlockStored, EventBatch, Medium, encode
@@ -31,6 +39,7 @@ CONFIG = Config(
     models=(ModelConfig(name="m"),),
     pod_watch=PodWatchConfig(scrape_interval_seconds=60.0),
     scheduler=SchedulerConfig(pending_seconds=0.0, decisions_kept=100),
+    outliers=OutliersConfig(max_ejected_share=0.0),  # so that the draws alone decide where requests go
 )
 
 
