@@ -15,6 +15,8 @@ ROUTE = "/debug/route"
         ("127.0.0.1:1", 200),
         ("[::1]:1", 200),
         ("localhost", 200),
+        ("gateway:8081", 200),
+        ("", 403),
         ("gateway.ops", 200),
         ("evil.example", 403),
         ("[x", 403),

@@ -381,7 +381,7 @@ class Config(Section, frozen=True):
     admin_names: Annotated[
         tuple[str, ...],
         described(
-            "Host names by which the admin listener may be addressed, beside IP addresses and `localhost`. Others are "
+            "Host names by which the admin listener may be addressed, beside IP addresses and names without dots. Others are "
             "answered with 403, so that a web page cannot reach it through a name of its own."
         ),
     ] = ()

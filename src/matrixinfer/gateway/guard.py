@@ -18,8 +18,11 @@ from matrixinfer.gateway.listener import Handler, Routes
 
 
 def guarded(routes: Routes, names: Collection[str]) -> Routes:
-    """`routes`, for requests to an IP address, to `localhost` or to one of `names`, and not from other sites."""
-    allowed = frozenset(name.lower() for name in (*names, "localhost"))
+    """`routes`, for requests to an IP address, a name without dots or one of `names`, and not from other sites.
+
+    Names without dots (`localhost`, a service in the same namespace) are resolved locally: no page can own one.
+    """
+    allowed = frozenset(name.lower() for name in names)
     return {
         path: {method: _guarded(handler, allowed) for method, handler in methods.items()}
         for path, methods in routes.items()
@@ -29,7 +32,7 @@ def guarded(routes: Routes, names: Collection[str]) -> Routes:
 def _guarded(handler: Handler, names: Collection[str]) -> Handler:
     async def guard(request: web.BaseRequest) -> web.StreamResponse:
         host = _host(f"//{request.headers.get('Host', '')}")
-        if not (host in names or _is_address(host)):
+        if not (host in names or _is_local(host)):
             return error_response(403, f"`{host[:100]}` is not a name of this listener; add it to `adminNames`.")
         if request.method == "POST" and _is_foreign(request):
             return error_response(403, "This request comes from another site.")
@@ -52,7 +55,9 @@ def _host(url: str) -> str:
         return ""
 
 
-def _is_address(host: str) -> bool:
+def _is_local(host: str) -> bool:
+    if host and "." not in host:
+        return True
     try:
         ip_address(host)
     except ValueError:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import (
+from matrixinfer.config import SchedulerConfig, (
     KvEventsConfig,
     ModelConfig,
     PodConfig,
@@ -55,6 +55,7 @@ class World:
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+    config: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -76,6 +77,7 @@ class World:
             history=self.history,
             peers=self.peers,
             metrics=self.metrics,
+            config=self.config,
         )
         self.router = self.parts.router
         self._requests = Dispatcher(self.router)
@@ -100,6 +102,20 @@ def request(**body: object) -> bytes:
 
 def field_of(decision: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {pod: each[name] for pod, each in decision["pods"].items()}
+
+
+async def test_a_prompt_beyond_the_prefix_that_is_looked_at_is_routed_by_what_fits() -> None:
+    world = World(config=SchedulerConfig(max_prefix_tokens=16))
+    world.holds("b", 32)
+    for feed in world.feeds.values():
+        feed.replay_ended()
+    sent = await world.dispatch()
+    assert sent.decision.chosen.name == "b"
+    assert len(sent.decision.request.chain) == 16 // BLOCK
+    sent.answered(200)
+    sent.first_byte()
+    sent.usage(40, 32)
+    await world.finish(sent)
 
 
 async def test_the_pod_that_holds_the_prompt_is_chosen_and_charged() -> None:
