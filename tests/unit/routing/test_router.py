@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import SchedulerConfig, (
+from matrixinfer.config import (
     KvEventsConfig,
     ModelConfig,
     PodConfig,
     PodWatchConfig,
+    SchedulerConfig,
     TokenizationConfig,
 )
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
