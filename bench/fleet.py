@@ -10,10 +10,11 @@ from typing import Protocol
 
 from bench.prompts import MODEL
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.config import OutliersConfig, PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.audit import Auditor
@@ -62,15 +63,17 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     drift = Drift(metrics, lambda name, *, replay: None, clock)
     lookup = Lookup(registry, index, FeedCaches(feeds, drift.doubts))
     sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduling.reads_bytes)
+    outliers = Outliers(OutliersConfig(), clock)
     router = Router(
         registry=registry,
         preparer=Preparer(
             registry, tokenizers, blocks, lookup, parity, sizer, max_prefix_tokens=config.max_prefix_tokens, clock=clock
         ),
-        candidates=Candidates(registry, lookup, load, history, config.weights, reuse=drift.reuse),
+        candidates=Candidates(registry, lookup, load, history, config.weights, outliers, reuse=drift.reuse),
         scheduler=scheduling,
         load=load,
         history=history,
+        outliers=outliers,
         auditor=Auditor(feeds, parity, drift, lookup, blocks, sizer),
         decisions=DecisionLog(config.decisions_kept),
         metrics=metrics,

@@ -8,9 +8,11 @@ MatrixInferError
 │   ├── InvalidRequest         malformed or missing fields
 │   ├── UnknownModel           no pod serves the model, and it is not configured
 │   ├── PayloadTooLarge        the body exceeds the limit
+│   ├── UnsupportedBody        the body is compressed
 │   └── BodyTimeout            the body did not arrive in time
 ├── RoutingError             the request is fine, but no pod can take it
 │   ├── NoPodAvailable         no pod serves the model now
+│   ├── Overloaded             this process has no room for another request
 │   ├── PodUnreachable         every pod that was tried refused or broke the connection
 │   └── PodTimeout             a pod did not answer in time
 ├── TokenizeError            a prompt cannot be tokenized; routing falls back to load
@@ -33,6 +35,7 @@ MatrixInferError
 │   ├── NeedsThread            prompt.encoders: the text must be encoded in a thread
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
+├── AttemptFailed            gateway.upstream: a pod sent no byte of an answer
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
@@ -105,6 +108,10 @@ class PayloadTooLarge(RequestError):
     """The request body exceeds the configured limit."""
 
 
+class UnsupportedBody(RequestError):
+    """The request body is encoded in a way that the gateway does not read."""
+
+
 class BodyTimeout(RequestError):
     """The request body did not arrive completely within the configured time."""
 
@@ -115,6 +122,10 @@ class RoutingError(MatrixInferError):
 
 class NoPodAvailable(RoutingError):
     """No pod serves the requested model now."""
+
+
+class Overloaded(RoutingError):
+    """This process has no room for another request now: no memory set aside for bodies, or no file descriptor."""
 
 
 class PodUnreachable(RoutingError):

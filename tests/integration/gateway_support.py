@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,18 +15,31 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import (
+    Config,
+    ConnectionsConfig,
+    DrainConfig,
+    LimitsConfig,
+    ModelConfig,
+    OutliersConfig,
+    PodConfig,
+    PodWatchConfig,
+    RetriesConfig,
+)
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
-from matrixinfer.gateway.session import client_session
+from matrixinfer.gateway.upstream import upstream
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.parity import Parity
 from tests.ports import free_port
@@ -58,6 +72,7 @@ class FakeInFlight:
     registry: PodRegistry
     reports: list[str] = field(default_factory=list)
     wants_usage: bool = True
+    is_probe: bool = False
 
     def __post_init__(self) -> None:
         self.pod = self.decision.chosen
@@ -66,11 +81,18 @@ class FakeInFlight:
         self.reports.append(f"move {pod.name}")
         self.pod = pod
 
-    def failed(self) -> None:
-        self.reports.append(f"failed {self.pod.name}")
-        self.registry.failed(self.pod.name)
+    def when_down(self, act: Callable[[], None]) -> AbstractContextManager[None]:
+        return self.registry.when_down(self.pod.name, act)
 
-    def answered(self, status: int) -> None:
+    def failed(self, kind: str) -> None:
+        self.reports.append(f"failed {self.pod.name}")
+        if kind.startswith("connect"):
+            self.registry.failed(self.pod.name)
+
+    def broke(self, kind: str) -> None:
+        self.reports.append(f"broke {self.pod.name}")
+
+    def answered(self, status: int, retry_after: float | None = None) -> None:
         if status < 500:
             self.reports.append(f"answered {self.pod.name}")
             self.registry.answered(self.pod.name)
@@ -174,13 +196,27 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    *urls: str, limits: LimitsConfig | None = None, watch: PodWatchConfig | None = None
+    *urls: str,
+    limits: LimitsConfig | None = None,
+    watch: PodWatchConfig | None = None,
+    retries: RetriesConfig | None = None,
+    drain: DrainConfig | None = None,
+    connections: ConnectionsConfig | None = None,
+    max_connections: int | None = None,
+    admin_names: tuple[str, ...] = (),
 ) -> AsyncIterator[Rig]:
     """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
     pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
-    limits = limits or LimitsConfig(request_timeout_seconds=DEADLINE_SECONDS, drain_seconds=DEADLINE_SECONDS)
+    limits = limits or LimitsConfig(first_byte_timeout_seconds=DEADLINE_SECONDS)
     config = Config(
-        listen=f"{LOOPBACK}:0", admin=f"{LOOPBACK}:0", models=(ModelConfig(name="tiny"),), pods=pods, limits=limits
+        listen=f"{LOOPBACK}:0",
+        admin=f"{LOOPBACK}:0",
+        models=(ModelConfig(name="tiny"),),
+        pods=pods,
+        limits=limits,
+        drain=drain or DrainConfig(timeout_seconds=DEADLINE_SECONDS),
+        connections=connections or ConnectionsConfig(),
+        admin_names=admin_names,
     )
     registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
     for pod in registry.pods:
@@ -188,14 +224,30 @@ async def rig(
     router, rewriter, metrics = FakeRouter(registry), FakeRewriter(), Metrics()
     draining = asyncio.Event()
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(client_session(limits))
-        proxy = Proxy(session, cast("BodyRewriter", rewriter), metrics, limits, draining)
+        pool = await stack.enter_async_context(upstream(limits, metrics))
+        retries = retries or RetriesConfig(jitter_seconds=0.0)
+        budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
+        proxy = Proxy(
+            pool,
+            Retries(retries, budget, random.Random(1)),
+            cast("BodyRewriter", rewriter),
+            metrics,
+            limits,
+            draining,
+        )
         status = Status(registry, metrics, draining).routes()
         api = Api(cast("Router", router), registry, proxy, metrics, limits).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
-        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, parity, limits).routes()
+        outliers = Outliers(OutliersConfig(), time.monotonic)
+        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
         gateway = await stack.enter_async_context(
-            Gateway(config, api={**api, **status}, admin={**admin, **status}, draining=draining)
+            Gateway(
+                config,
+                api={**api, **status},
+                admin={**admin, **status},
+                draining=draining,
+                max_connections=max_connections,
+            )
         )
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)

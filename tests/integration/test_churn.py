@@ -13,7 +13,15 @@ import msgspec
 import pytest
 
 from matrixinfer.app.service import Service
-from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig, SchedulerConfig
+from matrixinfer.config import (
+    Config,
+    KvEventsConfig,
+    ModelConfig,
+    OutliersConfig,
+    PodConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+)
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.routing.in_flight import InFlight
@@ -33,6 +41,7 @@ CONFIG = Config(
     models=(ModelConfig(name="m"),),
     pod_watch=PodWatchConfig(scrape_interval_seconds=60.0),
     scheduler=SchedulerConfig(pending_seconds=0.0, decisions_kept=100),
+    outliers=OutliersConfig(max_ejected_share=0.0),  # so that the draws alone decide where requests go
 )
 
 
@@ -86,7 +95,7 @@ class World:
         body = msgspec.json.encode({"model": model, "prompt": self.tokens(20)})
         request = await self.requests.dispatch(PATH, body)
         if len(request.decision.attempts) > 1 and self.rng.random() < 0.3:
-            request.failed()
+            request.failed("connect")
             request.move(request.decision.attempts[1])
         request.answered(200)
         request.first_byte()

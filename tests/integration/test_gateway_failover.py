@@ -183,7 +183,7 @@ async def test_a_stream_that_breaks_off_is_cut_for_the_client_and_never_retried(
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.content.readany()
         assert others == []
-        assert gateway.router.reports == ["answered a", "first_byte", "closed"]
+        assert gateway.router.reports == ["answered a", "first_byte", "broke a", "closed"]
         assert gateway.sample("upstream_errors_total", pod="a", kind="broken") == 1
         assert gateway.sample("requests_total", model="tiny", code="502") == 1
 
@@ -214,13 +214,13 @@ async def test_a_pod_that_is_silent_before_the_first_byte_is_a_504_and_not_retri
         others.append("b")
         return web.Response()
 
-    limits = LimitsConfig(request_timeout_seconds=1.0)
+    limits = LimitsConfig(first_byte_timeout_seconds=1.0)
     async with pod(handle) as url, pod(other) as second, rig(url, second, limits=limits) as gateway:
         async with gateway.post() as response:
             assert response.status == 504
             assert (await response.json())["error"]["code"] == "pod_timeout"
         assert others == []
-        assert gateway.router.reports == ["closed"]
+        assert gateway.router.reports == ["failed a", "closed"]
         assert gateway.sample("upstream_errors_total", pod="a", kind="timeout") == 1
 
 
@@ -231,7 +231,7 @@ async def test_a_pod_that_is_silent_after_its_headers_is_a_504_too() -> None:
         await asyncio.sleep(FOREVER)
         return response
 
-    limits = LimitsConfig(request_timeout_seconds=1.0)
+    limits = LimitsConfig(first_byte_timeout_seconds=1.0)
     async with pod(handle) as url, rig(url, limits=limits) as gateway, gateway.post() as response:
         assert response.status == 504
 
@@ -244,7 +244,7 @@ async def test_a_stream_that_falls_silent_is_cut_for_the_client() -> None:
         await asyncio.sleep(FOREVER)
         return response
 
-    limits = LimitsConfig(request_timeout_seconds=1.0)
+    limits = LimitsConfig(idle_timeout_seconds=1.0)
     async with pod(handle) as url, rig(url, limits=limits) as gateway, gateway.post() as response:
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.gateway.proxy import MAX_WHOLE_BYTES
+from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES
 from tests.integration.gateway_support import BODY, CHAT, FOREVER, LOOPBACK, ok, pod, rig
 from tests.waiting import DEADLINE_SECONDS, eventually
 
@@ -165,7 +165,7 @@ async def test_a_client_that_stops_reading_is_cut_off_in_the_end_and_frees_the_p
             cancelled.set()
             raise
 
-    limits = LimitsConfig(request_timeout_seconds=1.0)
+    limits = LimitsConfig(idle_timeout_seconds=1.0)
     async with pod(handle) as url, rig(url, limits=limits) as gateway:
         _, writer = await asyncio.open_connection(LOOPBACK, int(gateway.url.rsplit(":", 1)[1]), limit=1024)
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(BODY), BODY))
@@ -204,7 +204,7 @@ async def test_an_error_of_the_pod_is_the_client_s_to_see(status: int) -> None:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=status, reason="Odd", body=b'{"object":"error"}', headers={"Retry-After": "7"})
 
-    async with pod(handle) as url, pod(ok) as other, rig(url, other) as gateway, gateway.post() as response:
+    async with pod(handle) as url, rig(url) as gateway, gateway.post() as response:
         assert (response.status, response.reason) == (status, "Odd")
         assert await response.read() == b'{"object":"error"}'
         assert response.headers["Retry-After"] == "7"

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from matrixinfer.config import Config, LimitsConfig
+from matrixinfer.config import Config, DrainConfig, LimitsConfig
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.pods.registry import ServedNames
 from tests.integration.gateway_support import BODY, CHAT, FOREVER, LOOPBACK, Rig, ok, pod, rig
@@ -59,7 +59,7 @@ async def test_a_body_that_trickles_in_is_given_up(path: str) -> None:
     async with pod(ok) as url, rig(url, limits=LimitsConfig(body_timeout_seconds=0.2)) as gateway:
         base = gateway.url if path == CHAT else gateway.admin_url
         reader, writer = await asyncio.open_connection(LOOPBACK, int(base.rsplit(":", 1)[1]))
-        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{" % path.encode())
+        writer.write(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{" % path.encode())
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_SECONDS)
         assert b" 408 " in head
         assert b"connection: close" in head.lower()
@@ -230,8 +230,7 @@ async def test_a_response_begun_while_draining_ends_its_connection(streamed: boo
 
 async def test_what_outlives_the_drain_is_cancelled_and_accounted_for() -> None:
     slow = Slow()
-    limits = LimitsConfig(drain_seconds=0.2)
-    async with pod(slow) as url, rig(url, limits=limits) as gateway:
+    async with pod(slow) as url, rig(url, drain=DrainConfig(timeout_seconds=0.2)) as gateway:
         response = await gateway.client.post(gateway.url + CHAT, data=BODY)
         await asyncio.wait_for(gateway.gateway.drain(), DEADLINE_SECONDS)
         assert gateway.router.reports[-1] == "closed"
@@ -243,7 +242,7 @@ async def test_what_outlives_the_drain_is_cancelled_and_accounted_for() -> None:
 async def test_an_error_inside_the_context_does_not_wait_for_requests() -> None:
     slow = Slow()
     async with pod(slow) as url, asyncio.timeout(DEADLINE_SECONDS):
-        context = rig(url, limits=LimitsConfig(drain_seconds=FOREVER))
+        context = rig(url, drain=DrainConfig(timeout_seconds=FOREVER))
         gateway = await context.__aenter__()
         response = await gateway.client.post(gateway.url + CHAT, data=BODY)
         assert not await context.__aexit__(ZeroDivisionError, ZeroDivisionError(), None)

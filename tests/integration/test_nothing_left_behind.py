@@ -100,7 +100,7 @@ async def gateway(*urls: str) -> AsyncIterator[Gateway]:
         models=(ModelConfig(name="m"),),
         pods=tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("ab", urls, strict=False)),
         blocks=BlocksConfig(size=8),
-        limits=LimitsConfig(request_timeout_seconds=5.0, drain_seconds=0.1),
+        limits=LimitsConfig(request_timeout_seconds=5.0),
         tokenization=TokenizationConfig(timeout_seconds=5.0),
     )
     async with Service(config) as service:

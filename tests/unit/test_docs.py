@@ -8,6 +8,7 @@ import io
 import random
 import re
 import shlex
+import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from matrixinfer.app.collectors import (
     FeedCollector,
     IndexCollector,
     KeptCollector,
+    LogCollector,
     PluginCollector,
     PodCollector,
     TokenCacheCollector,
@@ -35,6 +37,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES, with_policy
+from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +181,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(FeedCollector({}, lambda _: False, lambda _: 1.0))
     metrics.register(PodCollector(PodRegistry((), (), PodWatchConfig(), clock=lambda: 0.0), {}))
     metrics.register(KeptCollector({}))
+    metrics.register(LogCollector(LogStream(sys.stderr)))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))

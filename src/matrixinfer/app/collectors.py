@@ -17,6 +17,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.log import LogStream
 from matrixinfer.trust.levels import trust_in
 
 _STATS = (
@@ -63,6 +64,19 @@ class KeptCollector(Collector):
         for part, count in self._parts.items():
             kept.add_metric([part], count())
         yield kept
+
+
+class LogCollector(Collector):
+    """Lines that could not be logged."""
+
+    def __init__(self, stream: LogStream) -> None:
+        self._stream = stream
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the parts now."""
+        yield CounterMetricFamily(
+            "matrixinfer_log_lines_dropped", "Log lines that could not be written.", value=self._stream.dropped
+        )
 
 
 class TokenCacheCollector(Collector):

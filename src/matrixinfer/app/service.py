@@ -16,6 +16,7 @@ import structlog
 from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
+    LogCollector,
     PluginCollector,
     TokenCacheCollector,
     TokenSourceCollector,
@@ -24,10 +25,14 @@ from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.upstream import Upstream, upstream
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
@@ -43,12 +48,15 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.parity import Parity
 
@@ -58,8 +66,10 @@ log = structlog.get_logger(__name__)
 class Service:
     """A running gateway, from its configuration. Use as an async context manager; leaving it drains."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log_stream: LogStream | None = None) -> None:
+        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics."""
         self.config = config
+        self._log_stream = log_stream
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -73,6 +83,7 @@ class Service:
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
+        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
         self._parity = Parity(self.metrics, clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:
@@ -98,7 +109,8 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            self.gateway = await stack.enter_async_context(self._gateway())
+            connections = await stack.enter_async_context(upstream(config.limits, self.metrics))
+            self.gateway = await stack.enter_async_context(self._gateway(connections))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -106,8 +118,16 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        log.info("gateway_stopping", drain_seconds=self.config.limits.drain_seconds)
-        return await self._stack.__aexit__(kind, error, trace)
+        drain = self.config.drain
+        log.info("gateway_stopping", delay_seconds=drain.delay_seconds, timeout_seconds=drain.timeout_seconds)
+        try:
+            return await self._stack.__aexit__(kind, error, trace)
+        finally:
+            log.info("gateway_stopped")
+
+    def delay_drain(self) -> None:
+        """When this ends, go on for `drain.delaySeconds` before it takes no more requests."""
+        self.gateway.delay_drain()
 
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""
@@ -139,12 +159,14 @@ class Service:
                 self.load,
                 self._history,
                 config.weights,
+                self.outliers,
                 self.peer_loads,
                 reuse=engines.drift.reuse,
             ),
             scheduler=self._scheduler,
             load=self.load,
             history=self._history,
+            outliers=self.outliers,
             auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,
@@ -185,27 +207,46 @@ class Service:
             "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
+            "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.sampling.__len__,
             "late_prompts": lambda: tokenizers.late,
         }
+        if self._log_stream is not None:
+            self.metrics.register(LogCollector(self._log_stream))
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
 
-    def _gateway(self) -> Gateway:
+    def _gateway(self, connections: Upstream) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
-        proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
+        budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
+        retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
+        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
-            self.router, engines.registry, self.decisions, feeds, self._parity, config.limits, self._tokenizer_views
+            self.router,
+            engines.registry,
+            self.decisions,
+            feeds,
+            self.outliers,
+            self._parity,
+            config.limits,
+            self._tokenizer_views,
         )
-        return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
+        public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        return Gateway(
+            config,
+            api={**api.routes(), **public},
+            admin={**admin.routes(), **status},
+            draining=draining,
+            max_connections=config.connections.max or descriptors.for_clients(),
+        )
 
 
 def _trust_of(registry: PodRegistry, caches: Caches, name: str) -> Trust | None:

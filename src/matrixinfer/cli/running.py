@@ -11,22 +11,31 @@ from matrixinfer.errors import ConfigError
 
 
 async def run_until_stopped(
-    service: AbstractAsyncContextManager[object], *, path: str, on_started: Callable[[], object] = lambda: None
+    service: AbstractAsyncContextManager[object],
+    *,
+    path: str,
+    on_started: Callable[[], object] = lambda: None,
+    on_terminated: Callable[[], object] = lambda: None,
 ) -> None:
     """Keep `service` open until SIGTERM or SIGINT comes. A signal that comes while it starts ends the start.
 
-    Raises `ConfigError` at `path` when it cannot listen.
+    `on_terminated` is called before the service ends if the signal is SIGTERM: nobody waits at a terminal. A second
+    signal cancels what the service does to end well. SIGHUP is ignored. Raises `ConfigError` at `path` when the service
+    cannot listen.
     """
     stop = asyncio.Event()
     loop, task, is_started = asyncio.get_running_loop(), asyncio.current_task(), False
 
-    def stopped() -> None:
-        if task is not None and not (is_started or stop.is_set()):
+    def stopped(number: signal.Signals) -> None:
+        if task is not None and (stop.is_set() or not is_started):
             task.cancel()
+        elif number is signal.SIGTERM:
+            on_terminated()
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped)
+        loop.add_signal_handler(number, stopped, number)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
         async with AsyncExitStack() as stack:
             try:

@@ -14,6 +14,7 @@ from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
 from matrixinfer.cli.running import run_until_stopped
 from matrixinfer.config import Config, checked, convert, split_address
+from matrixinfer.gateway import descriptors
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
 
@@ -59,10 +60,12 @@ SWITCH_SECONDS = 0.0005
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then let requests in flight finish."""
     config = configuration(args)
-    configure(config.log)
+    log_stream = configure(config.log)
+    descriptors.raise_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
-    uvloop.run(run_until_stopped(Service(config), path="serve", on_started=gc.freeze))
+    service = Service(config, log_stream)
+    uvloop.run(run_until_stopped(service, path="serve", on_started=gc.freeze, on_terminated=service.delay_drain))
     return 0
 
 

@@ -162,6 +162,12 @@ def _check_url(url: str, *, path: str) -> None:
         usable = False
     if not usable or re.search(r"[?#\s]", url):
         raise ConfigError(path, f"expected `http://host:port`, got `{url}`")
+    if "@" in parts.netloc:
+        raise ConfigError(
+            path,
+            "expected a URL without a user name and password: it shows in logs, metrics and answers. "
+            "Let clients send their `Authorization` header, which engines get unchanged",
+        )
     bare = url.rstrip("/")
     if bare.endswith("/v1"):
         raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")

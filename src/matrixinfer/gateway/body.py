@@ -7,15 +7,20 @@ import asyncio
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from matrixinfer.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
+from matrixinfer.errors import BodyTimeout, InvalidRequest, PayloadTooLarge, UnsupportedBody
+
+_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float) -> bytes:
     """Read the whole body.
 
-    Raises `PayloadTooLarge`, before reading anything if the client declares too much; `InvalidRequest` if the body is
-    malformed; and `BodyTimeout` if it does not arrive within `seconds`.
+    Raises `PayloadTooLarge` and `UnsupportedBody`, before reading anything if headers say so; `InvalidRequest` if the body
+    is malformed; and `BodyTimeout` if it does not arrive within `seconds`.
     """
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedBody("The request body is compressed; send it without `Content-Encoding`.")
     declared = request.content_length
     if declared is not None and declared > max_bytes:
         raise _too_large(max_bytes)
@@ -26,7 +31,7 @@ async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float)
             body = content.read_nowait()
             if len(body) > max_bytes:
                 raise _too_large(max_bytes)
-            return body
+            return _plain(body)
         if request.headers.get("Expect", "").lower() == "100-continue":
             await _invite(request)
         chunks, size = [], 0
@@ -40,7 +45,14 @@ async def read_body(request: web.BaseRequest, *, max_bytes: int, seconds: float)
         raise InvalidRequest("The request body is malformed.") from error
     except TimeoutError as error:
         raise BodyTimeout(f"The request body did not arrive within {seconds:g} s.") from error
-    return b"".join(chunks)
+    return _plain(b"".join(chunks))
+
+
+def _plain(body: bytes) -> bytes:
+    """`body`, unless it says that it is not UTF-8 as JSON must be (RFC 8259, 8.1)."""
+    if body.startswith(_MARKS):
+        raise InvalidRequest("The request body begins with a byte order mark; send plain UTF-8.")
+    return body
 
 
 async def _invite(request: web.BaseRequest) -> None:

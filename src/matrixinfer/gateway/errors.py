@@ -16,11 +16,13 @@ from matrixinfer.errors import (
     InvalidRequest,
     MatrixInferError,
     NoPodAvailable,
+    Overloaded,
     PayloadTooLarge,
     PodTimeout,
     PodUnreachable,
     RequestError,
     UnknownModel,
+    UnsupportedBody,
 )
 
 RETRY_AFTER_SECONDS = 1
@@ -30,8 +32,10 @@ _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     UnknownModel: (404, "model_not_found"),
     BodyTimeout: (408, "request_timeout"),
     PayloadTooLarge: (413, "request_too_large"),
+    UnsupportedBody: (415, "unsupported_encoding"),
     PodUnreachable: (502, "pod_unreachable"),
     NoPodAvailable: (503, "no_pod_available"),
+    Overloaded: (503, "overloaded"),
     PodTimeout: (504, "pod_timeout"),
 }
 
@@ -72,7 +76,7 @@ def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Resp
         response = error_response(status, str(error), code=code, anthropic=anthropic)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    if status in (408, 413):
+    if status in (408, 413, 415):
         # The rest of the body is not read, so this connection cannot be used again.
         response.force_close()
     return response

@@ -21,6 +21,7 @@ from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
 from matrixinfer.pods.load_reports import LoadReport
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
@@ -140,6 +141,7 @@ class Admin:
         registry: PodRegistry,
         decisions: DecisionLog,
         feeds: FeedReports,
+        outliers: Outliers,
         parity: Parity,
         limits: LimitsConfig,
         sources: Callable[[], Mapping[str, Mapping[str, object]]] = dict,
@@ -149,6 +151,7 @@ class Admin:
         self._registry = registry
         self._decisions = decisions
         self._feeds = feeds
+        self._outliers = outliers
         self._parity = parity
         self._limits = limits
 
@@ -181,8 +184,18 @@ class Admin:
         """Every pod as last seen."""
         now = self._registry.clock()
         return json_response(
-            {"pods": [{**_pod(pod, now), "feeds": self._feeds.of(pod)} for pod in self._registry.pods]}
+            {
+                "pods": [
+                    {**_pod(pod, now), "withheld": self._withheld(pod), "feeds": self._feeds.of(pod)}
+                    for pod in self._registry.pods
+                ]
+            }
         )
+
+    def _withheld(self, pod: Pod) -> Mapping[str, str]:
+        """Why endpoints of a pod get no requests, or only a probe."""
+        reasons = ((endpoint.name, self._outliers.reason(endpoint.name)) for endpoint in pod.endpoints)
+        return {name: reason for name, reason in reasons if reason is not None}
 
     async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
         """Where each model's token ids come from, and how they compare with its engines'."""

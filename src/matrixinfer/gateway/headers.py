@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
 REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
+SERVER = "matrixinfer"
+"""Answers that name no server say this, and no version."""
 SESSION = "x-session-id"
 RANK = "x-data-parallel-rank"
 
@@ -25,7 +29,7 @@ _HOP_BY_HOP = (
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1)."""
 
-_REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID))
+_REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID, RANK))
 _DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _MAX_SESSION_CHARS = 256
@@ -61,11 +65,25 @@ def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMult
     kept = _without(headers, _DROPPED)
     kept[REQUEST_ID] = identity
     kept[POD] = pod
+    kept.setdefault("server", SERVER)
     return kept
 
 
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds in a pod's `Retry-After`, which may also be a date (RFC 9110, 10.2.3); None without a valid one."""
+    given = headers.get("retry-after", "").strip()
+    if not given:
+        return None
+    if given.isascii() and given.isdigit():
+        return float(given[:9])
+    try:
+        until = parsedate_to_datetime(given)
+    except ValueError:
+        return None
+    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
 def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
-    connection = headers.get("connection")
-    if connection is not None:
+    for connection in headers.getall("connection", ()):
         names = names.union(name.strip().lower() for name in connection.split(","))
     return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])

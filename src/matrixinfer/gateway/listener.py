@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -10,20 +11,23 @@ from typing import Self, TypeAlias
 import structlog
 from aiohttp import web
 
+from matrixinfer.config import ConnectionsConfig
 from matrixinfer.errors import MatrixInferError
+from matrixinfer.gateway import headers
+from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.prompt.anthropic import MESSAGES_PATH
+from matrixinfer.telemetry.intervals import Intervals
 
 Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
 """Path to method to handler."""
 
-IDLE_SECONDS = 75.0
-"""A connection that sends no complete request head for this long is closed."""
-LINGER_SECONDS = 2.0
-"""How long an unwanted body is read and dropped, so that its client can read the answer."""
 CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
 _BACKLOG = 1024
+_NOTED_SECONDS = 10.0
+"""How often a kind of bad connection is logged."""
 
 log = structlog.get_logger(__name__)
 
@@ -31,28 +35,39 @@ log = structlog.get_logger(__name__)
 class Listener:
     """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: call `stop` first.
 
-    Once `draining` is set, every answer ends its connection. Built on aiohttp's low-level server, because an
+    At most `max_connections` are open at a time; None sets no bound. Once `draining` is set, every answer ends its
+    connection. Built on aiohttp's low-level server, because an
     `Application` resolves, wraps and copies where one dictionary lookup will do.
     """
 
-    def __init__(self, host: str, port: int, routes: Routes, draining: asyncio.Event) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        routes: Routes,
+        draining: asyncio.Event,
+        *,
+        connections: ConnectionsConfig | None = None,
+        max_connections: int | None = None,
+    ) -> None:
         self._host = host
         self._port = port
         self._routes = routes
         self._draining = draining
+        self._connections = connections or ConnectionsConfig()
+        self._max_connections = max_connections
         self._tasks: set[asyncio.Task[object]] = set()
-        self._server: web.Server | None = None
+        self._server: Server | None = None
         self._listening: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
         """Listen. Raises `OSError` when the address is taken."""
-        self._server = web.Server(
+        self._server = Server(
             self._serve,
-            handler_cancellation=True,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=IDLE_SECONDS,
-            lingering_time=LINGER_SECONDS,
+            keep_alive_seconds=self._connections.keep_alive_seconds,
+            head_seconds=self._connections.head_timeout_seconds,
+            max_connections=self._max_connections,
+            noted=Intervals(_NOTED_SECONDS, time.monotonic),
         )
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(self._server, self._host, self._port, backlog=_BACKLOG)
@@ -83,8 +98,14 @@ class Listener:
             group.create_task(self._finish(grace))
 
     async def _finish(self, grace: float) -> None:
-        if self._tasks and grace > 0:
-            await asyncio.wait(self._tasks, timeout=grace)
+        try:
+            if self._tasks and grace > 0:
+                await asyncio.wait(self._tasks, timeout=grace)
+        except asyncio.CancelledError:
+            log.warning("requests_cut", requests=len(self._tasks))
+            for task in self._tasks:
+                task.cancel()
+            raise
         if self._tasks:
             log.warning("requests_cancelled", requests=len(self._tasks))
             for task in self._tasks:
@@ -99,7 +120,7 @@ class Listener:
         try:
             response = await self._dispatch(request)
         except MatrixInferError as error:
-            response = response_to(error)
+            response = response_to(error, anthropic=_is_anthropic(request))
         except ConnectionError:
             return web.Response()  # the client has gone; writing this ends the connection
         except Exception:
@@ -108,7 +129,11 @@ class Listener:
             log.exception("request_failed", path=request.rel_url.raw_path)
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()
-            response = error_response(500, "Internal error.")
+            response = error_response(500, "Internal error.", anthropic=_is_anthropic(request))
+        if not response.prepared:
+            response.headers.setdefault("Server", headers.SERVER)
+            if headers.REQUEST_ID not in response.headers:
+                response.headers[headers.REQUEST_ID] = headers.request_id(request.headers)
         if self._draining.is_set() and not response.prepared:
             response.force_close()
         return response
@@ -117,9 +142,17 @@ class Listener:
         path, method = request.rel_url.raw_path, request.method
         methods = self._routes.get(path)
         if methods is None:
-            return error_response(404, f"Invalid URL ({method} {path}).")
+            return error_response(404, f"Invalid URL ({method} {path}).", anthropic=_is_anthropic(request))
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
             allowed = ", ".join(methods)
-            return error_response(405, f"Use {allowed} with {path}.", headers={"Allow": allowed})
+            return error_response(
+                405, f"Use {allowed} with {path}.", headers={"Allow": allowed}, anthropic=_is_anthropic(request)
+            )
         return await handler(request)
+
+
+def _is_anthropic(request: web.BaseRequest) -> bool:
+    """Whether the client expects errors in the shape of Anthropic's API."""
+    path = request.rel_url.raw_path
+    return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")

@@ -1,21 +1,22 @@
 """The data path: a dispatched request to its pod, and the pod's answer back as it comes.
 
-Until the first byte of an answer arrives, nothing has been sent to the client, so a pod that cannot be reached or breaks
-the connection is replaced by the next-ranked one. Status and headers go out together with that first byte: engines send
-a stream's headers at once, but its first byte only after the prefill. From then on a failure cuts the client's
-connection, so that a truncated answer never looks complete. When the client goes away the task is cancelled, which
-closes the pod's connection whatever it is waiting for.
+Until the first byte of an answer arrives, nothing has been sent to the client, so a pod that refuses, cannot be reached,
+breaks the connection or goes down is replaced by the next-ranked one, as far as `Retry` allows. Status and headers go out
+together with that first byte: engines send a stream's headers at once, but its first byte only after the prefill. From
+then on a failure cuts the client's connection, so that a truncated answer never looks complete. When the client goes
+away the task is cancelled, which closes the pod's connection whatever it is waiting for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import socket
 import struct
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 import aiohttp
 from aiohttp import web
@@ -25,20 +26,25 @@ from yarl import URL
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
+from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, AttemptFailed, Upstream
 from matrixinfer.routing.in_flight import InFlight
-from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.metrics import Metrics
 
-MAX_WHOLE_BYTES = 1024 * 1024
-"""Bodies up to this size are read whole and written at once; longer ones and those of unknown length are streamed."""
+_MAX_REFUSAL_BYTES = 64 * 1024
+"""A refusal whose body is longer, or of unknown length, is not kept while other pods are tried."""
 
 
-class _Unreached(Exception):
-    """The pod sent no byte of an answer. The message is the kind of failure, as the metrics name it."""
+class _Refused(Exception):
+    """The pod answered with a status that another pod may spare the client. `response` would pass it on."""
+
+    def __init__(self, response: web.StreamResponse | None, status: int) -> None:
+        super().__init__(str(status))
+        self.response = response
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Exchange:
     """A client's request and where it was dispatched to."""
 
@@ -47,6 +53,8 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
+    has_begun: bool = False
+    """Whether the client has got the first byte of a streamed answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,108 +91,131 @@ class Proxy:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        upstream: Upstream,
+        retries: Retries,
         rewriter: BodyRewriter,
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
     ) -> None:
-        self._session = session
+        self._upstream = upstream
+        self._retries = retries
         self._rewriter = rewriter
         self._metrics = metrics
         self._limits = limits
         self._draining = draining
 
     async def forward(self, exchange: Exchange) -> web.StreamResponse:
-        """Answer the client from the best pod that can be reached.
+        """Answer the client from the best pod that can be reached, within the request's time limit.
 
-        Raises `PodUnreachable` when no pod could be reached and `PodTimeout` when one is silent for too long; after the
+        Raises `PodUnreachable` when no pod answered and `PodTimeout` when one is silent, or answers, for too long; after the
         first byte the client's connection is closed already. Raises `ConnectionError` when the client has gone.
         """
-        in_flight = exchange.in_flight
-        kind = ""
+        scope = asyncio.timeout(self._limits.request_timeout_seconds)
+        try:
+            async with scope:
+                return await self._try_pods(exchange)
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            if exchange.has_begun:
+                _cut(exchange.request)
+            within = f"{self._limits.request_timeout_seconds:g} s"
+            raise self._silent(exchange, f"no whole answer within {within}") from error
+
+    async def _try_pods(self, exchange: Exchange) -> web.StreamResponse:
+        in_flight, retry = exchange.in_flight, self._retries.begin()
         pods = in_flight.decision.attempts[: self._limits.max_attempts]
-        for attempt, pod in enumerate(pods):
-            if attempt:
+        refusal: web.StreamResponse | None = None
+        tried: list[str] = []
+        kind = ""
+        for pod in pods:
+            if tried:
                 self._metrics.retry(kind)
+                await retry.pause()
                 in_flight.move(pod)
+            tried.append(pod.name)
+            is_last = len(tried) == len(pods)
             try:
                 with self._metrics.at(pod.name):
-                    return await self._attempt(exchange)
-            except _Unreached as error:
-                kind = str(error)
+                    return await self._attempt(exchange, retry, is_last=is_last)
+            except _Refused as error:
+                kind, refusal = str(error), error.response
+            except AttemptFailed as error:
+                kind = error.kind
                 self._metrics.upstream_error(pod.name, kind)
-                in_flight.failed()
-        names = ", ".join(pod.name for pod in pods)
-        raise PodUnreachable(f"No pod could be reached (tried {names}; last failure: {kind}).")
+                in_flight.failed(kind)
+                if not is_last and not retry.after_failure(error):
+                    break
+        if refusal is not None:
+            return refusal
+        if kind == "timeout":
+            raise PodTimeout(f"Pod {tried[-1]} sent nothing for {self._limits.first_byte_timeout_seconds:g} s.")
+        raise PodUnreachable(f"No pod answered (tried {', '.join(tried)}; last failure: {kind}).")
 
-    async def _attempt(self, exchange: Exchange) -> web.StreamResponse:
+    async def _attempt(self, exchange: Exchange, retry: Retry, *, is_last: bool) -> web.StreamResponse:
         in_flight = exchange.in_flight
         chosen, prepared = in_flight.pod, in_flight.prepared
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
-        answer = _Answer(exchange, await self._open(exchange, body), body.adds_usage)
+        moves = not is_last and retry.may_send_again
+        async with _unless_down(in_flight) if moves else nullcontext():
+            answer = _Answer(exchange, await self._open(exchange, body), body.adds_usage)
+            try:
+                status, is_probe = answer.upstream.status, in_flight.is_probe
+                in_flight.answered(status, headers.retry_after(answer.upstream.headers))
+                if not is_last and retry.after_status(status, is_probe=is_probe):
+                    await self._refuse(answer)
+                length = answer.length
+                is_whole = length is not None and length <= MAX_WHOLE_BYTES
+                first = await self._read(answer, whole=is_whole)
+            except BaseException:
+                answer.upstream.close()
+                raise
         try:
-            in_flight.answered(answer.upstream.status)
-            length = answer.length
-            if length is not None and length <= MAX_WHOLE_BYTES:
-                whole = await self._read(answer, whole=True)
-                self._first_byte(answer)
-                if answer.may_report:
-                    _count(exchange, whole)
-                return self._response(answer, whole)
-            chunk = await self._read(answer, whole=False)
             self._first_byte(answer)
-            return await self._stream(answer, chunk)
+            if not is_whole:
+                return await self._stream(answer, first)
+            if answer.may_report:
+                _count(exchange, first)
+            return self._response(answer, first)
         finally:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
 
     async def _open(self, exchange: Exchange, body: PodBody) -> aiohttp.ClientResponse:
-        """Send the request and wait for the answer's headers."""
+        """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
         url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
-        for fresh in (False, True):
-            try:
-                return await self._session.post(
-                    url, data=_payload(body.bytes), headers=sent_headers, allow_redirects=False
-                )
-            except aiohttp.ConnectionTimeoutError as error:
-                raise _Unreached("connect_timeout") from error
-            except aiohttp.ServerTimeoutError as error:
-                raise self._silent(pod) from error
-            except aiohttp.InvalidURL:
-                raise  # our fault; it says nothing about the pod
-            except aiohttp.ClientConnectorError as error:
-                raise _Unreached("connect") from error
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # The pod may have closed a pooled connection while the request was being sent, which says nothing about
-                # the pod: it is tried once more.
-                if fresh:
-                    raise _Unreached("disconnect") from error
-                self._metrics.retry("stale_connection")
-            except aiohttp.ClientError as error:
-                raise _Unreached("protocol") from error
-        raise AssertionError("unreachable: the second failure raises")
+        return await self._upstream.open(url, body.bytes, sent_headers)
+
+    async def _refuse(self, answer: _Answer) -> NoReturn:
+        """Keep the answer for the case that no other pod answers, unless it is too long."""
+        length, kept = answer.upstream.content_length, None
+        if length is not None and length <= _MAX_REFUSAL_BYTES:
+            kept = self._response(answer, await self._read(answer, whole=True))
+        raise _Refused(kept, answer.upstream.status)
 
     async def _read(self, answer: _Answer, *, whole: bool) -> bytes:
-        """The first bytes of an answer's body, or all of it."""
+        """The first bytes of an answer's body, or all of it. Raises `AttemptFailed`."""
         content = answer.upstream.content
         try:
             return await (content.read() if whole else content.readany())
         except aiohttp.ServerTimeoutError as error:
-            raise self._silent(answer.exchange.in_flight.pod) from error
+            raise AttemptFailed("timeout", was_sent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Unreached("disconnect") from error
+            raise AttemptFailed("disconnect", was_sent=True) from error
 
     async def _stream(self, answer: _Answer, chunk: bytes) -> web.StreamResponse:
         """Pass on an answer that begins with `chunk`; the rest is written as it is read."""
         exchange, pod = answer.exchange, answer.exchange.in_flight.pod
         request = exchange.request
         response = self._response(answer, None)
+        self._limit_silence(answer.upstream)
+        exchange.has_begun = True
         writer = cast("StreamWriter", await response.prepare(request))
         protocol = request.protocol
         readany = answer.upstream.content.readany
@@ -204,8 +235,9 @@ class Proxy:
             except (aiohttp.ClientError, OSError) as error:
                 _cut(request)
                 if isinstance(error, aiohttp.ServerTimeoutError):
-                    raise self._silent(pod) from error
+                    raise self._silent(exchange, f"nothing for {self._limits.idle_timeout_seconds:g} s") from error
                 self._metrics.upstream_error(pod.name, "broken")
+                exchange.in_flight.broke("broken")
                 raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
         if tail is not None:
             _count(exchange, bytes(tail))
@@ -214,10 +246,17 @@ class Proxy:
         await response.write_eof()
         return response
 
+    def _limit_silence(self, upstream: aiohttp.ClientResponse) -> None:
+        """From the first byte on, silence is limited by another setting."""
+        connection = upstream.connection
+        if connection is not None and connection.protocol is not None:
+            connection.protocol.read_timeout = self._limits.idle_timeout_seconds
+            connection.protocol.start_timeout()
+
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
         """Wait until the client has read what was written. A client that reads nothing for too long is cut off."""
         try:
-            async with asyncio.timeout(self._limits.request_timeout_seconds):
+            async with asyncio.timeout(self._limits.idle_timeout_seconds):
                 await writer.drain()
         except TimeoutError as error:
             _cut(exchange.request)
@@ -247,14 +286,26 @@ class Proxy:
             answer.exchange.in_flight.first_byte()
         self._metrics.first_byte(time.monotonic() - answer.exchange.started)
 
-    def _silent(self, pod: Candidate) -> PodTimeout:
-        self._metrics.upstream_error(pod.name, "timeout")
-        return PodTimeout(f"Pod {pod.name} sent nothing for {self._limits.request_timeout_seconds:g} s.")
+    def _silent(self, exchange: Exchange, what: str) -> PodTimeout:
+        """The answer has begun, or was due, and its pod sent `what`."""
+        pod = exchange.in_flight.pod.name
+        self._metrics.upstream_error(pod, "timeout")
+        exchange.in_flight.broke("timeout")
+        return PodTimeout(f"Pod {pod} sent {what}.")
 
 
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    """The body as the client session takes it: written at once, or piece by piece when it is large."""
-    return body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
+@asynccontextmanager
+async def _unless_down(in_flight: InFlight) -> AsyncIterator[None]:
+    """Raise `AttemptFailed` if the pod is declared down while the context is open: it may be frozen, and never answer."""
+    loop, scope = asyncio.get_running_loop(), asyncio.timeout(None)
+    try:
+        async with scope:
+            with in_flight.when_down(lambda: scope.reschedule(loop.time())):
+                yield
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise AttemptFailed("went_down", was_sent=True) from error
 
 
 def _count(exchange: Exchange, answer: bytes) -> None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from matrixinfer.config import Config, split_address
+from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
 
 
@@ -17,13 +18,33 @@ class Gateway:
     `draining` is set when the drain begins: handlers then say so, and answers end their connections.
     """
 
-    def __init__(self, config: Config, *, api: Routes, admin: Routes, draining: asyncio.Event) -> None:
-        self._drain_seconds = config.limits.drain_seconds
+    def __init__(
+        self,
+        config: Config,
+        *,
+        api: Routes,
+        admin: Routes,
+        draining: asyncio.Event,
+        max_connections: int | None = None,
+    ) -> None:
+        self._drain = config.drain
         self._draining = draining
-        self._api = Listener(*split_address(config.listen, path="$.listen"), api, draining)
+        self._delay_seconds = 0.0
+        self._api = Listener(
+            *split_address(config.listen, path="$.listen"),
+            api,
+            draining,
+            connections=config.connections,
+            max_connections=max_connections,
+        )
         self._admin: Listener | None = None
         if config.admin is not None:
-            self._admin = Listener(*split_address(config.admin, path="$.admin"), admin, draining)
+            self._admin = Listener(
+                *split_address(config.admin, path="$.admin"),
+                guarded(admin, config.admin_names),
+                draining,
+                connections=config.connections,
+            )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -38,9 +59,11 @@ class Gateway:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            await self.drain()
-        await self._stack.aclose()
+        try:
+            if kind is None:
+                await self.drain()
+        finally:
+            await self._stack.aclose()
 
     @property
     def url(self) -> str:
@@ -53,9 +76,15 @@ class Gateway:
         return None if self._admin is None else self._admin.url
 
     async def drain(self) -> None:
-        """Take no more requests and let those in flight finish within `limits.drainSeconds`; then cancel them.
+        """Say that this gateway ends, then take no more requests and let those in flight finish; at last cancel them.
 
-        Meanwhile `/ready` on the admin listener answers 503.
+        From the beginning on `/ready` answers 503. After `delay_drain` requests are accepted for `drain.delaySeconds` more.
+        What is not finished `drain.timeoutSeconds` after that is cancelled. Cancelling this cuts it at once.
         """
         self._draining.set()
-        await self._api.stop(self._drain_seconds)
+        await asyncio.sleep(self._delay_seconds)
+        await self._api.stop(self._drain.timeout_seconds)
+
+    def delay_drain(self) -> None:
+        """Let the drain begin with a delay, for balancers that must see first that this gateway is not ready any more."""
+        self._delay_seconds = self._drain.delay_seconds

@@ -29,7 +29,8 @@ class Usage:
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2}|\r\r\Z")
+"""An empty line. Lines end in LF, CRLF or CR; a CR at the end of the bytes at hand may be half a CRLF."""
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -117,6 +117,8 @@ class Pod:
     """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
     """True once the pod has left the registry: no more requests are sent there."""
+    when_down: dict[Callable[[], None], None] = field(default_factory=dict)
+    """What to call when it is declared down, in order."""
     endpoints: Sequence[Endpoint] = ()
     """The pod itself, or each data-parallel rank if it publishes events of several ranks."""
 

@@ -5,7 +5,8 @@ It does no I/O: the watcher and the router report their observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
@@ -159,6 +160,21 @@ class PodRegistry:
         state.failures += 1
         if state.failures >= self._watch.unhealthy_after_failures:
             state.healthy = False
+            for act in tuple(state.when_down):
+                act()
+
+    @contextmanager
+    def when_down(self, pod: str, act: Callable[[], None]) -> Iterator[None]:
+        """Call `act` whenever a report leaves the pod unhealthy, while the context is open."""
+        state = self._by_name.get(pod)
+        if state is None:
+            yield
+            return
+        state.when_down[act] = None
+        try:
+            yield
+        finally:
+            del state.when_down[act]
 
     def answered(self, pod: str) -> None:
         """Report that the pod answered with something other than a server error."""

@@ -248,7 +248,7 @@ class Auditor:
             # Engine blocks beyond the last whole token block can be evicted without any token block going, so the
             # prediction stops before them.
             held = min(match * block, tokens - 1) // size * size
-            last = tokens // size * size // block  # token blocks that the prompt leaves behind
+            last = min(tokens // size * size // block, len(chain))  # token blocks that the prompt leaves behind
             stores = chain[last - 1] if last > match and not chosen.pending_blocks else None
             matched, covered, supports = chain[: -(-held // block)], block, ledger.supports
         else:

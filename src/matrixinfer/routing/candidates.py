@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.load_reports import LoadReport
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
 from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
@@ -27,6 +28,7 @@ class Candidates:
         load: LoadLedger,
         history: RoutingHistory,
         weights: WeightsConfig,
+        outliers: Outliers,
         peers: PeerLoads | None = None,
         reuse: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
@@ -35,6 +37,7 @@ class Candidates:
         self._load = load
         self._history = history
         self._weights = weights
+        self._outliers = outliers
         self._peers = PeerLoads() if peers is None else peers
         self._reuse = reuse
 
@@ -42,14 +45,18 @@ class Candidates:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
         matches = None if prepared.is_approximate else prepared.matches
         others = self._peers.totals(prepared.request.now)
+        endpoints = [endpoint for pod in prepared.pods if not pod.gone for endpoint in pod.endpoints]
+        withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
         return [
-            self._candidate(endpoint, prepared, matches, others.get(endpoint.name, _NO_LOAD))
-            for pod in prepared.pods
-            if not pod.gone
-            for endpoint in pod.endpoints
+            self._candidate(
+                endpoint, prepared, matches, others.get(endpoint.name, _NO_LOAD), withheld.get(endpoint.name)
+            )
+            for endpoint in endpoints
         ]
 
-    def _candidate(self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load) -> Candidate:
+    def _candidate(
+        self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load, withheld: str | None
+    ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
         match = self._lookup.match_at(name, matches)
         cache = match.cache
@@ -87,6 +94,7 @@ class Candidates:
             tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,
+            withheld=withheld,
             cached_credit=credit,
             recent_chunks=chunks,
             guessed_tokens=guessed,

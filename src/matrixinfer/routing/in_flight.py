@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Audit
 from matrixinfer.routing.decision_log import Record
@@ -23,10 +25,12 @@ class InFlight:
         "_charge",
         "_charge_at",
         "_is_over",
+        "_outliers",
         "_record",
         "_registry",
         "computed",
         "decision",
+        "is_probe",
         "pod",
         "prepared",
         "request",
@@ -39,6 +43,7 @@ class InFlight:
         decision: Decision,
         *,
         registry: PodRegistry,
+        outliers: Outliers,
         charge: Charge,
         charge_at: Callable[[Candidate], Charge],
         audit: Audit,
@@ -55,7 +60,10 @@ class InFlight:
         self.request = decision.request
         """The request as decided, or with the token ids that came after that."""
         self._is_over = False
+        self.is_probe = outliers.started(decision.chosen.name)
+        """Whether this request finds out if an ejected endpoint works again, and has not done so yet."""
         self._registry = registry
+        self._outliers = outliers
         self._charge = charge
         self._charge_at = charge_at
         self._audit = audit
@@ -71,14 +79,20 @@ class InFlight:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
 
+    def when_down(self, act: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `act` if the pod is declared down while the context is open."""
+        return self._registry.when_down(self.pod.pod, act)
+
     def move(self, pod: Candidate) -> None:
         """Send the request to another endpoint."""
+        self._end_probe()
         self._charge.cancel()
         self._charge = self._charge_at(pod)
         self._audit.moved()
         self._record.moved(pod.name)
         self.tried.append(pod)
         self.pod = pod
+        self.is_probe = self._outliers.started(pod.name)
 
     def learned(
         self, late: Prepared, here: Callable[[], Candidate | None], charge_at: Callable[[Candidate], Charge]
@@ -101,20 +115,37 @@ class InFlight:
                 self._charge.first_byte()
         return endpoint is not None
 
-    def failed(self) -> None:
-        """Its endpoint could not be reached, or broke the connection."""
+    def failed(self, kind: str) -> None:
+        """Its endpoint could not be reached, broke the connection or did not answer; the client has got nothing."""
         self._record.failed()
-        self._registry.failed(self.pod.pod)
+        if kind.startswith("connect"):  # anything else may be the fault of this request
+            self._registry.failed(self.pod.pod)
+        self.broke(kind)
 
-    def answered(self, status: int) -> None:
-        """Its endpoint has sent response headers."""
+    def broke(self, kind: str) -> None:
+        """Its endpoint failed the request, if only in the middle of the answer."""
+        self._outliers.failed(self.pod.name, kind, probe=self.is_probe)
+        self.is_probe = False
+
+    def answered(self, status: int, retry_after: float | None = None) -> None:
+        """Its endpoint has sent response headers. `retry_after`: for how many seconds it wants to be left alone."""
         self._record.answered(status)
         if status < 500:  # otherwise the pod is alive, but not well
             self._registry.answered(self.pod.pod)
+        if status in (429, 503):
+            self._outliers.busy(self.pod.name, retry_after=retry_after, probe=self.is_probe)
+        elif status >= 500:
+            self._outliers.failed(self.pod.name, str(status), probe=self.is_probe)
+        elif status >= 400:
+            self._succeeded()
+        else:
+            return  # its first byte is still to come
+        self.is_probe = False
 
     def first_byte(self) -> None:
         """The prompt has been computed: its blocks are at the endpoint now."""
         self.computed = True
+        self._succeeded()
         self._charge.first_byte()
         self._audit.first_byte()
 
@@ -126,6 +157,7 @@ class InFlight:
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
         self._is_over = True
+        self._end_probe()
         try:
             if self.computed:
                 self._charge.release()
@@ -133,3 +165,12 @@ class InFlight:
                 self._charge.cancel()
         finally:
             self._audit.close(computed=self.computed)
+
+    def _succeeded(self) -> None:
+        self._outliers.succeeded(self.pod.name, probe=self.is_probe)
+        self.is_probe = False
+
+    def _end_probe(self) -> None:
+        if self.is_probe:
+            self._outliers.abandoned(self.pod.name)
+            self.is_probe = False

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
@@ -39,6 +40,7 @@ class Router:
         scheduler: Scheduler,
         load: LoadLedger,
         history: RoutingHistory,
+        outliers: Outliers,
         auditor: Auditor,
         decisions: DecisionLog,
         metrics: Metrics,
@@ -50,6 +52,7 @@ class Router:
         self._scheduler = scheduler
         self._load = load
         self._history = history
+        self._outliers = outliers
         self._auditor = auditor
         self._decisions = decisions
         self._metrics = metrics
@@ -83,6 +86,7 @@ class Router:
         """An endpoint has gone: drop what was counted and remembered about it."""
         self._load.forget(endpoint)
         self._history.forget(endpoint)
+        self._outliers.forget(endpoint)
         self._auditor.forget(endpoint)
         self._metrics.forget_pod(endpoint)
 
@@ -106,6 +110,7 @@ class Router:
             prepared,
             decision,
             registry=self._registry,
+            outliers=self._outliers,
             charge=charged,
             charge_at=partial(self._charge, prepared.request),
             audit=audit,

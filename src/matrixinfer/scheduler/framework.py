@@ -102,6 +102,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The blocks that follow, without a gap, and that requests in flight or just finished bring there."""
     recent_blocks: int = 0
     """Blocks from the prompt's start that were sent there lately, if the index cannot say whether they are held."""
+    withheld: str | None = None
+    """Why it must not get the request while another endpoint can: it is ejected or busy. The scheduler removes it."""
     cached_credit: float | None = None
     """Credit for the matched and recent blocks (`matrixinfer.scheduler.credit`); None counts each of `matched_blocks` as 1."""
     recent_chunks: int = 0

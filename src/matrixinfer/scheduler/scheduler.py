@@ -126,7 +126,14 @@ class Scheduler:
     def _filter(
         self, request: SchedulingRequest, pods: tuple[Candidate, ...], attempts: _Attempts
     ) -> tuple[tuple[Candidate, ...], dict[str, str]]:
-        filtered: dict[str, str] = {}
+        filtered = {pod.name: pod.withheld for pod in pods if pod.withheld is not None}
+        if filtered:
+            kept = tuple(pod for pod in pods if pod.withheld is None)
+            if kept:
+                pods = kept
+            else:
+                attempts.notes.append("every endpoint is ejected or busy; they are used nevertheless")
+                filtered = {}
         for name, plugin in self._profile.filters:
             reasons = attempts.run("Filter", name, _filter, plugin, request, pods)
             if reasons is None or reasons.count(None) == len(pods):

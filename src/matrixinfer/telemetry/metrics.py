@@ -60,6 +60,15 @@ class Metrics:
         self._upstream_errors = self._counter(
             "upstream_errors", "Requests that a pod did not answer, or not completely.", "pod", "kind"
         )
+        self._ejections = self._counter("ejections", "Times that an endpoint was ejected.", "pod")
+        self._ejected = _Children(
+            Gauge(
+                "matrixinfer_ejected",
+                "1 while an endpoint gets no requests, or only a probe, because it failed requests.",
+                ["pod"],
+                registry=self.registry,
+            )
+        )
         self._decision = self._histogram(
             "decision_seconds", "Time that it took to choose a pod.", buckets=_DECISION_BUCKETS
         )
@@ -122,6 +131,8 @@ class Metrics:
         self._of_pods: tuple[_Children[Counter] | _Children[Gauge], ...] = (
             self._in_flight,
             self._upstream_errors,
+            self._ejections,
+            self._ejected,
             self._routed,
             self._drift,
             self._reported_tokens,
@@ -175,6 +186,15 @@ class Metrics:
     def upstream_error(self, pod: str, kind: str) -> None:
         """A pod did not answer a request, or not completely."""
         self._upstream_errors[pod, kind].inc()
+
+    def ejected(self, pod: str) -> None:
+        """An endpoint gets no requests from now on."""
+        self._ejections[pod,].inc()
+        self._ejected[pod,].set(1)
+
+    def readmitted(self, pod: str) -> None:
+        """An ejected endpoint gets requests again."""
+        self._ejected[pod,].set(0)
 
     def decided(self, pod: str, seconds: float, stages_ms: Mapping[str, float]) -> None:
         """A pod was chosen; `stages_ms` has the milliseconds of each stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -17,7 +17,7 @@ from matrixinfer.errors import ConfigError
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The handlers of signals as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -49,10 +49,42 @@ class Service:
             self.did.append("stopped")
 
 
-async def test_a_service_runs_until_a_signal_and_is_not_disturbed_by_a_second_one() -> None:
-    service = Service(stop=0.05, at_stop=2)
-    stopping = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    await run_until_stopped(service.run(), path="here", on_started=stopping)
+def kill_with(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+async def test_a_service_runs_until_a_signal_and_ends_well() -> None:
+    service = Service(stop=0.05)
+    await run_until_stopped(service.run(), path="here", on_started=kill_with(signal.SIGTERM))
+    assert service.did == ["starting", "started", "drained", "stopped"]
+
+
+async def test_a_second_signal_cuts_the_end_short() -> None:
+    service = Service(stop=60.0, at_stop=1)
+    await run_until_stopped(service.run(), path="here", on_started=kill_with(signal.SIGTERM))
+    assert service.did == ["starting", "started", "stopped"]
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, ["terminated"]), (signal.SIGINT, [])])
+async def test_only_a_termination_may_have_a_balancer_in_front(number: signal.Signals, told: list[str]) -> None:
+    seen: list[str] = []
+    await run_until_stopped(
+        Service().run(), path="here", on_started=kill_with(number), on_terminated=lambda: seen.append("terminated")
+    )
+    assert seen == told
+
+
+async def test_a_hang_up_changes_nothing() -> None:
+    service = Service()
+
+    async def hang_up_and_stop() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async with asyncio.TaskGroup() as group:
+        started = lambda: group.create_task(hang_up_and_stop())  # noqa: E731
+        await run_until_stopped(service.run(), path="here", on_started=started)
     assert service.did == ["starting", "started", "drained", "stopped"]
 
 

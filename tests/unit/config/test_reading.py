@@ -165,7 +165,7 @@ def test_an_unknown_value_is_refused_with_the_valid_ones(text: str, path: str, m
         ("index: {maxBlocks: many}", "$.index.maxBlocks", "expected a whole number, got str"),
         ("index: {maxBlocks: yes}", "$.index.maxBlocks", "expected a whole number, got bool"),
         ("limits: {requestTimeoutSeconds: 0}", "$.limits.requestTimeoutSeconds", "> 0"),
-        ("limits: {drainSeconds: -1}", "$.limits.drainSeconds", ">= 0"),
+        ("drain: {timeoutSeconds: -1}", "$.drain.timeoutSeconds", ">= 0"),
         ("tokenization: {timeoutSeconds: -0.5}", "$.tokenization.timeoutSeconds", "> 0"),
         ("podWatch: {unhealthyAfterFailures: 0}", "$.podWatch.unhealthyAfterFailures", ">= 1"),
         (

@@ -14,7 +14,7 @@ from matrixinfer.routing.decision_log import DecisionLog
 
 def admin() -> Admin:
     unused = cast("Any", None)
-    return Admin(unused, unused, DecisionLog(1), unused, unused, unused)
+    return Admin(unused, unused, DecisionLog(1), unused, unused, unused, unused)
 
 
 @pytest.mark.parametrize("limit", ["", "-1", "1.5", "all", "9" * 10, "9" * 5000])

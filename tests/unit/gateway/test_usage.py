@@ -98,7 +98,7 @@ CHUNKS = [
 REPORT = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":7,"total_tokens":9}}\n\n'
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @given(cuts=st.lists(st.integers(0, 400), max_size=30), cut_short=st.booleans())
 def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(
     cuts: list[int], cut_short: bool, end: bytes
@@ -128,7 +128,7 @@ TEXT = [{"choices": [{"index": 0, "text": LURE, "logprobs": None}]}, {"choices":
 BROKEN = [{"choices": [{"index": 0, "text": "a"}]}, {"error": {"message": LURE, "code": 500}}]
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("events", [CHAT_OF_TWO, TEXT, BROKEN], ids=["two choices", "completion", "error"])
 def test_it_does_not_matter_at_which_byte_a_stream_is_split(events: list[Any], end: bytes) -> None:
     tail = b"data: [DONE]\n\n"

@@ -9,10 +9,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from matrixinfer.blocks import TokenBlockProcessor
-from matrixinfer.config import SchedulerConfig
+from matrixinfer.config import OutliersConfig, SchedulerConfig
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.audit import Auditor
@@ -64,6 +65,7 @@ class Parts:
         scheduler = Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover())
         sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduler.reads_bytes)
         self.sizes = sizer.sizes
+        self.outliers = Outliers(OutliersConfig(), clock)
         self.router = Router(
             registry=self.registry,
             preparer=Preparer(
@@ -77,11 +79,19 @@ class Parts:
                 clock=clock,
             ),
             candidates=Candidates(
-                self.registry, lookup, load, self.history, config.weights, self.peers, reuse=self.drift.reuse
+                self.registry,
+                lookup,
+                load,
+                self.history,
+                config.weights,
+                self.outliers,
+                self.peers,
+                reuse=self.drift.reuse,
             ),
             scheduler=scheduler,
             load=load,
             history=self.history,
+            outliers=self.outliers,
             auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer),
             decisions=self.decisions,
             metrics=self.metrics,

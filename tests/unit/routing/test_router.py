@@ -16,6 +16,7 @@ from matrixinfer.config import (
     ModelConfig,
     PodConfig,
     PodWatchConfig,
+    SchedulerConfig,
     TokenizationConfig,
 )
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
@@ -57,6 +58,7 @@ class World:
     history: RoutingHistory = field(default_factory=RoutingHistory)
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
+    config: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -78,6 +80,7 @@ class World:
             history=self.history,
             peers=self.peers,
             metrics=self.metrics,
+            config=self.config,
         )
         self.router = self.parts.router
         self._requests = Dispatcher(self.router)
@@ -102,6 +105,20 @@ def request(**body: object) -> bytes:
 
 def field_of(decision: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {pod: each[name] for pod, each in decision["pods"].items()}
+
+
+async def test_a_prompt_beyond_the_prefix_that_is_looked_at_is_routed_by_what_fits() -> None:
+    world = World(config=SchedulerConfig(max_prefix_tokens=16))
+    world.holds("b", 32)
+    for feed in world.feeds.values():
+        feed.replay_ended()
+    sent = await world.dispatch()
+    assert sent.decision.chosen.name == "b"
+    assert len(sent.decision.request.chain) == 16 // BLOCK
+    sent.answered(200)
+    sent.first_byte()
+    sent.usage(40, 32)
+    await world.finish(sent)
 
 
 async def test_the_pod_that_holds_the_prompt_is_chosen_and_charged() -> None:
@@ -309,7 +326,7 @@ async def test_the_chosen_rank_is_charged_and_its_pod_is_reported() -> None:
     chosen = sent.decision.chosen
     assert (chosen.name, chosen.pod, chosen.rank, chosen.url) == ("b@dp1", "b", 1, "http://b")
     assert (world.load.in_flight("b@dp1"), world.load.in_flight("b@dp0")) == (1, 0)
-    sent.failed()
+    sent.failed("connect")
     assert world.registry.pods[1].failures == 1
     sent.answered(503)
     assert world.registry.pods[1].failures == 1
@@ -440,7 +457,7 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
     world = World()
     sent = await world.dispatch(request(), request_id="r-1")
     first, second = sent.decision.attempts[:2]
-    sent.failed()
+    sent.failed("connect")
     sent.move(second)
     sent.answered(200)
     sent.usage(40, 8)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 from typing import Literal
@@ -8,6 +9,7 @@ import pytest
 import structlog
 
 from matrixinfer.config import LogConfig
+from matrixinfer.errors import InvalidRequest
 from matrixinfer.telemetry.log import configure
 
 
@@ -16,7 +18,7 @@ def test_json_lines_go_to_standard_error_from_the_level_up(capsys: pytest.Captur
     log = structlog.get_logger("test")
     log.debug("hidden")
     log.info("pod_up", pod="a")
-    logging.getLogger("library").warning("odd %s", "thing")
+    logging.getLogger("library").warning("odd thing")
     logging.getLogger("library").info("chatter")
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -28,28 +30,72 @@ def test_json_lines_go_to_standard_error_from_the_level_up(capsys: pytest.Captur
 def fail(log: structlog.typing.FilteringBoundLogger | logging.Logger) -> None:
     prompt = "my secret prompt"
     try:
-        len(prompt) // 0
-    except ZeroDivisionError:
+        int(prompt)
+    except ValueError:
         log.exception("request_failed")
 
 
-def test_an_exception_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_is_one_json_line_with_its_kind_and_its_way(capsys: pytest.CaptureFixture[str]) -> None:
     configure(LogConfig(format="json"))
     fail(structlog.get_logger("test"))
     (line,) = capsys.readouterr().err.splitlines()
-    assert json.loads(line)["exception"][0]["exc_type"] == "ZeroDivisionError"
+    entry = json.loads(line)
+    assert entry["error"] == "ValueError"
+    assert entry["trace"][-1].endswith(" fail")
+
+
+def test_an_error_of_ours_says_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(LogConfig(format="json"))
+    error = InvalidRequest("`model` is required")
+    error.__cause__ = KeyError("secret")
+    structlog.get_logger("test").warning("refused", exc_info=error)
+    entry = json.loads(capsys.readouterr().err)
+    assert (entry["error"], entry["cause"]) == ("`model` is required", "KeyError")
 
 
 @pytest.mark.parametrize("style", ["json", "console"])
-def test_no_local_variable_is_logged_with_an_exception(
+def test_nothing_that_an_error_quotes_is_logged(
     style: Literal["json", "console"], capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(LogConfig(format=style))
     fail(structlog.get_logger("test"))
     fail(logging.getLogger("library"))
     err = capsys.readouterr().err
-    assert err.count("division") >= 2
+    assert err.count("ValueError") >= 2
     assert "secret prompt" not in err
+
+
+def test_a_library_cannot_fill_the_log_or_quote_what_a_peer_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(LogConfig(format="json"))
+    for number in range(50):
+        logging.getLogger("library").warning("bad request from %s", f"secret {number}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "bad request from %s"
+
+
+class Full(io.StringIO):
+    """A disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_lines_that_cannot_be_written_are_counted_and_survived(style: Literal["json", "console"]) -> None:
+    stream = configure(LogConfig(format=style), Full())
+    structlog.get_logger("test").warning("pod_went_down", pod="a")
+    assert stream.dropped >= 1
+    before = stream.dropped
+    logging.getLogger("library").warning("odd")
+    assert stream.dropped > before
+    closed = io.StringIO()
+    closed.close()
+    stream = configure(LogConfig(format=style), closed)
+    structlog.get_logger("test").warning("pod_went_down", pod="a")
+    assert stream.dropped >= 1
 
 
 def test_the_console_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,124 @@
+"""Sends a request to a pod and waits for the headers of the answer. When that fails, it says how far the request got.
+
+An engine closes idle connections, and may do so just while a request is being sent on one. That says nothing about the
+engine, so the request is sent to it once more, on a new connection. Whether a connection was new is known from the
+client library's tracing. When a new one breaks after the request went out, the request itself may have broken the
+engine, so whoever sends it to another pod must know: `AttemptFailed.was_sent`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal, TypeAlias
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from matrixinfer.config import LimitsConfig
+from matrixinfer.errors import MatrixInferError, Overloaded
+from matrixinfer.gateway.session import client_options
+from matrixinfer.telemetry.metrics import Metrics
+
+MAX_WHOLE_BYTES = 1024 * 1024
+"""Bodies up to this size are written at once, longer ones piece by piece."""
+
+_OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+"""Errors of a connection that are this machine's fault, not the pod's."""
+
+FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
+
+
+class AttemptFailed(MatrixInferError):
+    """The pod sent no byte of an answer. `was_sent`: it may have read the request."""
+
+    def __init__(self, kind: FailureKind, *, was_sent: bool) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.was_sent = was_sent
+
+
+class Connection:
+    """What the client library reports about the connection of one request."""
+
+    __slots__ = ("reused",)
+
+    def __init__(self) -> None:
+        self.reused = False
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: object, __: aiohttp.TraceConnectionReuseconnParams) -> None:
+    connection = getattr(context, "trace_request_ctx", None)
+    if isinstance(connection, Connection):
+        connection.reused = True
+
+
+class Upstream:
+    """Sends requests to pods, on connections that are kept (`pooled`) or that serve one request (`fresh`)."""
+
+    def __init__(self, pooled: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics) -> None:
+        self._pooled = pooled
+        self._fresh = fresh
+        self._metrics = metrics
+
+    async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+        """The answer, whose headers have come. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
+        connection = Connection()
+        try:
+            return await self._post(self._pooled, url, body, headers, connection)
+        except AttemptFailed as error:
+            if error.kind != "disconnect" or not connection.reused:
+                raise
+        self._metrics.retry("stale_connection")
+        try:
+            return await self._post(self._fresh, url, body, headers, Connection())
+        except AttemptFailed as error:
+            # Perhaps the first connection broke because the request broke the engine.
+            raise AttemptFailed(error.kind, was_sent=True) from error
+
+    async def _post(
+        self,
+        session: aiohttp.ClientSession,
+        url: URL,
+        body: bytes,
+        headers: CIMultiDict[str],
+        connection: Connection,
+    ) -> aiohttp.ClientResponse:
+        payload = body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
+        try:
+            answer = await session.post(
+                url, data=payload, headers=headers, allow_redirects=False, trace_request_ctx=connection
+            )
+        except aiohttp.ConnectionTimeoutError as error:
+            raise AttemptFailed("connect_timeout", was_sent=False) from error
+        except aiohttp.ServerTimeoutError as error:
+            raise AttemptFailed("timeout", was_sent=True) from error
+        except aiohttp.InvalidURL:
+            raise  # our fault; it says nothing about the pod
+        except aiohttp.ClientConnectorError as error:
+            if error.os_error.errno in _OWN_ERRORS:
+                raise Overloaded("The gateway has no free file descriptor or port.") from error
+            raise AttemptFailed("connect", was_sent=False) from error
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            raise AttemptFailed("disconnect", was_sent=True) from error
+        except aiohttp.ClientError as error:
+            raise AttemptFailed("protocol", was_sent=True) from error
+        if answer.status < 200:  # such as 101: the engine now speaks another protocol, which nobody asked for
+            answer.close()
+            raise AttemptFailed("protocol", was_sent=True)
+        return answer
+
+
+@asynccontextmanager
+async def upstream(limits: LimitsConfig, metrics: Metrics) -> AsyncIterator[Upstream]:
+    """Open the connections to the pods. Their number is not limited: the scheduler limits what is in flight."""
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_reuse)
+    async with (
+        aiohttp.ClientSession(**client_options(limits), trace_configs=[trace]) as pooled,
+        aiohttp.ClientSession(**client_options(limits, keep=False)) as fresh,
+    ):
+        yield Upstream(pooled, fresh, metrics)
