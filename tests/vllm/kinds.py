@@ -58,7 +58,7 @@ class Kind:
     drops_block: bool = False
     """Drops a block of every hit, which no event says, in the versions in `DROPPING`."""
     is_exact: bool = True
-    """Otherwise hits may be longer than predicted, and the feed says so."""
+    """Otherwise hits may differ from what is predicted, and the feed says so."""
 
 
 def _config(architecture: str, model_type: str, layers: int, **more: Any) -> dict[str, Any]:

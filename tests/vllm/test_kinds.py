@@ -49,8 +49,8 @@ async def test_hits_of_a_kind_of_model_are_predicted(
         if drops:
             await _ask_in_larger_token_blocks(engines, results.of(f"{name}, hashed {4 * kind.block_size}"), draw, kind)
     assert tally.compared >= COMPARED
-    assert tally.over == 0
-    assert tally.exact == tally.compared or not kind.is_exact
+    # Where the feed has a limit, what was sent there lately counts beyond what the index says, and may be gone.
+    assert (tally.over == 0 and tally.exact == tally.compared) or not kind.is_exact
 
 
 async def _teach(target: Target, tally: Tally, draw: random.Random, *, hashed: int) -> None:
