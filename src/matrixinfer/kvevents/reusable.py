@@ -253,6 +253,11 @@ class Reusable:
         self.primary, self.lookahead, self.reserve = None, 0, 1
         self._set_rule()
 
+    @property
+    def has_states(self) -> bool:
+        """Whether a group of mamba states decides with others what is reused."""
+        return len(self.specs) > 1 and any(spec.kind is Kind.MAMBA for spec in self.specs.values())
+
     def forget_drops(self) -> None:
         """Expect another engine: nothing is known of its drops."""
         self._drops, self.drop_is_settled = frozenset(), False

@@ -9,6 +9,10 @@ index claims wrongly. An answer without any hit says nothing about a drop.
 Where token blocks are larger than the engine's, a prediction ends with a whole token block, and the engine may hold up to
 a token block more. Then an answer with as much as predicted, or more, is no proof against a drop, unless it reports the
 longest hit that the prompt allows: an engine that drops never does.
+
+With states of mamba, a dropped block can cost any part of a hit, or all of it, as the next state may lie far before. So
+there the drop is tried: after `RUN` answers with less, of any size, predictions count with it, until `RUN` answers report
+more. If that does not help either, it is not the reason.
 """
 
 from __future__ import annotations
@@ -49,7 +53,11 @@ class Drops:
         with the drop, or without; after `RUN` answers as predicted nothing is learned, or explained, any more.
         """
         block, reusable = ledger.drop_unit, ledger.reusable
-        if reusable.drop_is_settled or not cached:
+        if reusable.drop_is_settled:
+            return False
+        if reusable.has_states:
+            return self._tried(endpoint, ledger, predicted=predicted, cached=cached)
+        if not cached:
             return False
         if longest is not None and cached >= predicted:
             if cached == longest:
@@ -73,6 +81,25 @@ class Drops:
             else:
                 reusable.drop_is_settled = True
         return sign != 0
+
+    def _tried(self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int) -> bool:
+        """As `explains`, with states of mamba."""
+        if not predicted or (cached > predicted and not ledger.drops):
+            return False
+        sign: _Sign = 1 if cached < predicted else -1 if cached > predicted else 0
+        last, count = self._runs.get(endpoint, (sign, 0))
+        if not sign:  # most answers are the same with a drop as without
+            return False
+        count = count + 1 if last == sign else 1
+        self._runs[endpoint] = sign, count
+        if count >= RUN:
+            del self._runs[endpoint]
+            if sign > 0 and not ledger.drops:
+                log.info("block_drop_learned", endpoint=endpoint, tokens=ledger.drop_more())
+            else:
+                dropped, ledger.reusable.drop_is_settled = ledger.drop_nothing(), True
+                log.info("block_drop_learned", endpoint=endpoint, tokens=dropped)
+        return True
 
     def forget(self, endpoint: str) -> None:
         """The endpoint has gone."""

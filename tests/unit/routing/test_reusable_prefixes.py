@@ -198,7 +198,22 @@ async def test_a_hit_of_one_block_that_was_not_found_is_drift() -> None:
 
 async def test_other_differences_teach_nothing_and_count_as_drift() -> None:
     world = World(BLOCK)
+    world.publish(event(0, "full_attention", 0, 9), event(1, "full_attention", 0, 9))
+    for _ in range(RUN):
+        await world.ask(3 * BLOCK)
+    assert world.parts.resyncs == ["a"]
+
+
+async def test_with_states_a_drop_is_tried_and_taken_back_when_it_explains_nothing() -> None:
+    world = World(BLOCK)
     world.publish(event(0, "full_attention", 0, 9), event(1, "mamba", 0, 9))
+    for _ in range(RUN):
+        await world.ask(3 * BLOCK)
+    assert world.feed("a").ledger.drops
+    for _ in range(RUN):
+        await world.ask(3 * BLOCK)
+    assert not world.feed("a").ledger.drops
+    assert world.parts.resyncs == []
     for _ in range(RUN):
         await world.ask(3 * BLOCK)
     assert world.parts.resyncs == ["a"]
