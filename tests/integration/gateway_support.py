@@ -7,7 +7,7 @@ import io
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -81,8 +81,11 @@ class FakeInFlight:
         self.reports.append(f"move {pod.name}")
         self.pod = pod
 
-    def when_down(self, act: Callable[[], None]) -> AbstractContextManager[None]:
-        return self.registry.when_down(self.pod.name, act)
+    def watch_down(self, pod: str, act: Callable[[], None]) -> None:
+        self.registry.watch_down(pod, act)
+
+    def unwatch_down(self, pod: str, act: Callable[[], None]) -> None:
+        self.registry.unwatch_down(pod, act)
 
     def failed(self, kind: str) -> None:
         self.reports.append(f"failed {self.pod.name}")

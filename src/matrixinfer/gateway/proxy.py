@@ -13,9 +13,9 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 from typing import NoReturn, cast
 
 import aiohttp
@@ -34,6 +34,9 @@ from matrixinfer.telemetry.metrics import Metrics
 
 _MAX_REFUSAL_BYTES = 64 * 1024
 """A refusal whose body is longer, or of unknown length, is not kept while other pods are tried."""
+
+
+_ALWAYS = nullcontext()
 
 
 class _Refused(Exception):
@@ -158,7 +161,7 @@ class Proxy:
         chosen, prepared = in_flight.pod, in_flight.prepared
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
         moves = not is_last and retry.may_send_again
-        async with _unless_down(in_flight) if moves else nullcontext():
+        with _UnlessDown(in_flight) if moves else _ALWAYS:
             answer = _Answer(exchange, await self._open(exchange, body), body.adds_usage)
             try:
                 status, is_probe = answer.upstream.status, in_flight.is_probe
@@ -294,18 +297,30 @@ class Proxy:
         return PodTimeout(f"Pod {pod} sent {what}.")
 
 
-@asynccontextmanager
-async def _unless_down(in_flight: InFlight) -> AsyncIterator[None]:
-    """Raise `AttemptFailed` if the pod is declared down while the context is open: it may be frozen, and never answer."""
-    loop, scope = asyncio.get_running_loop(), asyncio.timeout(None)
-    try:
-        async with scope:
-            with in_flight.when_down(lambda: scope.reschedule(loop.time())):
-                yield
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise AttemptFailed("went_down", was_sent=True) from error
+class _UnlessDown:
+    """Raises `AttemptFailed` if the pod is declared down within its context: it may be frozen, and never answer."""
+
+    __slots__ = ("_in_flight", "_is_down", "_pod", "_task")
+
+    def __init__(self, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
+        self._pod = in_flight.pod.pod
+        self._task = asyncio.current_task()
+        self._is_down = False
+
+    def __enter__(self) -> None:
+        self._in_flight.watch_down(self._pod, self._down)
+
+    def _down(self) -> None:
+        if self._task is not None and not self._is_down:
+            self._is_down = True
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._in_flight.unwatch_down(self._pod, self._down)
+        # Whoever else cancels the task at the same time means to end it, and not this attempt alone.
+        if self._is_down and self._task is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
+            raise AttemptFailed("went_down", was_sent=True) from error
 
 
 def _count(exchange: Exchange, answer: bytes) -> None:

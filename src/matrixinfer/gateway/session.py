@@ -14,19 +14,12 @@ IDLE_SECONDS = 4.0
 """Idle connections are closed after this long, before the engines' server (uvicorn) closes them, after 5 s."""
 
 
-def client_options(limits: LimitsConfig, *, keep: bool = True) -> dict[str, Any]:
+def client_options(limits: LimitsConfig) -> dict[str, Any]:
     """Arguments of a session that adds nothing to requests, removes nothing from responses, and limits silence.
 
-    The number of connections is not limited. There is no total deadline, because streams may be long; connecting and
-    every wait for data have deadlines of their own. With `keep` connections are used again.
+    There is no total deadline, because streams may be long; connecting and every wait for data have deadlines of their own.
     """
-    connector = (
-        aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
-        if keep
-        else aiohttp.TCPConnector(limit=0, force_close=True)
-    )
     return {
-        "connector": connector,
         "timeout": aiohttp.ClientTimeout(
             total=None, connect=limits.connect_timeout_seconds, sock_read=limits.first_byte_timeout_seconds
         ),
@@ -39,5 +32,6 @@ def client_options(limits: LimitsConfig, *, keep: bool = True) -> dict[str, Any]
 @asynccontextmanager
 async def client_session(limits: LimitsConfig) -> AsyncIterator[aiohttp.ClientSession]:
     """The session of those who ask engines about themselves."""
-    async with aiohttp.ClientSession(**client_options(limits)) as session:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+    async with aiohttp.ClientSession(connector=connector, **client_options(limits)) as session:
         yield session

@@ -5,8 +5,7 @@ It does no I/O: the watcher and the router report their observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
@@ -163,18 +162,17 @@ class PodRegistry:
             for act in tuple(state.when_down):
                 act()
 
-    @contextmanager
-    def when_down(self, pod: str, act: Callable[[], None]) -> Iterator[None]:
-        """Call `act` whenever a report leaves the pod unhealthy, while the context is open."""
+    def watch_down(self, pod: str, act: Callable[[], None]) -> None:
+        """Call `act` whenever a report leaves the pod unhealthy, until `unwatch_down`."""
         state = self._by_name.get(pod)
-        if state is None:
-            yield
-            return
-        state.when_down[act] = None
-        try:
-            yield
-        finally:
-            del state.when_down[act]
+        if state is not None:
+            state.when_down[act] = None
+
+    def unwatch_down(self, pod: str, act: Callable[[], None]) -> None:
+        """Undo `watch_down`."""
+        state = self._by_name.get(pod)
+        if state is not None:
+            state.when_down.pop(act, None)
 
     def answered(self, pod: str) -> None:
         """Report that the pod answered with something other than a server error."""

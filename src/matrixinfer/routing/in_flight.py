@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
@@ -79,9 +78,13 @@ class InFlight:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
 
-    def when_down(self, act: Callable[[], None]) -> AbstractContextManager[None]:
-        """Call `act` if the pod is declared down while the context is open."""
-        return self._registry.when_down(self.pod.pod, act)
+    def watch_down(self, pod: str, act: Callable[[], None]) -> None:
+        """Call `act` when a pod is declared down, until `unwatch_down`."""
+        self._registry.watch_down(pod, act)
+
+    def unwatch_down(self, pod: str, act: Callable[[], None]) -> None:
+        """Undo `watch_down`."""
+        self._registry.unwatch_down(pod, act)
 
     def move(self, pod: Candidate) -> None:
         """Send the request to another endpoint."""
