@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 EngineKind: TypeAlias = Literal["vllm", "sglang", "other"]
 
@@ -37,6 +38,9 @@ _HYBRIDS = (
 apart from the pages that it publishes."""
 
 
+_BY_OWNER: Mapping[str | None, EngineKind] = {"vllm": "vllm", "sglang": "sglang"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What an engine says about itself, other than its models. None where it does not say."""
@@ -56,4 +60,4 @@ class EngineFacts:
 
 def kind_of(owner: str | None) -> EngineKind | None:
     """The kind of engine that names `owner` as the owner of its models; None if that decides nothing."""
-    return next((kind for kind in get_args(EngineKind) if kind == owner and kind != "other"), None)
+    return _BY_OWNER.get(owner)

@@ -67,7 +67,8 @@ class Prepared:
     @property
     def is_approximate(self) -> bool:
         """Whether matches mean nothing, so that the request is routed by what was sent where."""
-        return Degraded.PARITY in self.degraded or Degraded.INDEX in self.degraded
+        # Nothing is missing as a rule, and every candidate asks.
+        return bool(self.degraded) and (Degraded.PARITY in self.degraded or Degraded.INDEX in self.degraded)
 
 
 class Preparer:

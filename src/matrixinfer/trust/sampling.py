@@ -26,6 +26,7 @@ _MAX_PRESENT = 256
 _HEAD = 8
 """Chains and prompts are compared only if their first tokens, this many, are the same."""
 _GRACE_SECONDS = 1.0
+_SWEEP_SECONDS = 0.1
 """How long after an answer's end its events may still come."""
 
 
@@ -107,6 +108,7 @@ def _unexplained(witness: Witness, others: Sequence[TokenIds]) -> tuple[list[byt
 class _Presence:
     entries: deque[Present] = field(default_factory=deque)
     blind: bool = False
+    swept_at: float = float("-inf")
 
 
 class Sampling:
@@ -192,7 +194,9 @@ class Sampling:
         now, entries = self._clock(), presence.entries
         while entries and (until := entries[0].until) is not None and until <= now:
             entries.popleft()
-        if len(entries) >= _MAX_PRESENT:  # a long request at the front holds up those behind it
+        if len(entries) >= _MAX_PRESENT and now >= presence.swept_at + _SWEEP_SECONDS:
+            # A long request at the front holds up those behind it.
+            presence.swept_at = now
             presence.entries = entries = deque(each for each in entries if each.until is None or each.until > now)
         if not entries:
             presence.blind = False
