@@ -88,11 +88,11 @@ async def test_entries_that_were_restamped_meanwhile_stay(valkey: Server, monkey
         reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
         seen = reclaimer._reclaim
 
-        async def late(block: scan.Block, floors: dict[str, int], default: int) -> int:
+        async def late(block: scan.Block, floors: layout.Floors) -> int:
             if not index.writer.held("pod"):
                 index.add("m", "pod", HASHES, None)
                 await index.flush()
-            return await seen(block, floors, default)
+            return await seen(block, floors)
 
         monkeypatch.setattr(reclaimer, "_reclaim", late)
         assert await reclaimer.once() == 0

@@ -50,15 +50,15 @@ class Engines:
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
         self.drift = Drift(metrics, self._resync, clock)
-        self.setup = IndexSetup(
-            config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, models=self.registry.base_models
-        )
+        self.setup = IndexSetup(config, self.blocks, feeds=self.feeds, doubts=self.drift.doubts, registry=self.registry)
         self.subscriber = Subscriber(
             index=dry_run or self.setup.index, blocks=self.blocks, history=history, feeds=self.feeds
         )
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
+        if dry_run is not None:
+            dry_run.redis_name = self.registry.name_in_redis
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -11,6 +11,7 @@ redis    none      Redis         (nowhere: others write, and report nothing abou
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -22,6 +23,7 @@ from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
+from matrixinfer.index.redis.match_watch import MatchWatch
 from matrixinfer.index.redis.pod_states import PodStates
 from matrixinfer.index.redis.reclaim import Reclaimer
 from matrixinfer.index.redis.store import Store
@@ -29,10 +31,13 @@ from matrixinfer.index.redis.warm_start import fill
 from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches
 from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
+STARTS_SECONDS = 0.5
+"""How old the engines' start times may be that a lookup uses."""
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
@@ -40,7 +45,7 @@ class IndexSetup:
     """The index and everything behind it. Use it as an async context manager.
 
     It owns the connection to Redis, if one is configured. `feeds` are the feeds that this process follows, by endpoint;
-    `doubts` says whether an endpoint has drifted; `models` returns the index's names of the served models.
+    `doubts` says whether an endpoint has drifted.
     """
 
     def __init__(
@@ -50,12 +55,15 @@ class IndexSetup:
         *,
         feeds: Mapping[str, PodFeed],
         doubts: Callable[[str], bool],
-        models: Callable[[], list[str]],
+        registry: PodRegistry,
     ) -> None:
         index = config.index
         self._feeds = feeds
         self._doubts = doubts
         self._config = index
+        self._registry = registry
+        self._starts_known: Mapping[str, float] = {}
+        self._starts_until = float("-inf")
         self.follows = index.kind == "memory" or index.writer == "gateway"
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
@@ -65,7 +73,9 @@ class IndexSetup:
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
             self.redis = self._redis_index(self.store, index, blocks)
         if self.store is not None and index.kind == "redis":
-            self.states = PodStates(self.store, scheme_of(blocks), models=models)
+            self.states = PodStates(
+                self.store, scheme_of(blocks), models=registry.base_models, redis_name=registry.name_in_redis
+            )
         self.writes = self.redis is not None and index.writer == "gateway"
         """Whether this process writes to Redis."""
         self.index = self._index(index, blocks)
@@ -85,7 +95,27 @@ class IndexSetup:
             lease_seconds=index.lease_seconds,
             state_of=self._state_of,
             is_known=self._is_known,
+            starts=self._starts,
+            endpoints=self._registry.endpoint_names,
+            redis_name=self._registry.name_in_redis,
+            watch=self._match_watch(store, blocks) if index.writer == "none" else None,
         )
+
+    def _match_watch(self, store: Store, blocks: TokenBlockProcessor) -> MatchWatch:
+        registry = self._registry
+        return MatchWatch(
+            store, blocks, knows=registry.knows, endpoints=registry.endpoint_names, sizes=registry.block_sizes
+        )
+
+    def _starts(self) -> Mapping[str, float]:
+        """When the engines started that no living writer vouches for, as read within the last second."""
+        states, now = self.states, time.monotonic()
+        if states is None:
+            return {}
+        if now >= self._starts_until:
+            self._starts_known = {name: at for name, at in self._registry.starts().items() if not states.is_alive(name)}
+            self._starts_until = now + STARTS_SECONDS
+        return self._starts_known
 
     def _index(self, index: IndexConfig, blocks: TokenBlockProcessor) -> BlockIndex:
         """The index without a warm start around it."""
@@ -113,6 +143,8 @@ class IndexSetup:
                 await stack.enter_async_context(self._reclaimer(self.store))
             if self.states is not None:
                 await stack.enter_async_context(self.states)
+            if self.redis is not None and self.redis.watch is not None:
+                await stack.enter_async_context(self.redis.watch)
             if self.store is not None and self.warm is not None:
                 task = asyncio.create_task(self._fill(self.warm, self.store), name="redis-warm-start")
                 stack.push_async_callback(cancel_and_wait, task)
@@ -135,7 +167,11 @@ class IndexSetup:
         return Reclaimer(store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second)
 
     async def _fill(self, warm: WarmIndex, store: Store) -> None:
-        await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds)
+        await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds, own_names=self._own_names)
+
+    def _own_names(self) -> Mapping[str, str]:
+        """The index's names of the served models by those in Redis."""
+        return {self._registry.name_in_redis(model): model for model in self._registry.base_models()}
 
     def _writes_surely(self, pod: str) -> bool:
         writer = None if self.redis is None else self.redis.writer

@@ -101,6 +101,17 @@ def _check_names_and_addresses(config: Config) -> None:
             if name in seen:
                 raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
             seen[name] = f"$.models[{i}]"
+    in_redis: dict[str, str] = {}
+    for i, model in enumerate(config.models):
+        name = model.name if model.index_name is None else model.index_name
+        if name in in_redis:
+            raise ConfigError(
+                f"$.models[{i}].{'name' if model.index_name is None else 'indexName'}",
+                f"expected a name of its own in Redis, but `{name}` is that of {in_redis[name]}",
+            )
+        if not name:
+            raise ConfigError(f"$.models[{i}].indexName", "expected a name, got an empty one")
+        in_redis[name] = f"$.models[{i}]"
     pods: dict[str, str] = {}
     for i, pod in enumerate(config.pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)

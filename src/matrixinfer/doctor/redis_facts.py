@@ -12,7 +12,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, RedisConfig
 from matrixinfer.doctor.facts import RedisFacts
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis import layout, scripts
+from matrixinfer.index.redis import layout, read_scripts
 from matrixinfer.index.redis.index import scheme_of
 from matrixinfer.index.redis.pod_states import PodState, PodStates
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
@@ -66,7 +66,7 @@ async def _refuses_scripts(store: Store) -> bool:
     if store.is_cluster or not store.config.scripts:
         return False
     try:
-        await store.run(Script(scripts.MATCH), (layout.EPOCHS, layout.LEASES), (layout.prefix_of("-"), 0, 0, "0"))
+        await store.run(Script(read_scripts.MATCH), (layout.EPOCHS, layout.LEASES), (layout.prefix_of("-"), 0, 0, "0", 0, 0, 0))
     except ScriptsRefused:
         return True
     return False

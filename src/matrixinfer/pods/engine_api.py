@@ -26,6 +26,7 @@ _PREFIX_HITS = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_to
 _LOADED = (b"vllm:external_prefix_cache_hits_total",)
 """Hits on slower tiers, which vLLM counts separately."""
 _PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
+_STARTED = (b"process_start_time_seconds",)
 _CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
 _BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="([1-9]\d{0,8})"')
 _PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
@@ -206,6 +207,7 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
         prefix_queries=whole.prefix_queries,
         block_size=int(block_size[1]) if block_size else None,
         prefix_caching=caching[1] == b"True" if caching else None,
+        started_at=max((at for _, at in _values(text, _STARTED) if at > 0), default=None),
         ranks={
             rank: _summed(*([each for each in values if each[0] == rank] for values in series))
             for rank in (ranks if len(ranks) > 1 else ())
