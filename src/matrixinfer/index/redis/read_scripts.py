@@ -64,8 +64,9 @@ local function canonical(name)
   return name
 end
 
--- Some fields of a hash, in the order of `names`; false for those that are missing. Fewer than can be unpacked at once.
+-- Some fields of a hash, in the order of `names`; false for those that are missing.
 local function fields(key, names)
+  if #names == 0 then return {{}} end
   if #names <= 4000 then return read('HMGET', key, unpack(names)) or {{}} end
   local values = {{}}
   for from = 1, #names, 4000 do
