@@ -61,7 +61,7 @@ async def test_cleared_and_expired_entries_are_deleted(valkey: Server) -> None:
         reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
         assert await reclaimer.once() == 36 + 7 + 1
         assert await entries(store) == {"cleared": 4, "alive": 30, "young": 7, "strange": 1}
-        assert await index.match("m", HASHES) == {"cleared": 4, "alive": 30, "young": 7}
+        assert await index.match("m", HASHES) == {"cleared": 4, "alive": 30, "young": 7, "strange": 1}
         assert await reclaimer.once() == 0
     with valkey.client() as client:
         assert client.exists(f"{layout.prefix_of('m')}40") == 0

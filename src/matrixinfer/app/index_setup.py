@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -106,6 +107,24 @@ class IndexSetup:
         return MatchWatch(
             store, blocks, knows=registry.knows, endpoints=registry.endpoint_names, sizes=registry.block_sizes
         )
+
+    @property
+    def unmatched(self) -> Callable[[], Awaitable[Sequence[Mapping[str, object]]]] | None:
+        """Asks Redis why lookups of some models never match; None where this project's own writers say how they hash."""
+        watch = None if self.redis is None else self.redis.watch
+        if watch is None:
+            return None
+
+        async def search() -> Sequence[Mapping[str, object]]:
+            return [asdict(problem) for problem in await watch.search()]
+
+        return search
+
+    def missing(self) -> str | None:
+        """What an agent needs and does not have: the server that it writes to."""
+        if self.redis is None or not self.redis.writer.pods or self.redis.writer.is_connected:
+            return None
+        return "Redis does not accept writes"
 
     def _starts(self) -> Mapping[str, float]:
         """When the engines started that no living writer vouches for, as read within the last second."""

@@ -153,7 +153,15 @@ class Service:
         proxy = Proxy(engines.session, rewriter, metrics, config.limits, draining)
         api = Api(self.router, engines.registry, proxy, metrics, config.limits)
         feeds = FeedReports(engines.feeds, engines.setup.caches)
-        admin = Admin(self.router, engines.registry, self.decisions, feeds, self._parity, config.limits)
+        admin = Admin(
+            self.router,
+            engines.registry,
+            self.decisions,
+            feeds,
+            self._parity,
+            config.limits,
+            unmatched=engines.setup.unmatched,
+        )
         return Gateway(config, api={**api.routes(), **status}, admin={**admin.routes(), **status}, draining=draining)
 
 

@@ -66,7 +66,9 @@ async def _refuses_scripts(store: Store) -> bool:
     if store.is_cluster or not store.config.scripts:
         return False
     try:
-        await store.run(Script(read_scripts.MATCH), (layout.EPOCHS, layout.LEASES), (layout.prefix_of("-"), 0, 0, "0", 0, 0, 0))
+        await store.run(
+            Script(read_scripts.MATCH), (layout.EPOCHS, layout.LEASES), (layout.prefix_of("-"), 0, 0, "0", 0, 0, 0)
+        )
     except ScriptsRefused:
         return True
     return False

@@ -7,10 +7,9 @@ import asyncio
 import time
 from typing import Any
 
-from rich.table import Table
-
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.terminal import Rows
 from matrixinfer.config import Config
 from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.errors import ConfigError
@@ -74,7 +73,7 @@ async def _show_block(args: argparse.Namespace, config: Config, store: Store) ->
     elif not stamps:
         console.print(f"{key}: no pod holds this block")
     else:
-        table = Table("pod", "stamp", "age", "valid", "reason", box=None)
+        table = Rows("pod", "stamp", "age", "valid", "reason")
         for pod, at in sorted(shown.items()):
             when = ("-", "-") if at is None else (str(at), ago(now - at))
             table.add_row(pod, *when, "no" if invalid[pod] else "yes", invalid[pod] or "")

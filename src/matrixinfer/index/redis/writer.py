@@ -102,6 +102,7 @@ class BlockWriter:
         self._idle.set()
         self._server: str | None = None
         self._broken = False
+        self._reached = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -170,6 +171,11 @@ class BlockWriter:
     def is_writer(self, pod: str) -> bool:
         """Whether this writer has the lease on the pod."""
         return pod in self._pods and self._pods[pod].lease is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the last round of writing reached the server and was accepted."""
+        return self._reached and not self._broken
 
     @property
     def waiting(self) -> int:
@@ -248,7 +254,7 @@ class BlockWriter:
         self._server = server
         if self._broken:
             log.info("redis_writes_resumed", server=self._store.config.where)
-        self._broken = False
+        self._broken, self._reached = False, True
 
     def _resync_all(self) -> None:
         self._published_schemes.clear()
