@@ -134,12 +134,19 @@ def problem(
     differs = list(_differences(fit, here))
     if differs:
         return "; ".join(text for text, _ in differs), "; ".join(fix for _, fix in differs)
-    if fit.holders and not any(map(knows, fit.holders)):
-        return (
-            f"the pods in Redis are named {_some(fit.holders)}, and here {_some(sorted(endpoints))}",
-            "give each pod in `pods` the `name` that its writer gives it",
-        )
-    return None
+    return unknown_names(fit.holders, knows, sorted(endpoints))
+
+
+def unknown_names(
+    holders: Sequence[str], knows: Callable[[str], bool], endpoints: Sequence[str]
+) -> tuple[str, str] | None:
+    """Why holders of blocks are no pods here, and what to do; None if one of them is, or if there are none."""
+    if not holders or any(map(knows, holders)):
+        return None
+    return (
+        f"the pods in Redis are named {_some(holders)}, and here {_some(endpoints)}",
+        "give each pod in `pods` the `name` that its writer gives it",
+    )
 
 
 def _differences(fit: Fit, here: TokenBlockProcessor) -> Iterator[tuple[str, str]]:

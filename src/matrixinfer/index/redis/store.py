@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -115,6 +115,11 @@ class Store:
         if key not in self._unreadable and len(self._unreadable) < MAX_UNREADABLE:
             self._unreadable.add(key)
             log.warning("redis_key_unreadable", key=key, expected="a hash", server=self.config.where)
+
+    @property
+    def unreadable_keys(self) -> Collection[str]:
+        """The keys that `unreadable` was called with."""
+        return self._unreadable
 
     async def ready(self) -> None:
         """On Cluster, read which server has which slots; most commands do so themselves. Raises `IndexUnavailable`."""

@@ -102,7 +102,7 @@ class BlockWriter:
         self._idle.set()
         self._server: str | None = None
         self._broken = False
-        self._reached = False
+        self._accepted = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -174,8 +174,8 @@ class BlockWriter:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the last round of writing reached the server and was accepted."""
-        return self._reached and not self._broken
+        """Whether the server accepted everything in the last round of writing."""
+        return self._accepted
 
     @property
     def waiting(self) -> int:
@@ -219,7 +219,7 @@ class BlockWriter:
                 self.stats.failures += 1
                 if not self._broken:
                     log.warning("redis_writes_failed", server=self._store.config.where, error=str(error))
-                self._broken = True
+                self._broken, self._accepted = True, False
                 for pod in self._pods.values():
                     pod.renew_at, pod.unconfirmed = float("-inf"), True
                 await asyncio.sleep(pause)
@@ -236,6 +236,7 @@ class BlockWriter:
         self._wanted.clear()
         for name, pod in list(self._pods.items()):
             await self._write_pod(name, pod)
+        self._accepted = True
         if any(pod.has_work for pod in self._pods.values()):
             return
         self._idle.set()
@@ -254,7 +255,7 @@ class BlockWriter:
         self._server = server
         if self._broken:
             log.info("redis_writes_resumed", server=self._store.config.where)
-        self._broken, self._reached = False, True
+        self._broken = False
 
     def _resync_all(self) -> None:
         self._published_schemes.clear()
