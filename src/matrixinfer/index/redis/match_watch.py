@@ -109,8 +109,10 @@ class MatchWatch:
         if why is None or not state.lookups:
             self.problems.pop(model, None)
             return
-        keys = f"{found.keys:,}" if found.scanned_all else f"at least {found.keys:,}"
-        message = f"none of {lookups:,} lookups of {model} matched any of {keys} keys; {why[0]}"
+        keys = f"any of {'' if found.scanned_all else 'at least '}{found.keys:,} keys"
+        if not found.keys and not found.scanned_all:
+            keys = "any key"  # this user may not scan them
+        message = f"none of {lookups:,} lookups of {model} matched {keys}; {why[0]}"
         self.problems[model] = fit.Problem(model=model, keys=found.keys, message=message, fix=why[1])
 
     async def _run(self) -> None:
