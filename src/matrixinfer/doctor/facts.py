@@ -140,6 +140,8 @@ class ForeignFacts:
     """Why lookups cannot match, and what to do: from the probes, from names of pods, and from a running gateway."""
     absent: Sequence[str] = ()
     """Models for which no such prompt was found."""
+    without_start: Sequence[str] = ()
+    """Pods whose engine does not report when it started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

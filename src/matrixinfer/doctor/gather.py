@@ -172,6 +172,8 @@ class _PodGatherer:
         paths = ("version", "v1/models", "kv_event_sources", "metrics")
         version, models, sources, metrics = [await self._answer(f"{pod.url}/{path}") for path in paths]
         reported = parse_kv_sources(sources.body, host=_host(pod))
+        load = parse_metrics(metrics.body, read_at=self.registry.clock())
+        self.registry.measured(pod.name, load)
         discovered = reported if pod.config.kv_events == "discover" else None
         self.registry.learn(pod.name, served=parse_models(models.body), kv_sources=discovered)
         return _Answers(
@@ -179,7 +181,7 @@ class _PodGatherer:
             models_status=models.status or None,
             sources_status=sources.status or None,
             sources=reported,
-            metrics=parse_metrics(metrics.body, read_at=self.registry.clock()),
+            metrics=load,
             clock_ahead=clock_ahead,
         )
 

@@ -106,6 +106,12 @@ def foreign(facts: ForeignFacts) -> Iterator[Verdict]:
         )
     for model in facts.fits:
         yield ok(f"the blocks of a new prompt of {model} are in Redis as the gateway looks for them")
+    if facts.without_start:
+        yield warning(
+            f"{', '.join(facts.without_start)} do not report when they started (`process_start_time_seconds` in /metrics): "
+            "what was cached before a restart counts until it is too old",
+            "run `matrixinfer agent`, which notices restarts, or lower index.maxAgeSeconds",
+        )
     if not (facts.mismatches or facts.probed):
         yield warning(
             "no prompt was sent whose blocks could be looked for in Redis, so it is not known whether lookups can match",

@@ -62,7 +62,14 @@ async def gather_foreign_facts(
         mismatches += await _gateway_says(config, patience)
     if not mismatches:
         mismatches += await _unknown_names(store, registry)
-    return ForeignFacts(probed=bool(prompts), fits=fits, mismatches=mismatches, absent=absent)
+    up = {pod.name for pod in pods if pod.down is None}
+    return ForeignFacts(
+        probed=bool(prompts),
+        fits=fits,
+        mismatches=mismatches,
+        absent=absent,
+        without_start=sorted(up - registry.starts().keys()),
+    )
 
 
 def _prompts(pods: Sequence[PodFacts], registry: PodRegistry) -> Mapping[str, list[bytes]]:

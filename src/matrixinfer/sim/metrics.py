@@ -67,7 +67,9 @@ class EngineMetrics:
                 yield family
         yield self._cache_config()
         yield GaugeMetricFamily(
-            "process_start_time_seconds", "Start time of the process since unix epoch in seconds.", value=self._started_at
+            "process_start_time_seconds",
+            "Start time of the process since unix epoch in seconds.",
+            value=self._started_at,
         )
 
     def _labels(self, rank: EngineRank) -> tuple[str, str]:

@@ -106,6 +106,8 @@ def test_a_stamp_counts_only_if_it_is_younger_than_the_engine_or_vouched_for() -
     assert [floors.counts("a", at) for at in (989, 990, 991)] == [False, False, True]
     assert floors.counts("b", 1)
     assert floors.counts("c", 901)
+    floors = layout.floors({b"a": b"7"}, {}, now=1000, max_age=100, starts=starts)
+    assert [floors.counts("a", at) for at in (989, 990, 991)] == [False, True, True]
 
 
 def test_names_that_are_not_utf8_stay_different() -> None:

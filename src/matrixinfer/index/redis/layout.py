@@ -104,14 +104,17 @@ def next_epoch(now: float, epoch: int, last: int) -> int:
     return max(int(now), epoch, last) + 1
 
 
-def floor_of(*, now: float, epoch: int, lease: float, max_age: float, started: float | None = None) -> int:
+def floor_of(
+    *, now: float, epoch: int, lease: float, max_age: float, started: float | None = None, ruled: bool = False
+) -> int:
     """The smallest stamp of a pod that counts. `lease` is the end of its writer's lease; 0 if it has no writer.
 
-    `started` is when its engine started, if that is known. A stamp of that very second may be older than the engine.
+    `started` is when its engine started, if that is known. A stamp of that very second may be older than the engine,
+    unless the pod is `ruled` by writers of this project: these notice restarts and set epochs.
     """
     if lease >= now:
         return epoch
-    return max(epoch, int(now - max_age), 0 if started is None else int(started) + 1)
+    return max(epoch, int(now - max_age), 0 if started is None else int(started) + (not ruled))
 
 
 def stamp_of(text: bytes) -> int:
@@ -200,6 +203,7 @@ def floors(
                 lease=row(leases, name),
                 max_age=max_age,
                 started=started.get(name),
+                ruled=name in names,
             )
             for name in {*names, *started}
         },

@@ -11,7 +11,7 @@ from matrixinfer.index.redis.layout import SUFFIX, UNDATED
 
 MOST_HOLDERS = 1_000
 """A block with more holders is not read whole if the names to look for are known."""
-BUDGET = 50_000
+BUDGET = 25_000
 """Entries that one run of `MATCH` reads, about, before it stops."""
 CROWDED, CUT = 1, 2
 """States of an answer of `MATCH`: it needs the names to look for; it counted only up to the budget."""
@@ -88,11 +88,14 @@ local function values_of(key, names)
   return values
 end
 
--- The smallest stamp of a pod that counts. A pod with a row in a table is ruled: its stamps must be readable.
+-- The smallest stamp of a pod that counts, and whether the pod is ruled, so that its stamps must be readable: it has a row in
+-- a table. Its engine started within the second before `started`.
 local function floor_of(epoch, lease, started)
-  local floor = number(epoch)
-  if not lease or number(lease) < now then floor = math.max(floor, oldest, started or 0) end
-  return floor, epoch or lease
+  local floor, is_ruled = number(epoch), epoch or lease
+  if not lease or number(lease) < now then
+    floor = math.max(floor, oldest, not started and 0 or is_ruled and started - 1 or started)
+  end
+  return floor, is_ruled
 end
 """
 
