@@ -221,7 +221,7 @@ async def test_what_others_list_under_a_pod_counts_for_its_ranks(
     tokenizer: LocalTokenizer, redis: Server, pods: int
 ) -> None:
     async with AsyncExitStack() as stack:
-        sims = [SimEngineConfig(data_parallel_size=2), SimEngineConfig(names=("other", "sim"))][:pods]
+        sims = [SimEngineConfig(data_parallel_size=2), SimEngineConfig(served_model_names=("other", "sim"))][:pods]
         engines = [await stack.enter_async_context(SimEngine(each, tokenizer)) for each in sims]
         settings = config(engines, redis, kind="redis", writer="none")
         with redis.client() as client:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from typing import Any
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
@@ -59,9 +58,8 @@ async def _show(args: argparse.Namespace) -> int:
 
 
 async def _show_block(args: argparse.Namespace, config: Config, store: Store) -> int:
-    client: Any = store.client
     key = f"{layout.prefix_of(args.model)}{int(args.hash)}"
-    stamps = layout.named(await store.ask(client.hgetall(key)))
+    stamps = layout.named(await store.table(key))
     shown = {pod: None if at == layout.UNDATED else at for pod, at in stamps.items()}
     rows, now, max_age = await pods(store), time.time(), config.index.max_age_seconds
     invalid = {pod: _why_invalid(at, rows.get(pod), now=now, max_age=max_age) for pod, at in stamps.items()}
@@ -71,7 +69,8 @@ async def _show_block(args: argparse.Namespace, config: Config, store: Store) ->
         }
         print_json({"key": key, "holders": holders})
     elif not stamps:
-        console.print(f"{key}: no pod holds this block")
+        is_hash = key not in store.unreadable_keys
+        console.print(f"{key}: {'no pod holds this block' if is_hash else 'holds something else than a hash'}")
     else:
         table = Rows("pod", "stamp", "age", "valid", "reason")
         for pod, at in sorted(shown.items()):
