@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 import structlog
 
@@ -17,6 +18,7 @@ from matrixinfer.app.agent import Agent
 from matrixinfer.app.service import Service
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
+    BlocksConfig,
     Config,
     IndexConfig,
     ModelConfig,
@@ -27,6 +29,7 @@ from matrixinfer.config import (
     checked,
 )
 from matrixinfer.index.redis.dry_run import DryRunIndex
+from matrixinfer.index.redis.match_watch import LOOKUPS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
@@ -230,6 +233,33 @@ async def test_what_others_list_under_a_pod_counts_for_its_ranks(
         client_ = await stack.enter_async_context(gateway(settings))
         await client_.holds("pod-0.test@dp0", 4, trust="partial")
         await client_.holds("pod-0.test@dp1", 4, trust="partial")
+
+
+async def test_lookups_that_never_match_are_noticed(engines: Sequence[SimEngine], redis: Server) -> None:
+    with redis.client() as client:
+        for block in TokenBlockProcessor(16, "block").chain(PROMPT):
+            client.hset(f"matrix:kv:block:booster@{block}", "pod-0.test", str(int(time.time()) + 2))
+    async with gateway(config(engines, redis, kind="redis", writer="none")) as reader:
+        for _ in range(LOOKUPS):
+            await reader.explain()
+
+        async def is_noticed() -> bool:
+            return await reader.metric('matrixinfer_redis_lookups_unmatched{model="sim"}') == 1
+
+        await eventually(is_noticed)
+        async with reader._session.get(f"{reader._service.gateway.admin_url}/debug/index") as response:  # noqa: SLF001
+            (problem,) = (await response.json())["unmatched"]
+        assert problem["message"].endswith(
+            "keys hash like scheme block, size 16, and here scheme prefix, size 128; "
+            "their blocks are in Redis under the model name `booster`"
+        )
+        assert problem["keys"] == 43
+    settings = config(engines, redis, kind="redis", writer="none")
+    model = msgspec.structs.replace(settings.models[0], index_name="booster")
+    right = msgspec.structs.replace(settings, models=(model,), blocks=BlocksConfig(scheme="block", size=16))
+    async with gateway(right) as reader:
+        await reader.holds("pod-0.test", 43, trust="partial")
+        assert await reader.metric('matrixinfer_redis_lookups_unmatched{model="booster"}') == 0
 
 
 async def test_an_agent_is_ready_only_while_redis_takes_its_writes(
