@@ -186,6 +186,15 @@ class BlockChain(Sequence[int]):
         """How many tokens of the prompt are known here: all of them, unless the chain is bounded."""
         return len(self._data) // 4
 
+    @property
+    def is_salted(self) -> bool:
+        """Whether the prompt has a cache salt."""
+        return self._salt_parent is not None
+
+    def head(self, tokens: int) -> bytes:
+        """The first tokens, in the form of `token_bytes`."""
+        return self._data[: tokens * 4]
+
     def end_key(self, blocks: int) -> int:
         """The key of the ends that lie in the block after the first `blocks` blocks (`TokenBlockProcessor.end`)."""
         if blocks:

@@ -243,7 +243,7 @@ class World:
             async for page in scan.pages(store):
                 for block in page:
                     for pod, at in block.stamps.items():
-                        if at >= floors.get(pod, int(time.time() - MAX_AGE)):
+                        if floors.counts(pod, at):
                             found.setdefault(pod, set()).add((block.model, block.hash))
         return sum(
             len(found.get(pod, set()) ^ self.truth.held.get(pod, set()))

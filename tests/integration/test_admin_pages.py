@@ -20,3 +20,8 @@ async def test_a_limit_that_is_no_sensible_number_is_refused(limit: str) -> None
 async def test_any_other_limit_will_do(limit: str) -> None:
     async with rig() as gateway, gateway.client.get(f"{gateway.admin_url}/debug/decisions?limit={limit}") as response:
         assert (response.status, await response.json()) == (200, {"decisions": []})
+
+
+async def test_no_lookups_are_missed_in_an_index_of_ones_own() -> None:
+    async with rig() as gateway, gateway.client.get(f"{gateway.admin_url}/debug/index") as response:
+        assert (response.status, await response.json()) == (200, {"unmatched": None})

@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from matrixinfer.app.agent import Agent
-from matrixinfer.config import Config, PodConfig, RedisConfig, checked
+from matrixinfer.config import BlocksConfig, Config, PodConfig, RedisConfig, checked
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER
@@ -82,3 +82,56 @@ async def test_a_user_without_scripts_and_blocks_of_another_size(
     assert "does not let this user run scripts" in messages["redis"]
     assert messages["scheme"] == "blocks of sim in Redis never match: block_size is 16 there and 128 here"
     assert found.code == 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "pod", "level", "words"),
+    [
+        ({"scheme": "block", "size": 16}, "a", "ok", "are in Redis as the gateway looks for them"),
+        ({"scheme": "prefix", "size": 16}, "a", "blind", "keys hash like scheme block, size 16"),
+        ({"scheme": "block", "size": 64}, "a", "blind", "keys hash like scheme block, size 16"),
+        ({"scheme": "block", "size": 16}, "a.ns", "blind", "the pods in Redis are named `a`, and here `a.ns`"),
+    ],
+)
+async def test_what_others_write_is_compared_with_the_doctors_own_prompt(
+    doctor: DoctorCommand,
+    engine: SimEngine,
+    valkey: Server,
+    blocks: dict[str, Any],
+    pod: str,
+    level: str,
+    words: str,
+) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    redis = RedisConfig(host="127.0.0.1", port=valkey.port)
+    others = BlocksConfig(scheme="block", size=16)
+    settings = checked(Config(pods=(PodConfig(name="a", url=engine.url),), redis=redis, blocks=others))
+    async with Agent(settings, listen=None):
+        with valkey.client() as client:
+            client.set("matrix:kv:meta:sim", "")  # other writers do not say how they hash
+        found = await doctor.check(
+            {"name": pod, "url": engine.url},
+            models=[{"name": "sim", "tokenizer": str(TOKENIZER), "chatTemplate": "chatml"}],
+            index={"kind": "redis", "writer": "none"},
+            redis={"host": "127.0.0.1", "port": valkey.port, "deadlineSeconds": 1.0},
+            blocks=blocks,
+        )
+    (finding,) = found.of("matches")
+    assert (finding["level"], words in finding["message"]) == (level, True), finding
+
+
+async def test_an_index_that_nobody_writes_is_not_well(
+    doctor: DoctorCommand, engine: SimEngine, valkey: Server
+) -> None:
+    for arguments, level, words in (
+        ((), "blind", "Redis has no key of the model `sim`"),
+        (("--no-probe",), "warning", "not known whether lookups can match"),
+    ):
+        found = await doctor.check(
+            {"name": "a", "url": engine.url},
+            arguments=arguments,
+            models=[{"name": "sim", "tokenizer": str(TOKENIZER), "chatTemplate": "chatml"}],
+            index={"kind": "redis", "writer": "none"},
+            redis={"host": "127.0.0.1", "port": valkey.port, "deadlineSeconds": 1.0},
+        )
+        assert words in found.only("matches", level)["message"]

@@ -229,3 +229,39 @@ def test_every_command_works_on_a_cluster(tmp_path: Path, ask: Ask) -> None:
         assert ask("stats", "--json", *where)["models"]["qwen"]["stale"] == 700
         assert ask("purge", "--model", "qwen", "--yes", "--json", *where)["blocks"] == 700
         assert ask("stats", "--json", *where)["models"] == {}
+
+
+def test_names_cannot_format_or_forge_the_output(valkey: servers.Server, ask: Ask) -> None:
+    for name in ("[/y]", "g[l]o*", "two\nlines", "\x1b[31mred"):
+        valkey.flush()
+        write(valkey, name, f"pod-{name}", [5])
+        with valkey.client() as client:
+            client.hset(layout.TOKENS, f"pod-{name}", "1")
+        shown = name.encode("unicode_escape").decode()
+        for words in (
+            ("stats",),
+            ("show", name, "5"),
+            ("show", "--pod", f"pod-{name}"),
+            ("purge", "--pod", f"pod-{name}", "--dry-run"),
+            ("purge", "--model", name, "--dry-run"),
+        ):
+            out = ask(*words)
+            assert shown in out
+            assert all(line.isprintable() for line in out.splitlines()), out
+            assert len(out.splitlines()) <= 5
+
+
+def test_a_stamp_that_cannot_be_read_is_shown_as_missing(valkey: servers.Server, ask: Ask) -> None:
+    with valkey.client() as client:
+        client.hset(f"{layout.prefix_of('m')}5", mapping={"theirs": "soon", "ours": "soon"})
+        client.hset(layout.EPOCHS, "ours", "7")
+    holders = ask("show", "m", "5", "--json")["holders"]
+    assert holders["theirs"] == {"stamp": None, "valid": True, "reason": None}
+    assert holders["ours"] == {"stamp": None, "valid": False, "reason": "its stamp cannot be read"}
+    assert "its stamp cannot be read" in ask("show", "m", "5")
+
+
+def test_a_key_of_another_type_is_no_block(valkey: servers.Server, ask: Ask) -> None:
+    with valkey.client() as client:
+        client.set(f"{layout.prefix_of('m')}5", "x")
+    assert "holds something else than a hash" in ask("show", "m", "5", exit_code=1)

@@ -234,7 +234,7 @@ async def test_last_has_the_deadline_the_circuit_and_the_counters_of_match(tmp_p
                 await hasty.last("llama", ["pod-a~ends"], HASHES)
             with pytest.raises(IndexUnavailable, match="not asked"):
                 await hasty.match("llama", HASHES)
-            assert hasty.stats.outcomes == {"answered": 0, "late": FAILURES, "failed": 0, "refused": 2}
+            assert hasty.stats.outcomes == {"answered": 0, "capped": 0, "late": FAILURES, "failed": 0, "refused": 2}
             made.thaw()
         async with Store(made.config()) as store:
             patient = BlockReader(store, max_age=60)

@@ -55,11 +55,13 @@ async def test_cleared_and_expired_entries_are_deleted(valkey: Server) -> None:
                 client.hset(f"{layout.prefix_of('m')}{block}", f"old{layout.SUFFIX}", str(now - 90_000))
                 client.hset(f"{layout.prefix_of('m')}{block}", "young", str(now - 80_000))
             client.hset(f"{layout.prefix_of('m')}1", "strange", "no stamp")
+            client.hset(f"{layout.prefix_of('m')}1", "ruled", "no stamp")
+            client.hset(layout.EPOCHS, "ruled", str(now))
         assert (await entries(store))["cleared"] == 40
         reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
         assert await reclaimer.once() == 36 + 7 + 1
-        assert await entries(store) == {"cleared": 4, "alive": 30, "young": 7}
-        assert await index.match("m", HASHES) == {"cleared": 4, "alive": 30, "young": 7}
+        assert await entries(store) == {"cleared": 4, "alive": 30, "young": 7, "strange": 1}
+        assert await index.match("m", HASHES) == {"cleared": 4, "alive": 30, "young": 7, "strange": 1}
         assert await reclaimer.once() == 0
     with valkey.client() as client:
         assert client.exists(f"{layout.prefix_of('m')}40") == 0
@@ -88,11 +90,11 @@ async def test_entries_that_were_restamped_meanwhile_stay(valkey: Server, monkey
         reclaimer = Reclaimer(store, max_age=DAY, keys_per_second=1e9)
         seen = reclaimer._reclaim
 
-        async def late(block: scan.Block, floors: dict[str, int], default: int) -> int:
+        async def late(block: scan.Block, floors: layout.Floors) -> int:
             if not index.writer.held("pod"):
                 index.add("m", "pod", HASHES, None)
                 await index.flush()
-            return await seen(block, floors, default)
+            return await seen(block, floors)
 
         monkeypatch.setattr(reclaimer, "_reclaim", late)
         assert await reclaimer.once() == 0

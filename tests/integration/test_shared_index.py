@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 import structlog
 
@@ -17,6 +18,7 @@ from matrixinfer.app.agent import Agent
 from matrixinfer.app.service import Service
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import (
+    BlocksConfig,
     Config,
     IndexConfig,
     ModelConfig,
@@ -27,6 +29,7 @@ from matrixinfer.config import (
     checked,
 )
 from matrixinfer.index.redis.dry_run import DryRunIndex
+from matrixinfer.index.redis.match_watch import LOOKUPS
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
@@ -208,12 +211,79 @@ async def test_what_others_write_is_read_and_partly_believed(engines: Sequence[S
     with redis.client() as client:
         for block in TokenBlockProcessor(128, "block").hashes(data)[:4]:
             key = f"matrix:kv:block:sim@{block}"
-            client.hset(key, "pod-1.test.svc.cluster.local", str(int(time.time()) - 60))
-            client.hset(key, "pod-0.test.svc.cluster.local", str(int(time.time()) - 90_000))
+            client.hset(key, "pod-1.test.svc.cluster.local", str(int(time.time()) + 2))
+            client.hset(key, "pod-0.test.svc.cluster.local", str(int(time.time()) - 60))
     async with gateway(settings) as client_:
         decision = await client_.holds("pod-1.test", 4, trust="partial")
-        assert decision["pods"]["pod-0.test"]["matched_blocks"] == 0, "older than a day"
+        assert decision["pods"]["pod-0.test"]["matched_blocks"] == 0, "older than the engine"
         assert await client_.ask() == "pod-1.test"
+
+
+@pytest.mark.parametrize("pods", [1, 2])
+async def test_what_others_list_under_a_pod_counts_for_its_ranks(
+    tokenizer: LocalTokenizer, redis: Server, pods: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        sims = [SimEngineConfig(data_parallel_size=2), SimEngineConfig(served_model_names=("other", "sim"))][:pods]
+        engines = [await stack.enter_async_context(SimEngine(each, tokenizer)) for each in sims]
+        settings = config(engines, redis, kind="redis", writer="none")
+        with redis.client() as client:
+            for block in TokenBlockProcessor(128).chain(PROMPT)[:4]:
+                client.hset(f"matrix:kv:block:sim@{block}", "pod-0.test", str(int(time.time()) + 2))
+        client_ = await stack.enter_async_context(gateway(settings))
+        await client_.holds("pod-0.test@dp0", 4, trust="partial")
+        await client_.holds("pod-0.test@dp1", 4, trust="partial")
+
+
+async def test_lookups_that_never_match_are_noticed(engines: Sequence[SimEngine], redis: Server) -> None:
+    with redis.client() as client:
+        for block in TokenBlockProcessor(16, "block").chain(PROMPT):
+            client.hset(f"matrix:kv:block:booster@{block}", "pod-0.test", str(int(time.time()) + 2))
+    async with gateway(config(engines, redis, kind="redis", writer="none")) as reader:
+        for _ in range(LOOKUPS):
+            await reader.explain()
+
+        async def is_noticed() -> bool:
+            return await reader.metric('matrixinfer_redis_lookups_unmatched{model="sim"}') == 1
+
+        await eventually(is_noticed)
+        async with reader._session.get(f"{reader._service.gateway.admin_url}/debug/index") as response:  # noqa: SLF001
+            (problem,) = (await response.json())["unmatched"]
+        assert problem["message"].endswith(
+            "keys hash like scheme block, size 16, and here scheme prefix, size 128; "
+            "their blocks are in Redis under the model name `booster`"
+        )
+        assert problem["keys"] == 43
+    settings = config(engines, redis, kind="redis", writer="none")
+    model = msgspec.structs.replace(settings.models[0], index_name="booster")
+    right = msgspec.structs.replace(settings, models=(model,), blocks=BlocksConfig(scheme="block", size=16))
+    async with gateway(right) as reader:
+        await reader.holds("pod-0.test", 43, trust="partial")
+        assert await reader.metric('matrixinfer_redis_lookups_unmatched{model="booster"}') == 0
+
+
+async def test_an_agent_is_ready_only_while_redis_takes_its_writes(
+    engines: Sequence[SimEngine], tmp_path: Path
+) -> None:
+    with server(tmp_path) as lost:
+        async with (
+            Agent(config(engines, lost, kind="redis"), listen="127.0.0.1:0") as agent,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def answers(status: int, text: str) -> bool:
+                async with session.get(f"{agent.url}/ready") as response:
+                    return (response.status, (await response.json())["status"]) == (status, text)
+
+            await eventually(lambda: answers(200, "ready"))
+            with lost.client() as client:
+                client.execute_command("REPLICAOF", "127.0.0.1", "1")  # so that it refuses writes
+            await eventually(lambda: answers(503, "Redis does not accept writes"))
+            with lost.client() as client:
+                client.execute_command("REPLICAOF", "NO", "ONE")
+            await eventually(lambda: answers(200, "ready"))
+            lost.kill()
+            await eventually(lambda: answers(503, "Redis does not accept writes"))
 
 
 async def test_blocks_of_another_scheme_are_logged_as_a_warning(

@@ -45,7 +45,7 @@ class Agent:
             await stack.enter_async_context(engines.watching())
             if self._listen is not None:
                 draining = asyncio.Event()
-                routes = Status(engines.registry, metrics, draining).routes()
+                routes = Status(engines.registry, metrics, draining, missing=self._missing).routes()
                 listener = Listener(*split_address(self._listen, path="--listen"), routes, draining)
                 self.url = (await stack.enter_async_context(listener)).url
             self._stack = stack.pop_all()
@@ -53,6 +53,9 @@ class Agent:
         pods = len(self.config.pods)
         log.info("agent_started", pods=pods, redis=where, listen=self.url, dry_run=self._dry_run is not None)
         return self
+
+    def _missing(self) -> str | None:
+        return None if self._dry_run is not None else self.engines.setup.missing()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

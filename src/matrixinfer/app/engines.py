@@ -60,7 +60,7 @@ class Engines:
             self.blocks,
             feeds=self.feeds,
             doubts=self.drift.doubts,
-            models=self.registry.base_models,
+            registry=self.registry,
             reuses_less=self.drift.reuses_less,
         )
         self.subscriber = Subscriber(
@@ -76,6 +76,8 @@ class Engines:
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
+        if dry_run is not None:
+            dry_run.redis_name = self.registry.name_in_redis
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

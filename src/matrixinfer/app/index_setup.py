@@ -11,8 +11,10 @@ redis    none      Redis         (nowhere: others write, and report nothing abou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +24,7 @@ from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex, scheme_of
+from matrixinfer.index.redis.match_watch import MatchWatch
 from matrixinfer.index.redis.pod_states import PodStates
 from matrixinfer.index.redis.reclaim import Reclaimer
 from matrixinfer.index.redis.store import Store
@@ -30,11 +33,14 @@ from matrixinfer.index.tee import TeeIndex
 from matrixinfer.index.warm_start import WarmIndex
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.tiers import index_names
+from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.trust.cache_views import Caches, FeedCaches
 from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
 _MOST_NAMES = 4_096
+STARTS_SECONDS = 0.5
+"""How old the engines' start times may be that a lookup uses."""
 _UNKNOWN_YET = (FeedState.SYNCING, FeedState.STALE)
 
 
@@ -43,7 +49,7 @@ class IndexSetup:
 
     It owns the connection to Redis, if one is configured. `feeds` are the feeds that this process follows, by endpoint;
     `doubts` says whether an endpoint has drifted, `reuses_less` whether answers have shown that it reuses less than its
-    events say; `models` returns the index's names of the served models.
+    events say.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class IndexSetup:
         *,
         feeds: Mapping[str, PodFeed],
         doubts: Callable[[str], bool],
-        models: Callable[[], list[str]],
+        registry: PodRegistry,
         reuses_less: Callable[[str], bool] = lambda _: False,
     ) -> None:
         index = config.index
@@ -61,6 +67,9 @@ class IndexSetup:
         self._doubts = doubts
         self._reuses_less = reuses_less
         self._config = index
+        self._registry = registry
+        self._starts_known: Mapping[str, float] = {}
+        self._starts_until = float("-inf")
         self.follows = index.kind == "memory" or index.writer == "gateway"
         """Whether this process follows the engines' events."""
         self.store = None if config.redis is None else Store(config.redis)
@@ -70,7 +79,9 @@ class IndexSetup:
         if self.store is not None and (index.kind == "redis" or index.writer == "gateway"):
             self.redis = self._redis_index(self.store, index, blocks)
         if self.store is not None and index.kind == "redis":
-            self.states = PodStates(self.store, scheme_of(blocks), models=models)
+            self.states = PodStates(
+                self.store, scheme_of(blocks), models=registry.base_models, redis_name=registry.name_in_redis
+            )
         self.writes = self.redis is not None and index.writer == "gateway"
         """Whether this process writes to Redis."""
         self.index = self._index(index, blocks)
@@ -91,7 +102,45 @@ class IndexSetup:
             lease_seconds=index.lease_seconds,
             state_of=self._state_of,
             is_known=self._is_known,
+            starts=self._starts,
+            endpoints=self._registry.endpoint_names,
+            redis_name=self._registry.name_in_redis,
+            watch=self._match_watch(store, blocks) if index.writer == "none" else None,
         )
+
+    def _match_watch(self, store: Store, blocks: TokenBlockProcessor) -> MatchWatch:
+        registry = self._registry
+        return MatchWatch(
+            store, blocks, knows=registry.knows, endpoints=registry.endpoint_names, sizes=registry.block_sizes
+        )
+
+    @property
+    def unmatched(self) -> Callable[[], Awaitable[Sequence[Mapping[str, object]]]] | None:
+        """Asks Redis why lookups of some models never match; None where this project's own writers say how they hash."""
+        watch = None if self.redis is None else self.redis.watch
+        if watch is None:
+            return None
+
+        async def search() -> Sequence[Mapping[str, object]]:
+            return [asdict(problem) for problem in await watch.search()]
+
+        return search
+
+    def missing(self) -> str | None:
+        """What an agent needs and does not have: the server that it writes to."""
+        if self.redis is None or not self.redis.writer.pods or self.redis.writer.is_connected:
+            return None
+        return "Redis does not accept writes"
+
+    def _starts(self) -> Mapping[str, float]:
+        """When the engines started that no living writer vouches for, as read within the last second."""
+        states, now = self.states, time.monotonic()
+        if states is None:
+            return {}
+        if now >= self._starts_until:
+            self._starts_known = {name: at for name, at in self._registry.starts().items() if not states.is_alive(name)}
+            self._starts_until = now + STARTS_SECONDS
+        return self._starts_known
 
     def _index(self, index: IndexConfig, blocks: TokenBlockProcessor) -> BlockIndex:
         """The index without a warm start around it."""
@@ -119,6 +168,8 @@ class IndexSetup:
                 await stack.enter_async_context(self._reclaimer(self.store))
             if self.states is not None:
                 await stack.enter_async_context(self.states)
+            if self.redis is not None and self.redis.watch is not None:
+                await stack.enter_async_context(self.redis.watch)
             if self.store is not None and self.warm is not None:
                 task = asyncio.create_task(self._fill(self.warm, self.store), name="redis-warm-start")
                 stack.push_async_callback(cancel_and_wait, task)
@@ -141,7 +192,11 @@ class IndexSetup:
         return Reclaimer(store, max_age=index.max_age_seconds, keys_per_second=index.reclaim_keys_per_second)
 
     async def _fill(self, warm: WarmIndex, store: Store) -> None:
-        await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds)
+        await fill(warm, store, pods=self._feeds.keys, max_age=self._config.max_age_seconds, own_names=self._own_names)
+
+    def _own_names(self) -> Mapping[str, str]:
+        """The index's names of the served models by those in Redis."""
+        return {self._registry.name_in_redis(model): model for model in self._registry.base_models()}
 
     def _writes_surely(self, pod: str) -> bool:
         if self.redis is None:

@@ -47,6 +47,15 @@ class RedisCollector(Collector):
         yield GaugeMetricFamily(
             "matrixinfer_redis_waiting_blocks", "Blocks waiting to be written.", value=writer.waiting
         )
+        if self._index.watch is not None:
+            unmatched = GaugeMetricFamily(
+                "matrixinfer_redis_lookups_unmatched",
+                "1 for models (by their name in Redis) whose lookups never match, though others should write for them.",
+                labels=["model"],
+            )
+            for model in self._index.watch.problems:
+                unmatched.add_metric([model], 1)
+            yield unmatched
         if self._states is not None:
             foreign = GaugeMetricFamily(
                 "matrixinfer_redis_scheme_differs",

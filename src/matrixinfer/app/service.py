@@ -238,6 +238,7 @@ class Service:
             self._parity,
             config.limits,
             self._tokenizer_views,
+            unmatched=engines.setup.unmatched,
         )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(

@@ -12,7 +12,7 @@ import uvloop
 from matrixinfer.app.agent import Agent
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.cli.running import run_until_stopped
-from matrixinfer.config import Config, RedisConfig, checked, load
+from matrixinfer.config import CLUSTER_SUFFIX, Config, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.telemetry.log import configure
@@ -66,12 +66,13 @@ def configuration(args: argparse.Namespace) -> Config:
     """The config file, reduced to the pods that `--pod` selects. Raises `ConfigError`."""
     config = load(args.config)
     names = [pod.name for pod in config.pods]
-    for name in args.pod:
+    wanted = [name.removesuffix(CLUSTER_SUFFIX) for name in args.pod]
+    for name in wanted:
         if name not in names:
             raise ConfigError(
                 "--pod", f"expected a pod of the config file ({', '.join(names) or 'it has none'}), got `{name}`"
             )
-    pods = tuple(pod for pod in config.pods if not args.pod or pod.name in args.pod)
+    pods = tuple(pod for pod in config.pods if not args.pod or pod.name in wanted)
     if not pods:
         raise ConfigError("$.pods", "expected at least one pod to follow, got none")
     return checked(msgspec.structs.replace(config, pods=pods, redis=config.redis or RedisConfig()))

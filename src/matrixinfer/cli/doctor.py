@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, duration
+from matrixinfer.cli.terminal import plain, standard_output
 from matrixinfer.config import Config, LogConfig
 from matrixinfer.doctor.checks import check_fleet
 from matrixinfer.doctor.facts import FleetFacts
@@ -74,7 +75,7 @@ async def _gather(config: Config, args: argparse.Namespace) -> FleetFacts:
     def on_step(pod: str, step: str) -> None:
         steps[pod] = step
         done = sum(step == "done" for step in steps.values())
-        status.update(f"{done} of {len(config.pods)} pods checked; {pod}: {step}")
+        status.update(escape(plain(f"{done} of {len(config.pods)} pods checked; {pod}: {step}")))
 
     start = asyncio.get_running_loop().call_later(PROGRESS_AFTER_SECONDS, status.start)
     try:
@@ -85,7 +86,7 @@ async def _gather(config: Config, args: argparse.Namespace) -> FleetFacts:
 
 
 def _print(fleet: FleetFacts, findings: Sequence[Finding], summary: Summary) -> None:
-    console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+    console = standard_output()
     urls = {pod.name: pod.url for pod in fleet.pods}
     for pod, group in groupby(findings, key=lambda finding: finding.pod):
         console.print(Text(f"{pod}  {urls[pod]}" if pod is not None else "fleet", style="bold"))

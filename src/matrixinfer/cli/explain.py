@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from rich.console import Console
-from rich.table import Table
 
-from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one
+from matrixinfer.cli.arguments import Subparsers, at_least_one
+from matrixinfer.cli.terminal import Rows, Terminal
+from matrixinfer.config import CLUSTER_SUFFIX
 from matrixinfer.errors import MatrixInferError, client_error
 from matrixinfer.feedtools.describe import plural
 from matrixinfer.prompt.openai import CHAT_PATH
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=2))
         return 0
-    console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+    console = Terminal()
     if args.body is not None or args.id is not None:
         for number, decision in enumerate([answer] if args.body is not None else answer["decisions"]):
             if number:
@@ -95,7 +95,8 @@ async def _ask(args: argparse.Namespace) -> Any:
                 body = await asyncio.to_thread(_read, args.body)
                 async with session.post("/debug/route", params={"path": args.path}, data=body) as response:
                     return await _answer(response, hint=COMPLETIONS_HINT if args.path == CHAT_PATH else "")
-            query = {"limit": str(args.last), "id": args.id, "pod": args.pod}
+            pod = None if args.pod is None else args.pod.removesuffix(CLUSTER_SUFFIX)
+            query = {"limit": str(args.last), "id": args.id, "pod": pod}
             chosen = {key: value for key, value in query.items() if value is not None}
             async with session.get("/debug/decisions", params=chosen) as response:
                 answer = await _answer(response)
@@ -134,10 +135,8 @@ def _read(path: Path) -> bytes:
         raise CannotExplain(f"cannot read {path}: {error.strerror}") from error
 
 
-def _print_list(console: Console, decisions: Sequence[Json]) -> None:
-    table = Table(
-        *("at", "id", "model", "tokens", "pod", "trust", "predicted_hit_tokens", "cached_tokens", "status"), box=None
-    )
+def _print_list(console: Terminal, decisions: Sequence[Json]) -> None:
+    table = Rows("at", "id", "model", "tokens", "pod", "trust", "predicted_hit_tokens", "cached_tokens", "status")
     for decision in decisions:
         reported = decision["reported"]
         pod = reported["attempts"][-1]  # after a retry another than the chosen one, for which nothing was predicted
@@ -155,7 +154,7 @@ def _print_list(console: Console, decisions: Sequence[Json]) -> None:
     console.print(table)
 
 
-def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
+def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
     tokens = "not counted" if decision["tokens"] is None else plural(decision["tokens"], "token")
     console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}{_estimated(decision)}")
@@ -168,13 +167,12 @@ def _print_one(console: Console, decision: Json, *, was_sent: bool) -> None:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
     is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
-    table = Table(
+    table = Rows(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
         *(("recent_chunks",) if decision["chunks"] else ()),
         *(("reuse",) if is_scaled else ()),
         *("credit", "in_flight", "waiting"),
         *(*scorers, "total", ""),
-        box=None,
     )
     for name, pod in decision["pods"].items():
         table.add_row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,6 +101,7 @@ def _check_names_and_addresses(config: Config) -> None:
             if name in seen:
                 raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
             seen[name] = f"$.models[{i}]"
+    _check_names_in_redis(config.models)
     pods: dict[str, str] = {}
     for i, pod in enumerate(config.pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
@@ -112,6 +113,20 @@ def _check_names_and_addresses(config: Config) -> None:
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):
                 if value is not None and not re.match(r"(tcp://[^*]+:\d+|ipc://.+|inproc://.+)$", value):
                     raise ConfigError(f"$.pods[{i}].kvEvents.{key}", f"expected `tcp://host:port`, got `{value}`")
+
+
+def _check_names_in_redis(models: Sequence[ModelConfig]) -> None:
+    in_redis: dict[str, str] = {}
+    for i, model in enumerate(models):
+        name = model.name if model.index_name is None else model.index_name
+        if name in in_redis:
+            raise ConfigError(
+                f"$.models[{i}].{'name' if model.index_name is None else 'indexName'}",
+                f"expected a name of its own in Redis, but `{name}` is that of {in_redis[name]}",
+            )
+        if not name:
+            raise ConfigError(f"$.models[{i}].indexName", "expected a name, got an empty one")
+        in_redis[name] = f"$.models[{i}]"
 
 
 def _checked_redis(config: Config) -> RedisConfig | None:

@@ -19,6 +19,13 @@ class ModelConfig(Section, frozen=True):
 
     name: Annotated[str, described("The engine's own name for the model: the first id that its `/v1/models` lists.")]
     aliases: Annotated[tuple[str, ...], described("Other names by which clients may ask for it.")] = ()
+    index_name: Annotated[
+        str | None,
+        described(
+            "The model's name in Redis, where writers or readers of other projects use another name than the engine's. "
+            "Its adapters keep their names."
+        ),
+    ] = None
     tokenizer: Annotated[
         str | None,
         described(

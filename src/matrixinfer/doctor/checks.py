@@ -149,6 +149,11 @@ def _writers(fleet: FleetFacts) -> Iterator[Verdict]:
         yield from redis_checks.writers(fleet.redis, fleet.endpoints)
 
 
+def _foreign(fleet: FleetFacts) -> Iterator[Verdict]:
+    if fleet.redis is not None and fleet.redis.foreign is not None:
+        yield from redis_checks.foreign(fleet.redis.foreign)
+
+
 FLEET_CHECKS: Mapping[str, FleetCheck] = MappingProxyType(
     {
         "models": _models,
@@ -157,6 +162,7 @@ FLEET_CHECKS: Mapping[str, FleetCheck] = MappingProxyType(
         "redis": _redis,
         "scheme": _scheme,
         "writers": _writers,
+        "matches": _foreign,
     }
 )
 CHECKS = ("health", "model", *POD_CHECKS, *FLEET_CHECKS)

@@ -19,6 +19,9 @@ Following: TypeAlias = Literal["discover", "none", "configured"]
 Replay: TypeAlias = Literal["answers", "silent", "foreign"]
 """How a replay endpoint answered: with what was published; not completely in time; with another publisher's batches."""
 
+RedisFailure: TypeAlias = Literal["unreachable", "login", "permission"]
+"""Why Redis cannot be used: no answer; it refuses the login; or a command or a key."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeFacts:
@@ -38,6 +41,8 @@ class ProbeFacts:
     """Position of the first token in the engine's events that differs from the gateway's."""
     published_by: str | None = None
     """Another publisher of the pod that published the prompt's blocks instead."""
+    prompt: bytes = field(default=b"", repr=False)
+    """The first token ids of the prompt, in the form of `blocks.token_bytes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,22 @@ class PodFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignFacts:
+    """What writers of other projects have written."""
+
+    probed: bool
+    """Whether there are new prompts that their engines computed."""
+    fits: Sequence[str] = ()
+    """Models for which such a prompt is in Redis as the gateway expects it."""
+    mismatches: Sequence[tuple[str, str]] = ()
+    """Why lookups cannot match, and what to do: from the probes, from names of pods, and from a running gateway."""
+    absent: Sequence[str] = ()
+    """Models for which no such prompt was found."""
+    without_start: Sequence[str] = ()
+    """Pods whose engine does not report when it started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RedisFacts:
     """The server of the shared index, and how the config uses it."""
 
@@ -133,7 +154,14 @@ class RedisFacts:
     scheme: Mapping[str, str]
     """How the gateway makes blocks: block size and hash scheme."""
     error: str | None = None
-    """Why it cannot be reached."""
+    """Why it cannot be used."""
+    failure: RedisFailure = "unreachable"
+    """What kind of error that is."""
+    username: str | None = None
+    unreadable: Sequence[str] = ()
+    """Keys that hold something else than a hash."""
+    foreign: ForeignFacts | None = None
+    """None if this project's own writers write."""
     slow: bool = False
     refuses_scripts: bool = False
     clock_ahead: float | None = None

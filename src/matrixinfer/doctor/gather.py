@@ -99,7 +99,9 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
     redis = None
     if config.redis is not None:
         on_step("Redis", "asking")
-        redis = await gather_redis_facts(config, config.redis, blocks, registry.base_models(), patience)
+        redis = await gather_redis_facts(
+            config, config.redis, blocks, registry, [task.result() for task in tasks], patience
+        )
         on_step("Redis", "done")
     return FleetFacts(
         models=config.models,

@@ -19,6 +19,7 @@ from matrixinfer.errors import MatrixInferError, TokenizeError, client_error
 from matrixinfer.gateway.headers import RANK
 from matrixinfer.gateway.rewrite import pin_rank
 from matrixinfer.gateway.usage import usage
+from matrixinfer.index.redis.fit import HEAD_TOKENS
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.registry import Endpoint, PodRegistry
@@ -98,6 +99,7 @@ class Prober:
             hits=hits,
             first_difference=witness.first_difference if witness.chains == 1 else None,
             published_by=published_by,
+            prompt=prompt.chain.head(HEAD_TOKENS),
         )
 
     async def _new_prompt(self, endpoint: Endpoint, model: str, engine_block: int | None) -> ProbePrompt:

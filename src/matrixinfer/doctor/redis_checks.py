@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from matrixinfer.doctor.facts import RedisFacts
+from matrixinfer.doctor.facts import ForeignFacts, RedisFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
+from matrixinfer.doctor.redis_foreign import WRITE_SECONDS
 
 MAX_CLOCK_SECONDS = 5.0
 """Leases compare clocks of different hosts: they work up to this much difference."""
@@ -15,11 +16,13 @@ def server(facts: RedisFacts) -> Iterator[Verdict]:
     """Whether the server answers, fast enough, and runs scripts."""
     worse = blind if facts.is_index else warning
     if facts.error is not None:
-        yield worse(
-            f"Redis at {facts.where} does not answer: {facts.error}",
-            "start it, or correct `redis` in the config; until then, requests are routed by load",
-        )
+        yield worse(*_unusable(facts, facts.error))
         return
+    for key in facts.unreadable:
+        yield warning(
+            f"the key `{key}` in Redis holds something else than a hash, and reads as empty",
+            "delete it, or use a database (`redis.db`) that no other program uses",
+        )
     yield ok(f"Redis at {facts.where} answers")
     if facts.slow:
         yield warning(
@@ -28,8 +31,10 @@ def server(facts: RedisFacts) -> Iterator[Verdict]:
         )
     if facts.refuses_scripts:
         yield warning(
-            "Redis does not let this user run scripts: lookups take five times as long, and nothing can be written",
-            "allow EVALSHA and SCRIPT LOAD (`ACL SETUSER … +evalsha +script|load`)",
+            "Redis does not let this user run scripts: lookups take five times as long"
+            + ("" if facts.writer == "none" else ", and nothing can be written"),
+            "allow EVALSHA, SCRIPT LOAD and what the scripts use (`ACL SETUSER … +evalsha +script|load`; docs/redis.md lists "
+            "all commands)" + ("" if facts.writer != "none" else ", or set redis.scripts to false"),
         )
     if abs(facts.clock_ahead or 0.0) > MAX_CLOCK_SECONDS:
         yield warning(
@@ -37,6 +42,26 @@ def server(facts: RedisFacts) -> Iterator[Verdict]:
             "alive when they are not",
             "synchronize both clocks, for example with NTP",
         )
+
+
+def _unusable(facts: RedisFacts, error: str) -> tuple[str, str]:
+    """The message and the fix for a server that cannot be used."""
+    user = f"the user `{facts.username}`" if facts.username else "the default user"
+    until = "; until then, requests are routed by load"
+    if facts.failure == "login":
+        return (
+            f"Redis at {facts.where} refuses the login of {user}: {error}",
+            f"correct `redis.username` and `redis.password`, or the environment variable REDIS_PASSWORD{until}",
+        )
+    if facts.failure == "permission":
+        return (
+            f"Redis at {facts.where} does not let {user} read the index: {error}",
+            f"allow the keys and commands under Permissions in docs/redis.md (`ACL SETUSER`){until}",
+        )
+    return (
+        f"Redis at {facts.where} does not answer: {error}",
+        f"start it, or correct `redis` in the config{until}",
+    )
 
 
 def scheme(facts: RedisFacts) -> Iterator[Verdict]:
@@ -66,3 +91,29 @@ def writers(facts: RedisFacts, endpoints: Sequence[str]) -> Iterator[Verdict]:
         )
     else:
         yield ok("a live agent writes for every pod")
+
+
+def foreign(facts: ForeignFacts) -> Iterator[Verdict]:
+    """Whether lookups can match what writers of other projects have written."""
+    for message, fix in facts.mismatches:
+        yield blind(message, fix)
+    for model in facts.absent:
+        yield warning(
+            f"the blocks of a new prompt of {model} did not appear in Redis within {WRITE_SECONDS:g} s, under no scheme and "
+            "size that were tried",
+            "check that a writer runs for each engine, and that it can read the engine's events (docs/redis.md says which "
+            "do)",
+        )
+    for model in facts.fits:
+        yield ok(f"the blocks of a new prompt of {model} are in Redis as the gateway looks for them")
+    if facts.without_start:
+        yield warning(
+            f"{', '.join(facts.without_start)} do not report when they started (`process_start_time_seconds` in /metrics): "
+            "what was cached before a restart counts until it is too old",
+            "run `matrixinfer agent`, which notices restarts, or lower index.maxAgeSeconds",
+        )
+    if not (facts.mismatches or facts.probed):
+        yield warning(
+            "no prompt was sent whose blocks could be looked for in Redis, so it is not known whether lookups can match",
+            "let the doctor probe the engines; it needs their KV events for that",
+        )

@@ -4,58 +4,105 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from redis.exceptions import AuthenticationError, NoPermissionError
+
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, RedisConfig
-from matrixinfer.doctor.facts import RedisFacts
+from matrixinfer.doctor.facts import PodFacts, RedisFacts, RedisFailure
+from matrixinfer.doctor.redis_foreign import gather_foreign_facts
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis import layout, scripts
+from matrixinfer.index.redis import layout, read_scripts
 from matrixinfer.index.redis.index import scheme_of
 from matrixinfer.index.redis.pod_states import PodState, PodStates
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
+from matrixinfer.pods.registry import PodRegistry
 
 _PINGS = 5
 
 
 async def gather_redis_facts(
-    config: Config, redis: RedisConfig, blocks: TokenBlockProcessor, models: Sequence[str], patience: float
+    config: Config,
+    redis: RedisConfig,
+    blocks: TokenBlockProcessor,
+    registry: PodRegistry,
+    pods: Sequence[PodFacts],
+    patience: float,
 ) -> RedisFacts:
     """Ask the server, which gets `patience` seconds to answer. Writes nothing."""
     facts = RedisFacts(
-        where=redis.where, is_index=config.index.kind == "redis", writer=config.index.writer, scheme=scheme_of(blocks)
+        where=redis.where,
+        is_index=config.index.kind == "redis",
+        writer=config.index.writer,
+        scheme=scheme_of(blocks),
+        username=redis.username,
     )
     async with Store(redis) as store:
         try:
             async with asyncio.timeout(patience):
-                return await _ask(store, facts, models)
+                facts = await _ask(store, facts, registry)
+            if facts.is_index and facts.writer == "none":
+                foreign = await gather_foreign_facts(store, config, blocks, registry, pods, patience)
+                facts = replace(facts, foreign=foreign)
+            return replace(facts, unreadable=sorted(store.unreadable_keys))
         except IndexUnavailable as error:
-            return replace(facts, error=str(error))
+            return replace(facts, error=str(error), failure=_failure(error))
         except TimeoutError:
             return replace(facts, error=f"no answer within {patience:g} seconds")
 
 
-async def _ask(store: Store, facts: RedisFacts, models: Sequence[str]) -> RedisFacts:
+def _failure(error: IndexUnavailable) -> RedisFailure:
+    if isinstance(error.__cause__, NoPermissionError):
+        return "permission"
+    # A server with other errors at the login is not ready yet; the client derives those from the same class.
+    refuses = ("NOAUTH", "WRONGPASS", "invalid username-password", "invalid password", "Authentication required")
+    text = str(error)
+    if isinstance(error.__cause__, AuthenticationError) or any(sign in text for sign in refuses):
+        return "login"
+    return "unreachable"
+
+
+async def _ask(store: Store, facts: RedisFacts, registry: PodRegistry) -> RedisFacts:
+    """Ask what lookups ask. What only the doctor asks may be refused."""
     client: Any = store.client
     times = []
     for _ in range(_PINGS):
         began = time.monotonic()
-        await store.ask(client.hlen(layout.EPOCHS))
+        await _permitted(store.ask(client.ping()))
         times.append(time.monotonic() - began)
-    seconds, microseconds = await store.ask(client.time()) if not store.is_cluster else divmod(time.time(), 1)
-    ahead = seconds + microseconds / 1e6 - time.time() if not store.is_cluster else 0.0
-    states = PodStates(store, facts.scheme, models=lambda: list(models))
+    await store.table(layout.EPOCHS)
+    await store.table(f"{layout.prefix_of('-')}0")
+    states = PodStates(store, facts.scheme, models=registry.base_models, redis_name=registry.name_in_redis)
     await states.read()
     return replace(
         facts,
         slow=min(times) > store.config.deadline_seconds / 2,
         refuses_scripts=await _refuses_scripts(store),
-        clock_ahead=ahead,
+        clock_ahead=await _clock_ahead(store),
         schemes=dict(states.foreign),
         endpoints_written=frozenset(pod for pod in states.pods if states.is_alive(pod) and _is_trusted(states.of(pod))),
     )
+
+
+async def _permitted(answer: Awaitable[Any]) -> Any:
+    """The answer; None if this user may not ask. Raises `IndexUnavailable` for any other error."""
+    try:
+        return await answer
+    except IndexUnavailable as error:
+        if isinstance(error.__cause__, NoPermissionError):
+            return None
+        raise
+
+
+async def _clock_ahead(store: Store) -> float | None:
+    if store.is_cluster:
+        return None
+    client: Any = store.client
+    shown = await _permitted(store.ask(client.time()))
+    return None if shown is None else shown[0] + shown[1] / 1e6 - time.time()
 
 
 def _is_trusted(state: PodState | None) -> bool:
@@ -65,8 +112,9 @@ def _is_trusted(state: PodState | None) -> bool:
 async def _refuses_scripts(store: Store) -> bool:
     if store.is_cluster or not store.config.scripts:
         return False
+    args = (layout.prefix_of("-"), 0, 0, "0", 0, 0, 0)
     try:
-        await store.run(Script(scripts.MATCH), (layout.EPOCHS, layout.LEASES), (layout.prefix_of("-"), 0, 0, "0"))
+        await store.run(Script(read_scripts.MATCH), (layout.EPOCHS, layout.LEASES), args)
     except ScriptsRefused:
         return True
     return False

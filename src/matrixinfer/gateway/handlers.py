@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 
 import msgspec
@@ -14,7 +14,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.errors import InvalidRequest, MatrixInferError
+from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import read_body
 from matrixinfer.gateway.errors import response_to
@@ -100,9 +100,17 @@ class Api:
 
 
 class Status:
-    """Liveness, readiness and metrics, on both listeners."""
+    """Liveness, readiness and metrics, on both listeners. `missing` names what else keeps the process from being ready."""
 
-    def __init__(self, registry: PodRegistry, metrics: Metrics, draining: asyncio.Event) -> None:
+    def __init__(
+        self,
+        registry: PodRegistry,
+        metrics: Metrics,
+        draining: asyncio.Event,
+        *,
+        missing: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._missing = missing
         self._registry = registry
         self._metrics = metrics
         self._draining = draining
@@ -120,11 +128,14 @@ class Status:
         return json_response({"status": "ok"})
 
     async def ready(self, _: web.BaseRequest) -> web.StreamResponse:
-        """The gateway can serve requests: a pod is healthy, and it is not draining."""
+        """The process can do its work: a pod is healthy, nothing else is missing, and it is not draining."""
         if self._draining.is_set():
             return json_response({"status": "draining"}, status=503)
         if not self._registry.any_healthy():
             return json_response({"status": "no healthy pod"}, status=503)
+        missing = self._missing()
+        if missing is not None:
+            return json_response({"status": missing}, status=503)
         return json_response({"status": "ready"})
 
     async def expose(self, _: web.BaseRequest) -> web.StreamResponse:
@@ -145,8 +156,10 @@ class Admin:
         parity: Parity,
         limits: LimitsConfig,
         sources: Callable[[], Mapping[str, Mapping[str, object]]] = dict,
+        unmatched: Callable[[], Awaitable[Sequence[Mapping[str, object]]]] | None = None,
     ) -> None:
         self._sources = sources
+        self._unmatched = unmatched
         self._router = router
         self._registry = registry
         self._decisions = decisions
@@ -162,6 +175,7 @@ class Admin:
             "/debug/decisions": {"GET": self.decisions},
             "/debug/pods": {"GET": self.pods},
             "/debug/tokenizers": {"GET": self.tokenizers},
+            "/debug/index": {"GET": self.index},
         }
 
     async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -196,6 +210,14 @@ class Admin:
         """Why endpoints of a pod get no requests, or only a probe."""
         reasons = ((endpoint.name, self._outliers.reason(endpoint.name)) for endpoint in pod.endpoints)
         return {name: reason for name, reason in reasons if reason is not None}
+
+    async def index(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Why lookups of some models never match in an index that others write; `unmatched` is null for other indexes."""
+        try:
+            unmatched = None if self._unmatched is None else await self._unmatched()
+        except IndexUnavailable as error:
+            return json_response({"error": {"message": str(error)}}, status=503)
+        return json_response({"unmatched": unmatched})
 
     async def tokenizers(self, _: web.BaseRequest) -> web.StreamResponse:
         """Where each model's token ids come from, and how they compare with its engines'."""

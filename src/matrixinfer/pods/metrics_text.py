@@ -63,6 +63,7 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
         block_size=int(block_size[1]) if block_size else max(pages, default=None),
         prefix_caching=caching[1] == b"True" if caching else None,
         sleep=_sleep(text),
+        started_at=max((value for _, value in _samples(text, _START_TIME) if value > 0), default=None),
         boot=_boot(text),
         ranks={
             rank: _summed(*([each for each in values if each[0] == rank] for values in series))

@@ -38,6 +38,8 @@ class EngineMetrics:
     """Whether the engine reuses the blocks of earlier prompts (prefix caching)."""
     sleep: Sleep | None = None
     """How the engine sleeps; None if it is awake or does not say."""
+    started_at: float | None = None
+    """When the engine's process started, in Unix seconds on its clock."""
     boot: BootMarks = field(default_factory=BootMarks)
     """What shows that the engine has restarted."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)

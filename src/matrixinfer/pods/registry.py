@@ -37,6 +37,7 @@ class PodRegistry:
         self._watch = watch
         self.clock = clock
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
+        self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
 
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
@@ -93,6 +94,33 @@ class PodRegistry:
             alias for pod in pods if pod.served is not None and pod.base_model == model for alias in pod.served.aliases
         }
         return next((self._configured[alias] for alias in sorted(aliases) if alias in self._configured), model)
+
+    def name_in_redis(self, model: str) -> str:
+        """The name in Redis of a model, by the index's name of it."""
+        if not self._names_in_redis:
+            return model
+        return self._names_in_redis.get(self.configured_name(model, self.pods), model)
+
+    def starts(self) -> dict[str, float]:
+        """When engines started, in Unix seconds by pod and by rank; engines that do not report it are absent."""
+        return {
+            name: pod.metrics.started_at
+            for pod in self.pods
+            if pod.metrics is not None and pod.metrics.started_at is not None
+            for name in {pod.name, *(endpoint.name for endpoint in pod.endpoints)}
+        }
+
+    def block_sizes(self) -> set[int]:
+        """The block sizes of the engines that report them."""
+        return {size for pod in self.pods if pod.metrics is not None and (size := pod.metrics.block_size) is not None}
+
+    def knows(self, name: str) -> bool:
+        """Whether that is the name of a pod or of a rank."""
+        return name in self._by_name or self.is_endpoint(name)
+
+    def endpoint_names(self) -> set[str]:
+        """The names of all pods and of their ranks."""
+        return {name for pod in self.pods for name in (pod.name, *(endpoint.name for endpoint in pod.endpoints))}
 
     def models(self) -> list[ServedModel]:
         """All names for which `resolve` finds pods, sorted."""

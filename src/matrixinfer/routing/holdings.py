@@ -55,6 +55,8 @@ def match_at(name: str, cache: CacheView | None, matches: Matches | None) -> Mat
         return Match(cache, *matches.ends.get(name, (0, 0)), ())
     blocks = matches.blocks
     matched = blocks.get(name, 0)
+    if cache.by_pod:
+        matched = max(matched, blocks.get(EndpointName.parse(name).pod, 0))
     tiers = [min(matched, blocks.get(tier, 0)) for tier in cache.tiers]  # they may have another writer
     return Match(cache, matched, matches.tails.get(name, 0), tiers)
 

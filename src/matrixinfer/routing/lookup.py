@@ -42,7 +42,10 @@ class Lookup:
         for name in set(names.values()):
             publishers = {each.name for pod in pods if names[pod.name] == name for each in pod.endpoints}
             counts = await self._index.match(name, chain)
-            found = {publisher: count for publisher, count in counts.items() if publisher in publishers}
+            listed = publishers | {
+                pod.name for pod in pods if names[pod.name] == name
+            }  # not every writer tells ranks apart
+            found = {publisher: count for publisher, count in counts.items() if publisher in listed}
             matches.update(found)
             tails.update(await self._tails(name, chain, found))
             ends.update(await self._ends(name, publishers, chain, found))

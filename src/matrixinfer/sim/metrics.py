@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -52,6 +53,7 @@ class EngineMetrics:
     def __init__(self, config: SimEngineConfig, ranks: Sequence[EngineRank]) -> None:
         self._config = config
         self._ranks = ranks
+        self._started_at = time.time()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._first_token = Histogram(
@@ -85,6 +87,11 @@ class EngineMetrics:
                     family.add_metric(labels, read(values))
                 yield family
         yield self._cache_config()
+        yield GaugeMetricFamily(
+            "process_start_time_seconds",
+            "Start time of the process since unix epoch in seconds.",
+            value=self._started_at,
+        )
 
     def _labels(self, rank: EngineRank) -> tuple[str, str]:
         return str(rank.number), self._config.names[0]

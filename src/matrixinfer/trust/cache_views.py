@@ -32,6 +32,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How its reusable prefixes are found; None where every prefix that it holds is reused."""
     drop: int = 0
     """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
+    by_pod: bool = False
+    """Its writer may not tell ranks apart: what the index lists under the pod's name counts for each of its ranks."""
 
 
 class Caches(Protocol):

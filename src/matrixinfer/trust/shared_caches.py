@@ -79,7 +79,9 @@ class SharedCaches:
 
 
 _TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
-_UNVOUCHED = CacheView(trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True)
+_UNVOUCHED = CacheView(
+    trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True, by_pod=True
+)
 
 
 def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:

@@ -319,3 +319,17 @@ def test_settings_that_contradict_each_other_are_refused(text: str, path: str) -
 def test_no_representation_shows_a_password() -> None:
     config = parse("redis: {password: hunter2, sentinelPassword: hunter3}", base=Path())
     assert "hunter" not in repr(config) + pretty_repr(config)
+
+
+def test_a_model_may_have_a_name_of_its_own_in_redis() -> None:
+    (model,) = parsed("models: [{name: engine, aliases: [booster], indexName: booster}]").models
+    assert model.index_name == "booster"
+    assert refusal("models: [{name: a}, {name: b, indexName: a}]") == (
+        "$.models[1].indexName",
+        "expected a name of its own in Redis, but `a` is that of $.models[0]",
+    )
+    assert refusal("models: [{name: a, indexName: b}, {name: b}]")[0] == "$.models[1].name"
+    assert refusal("models: [{name: a, indexName: ''}]") == (
+        "$.models[0].indexName",
+        "expected a name, got an empty one",
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
 from matrixinfer.doctor.checks import check_fleet
-from matrixinfer.doctor.facts import FeedFacts, FleetFacts, PodFacts, ProbeFacts, RedisFacts
+from matrixinfer.doctor.facts import FeedFacts, FleetFacts, ForeignFacts, PodFacts, ProbeFacts, RedisFacts
 from matrixinfer.doctor.findings import Finding, summarize
 from matrixinfer.doctor.gather import seconds_ahead
 from matrixinfer.pods.publishers import KvSource
@@ -277,6 +277,38 @@ REDIS = RedisFacts(
             "blocks of m in Redis never match: block_size is 16 there and 128 here",
         ),
         ({"endpoints_written": frozenset()}, "writers", "blind", "writes for a"),
+        (
+            {"error": "WRONGPASS", "failure": "login", "username": "u"},
+            "redis",
+            "blind",
+            "refuses the login of the user `u`",
+        ),
+        (
+            {"error": "NOPERM", "failure": "permission"},
+            "redis",
+            "blind",
+            "does not let the default user read the index",
+        ),
+        (
+            {"unreadable": ("{matrix:kv}:epochs",)},
+            "redis",
+            "warning",
+            "`{matrix:kv}:epochs` in Redis holds something else",
+        ),
+        (
+            {"foreign": ForeignFacts(probed=True, mismatches=(("they differ", "fix it"),))},
+            "matches",
+            "blind",
+            "they differ",
+        ),
+        ({"foreign": ForeignFacts(probed=True, absent=("m",))}, "matches", "warning", "new prompt of m did not appear"),
+        (
+            {"foreign": ForeignFacts(probed=True, fits=("m",), without_start=("a",))},
+            "matches",
+            "warning",
+            "a do not report",
+        ),
+        ({"foreign": ForeignFacts(probed=False)}, "matches", "warning", "not known whether lookups can match"),
     ],
 )
 def test_what_is_wrong_with_redis(changes: dict[str, Any], check: str, level: str, words: str) -> None:

@@ -61,14 +61,58 @@ def test_any_other_text_is_not_a_number(text: bytes | str | None) -> None:
     assert layout.number(text) is None
 
 
-def test_the_newest_stamp_of_two_spellings_counts_and_garbage_does_not() -> None:
-    assert layout.named({LONG: b"9", b"pod-a.ns": b"5", b"pod-b.ns": b"soon"}) == {"pod-a.ns": 9}
+def test_the_newest_stamp_of_two_spellings_counts() -> None:
+    assert layout.named({LONG: b"9", b"pod-a.ns": b"5", b"pod-b.ns": b"soon"}) == {
+        "pod-a.ns": 9,
+        "pod-b.ns": layout.UNDATED,
+    }
     assert layout.named({LONG: b"soon", b"pod-a.ns": b"5"}) == {"pod-a.ns": 5}
+    assert layout.named({b"pod-a.ns": b"5", LONG: b"soon"}) == {"pod-a.ns": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (b"1703123456", 1_703_123_456),
+        (b"00001703123456", 1_703_123_456),
+        (b"1703123456.789", 1_703_123_456),
+        (b"1703123456789", 1_703_123_456),
+        (b"1703123456789012", 1_703_123_456),
+        (b"1703123456789012345", 1_703_123_456),
+        (b"253402300799", 253_402_300_799),  # the year 9999
+        (b"0", 0),
+        (b"000", 0),
+    ],
+)
+def test_stamps_in_other_forms_are_read(text: bytes, seconds: int) -> None:
+    assert layout.stamp_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"soon", b"-5", b" 1", b"1e9", b"1_000", b"\xff", b"9" * 20, b"1.5.5", b".5", b"1\n"]
+)
+def test_a_stamp_in_any_other_form_says_nothing_about_the_age(text: bytes) -> None:
+    assert layout.stamp_of(text) == layout.UNDATED
+
+
+def test_an_undated_entry_counts_unless_a_writer_of_ours_writes_for_the_pod() -> None:
+    floors = layout.floors({b"a": b"5"}, {b"b": b"5"}, now=1000, max_age=100, starts={"c": 990.0})
+    assert {pod: floors.counts(pod, layout.UNDATED) for pod in "abcd"} == {"a": False, "b": False, "c": True, "d": True}
+
+
+def test_a_stamp_counts_only_if_it_is_younger_than_the_engine_or_vouched_for() -> None:
+    starts = {"a": 990.5, "b": 990.5}
+    floors = layout.floors({}, {b"b": b"1001"}, now=1000, max_age=100, starts=starts)
+    assert [floors.counts("a", at) for at in (989, 990, 991)] == [False, False, True]
+    assert floors.counts("b", 1)
+    assert floors.counts("c", 901)
+    floors = layout.floors({b"a": b"7"}, {}, now=1000, max_age=100, starts=starts)
+    assert [floors.counts("a", at) for at in (989, 990, 991)] == [False, True, True]
 
 
 def test_names_that_are_not_utf8_stay_different() -> None:
     assert len(layout.named({b"\xff": b"1", b"\xfe": b"1"})) == 2
-    assert len(layout.floors({b"\xff": b"1"}, {b"\xfe": b"1"}, now=5, max_age=1)) == 2
+    assert len(layout.floors({b"\xff": b"1"}, {b"\xfe": b"1"}, now=5, max_age=1).by_pod) == 2
 
 
 @pytest.mark.parametrize(
@@ -85,11 +129,12 @@ def test_names_that_are_not_utf8_stay_different() -> None:
 def test_the_smallest_stamp_that_counts(epoch: int, lease: int, floor: int) -> None:
     assert layout.floor_of(now=1000, epoch=epoch, lease=lease, max_age=100) == floor
     epochs, leases = {b"pod-a": str(epoch).encode()}, {b"pod-a": str(lease).encode()}
-    assert layout.floors(epochs, leases, now=1000, max_age=100) == {"pod-a": floor}
+    assert layout.floors(epochs, leases, now=1000, max_age=100).by_pod == {"pod-a": floor}
 
 
 def test_missing_or_malformed_rows_are_treated_as_absent() -> None:
-    assert layout.floors({b"pod-a": b"950"}, {b"pod-b": b"soon"}, now=1000, max_age=100) == {"pod-a": 950, "pod-b": 900}
+    floors = layout.floors({b"pod-a": b"950"}, {b"pod-b": b"soon"}, now=1000, max_age=100)
+    assert floors.by_pod == {"pod-a": 950, "pod-b": 900}
 
 
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))
@@ -119,7 +164,7 @@ def test_consecutive_blocks_with_a_sufficient_stamp_count(
         if held := [*good, False].index(False):
             expected[pod] = held
     entries = [{pod.encode(): str(at).encode() for pod, at in block.items()} for block in blocks]
-    assert layout.count(entries, floors, default) == expected
+    assert layout.count(entries, layout.Floors(by_pod=floors, default=default)) == expected
 
 
 def test_pairs_are_read_from_a_flat_list() -> None:
@@ -148,10 +193,10 @@ def test_the_last_block_with_a_sufficient_stamp_is_found(
         if good:
             expected[pod] = good[-1]
     entries = [{pod.encode(): str(at).encode() for pod, at in block.items()} for block in blocks]
-    assert layout.last(entries, floors, default, asked) == expected
+    assert layout.last(entries, layout.Floors(by_pod=floors, default=default), asked) == expected
 
 
 def test_ends_are_found_and_never_match() -> None:
     entries = [{b"a": b"5", b"a~ends": b"5"}, {b"a~ends": b"5"}]
-    assert layout.count(entries, {}, 1) == {"a": 1}
-    assert layout.last(entries, {}, 1, ["a", "a~ends"]) == {"a": 0, "a~ends": 1}
+    assert layout.count(entries, layout.Floors(by_pod={}, default=1)) == {"a": 1}
+    assert layout.last(entries, layout.Floors(by_pod={}, default=1), ["a", "a~ends"]) == {"a": 0, "a~ends": 1}

@@ -236,3 +236,10 @@ def test_a_version_is_read_if_there_is_one() -> None:
     assert parse_version(b'{"version":"0.32.0"}') == "0.32.0"
     assert parse_version(b"{}") is None
     assert parse_version(b"404") is None
+
+
+def test_the_start_of_the_process_is_read() -> None:
+    text = b"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.7031234565e+09\n"
+    assert parse_metrics(text, read_at=0.0).started_at == 1_703_123_456.5
+    assert parse_metrics(b"process_start_time_seconds 0\n", read_at=0.0).started_at is None
+    assert parse_metrics(b"", read_at=0.0).started_at is None

@@ -13,12 +13,12 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from matrixinfer.cli.arguments import WIDTH
+from matrixinfer.cli.terminal import Terminal
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.store import Store
 
-console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+console = Terminal()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

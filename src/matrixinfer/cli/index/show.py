@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from typing import Any
-
-from rich.table import Table
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.terminal import Rows
 from matrixinfer.config import Config
 from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.errors import ConfigError
@@ -60,22 +58,24 @@ async def _show(args: argparse.Namespace) -> int:
 
 
 async def _show_block(args: argparse.Namespace, config: Config, store: Store) -> int:
-    client: Any = store.client
     key = f"{layout.prefix_of(args.model)}{int(args.hash)}"
-    stamps = layout.named(await store.ask(client.hgetall(key)))
+    stamps = layout.named(await store.table(key))
+    shown = {pod: None if at == layout.UNDATED else at for pod, at in stamps.items()}
     rows, now, max_age = await pods(store), time.time(), config.index.max_age_seconds
     invalid = {pod: _why_invalid(at, rows.get(pod), now=now, max_age=max_age) for pod, at in stamps.items()}
     if args.json:
         holders = {
-            pod: {"stamp": at, "valid": invalid[pod] is None, "reason": invalid[pod]} for pod, at in stamps.items()
+            pod: {"stamp": at, "valid": invalid[pod] is None, "reason": invalid[pod]} for pod, at in shown.items()
         }
         print_json({"key": key, "holders": holders})
     elif not stamps:
-        console.print(f"{key}: no pod holds this block")
+        is_hash = key not in store.unreadable_keys
+        console.print(f"{key}: {'no pod holds this block' if is_hash else 'holds something else than a hash'}")
     else:
-        table = Table("pod", "stamp", "age", "valid", "reason", box=None)
-        for pod, at in sorted(stamps.items()):
-            table.add_row(pod, str(at), ago(now - at), "no" if invalid[pod] else "yes", invalid[pod] or "")
+        table = Rows("pod", "stamp", "age", "valid", "reason")
+        for pod, at in sorted(shown.items()):
+            when = ("-", "-") if at is None else (str(at), ago(now - at))
+            table.add_row(pod, *when, "no" if invalid[pod] else "yes", invalid[pod] or "")
         console.print(key)
         console.print(table)
     return 0 if stamps else 1
@@ -84,6 +84,8 @@ async def _show_block(args: argparse.Namespace, config: Config, store: Store) ->
 def _why_invalid(at: int, row: PodRow | None, *, now: float, max_age: float) -> str | None:
     """Why an entry is invalid; None when it is valid."""
     epoch, alive = (0, False) if row is None else (row.epoch or 0, row.alive)
+    if at == layout.UNDATED:
+        return None if row is None or not row.is_ruled else "its stamp cannot be read"
     if at < epoch:
         return f"stamped before the pod's epoch {epoch}"
     if at < layout.floor_of(now=now, epoch=epoch, lease=now if alive else 0, max_age=max_age):

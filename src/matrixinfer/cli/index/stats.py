@@ -6,10 +6,9 @@ import argparse
 import asyncio
 import time
 
-from rich.table import Table
-
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.index.common import add_arguments, ago, configuration, console, print_json, progress, server
+from matrixinfer.cli.terminal import Rows
 from matrixinfer.index.redis import scan
 from matrixinfer.index.redis.survey import Survey, survey
 
@@ -55,10 +54,7 @@ def _print(found: Survey) -> None:
     console.print(f"{found.server}: {found.keys:,} keys{used}")
     if not found.complete:
         console.print(f"Only about {found.looked_at:,} keys were scanned: more blocks exist. Use --limit to scan more.")
-    models = Table(
-        *("model", "blocks", "entries", "stale", "pods", "ends", "block_size", "hash_scheme", "bytes_per_block"),
-        box=None,
-    )
+    models = Rows("model", "blocks", "entries", "stale", "pods", "ends", "block_size", "hash_scheme", "bytes_per_block")
     for name, model in sorted(found.models.items()):
         size = "-" if model.bytes_per_block is None else f"{model.bytes_per_block:,.0f}"
         scheme = (model.scheme.get(key, "-") for key in ("block_size", "hash_scheme"))
@@ -66,7 +62,7 @@ def _print(found: Survey) -> None:
         models.add_row(name, *(f"{count:,}" for count in counts), *scheme, size)
     console.print(models)
     now = time.time()
-    pods = Table("pod", "blocks", "writer", "lease_seconds", "trust", "feed", "epoch", "last_stamp", box=None)
+    pods = Rows("pod", "blocks", "writer", "lease_seconds", "trust", "feed", "epoch", "last_stamp")
     for name in sorted({*found.pods, *(pod for model in found.models.values() for pod in model.pods)}):
         row = found.pods.get(name)
         if row is None:

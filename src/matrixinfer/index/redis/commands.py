@@ -9,10 +9,10 @@ from typing import Any
 
 import structlog
 
-from matrixinfer.errors import MatrixInferError
+from matrixinfer.errors import IndexUnavailable, MatrixInferError
 from matrixinfer.index.redis import layout, scripts
 from matrixinfer.index.redis.outbox import Change
-from matrixinfer.index.redis.store import Script, Store
+from matrixinfer.index.redis.store import Script, Store, is_wrong_type, unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -89,11 +89,16 @@ class Commands:
     async def publish_scheme(self, model: str) -> None:
         """Publish how the model's blocks are hashed, so that readers with another scheme notice that they never match."""
         client: Any = self._store.client
-        there = await self._store.ask(client.hgetall(layout.meta_key(model)))
+        there = await self._store.table(layout.meta_key(model))
         found = {layout.text_of(name): value.decode("utf-8", "replace") for name, value in there.items()}
         if found and any(found.get(name) != value for name, value in self._meta.items()):
             log.warning("redis_scheme_replaced", model=model, was=found, now=self._meta)
-        await self._store.ask(client.hset(layout.meta_key(model), mapping=self._meta))
+        try:
+            await self._store.ask(client.hset(layout.meta_key(model), mapping=self._meta))
+        except IndexUnavailable as error:
+            if not is_wrong_type(error.__cause__):
+                raise
+            self._store.unreadable(layout.meta_key(model))  # the blocks can be written all the same
 
     async def _write_to_cluster(self, pod: str, changes: Sequence[Change], stamp: int) -> None:
         """Write to the servers that have the blocks' slots."""
@@ -105,4 +110,7 @@ class Commands:
                     pipeline.hset(f"{prefix}{block}", pod, stamp)
                 else:
                     pipeline.hdel(f"{prefix}{block}", pod)
-        await self._store.ask(pipeline.execute())
+        for failure in await self._store.ask(pipeline.execute(raise_on_error=False)):
+            if isinstance(failure, Exception) and not is_wrong_type(failure):
+                with unavailable():
+                    raise failure

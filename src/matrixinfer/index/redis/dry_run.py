@@ -13,12 +13,13 @@ from matrixinfer.index.redis import layout
 class DryRunIndex:
     """A `BlockIndex` that passes the commands it would send, as text, to `say`. Nothing ever matches.
 
-    Use as an async context manager: outside of it no commands are printed.
+    Use as an async context manager: outside of it no commands are printed. `redis_name` returns a model's name in Redis.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._write = say
         self._open = False
+        self.redis_name: Callable[[str], str] = str
 
     async def __aenter__(self) -> Self:
         self._open = True
@@ -40,12 +41,12 @@ class DryRunIndex:
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
         """Print one line per block."""
         for block in hashes:
-            self._say(f"HSET {layout.prefix_of(model)}{block} {pod} <now>")
+            self._say(f"HSET {layout.prefix_of(self.redis_name(model))}{block} {pod} <now>")
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Print one line per block."""
         for block in hashes:
-            self._say(f"HDEL {layout.prefix_of(model)}{block} {pod}")
+            self._say(f"HDEL {layout.prefix_of(self.redis_name(model))}{block} {pod}")
 
     def clear(self, pod: str) -> None:
         """Print one line."""

@@ -11,6 +11,7 @@ from typing import Self
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.base import IndexStats
+from matrixinfer.index.redis.match_watch import MatchWatch
 from matrixinfer.index.redis.reader import BlockReader
 from matrixinfer.index.redis.store import Store
 from matrixinfer.index.redis.writer import LEASE_SECONDS, BlockWriter
@@ -28,7 +29,8 @@ class RedisIndex:
 
     Use as an async context manager. This process writes the blocks of a pod as long as it is the pod's writer; matches
     include the blocks of all writers. `max_age` and `lease_seconds` are in seconds, and `clock` returns Unix seconds.
-    `state_of` and `is_known` are those of `BlockWriter`.
+    `state_of` and `is_known` are those of `BlockWriter`, `starts` and `endpoints` those of `BlockReader`. `redis_name`
+    returns a model's name in Redis. `watch` is told of every lookup; its context is the caller's.
     """
 
     def __init__(
@@ -42,8 +44,14 @@ class RedisIndex:
         name: str | None = None,
         state_of: Callable[[str], str | None] | None = None,
         is_known: Callable[[str], bool] | None = None,
+        starts: Callable[[], Mapping[str, float]] = dict,
+        endpoints: Callable[[], Collection[str]] | None = None,
+        redis_name: Callable[[str], str] = str,
+        watch: MatchWatch | None = None,
     ) -> None:
-        self.reader = BlockReader(store, max_age=max_age, clock=clock)
+        self.watch = watch
+        self._redis_name = redis_name
+        self.reader = BlockReader(store, max_age=max_age, clock=clock, starts=starts, endpoints=endpoints)
         self.writer = BlockWriter(
             store,
             meta=scheme_of(blocks),
@@ -72,11 +80,11 @@ class RedisIndex:
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
         """Record that `pod` holds `hashes`. `parent` is ignored."""
-        self.writer.add(model, pod, hashes)
+        self.writer.add(self._redis_name(model), pod, hashes)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         """Record that `pod` no longer holds `hashes`."""
-        self.writer.remove(model, pod, list(hashes))
+        self.writer.remove(self._redis_name(model), pod, list(hashes))
 
     def clear(self, pod: str) -> None:
         """Remove all blocks of `pod`, for every model."""
@@ -88,11 +96,15 @@ class RedisIndex:
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
         """How many blocks each pod holds, consecutively from the start. Raises `IndexUnavailable`."""
-        return await self.reader.match(model, hashes)
+        name = self._redis_name(model)
+        found = await self.reader.match(name, hashes)
+        if self.watch is not None:
+            self.watch.observe(name, hashes, found)
+        return found
 
     async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> Mapping[str, int]:
         """The position in `hashes` of the last block that each of `pods` holds. Raises `IndexUnavailable`."""
-        return await self.reader.last(model, pods, hashes)
+        return await self.reader.last(self._redis_name(model), pods, hashes)
 
     async def flush(self) -> None:
         """Wait until all writes so far are visible. Raises `IndexUnavailable` if that takes too long."""

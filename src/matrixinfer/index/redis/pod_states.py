@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import structlog
@@ -52,7 +52,7 @@ class PodStates:
     """Reads the states of all pods every second. Use as an async context manager; it owns one task.
 
     `scheme` describes how this process hashes blocks (`index.scheme_of`); the schemes of `models` are compared with it.
-    `clock` returns Unix seconds.
+    `redis_name` returns a model's name in Redis. `clock` returns Unix seconds.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class PodStates:
         *,
         clock: Callable[[], float] = time.time,
         models: Callable[[], list[str]] = list,
+        redis_name: Callable[[str], str] = str,
     ) -> None:
         self.foreign: dict[str, Mapping[str, str]] = {}
         """Models whose blocks in Redis use another scheme, and that scheme. Their blocks never match."""
@@ -69,6 +70,7 @@ class PodStates:
         self._scheme = scheme
         self._clock = clock
         self._models = models
+        self._redis_name = redis_name
         self._states: dict[str, PodState] = {}
         self._leases: dict[str, int] = {}
         self._failed = False
@@ -98,16 +100,14 @@ class PodStates:
 
     async def read(self) -> None:
         """Read all states once. Raises `IndexUnavailable`."""
-        client: Any = self._store.client
         with unavailable():
-            states = await self._store.ask(client.hgetall(layout.STATES))
-            leases = await self._store.ask(client.hgetall(layout.LEASES))
+            states, leases = await self._store.table(layout.STATES), await self._store.table(layout.LEASES)
             self._states = {
                 layout.text_of(pod): state for pod, text in list(states.items())[:MAX_PODS] if (state := decode(text))
             }
             self._leases = {layout.text_of(pod): layout.number(text) or 0 for pod, text in leases.items()}
             for model in self._models():
-                meta = await self._store.ask(client.hgetall(layout.meta_key(model)))
+                meta = await self._store.table(layout.meta_key(self._redis_name(model)))
                 self._compare(
                     model, {layout.text_of(name): value.decode("utf-8", "replace") for name, value in meta.items()}
                 )

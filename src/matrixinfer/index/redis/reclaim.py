@@ -65,10 +65,9 @@ class Reclaimer:
         await self._drop_rows()
         async for page in scan.pages(self._store, keys_per_second=self._keys_per_second):
             floors = await scan.floors(self._store, max_age=self._max_age, clock=self._clock)
-            default = int(self._clock() - self._max_age)
             for block in page:
-                if any(at < floors.get(pod, default) for pod, at in block.stamps.items()):
-                    deleted = await self._reclaim(block, floors, default)
+                if not all(floors.counts(pod, at) for pod, at in block.stamps.items()):
+                    deleted = await self._reclaim(block, floors)
                     total += deleted
                     self.reclaimed += deleted
             if not await self.take_lock():
@@ -78,9 +77,7 @@ class Reclaimer:
     async def _drop_rows(self) -> None:
         """Delete the rows of pods without a living writer whose entries are all too old to count."""
         client: Any = self._store.client
-        leases = await self._store.ask(client.hgetall(layout.LEASES))
-        epochs = await self._store.ask(client.hgetall(layout.EPOCHS))
-        stamps = await self._store.ask(client.hgetall(layout.STAMPS))
+        leases, epochs, stamps = [await self._store.table(key) for key in (layout.LEASES, layout.EPOCHS, layout.STAMPS)]
         oldest = self._clock() - self._max_age
         tables: dict[bytes, int] = dict.fromkeys({*epochs, *stamps, *leases}, 0)
         for table in (leases, epochs, stamps):
@@ -88,14 +85,14 @@ class Reclaimer:
                 tables[pod] = max(tables[pod], layout.number(text) or 0)
         old = [pod for pod, last in tables.items() if last < oldest]
         if old:
-            for table in (layout.STATES, layout.LEASES, layout.WRITERS, layout.TOKENS, layout.STAMPS, layout.EPOCHS):
-                await self._store.ask(client.hdel(table, *old))
+            for key in (layout.STATES, layout.LEASES, layout.WRITERS, layout.TOKENS, layout.STAMPS, layout.EPOCHS):
+                await self._store.ask(client.hdel(key, *old))
 
-    async def _reclaim(self, block: scan.Block, floors: dict[str, int], default: int) -> int:
+    async def _reclaim(self, block: scan.Block, floors: layout.Floors) -> int:
         """Compare and delete in one atomic step, because an entry may have been restamped since it was read."""
-        args: list[str | int] = [default, layout.SUFFIX]
-        for pod in block.stamps.keys() & floors.keys():
-            args += (pod, floors[pod])
+        args: list[str | int] = [floors.default, layout.SUFFIX]
+        for pod in block.stamps.keys() & floors.by_pod.keys():
+            args += (pod, floors.by_pod[pod])
         return int(await self._store.run(self._script, (block.key,), args))
 
     async def _run(self) -> None:

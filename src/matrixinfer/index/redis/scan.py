@@ -21,7 +21,7 @@ class Block(NamedTuple):
     model: str
     hash: int
     stamps: Mapping[str, int]
-    """Stamps by canonical pod name; invalid stamps are left out."""
+    """Stamps by canonical pod name (`layout.named`)."""
 
 
 async def pages(
@@ -57,11 +57,9 @@ async def size(store: Store) -> int:
     return int(await store.ask(client.dbsize()))
 
 
-async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = time.time) -> dict[str, int]:
-    """The smallest stamp that counts, for every pod with an epoch or a lease. Raises `IndexUnavailable`."""
-    client: Any = store.client
-    epochs = await store.ask(client.hgetall(layout.EPOCHS))
-    leases = await store.ask(client.hgetall(layout.LEASES))
+async def floors(store: Store, *, max_age: float, clock: Callable[[], float] = time.time) -> layout.Floors:
+    """Which entries count. Raises `IndexUnavailable`."""
+    epochs, leases = await store.table(layout.EPOCHS), await store.table(layout.LEASES)
     return layout.floors(epochs, leases, now=clock(), max_age=max_age)
 
 

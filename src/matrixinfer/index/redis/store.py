@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+import structlog
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
@@ -22,8 +23,17 @@ CONNECT_SECONDS = 2.0
 REPLY_SECONDS = 5.0
 """Deadline for one reply if the caller has no shorter one."""
 
+MAX_UNREADABLE = 100
+"""Keys of another type that are logged."""
+
+log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
 Client = Redis | RedisCluster
+
+
+_REFUSALS = ("unknown command", "acl failure", "can't run this command", "noperm")
+"""Parts of errors that mean that this user, or this server, does not run a script or a command in it."""
 
 
 class ScriptsRefused(IndexUnavailable):
@@ -47,6 +57,7 @@ class Store:
     def __init__(self, config: RedisConfig) -> None:
         self.config = config
         self.client: Client = _client(config)
+        self._unreadable: set[str] = set()
 
     @property
     def is_cluster(self) -> bool:
@@ -80,7 +91,7 @@ class Store:
             except NoPermissionError as error:
                 raise ScriptsRefused(str(error)) from error
             except ResponseError as error:
-                if "unknown command" in str(error).lower():
+                if any(sign in str(error).lower() for sign in _REFUSALS):
                     raise ScriptsRefused(str(error)) from error
                 raise
 
@@ -88,6 +99,27 @@ class Store:
         """Await an answer of the client. Raises `IndexUnavailable`."""
         with unavailable():
             return cast("T", await self._answer(answer))
+
+    async def table(self, key: str) -> Mapping[bytes, bytes]:
+        """A hash; an empty one if the key holds something else. Raises `IndexUnavailable`."""
+        try:
+            return await self.ask(cast("Any", self.client).hgetall(key))
+        except IndexUnavailable as error:
+            if not is_wrong_type(error.__cause__):
+                raise
+            self.unreadable(key)
+            return {}
+
+    def unreadable(self, key: str) -> None:
+        """Log once that a key holds something else than a hash, and is read as an empty one."""
+        if key not in self._unreadable and len(self._unreadable) < MAX_UNREADABLE:
+            self._unreadable.add(key)
+            log.warning("redis_key_unreadable", key=key, expected="a hash", server=self.config.where)
+
+    @property
+    def unreadable_keys(self) -> Collection[str]:
+        """The keys that `unreadable` was called with."""
+        return self._unreadable
 
     async def ready(self) -> None:
         """On Cluster, read which server has which slots; most commands do so themselves. Raises `IndexUnavailable`."""
@@ -115,6 +147,11 @@ class Store:
     async def _answer(self, answer: Any) -> Any:
         async with asyncio.timeout(REPLY_SECONDS):
             return await answer
+
+
+def is_wrong_type(error: object) -> bool:
+    """Whether the server answered that a key holds another type of value."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ class PodRow:
     last_stamp: int | None
     state: PodState | None
 
+    @property
+    def is_ruled(self) -> bool:
+        """Whether a writer of this project has written for it."""
+        return self.epoch is not None or self.lease_seconds is not None
+
 
 @dataclass(slots=True, kw_only=True)
 class ModelRow:
@@ -42,7 +47,7 @@ class ModelRow:
     entries: int = 0
     """Number of entries that count, summed over pods."""
     stale: int = 0
-    """Number of entries that do not count: with a stamp below the pod's epoch, or too old without a living writer."""
+    """Number of entries that do not count: their stamp is below the pod's epoch or cannot be read, or they are too old."""
     pods: dict[str, int] = field(default_factory=dict)
     """Number of entries that count, by pod."""
     ends: dict[str, int] = field(default_factory=dict)
@@ -89,7 +94,6 @@ async def survey(
     found = Survey(server=name, keys=await scan.size(store), used_bytes=used)
     found.pods = await pods(store, clock=clock)
     floors = await scan.floors(store, max_age=max_age, clock=clock)
-    default = int(clock() - max_age)
     samples: dict[str, list[bytes]] = {}
     async for keys in scan.key_pages(store):
         if found.looked_at >= limit:
@@ -97,24 +101,22 @@ async def survey(
         found.looked_at = min(found.looked_at + scan.PAGE, max(found.keys, len(keys)))
         progress(found.looked_at)
         for block in await scan.fetch(store, keys) if keys else ():
-            _count(found.models.setdefault(block.model, ModelRow()), block, floors, default)
+            _count(found.models.setdefault(block.model, ModelRow()), block, floors)
             if len(sample := samples.setdefault(block.model, [])) < SAMPLE:
                 sample.append(block.key)
     else:
         found.complete = True
-    client: Any = store.client
     for model, row in found.models.items():
-        meta = await store.ask(client.hgetall(layout.meta_key(model)))
-        row.scheme = {name.decode(): value.decode("utf-8", "replace") for name, value in meta.items()}
+        meta = await store.table(layout.meta_key(model))
+        row.scheme = {layout.text_of(name): value.decode("utf-8", "replace") for name, value in meta.items()}
         row.bytes_per_block = await _memory(store, samples[model])
     return found
 
 
 async def pods(store: Store, *, clock: Callable[[], float] = time.time) -> dict[str, PodRow]:
     """All pods that appear in the small tables. Raises `IndexUnavailable`."""
-    client: Any = store.client
     names = (layout.WRITERS, layout.LEASES, layout.TOKENS, layout.EPOCHS, layout.STAMPS, layout.STATES)
-    tables: list[Mapping[bytes, bytes]] = [await store.ask(client.hgetall(name)) for name in names]
+    tables = [await store.table(name) for name in names]
     writers, leases, tokens, epochs, stamps, states = tables
     now = clock()
     rows = {}
@@ -132,11 +134,11 @@ async def pods(store: Store, *, clock: Callable[[], float] = time.time) -> dict[
     return rows
 
 
-def _count(row: ModelRow, block: scan.Block, floors: Mapping[str, int], default: int) -> None:
+def _count(row: ModelRow, block: scan.Block, floors: layout.Floors) -> None:
     is_end = bool(block.stamps) and all(pod.endswith(ENDS_SUFFIX) for pod in block.stamps)
     row.blocks += not is_end
     for pod, at in block.stamps.items():
-        if at < floors.get(pod, default):
+        if not floors.counts(pod, at):
             row.stale += 1
         elif pod.endswith(ENDS_SUFFIX):
             row.ends[pod] = row.ends.get(pod, 0) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import structlog
 
@@ -27,19 +27,22 @@ async def fill(
     pods: Callable[[], Collection[str]],
     max_age: float,
     clock: Callable[[], float] = time.time,
+    own_names: Callable[[], Mapping[str, str]] = dict,
 ) -> int:
-    """Copy all entries that count of `pods` and of their reusable ends, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete."""
+    """Copy all entries that count of `pods` and of their reusable ends, within `DEADLINE_SECONDS`. Returns their number; the copy may be incomplete.
+
+    `own_names` returns the index's names of models by those in Redis, where they differ.
+    """
     copied, logged_at = 0, time.monotonic()
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
             floors = await scan.floors(store, max_age=max_age, clock=clock)
-            default = int(clock() - max_age)
             async for page in scan.pages(store):
-                wanted = pods()
+                wanted, names = pods(), own_names()
                 for block in page:
                     for pod, at in block.stamps.items():
-                        if at >= floors.get(pod, default) and pod.removesuffix(ENDS_SUFFIX) in wanted:
-                            index.warm(block.model, pod, (block.hash,))
+                        if floors.counts(pod, at) and pod.removesuffix(ENDS_SUFFIX) in wanted:
+                            index.warm(names.get(block.model, block.model), pod, (block.hash,))
                             copied += 1
                 if time.monotonic() > logged_at + PROGRESS_SECONDS:
                     logged_at = time.monotonic()

@@ -102,6 +102,7 @@ class BlockWriter:
         self._idle.set()
         self._server: str | None = None
         self._broken = False
+        self._accepted = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -180,6 +181,11 @@ class BlockWriter:
         )
 
     @property
+    def is_connected(self) -> bool:
+        """Whether the server accepted everything in the last round of writing."""
+        return self._accepted
+
+    @property
     def waiting(self) -> int:
         """Number of blocks that wait to be written."""
         return sum(pod.outbox.waiting for pod in self._pods.values())
@@ -221,7 +227,7 @@ class BlockWriter:
                 self.stats.failures += 1
                 if not self._broken:
                     log.warning("redis_writes_failed", server=self._store.config.where, error=str(error))
-                self._broken = True
+                self._broken, self._accepted = True, False
                 for pod in self._pods.values():
                     pod.renew_at, pod.unconfirmed = float("-inf"), True
                 await asyncio.sleep(pause)
@@ -238,6 +244,7 @@ class BlockWriter:
         self._wanted.clear()
         for name, pod in list(self._pods.items()):
             await self._write_pod(name, pod)
+        self._accepted = True
         if any(pod.has_work for pod in self._pods.values()):
             return
         self._idle.set()

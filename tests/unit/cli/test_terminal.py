@@ -1,0 +1,145 @@
+"""Names from anywhere are printed as they are, and cannot format the output, move the cursor or add lines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrixinfer.cli import agent, explain, main
+from matrixinfer.cli.terminal import Rows, Terminal, plain
+from matrixinfer.errors import ConfigError
+
+HOSTILE = (
+    "[/foo]bar",
+    "g[l]o*",
+    "[bold]x[/bold]",
+    ":smile:",
+    "a\nb",
+    "a\rb",
+    "\x1b[31mred\x1b[0m",
+    "\x07",
+    "\u202eabc",
+    "\ud800",
+)
+
+
+@given(st.text(st.characters()))
+def test_escaped_text_is_one_printable_line(text: str) -> None:
+    assert plain(text).isprintable()
+    assert plain(plain(text)) == plain(text)
+    if text.isprintable():
+        assert plain(text) == text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    rows = Rows("pod", name)
+    rows.add_row(name, "1")
+    terminal.print(f"{name}: 1 block")
+    terminal.print(rows)
+    line, header, row = capsys.readouterr().out.splitlines()
+    assert line == f"{plain(name)}: 1 block"
+    assert header.split(maxsplit=1)[1].strip() == plain(name)
+    assert row.strip().startswith(plain(name))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_explain_prints_ids_pods_and_models_as_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pod = {
+        "trust": "exact",
+        "matched_blocks": 1,
+        "pending_blocks": 0,
+        "recent_blocks": 0,
+        "recent_chunks": 0,
+        "reuse": 1.0,
+        "credit": 1.0,
+        "in_flight": 0,
+        "waiting": None,
+        "scores": {name: 1.0},
+        "total": 1.0,
+        "filtered": None,
+        "tiers": [],
+    }
+    reported = {"attempts": [name], "status": 200, "cached_tokens": 1, "prompt_tokens": 2}
+    decision = {
+        "id": name,
+        "at": 0.0,
+        "path": "/v1",
+        "model": name,
+        "tokens": 1,
+        "blocks": 1,
+        "chosen": name,
+        "candidates": 1,
+        "predicted_hit_tokens": 1,
+        "guessed_hit_tokens": 0,
+        "unknown_tokens": 0,
+        "other_tokens": 0,
+        "chunks": 0,
+        "pods": {name: pod},
+        "notes": [name],
+        "reported": reported,
+    }
+
+    async def answer(_: object) -> dict[str, Any]:
+        return {"decisions": [decision]}
+
+    monkeypatch.setattr(explain, "_ask", answer)
+    for arguments, lines in ((["explain"], 2), (["explain", "x"], 7)):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert out.count(plain(name)) >= 3
+        assert len(out.splitlines()) == lines
+        assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["[/foo]", "[red]x", "a\x1b[31m"])
+def test_the_doctor_prints_pods_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f'pods: [{{name: "{name.encode("unicode_escape").decode()}", url: "http://127.0.0.1:1"}}]')
+    assert main(["doctor", "--config", str(file), "--patience", "1"]) == 2
+    assert capsys.readouterr().out.splitlines()[0] == f"{plain(name)}  http://127.0.0.1:1"
+
+
+def test_pods_may_be_named_with_the_clusters_domain(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text('pods: [{name: a.ns, url: "http://h:1"}, {name: b.ns.svc.cluster.local, url: "http://h:2"}]')
+
+    def followed(*pods: str) -> list[str]:
+        arguments = argparse.Namespace(config=file, pod=list(pods))
+        return [pod.name for pod in agent.configuration(arguments).pods]
+
+    assert followed("a.ns.svc.cluster.local") == followed("a.ns") == ["a.ns"]
+    assert followed("b.ns") == followed("b.ns.svc.cluster.local") == ["b.ns"]
+    with pytest.raises(ConfigError, match="expected a pod of the config file"):
+        followed("c.ns.svc.cluster.local")
+
+
+def test_explain_finds_pods_by_the_name_with_the_clusters_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def __aenter__(self) -> Session:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        def get(self, _: str, *, params: dict[str, str]) -> None:
+            asked.append(params)
+            raise OSError
+
+    monkeypatch.setattr("aiohttp.ClientSession", Session)
+    arguments = argparse.Namespace(admin="h:1", body=None, id=None, last=1, pod="a.ns.svc.cluster.local")
+    with pytest.raises(explain.CannotExplain):
+        asyncio.run(explain._ask(arguments))  # noqa: SLF001 - the request that it makes
+    assert asked == [{"limit": "1", "pod": "a.ns"}]
