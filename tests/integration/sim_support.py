@@ -71,7 +71,7 @@ class Client:
         async with self.session.get("/metrics") as response:
             families = text_string_to_metric_families(await response.text())
             samples = [sample for family in families for sample in family.samples]
-            return {sample.name: sample.value for sample in samples if sample.labels["engine"] == str(rank)}
+            return {sample.name: sample.value for sample in samples if sample.labels.get("engine") == str(rank)}
 
 
 @asynccontextmanager
