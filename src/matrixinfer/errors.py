@@ -35,7 +35,7 @@ MatrixInferError
 │   ├── NeedsThread            prompt.encoders: the text must be encoded in a thread
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
-├── AttemptFailed            gateway.upstream: a pod sent no byte of an answer
+├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines

@@ -227,7 +227,7 @@ async def rig(
     router, rewriter, metrics = FakeRouter(registry), FakeRewriter(), Metrics()
     draining = asyncio.Event()
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(upstream(limits, metrics))
+        pool = stack.enter_context(upstream(limits, metrics))
         retries = retries or RetriesConfig(jitter_seconds=0.0)
         budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
         proxy = Proxy(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, MultiMapping
 
 REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
@@ -47,7 +47,7 @@ def session_id(headers: Mapping[str, str]) -> str | None:
     return given if given and len(given) <= _MAX_SESSION_CHARS else None
 
 
-def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> CIMultiDict[str]:
+def to_pod(headers: MultiMapping[str], identity: str, rank: int | None) -> CIMultiDict[str]:
     """A client's headers as a pod gets them; host and length are added when they are sent.
 
     `rank` is the chosen data-parallel rank, as the engine's API counts; None if the pod has only one cache. vLLM takes
@@ -60,7 +60,7 @@ def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> C
     return kept
 
 
-def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMultiDict[str]:
+def to_client(headers: MultiMapping[str], identity: str, pod: str) -> CIMultiDict[str]:
     """A pod's response headers as the client gets them."""
     kept = _without(headers, _DROPPED)
     kept[REQUEST_ID] = identity
@@ -83,7 +83,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
+def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     for connection in headers.getall("connection", ()):
         names = names.union(name.strip().lower() for name in connection.split(","))
     return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])
