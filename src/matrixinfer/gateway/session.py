@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from matrixinfer.config import LimitsConfig
+from matrixinfer.gateway.heads import Request
 
 IDLE_SECONDS = 4.0
 """Idle connections are closed after this long, before the engines' server (uvicorn) closes them, after 5 s."""
@@ -24,6 +25,7 @@ def client_options(limits: LimitsConfig) -> dict[str, Any]:
             total=None, connect=limits.connect_timeout_seconds, sock_read=limits.first_byte_timeout_seconds
         ),
         "auto_decompress": False,
+        "request_class": Request,
         "cookie_jar": aiohttp.DummyCookieJar(),
         "skip_auto_headers": ("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
     }
