@@ -23,6 +23,7 @@ from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.shortages import Shortages
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
 
@@ -51,6 +52,7 @@ class Engines:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocks = token_blocks(config.blocks)
+        self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
@@ -69,8 +71,9 @@ class Engines:
             history=history,
             feeds=self.feeds,
             on_reconnected=self._ask_again,
+            on_shortage=self.shortages,
         )
-        self.loads = LoadFollower(self.registry)
+        self.loads = LoadFollower(self.registry, self.shortages)
         self._watcher: PodWatcher | None = None
         self._history = history
         self._config = config
@@ -131,6 +134,7 @@ class Engines:
             on_measured=self._measured,
             on_asking=follower.asking,
             on_told=follower.answered,
+            on_shortage=self.shortages,
         )
         self._watcher = watcher
         async with watcher:

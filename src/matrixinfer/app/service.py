@@ -109,7 +109,7 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            connections = await stack.enter_async_context(upstream(config.limits, self.metrics))
+            connections = await stack.enter_async_context(upstream(config.limits, self.metrics, engines.shortages))
             self.gateway = await stack.enter_async_context(self._gateway(connections))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))

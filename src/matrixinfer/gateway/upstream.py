@@ -8,9 +8,8 @@ engine, so whoever sends it to another pod must know: `AttemptFailed.was_sent`.
 
 from __future__ import annotations
 
-import errno
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias
@@ -22,15 +21,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.errors import MatrixInferError, Overloaded
+from matrixinfer.errors import MatrixInferError, Overloaded, shortage_in
 from matrixinfer.gateway.session import IDLE_SECONDS, client_options
 from matrixinfer.telemetry.metrics import Metrics
 
 MAX_WHOLE_BYTES = 1024 * 1024
 """Bodies up to this size are written at once, longer ones piece by piece."""
-
-_OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
-"""Errors of a connection that are this machine's fault, not the pod's."""
 
 FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
 
@@ -78,10 +74,17 @@ class _Connector(aiohttp.TCPConnector):
 class Upstream:
     """Sends requests to pods, on connections that are kept (`pooled`) or that serve one request (`fresh`)."""
 
-    def __init__(self, pooled: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        pooled: aiohttp.ClientSession,
+        fresh: aiohttp.ClientSession,
+        metrics: Metrics,
+        on_shortage: Callable[[str, str], None],
+    ) -> None:
         self._pooled = pooled
         self._fresh = fresh
         self._metrics = metrics
+        self._on_shortage = on_shortage
 
     async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
         """The answer, whose headers have come. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
@@ -114,10 +117,10 @@ class Upstream:
         except aiohttp.InvalidURL:
             raise  # our fault; it says nothing about the pod
         except aiohttp.ClientConnectorError as error:
-            if error.os_error.errno in _OWN_ERRORS:
-                raise Overloaded("The gateway has no free file descriptor or port.") from error
+            self._check_own(error)
             raise AttemptFailed("connect", was_sent=False) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            self._check_own(error)
             raise AttemptFailed("disconnect", was_sent=True) from error
         except aiohttp.ClientError as error:
             raise AttemptFailed("protocol", was_sent=True) from error
@@ -126,14 +129,28 @@ class Upstream:
             raise AttemptFailed("protocol", was_sent=True)
         return answer
 
+    def _check_own(self, error: aiohttp.ClientError) -> None:
+        """Raise `Overloaded` if this process or its machine is to blame for `error`, and not the pod."""
+        shortage = shortage_in(error)
+        if shortage is not None:
+            self._on_shortage("requests", f"cannot connect to a pod: {shortage}")
+            raise Overloaded("The gateway has no free file descriptor, port or memory.") from error
+
 
 @asynccontextmanager
-async def upstream(limits: LimitsConfig, metrics: Metrics) -> AsyncIterator[Upstream]:
-    """Open the connections to the pods. Their number is not limited: the scheduler limits what is in flight."""
+async def upstream(
+    limits: LimitsConfig,
+    metrics: Metrics,
+    on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+) -> AsyncIterator[Upstream]:
+    """Open the connections to the pods. Their number is not limited: the scheduler limits what is in flight.
+
+    `on_shortage` is called when this process cannot connect, whatever the pod.
+    """
     async with (
         aiohttp.ClientSession(connector=_Connector(), **client_options(limits)) as pooled,
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), **client_options(limits)
         ) as fresh,
     ):
-        yield Upstream(pooled, fresh, metrics)
+        yield Upstream(pooled, fresh, metrics, on_shortage)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error
+from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error, shortage_in
 from matrixinfer.pods.engine_kind import EngineFacts, kind_of
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.pod import EngineMetrics, ServedNames
@@ -17,6 +17,10 @@ from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, 
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Longer answers are refused. The longest, vLLM's `/metrics`, has about 200 KB."""
+
+
+class OutOfResources(MatrixInferError):
+    """This process, or its machine, has no free descriptor, port or memory. That says nothing about the engine."""
 
 
 class EngineDown(MatrixInferError):
@@ -43,7 +47,7 @@ class About:
 
 
 class EngineApi:
-    """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown`."""
+    """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown` and `OutOfResources`."""
 
     def __init__(self, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
         self._session = session
@@ -119,7 +123,7 @@ class EngineApi:
         return answer.body if answer.status == 200 else None
 
     async def ask(self, url: str) -> Answer:
-        """GET `url`. The body is read only if the status is 200. Raises `EngineDown`."""
+        """GET `url`. The body is read only if the status is 200. Raises `EngineDown` and `OutOfResources`."""
         try:
             async with self._session.get(url, timeout=self._timeout, allow_redirects=False) as response:
                 if response.status >= 500:
@@ -137,6 +141,9 @@ class EngineApi:
         except TimeoutError as error:
             raise EngineDown(f"{url} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
+            shortage = shortage_in(error)
+            if shortage is not None:
+                raise OutOfResources(f"cannot ask {url}: {shortage}") from error
             raise EngineDown(f"{url}: {client_error(error)}") from error
 
 
