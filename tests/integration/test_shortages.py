@@ -34,8 +34,8 @@ from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.shortages import Shortages
 from tests.integration.gateway_support import pod
-from tests.integration.kvevents_support import Engine as Publisher
 from tests.integration.kvevents_support import BLOCKS, complete, stored
+from tests.integration.kvevents_support import Engine as Publisher
 from tests.integration.test_gateway_watcher import Engine
 from tests.integration.test_remote_tokenizer import Engine as Asked
 from tests.integration.test_remote_tokenizer import text
