@@ -20,6 +20,7 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.telemetry.metrics import Metrics
@@ -75,6 +76,7 @@ class Engines:
         )
         self.loads = LoadFollower(self.registry, self.shortages)
         self._watcher: PodWatcher | None = None
+        self._search: ModelSearch | None = None
         self._history = history
         self._config = config
         self._metrics = metrics
@@ -137,12 +139,16 @@ class Engines:
             on_shortage=self.shortages,
         )
         self._watcher = watcher
-        async with watcher:
+        async with watcher, ModelSearch(self.registry, watcher.ask_models) as self._search:
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
             yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
+
+    async def find_model(self, name: str) -> bool:
+        """Ask the pods for a model that none has reported. Returns whether one serves it now."""
+        return self._search is not None and await self._search(lambda: self.registry.is_served(name))
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -12,6 +11,7 @@ import msgspec
 from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error, shortage_in
 from matrixinfer.pods.engine_kind import EngineFacts, kind_of
 from matrixinfer.pods.metrics_text import parse_metrics
+from matrixinfer.pods.model_cards import ModelCard, extra, natural
 from matrixinfer.pods.pod import EngineMetrics, ServedNames
 from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, parse_server_info
 
@@ -147,12 +147,25 @@ class EngineApi:
             raise EngineDown(f"{url}: {client_error(error)}") from error
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class _Card(msgspec.Struct):
     id: str
     parent: str | None = None
     owned_by: str | None = None
     root: str | None = None
-    max_model_len: Any = None
+    max_model_len: msgspec.Raw = _NULL
+    created: msgspec.Raw = _NULL
+    permission: msgspec.Raw = _NULL
+
+    def card(self) -> ModelCard:
+        return ModelCard(
+            created=natural(self.created),
+            root=self.root,
+            max_model_len=natural(self.max_model_len),
+            permission=extra(self.permission),
+        )
 
 
 class _Version(msgspec.Struct):
@@ -180,13 +193,15 @@ def parse_models(body: bytes) -> ServedNames | None:
     if not own:
         return None
     adapters = {card.id: card.parent for card in cards if card.parent is not None}
+    described = {card.id: card.card() for card in cards}
     return ServedNames(
         base_model=own[0].id,
         aliases=frozenset(card.id for card in own),
         adapters=adapters,
         engine=own[0].owned_by,
         root=own[0].root,
-        context_length=length if isinstance(length := own[0].max_model_len, int) else None,
+        context_length=described[own[0].id].max_model_len,
+        cards=described,
     )
 
 

@@ -161,6 +161,20 @@ class PodWatcher:
                     await due.wait()
                     await asyncio.sleep(SOON_SECONDS)
 
+    async def ask_models(self, pod: Pod) -> None:
+        """Ask a pod which models it serves, and pass on what is new. May raise `EngineDown` and `OutOfResources`."""
+        served, before = await self._api.models(pod.url), pod.served
+        if served is None or pod.gone:
+            return
+        self._registry.learn(pod.name, served=served)
+        if before is None or (before.base_model, before.root, before.engine) != (
+            served.base_model,
+            served.root,
+            served.engine,
+        ):
+            self.ask_again(pod.name)  # it is another engine: have its watcher ask for the rest
+        self._announce(pod)
+
     async def _discover(self, pod: Pod) -> None:
         self._on_asking(pod)
         served = await self._api.models(pod.url)
