@@ -24,6 +24,7 @@ Errors that only one package and its direct callers handle are defined next to t
 
 MatrixInferError
 ├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
+├── OutOfResources           pods.engine_api: this process cannot ask an engine, whatever that one would answer
 ├── MalformedFrame           kvevents.wire: a payload is not a batch of KV events
 ├── ImpossibleInput          kvevents.transitions: a feed met an input that cannot occur in its state; a bug
 ├── UntrustedEvents          kvevents.counts: the events do not determine what the engine holds
@@ -50,10 +51,32 @@ Exceptions with a leading underscore never leave their module and are not listed
 
 from __future__ import annotations
 
+import errno
+
 import msgspec
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for data from elsewhere that is not what was expected."""
+
+
+_SHORTAGES = {
+    errno.EMFILE: "this process has no free file descriptor",
+    errno.ENFILE: "this machine has no free file descriptor",
+    errno.ENOBUFS: "this machine has no memory for another connection",
+    errno.ENOMEM: "this machine has no memory for another connection",
+    errno.EADDRNOTAVAIL: "this machine has no free port, or no address of that kind, to connect from",
+}
+
+
+def shortage_in(error: BaseException | None) -> str | None:
+    """What this process or its machine has run out of, if that is why `error` was raised; None if the other side is to blame."""
+    while error is not None:
+        for each in (error, getattr(error, "os_error", None)):
+            words = _SHORTAGES.get(getattr(each, "errno", None) or 0)
+            if words is not None:
+                return words
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def message_of(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from matrixinfer.config import (
 )
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -124,6 +125,8 @@ class FakeRouter:
         self.registry = registry
         self.dispatched: list[FakeInFlight] = []
         self.sessions: list[str | None] = []
+        self.sought: list[str] = []
+        """Models for which engines would have been asked."""
         self.removed: set[str] = set()
         """Pods that a filter removes."""
 
@@ -147,6 +150,10 @@ class FakeRouter:
             yield request
         finally:
             request.reports.append("closed")
+
+    async def find_model(self, name: str) -> bool:
+        self.sought.append(name)
+        return self.registry.is_served(name)
 
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
         return {"path": path, "length": len(body)}
@@ -239,14 +246,15 @@ async def rig(
             draining,
         )
         status = Status(registry, metrics, draining).routes()
-        api = Api(cast("Router", router), registry, proxy, metrics, limits).routes()
+        api = Api(cast("Router", router), proxy, metrics, limits).routes()
+        models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
         outliers = Outliers(OutliersConfig(), time.monotonic)
         admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
         gateway = await stack.enter_async_context(
             Gateway(
                 config,
-                api={**api, **status},
+                api={**api, **models, **status},
                 admin={**admin, **status},
                 draining=draining,
                 max_connections=max_connections,

@@ -20,9 +20,11 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.shortages import Shortages
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
 
@@ -51,6 +53,7 @@ class Engines:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocks = token_blocks(config.blocks)
+        self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
@@ -69,9 +72,11 @@ class Engines:
             history=history,
             feeds=self.feeds,
             on_reconnected=self._ask_again,
+            on_shortage=self.shortages,
         )
-        self.loads = LoadFollower(self.registry)
+        self.loads = LoadFollower(self.registry, self.shortages)
         self._watcher: PodWatcher | None = None
+        self._search: ModelSearch | None = None
         self._history = history
         self._config = config
         self._metrics = metrics
@@ -131,14 +136,19 @@ class Engines:
             on_measured=self._measured,
             on_asking=follower.asking,
             on_told=follower.answered,
+            on_shortage=self.shortages,
         )
         self._watcher = watcher
-        async with watcher:
+        async with watcher, ModelSearch(self.registry, watcher.ask_models) as self._search:
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
             yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
+
+    async def find_model(self, name: str) -> bool:
+        """Ask the pods for a model that none has reported. Returns whether one serves it now."""
+        return self._search is not None and await self._search(lambda: self.registry.is_served(name))
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)

@@ -27,6 +27,7 @@ from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
@@ -109,7 +110,7 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            connections = stack.enter_context(upstream(config.limits, self.metrics))
+            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
             self.gateway = await stack.enter_async_context(self._gateway(connections))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
@@ -151,6 +152,7 @@ class Service:
                 self._parity,
                 sizer,
                 max_prefix_tokens=config.max_prefix_tokens,
+                find_model=engines.find_model,
                 clock=clock,
             ),
             candidates=Candidates(
@@ -227,7 +229,8 @@ class Service:
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
         proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
-        api = Api(self.router, engines.registry, proxy, metrics, config.limits)
+        api = Api(self.router, proxy, metrics, config.limits)
+        models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
             self.router,
@@ -243,7 +246,7 @@ class Service:
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
-            api={**api.routes(), **public},
+            api={**api.routes(), **models.routes(), **public},
             admin={**admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

@@ -15,16 +15,20 @@ from typing import Any, TypeAlias
 import structlog
 from aiohttp import web
 from aiohttp.http import HttpVersion11
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.errors import error_response
+from matrixinfer.gateway.heads import incoming
 from matrixinfer.telemetry.intervals import Intervals
 
 Handle: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_LINE_BYTES = 8190
+"""One header, or the target."""
 MAX_HEADERS = 128
 LINGER_SECONDS = 2.0
 """How long an unwanted body is read and dropped, so that its client can read the answer."""
@@ -48,12 +52,15 @@ class Server(web.Server):
     ) -> None:
         super().__init__(
             handle,
+            request_factory=incoming,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
             keepalive_timeout=keep_alive_seconds,
             lingering_time=LINGER_SECONDS,
             max_headers=MAX_HEADERS,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
         self._options: dict[str, Any] = dict(self._kwargs)
         self.head_seconds = head_seconds
@@ -138,7 +145,10 @@ class Connection(RequestHandler):
         kind = type(exc).__name__
         if self._limits.noted(f"request_malformed {kind}"):
             log.warning("request_malformed", kind=kind)
-        response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
+        if isinstance(exc, LineTooLong):
+            response = error_response(431, f"A header or the target of the request exceeds {MAX_LINE_BYTES} bytes.")
+        else:
+            response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
         response.headers["Server"] = headers.SERVER
         response.force_close()
         return response

@@ -42,21 +42,15 @@ log = structlog.get_logger(__name__)
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(
-        self, router: Router, registry: PodRegistry, proxy: Proxy, metrics: Metrics, limits: LimitsConfig
-    ) -> None:
+    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, limits: LimitsConfig) -> None:
         self._router = router
-        self._registry = registry
         self._proxy = proxy
         self._metrics = metrics
         self._limits = limits
 
     def routes(self) -> Routes:
         """Paths of the API."""
-        return {
-            **{path: {"POST": self.complete} for path in READERS},
-            "/v1/models": {"GET": self.models},
-        }
+        return {path: {"POST": self.complete} for path in READERS}
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Dispatch a request with a prompt, and pass its answer on."""
@@ -85,14 +79,6 @@ class Api:
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
         return response
-
-    async def models(self, _: web.BaseRequest) -> web.StreamResponse:
-        """Every model that a pod serves."""
-        cards = [
-            {"id": model.name, "object": "model", "created": 0, "owned_by": "matrixinfer", "parent": model.parent}
-            for model in self._registry.models()
-        ]
-        return json_response({"object": "list", "data": cards})
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         limits = self._limits

@@ -29,6 +29,9 @@ _HOP_BY_HOP = (
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1)."""
 
+_FRAMING = {"content-length"}
+"""Headers that stay even if `Connection` names them, which is not allowed: without them the body has no end."""
+
 _REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID, RANK))
 _DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -85,5 +88,5 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     for connection in headers.getall("connection", ()):
-        names = names.union(name.strip().lower() for name in connection.split(","))
+        names = names.union({name.strip().lower() for name in connection.split(",")} - _FRAMING)
     return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])

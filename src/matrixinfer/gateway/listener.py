@@ -21,7 +21,7 @@ from matrixinfer.telemetry.intervals import Intervals
 
 Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
-"""Path to method to handler."""
+"""Path to method to handler. A path that ends with a slash stands for all below it that are not listed themselves."""
 
 CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
@@ -140,7 +140,7 @@ class Listener:
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         path, method = request.rel_url.raw_path, request.method
-        methods = self._routes.get(path)
+        methods = self._routes.get(path) or self._below(path)
         if methods is None:
             return error_response(404, f"Invalid URL ({method} {path}).", anthropic=_is_anthropic(request))
         handler = methods.get("GET" if method == "HEAD" else method)
@@ -150,6 +150,12 @@ class Listener:
                 405, f"Use {allowed} with {path}.", headers={"Allow": allowed}, anthropic=_is_anthropic(request)
             )
         return await handler(request)
+
+    def _below(self, path: str) -> Mapping[str, Handler] | None:
+        """The methods of the route that stands for all paths below its own, if there is one for this path."""
+        return next(
+            (each for prefix, each in self._routes.items() if prefix.endswith("/") and path.startswith(prefix)), None
+        )
 
 
 def _is_anthropic(request: web.BaseRequest) -> bool:

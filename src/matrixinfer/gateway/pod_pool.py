@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Final
@@ -14,12 +14,10 @@ from typing import Final
 from aiohappyeyeballs import start_connection
 from yarl import URL
 
-from matrixinfer.errors import Overloaded
+from matrixinfer.errors import Overloaded, shortage_in
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodConnection
 from matrixinfer.gateway.session import IDLE_SECONDS
 
-_OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
-"""Errors of a connection that are this machine's fault, not the pod's."""
 _STAGGER_SECONDS: Final = 0.25
 """Delay after which the next address of a host is tried as well (RFC 8305, 5)."""
 
@@ -39,10 +37,12 @@ class Origin:
 
 @lru_cache(maxsize=4096)
 def origin_of(url: str) -> Origin:
-    """The origin of a pod's URL."""
+    """The origin of a pod's URL. Raises `ValueError` if that names no host."""
     parsed = URL(url)
+    if not parsed.raw_host:
+        raise ValueError("the URL names no host")
     return Origin(
-        host=parsed.raw_host or "",
+        host=parsed.raw_host,
         port=parsed.port or 0,
         is_secure=parsed.scheme == "https",
         authority=parsed.host_port_subcomponent or "",
@@ -51,10 +51,14 @@ def origin_of(url: str) -> Origin:
 
 
 class PodPool:
-    """Opens connections and keeps the idle ones. Their number is not limited: the scheduler limits what is in flight."""
+    """Opens connections and keeps the idle ones. Their number is not limited: the scheduler limits what is in flight.
 
-    def __init__(self, connect_seconds: float) -> None:
+    `on_shortage` is called when this process cannot connect, whatever the pod.
+    """
+
+    def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None]) -> None:
         self._connect_seconds = connect_seconds
+        self._on_shortage = on_shortage
         self._idle: dict[Origin, deque[tuple[float, PodConnection]]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -85,8 +89,10 @@ class PodPool:
         except TimeoutError as error:
             raise AttemptFailed("connect_timeout", was_sent=False) from error
         except (OSError, RuntimeError) as error:  # the latter by uvloop, for several addresses that failed differently
-            if isinstance(error, OSError) and error.errno in _OWN_ERRORS:
-                raise Overloaded("The gateway has no free file descriptor or port.") from error
+            shortage = shortage_in(error)
+            if shortage is not None:
+                self._on_shortage("requests", f"cannot connect to a pod: {shortage}")
+                raise Overloaded("The gateway has no free file descriptor, port or memory.") from error
             raise AttemptFailed("connect", was_sent=False) from error
         return connection
 

@@ -8,7 +8,7 @@ another pod must know: `AttemptFailed.was_sent`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from multidict import CIMultiDict
@@ -56,9 +56,13 @@ class Upstream:
 
 
 @contextmanager
-def upstream(limits: LimitsConfig, metrics: Metrics) -> Iterator[Upstream]:
-    """Keep connections to the pods."""
-    pool = PodPool(limits.connect_timeout_seconds)
+def upstream(
+    limits: LimitsConfig,
+    metrics: Metrics,
+    on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+) -> Iterator[Upstream]:
+    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod."""
+    pool = PodPool(limits.connect_timeout_seconds, on_shortage)
     try:
         yield Upstream(pool, limits, metrics)
     finally:

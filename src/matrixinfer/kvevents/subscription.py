@@ -19,6 +19,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.config.endpoint_names import EndpointName
+from matrixinfer.errors import shortage_in
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, FeedState, PodFeed
@@ -77,8 +78,13 @@ class _StayedAway(Exception):
 class Shared:
     """What all subscriptions of one process share."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+    ) -> None:
         self.context = context
+        self.on_shortage = on_shortage
         self.drain = Drain()
         self.applying = asyncio.Lock()
         """Only one replay is applied at a time, so that their slices do not add up."""
@@ -122,16 +128,26 @@ class Subscription:
                 await self._follow()
             except _StayedAway:
                 continue
-            except Unresolved as error:
-                self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
-            except Exception:
+            except Exception as error:
                 # Supervision boundary: an error in one feed, such as a bad endpoint, must not end the others.
-                log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
+                if self._is_shortage(error):
+                    pass  # it says nothing about the publisher
+                elif isinstance(error, Unresolved):
+                    self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
+                else:
+                    log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
             if self._connected:
                 pause = RESTART_MIN_SECONDS
             self._lost()
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_SECONDS)
+
+    def _is_shortage(self, error: Exception) -> bool:
+        """Whether this process could not connect, whatever the publisher."""
+        shortage = shortage_in(error)
+        if shortage is not None:
+            self._shared.on_shortage("events", f"cannot connect to {self.source.endpoint}: {shortage}")
+        return shortage is not None
 
     async def _follow(self) -> None:
         """Follow until cancelled or something fails."""
@@ -268,8 +284,8 @@ class Subscription:
         epoch = self.feed.epoch
         async with self._shared.asking:
             reply = await self._fetch(start)
-        if self.feed.epoch != epoch or self.feed.stats.last_frame_at != live:
-            return  # the silence is over
+        if not reply.asked or self.feed.epoch != epoch or self.feed.stats.last_frame_at != live:
+            return  # or the silence is over
         if reply.whole:
             self._safely(self.feed.heartbeat, reply.frames)
         else:
@@ -339,6 +355,8 @@ class Subscription:
         try:
             reply = await fetch(self._shared.context, self._shared.drain, self.source.replay_endpoint, start)
         except zmq.ZMQError as error:
+            if self._is_shortage(error):
+                return Reply(asked=False)
             self._log.warning("kv_events_replay_refused", endpoint=self.source.replay_endpoint, error=str(error))
             return Reply()
         self.feed.stats.malformed += reply.malformed

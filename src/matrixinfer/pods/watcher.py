@@ -14,7 +14,7 @@ import structlog
 
 from matrixinfer.config import PodWatchConfig
 from matrixinfer.pods.boot import is_another_run
-from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, ServedNames
@@ -41,7 +41,8 @@ class PodWatcher:
 
     `on_discovered` is called with a pod whenever it reports new models, publishers or ranks, `on_measured` at every
     reading. A pod that has failed or restarted is asked what it is as soon as it answers, because it may be another
-    engine; `on_asking` is called before every such question, and `on_told` after the answer.
+    engine; `on_asking` is called before every such question, and `on_told` after the answer. `on_shortage`
+    is called when this process cannot ask, whatever the pod.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PodWatcher:
         on_measured: Callable[[Pod, EngineMetrics], None] | None = None,
         on_asking: Callable[[Pod], None] = lambda _: None,
         on_told: Callable[[Pod], None] = lambda _: None,
+        on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
     ) -> None:
         self._registry = registry
         self._api = EngineApi(session, config.scrape_timeout_seconds)
@@ -62,6 +64,7 @@ class PodWatcher:
         self._on_measured = on_measured
         self._on_asking = on_asking
         self._on_told = on_told
+        self._on_shortage = on_shortage
         self._due: dict[str, asyncio.Event] = {}
         """By pod: set when the pod must be asked again what it is, without waiting for the next poll."""
         self._restart_logged: dict[str, float] = {}
@@ -136,6 +139,12 @@ class PodWatcher:
                 await self._api.check(pod.url)
                 await self._measure(pod)
                 self._answered(pod)
+            except OutOfResources as error:
+                # Our fault, and it says nothing about the pod: it stays what it was.
+                is_suspect = True
+                self._on_shortage("watcher", str(error))
+                await asyncio.sleep(self._delay(pod))
+                continue
             except EngineDown as error:
                 reason, is_suspect = str(error), True
                 self._registry.failed(pod.name)
@@ -151,6 +160,20 @@ class PodWatcher:
                 async with asyncio.timeout(self._delay(pod)):
                     await due.wait()
                     await asyncio.sleep(SOON_SECONDS)
+
+    async def ask_models(self, pod: Pod) -> None:
+        """Ask a pod which models it serves, and pass on what is new. May raise `EngineDown` and `OutOfResources`."""
+        served, before = await self._api.models(pod.url), pod.served
+        if served is None or pod.gone:
+            return
+        self._registry.learn(pod.name, served=served)
+        if before is None or (before.base_model, before.root, before.engine) != (
+            served.base_model,
+            served.root,
+            served.engine,
+        ):
+            self.ask_again(pod.name)  # it is another engine: have its watcher ask for the rest
+        self._announce(pod)
 
     async def _discover(self, pod: Pod) -> None:
         self._on_asking(pod)

@@ -65,6 +65,7 @@ class Prompt:
 
     path: str
     model: str
+    """The model that the request names; if it names none, "" until it is given the one that is served."""
     stream: bool
     chat: Chat | None
     text: str | None
@@ -91,6 +92,8 @@ class Prompt:
     """Tokens of the request's other prompts, if these are token ids."""
     request_class: str = "text"
     """What the canary judges together; see `request_class`."""
+    names_model: bool = True
+    """False when the body names no model."""
     counted: bool = True
     """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
 

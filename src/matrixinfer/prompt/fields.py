@@ -38,7 +38,7 @@ class _Transfer(Struct):
 class Request(Struct, kw_only=True):
     """The fields that all APIs of vLLM share. Only the engine validates fields that do not matter for routing."""
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = None
@@ -195,7 +195,8 @@ def prompt(
         chat = text = token_ids = None
     return Prompt(
         path=path,
-        model=request.model,
+        model=request.model or "",
+        names_model=bool(request.model),
         stream=request.stream is True,
         chat=chat,
         text=text,

@@ -7,12 +7,12 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
-from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
@@ -72,7 +72,10 @@ class Prepared:
 
 
 class Preparer:
-    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt.
+
+    `find_model` asks engines for a model that none has reported, and returns whether one serves it.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Preparer:
         sizer: Sizer,
         *,
         max_prefix_tokens: int,
+        find_model: Callable[[str], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -93,6 +97,7 @@ class Preparer:
         self._parity = parity
         self._sizer = sizer
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
+        self._find_model = find_model
         self._clock = clock
 
     async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
@@ -100,7 +105,9 @@ class Preparer:
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body)
-            model, pods = self._registry.resolve(prompt.model)
+            if not prompt.names_model:
+                prompt = replace(prompt, model=self._registry.only_model())
+            model, pods = await self._resolve(prompt.model)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
@@ -169,6 +176,15 @@ class Preparer:
 
         if prepared.late is not None:
             prepared.late.then(complete)
+
+    async def _resolve(self, model: str) -> tuple[str, Sequence[Pod]]:
+        """As the registry does. Engines are asked again for a model that none of them has reported."""
+        try:
+            return self._registry.resolve(model)
+        except (UnknownModel, NoPodAvailable):
+            if self._find_model is None or not await self._find_model(model):
+                raise
+            return self._registry.resolve(model)
 
     async def _tokenize(
         self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
