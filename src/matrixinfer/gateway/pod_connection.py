@@ -26,8 +26,9 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 128
 _MAX_WAITING_BYTES = 256 * 1024
 """Bytes of a body that wait to be read; the pod is read no further beyond them."""
-_PIECE_BYTES = 256 * 1024
+_PIECE_BYTES = 64 * 1024
 """Longer bodies are sent in pieces of this size, each when the pod has taken those before."""
+_AT_ONCE_BYTES = 256 * 1024
 _FIRST_FINAL_STATUS = 200
 
 FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
@@ -128,7 +129,7 @@ class PodConnection(asyncio.Protocol):
         self.served += 1
         self._begin(silence)
         try:
-            if len(body) <= _PIECE_BYTES:
+            if len(body) <= _AT_ONCE_BYTES:
                 self._write((head, body))
             else:
                 await self._send_pieces(head, body)
@@ -313,6 +314,7 @@ class PodConnection(asyncio.Protocol):
         with memoryview(body) as view:
             for start in range(0, len(body), _PIECE_BYTES):
                 self._write((view[start : start + _PIECE_BYTES],))
+                await asyncio.sleep(0)  # an answer is read before the next piece can fail
                 while not self._can_write and self._answer is None and self._failure is None:
                     await self._wait()
                 if self._answer is not None or self._failure is not None:
