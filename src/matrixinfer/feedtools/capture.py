@@ -38,6 +38,7 @@ from matrixinfer.kvevents.limits import (
     CHUNKED,
     CHUNKED_ALONE,
     DROPPED_SIZES,
+    DROPPED_WINDOWS,
     FINE_STATES,
     SLOWER_TIERS,
     SPARSE_WINDOWS,
@@ -47,7 +48,7 @@ from matrixinfer.kvevents.limits import (
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
-_LENGTHEN = (CHUNKED, CHUNKED_ALONE, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
+_LENGTHEN = (CHUNKED, CHUNKED_ALONE, DROPPED_WINDOWS, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
 """Limits with which hits may be longer than predicted, never shorter."""
 
 

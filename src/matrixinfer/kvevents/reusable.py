@@ -107,6 +107,11 @@ class Reusable:
         size = 0 if self.primary is None else self.specs[self.primary].block_size
         return any(0 < self._drop_of(number) < size for number in self.specs)
 
+    @property
+    def drops_beyond(self) -> bool:
+        """Whether another group must hold more beyond a prefix than the primary one, whose blocks there may be gone."""
+        return self.primary is not None and self.drop > self._drop_of(self.primary)
+
     def _drop_of(self, group: int) -> int:
         """Tokens that a group must hold beyond a prefix that is reused."""
         spec = self.specs[group]
