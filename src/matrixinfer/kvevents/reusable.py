@@ -282,8 +282,8 @@ class Reusable:
             return None
         if not self._groups and end % self._blocks.block_size and self._blocks.block_size % self.unit == 0:
             return None  # every block ends a reusable prefix: those at the ends of token blocks will do
-        key, tokens = run.ending(position)
-        return run.model, [key, self._blocks.end(key, tokens, ahead)]
+        key, tokens, media = run.ending(position)
+        return run.model, [key, self._blocks.end(key, tokens, ahead, media)]
 
     def _is_held(self, forest: Forest, run: Run, block: int, end: int) -> bool:
         """Whether every other group holds what it must for the prefix that ends with `block`."""
