@@ -150,8 +150,8 @@ class TokenBlockProcessor:
         """The hash that marks the end of a reusable prefix (`matrixinfer.kvevents.reusable`).
 
         `tokens` are the prefix's last ones, at most a block of them, which follow the block `key` (`ROOT` at the start of
-        a prompt), and `media` begin among them. `ahead` are those tokens of the prompt after the end that decide as well
-        whether it is reused.
+        a prompt). `ahead` are those tokens of the prompt after the end that decide as well whether it is reused. `media`
+        begin among either.
         """
         state = sha256(b"end%d\0" % (len(ahead) // 4))
         state.update((media_parent(key, media) if media else key).to_bytes(8, "big"))
@@ -259,7 +259,7 @@ class BlockChain(Sequence[int]):
         size = self._processor.block_size
         blocks = (length - 1) // size
         view = memoryview(self._data)
-        media = media_in(self.media, blocks * size, length) if self.media else ()
+        media = media_in(self.media, blocks * size, length + ahead) if self.media else ()
         return self._processor.end(
             self.end_key(blocks), view[blocks * size * 4 : length * 4], view[length * 4 : (length + ahead) * 4], media
         )

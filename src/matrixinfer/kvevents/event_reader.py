@@ -34,7 +34,7 @@ from matrixinfer.kvevents.limits import (
 from matrixinfer.kvevents.pages import Pages
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
-from matrixinfer.kvevents.stored import is_bare, keys_of_whole, tokens_in
+from matrixinfer.kvevents.stored import is_bare, keys_of_whole, media_ahead, tokens_in
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, Tiers, Unevicted, tier_of
 from matrixinfer.kvevents.wire import BlockStored, EngineHash, block_ids, parent_of, plain, tokens_of
 
@@ -254,7 +254,7 @@ class EventReader:
         """Store blocks whose tokens are known in one of the forests."""
         reusable = self._reusable
         if event.lookahead:
-            reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead])
+            reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead], media_ahead(event))
         counts_copies = bool(reusable.rule is not None or reusable.drop or self.layout.is_radix)
         self._blocks.store(forest, event, ids, tokens, parent, counts_copies=counts_copies)
 

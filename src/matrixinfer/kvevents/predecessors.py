@@ -16,7 +16,7 @@ from matrixinfer.blocks import Medium, media_in, salt_parent, token_bytes
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import START
 from matrixinfer.kvevents.run import Run
-from matrixinfer.kvevents.stored import indexable
+from matrixinfer.kvevents.stored import indexable, media_ahead
 from matrixinfer.kvevents.wire import BlockStored
 
 _MOST = 65_536
@@ -55,11 +55,13 @@ class Predecessors:
         start: _Start | None = parent
         if start is None:
             start = event.lora_name or self._model, None if salt is None else salt_parent(salt)
+        after = dict(media_ahead(event))
         for position, block in enumerate(blocks):
             _keep(self._before, block, (start if isinstance(start, int) else START, size))
             if position < usable:
                 own = tokens[position * size * 4 : (position + 1) * size * 4]
-                inside = media_in(media, position * size, (position + 1) * size) if media else ()
+                inside = media_in(media, position * size, (position + 1) * size) if media else []
+                inside += [(size + at, name) for at, name in after.get(position, ())]
                 content = start, own + (ahead[position] if ahead else b""), tuple(inside)
                 _keep(self._by_content, content, block)
                 yield from self._waiting.pop(content, ())
@@ -167,7 +169,7 @@ class Predecessors:
         if last > run.block_size:
             return None
         begin = run.end(position) - run.block_size
-        media = media_in(run.media, begin + first, begin + first + size) if run.media else ()
+        media = media_in(run.media, begin + first, begin + last) if run.media else ()
         start = begin - run.base
         return before, bytes(run.tokens[(start + first) * 4 : (start + last) * 4]), tuple(media)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import Any, NamedTuple, TypeGuard
 
@@ -74,22 +74,41 @@ def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> I
         items = list(keys) if isinstance(keys, (list, tuple)) else [None]
         if event.lora_name and items[0] == event.lora_name:
             del items[0]
-        begin = [key for key in items if is_medium(key, event.block_size)]
+        begin = [key for key in items if is_medium(key, _covered(event))]
         rest = [key for key in items if key not in begin]
         if at_root and offset == 0 and len(rest) == 1 and isinstance(rest[0], str):
             salt = rest[0]
         elif rest:
             return Indexable(offset, salt, media)
-        media += sorted((offset * event.block_size + at, name) for name, at in begin if at >= 0)
+        media += sorted((offset * event.block_size + at, name) for name, at in begin if 0 <= at < event.block_size)
     return Indexable(count, salt, media)
 
 
-def is_medium(key: object, block_size: int) -> TypeGuard[tuple[str, int]]:
-    """Whether an extra key names a medium, and where it begins: in a block of that size or, if negative, before it."""
+def media_ahead(event: BlockStored) -> Iterator[tuple[int, list[Medium]]]:
+    """The media that begin among the tokens after a block on which it depends as well, counted from its end.
+
+    Yields the block's position in the event, and those media.
+    """
+    if event.lookahead and isinstance(event.extra_keys, list):
+        size, covered = event.block_size, _covered(event)
+        for position, keys in enumerate(event.extra_keys):
+            found = [key for key in keys if is_medium(key, covered)] if isinstance(keys, (list, tuple)) else []
+            media = sorted((at - size, name) for name, at in found if at >= size)
+            if media:
+                yield position, media
+
+
+def _covered(event: BlockStored) -> int:
+    """Tokens from a block's beginning on which it depends."""
+    return event.block_size + (len(event.lookahead[0]) if event.lookahead else 0)
+
+
+def is_medium(key: object, tokens: int) -> TypeGuard[tuple[str, int]]:
+    """Whether an extra key names a medium, and where it begins: among so many tokens or, if negative, before them."""
     if not isinstance(key, (list, tuple)) or len(key) != 2:
         return False
     name, start = key
-    return isinstance(name, str) and type(start) is int and start < block_size
+    return isinstance(name, str) and type(start) is int and start < tokens
 
 
 def keys_of_whole(pieces: Sequence[object], size: int, adapter: str | None) -> list[Any] | None:
@@ -97,8 +116,9 @@ def keys_of_whole(pieces: Sequence[object], size: int, adapter: str | None) -> l
     whole: list[Any] = []
     for number, keys in enumerate(pieces):
         for key in keys if isinstance(keys, (list, tuple)) else [keys] * (keys is not None):
-            if number and is_medium(key, size):
-                if key[1] >= 0:  # or it began in an earlier piece
+            if is_medium(key, 2 * size):
+                # Not what began in an earlier piece, nor what the next one has too.
+                if (key[1] >= 0 or not number) and (key[1] < size or number == len(pieces) - 1):
                     whole.append((key[0], key[1] + number * size))
             elif not number or key != adapter:
                 whole.append(key)
