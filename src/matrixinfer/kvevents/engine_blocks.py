@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from matrixinfer.blocks import TokenBlockProcessor, salt_parent
 from matrixinfer.kvevents.counts import LedgerStats, Orphans, UntrustedEvents
 from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.media_chain import See, chain_of
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.stored import all_new, indexable, is_reported_again
@@ -29,6 +30,8 @@ class EngineBlocks:
     ) -> None:
         self.witness: Witness | None = None
         """Sees new blocks."""
+        self.media_seen: See | None = None
+        """Sees the chains of new blocks with media."""
         self._model = model
         self._blocks = blocks
         self._reach = reach
@@ -176,6 +179,8 @@ class EngineBlocks:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
         forest.extend(run, ids, tokens, media)
+        if run.media and self.media_seen is not None and (chain := chain_of(forest, run)) is not None:
+            self.media_seen(chain)
         if self.witness is not None and not run.media:
             self.witness.see(run, position)
         self._reach.add(forest, run, position, ids, parent)
