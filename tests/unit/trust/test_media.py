@@ -167,7 +167,9 @@ def test_a_name_is_never_that_of_another_image(data: st.DataObject) -> None:
             if name not in held:
                 world.store(name, "hash-dog")
                 held.add(name)
-            world.close(watched, len(prompt([name, "hash-dog"])[0]), cached, wait=data.draw(st.sampled_from([0.0, 3.0])))
+            world.close(
+                watched, len(prompt([name, "hash-dog"])[0]), cached, wait=data.draw(st.sampled_from([0.0, 3.0]))
+            )
         else:
             content = data.draw(st.sampled_from(sorted(truth)))
             open_requests.append((world.watch([content, DOG]), truth[content]))
