@@ -76,7 +76,7 @@ def test_a_tokenizer_gives_the_outline_of_a_chat_with_images(deepseek_folder: Pa
     local = LocalTokenizer.load(deepseek_folder, str(path))
 
     def tokens(url: str) -> Any:
-        body = f'{{"model":"m","messages":[{{"role":"user","content":[{{"type":"text","text":"look at"}},'
+        body = '{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"look at"},'
         body += f'{{"type":"image_url","image_url":{{"url":"{url}"}}}},{{"type":"text","text":"what?"}}]}}]}}'
         return local.tokenize(parse(CHAT_PATH, body.encode()))
 

@@ -13,8 +13,8 @@ from matrixinfer.prompt.manager import Tokenized
 from matrixinfer.prompt.outline import Outline, contents_of
 from matrixinfer.prompt.remote import Engine
 from matrixinfer.routing.in_flight import InFlight
+from tests.unit.kvevents.support import frame, stored
 
-from ..kvevents.support import frame, stored
 from .test_unknown_parts import BLOCK, Partly, World, candidate, chat, image, text
 
 PAD = 900

@@ -14,8 +14,7 @@ from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.prompt.outline import Outline
 from matrixinfer.trust.media import MediaNames, Watched
-
-from ..kvevents.support import MODEL, POD, Follower, stored
+from tests.unit.kvevents.support import MODEL, POD, Follower, stored
 
 PAD, END = 900, 901
 TEXT = list(range(100, 120))
