@@ -160,7 +160,8 @@ def test_a_name_is_never_that_of_another_image(data: st.DataObject) -> None:
     held: set[str] = set()
     open_requests: list[tuple[Watched, str]] = []
     for _ in range(data.draw(st.integers(1, 12))):
-        if open_requests and data.draw(st.integers(0, 1)):
+        closes = data.draw(st.booleans())
+        if open_requests and closes:
             watched, name = open_requests.pop(data.draw(st.integers(0, len(open_requests) - 1)))
             cached = len(prompt([name, "hash-dog"])[0]) // 4 * 4 if name in held else 0
             if name not in held:
