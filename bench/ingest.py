@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 from bench.feed import Frames, Recording, read_text, record
 from bench.measure import Figure, Scale
 from bench.prompts import MODEL
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import Medium, TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
@@ -52,15 +52,17 @@ class _TimedBlocks(TokenBlockProcessor):
         super().__init__(block_size)
         self.seconds = 0.0
 
-    def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
+    def hashes(
+        self, data: bytes | bytearray | memoryview, parent: int | None = None, media: Sequence[Medium] = ()
+    ) -> list[int]:
         start = perf_counter()
-        named = super().hashes(data, parent)
+        named = super().hashes(data, parent, media)
         self.seconds += perf_counter() - start
         return named
 
-    def tail(self, data: bytes | bytearray | memoryview, parent: int) -> int:
+    def tail(self, data: bytes | bytearray | memoryview, parent: int, media: Sequence[Medium] = ()) -> int:
         start = perf_counter()
-        name = super().tail(data, parent)
+        name = super().tail(data, parent, media)
         self.seconds += perf_counter() - start
         return name
 

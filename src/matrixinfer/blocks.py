@@ -6,7 +6,8 @@ A prompt is cut into blocks of `block_size` tokens; only full blocks count. Ther
 
     h[i] = u64(SHA-256(h[i-1] as 8 bytes big endian ‖ tokens as u32 big endian)[:8]) with the top bit cleared
 
-Block 0 has no parent bytes. With a cache salt, block 0 has the parent `salt_parent(salt)`.
+Block 0 has no parent bytes. With a cache salt, block 0 has the parent `salt_parent(salt)`. If images, audio or video begin
+in a block, its parent is `media_parent` of what it follows and of these.
 
 `block`: each block is hashed separately, like block 0 above. Existing MatrixInfer and kthena writers use this scheme in
 Redis. Equal blocks after different prefixes have the same hash, so matches are only hints; salted prompts never match.
@@ -27,6 +28,9 @@ TokenIds: TypeAlias = npt.NDArray[np.uint32]
 
 Scheme: TypeAlias = Literal["prefix", "block"]
 
+Medium: TypeAlias = tuple[int, str]
+"""Where an image, audio or video begins, in tokens, and the engine's name of its content."""
+
 _TOP_BIT_CLEARED = (1 << 63) - 1
 
 
@@ -37,6 +41,23 @@ ROOT = int.from_bytes(sha256(b"root\0").digest()[:8], "big") & _TOP_BIT_CLEARED
 def salt_parent(salt: str) -> int:
     """The parent hash of block 0 for a cache salt, so that prompts share blocks only with prompts of the same salt."""
     return int.from_bytes(sha256(b"salt\0" + salt.encode()).digest()[:8], "big") & _TOP_BIT_CLEARED
+
+
+def media_parent(parent: int | None, media: Sequence[Medium]) -> int:
+    """What a block follows in which `media` begin. They are counted from the block's first token, in ascending order.
+
+    The blocks behind it follow it, so each depends on all media that begin before its end.
+    """
+    state = sha256(b"media\0" + (ROOT if parent is None else parent).to_bytes(8, "big"))
+    for start, name in media:
+        data = name.encode("utf-8", "surrogatepass")
+        state.update(start.to_bytes(4, "big") + len(data).to_bytes(4, "big") + data)
+    return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
+
+
+def media_in(media: Sequence[Medium], first: int, last: int) -> list[Medium]:
+    """Those of `media` that begin at the tokens [first, last), counted from `first`."""
+    return [(start - first, name) for start, name in media if first <= start < last]
 
 
 def token_bytes(tokens: TokenIds | Sequence[int]) -> bytes:
@@ -77,12 +98,14 @@ class TokenBlockProcessor:
         tokens: TokenIds | Sequence[int],
         *,
         salt: str | None = None,
+        media: Sequence[Medium] = (),
         max_blocks: int | None = None,
         hashes: SharedHashes | None = None,
     ) -> BlockChain:
         """The prompt's block hashes, which are computed as they are read.
 
-        `max_blocks` bounds the chain. With the scheme `block` a salted prompt has no blocks, because it must not match.
+        `max_blocks` bounds the chain. With the scheme `block` a salted prompt has no blocks, because it must not match,
+        and one with media none from the first of these on.
         `hashes` are the known hashes of the first blocks; the chain extends this list as it computes more.
         """
         blocks = len(tokens) // self.block_size
@@ -90,13 +113,16 @@ class TokenBlockProcessor:
             blocks = min(blocks, max_blocks)
         if salt is not None and self.scheme == "block":
             blocks = 0
+        if media and self.scheme == "block":
+            blocks = min(blocks, media[0][0] // self.block_size)
         used = tokens[: (blocks + 1) * self.block_size]
         return BlockChain(
             self,
             token_bytes(used),
             blocks,
             None if salt is None else salt_parent(salt),
-            SharedHashes(limit=blocks) if hashes is None else hashes,
+            SharedHashes(limit=blocks) if hashes is None or media else hashes,
+            media,
         )
 
     def overhang(self, blocks: int, engine_block: int) -> int | None:
@@ -108,26 +134,38 @@ class TokenBlockProcessor:
         over = -(blocks * self.block_size) % engine_block
         return over if 0 < over < self.block_size and self.scheme == "prefix" else None
 
-    def tail(self, data: bytes | bytearray | memoryview, parent: int) -> int:
+    def tail(self, data: bytes | bytearray | memoryview, parent: int, media: Sequence[Medium] = ()) -> int:
         """The hash of fewer tokens than a block that follow the block `parent`. `data` is in the form of `token_bytes`."""
-        state = sha256(parent.to_bytes(8, "big"))
+        state = sha256((media_parent(parent, media) if media else parent).to_bytes(8, "big"))
         state.update(data)
         return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
 
-    def end(self, key: int, tokens: bytes | bytearray | memoryview, ahead: bytes | bytearray | memoryview = b"") -> int:
+    def end(
+        self,
+        key: int,
+        tokens: bytes | bytearray | memoryview,
+        ahead: bytes | bytearray | memoryview = b"",
+        media: Sequence[Medium] = (),
+    ) -> int:
         """The hash that marks the end of a reusable prefix (`matrixinfer.kvevents.reusable`).
 
         `tokens` are the prefix's last ones, at most a block of them, which follow the block `key` (`ROOT` at the start of
-        a prompt). `ahead` are those tokens of the prompt after the end that decide as well whether it is reused.
+        a prompt). `ahead` are those tokens of the prompt after the end that decide as well whether it is reused. `media`
+        begin among either.
         """
         state = sha256(b"end%d\0" % (len(ahead) // 4))
-        state.update(key.to_bytes(8, "big"))
+        state.update((media_parent(key, media) if media else key).to_bytes(8, "big"))
         state.update(tokens)
         state.update(ahead)
         return int.from_bytes(state.digest()[:8], "big") & _TOP_BIT_CLEARED
 
-    def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
-        """The hashes of the full blocks in `data` (see `token_bytes`). The first block follows the block `parent`."""
+    def hashes(
+        self, data: bytes | bytearray | memoryview, parent: int | None = None, media: Sequence[Medium] = ()
+    ) -> list[int]:
+        """The hashes of the full blocks in `data` (see `token_bytes`). The first block follows the block `parent`.
+
+        `media` begin there, counted from the beginning of `data`.
+        """
         out: list[int] = []
         size = self.block_size * 4
         view = memoryview(data)
@@ -135,6 +173,13 @@ class TokenBlockProcessor:
             for start in range(0, len(view) - size + 1, size):
                 digest = sha256(view[start : start + size]).digest()
                 out.append(int.from_bytes(digest[:8], "big") & _TOP_BIT_CLEARED)
+            return out
+        if media:
+            for start in range(0, len(view) - size + 1, size):
+                inside = media_in(media, start // 4, start // 4 + self.block_size)
+                follows = media_parent(parent, inside) if inside else parent
+                (parent,) = self.hashes(view[start : start + size], follows)
+                out.append(parent)
             return out
         for start in range(0, len(view) - size + 1, size):
             # Most of the cost is SHA-256 itself; hashing the parent first and then a view copies no tokens.
@@ -161,11 +206,19 @@ class BlockChain(Sequence[int]):
     Lookups stop at the first block that no pod holds, and so does hashing.
     """
 
-    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_shared", "_size")
+    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_shared", "_size", "media")
 
     def __init__(
-        self, processor: TokenBlockProcessor, data: bytes, size: int, salt_parent: int | None, hashes: SharedHashes
+        self,
+        processor: TokenBlockProcessor,
+        data: bytes,
+        size: int,
+        salt_parent: int | None,
+        hashes: SharedHashes,
+        media: Sequence[Medium] = (),
     ) -> None:
+        self.media = media
+        """The prompt's images, audio and video, in ascending order."""
         self._processor = processor
         self._data = data
         self._salt_parent = salt_parent
@@ -206,8 +259,9 @@ class BlockChain(Sequence[int]):
         size = self._processor.block_size
         blocks = (length - 1) // size
         view = memoryview(self._data)
+        media = media_in(self.media, blocks * size, length + ahead) if self.media else ()
         return self._processor.end(
-            self.end_key(blocks), view[blocks * size * 4 : length * 4], view[length * 4 : (length + ahead) * 4]
+            self.end_key(blocks), view[blocks * size * 4 : length * 4], view[length * 4 : (length + ahead) * 4], media
         )
 
     @property
@@ -225,7 +279,10 @@ class BlockChain(Sequence[int]):
             return None
         start = blocks * self._processor.block_size
         data = memoryview(self._data)[start * 4 : (start + tokens) * 4]
-        return (tokens, self._processor.tail(data, self[blocks - 1])) if len(data) == tokens * 4 else None
+        if len(data) < tokens * 4:
+            return None
+        media = media_in(self.media, start, start + tokens) if self.media else ()
+        return tokens, self._processor.tail(data, self[blocks - 1], media)
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -261,4 +318,6 @@ class BlockChain(Sequence[int]):
             self._hashes, self._shared = list(self._hashes), self._size  # further hashes belong to this prompt only
         size = self._processor.block_size * 4
         parent = self._hashes[-1] if known else self._salt_parent
-        self._hashes += self._processor.hashes(memoryview(self._data)[known * size : count * size], parent)
+        data = memoryview(self._data)[known * size : count * size]
+        media = media_in(self.media, known * size // 4, count * size // 4) if self.media else ()
+        self._hashes += self._processor.hashes(data, parent, media)

@@ -59,6 +59,7 @@ from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
+from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
 
 log = structlog.get_logger(__name__)
@@ -142,6 +143,7 @@ class Service:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
         sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
+        media = MediaNames(clock)
         return Router(
             registry=engines.registry,
             preparer=Preparer(
@@ -151,6 +153,7 @@ class Service:
                 lookup,
                 self._parity,
                 sizer,
+                media=media,
                 max_prefix_tokens=config.max_prefix_tokens,
                 find_model=engines.find_model,
                 clock=clock,
@@ -169,7 +172,7 @@ class Service:
             load=self.load,
             history=self._history,
             outliers=self.outliers,
-            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer),
+            auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer, media),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,

@@ -12,11 +12,11 @@ that can be read in two ways; unless the hit is shorter or longer than that expl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from matrixinfer.blocks import BlockChain, TokenBlockProcessor
+from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.feedtools.facts import (
@@ -38,6 +38,7 @@ from matrixinfer.kvevents.limits import (
     CHUNKED,
     CHUNKED_ALONE,
     DROPPED_SIZES,
+    DROPPED_WINDOWS,
     FINE_STATES,
     SLOWER_TIERS,
     SPARSE_WINDOWS,
@@ -47,7 +48,7 @@ from matrixinfer.kvevents.limits import (
 from matrixinfer.prompt.conversation import has_media
 
 _BASE = "base"
-_LENGTHEN = (CHUNKED, CHUNKED_ALONE, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
+_LENGTHEN = (CHUNKED, CHUNKED_ALONE, DROPPED_WINDOWS, FINE_STATES, SLOWER_TIERS, SPARSE_WINDOWS, UNLINKED)
 """Limits with which hits may be longer than predicted, never shorter."""
 
 
@@ -266,9 +267,10 @@ class _Check:
         if not tokens or body.get("n", 1) != 1:
             return
         model = body["model"] if body.get("model") in self._facts.adapters else _BASE
-        chain = self._blocks.chain(tokens, salt=body.get("cache_salt"))
+        media = _media(row)
+        chain = self._blocks.chain(tokens, salt=body.get("cache_salt"), media=media or ())
         hits = self._reading.hits(model, chain, len(tokens))
-        reason = self._why_not(body, model, chain, hits) or self._shares_extra_key(body, model, chain, tokens)
+        reason = self._why_not(body, model, chain, hits, media) or self._shares_extra_key(body, model, chain, tokens)
         if reason is not None:
             prediction = _Prediction(max(hits, default=0), reason)
         else:
@@ -295,9 +297,11 @@ class _Check:
                 return _Prediction(tokens, words, is_most=True)
         return _Prediction(tokens, reason)
 
-    def _why_not(self, body: Row, model: str, chain: BlockChain, hits: list[int]) -> str | None:
+    def _why_not(
+        self, body: Row, model: str, chain: BlockChain, hits: list[int], media: Sequence[Medium] | None
+    ) -> str | None:
         """Why the events say nothing of this prompt's hit."""
-        if "prompt_embeds" in body or has_media(body.get("messages", ())):
+        if "prompt_embeds" in body or (media is None and has_media(body.get("messages", ()))):
             return "more than tokens"
         if self._facts.hides_salts and body.get("cache_salt") is not None:
             return "the layout hides salts"
@@ -341,3 +345,16 @@ class _Check:
             predicted, actual = predicted // size * size, actual // size * size
         if predicted != actual:
             self.report.mismatches.append(Mismatch(label=label, predicted=predicted, actual=actual))
+
+
+def _media(row: Row) -> list[Medium] | None:
+    """The engine's names of the media in a recorded prompt, and where they begin; None where the row does not say it."""
+    features = row.get("mm_features")
+    if not isinstance(features, list):
+        return None
+    try:
+        return sorted((int(each["offset"]), str(each["identifier"])) for each in features)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CaptureError(
+            "`mm_features` of a request needs an `identifier` and an `offset` for each medium"
+        ) from error

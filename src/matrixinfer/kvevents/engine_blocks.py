@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from matrixinfer.blocks import TokenBlockProcessor, salt_parent
 from matrixinfer.kvevents.counts import LedgerStats, Orphans, UntrustedEvents
 from matrixinfer.kvevents.forest import Forest
+from matrixinfer.kvevents.media_chain import See, chain_of
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.stored import all_new, indexable, is_reported_again
@@ -29,6 +30,8 @@ class EngineBlocks:
     ) -> None:
         self.witness: Witness | None = None
         """Sees new blocks."""
+        self.media_seen: See | None = None
+        """Sees the chains of new blocks with media."""
         self._model = model
         self._blocks = blocks
         self._reach = reach
@@ -83,7 +86,7 @@ class EngineBlocks:
                 continue
             run = source.like(above, parent)
             start = len(run)
-            forest.extend(run, [block], source.tokens_of(position))
+            forest.extend(run, [block], source.tokens_of(position), source.media_of(position))
             self._reach.add(forest, run, start, [block], parent)
 
     def remove(self, forest: Forest, blocks: Sequence[int]) -> None:
@@ -156,8 +159,10 @@ class EngineBlocks:
         if parent is not None and above is None and parent not in forest.ended:
             self.orphans.drop(len(ids))
             return
-        usable, salt = indexable(event, first, len(ids), at_root=parent is None)
+        usable, salt, media = indexable(event, first, len(ids), at_root=parent is None)
         salt = event.salt or salt
+        if media and self._blocks.scheme == "block":
+            usable, media = media[0][0] // event.block_size, ()
         if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
         if usable < len(ids):
@@ -173,8 +178,10 @@ class EngineBlocks:
         else:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
-        forest.extend(run, ids, tokens)
-        if self.witness is not None:
+        forest.extend(run, ids, tokens, media)
+        if run.media and self.media_seen is not None and (chain := chain_of(forest, run)) is not None:
+            self.media_seen(chain)
+        if self.witness is not None and not run.media:
             self.witness.see(run, position)
         self._reach.add(forest, run, position, ids, parent)
 

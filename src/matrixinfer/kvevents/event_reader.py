@@ -34,7 +34,7 @@ from matrixinfer.kvevents.limits import (
 from matrixinfer.kvevents.pages import Pages
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
-from matrixinfer.kvevents.stored import is_bare, tokens_in
+from matrixinfer.kvevents.stored import is_bare, keys_of_whole, media_ahead, tokens_in
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, Tiers, Unevicted, tier_of
 from matrixinfer.kvevents.wire import BlockStored, EngineHash, block_ids, parent_of, plain, tokens_of
 
@@ -236,13 +236,14 @@ class EventReader:
     ) -> None:
         """Store blocks smaller than the group's, as far as they make whole ones."""
         self._reusable.linked(event, ids, parent, tokens)
-        for made in self._pieces.add(ids, parent, tokens, event.block_size, whole):
-            keys = event.extra_keys if isinstance(event.extra_keys, list) else None
+        keys = event.extra_keys if isinstance(event.extra_keys, list) else None
+        for made in self._pieces.add(ids, parent, tokens, event.block_size, whole, keys):
+            key = keys_of_whole(made.keys, event.block_size, event.lora_name or None)
             ahead = event.lookahead
             piece = msgspec.structs.replace(
                 event,
                 block_size=whole,
-                extra_keys=None if keys is None else keys[made.first : made.first + 1],
+                extra_keys=None if key is None else [key],
                 lookahead_token_ids=None if ahead is None else ahead[made.last : made.last + 1],
             )
             self._store_dense(forest, piece, [made.block], made.tokens, made.parent)
@@ -253,7 +254,7 @@ class EventReader:
         """Store blocks whose tokens are known in one of the forests."""
         reusable = self._reusable
         if event.lookahead:
-            reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead])
+            reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead], media_ahead(event))
         counts_copies = bool(reusable.rule is not None or reusable.drop or self.layout.is_radix)
         self._blocks.store(forest, event, ids, tokens, parent, counts_copies=counts_copies)
 

@@ -18,34 +18,46 @@ class Whole(NamedTuple):
     parent: int | None
     """The whole block before it; None at the root."""
     tokens: bytes
-    first: int
-    """The position in the event of its first piece; 0 also if that was in an earlier one."""
+    keys: list[object]
+    """What the events say of each of its pieces beside tokens."""
     last: int
-    """The position of its last piece."""
+    """The position in the event of its last piece."""
 
 
 class Pieces:
     """The pieces that one group holds, by hash, with the tokens since the last whole block."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, tuple[int | None, bytes]] = {}
+        self._pieces: dict[int, tuple[int | None, bytes, list[object]]] = {}
         self._copies: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def add(self, blocks: Sequence[int], parent: int | None, tokens: bytes, size: int, whole: int) -> Iterator[Whole]:
-        """Take blocks of `size` tokens, four bytes each, that follow `parent`. Yields the whole ones, of `whole` tokens."""
-        before, pending = self._pieces.get(parent, (parent, b"")) if parent is not None else (None, b"")
-        first = 0
+    def add(
+        self,
+        blocks: Sequence[int],
+        parent: int | None,
+        tokens: bytes,
+        size: int,
+        whole: int,
+        keys: Sequence[object] | None = None,
+    ) -> Iterator[Whole]:
+        """Take blocks of `size` tokens, four bytes each, that follow `parent`. Yields the whole ones, of `whole` tokens.
+
+        `keys` are what the event says of each of them beside tokens.
+        """
+        nothing: tuple[int | None, bytes, list[object]] = parent, b"", []
+        before, pending, known = nothing if parent is None else self._pieces.get(parent, nothing)
         for position, block in enumerate(blocks):
+            known = [*known, keys[position] if keys is not None and position < len(keys) else None]
             pending += tokens[position * size * 4 : (position + 1) * size * 4]
             if len(pending) < whole * 4:
-                self._pieces[block] = before, pending
+                self._pieces[block] = before, pending, known
                 self._copies[block] = self._copies.get(block, 0) + 1
                 continue
-            yield Whole(block, before, pending, first, position)
-            before, pending, first = block, b"", position + 1
+            yield Whole(block, before, pending, known, position)
+            before, pending, known = block, b"", []
 
     def remove(self, blocks: Sequence[int]) -> list[int]:
         """Drop one copy of each of `blocks` that is a piece. Returns the others."""

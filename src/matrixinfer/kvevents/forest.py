@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from matrixinfer.blocks import Medium
 from matrixinfer.kvevents.run import Run, pack_id
 from matrixinfer.kvevents.table import BlockTable
 
@@ -71,11 +72,11 @@ class Forest:
         if run is not None and not run.ends_with(block):
             yield run[run.position(block) + 1]
 
-    def extend(self, run: Run, ids: Sequence[int], tokens: bytes) -> None:
-        """Append new blocks to a run. A run that was empty joins the forest."""
+    def extend(self, run: Run, ids: Sequence[int], tokens: bytes, media: Sequence[Medium] = ()) -> None:
+        """Append new blocks to a run, as `Run.append` does. A run that was empty joins the forest."""
         if not run.ids:
             self._take_in(run, ids[0])
-        run.append(ids, tokens)
+        run.append(ids, tokens, media)
         self._table.add(ids, run.number)
 
     def pop_last(self, blocks: Sequence[int], shrunk: dict[Run, None]) -> list[int]:

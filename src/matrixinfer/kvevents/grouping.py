@@ -14,6 +14,7 @@ from matrixinfer.kvevents.limits import (
     CHUNKED,
     CHUNKED_ALONE,
     DROPPED_SIZES,
+    DROPPED_WINDOWS,
     FINE_STATES,
     MISFITS,
     SPARSE_WINDOWS,
@@ -90,10 +91,12 @@ class Grouping:
 
     def note_drops(self) -> None:
         """The drops, or the groups, have changed."""
-        if self._reusable.drops_unevenly:
-            self._limits.note(DROPPED_SIZES, lasting=True)
-        else:
-            self._limits.drop(DROPPED_SIZES)
+        reusable = self._reusable
+        for words, holds in ((DROPPED_SIZES, reusable.drops_unevenly), (DROPPED_WINDOWS, reusable.drops_beyond)):
+            if holds:
+                self._limits.note(words, lasting=True)
+            else:
+                self._limits.drop(words)
 
     def settle(self) -> None:
         """A batch is over: bring the marks up to date, and see whether groups name blocks of the primary one."""

@@ -137,9 +137,17 @@ class Group:
         self._links[block] = parent
 
     def known(self, block: int) -> Iterator[int]:
-        """What comes before `block` may be known now. Yields as `add` does."""
-        if block in self._copies and self.kind is not Kind.MAMBA:
-            yield from self._connect(block)
+        """What comes before `block`, or before one of those before it, may be known now. Yields as `add` does."""
+        if block not in self._copies or self.kind is Kind.MAMBA:
+            return
+        yield from self._connect(block)
+        at: int | None = block
+        for _ in range(_MAX_RATIO):
+            at = None if at is None else self._before.get(at)
+            if at is None or at not in self._copies:
+                return
+            if at not in self._before:
+                yield from self._connect(at)
 
     def resize(self, block_size: int) -> Iterator[int]:
         """The group's blocks are larger than they seemed. Yields as `add` does."""

@@ -23,6 +23,7 @@ from matrixinfer.kvevents.event_reader import EventReader
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import Kind
 from matrixinfer.kvevents.limits import REUSES_LESS, Limits, unknown_event
+from matrixinfer.kvevents.media_chain import See
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.stored import in_order
@@ -176,6 +177,10 @@ class Ledger:
     def observe(self, witness: Witness) -> None:
         """Show new blocks to `witness` from now on, and to nobody else."""
         self._blocks.witness = witness
+
+    def see_media(self, see: See) -> None:
+        """Show chains of new blocks in which media begin to `see` from now on."""
+        self._blocks.media_seen = see
 
     def stop_observing(self, witness: Witness) -> None:
         """Show `witness` nothing more; does nothing if another one has taken its place."""

@@ -24,6 +24,10 @@ DROPPED_SIZES = (
     "speculative decoding drops blocks, and sliding windows have smaller blocks than full attention, so hits may be longer "
     "or shorter than predicted; use vLLM 0.33 or later, whose blocks depend on the tokens after them instead"
 )
+DROPPED_WINDOWS = (
+    "speculative decoding drops blocks, and sliding windows look further beyond a hit than full attention, so hits may be "
+    "longer than predicted; use vLLM 0.33 or later, whose blocks depend on the tokens after them instead"
+)
 FINE_STATES = (
     "prefix_match_unit below the block size hides the last tokens of a hit, so hits may be longer than predicted; "
     "leave prefix_match_unit at the block size"
@@ -129,6 +133,7 @@ _NAMES = (
     (CHUNKED_ALONE, "chunked_alone"),
     (SPARSE_WINDOWS, "sparse_windows"),
     (DROPPED_SIZES, "dropped_sizes"),
+    (DROPPED_WINDOWS, "dropped_windows"),
     (FINE_STATES, "fine_states"),
     (UNLINKED, "unlinked_groups"),
     (SHARED_PAGES, "shared_pages"),

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
-from matrixinfer.blocks import salt_parent, token_bytes
+from matrixinfer.blocks import Medium, media_in, salt_parent, token_bytes
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.groups import START
 from matrixinfer.kvevents.run import Run
-from matrixinfer.kvevents.stored import indexable
+from matrixinfer.kvevents.stored import indexable, media_ahead
 from matrixinfer.kvevents.wire import BlockStored
 
 _MOST = 65_536
@@ -25,7 +25,7 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 _Start: TypeAlias = int | tuple[str, int | None]
 """The hash before, or model and salt at the root."""
-_Content: TypeAlias = tuple[_Start, bytes]
+_Content: TypeAlias = tuple[_Start, bytes, tuple[Medium, ...]]
 """What a hash depends on."""
 
 
@@ -49,17 +49,20 @@ class Predecessors:
         Yields blocks of the primary group for which `before` may give an answer now.
         """
         size = event.block_size
-        usable, salt = indexable(event, 0, len(blocks), at_root=parent is None)
+        usable, salt, media = indexable(event, 0, len(blocks), at_root=parent is None)
         ahead = [token_bytes(after) for after in event.lookahead or ()]
         self._sizes[size] = None
         start: _Start | None = parent
         if start is None:
             start = event.lora_name or self._model, None if salt is None else salt_parent(salt)
+        after = dict(media_ahead(event))
         for position, block in enumerate(blocks):
             _keep(self._before, block, (start if isinstance(start, int) else START, size))
             if position < usable:
                 own = tokens[position * size * 4 : (position + 1) * size * 4]
-                content = start, own + (ahead[position] if ahead else b"")
+                inside = media_in(media, position * size, (position + 1) * size) if media else []
+                inside += [(size + at, name) for at, name in after.get(position, ())]
+                content = start, own + (ahead[position] if ahead else b""), tuple(inside)
                 _keep(self._by_content, content, block)
                 yield from self._waiting.pop(content, ())
             start = block
@@ -165,8 +168,10 @@ class Predecessors:
         first, last = number * size, (number + 1) * size + self.lookahead
         if last > run.block_size:
             return None
-        start = run.end(position) - run.block_size - run.base
-        return before, bytes(run.tokens[(start + first) * 4 : (start + last) * 4])
+        begin = run.end(position) - run.block_size
+        media = media_in(run.media, begin + first, begin + last) if run.media else ()
+        start = begin - run.base
+        return before, bytes(run.tokens[(start + first) * 4 : (start + last) * 4]), tuple(media)
 
 
 def ending_at(forest: Forest, run: Run, end: int) -> int | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from math import lcm
 from typing import NamedTuple
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import Medium, TokenBlockProcessor
 from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.ends import Rule
@@ -72,6 +72,7 @@ class Reusable:
         self._groups: dict[int, Group] = {}
         self._marks: dict[int, tuple[str, list[int]]] = {}  # block that ends a prefix -> its model and hashes
         self._ahead: dict[int, bytes] = {}
+        self._media_ahead: dict[int, list[Medium]] = {}
         self._dirty: dict[int, None] = {}
         self._predecessors = Predecessors(model)
         self._sparse: list[tuple[Group, Sequence[int]]] = []  # of this batch: blocks that need not follow each other
@@ -106,6 +107,11 @@ class Reusable:
         """Whether the engine drops blocks that are smaller than the primary group's: where they end is not published."""
         size = 0 if self.primary is None else self.specs[self.primary].block_size
         return any(0 < self._drop_of(number) < size for number in self.specs)
+
+    @property
+    def drops_beyond(self) -> bool:
+        """Whether another group must hold more beyond a prefix than the primary one, whose blocks there may be gone."""
+        return self.primary is not None and self.drop > self._drop_of(self.primary)
 
     def _drop_of(self, group: int) -> int:
         """Tokens that a group must hold beyond a prefix that is reused."""
@@ -190,13 +196,16 @@ class Reusable:
         if group in self._groups:
             self.touch(self._groups[group].remove(blocks))
 
-    def look_ahead(self, blocks: Sequence[int], ahead: Sequence[bytes]) -> None:
-        """`blocks` depend on these tokens after them as well."""
+    def look_ahead(
+        self, blocks: Sequence[int], ahead: Sequence[bytes], media: Iterable[tuple[int, list[Medium]]] = ()
+    ) -> None:
+        """`blocks` depend on these tokens after them as well, and those at some positions on `media` among them."""
         longest = max(len(tokens) // 4 for tokens in ahead)
         if longest > self.lookahead:
             self.lookahead = longest
             self._set_rule()
         self._ahead.update(zip(blocks, ahead, strict=True))
+        self._media_ahead.update((blocks[position], begin) for position, begin in media)
 
     def touch(self, blocks: Iterable[int]) -> None:
         """What ends with `blocks` may have become reusable, or not reusable any more."""
@@ -224,6 +233,7 @@ class Reusable:
                 self._unmark(block)
                 if forest is None or block not in forest:
                     self._ahead.pop(block, None)
+                    self._media_ahead.pop(block, None)
             elif block not in self._marks:
                 new[block] = end
         self.supports.flush()  # before anything is added, which may be the same hashes
@@ -238,6 +248,7 @@ class Reusable:
             group.clear()
         self._marks.clear()
         self._ahead.clear()
+        self._media_ahead.clear()
         self._dirty.clear()
         self._predecessors.clear()
         self._sparse.clear()
@@ -277,8 +288,10 @@ class Reusable:
             return None
         if not self._groups and end % self._blocks.block_size and self._blocks.block_size % self.unit == 0:
             return None  # every block ends a reusable prefix: those at the ends of token blocks will do
-        key, tokens = run.ending(position)
-        return run.model, [key, self._blocks.end(key, tokens, ahead)]
+        key, tokens, media = run.ending(position)
+        if block in self._media_ahead:
+            media = [*media, *((len(tokens) // 4 + at, name) for at, name in self._media_ahead[block])]
+        return run.model, [key, self._blocks.end(key, tokens, ahead, media)]
 
     def _is_held(self, forest: Forest, run: Run, block: int, end: int) -> bool:
         """Whether every other group holds what it must for the prefix that ends with `block`."""

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from struct import Struct
 
-from matrixinfer.blocks import ROOT, TokenBlockProcessor
+from matrixinfer.blocks import ROOT, Medium, TokenBlockProcessor, media_in
 
 pack_id = Struct("<Q").pack
 """An engine block as eight bytes, as in `Run.ids`."""
@@ -25,6 +25,7 @@ class Run:
         "base",
         "block_size",
         "ids",
+        "media",
         "model",
         "names",
         "number",
@@ -57,6 +58,8 @@ class Run:
         self.ids = bytearray()
         """The blocks, eight bytes each."""
         self.tokens = bytearray()
+        self.media: tuple[Medium, ...] = ()
+        """The media that begin among `tokens`, in ascending order; positions count from the chain's root."""
         self.names = array("Q")
         """Not a list: the garbage collector visits every element of a list, which takes 10 ms for a million."""
 
@@ -81,14 +84,22 @@ class Run:
             at = self.ids.index(key, at + 1)
         return at // 8
 
-    def append(self, ids: Sequence[int], tokens: bytes | bytearray) -> None:
-        """Append blocks and their tokens, and name the token blocks that they complete."""
+    def append(self, ids: Sequence[int], tokens: bytes | bytearray, media: Sequence[Medium] = ()) -> None:
+        """Append blocks and their tokens, and name the token blocks that they complete.
+
+        `media` begin among them, counted from their first token.
+        """
+        if media:
+            end = self.base + len(self.tokens) // 4
+            self.media += tuple((end + start, name) for start, name in media)
         self.ids += array("Q", ids).tobytes()
         self.tokens += tokens
         done = len(self.names)
+        size = self._blocks.block_size
         with memoryview(self.tokens) as view:
             parent = self.names[-1] if done else self.seed
-            self.names.extend(self._blocks.hashes(view[done * self._blocks.block_size * 4 :], parent))
+            unnamed = self._media_in(done * size, len(view) // 4) if self.media else ()
+            self.names.extend(self._blocks.hashes(view[done * size * 4 :], parent, unnamed))
 
     def branch(self, position: int, block_size: int) -> Run:
         """An empty run of blocks of `block_size`, which follows the block at `position`."""
@@ -97,6 +108,8 @@ class Run:
         completed = (run.base - self.base) // self._blocks.block_size
         run.seed = self.names[completed - 1] if completed else self.seed
         run.tokens += self.tokens[(run.base - self.base) * 4 : (start - self.base) * 4]
+        if self.media:
+            run.media = tuple(medium for medium in self.media if run.base <= medium[0] < start)
         return run
 
     def like(self, above: Run | None, parent: int | None) -> Run:
@@ -112,10 +125,20 @@ class Run:
         end = self._end_of(position) - self.base
         return bytes(self.tokens[(end - self.block_size) * 4 : end * 4])
 
+    def media_of(self, position: int) -> Sequence[Medium]:
+        """The media that begin in one block, counted from its first token."""
+        end = self._end_of(position)
+        return media_in(self.media, end - self.block_size, end) if self.media else ()
+
+    def _media_in(self, first: int, last: int) -> Sequence[Medium]:
+        """The media that begin at those of `tokens`, counted from the first of them."""
+        return media_in(self.media, self.base + first, self.base + last) if self.media else ()
+
     def split(self, position: int) -> Run:
         """Keep the blocks up to `position`; return those after it as a run that follows."""
         rest = self.branch(position, self.block_size)
-        rest.append(list(self)[position + 1 :], self.tokens[(rest.start - self.base) * 4 :])
+        at = rest.start - self.base
+        rest.append(list(self)[position + 1 :], self.tokens[at * 4 :], self._media_in(at, len(self.tokens) // 4))
         del self.ids[8 * position + 8 :]
         self.truncate()
         return rest
@@ -125,6 +148,8 @@ class Run:
         length = self._end_of(len(self) - 1) - self.base
         del self.tokens[length * 4 :]
         del self.names[length // self._blocks.block_size :]
+        if self.media:
+            self.media = tuple(medium for medium in self.media if medium[0] < self.base + length)
         if self.tokens.__alloc__() > len(self.tokens) * 9 // 8 + 64:  # or up to half of it would stay unused
             self.tokens = bytearray(self.tokens)
 
@@ -154,14 +179,17 @@ class Run:
         """How many tokens a prefix has that ends with the block at `position`."""
         return self._end_of(position)
 
-    def ending(self, position: int) -> tuple[int, bytes]:
-        """Key and last tokens of the prefix that ends with the block at `position`, as `TokenBlockProcessor.end` takes them."""
+    def ending(self, position: int) -> tuple[int, bytes, Sequence[Medium]]:
+        """Key, last tokens and media of the prefix that ends with the block at `position`.
+
+        They are what `TokenBlockProcessor.end` takes.
+        """
         size, end = self._blocks.block_size, self._end_of(position)
         start = (end - 1) // size * size
         named = (start - self.base) // size
         key = self.names[named - 1] if named else self.seed
         tokens = self.tokens[(start - self.base) * 4 : (end - self.base) * 4]
-        return ROOT if key is None else key, bytes(tokens)
+        return ROOT if key is None else key, bytes(tokens), self._media_in(start - self.base, end - self.base)
 
     @property
     def has_tails(self) -> bool:
@@ -178,8 +206,11 @@ class Run:
             before = self.names[(end - self.base) // size - 1] if end - self.base >= size else self.seed
             if end < size or before is None or over != self._blocks.overhang(end // size, self.block_size):
                 continue
-            at = (end - self.base) * 4
-            yield before, self._blocks.tail(self.tokens[at - over * 4 : at], before)
+            at = end - self.base
+            yield (
+                before,
+                self._blocks.tail(self.tokens[(at - over) * 4 : at * 4], before, self._media_in(at - over, at)),
+            )
 
     def _end_of(self, position: int) -> int:
         """The offset of the end of the engine block at `position`."""

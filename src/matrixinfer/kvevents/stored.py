@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 from msgspec import UNSET
 
-from matrixinfer.blocks import token_bytes
+from matrixinfer.blocks import Medium, token_bytes
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.tiers import DEVICE, tier_of
@@ -43,30 +44,85 @@ def is_reported_again(forest: Forest, event: BlockStored, ids: Sequence[int]) ->
     return len(set(ids)) == len(ids) and all(block in forest for block in ids)
 
 
-def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> tuple[int, str | None]:
-    """How many of `count` blocks from position `first` on depend only on tokens, adapter and salt; and the salt.
+class Indexable(NamedTuple):
+    """What of some blocks depends only on what is known: tokens, adapter, salt and named media."""
+
+    usable: int
+    """How many of the blocks, from the first on."""
+    salt: str | None = None
+    media: Sequence[Medium] = ()
+    """Those that begin in these blocks, counted from the first block's first token."""
+
+
+def indexable(event: BlockStored, first: int, count: int, *, at_root: bool) -> Indexable:
+    """What can be indexed of `count` blocks from position `first` on.
 
     Extra keys are untagged: `[adapter name, (item, offset) …, salt, digests …]`, each only where present. A salt is the
     only string left on a root block; after anything else nothing more can be indexed.
     """
     if event.lora_id is not None and not event.lora_name:
-        return 0, None
+        return Indexable(0)
     if isinstance(event.mm_keys, list):
         count = next((at for at, keys in enumerate(event.mm_keys[first : first + count]) if keys), count)
     if event.extra_keys is None or event.extra_keys is UNSET or not any(event.extra_keys):
-        return count, None
+        return Indexable(count)
     salt: str | None = None
+    media: list[Medium] = []
     for offset, keys in enumerate(event.extra_keys[first : first + count]):
         if not keys:
             continue
-        rest = list(keys) if isinstance(keys, (list, tuple)) else [None]
-        if event.lora_name and rest[0] == event.lora_name:
-            del rest[0]
+        items = list(keys) if isinstance(keys, (list, tuple)) else [None]
+        if event.lora_name and items[0] == event.lora_name:
+            del items[0]
+        begin = [key for key in items if is_medium(key, _covered(event))]
+        rest = [key for key in items if key not in begin]
         if at_root and offset == 0 and len(rest) == 1 and isinstance(rest[0], str):
             salt = rest[0]
         elif rest:
-            return offset, salt
-    return count, salt
+            return Indexable(offset, salt, media)
+        media += sorted((offset * event.block_size + at, name) for name, at in begin if 0 <= at < event.block_size)
+    return Indexable(count, salt, media)
+
+
+def media_ahead(event: BlockStored) -> Iterator[tuple[int, list[Medium]]]:
+    """The media that begin among the tokens after a block on which it depends as well, counted from its end.
+
+    Yields the block's position in the event, and those media.
+    """
+    if event.lookahead and isinstance(event.extra_keys, list):
+        size, covered = event.block_size, _covered(event)
+        for position, keys in enumerate(event.extra_keys):
+            found = [key for key in keys if is_medium(key, covered)] if isinstance(keys, (list, tuple)) else []
+            media = sorted((at - size, name) for name, at in found if at >= size)
+            if media:
+                yield position, media
+
+
+def _covered(event: BlockStored) -> int:
+    """Tokens from a block's beginning on which it depends."""
+    return event.block_size + (len(event.lookahead[0]) if event.lookahead else 0)
+
+
+def is_medium(key: object, tokens: int) -> TypeGuard[tuple[str, int]]:
+    """Whether an extra key names a medium, and where it begins: among so many tokens or, if negative, before them."""
+    if not isinstance(key, (list, tuple)) or len(key) != 2:
+        return False
+    name, start = key
+    return isinstance(name, str) and type(start) is int and start < tokens
+
+
+def keys_of_whole(pieces: Sequence[object], size: int, adapter: str | None) -> list[Any] | None:
+    """The extra keys of a block made of `pieces` of `size` tokens, from theirs."""
+    whole: list[Any] = []
+    for number, keys in enumerate(pieces):
+        for key in keys if isinstance(keys, (list, tuple)) else [keys] * (keys is not None):
+            if is_medium(key, 2 * size):
+                # Not what began in an earlier piece, nor what the next one has too.
+                if (key[1] >= 0 or not number) and (key[1] < size or number == len(pieces) - 1):
+                    whole.append((key[0], key[1] + number * size))
+            elif not number or key != adapter:
+                whole.append(key)
+    return whole or None
 
 
 def is_bare(event: BlockStored) -> bool:

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.outline import Outline
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
@@ -105,6 +106,8 @@ class Tokens:
     ids: TokenIds
     complete: bool = True
     """False when `ids` cover only the text before the first image, audio or video."""
+    outline: Outline | None = None
+    """What is known of the whole prompt where `ids` are only a part."""
     hashes: SharedHashes | None = None
     """Hashes of the first blocks, known from earlier prompts that began with the same ids, without a cache salt. Code
     that hashes further blocks extends this list in place, so later prompts reuse them. None if there is no cache."""

@@ -205,6 +205,9 @@ class Lru(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()

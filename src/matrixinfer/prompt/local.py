@@ -24,8 +24,9 @@ from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 from matrixinfer.prompt.dialect import Dialect
-from matrixinfer.prompt.multimodal import before_media
+from matrixinfer.prompt.multimodal import before_media, with_media
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
+from matrixinfer.prompt.outline import Outline, contents_of
 from matrixinfer.prompt.segments import Cutter, cutter_of
 from matrixinfer.prompt.sglang import sglang_chat, without_wrappers
 from matrixinfer.prompt.template_traits import TemplateTraits, adapt, probe
@@ -166,10 +167,13 @@ class LocalTokenizer:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
         start = self._clock()
         ids, hashes = self._encode(text, before=special, after=special and complete)
+        outline = None if complete or prompt.chat is None else self._outline(prompt.chat, dialect, special=special)
         if continued:
             ids = np.concatenate((ids, self._continued(continued)))
         timings["tokenize"] = (self._clock() - start) * 1e3
-        return Tokens(ids=ids, complete=complete, hashes=None if continued else hashes, timings_ms=timings)
+        return Tokens(
+            ids=ids, complete=complete, outline=outline, hashes=None if continued else hashes, timings_ms=timings
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """The token ids of `text`, shape (n,), optionally with the special tokens around it. Raises `TokenizeError`."""
@@ -193,6 +197,20 @@ class LocalTokenizer:
         template, chat = self._template(chat), self._adapted(chat)
         text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
         return self._cache.cutter.settled(text)
+
+    def _outline(self, chat: Chat, dialect: Dialect, *, special: bool) -> Outline | None:
+        """The whole chat with its placeholders; None where it is not known which those are, or what the media are."""
+        contents = None if dialect.is_sglang else contents_of(chat)
+        if contents is None:
+            return None
+        template, chat = self._template(chat), self._adapted(chat)
+        if not template.takes_parts(dialect):
+            return None
+        try:
+            text = with_media(chat, partial(_rendered, template, chat))
+        except TokenizeError:
+            return None
+        return Outline(ids=self._encode(text, before=special, after=special)[0], contents=contents)
 
     def template_of(self, chat: Chat) -> ChatTemplate:
         """The template that renders `chat`. Raises `TokenizeError`."""

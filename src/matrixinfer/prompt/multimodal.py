@@ -53,6 +53,12 @@ def before_media(chat: Chat, write: _Write, *, parts: bool) -> str:
     return _common(_before_mark(write(shaped(marked))), real)
 
 
+def with_media(chat: Chat, write: _Write) -> str:
+    """The whole chat as a template that takes parts writes it, with its own placeholders. Raises `TokenizeError`."""
+    marked = [_marked(message) for message in chat.messages]
+    return write(_with_media(chat.messages, engine_messages(marked, parts=True, in_schema_order=chat.in_schema_order)))
+
+
 def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with marks in place of media."""
     if not has_media([message]):

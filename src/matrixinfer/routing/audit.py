@@ -21,6 +21,7 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.drift import Drift
 from matrixinfer.trust.drop import Drops
+from matrixinfer.trust.media import MediaNames, Watched
 from matrixinfer.trust.parity import Comparison, Parity
 from matrixinfer.trust.prediction import Prediction, Unwatched
 from matrixinfer.trust.sampling import Present, Sampling
@@ -36,7 +37,7 @@ class Audit:
     decision.
     """
 
-    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_present", "_reported", "_sampling")
+    __slots__ = ("_comparison", "_late", "_learn", "_prediction", "_present", "_reported", "_sampling", "_watched")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Audit:
         *,
         learn: Callable[[int], None],
         late: LateAudit | None = None,
+        watched: tuple[MediaNames, Watched] | None = None,
     ) -> None:
         self._comparison = comparison
         self._prediction = prediction
@@ -54,6 +56,7 @@ class Audit:
         self._present = present
         self._learn = learn
         self._late = late
+        self._watched = watched
         self._reported: tuple[str, int] | None = None
 
     def learned(self, prepared: Prepared, here: Candidate | None) -> bool:
@@ -86,6 +89,8 @@ class Audit:
         """The answer of `endpoint` reports the prompt's tokens, and how many of them were cached if it says so."""
         self._learn(prompt_tokens)
         self._reported = endpoint, prompt_tokens
+        if self._watched is not None:
+            self._watched[1].reported(prompt_tokens, cached_tokens)
         if self._comparison is not None:
             self._comparison.counted(endpoint, prompt_tokens)
         if self._prediction is not None:
@@ -101,6 +106,9 @@ class Audit:
 
     def _end(self, *, computed: bool) -> None:
         self._predict_no_more()
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            watched[0].close(watched[1])
         prediction, self._prediction = self._prediction, None
         present, self._present = self._present, None
         try:
@@ -151,7 +159,9 @@ class Auditor:
         lookup: Lookup,
         blocks: TokenBlockProcessor,
         sizer: Sizer,
+        media: MediaNames | None = None,
     ) -> None:
+        self._media = media
         self._feeds = feeds
         self._sizer = sizer
         self._parity = parity
@@ -173,7 +183,8 @@ class Auditor:
                 present = sampling.enter(feed, _model_at(feed, prepared), prepared.ids)
             late = None if prepared.late is None else LateAudit(self, feed)
             comparison = self._watched(prepared, chosen, feed, present)
-            return Audit(comparison, prediction, sampling, present, learn=learn, late=late)
+            watched = self._media_watched(prepared, chosen, feed)
+            return Audit(comparison, prediction, sampling, present, learn=learn, late=late, watched=watched)
         except BaseException:
             if present is not None:
                 sampling.leave(present)
@@ -185,6 +196,8 @@ class Auditor:
         """An endpoint has gone."""
         self._drift.forget(endpoint)
         self._drops.forget(endpoint)
+        if self._media is not None:
+            self._media.forget(endpoint)
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
@@ -209,6 +222,18 @@ class Auditor:
             if witness is not None:
                 comparison.watch(chosen.name, feed, witness, present)
         return comparison
+
+    def _media_watched(
+        self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None
+    ) -> tuple[MediaNames, Watched] | None:
+        """Learn from the endpoint's events what it makes of the prompt's media."""
+        if prepared.outline is None or self._media is None or feed is None or feed.state not in _PREDICTS:
+            return None
+        model, salt = _model_at(feed, prepared), prepared.prompt.cache_salt
+        if model != prepared.request.model or (salt and feed.ledger.hides_salts):
+            return None
+        watched = self._media.watch(chosen.name, feed.ledger, model, salt, prepared.outline)
+        return None if watched is None else (self._media, watched)
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
         """A witness of the blocks that the prompt brings to `chosen`; None when those cannot be distinguished from others."""

@@ -11,14 +11,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
+from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
+from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
+from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
 
 
@@ -61,6 +63,8 @@ class Prepared:
     """What the decision has to do without, and why in words."""
     timings_ms: Mapping[str, float]
     """Milliseconds of each step."""
+    outline: Outline | None = None
+    """The prompt's outline, where what the engine makes of its media is still to be learnt."""
     late: TokensLate | None = None
     """Passes on the token ids that were not there in time."""
 
@@ -86,6 +90,7 @@ class Preparer:
         parity: Parity,
         sizer: Sizer,
         *,
+        media: MediaNames | None = None,
         max_prefix_tokens: int,
         find_model: Callable[[str], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -96,6 +101,7 @@ class Preparer:
         self._lookup = lookup
         self._parity = parity
         self._sizer = sizer
+        self._media = media
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
         self._find_model = find_model
         self._clock = clock
@@ -114,11 +120,12 @@ class Preparer:
         late: TokensLate | None = None
         if isinstance(tokenized, TokensLate):
             late, tokenized = tokenized, None
+        tokenized, outline, media = self._with_media(prompt, model, body, tokenized)
         sizing = await self._size(prompt, model, tokenized, steps)
         chain: Sequence[int] = ()
         matches: Matches | None = None
         if tokenized is not None:
-            chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps)
+            chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps, media)
         ids = None if tokenized is None else tokenized.tokens.ids
         return Prepared(
             prompt=prompt,
@@ -145,6 +152,7 @@ class Preparer:
             sizing=sizing,
             degraded=steps.degraded,
             timings_ms=steps.timings_ms,
+            outline=outline,
             late=late,
         )
 
@@ -206,12 +214,13 @@ class Preparer:
         pods: Sequence[Pod],
         tokenized: Tokenized,
         steps: _Steps,
+        media: Sequence[Medium] = (),
     ) -> tuple[BlockChain, Matches | None]:
-        """The block hashes of a tokenized prompt, and their matches."""
+        """The block hashes of a tokenized prompt with these media, and their matches."""
         steps.timings_ms.update(tokenized.tokens.timings_ms)
         self._note_limits(tokenized, configured, prompt.request_class, steps)
         with steps.step("match"):
-            chain = self._chain(prompt, tokenized.tokens)
+            chain = self._chain(prompt, tokenized.tokens, media)
             return chain, await self._match(prompt, model, pods, chain, steps)
 
     async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
@@ -230,10 +239,26 @@ class Preparer:
                 f"token ids of {request_class} requests have differed from the engine's; only recent blocks count"
             )
 
-    def _chain(self, prompt: Prompt, tokens: Tokens) -> BlockChain:
+    def _with_media(
+        self, prompt: Prompt, model: str, body: bytes, tokenized: Tokenized | None
+    ) -> tuple[Tokenized | None, Outline | None, Sequence[Medium]]:
+        """The whole token ids of a prompt with media and these, where all are known; else its outline, if it has one."""
+        outline = None if tokenized is None or tokenized.tokens.complete else tokenized.tokens.outline
+        if tokenized is None or outline is None or self._media is None or media_kwargs(body):
+            return tokenized, None, ()
+        if prompt.keep_first is not None or prompt.keep_last is not None:
+            return tokenized, None, ()
+        whole = self._media.expand(model, outline)
+        if whole is None:
+            return tokenized, outline, ()
+        tokens = replace(tokenized.tokens, ids=whole[0], complete=True, hashes=None)
+        return replace(tokenized, tokens=tokens), None, whole[1]
+
+    def _chain(self, prompt: Prompt, tokens: Tokens, media: Sequence[Medium]) -> BlockChain:
         return self._blocks.chain(
             tokens.ids,
             salt=prompt.cache_salt,
+            media=media,
             max_blocks=self._max_blocks,
             hashes=None if prompt.cache_salt else tokens.hashes,
         )

@@ -16,7 +16,7 @@ from matrixinfer.feedtools.facts import (
     SHARED_PAGES,
     STORE_ONLY,
 )
-from matrixinfer.kvevents.limits import MISFITS, SPARSE_WINDOWS, UNLINKED
+from matrixinfer.kvevents.limits import DROPPED_WINDOWS, MISFITS, SPARSE_WINDOWS, UNLINKED
 from tests.unit.kvevents.support import CLEARED, frame, removed, stored
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
@@ -99,11 +99,11 @@ def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(n
 @pytest.mark.parametrize(
     ("name", "compared", "reasons"),
     [
-        ("eagle-full16-swa32-first100", 100, set()),
         ("eagle-mla-mtp-bs64-first250", 250, set()),
         ("hybrid-full-chunked-bs16-first250", 250, set()),
         ("hybrid-full32-swa16-first200", 200, set()),
         ("hybrid-mla-swamla-bs64-first250", 250, set()),
+        ("media-full-bs16", 120, set()),
         ("mla-bs64-first250", 250, set()),
         ("sglang-eagle-p64", 400, set()),
         ("sglang-hicache-wb-p1-first200", 200, set()),
@@ -112,6 +112,8 @@ def test_predictions_hold_whether_or_not_token_blocks_and_engine_blocks_divide(n
         ("v033-eagle-lookahead1-full-swa-bs16-first250", 250, set()),
         ("v033-eagle-lookahead1-full32-swa16-first100", 100, set()),
         ("v033-hybrid-full-mamba-bs64-first250", 250, set()),
+        ("v033-media-lookahead1-full-swa-bs16", 120, set()),
+        ("eagle-full16-swa32-first100", 1, {DROPPED_WINDOWS}),
         ("hybrid-full-mamba-unit16-bs64-first120", 0, {FINE_HITS}),
         ("sglang-extrakey-p16-first250", 136, {EXTRA_KEY, EXTRA_KEY_SHARED}),
         ("sglang-swa-p1-first150", 39, {COMPONENTS}),

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import Medium, TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import EngineHash, decode
@@ -103,13 +103,16 @@ class Follower:
         assert batch.unreadable == 0
         self.ledger.apply(*batch.events)
 
-    def held(self, tokens: Sequence[int], *, model: str = MODEL, salt: str | None = None) -> int:
+    def held(
+        self, tokens: Sequence[int], *, model: str = MODEL, salt: str | None = None, media: Sequence[Medium] = ()
+    ) -> int:
         """Tokens of a prompt that the index says the pod holds."""
-        return self.index.count(model, self.blocks.chain(tokens, salt=salt)).get(POD, 0) * self.blocks.block_size
+        chain = self.blocks.chain(tokens, salt=salt, media=media)
+        return self.index.count(model, chain).get(POD, 0) * self.blocks.block_size
 
-    def hit(self, tokens: Sequence[int], engine_block: int) -> int:
+    def hit(self, tokens: Sequence[int], engine_block: int, *, media: Sequence[Medium] = ()) -> int:
         """Tokens of a prompt that an engine with blocks of `engine_block` tokens has, according to the index."""
-        chain = self.blocks.chain(tokens)
+        chain = self.blocks.chain(tokens, media=media)
         blocks = self.index.count(MODEL, chain).get(POD, 0)
         tail = chain.tail(blocks, engine_block)
         more = tail[0] if tail and self.index.count(MODEL, tail[1:]) else 0

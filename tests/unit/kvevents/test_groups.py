@@ -158,3 +158,16 @@ def test_blocks_stored_last_first_are_counted_in_linear_time(kind: Kind) -> None
     assert group.holds(blocks - 1, blocks * BLOCK)
     list(group.remove([5]))
     assert not group.holds(blocks - 1, blocks * BLOCK) or kind is Kind.SLIDING
+
+
+def test_a_block_is_counted_again_when_one_before_it_is_linked_late() -> None:
+    known: dict[tuple[int, int], int] = {}
+    group = Group(Kind.SLIDING, BLOCK, 4 * BLOCK, lambda block, tokens: known.get((block, tokens)))
+    for block in (1, 2, 3):
+        list(group.add([block], None, linked=False))
+    known[3, BLOCK] = 2
+    list(group.known(3))
+    assert not group.holds(3, 3 * BLOCK)
+    known[2, BLOCK] = 1  # shown by what ends with block 3, so that alone is looked at again
+    assert 3 in list(group.known(3))
+    assert group.holds(3, 3 * BLOCK)

@@ -216,19 +216,60 @@ def test_an_adapter_without_a_name_is_not_indexed(same: Follower) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [[["image", 3]], ["salt", "digest"], [["image", 3], "salt"], [b"embedding"], [7], "text", 7]
+    "keys", [[["image", 4]], ["salt", "digest"], [["image", 3], 7], [["image", 1.5]], [b"embedding"], [7], "text", 7]
 )
 def test_any_other_extra_key_ends_the_chain_at_the_root(same: Follower, keys: object) -> None:
     same.apply(stored([11, 12], PROMPT[:8], extra_keys=[keys, None]))
     assert (same.total, same.ledger.stats.ended) == (0, 2)
 
 
-@pytest.mark.parametrize("keys", [[["image", 3]], ["a string beyond the root is no salt"]])
+@pytest.mark.parametrize("keys", [[["image", 4]], ["a string beyond the root is no salt"]])
 def test_an_extra_key_further_on_ends_the_chain_there(same: Follower, keys: object) -> None:
     same.apply(stored([11, 12, 13], PROMPT[:12], extra_keys=[None, keys, None]))
     same.apply(stored([14], PROMPT[12:16], parent=13), stored([15], PROMPT[4:8], parent=11, extra_keys=[keys]))
     assert (same.held(PROMPT), same.total) == (4, 1)
     assert (same.ledger.stats.ended, same.ledger.stats.orphans, len(same.ledger)) == (4, 0, 5)
+
+
+MEDIA_KEYS = [None, [["cat", 2]], [["cat", -2], ["dog", 3]], [["dog", -1]]]
+MEDIA = [(6, "cat"), (11, "dog")]
+
+
+def test_media_are_part_of_what_a_block_depends_on(same: Follower) -> None:
+    same.apply(stored([11, 12, 13, 14], PROMPT[:16], extra_keys=MEDIA_KEYS))
+    assert same.held(PROMPT, media=MEDIA) == 16
+    assert same.held(PROMPT) == 4
+    assert same.held(PROMPT, media=[(6, "cat"), (11, "cow")]) == 8
+    assert same.held(PROMPT, media=[(5, "cat"), (11, "dog")]) == 4
+    assert same.held(PROMPT, media=MEDIA[:1]) == 8
+
+
+def test_media_salts_and_adapters_go_together(same: Follower) -> None:
+    keys = [["poet", ["cat", 1], "tenant"], ["poet", ["cat", -3], ["dog", 0]]]
+    same.apply(stored([11, 12], PROMPT[:8], lora_id=1, lora_name="poet", extra_keys=keys))
+    media = [(1, "cat"), (4, "dog")]
+    assert same.held(PROMPT, model="poet", salt="tenant", media=media) == 8
+    assert same.held(PROMPT, model="poet", media=media) == 0
+    assert same.held(PROMPT, model="poet", salt="tenant") == 0
+    assert same.held(PROMPT, salt="tenant", media=media) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_media_count_where_they_begin_whatever_the_size_of_token_blocks(size: int) -> None:
+    follower = Follower(TokenBlockProcessor(size))
+    follower.apply(stored([11, 12], PROMPT[:8], extra_keys=MEDIA_KEYS[:2]))
+    follower.apply(stored([13, 14], PROMPT[8:16], parent=12, extra_keys=MEDIA_KEYS[2:]))
+    assert follower.hit(PROMPT, 4, media=MEDIA) == 16
+    assert follower.hit(PROMPT, 4, media=[(7, "cat"), (11, "dog")]) == 4
+    follower.apply(removed([14, 13]), stored([15], PROMPT[8:12], parent=12, extra_keys=[[["cat", -2]]]))
+    assert follower.hit(PROMPT, 4, media=MEDIA) == 8
+    assert follower.hit(PROMPT, 4, media=MEDIA[:1]) == 12
+
+
+def test_media_in_off_loaded_blocks_count(same: Follower) -> None:
+    same.apply(stored([11, 12, 13], PROMPT[:12], extra_keys=MEDIA_KEYS[:3]))
+    same.apply(stored([11, 12, 13], [], medium="CPU", block_size=0), removed([13, 12, 11]))
+    assert (same.held(PROMPT, media=MEDIA), same.held(PROMPT)) == (12, 4)
 
 
 def test_blocks_that_are_not_indexed_are_counted_and_removed_like_others(same: Follower) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.blocks import Scheme, TokenBlockProcessor
+from matrixinfer.blocks import BlockChain, Scheme, TokenBlockProcessor
 from matrixinfer.kvevents.counts import UntrustedEvents
 
 from .support import CLEARED, MODEL, Follower, removed, stored
@@ -23,11 +23,14 @@ class Block:
     tokens: tuple[int, ...]
     adapter: str | None
     salt: str | None
-    image: bool
+    image: tuple[str, int] | None
+    """A medium that begins in the block, or did before it."""
+    embeds: bool
 
     @property
     def extra_keys(self) -> list[Any] | None:
-        keys = [self.adapter, ("image", 0) if self.image else None, self.salt if self.parent is None else None]
+        salt = self.salt if self.parent is None else None
+        keys = [self.adapter, self.image, salt, b"digest" if self.embeds else None]
         return [key for key in keys if key is not None] or None
 
 
@@ -138,19 +141,29 @@ class Reference:
         for copies in self.present.values():
             for block in +copies:
                 path = path_to(self.forest, block)
-                if all(copies[above] and not self.forest[above].image for above in path):
+                if all(copies[above] and not self.forest[above].embeds for above in path):
                     root = self.forest[path[0]]
+                    if self.blocks.scheme == "block" and any(self.starts(path)):
+                        continue
                     tokens = [token for above in path for token in self.forest[above].tokens]
+                    chain = self.blocks.chain(tokens, salt=root.salt, media=list(self.starts(path)))
                     names = held.setdefault(root.adapter or MODEL, set())
-                    names.update(self.names(tokens, len(self.forest[block].tokens), root.salt))
+                    names.update(self.names(chain, len(tokens), len(self.forest[block].tokens)))
         return {model: blocks for model, blocks in held.items() if blocks}
 
-    def names(self, tokens: list[int], engine_block: int, salt: str | None) -> Iterator[int]:
+    def starts(self, path: list[int]) -> Iterator[tuple[int, str]]:
+        """The media that begin on a path."""
+        at = 0
+        for each in map(self.forest.__getitem__, path):
+            if each.image is not None and each.image[1] >= 0:
+                yield at + each.image[1], each.image[0]
+            at += len(each.tokens)
+
+    def names(self, chain: BlockChain, tokens: int, engine_block: int) -> Iterator[int]:
         """What the index has of a chain that ends with a block of so many tokens."""
-        chain = self.blocks.chain(tokens, salt=salt)
         yield from chain
         tail = chain.tail(len(chain), engine_block) if chain else None
-        if tail and tail[0] == len(tokens) % self.blocks.block_size:
+        if tail and tail[0] == tokens % self.blocks.block_size:
             yield tail[1]
 
 
@@ -172,8 +185,11 @@ def forests(draw: st.DrawFn) -> Forest:
             adapter, salt = draw(st.sampled_from([(None, None)] * 3 + [("poet", None), (None, "s"), ("poet", "s")]))
         else:
             adapter, salt = forest[parent].adapter, forest[parent].salt
-        image = draw(st.sampled_from([False] * 7 + [True]))
-        forest.append(Block(parent=parent, tokens=tokens, adapter=adapter, salt=salt, image=image))
+        names = st.sampled_from(["cat", "dog"])
+        image = draw(st.one_of(st.none(), st.none(), st.tuples(names, st.integers(-3, len(tokens) - 1))))
+        embeds = draw(st.sampled_from([False] * 9 + [True]))
+        block = Block(parent=parent, tokens=tokens, adapter=adapter, salt=salt, image=image, embeds=embeds)
+        forest.append(block)
     return forest
 
 

@@ -225,8 +225,12 @@ def test_chunked_attention_alone_is_a_limit_until_full_attention_is_seen(engine:
     assert limits_of(engine) == ()
 
 
-@pytest.mark.parametrize(("window_block", "is_limited"), [(4, False), (8, False), (2, True)])
-def test_drops_of_smaller_blocks_than_those_of_full_attention_are_a_limit(window_block: int, is_limited: bool) -> None:
+@pytest.mark.parametrize(
+    ("window_block", "limit"), [(4, ()), (8, (limits.DROPPED_WINDOWS,)), (2, (limits.DROPPED_SIZES,))]
+)
+def test_drops_of_other_blocks_than_those_of_full_attention_are_a_limit(
+    window_block: int, limit: tuple[str, ...]
+) -> None:
     engine = Follower(TokenBlockProcessor(4))
     sliding = {**SLIDING, "group_idx": 1}
     count = 8 // window_block
@@ -234,9 +238,16 @@ def test_drops_of_smaller_blocks_than_those_of_full_attention_are_a_limit(window
     engine.ledger.drop_more()
     assert limits_of(engine) == ()
     engine.ledger.drop_more()
-    assert (limits.DROPPED_SIZES in limits_of(engine)) is is_limited
+    assert limits_of(engine) == limit
     engine.ledger.drop_nothing()
     assert limits_of(engine) == ()
+
+
+def test_a_drop_in_the_windows_alone_is_a_limit(engine: Follower) -> None:
+    engine.apply(stored([1, 2], PROMPT[:8], **FULL), stored([1, 2], PROMPT[:8], **{**SLIDING, "group_idx": 1}))
+    engine.ledger.reusable.drops([1])
+    engine.apply(stored([3], PROMPT[8:12], parent=2, **FULL), stored([9], PROMPT[:4], **{**SLIDING, "group_idx": 2}))
+    assert limits_of(engine)[0] == limits.DROPPED_WINDOWS
 
 
 def test_few_orphans_are_a_late_beginning_and_many_are_a_loss(engine: Follower) -> None:

@@ -33,6 +33,7 @@ from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
 from matrixinfer.trust.drift import Drift
+from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
 
 
@@ -65,6 +66,7 @@ class Parts:
         scheduler = Scheduler(config, Services(clock=clock, rng=random.Random(0)), discover())
         sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=scheduler.reads_bytes)
         self.sizes = sizer.sizes
+        self.media = MediaNames(clock)
         self.outliers = Outliers(OutliersConfig(), clock)
         self.router = Router(
             registry=self.registry,
@@ -75,6 +77,7 @@ class Parts:
                 lookup,
                 self.parity,
                 sizer,
+                media=self.media,
                 max_prefix_tokens=config.max_prefix_tokens,
                 clock=clock,
             ),
@@ -92,7 +95,7 @@ class Parts:
             load=load,
             history=self.history,
             outliers=self.outliers,
-            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer),
+            auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer, self.media),
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,

@@ -78,7 +78,7 @@ class MatchWatch:
 
     def observe(self, model: str, hashes: Sequence[int], found: Mapping[str, int]) -> None:
         """Record a lookup and its answer."""
-        if not isinstance(hashes, BlockChain) or hashes.is_salted or not hashes.tokens:
+        if not isinstance(hashes, BlockChain) or hashes.is_salted or hashes.media or not hashes.tokens:
             return
         state = self._models.get(model)
         if state is None:
