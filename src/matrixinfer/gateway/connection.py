@@ -101,6 +101,8 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head until it is complete."""
+        if self._closing is not None:
+            return  # it was refused
         count, reads_head = self._request_count, self._body.is_eof()
         super().data_received(data)
         if self._request_count != count:

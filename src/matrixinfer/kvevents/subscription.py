@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ParamSpec
@@ -173,10 +173,28 @@ class Subscription:
             self._safely(self.feed.purge)
         self._note_state()
 
-    def _on_frame(self, parts: list[bytes]) -> None:
-        stats = self.feed.stats
+    def _on_frame(self, parts: list[bytes]) -> Iterator[None] | None:
+        """Take a message. What is left to do of it comes back, to be done before the next one is taken."""
         if self.closed:
-            return
+            return None
+        rest = self._after_the_rest(parts) if self.feed.is_unfinished else None
+        if rest is None:
+            self._take(parts)
+            rest = self._rest() if self.feed.is_unfinished else None
+        return rest
+
+    def _rest(self) -> Iterator[None]:
+        """Apply what is left of a long frame, unless nobody wants it any more."""
+        while not self.closed and self._safely(self.feed.go_on):
+            yield
+        self._note_state()
+
+    def _after_the_rest(self, parts: list[bytes]) -> Iterator[None]:
+        yield from self._rest()
+        yield from self._on_frame(parts) or ()
+
+    def _take(self, parts: list[bytes]) -> None:
+        stats = self.feed.stats
         if len(parts) != 3 or len(parts[1]) != 8:
             stats.malformed += 1
             return
@@ -187,7 +205,7 @@ class Subscription:
                 self._log.warning("kv_events_topic_mismatched", expected=self.source.topic, got=got)
             return
         stats.last_frame_at = time.time()
-        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
+        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2], whole=False)
         self._note_state()
 
     def _on_connection(self, parts: list[bytes]) -> None:
@@ -331,16 +349,22 @@ class Subscription:
             for seq, payload in reply.frames:
                 if feed.epoch != epoch:
                     break
-                self._safely(feed.replayed, seq, payload)
-                await self._breathe()
+                self._safely(feed.replayed, seq, payload, whole=False)
+                await self._finish()
             if feed.epoch == epoch:
                 self._safely(feed.replay_ended if reply.whole else feed.replay_broke_off)
         await self._catch_up()
 
     async def _catch_up(self) -> None:
         async with self._shared.applying:
-            while self._safely(self.feed.catch_up):
-                await self._breathe()
+            while self._safely(self.feed.catch_up, whole=False):
+                await self._finish()
+
+    async def _finish(self) -> None:
+        """Apply what is left of a frame, and yield to the event loop."""
+        await self._breathe()
+        while self._safely(self.feed.go_on):
+            await self._breathe()
 
     async def _breathe(self) -> None:
         """Yield to the event loop when the time slice is over."""

@@ -113,7 +113,12 @@ class Preparer:
             prompt = await self._tokenizers.read(path, body)
             if not prompt.names_model:
                 prompt = replace(prompt, model=self._registry.only_model())
-            model, pods = await self._resolve(prompt.model)
+            try:
+                model, pods = self._registry.resolve(prompt.model)
+            except (UnknownModel, NoPodAvailable):
+                if self._find_model is None or not await self._find_model(prompt.model):
+                    raise
+                model, pods = self._registry.resolve(prompt.model)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
@@ -184,15 +189,6 @@ class Preparer:
 
         if prepared.late is not None:
             prepared.late.then(complete)
-
-    async def _resolve(self, model: str) -> tuple[str, Sequence[Pod]]:
-        """As the registry does. Engines are asked again for a model that none of them has reported."""
-        try:
-            return self._registry.resolve(model)
-        except (UnknownModel, NoPodAvailable):
-            if self._find_model is None or not await self._find_model(model):
-                raise
-            return self._registry.resolve(model)
 
     async def _tokenize(
         self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
