@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 import structlog
 import tokenizers
+from msgspec.structs import replace
 
 from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError

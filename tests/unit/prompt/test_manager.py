@@ -5,12 +5,13 @@ import json
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
@@ -353,9 +354,9 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
 async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     threads: list[str] = []
 
-    def noting(path: str, body: bytes) -> Prompt:
+    def noting(path: str, body: bytes, *bounds: Any) -> Prompt:
         threads.append(threading.current_thread().name)
-        return parse(path, body)
+        return parse(path, body, *bounds)
 
     monkeypatch.setattr(prompt_manager, "parse", noting)
     body = json.dumps({"model": "m", "prompt": "x" * size}).encode()
