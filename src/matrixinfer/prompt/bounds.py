@@ -15,7 +15,9 @@ from matrixinfer.errors import TokenizeError
 SMALL_BYTES = 16 * 1024
 """Smaller bodies are decoded without counting: they take two megabytes at most, for the moment in which they are read."""
 LARGE_BYTES = 256 * 1024
-"""Larger bodies are read in a thread, and without the media in them."""
+"""Larger bodies are read in a thread."""
+MEDIA_BYTES = 1024 * 1024
+"""Larger bodies are read without the media in them."""
 _SLICE = 64 * 1024
 """Other threads may run after so many bytes."""
 _COMMA, _BRACE, _BIT = 0x2C, 0x7B, 0x20

@@ -22,13 +22,15 @@ class Abandoned(TokenizeError):
 class Effort:
     """One piece of work, which ends `seconds` after it begins or when `stop` is called. Runs in one thread at a time."""
 
-    __slots__ = ("_clock", "_deadline", "_outer", "_seconds", "_stopped")
+    __slots__ = ("_clock", "_deadline", "_outer", "_seconds", "_stopped", "spent")
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
         self._deadline = 0.0
         self._stopped = False
+        self.spent = 0
+        """What it has used of anything that is counted."""
         self._outer: Token[Effort | None] | None = None
 
     def stop(self) -> None:
@@ -57,3 +59,17 @@ def check() -> None:
     effort = _current.get()
     if effort is not None:
         effort.check()
+
+
+def spend(count: int) -> int:
+    """Count something that the work of this thread uses. Returns how much that was until now."""
+    effort = _current.get()
+    if effort is None:
+        return count
+    effort.spent += count
+    return effort.spent
+
+
+def is_under_way() -> bool:
+    """Whether the work of this thread has a limit."""
+    return _current.get() is not None
