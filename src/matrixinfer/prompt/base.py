@@ -71,9 +71,10 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     cache_salt: str | None
     size: int
     """Size of the request body, in bytes, without the media and the token ids that were not decoded."""
-    prefix: bytes
+    prefix: bytes | memoryview
     """The prompt as the client sent it, for approximate matching without tokens: the JSON of tools and messages, the
-    text in UTF-8, or the JSON of the token ids. Empty when the engine does not compute the prompt."""
+    text in UTF-8, or the JSON of the token ids. Empty when the engine does not compute the prompt. A view into the body
+    where that spares a large copy."""
     prefix_bytes: int = 0
     """Its length, which stays known when the prompt's content is dropped."""
     inexact: str | None = None

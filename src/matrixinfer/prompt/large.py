@@ -132,7 +132,7 @@ def read_large(read: Reader, path: str, body: bytes, bounds: Bounds, claim: Clai
     if ids is not None:
         return replace(prompt, token_ids=None if prompt.token_ids is None else ids.ids, **_prefix(bytes(ids.sent)))
     for name, without in changed.items():
-        prompt = replace(prompt, **_prefix(_restored(prompt.prefix, bytes(without), bytes(getattr(skimmed, name)))))
+        prompt = replace(prompt, **_prefix(_restored(prompt.prefix, bytes(without), getattr(skimmed, name))))
     return prompt
 
 
@@ -214,12 +214,13 @@ def _unread(path: str, body: bytes, skimmed: _Skimmed, why: str) -> Prompt:
     )
 
 
-def _restored(prefix: bytes, without: bytes, sent: bytes) -> bytes:
-    """A prefix that ends with a field, with the field as it was sent."""
-    return prefix.removesuffix(without) + sent if prefix.endswith(without) else sent
+def _restored(prefix: bytes | memoryview, without: bytes, sent: Raw) -> bytes | memoryview:
+    """A prefix that ends with a field, with the field as it was sent; a view into the body if it is nothing else."""
+    before = bytes(prefix).removesuffix(without)
+    return b"".join((before, sent)) if before and len(before) < len(prefix) else memoryview(sent)
 
 
-def _prefix(prefix: bytes) -> dict[str, Any]:
+def _prefix(prefix: bytes | memoryview) -> dict[str, Any]:
     return {"prefix": prefix, "prefix_bytes": len(prefix)}
 
 

@@ -115,7 +115,7 @@ class Preparer:
         matches: Matches | None = None
         if tokenized is not None:
             chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps)
-        prefix = prompt.prefix[:_PREFIX_KEPT]
+        prefix = bytes(prompt.prefix[:_PREFIX_KEPT])
         prompt = prompt.without_content()
         ids = None if tokenized is None else tokenized.tokens.ids
         return Prepared(

@@ -76,7 +76,7 @@ def test_a_large_image_changes_nothing_but_itself(path: str) -> None:
     assert without_values(large_.chat.messages) == without_values(small.chat.messages)
     assert large_.request_class == small.request_class
     assert large_.size < 1000
-    assert DATA.encode() in large_.prefix
+    assert DATA.encode() in bytes(large_.prefix)
     assert large_.prefix_bytes == len(large_.prefix) > len(DATA)
 
 
@@ -86,7 +86,7 @@ def test_the_value_of_a_large_image_is_not_copied() -> None:
     prompt = parse(CHAT, body).without_content()
     peak, now = tracemalloc.get_traced_memory()[1], tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert peak < 2.2 * len(body)  # its bytes are needed once, to recognise the prompt by
+    assert peak < MEGABYTE
     assert now < MEGABYTE
     assert prompt.prefix_bytes > 40 * MEGABYTE
 
@@ -176,7 +176,7 @@ def test_what_would_take_too_much_is_not_decoded(name: str) -> None:
 def test_what_is_left_unread_still_has_its_bytes_and_its_other_fields() -> None:
     prompt = read(CHAT, NARROW, messages=[{"role": "user", "content": "x" * 100_000}], stream=True, cache_salt="s")
     assert prompt.inexact == "the request is larger than 65536 bytes"
-    assert prompt.prefix.startswith(b'[{"role": "user", "content": "xxx')
+    assert bytes(prompt.prefix).startswith(b'[{"role": "user", "content": "xxx')
     assert (prompt.stream, prompt.cache_salt, prompt.counted) == (True, "s", True)
     assert (
         read("/v1/messages/count_tokens", NARROW, messages=[{"role": "user", "content": "x" * 300_000}]).prefix == b""
