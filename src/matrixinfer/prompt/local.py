@@ -24,6 +24,7 @@ from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.effort import Abandoned
 from matrixinfer.prompt.multimodal import before_media
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.segments import Cutter, cutter_of
@@ -232,7 +233,7 @@ class LocalTokenizer:
             return self._cache.encode(
                 text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
             )
-        except encoders.NeedsThread:
+        except (encoders.NeedsThread, Abandoned):
             raise
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error

@@ -18,7 +18,7 @@ _MAX_READING = 256
 _READ_SECONDS = 30.0
 
 
-class Full(Exception):
+class _FullError(Exception):
     """Too many jobs wait already."""
 
 
@@ -39,9 +39,9 @@ class Workers:
         return len(self._jobs)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `work` in a thread. Raises `Full`, and what `work` raises."""
+        """Run `work` in a thread. Raises `_FullError` if there are too many jobs, and what `work` raises."""
         if len(self._jobs) >= self._limit:
-            raise Full
+            raise _FullError
         effort = Effort(self._seconds)
 
         def job() -> T:
@@ -83,14 +83,14 @@ class Lanes:
         try:
             async with asyncio.timeout(_READ_SECONDS):
                 return await self._reading.run(work, *args, **kwargs)
-        except (Full, Abandoned, TimeoutError) as error:
+        except (_FullError, Abandoned, TimeoutError) as error:
             raise Overloaded("Too many large requests are being read. Try again later.") from error
 
     async def tokenize(self, long: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Tokenize a prompt. Raises `TokenizeError` if too many are waiting, and what `work` raises."""
         try:
             return await (self._long if long else self._short).run(work, *args, **kwargs)
-        except Full as error:
+        except _FullError as error:
             raise TokenizeError(f"{self._limit} prompts are already waiting to be tokenized") from error
 
     def close(self) -> None:
