@@ -219,6 +219,7 @@ class Service:
             "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.sampling.__len__,
             "late_prompts": lambda: tokenizers.late,
+            "working_prompts": lambda: tokenizers.working,
         }
         if self._log_stream is not None:
             self.metrics.register(LogCollector(self._log_stream))

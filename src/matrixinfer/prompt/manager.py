@@ -131,6 +131,11 @@ class TokenizerManager:
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
 
     @property
+    def working(self) -> int:
+        """Bodies and prompts in threads, or waiting for one, also those that nobody waits for any more."""
+        return len(self._lanes)
+
+    @property
     def late(self) -> int:
         """Prompts whose token ids are still asked for while nobody waits for them."""
         return len(self._late)

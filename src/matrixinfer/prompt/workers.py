@@ -58,6 +58,8 @@ class Workers:
         except asyncio.CancelledError:
             effort.stop()
             raise
+        finally:
+            del future  # its exception has this frame in its traceback: a cycle, which would keep what was decoded
 
     def close(self) -> None:
         """End all jobs, without waiting for them."""
