@@ -13,9 +13,9 @@ import numpy as np
 from matrixinfer.errors import TokenizeError
 
 SMALL_BYTES = 16 * 1024
-"""Smaller bodies are decoded without counting: they take two megabytes at most, for the moment in which they are read."""
+"""Prompts up to this size count for nothing: they take two megabytes at most."""
 LARGE_BYTES = 256 * 1024
-"""Larger bodies are read in a thread."""
+"""Larger bodies are read in a thread. Others are decoded without counting, and count only while they wait for something."""
 MEDIA_BYTES = 1024 * 1024
 """Larger bodies are read without the media in them."""
 _SLICE = 64 * 1024
@@ -50,13 +50,13 @@ class Bounds:
         """Bytes of JSON that are token ids."""
         return self.max_bytes * _IDS
 
-    def cost(self, body: bytes) -> int:
+    def cost(self, body: bytes | memoryview) -> int:
         """The memory, in bytes, that decoding and rendering the body may take. Raises `TooMuch`."""
         if len(body) > self.max_bytes:
             raise TooMuch(f"the request is larger than {self.max_bytes} bytes")
         return len(body) * _TEXT_COST + self.values(body)
 
-    def values(self, body: bytes) -> int:
+    def values(self, body: bytes | memoryview) -> int:
         """The memory, in bytes, that the values in a body may take. Raises `TooMuch`."""
         cost = 0
         for start in range(0, len(body), _SLICE):

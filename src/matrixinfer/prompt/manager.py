@@ -26,7 +26,7 @@ from matrixinfer.prompt.dialect import Dialect, dialect_of, dialects_of
 from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.memory import Memory
+from matrixinfer.prompt.memory import Held, Memory
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
@@ -156,15 +156,12 @@ class TokenizerManager:
     async def read(self, path: str, body: bytes) -> Prompt:
         """`parse` the body, in a thread if it is large. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
 
-        The prompt holds the memory that its content takes.
+        A large prompt holds the memory that its content takes.
         """
-        if len(body) <= SMALL_BYTES:
+        if len(body) <= LARGE_BYTES:
             return parse(path, body)
         claim = self._memory.hold()
-        if len(body) <= LARGE_BYTES:
-            prompt = parse(path, body, self._bounds, claim.take)
-        else:
-            prompt = await self._lanes.read(parse, path, body, self._bounds, claim.take)
+        prompt = await self._lanes.read(parse, path, body, self._bounds, claim.take)
         return replace(prompt, claim=claim)
 
     async def tokenize(
@@ -255,7 +252,14 @@ class TokenizerManager:
             except Abandoned:
                 self._slow[model] = self._clock() + _SLOW_SECONDS
         is_long = prompt.size > LARGE_BYTES or items > _LONG_ITEMS
-        return await self._lanes.tokenize(is_long, tokenizer.tokenize, prompt, dialect)
+        with self._memory.hold() as held:
+            self._claim(prompt, held)
+            return await self._lanes.tokenize(is_long, tokenizer.tokenize, prompt, dialect)
+
+    def _claim(self, prompt: Prompt, held: Held) -> None:
+        """Take the memory of a prompt that has to wait, if it does not hold that already. Raises `TokenizeError`."""
+        if prompt.size > SMALL_BYTES and prompt.claim is None and not held.take(self._bounds.cost(prompt.prefix)):
+            raise TokenizeError("other requests take the memory that it would need")
 
     def _is_slow(self, model: str) -> bool:
         return bool(self._slow) and self._clock() < self._slow.get(model, 0.0)
@@ -297,7 +301,9 @@ class TokenizerManager:
         if self._remote is None or not engines:
             raise TokenizeError(f"no tokenizer is configured for {model}, and there is no engine to ask")
         start = self._clock()
-        ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
+        with self._memory.hold() as held:
+            self._claim(prompt, held)
+            ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
         took = {"tokenize": (self._clock() - start) * 1e3}
         return Tokenized(tokens=Tokens(ids=ids, timings_ms=took), source="remote")
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, MEDIA_BYTES, SMALL_BYTES, Bounds, TooMuch
+from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
 from matrixinfer.prompt.large import Claim, may_hold_media, read_large
 
 READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
@@ -38,7 +38,7 @@ def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim 
     reader = READERS.get(path)
     if reader is None:
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
-    if len(body) <= SMALL_BYTES:
+    if len(body) <= LARGE_BYTES:
         return reader(path, body)
     if len(body) <= MEDIA_BYTES or not may_hold_media(body):
         try:

@@ -14,7 +14,7 @@ import pytest
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, fields, large, openai, pooling, responses
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, SMALL_BYTES, Bounds
+from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, Bounds
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.requests import READERS, parse
 
@@ -174,7 +174,7 @@ def test_what_would_take_too_much_is_not_decoded(name: str) -> None:
 
 
 def test_what_is_left_unread_still_has_its_bytes_and_its_other_fields() -> None:
-    prompt = read(CHAT, NARROW, messages=[{"role": "user", "content": "x" * 100_000}], stream=True, cache_salt="s")
+    prompt = read(CHAT, NARROW, messages=[{"role": "user", "content": "x" * 300_000}], stream=True, cache_salt="s")
     assert prompt.inexact == "the request is larger than 65536 bytes"
     assert bytes(prompt.prefix).startswith(b'[{"role": "user", "content": "xxx')
     assert (prompt.stream, prompt.cache_salt, prompt.counted) == (True, "s", True)
@@ -194,24 +194,24 @@ def test_invalid_large_bodies_are_refused_as_small_ones_are() -> None:
 
 def test_a_prompt_holds_the_memory_of_what_is_decoded_as_long_as_it_has_it() -> None:
     memory = Memory(64 * MEGABYTE)
-    body = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
+    body = json.dumps({"model": "m", "prompt": "x" * 300_000}).encode()
     claim = memory.hold()
     prompt = msgspec.structs.replace(parse(TEXT, body, DEFAULT_BOUNDS, claim.take), claim=claim)
     del claim
     assert memory.used >= 8 * len(body)
     prompt = prompt.without_content()
     assert memory.used == 0
-    assert (prompt.text, prompt.prefix, prompt.prefix_bytes) == (None, b"", 100_000)
+    assert (prompt.text, prompt.prefix, prompt.prefix_bytes) == (None, b"", 300_000)
 
 
 def test_without_memory_a_prompt_stays_unread() -> None:
-    body = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
+    body = json.dumps({"model": "m", "prompt": "x" * 300_000}).encode()
     prompt = parse(TEXT, body, DEFAULT_BOUNDS, Memory(MEGABYTE // 2).hold().take)
     assert prompt.inexact == "other large requests take the memory that it would need"
 
 
-def test_small_bodies_are_read_without_asking_for_memory() -> None:
-    body = json.dumps({"model": "m", "prompt": "x" * (SMALL_BYTES - 100)}).encode()
+def test_bodies_that_are_not_large_are_read_without_asking_for_memory() -> None:
+    body = json.dumps({"model": "m", "prompt": "x" * (LARGE_BYTES - 100)}).encode()
     assert parse(TEXT, body, DEFAULT_BOUNDS, lambda _: False).text is not None
 
 

@@ -479,6 +479,21 @@ async def test_what_is_decoded_counts_until_it_is_dropped(model: Path) -> None:
         await eventually(lambda: memory.used == 0)  # the thread drops it a little later
 
 
+async def test_a_prompt_that_waits_for_an_engine_counts_meanwhile() -> None:
+    memory, remote = Memory(64 * 1024 * 1024), FakeRemote(None)
+    prompt = text("x" * 200_000)
+    async with manager(None, remote, memory) as tokenizers:
+        asking = asyncio.create_task(tokenizers.tokenize(prompt, model="m", engines=PODS))
+        await eventually(lambda: memory.used >= 8 * 200_000)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert memory.used == 0
+        full = memory.hold()
+        assert full.take(memory.largest)
+        with pytest.raises(TokenizeError, match="other requests take the memory"):
+            await tokenizers.tokenize(prompt, model="m", engines=PODS)
+
+
 async def test_what_was_decoded_of_an_invalid_body_does_not_wait_for_the_garbage_collector() -> None:
     memory = Memory(64 * 1024 * 1024)
     body = json.dumps({"model": "m", "truncate_prompt_tokens": "x", "prompt": "x" * 400_000}).encode()
