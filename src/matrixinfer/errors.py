@@ -34,6 +34,8 @@ MatrixInferError
 │   └── ScriptsRefused         index.redis.store: the server does not run scripts for this user
 ├── TokenizeError
 │   ├── NeedsThread            prompt.encoders: the text must be encoded in a thread
+│   ├── Abandoned              prompt.effort: the work took too long, or nobody waits for it
+│   ├── TooMuch                prompt.bounds: the request has too much in it to be decoded
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
 ├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
@@ -45,6 +47,9 @@ MatrixInferError
 
 zmq.ZMQError
 └── Unresolved               kvevents.connect: the host name of an endpoint cannot be resolved; handled as any ZMQError
+
+jinja2.SecurityError
+└── TooLong                  prompt.template_limits: a chat template makes something that is too large
 
 Exceptions with a leading underscore never leave their module and are not listed.
 """

@@ -27,6 +27,7 @@ from matrixinfer.config import (
     RetriesConfig,
 )
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
@@ -36,9 +37,11 @@ from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import upstream
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
@@ -246,11 +249,12 @@ async def rig(
             draining,
         )
         status = Status(registry, metrics, draining).routes()
-        api = Api(cast("Router", router), proxy, metrics, limits).routes()
+        bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))
+        api = Api(cast("Router", router), proxy, metrics, bodies).routes()
         models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
         outliers = Outliers(OutliersConfig(), time.monotonic)
-        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
+        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, bodies).routes()
         gateway = await stack.enter_async_context(
             Gateway(
                 config,

@@ -23,6 +23,9 @@ from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
 
+_PREFIX_KEPT = 64 * 1024
+"""Bytes of a prompt that are kept for plugins until its answer ends."""
+
 
 class Degraded(Enum):
     """What a decision has to do without. The values are labels of `matrixinfer_degraded_total`."""
@@ -131,6 +134,8 @@ class Preparer:
         matches: Matches | None = None
         if tokenized is not None:
             chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps, media)
+        prefix = bytes(prompt.prefix[:_PREFIX_KEPT])
+        prompt = prompt.without_content()
         ids = None if tokenized is None else tokenized.tokens.ids
         return Prepared(
             prompt=prompt,
@@ -141,7 +146,7 @@ class Preparer:
                 prompt_tokens=None if ids is None else len(ids),
                 block_size=self._blocks.block_size,
                 chain=chain,
-                prefix=prompt.prefix,
+                prefix=prefix,
                 session=session,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,

@@ -19,6 +19,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
 from matrixinfer.prompt import openai, requests
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.bounds import Bounds
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim import api
 from matrixinfer.sim.config import SimEngineConfig
@@ -34,6 +35,7 @@ _VERSION = "0.32.0"
 _LOOKAHEAD_VERSION = "0.33.0"
 """The first that has lookahead tokens."""
 _MAX_BODY_BYTES = 64 * 1024 * 1024
+_BOUNDS = Bounds(max_bytes=_MAX_BODY_BYTES, max_items=_MAX_BODY_BYTES)
 RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -85,7 +87,7 @@ class EngineHandlers:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         received_at = time.monotonic()
         body = await request.read()
-        prompt = requests.parse(request.path, body)
+        prompt = requests.parse(request.path, body, _BOUNDS)
         options = api.decode(body, api.GenerateOptions)
         if options.n not in (None, 1):
             raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
