@@ -22,6 +22,7 @@ from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
@@ -76,12 +77,14 @@ class Engines:
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
+        self._clock = clock
         if dry_run is not None:
             dry_run.redis_name = self.registry.name_in_redis
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            self._metrics.register(await stack.enter_async_context(LoopWatch(self._clock)))
             self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
