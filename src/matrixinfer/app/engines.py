@@ -84,7 +84,6 @@ class Engines:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._metrics.register(await stack.enter_async_context(LoopWatch(self._clock)))
             self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
@@ -136,7 +135,8 @@ class Engines:
             on_told=follower.answered,
         )
         self._watcher = watcher
-        async with watcher:
+        async with watcher, LoopWatch(self._clock) as loop_watch:
+            self._metrics.register(loop_watch)
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered

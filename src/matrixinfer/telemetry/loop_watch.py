@@ -35,6 +35,10 @@ class Pauses:
             self._longest.append((at, seconds))
         self._expire(now)
 
+    def __len__(self) -> int:
+        """Pauses that are kept."""
+        return len(self._longest)
+
     def longest(self, now: float) -> float:
         """Seconds; 0 without any."""
         self._expire(now)
@@ -57,7 +61,7 @@ class LoopWatch(Collector):
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._wait()
+        self._wait(self._loop)
         return self
 
     async def __aexit__(
@@ -77,12 +81,11 @@ class LoopWatch(Collector):
         tasks = 0 if self._loop is None else len(asyncio.all_tasks(self._loop))
         yield GaugeMetricFamily("matrixinfer_loop_tasks", "Tasks of the event loop.", value=tasks)
 
-    def _wait(self) -> None:
-        assert self._loop is not None
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         self._due = self._clock() + _TICK_SECONDS
-        self._timer = self._loop.call_later(_TICK_SECONDS, self._tick)
+        self._timer = loop.call_later(_TICK_SECONDS, self._tick, loop)
 
-    def _tick(self) -> None:
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = self._clock()
         self._pauses.add(now, max(0.0, now - self._due))
-        self._wait()
+        self._wait(loop)
