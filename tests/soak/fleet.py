@@ -151,18 +151,18 @@ class Fleet:
     async def _ail_store(self, store: Server) -> None:
         self.store_fault = self.random.choice(STORE_FAULTS)
         self.struck[self.store_fault] += 1
-        await asyncio.to_thread(store.kill if self.store_fault == "redis kill" else store.freeze)
+        (store.kill if self.store_fault == "redis kill" else store.freeze)()
         await asyncio.sleep(self.random.uniform(0.5, LONGEST_SECONDS))
-        await self._mend_store(store)
+        self._mend_store(store)
 
-    async def _mend_store(self, store: Server) -> None:
-        await asyncio.to_thread(store.start if self.store_fault == "redis kill" else store.thaw)
+    def _mend_store(self, store: Server) -> None:
+        (store.start if self.store_fault == "redis kill" else store.thaw)()
         self.store_fault = None
 
     async def heal(self) -> None:
         """Everything is well again, and every gateway uses every pod."""
         if self.store is not None and self.store_fault is not None:
-            await self._mend_store(self.store)
+            self._mend_store(self.store)
         for pod in self.pods:
             if pod.fault is not None:
                 await self._mend(pod)

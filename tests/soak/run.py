@@ -86,7 +86,7 @@ async def _load(there: Fleet, clients: int, tally: Tally, numbers: count[int], s
 
 async def _watch(there: Fleet, result: Result, tally: Tally, progress: Callable[[str], None]) -> None:
     """Ask the gateways how they are, all the time; say now and then how it goes."""
-    began, said = time.monotonic(), 0.0
+    began, said, shown = time.monotonic(), 0.0, 0
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         for number, gateway in enumerate(there.gateways):
@@ -97,6 +97,9 @@ async def _watch(there: Fleet, result: Result, tally: Tally, progress: Callable[
             result.health_seconds = max(result.health_seconds, time.monotonic() - asked)
             await _metrics(there, gateway, result, number)
         elapsed = time.monotonic() - began
+        for wrong in tally.wrong[shown:]:
+            progress(f"{elapsed:4.0f} s  WRONG: {wrong}")
+        shown = len(tally.wrong)
         if elapsed - said >= 5 * WATCH_SECONDS:
             said = elapsed
             pids = [gateway.process.pid for gateway in there.gateways]

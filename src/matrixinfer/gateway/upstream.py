@@ -8,6 +8,7 @@ engine, so whoever sends it to another pod must know: `AttemptFailed.was_sent`.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from yarl import URL
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import MatrixInferError, Overloaded
+from matrixinfer.gateway.resolver import Resolver
 from matrixinfer.gateway.session import IDLE_SECONDS, client_options
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -54,8 +56,8 @@ class _Connector(aiohttp.TCPConnector):
     The library's tracing says the same, for ten times the cost of a request.
     """
 
-    def __init__(self) -> None:
-        super().__init__(limit=0, keepalive_timeout=IDLE_SECONDS)
+    def __init__(self, resolver: Resolver) -> None:
+        super().__init__(limit=0, keepalive_timeout=IDLE_SECONDS, resolver=resolver)
         self._served: WeakSet[object] = WeakSet()
 
     async def connect(
@@ -78,10 +80,14 @@ class _Connector(aiohttp.TCPConnector):
 class Upstream:
     """Sends requests to pods, on connections that are kept (`pooled`) or that serve one request (`fresh`)."""
 
-    def __init__(self, pooled: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics) -> None:
+    def __init__(
+        self, pooled: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics, seconds: float
+    ) -> None:
+        """An answer's headers must come within `seconds`."""
         self._pooled = pooled
         self._fresh = fresh
         self._metrics = metrics
+        self._seconds = seconds
 
     async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
         """The answer, whose headers have come. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
@@ -106,10 +112,12 @@ class Upstream:
     ) -> aiohttp.ClientResponse:
         payload = body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
         try:
-            answer = await session.post(url, data=payload, headers=headers, allow_redirects=False)
+            # The library measures silence only once the whole body is sent, and a pod may never read it.
+            async with asyncio.timeout(self._seconds):
+                answer = await session.post(url, data=payload, headers=headers, allow_redirects=False)
         except aiohttp.ConnectionTimeoutError as error:
             raise AttemptFailed("connect_timeout", was_sent=False) from error
-        except aiohttp.ServerTimeoutError as error:
+        except TimeoutError as error:
             raise AttemptFailed("timeout", was_sent=True) from error
         except aiohttp.InvalidURL:
             raise  # our fault; it says nothing about the pod
@@ -130,10 +138,10 @@ class Upstream:
 @asynccontextmanager
 async def upstream(limits: LimitsConfig, metrics: Metrics) -> AsyncIterator[Upstream]:
     """Open the connections to the pods. Their number is not limited: the scheduler limits what is in flight."""
+    resolver, options = Resolver(), client_options(limits)
+    once = aiohttp.TCPConnector(limit=0, force_close=True, resolver=resolver)
     async with (
-        aiohttp.ClientSession(connector=_Connector(), **client_options(limits)) as pooled,
-        aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True), **client_options(limits)
-        ) as fresh,
+        aiohttp.ClientSession(connector=_Connector(resolver), **options) as pooled,
+        aiohttp.ClientSession(connector=once, **options) as fresh,
     ):
-        yield Upstream(pooled, fresh, metrics)
+        yield Upstream(pooled, fresh, metrics, limits.first_byte_timeout_seconds)
