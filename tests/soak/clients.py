@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import random
 import socket
@@ -153,7 +154,9 @@ class Client:
     async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
         """The whole answer, which must be one to this request."""
         identity = f"soak-{next(self._numbers)}"
-        async with self._session.post(self._url + path, json=body, headers={"x-request-id": identity}) as response:
+        headers = {"Content-Type": "application/json", "x-request-id": identity}
+        data = io.BytesIO(json.dumps(body).encode())
+        async with self._session.post(self._url + path, data=data, headers=headers) as response:
             answer = await response.read()
             if response.headers.get("x-request-id") != identity:
                 raise Wrong(f"request {identity} got the answer to {response.headers.get('x-request-id')}")
