@@ -27,6 +27,7 @@ listen: 127.0.0.1:{port}
 admin: 127.0.0.1:{admin}
 podWatch: {{scrapeIntervalSeconds: 0.25, scrapeTimeoutSeconds: 0.5}}
 outliers: {{ejectSeconds: {eject}, maxEjectSeconds: {longest}}}
+drain: {{delaySeconds: {delay}}}
 pods:
 {pods}
 """
@@ -60,6 +61,8 @@ class World:
     gateway: str
     admin: str
     session: aiohttp.ClientSession
+    process: subprocess.Popen[bytes]
+    """The gateway's."""
     engines: list[subprocess.Popen[bytes]] = field(default_factory=list)
     numbers: count[int] = field(default_factory=count)
 
@@ -181,20 +184,20 @@ def gateway_process(config: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @asynccontextmanager
 async def fault_world(
-    folder: Path, *, engines: int = 3, ranks: int = 1, eject: float = 0.5, longest: float = 1.0
+    folder: Path, *, engines: int = 3, ranks: int = 1, eject: float = 0.5, longest: float = 1.0, delay: float = 0.0
 ) -> AsyncIterator[World]:
-    """Everything at work. Ejections last from `eject` to `longest` seconds."""
+    """Everything at work. Ejections last from `eject` to `longest` seconds, the delay of a drain `delay` seconds."""
     ports, port, admin = [free_port() for _ in range(engines)], free_port(), free_port()
     events = "" if ranks > 1 else ", kvEvents: none"
     pods = "\n".join(f"- {{name: e{i}, url: 'http://127.0.0.1:{port}'{events}}}" for i, port in enumerate(ports))
     config = folder / "gateway.yaml"
-    config.write_text(CONFIG.format(port=port, admin=admin, pods=pods, eject=eject, longest=longest))
+    config.write_text(CONFIG.format(port=port, admin=admin, pods=pods, eject=eject, longest=longest, delay=delay))
     async with AsyncExitStack() as stack:
-        stack.enter_context(gateway_process(config))
+        process = stack.enter_context(gateway_process(config))
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         await stack.enter_async_context(session)
-        made = World(ports, ranks, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}", session)
+        made = World(ports, ranks, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}", session, process)
         stack.callback(_end, made.engines)
         for number in range(engines):
             made.start(number)
