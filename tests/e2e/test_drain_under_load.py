@@ -12,12 +12,15 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from matrixinfer.config import DrainConfig
+from tests.soak.fleet import MODEL, fleet
 from tests.waiting import DEADLINE_SECONDS
 
 from .fault_world import World, fault_world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 DELAY_SECONDS = 1.0
+DEFAULT_DELAY_SECONDS = DrainConfig().delay_seconds
 CLIENTS = 24
 
 
@@ -83,3 +86,22 @@ async def test_clients_that_nobody_warns_are_answered_or_refused(tmp_path: Path)
         ended = await ends_under_load(world, keeps=False, goes_on=always)
     assert set(ended) == {"answered", "refused"}
     assert ended["refused"] == CLIENTS
+
+
+@pytest.mark.parametrize("lost", ["freeze", "kill"])
+async def test_a_gateway_that_writes_to_a_lost_redis_ends_in_time(tmp_path: Path, lost: str) -> None:
+    async with fleet(tmp_path, redis=True, seed=1) as there, aiohttp.ClientSession() as session:
+        assert there.store is not None
+        ending = there.gateways[0]
+        body = {"model": MODEL, "prompt": [1] * 300, "max_tokens": 100, "stream": True}
+        requests = [session.post(f"{ending.url}/v1/completions", json=body) for _ in range(8)]
+        answers = await asyncio.gather(*requests)
+        getattr(there.store, lost)()
+        told = time.monotonic()
+        ending.process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert await asyncio.to_thread(ending.process.wait, DEADLINE_SECONDS) == 0
+        assert time.monotonic() - told < DEFAULT_DELAY_SECONDS + 10.0
+        if lost == "freeze":
+            there.store.thaw()

@@ -28,8 +28,8 @@ LOADS = {"idle": (1, False), "12 in flight": (12, False), "12 streams": (12, Tru
 """How many clients there are, and whether they stream."""
 SETTLE_SECONDS = 2.0
 """After this long new requests must not fail any more."""
-MEASURED_SECONDS = 4.0 if WRITES else 1.0
-EJECT, LONGEST = (5.0, 300.0) if WRITES else (0.5, 1.0)
+MEASURED_SECONDS = 3.0 if WRITES else 1.0
+EJECT, LONGEST = (5.0, 5.0) if WRITES else (0.5, 1.0)
 
 
 @pytest.fixture(scope="module")
