@@ -23,7 +23,7 @@ WATCH_SECONDS = 2.0
 REST_SECONDS = 30.0
 """How long a gateway may take to be at rest; what is still there then stays."""
 FAULTS_OF_OURS = re.compile(r"_(failed|crashed)$")
-_READ = r"^matrixinfer_(in_flight|loop_pause_seconds|loop_tasks)\S* (\S+)$"
+_READ = r'^matrixinfer_(in_flight|loop_pause_seconds\{kind="(?:elapsed|cpu)"\}|loop_tasks)\S* (\S+)$'
 EXPECTED = frozenset({"redis_writes_failed", "redis_states_read_failed", "kv_events_replay_failed", "load_feed_failed"})
 """Events that only report what was inflicted."""
 
@@ -43,7 +43,7 @@ async def soak(
     tally, numbers = Tally(), count()
     progress("starting engines and gateways")
     async with fleet(folder, redis=redis, seed=seed) as there:
-        result.longest_pauses = [0.0] * len(there.gateways)
+        result.longest_pauses = [{"elapsed": 0.0, "cpu": 0.0} for _ in there.gateways]
         watch = asyncio.create_task(_watch(there, result, tally, progress))
         length = seconds / (rounds + 0.5)
         for number in range(rounds + 1):
@@ -107,7 +107,7 @@ async def _watch(there: Fleet, result: Result, tally: Tally, progress: Callable[
             progress(
                 f"{elapsed:4.0f} s  {tally.sent:,} requests, {tally.answered_share:.1%} answered, "
                 f"{len(tally.wrong)} wrong  {memory:.0f} MB, {sum(map(descriptors, pids))} descriptors, "
-                f"pause {1000 * max(result.longest_pauses):.0f} ms  {there.ailing or ''}"
+                f"pause {1000 * max(each['elapsed'] for each in result.longest_pauses):.0f} ms  {there.ailing or ''}"
             )
 
 
@@ -119,7 +119,8 @@ async def _metrics(there: Fleet, gateway: Gateway, result: Result, number: int) 
             text = await response.text()
         for name, value in re.findall(_READ, text, flags=re.MULTILINE):
             found[name] += float(value)
-        result.longest_pauses[number] = max(result.longest_pauses[number], found["loop_pause_seconds"])
+        for kind, longest in result.longest_pauses[number].items():
+            result.longest_pauses[number][kind] = max(longest, found[f'loop_pause_seconds{{kind="{kind}"}}'])
     return found
 
 

@@ -31,6 +31,9 @@ from matrixinfer.telemetry.metrics import Metrics
 MAX_WHOLE_BYTES = 1024 * 1024
 """Bodies up to this size are written at once, longer ones piece by piece."""
 
+_BUFFERED_BYTES = 32 * 1024
+"""Smaller bodies are handed to the system without waiting."""
+
 _OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 """Errors of a connection that are this machine's fault, not the pod's."""
 
@@ -112,8 +115,8 @@ class Upstream:
     ) -> aiohttp.ClientResponse:
         payload = body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
         try:
-            # The library measures silence only once the whole body is sent, and a pod may never read it.
-            async with asyncio.timeout(self._seconds):
+            # The library measures silence only once the whole body is sent, and a pod may never read a large one.
+            async with asyncio.timeout(self._seconds if len(body) > _BUFFERED_BYTES else None):
                 answer = await session.post(url, data=payload, headers=headers, allow_redirects=False)
         except aiohttp.ConnectionTimeoutError as error:
             raise AttemptFailed("connect_timeout", was_sent=False) from error

@@ -1,12 +1,14 @@
 """Measures how long the event loop pauses: for that long no request, event or probe is served.
 
-A timer fires twenty times a second. How much later than due it fires is how long something else held the loop: code
-that does not await, a garbage collection, or other processes on a machine that is too small.
+A timer fires twenty times a second. How much later than due it fires is how long something else held the loop. As far
+as the loop's thread computed meanwhile, that was code that does not await, or a garbage collection; for the rest it was
+other threads and processes, on a machine that is too small.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -50,11 +52,13 @@ class Pauses:
 
 
 class LoopWatch(Collector):
-    """Watches the running loop while its context is open, and collects what it saw."""
+    """Watches the running loop while its context is open, and collects what it saw. `cpu_clock` is of the loop's thread."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], cpu_clock: Callable[[], float] = time.thread_time) -> None:
         self._clock = clock
-        self._pauses = Pauses()
+        self._cpu_clock = cpu_clock
+        self._pauses = {"elapsed": Pauses(), "cpu": Pauses()}
+        self._computed = 0.0
         self._due = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -73,19 +77,24 @@ class LoopWatch(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the loop now."""
-        yield GaugeMetricFamily(
+        pause = GaugeMetricFamily(
             "matrixinfer_loop_pause_seconds",
-            "Longest pause of the event loop within the last minute.",
-            value=self._pauses.longest(self._clock()),
+            "Longest pause of the event loop within the last minute, and the longest time that it computed in one.",
+            labels=["kind"],
         )
+        for kind, pauses in self._pauses.items():
+            pause.add_metric([kind], pauses.longest(self._clock()))
+        yield pause
         tasks = 0 if self._loop is None else len(asyncio.all_tasks(self._loop))
         yield GaugeMetricFamily("matrixinfer_loop_tasks", "Tasks of the event loop.", value=tasks)
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._due = self._clock() + _TICK_SECONDS
+        self._due, self._computed = self._clock() + _TICK_SECONDS, self._cpu_clock()
         self._timer = loop.call_later(_TICK_SECONDS, self._tick, loop)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = self._clock()
-        self._pauses.add(now, max(0.0, now - self._due))
+        pause = max(0.0, now - self._due)
+        self._pauses["elapsed"].add(now, pause)
+        self._pauses["cpu"].add(now, min(pause, self._cpu_clock() - self._computed))
         self._wait(loop)

@@ -29,19 +29,21 @@ def test_what_is_kept_is_bounded() -> None:
 
 
 async def test_code_that_does_not_await_is_measured_and_tasks_are_counted() -> None:
-    metrics = Metrics()
+    metrics, computed = Metrics(), 0.0
 
-    def value(name: str) -> float:
-        found = metrics.registry.get_sample_value(f"matrixinfer_loop_{name}")
+    def value(name: str, **labels: str) -> float:
+        found = metrics.registry.get_sample_value(f"matrixinfer_loop_{name}", labels)
         assert found is not None
         return found
 
-    async with LoopWatch(time.monotonic) as watch:
+    async with LoopWatch(time.monotonic, lambda: computed) as watch:
         metrics.register(watch)
         before = value("tasks")
         other = asyncio.create_task(asyncio.sleep(60))
         assert value("tasks") == before + 1
         other.cancel()
         time.sleep(0.3)  # noqa: ASYNC251 - the pause that is measured
+        computed += 0.1
         await asyncio.sleep(0.1)
-        assert value("pause_seconds") >= 0.24
+        assert value("pause_seconds", kind="elapsed") >= 0.24
+        assert value("pause_seconds", kind="cpu") == 0.1
