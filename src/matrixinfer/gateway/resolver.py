@@ -7,7 +7,7 @@ import socket
 from collections import OrderedDict
 
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import DefaultResolver
+from aiohttp.resolver import ThreadedResolver
 
 PATIENCE_SECONDS = 1.0
 """How long an answer is waited for where an older one is known."""
@@ -20,7 +20,7 @@ class Resolver(AbstractResolver):
     """Asks `inner`, and falls back on its last answer when it fails or takes long."""
 
     def __init__(self, inner: AbstractResolver | None = None) -> None:
-        self._inner = inner or DefaultResolver()
+        self._inner = inner or ThreadedResolver()
         self._known: OrderedDict[tuple[str, int, socket.AddressFamily], list[ResolveResult]] = OrderedDict()
 
     async def resolve(
