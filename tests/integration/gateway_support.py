@@ -34,6 +34,7 @@ from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.session import MAX_FIELD_BYTES
 from matrixinfer.gateway.upstream import upstream
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
@@ -266,7 +267,9 @@ async def rig(
         )
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)
-        client = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        client = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, auto_decompress=False, max_field_size=MAX_FIELD_BYTES
+        )
         await stack.enter_async_context(client)
         yield Rig(gateway, router, rewriter, metrics, client)
 
@@ -285,7 +288,7 @@ async def pod(handler: Handler, port: int = 0) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def raw_pod(talk: Talk) -> AsyncIterator[str]:
+async def raw_pod(talk: Talk, host: str = LOOPBACK) -> AsyncIterator[str]:
     """An upstream that speaks bytes; its base URL. The connection ends when `talk` returns."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -298,9 +301,9 @@ async def raw_pod(talk: Talk) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    server = await asyncio.start_server(serve, host, 0)
     try:
-        yield f"http://{LOOPBACK}:{server.sockets[0].getsockname()[1]}"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for task in tasks:

@@ -40,6 +40,7 @@ from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Servic
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import LogStream
+from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    metrics.register(LoopWatch(time.monotonic))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server
         source = (ROOT / "src" / "matrixinfer" / "app" / collector).read_text()

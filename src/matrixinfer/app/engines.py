@@ -23,6 +23,7 @@ from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.shortages import Shortages
 from matrixinfer.traffic.history import RoutingHistory
@@ -81,6 +82,7 @@ class Engines:
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
+        self._clock = clock
         if dry_run is not None:
             dry_run.redis_name = self.registry.name_in_redis
         self._stack = AsyncExitStack()
@@ -139,7 +141,9 @@ class Engines:
             on_shortage=self.shortages,
         )
         self._watcher = watcher
-        async with watcher, ModelSearch(self.registry, watcher.ask_models) as self._search:
+        search = ModelSearch(self.registry, watcher.ask_models)
+        async with watcher, search as self._search, LoopWatch(self._clock) as loop_watch:
+            self._metrics.register(loop_watch)
             await watcher.first_round(FIRST_LOOK_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered

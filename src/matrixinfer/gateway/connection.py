@@ -32,6 +32,7 @@ MAX_LINE_BYTES = 8190
 MAX_HEADERS = 128
 LINGER_SECONDS = 2.0
 """How long an unwanted body is read and dropped, so that its client can read the answer."""
+_LOOK_SECONDS = 0.01
 _ASK_SECONDS = (0.0, 0.05, 5.0)
 """Pauses before each question whether a client that sends nothing more still reads. The last one repeats."""
 
@@ -71,6 +72,14 @@ class Server(web.Server):
         """A protocol for a new connection."""
         return Connection(self, loop=asyncio.get_running_loop(), **self._options)
 
+    async def first_requests(self, seconds: float) -> None:
+        """Wait until every connection has sent a request, which may be on its way, at most for some time."""
+        ends = self._loop.time() + seconds
+        while self._loop.time() < ends:
+            if not any(isinstance(each, Connection) and each.is_unused for each in self.connections):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
 
 class Connection(RequestHandler):
     """See the module."""
@@ -89,6 +98,11 @@ class Connection(RequestHandler):
         self._closing: asyncio.TimerHandle | None = None
         self._knows_interim = False
         """Whether the last request is of HTTP/1.1, so that its client must understand interim responses."""
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no request has come on it yet."""
+        return not self._request_count
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse a connection beyond the limit."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Final
 
-from aiohappyeyeballs import start_connection
+from aiohappyeyeballs import AddrInfoType, start_connection
+from aiohttp.abc import ResolveResult
 from yarl import URL
 
 from matrixinfer.errors import Overloaded, shortage_in
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodConnection
+from matrixinfer.gateway.resolver import Resolver
 from matrixinfer.gateway.session import IDLE_SECONDS
 
 _STAGGER_SECONDS: Final = 0.25
@@ -59,6 +61,7 @@ class PodPool:
     def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None]) -> None:
         self._connect_seconds = connect_seconds
         self._on_shortage = on_shortage
+        self._resolver = Resolver()
         self._idle: dict[Origin, deque[tuple[float, PodConnection]]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -79,7 +82,7 @@ class PodPool:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_seconds):
-                opened = await _open(loop, origin)
+                opened = await self._open(loop, origin)
                 _, connection = await loop.create_connection(
                     partial(PodConnection, loop, partial(self._keep, origin)),
                     sock=opened,
@@ -107,6 +110,15 @@ class PodPool:
                 connection.close()
         self._idle.clear()
 
+    async def _open(self, loop: asyncio.AbstractEventLoop, origin: Origin) -> socket.socket:
+        """A connected socket. A host's addresses are tried one after the other, each before the last has failed."""
+        found = await self._resolver.resolve(origin.host, origin.port, socket.AF_UNSPEC)
+        opened = await start_connection(
+            [_address(each) for each in found], happy_eyeballs_delay=_STAGGER_SECONDS, loop=loop
+        )
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return opened
+
     def _keep(self, origin: Origin, connection: PodConnection) -> None:
         if self._is_closed:
             connection.close()
@@ -131,12 +143,10 @@ class PodPool:
         self._sweeper = loop.call_later(IDLE_SECONDS / 4, self._sweep) if self._idle else None
 
 
-async def _open(loop: asyncio.AbstractEventLoop, origin: Origin) -> socket.socket:
-    """A connected socket. A host's addresses are tried one after the other, each before the last has failed."""
-    addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    opened = await start_connection(addresses, happy_eyeballs_delay=_STAGGER_SECONDS, loop=loop)
-    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return opened
+def _address(found: ResolveResult) -> AddrInfoType:
+    host, port = found["host"], found["port"]
+    where = (host, port, 0, 0) if found["family"] == socket.AF_INET6 else (host, port)
+    return found["family"], socket.SOCK_STREAM, socket.IPPROTO_TCP, "", where
 
 
 @lru_cache(maxsize=1)
