@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 import msgspec
@@ -55,7 +54,7 @@ class BodyRewriter:
     def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None) -> PodBody:
         name = self._registry.name_at(pod, prompt.model)
         if not prompt.names_model:
-            body, prompt = with_model(body, name), replace(prompt, model=name)
+            body, prompt = with_model(body, name), msgspec.structs.replace(prompt, model=name)
         may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
             return PodBody(pin_rank(body, pinned), adds_usage=False)

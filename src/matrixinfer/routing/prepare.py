@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import msgspec
+
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
@@ -115,7 +117,7 @@ class Preparer:
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body)
             if not prompt.names_model:
-                prompt = replace(prompt, model=self._registry.only_model())
+                prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
             try:
                 model, pods = self._registry.resolve(prompt.model)
             except (UnknownModel, NoPodAvailable):
@@ -252,8 +254,8 @@ class Preparer:
         whole = self._media.expand(model, outline)
         if whole is None:
             return tokenized, outline, ()
-        tokens = replace(tokenized.tokens, ids=whole[0], complete=True, hashes=None)
-        return replace(tokenized, tokens=tokens), None, whole[1]
+        tokens = msgspec.structs.replace(tokenized.tokens, ids=whole[0], complete=True, hashes=None)
+        return msgspec.structs.replace(tokenized, tokens=tokens), None, whole[1]
 
     def _chain(self, prompt: Prompt, tokens: Tokens, media: Sequence[Medium]) -> BlockChain:
         return self._blocks.chain(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import InvalidRequest
