@@ -108,6 +108,16 @@ class PodFeed:
         return self._suspicions.get(_RANK)
 
     @property
+    def lacks_history(self) -> bool:
+        """Whether the engine may hold blocks whose events were not read."""
+        return self._knowledge in (Knowledge.PARTIAL, Knowledge.GIVEN_UP)
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the connection is lost, or is back and the engine has not proved yet that it is the same."""
+        return self._phase in _STALE
+
+    @property
     def given_up(self) -> bool:
         """A replay has failed: the engine's history may be fetched again later."""
         return self._knowledge in _GIVEN_UP and self._phase not in _STALE
