@@ -12,6 +12,7 @@ import pytest
 import structlog
 from aiohttp import web
 
+from matrixinfer.app.served import served_models
 from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
@@ -346,3 +347,25 @@ async def test_sglang_names_the_class_of_its_model() -> None:
         about = await EngineApi(session, 5.0).about(url, "sglang")
     assert about.facts is not None
     assert about.facts.architectures == ("GptOssForCausalLM",)
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+async def test_sglang_says_where_its_tokenizer_and_its_model_are(path: str) -> None:
+    paths = {"model_path": "org/model", "tokenizer_path": "/models/tokenizer"}
+    served = {"data": [{"id": "m", "root": "m", "owned_by": "sglang"}]}
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        answers: dict[str, Any] = {"/server_info": INFO, path: paths, "/v1/models": served}
+        answer = answers.get(request.path)
+        return web.Response(status=404) if answer is None else web.json_response(answer)
+
+    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+        about = await EngineApi(session, 5.0).about(url, "sglang")
+        names = await EngineApi(session, 5.0).models(url)
+        registry = PodRegistry([PodConfig(name="a", url=url)], (), PodWatchConfig(), clock=lambda: 0.0)
+        registry.learn("a", served=names, facts=about.facts)
+    assert [each.roots for each in served_models(registry)["m"]] == [("/models/tokenizer", "org/model")]
+    registry.learn("a", facts=EngineFacts(kind="sglang"))
+    assert [each.roots for each in served_models(registry)["m"]] == [()]
+    registry.learn("a", facts=EngineFacts(kind="vllm"))
+    assert [each.roots for each in served_models(registry)["m"]] == [("m",)]
