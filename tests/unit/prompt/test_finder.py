@@ -200,6 +200,17 @@ async def test_texts_are_tokenized_here_while_chats_cannot_be_compared(model: Pa
         await eventually(lambda: not world.finder.sources["m"].asks_for_chats)
 
 
+async def test_a_template_that_joins_parts_differently_is_noticed(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "parts.jinja"
+    joined = CHATML.replace("{{- part.text }}", "{{- '' if loop.first else '|' }}{{- part.text }}")
+    assert joined != CHATML
+    template.write_text(joined)
+    world = World(model, [served(model, Played(LocalTokenizer.load(model, str(template))))])
+    source = await world.finder.look("m", world.engines)
+    assert (source.kind, source.asks_for_chats) == ("found", True)
+    assert "a chat with content parts differs" in (source.reason or "")
+
+
 async def test_a_restarted_engine_is_compared_again(model: Path) -> None:
     engine = served(model)
     world = World(model, [engine])
