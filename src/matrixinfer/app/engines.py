@@ -129,6 +129,7 @@ class Engines:
             self._config.pod_watch,
             on_discovered=discovered,
             on_measured=self._measured,
+            on_restarted=self._restarted,
             on_asking=follower.asking,
             on_told=follower.answered,
         )
@@ -152,6 +153,13 @@ class Engines:
         """Its publisher was lost and is back: it may be another engine's."""
         if self._watcher is not None:
             self._watcher.ask_again(pod)
+
+    def _restarted(self, pod: Pod) -> None:
+        """Its metrics show another run of the engine, so that a replay that brings nothing means that it holds nothing."""
+        for endpoint in pod.endpoints:
+            feed = self.feeds.get(endpoint.name)
+            if feed is not None and feed.engine_restarted():
+                self._resync(endpoint.name, replay=True)
 
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
         """Forget what a sleeping engine held. Compare every rank's own counters with what was predicted for it."""

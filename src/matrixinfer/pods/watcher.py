@@ -41,7 +41,8 @@ class PodWatcher:
 
     `on_discovered` is called with a pod whenever it reports new models, publishers or ranks, `on_measured` at every
     reading. A pod that has failed or restarted is asked what it is as soon as it answers, because it may be another
-    engine; `on_asking` is called before every such question, and `on_told` after the answer.
+    engine; `on_asking` is called before every such question, and `on_told` after the answer. `on_restarted` is called when
+    its metrics show another run of the engine.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PodWatcher:
         on_measured: Callable[[Pod, EngineMetrics], None] | None = None,
         on_asking: Callable[[Pod], None] = lambda _: None,
         on_told: Callable[[Pod], None] = lambda _: None,
+        on_restarted: Callable[[Pod], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._api = EngineApi(session, config.scrape_timeout_seconds)
@@ -62,6 +64,7 @@ class PodWatcher:
         self._on_measured = on_measured
         self._on_asking = on_asking
         self._on_told = on_told
+        self._on_restarted = on_restarted
         self._due: dict[str, asyncio.Event] = {}
         """By pod: set when the pod must be asked again what it is, without waiting for the next poll."""
         self._restart_logged: dict[str, float] = {}
@@ -192,6 +195,7 @@ class PodWatcher:
         if before is not None and is_another_run(before.boot, metrics.boot):
             self._log_restart(pod)
             await self._discover(pod)
+            self._on_restarted(pod)
         self._registry.measured(pod.name, metrics)
         self._announce(pod)
         was_asleep = None if before is None else before.sleep
