@@ -124,6 +124,23 @@ async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> No
         assert [state.healthy for state in registry.pods] == [True, False]
 
 
+async def test_the_first_round_does_not_wait_for_dead_pods() -> None:
+    began = time.monotonic()
+    async with watching(nowhere()) as (_, watcher):  # refuses connections
+        assert not await watcher.first_round(FOREVER)
+    silent = Engine()
+    silent.slow = True
+    async with (
+        pod(Engine()) as one,
+        pod(Engine()) as other,
+        pod(silent) as never,
+        watching(one, nowhere(), other, never) as (registry, watcher),
+    ):
+        assert not await watcher.first_round(FOREVER, others_seconds=0.5)
+        assert [state.healthy for state in registry.pods] == [True, False, True, False]
+    assert time.monotonic() - began < 5
+
+
 async def test_without_pods_there_is_nothing_to_wait_for() -> None:
     async with watching() as (_, watcher):
         assert await watcher.first_round(0.1)

@@ -13,6 +13,7 @@ import aiohttp
 from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
+from matrixinfer.app.unserved import UnservedModels
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -27,7 +28,9 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
-"""How long the start waits for the first answer of every pod."""
+"""How long the start waits until every pod has answered or failed once."""
+OTHERS_SECONDS = 0.5
+"""How long it waits for the others once a pod has answered."""
 _EMPTY = ("weights_offloaded", "discard_all")
 """Kinds of sleep without a KV cache."""
 _SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
@@ -118,10 +121,18 @@ class Engines:
             listens=self.setup.follows,
         )
 
+        unserved = UnservedModels(self.registry, self._config.models)
+        has_started = False
+
+        def models_changed() -> None:
+            on_models_changed()
+            if has_started:
+                unserved()
+
         def discovered(pod: Pod) -> None:
             follower(pod)
             self.loads.follow(pod)
-            on_models_changed()
+            models_changed()
 
         watcher = PodWatcher(
             self.registry,
@@ -135,11 +146,13 @@ class Engines:
         )
         self._watcher = watcher
         async with watcher:
-            await watcher.first_round(FIRST_LOOK_SECONDS)
+            await watcher.first_round(FIRST_LOOK_SECONDS, others_seconds=OTHERS_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
-            yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
+            has_started = True
+            unserved()
+            yield Watching(self.registry, watcher, follower, self.loads, models_changed, discovered)
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)

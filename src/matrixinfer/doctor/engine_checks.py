@@ -116,7 +116,10 @@ def blocks(pod: PodFacts) -> Iterator[Verdict]:
             f"set blocks.size to {theirs} or a multiple of it",
         )
     else:
-        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}")
+        hidden = (
+            f", which hides up to {ours - theirs} tokens of each hit; {theirs} would hide none" if ours > theirs else ""
+        )
+        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}{hidden}")
 
 
 def tokens(pod: PodFacts) -> Iterator[Verdict]:

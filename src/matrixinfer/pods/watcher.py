@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -70,7 +71,10 @@ class PodWatcher:
         self._restart_logged: dict[str, float] = {}
         self._announced: dict[str, _Reported] = {}
         self._silent = {pod.name for pod in registry.pods}
-        self._all_answered = asyncio.Event()
+        self._undecided = set(self._silent)
+        """Pods that have neither answered nor failed yet."""
+        self._heard = asyncio.Event()
+        """Set whenever a pod has answered or failed for the first time, or has gone."""
         self._group = asyncio.TaskGroup()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -109,17 +113,25 @@ class PodWatcher:
         if name in self._due:
             self._due[name].set()
 
-    async def first_round(self, seconds: float) -> bool:
-        """Wait up to `seconds` until every pod has answered once. Returns False if some have not."""
-        if not self._silent:
-            return True
-        try:
-            async with asyncio.timeout(seconds):
-                await self._all_answered.wait()
-        except TimeoutError:
-            log.warning("pods_wait_timed_out", pods=sorted(self._silent))
-            return False
-        return True
+    async def first_round(self, seconds: float, *, others_seconds: float | None = None) -> bool:
+        """Wait up to `seconds` until every pod has answered or failed once. Returns False if some have not answered.
+
+        Once a pod has answered, the others get `others_seconds`, if given: one that is dead must not delay the rest.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds) as scope:
+                is_waiting_less = False
+                while self._undecided:
+                    self._heard.clear()
+                    await self._heard.wait()
+                    has_answer = len(self._silent) < len(self._registry.pods)
+                    if has_answer and others_seconds is not None and not is_waiting_less:
+                        is_waiting_less = True
+                        loop = asyncio.get_running_loop()
+                        scope.reschedule(min(scope.when() or math.inf, loop.time() + others_seconds))
+        if self._silent:
+            log.warning("pods_not_answered", pods=sorted(self._silent))
+        return not self._silent
 
     async def _watch(self, pod: Pod) -> None:
         """Poll one pod forever."""
@@ -141,6 +153,7 @@ class PodWatcher:
                 self._answered(pod)
             except EngineDown as error:
                 reason, is_suspect = str(error), True
+                self._decided(pod.name)
                 self._registry.failed(pod.name)
             except Exception as error:
                 # Supervision boundary: an error while polling one pod must not end the gateway.
@@ -211,10 +224,14 @@ class PodWatcher:
         self._stop_waiting_for(pod.name)
 
     def _stop_waiting_for(self, name: str) -> None:
-        """`first_round` need not wait for this pod any longer."""
+        """`first_round` need not wait for this pod any longer, and does not miss it."""
         self._silent.discard(name)
-        if not self._silent:
-            self._all_answered.set()
+        self._decided(name)
+
+    def _decided(self, name: str) -> None:
+        if name in self._undecided:
+            self._undecided.discard(name)
+            self._heard.set()
 
     def _delay(self, pod: Pod) -> float:
         """Seconds until the next poll: the interval, doubled per failure up to a bound, ± 10 % to spread the polls."""
