@@ -168,7 +168,8 @@ def unavailable() -> Iterator[None]:
 
 def _error_line(error: BaseException) -> str:
     """The error in one line. Servers repeat the arguments of a command that they reject; these are cut off."""
-    return (str(error) or type(error).__name__).partition("\n")[0].partition(", with args")[0][:200]
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return (str(error) or unsaid).partition("\n")[0].partition(", with args")[0][:200]
 
 
 def _client(config: RedisConfig) -> Client:
