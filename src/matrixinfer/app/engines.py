@@ -13,6 +13,7 @@ import aiohttp
 from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
+from matrixinfer.app.unserved import UnservedModels
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -30,7 +31,9 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
-"""How long the start waits for the first answer of every pod."""
+"""How long the start waits until every pod has answered or failed once."""
+OTHERS_SECONDS = 0.5
+"""How long it waits for the others once a pod has answered."""
 _EMPTY = ("weights_offloaded", "discard_all")
 """Kinds of sleep without a KV cache."""
 _SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
@@ -125,10 +128,18 @@ class Engines:
             listens=self.setup.follows,
         )
 
+        unserved = UnservedModels(self.registry, self._config.models)
+        has_started = False
+
+        def models_changed() -> None:
+            on_models_changed()
+            if has_started:
+                unserved()
+
         def discovered(pod: Pod) -> None:
             follower(pod)
             self.loads.follow(pod)
-            on_models_changed()
+            models_changed()
 
         watcher = PodWatcher(
             self.registry,
@@ -136,6 +147,7 @@ class Engines:
             self._config.pod_watch,
             on_discovered=discovered,
             on_measured=self._measured,
+            on_restarted=self._restarted,
             on_asking=follower.asking,
             on_told=follower.answered,
             on_shortage=self.shortages,
@@ -144,11 +156,13 @@ class Engines:
         search = ModelSearch(self.registry, watcher.ask_models)
         async with watcher, search as self._search, LoopWatch(self._clock) as loop_watch:
             self._metrics.register(loop_watch)
-            await watcher.first_round(FIRST_LOOK_SECONDS)
+            await watcher.first_round(FIRST_LOOK_SECONDS, others_seconds=OTHERS_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
-            yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
+            has_started = True
+            unserved()
+            yield Watching(self.registry, watcher, follower, self.loads, models_changed, discovered)
 
     async def find_model(self, name: str) -> bool:
         """Ask the pods for a model that none has reported. Returns whether one serves it now."""
@@ -166,6 +180,13 @@ class Engines:
         """Its publisher was lost and is back: it may be another engine's."""
         if self._watcher is not None:
             self._watcher.ask_again(pod)
+
+    def _restarted(self, pod: Pod) -> None:
+        """Its metrics show another run of the engine, so that a replay that brings nothing means that it holds nothing."""
+        for endpoint in pod.endpoints:
+            feed = self.feeds.get(endpoint.name)
+            if feed is not None and feed.engine_restarted():
+                self._resync(endpoint.name, replay=True)
 
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
         """Forget what a sleeping engine held. Compare every rank's own counters with what was predicted for it."""

@@ -69,6 +69,10 @@ class PodFeed:
         self._rest: Iterator[None] | None = None
         """What is left to apply of a long frame."""
         self._unanswered = 0  # heartbeats in a row
+        self._seen = 0  # frames, of the engine's present run as far as that is known
+        self._before = 0  # of these, frames that the engine did not have when it was last asked for them
+        self._restart_known = False  # the engine itself has shown that it restarted, since the last frame
+        self._keeps_history = False  # the engine has replayed a frame, so it would replay its last one
         self._actions: Mapping[Action, Callable[[], None]] = {
             Action.ASK: self._ask,
             Action.VOID: self._void,
@@ -109,6 +113,16 @@ class PodFeed:
     def other_rank(self) -> str | None:
         """What is wrong if batches name another rank than the one that the publisher is listed as; None if nothing is."""
         return self._suspicions.get(_RANK)
+
+    @property
+    def lacks_history(self) -> bool:
+        """Whether the engine may hold blocks whose events were not read."""
+        return self._knowledge in (Knowledge.PARTIAL, Knowledge.GIVEN_UP)
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the connection is lost, or is back and the engine has not proved yet that it is the same."""
+        return self._phase in _STALE
 
     @property
     def given_up(self) -> bool:
@@ -156,6 +170,7 @@ class PodFeed:
     def replayed(self, seq: int, payload: bytes, *, whole: bool = True) -> None:
         """Take a frame of the replay that was asked for in this epoch; `whole` as for `live`."""
         self._count_frame(payload)
+        self._keeps_history = True
         self._handle(Source.REPLAY, seq, payload, self._step(Input.REPLAYED_FRAME))
         if whole:
             self.finish()
@@ -187,8 +202,11 @@ class PodFeed:
         """The replay came to its end marker. `catch_up` is due, unless another replay is asked for."""
         last = self.queue.last
         if self._cursor.lacks_last:
+            self._before = self._seen - len(self.queue)
+            if self._keeps_history or self._restart_known:
+                self._forget_earlier_run()
             self._step(Input.REPLAY_ENDED_UNPROVEN)
-        elif self._cursor.next == 0 and self.stats.frames:
+        elif self._cursor.next == 0 and self._seen:
             self._step(Input.REPLAY_ENDED_EMPTY)
         elif last is not None and last[0] >= self._cursor.replay_from:
             self._step(Input.REPLAY_ENDED_CONTINUED)
@@ -221,6 +239,7 @@ class PodFeed:
 
         The last frame alone, with the bytes that are known, proves that nothing was lost; otherwise a replay is needed.
         """
+        self._keeps_history = self._keeps_history or bool(frames)
         if self._cursor.next is not None:
             is_last = self._cursor.is_last([(seq, digest(payload)) for seq, payload in frames])
             self._step(Input.HEARTBEAT_CONFIRMED if is_last else Input.HEARTBEAT_BEHIND)
@@ -241,6 +260,15 @@ class PodFeed:
             self._step(Input.RECONNECTED_ASTRAY)
         else:
             self._step(Input.RECONNECTED if self._cursor.next else Input.RECONNECTED_AT_START)
+
+    def engine_restarted(self) -> bool:
+        """The engine has shown elsewhere that it is another run. Returns whether `start_over` now makes more of it known."""
+        if self._phase in _STALE:
+            self._restart_known = True
+        elif self._cursor.next == 0:
+            self._forget_earlier_run()
+            return self.state is FeedState.PARTIAL and not self._seen
+        return False
 
     def start_over(self) -> None:
         """Forget everything and fetch the engine's history from its beginning, where it has a replay endpoint."""
@@ -369,7 +397,13 @@ class PodFeed:
 
     def _count_frame(self, payload: bytes) -> None:
         self.stats.frames += 1
+        self._seen += 1
+        self._restart_known = False
         self.stats.bytes += len(payload)
+
+    def _forget_earlier_run(self) -> None:
+        """The engine has restarted: what it did not have is not of its present run."""
+        self._seen, self._before = self._seen - self._before, 0
 
     # Actions
 

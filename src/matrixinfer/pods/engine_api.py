@@ -78,11 +78,19 @@ class EngineApi:
             info = await self._server_info(url, host)
         except EngineDown:  # the answer takes the schedulers, which may be busy
             return About(facts=None, sources=None)
-        architectures = parse_architectures(await self._optional(f"{url}/model_info") or b"")
+        model = parse_model_info(await self._optional(f"{url}/model_info") or b"")
+        if model is None:  # in older releases
+            model = parse_model_info(await self._optional(f"{url}/get_model_info") or b"") or ModelInfo()
         if info is None:
             info = ServerInfo(version=await self._version(url), ranks=1, sources=())
         sources = info.sources or parse_kv_sources(await self._optional(f"{url}/kv_event_sources") or b"", host=host)
-        facts = EngineFacts(kind="sglang", version=info.version, ranks=info.ranks, architectures=architectures)
+        facts = EngineFacts(
+            kind="sglang",
+            version=info.version,
+            ranks=info.ranks,
+            architectures=(model.architectures or ())[:8],
+            roots=tuple(dict.fromkeys(path for path in (model.tokenizer_path, model.model_path) if path)),
+        )
         return About(facts=facts, sources=sources)
 
     async def _optional_info(self, url: str, host: str) -> ServerInfo | None:
@@ -172,8 +180,12 @@ class _Version(msgspec.Struct):
     version: str
 
 
-class _ModelInfo(msgspec.Struct):
+class ModelInfo(msgspec.Struct, frozen=True):
+    """SGLang's `/model_info`."""
+
     architectures: tuple[str, ...] | None = None
+    model_path: str | None = None
+    tokenizer_path: str | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -213,9 +225,9 @@ def parse_version(body: bytes) -> str | None:
         return None
 
 
-def parse_architectures(body: bytes) -> tuple[str, ...]:
-    """The names of the model's class in SGLang's `/model_info`; empty if the answer is malformed."""
+def parse_model_info(body: bytes) -> ModelInfo | None:
+    """SGLang's `/model_info`; None if the answer is malformed."""
     try:
-        return (msgspec.json.decode(body, type=_ModelInfo).architectures or ())[:8]
+        return msgspec.json.decode(body, type=ModelInfo)
     except UNREADABLE:
-        return ()
+        return None

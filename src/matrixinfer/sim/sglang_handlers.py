@@ -36,6 +36,8 @@ class SglangHandlers(EngineHandlers):
             web.get("/health_generate", self._health),
             web.get("/server_info", self._server_info),
             web.get("/get_server_info", self._server_info),
+            web.get("/model_info", self._model_info),
+            web.get("/get_model_info", self._model_info),
             web.get("/flush_cache", self._reset),
             web.post("/flush_cache", self._reset),
         ]
@@ -120,6 +122,9 @@ class SglangHandlers(EngineHandlers):
 
     async def _server_info(self, _: web.Request) -> web.Response:
         return json_response(sglang_api.server_info(self._config, self._kv_events()))
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return json_response(sglang_api.model_info(self._config))
 
     def _kv_events(self) -> api.Json:
         """The block `kv_events` of `/server_info`."""

@@ -171,7 +171,8 @@ def _error_line(error: BaseException) -> str:
     shortage = shortage_in(error)
     if shortage is not None:
         return f"cannot connect to Redis: {shortage}"
-    return (str(error) or type(error).__name__).partition("\n")[0].partition(", with args")[0][:200]
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return (str(error) or unsaid).partition("\n")[0].partition(", with args")[0][:200]
 
 
 def _client(config: RedisConfig) -> Client:
