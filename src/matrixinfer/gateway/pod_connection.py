@@ -189,8 +189,10 @@ class PodConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade):
-            self._fail("protocol")
-            return
+            if not self._is_complete:
+                self._fail("protocol")
+                return
+            self._is_reusable = False  # it came after the answer
         if self._overhead > MAX_HEAD_BYTES:
             self._fail("protocol")
         elif self._is_complete:
@@ -272,6 +274,8 @@ class PodConnection(asyncio.Protocol):
         """A piece of the body."""
         if self._is_complete:
             return
+        if self._answer is None:
+            raise ValueError("an interim answer with a body")
         self._pieces.append(piece)
         self._waiting_bytes += len(piece)
         self._overhead = 0
@@ -391,6 +395,8 @@ class PodConnection(asyncio.Protocol):
 
     def _expect(self) -> None:
         """From now on, the pod may be silent for `_silence` seconds. One timer serves for many requests: it is late only."""
+        if not self.is_open:
+            return
         deadline = self._deadline = self._loop.time() + self._silence
         timer = self._timer
         if timer is None or timer.when() > deadline:

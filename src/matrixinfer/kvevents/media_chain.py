@@ -21,6 +21,8 @@ class MediaChain(NamedTuple):
     tokens: bytes
     """In the form of `token_bytes`."""
     media: Sequence[Medium]
+    block_size: int
+    """Tokens of the engine's blocks."""
 
 
 See: TypeAlias = Callable[[MediaChain], None]
@@ -32,7 +34,7 @@ def chain_of(forest: Forest, run: Run) -> MediaChain | None:
     base = run.base
     for _ in range(_MOST_RUNS):
         if at.parent is None:
-            return MediaChain(run.model, at.seed, b"".join(reversed(parts)), media)
+            return MediaChain(run.model, at.seed, b"".join(reversed(parts)), media, run.block_size)
         above = forest.run_of(at.parent)
         if above is None:
             return None

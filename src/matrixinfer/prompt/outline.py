@@ -5,6 +5,7 @@ The engine replaces a placeholder by as many tokens as the medium needs, which o
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 SOURCES = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
 """Keys of content parts, and the key of their URL or data."""
-LEFT_OUT = "left_out"
-"""Key of what stands for a medium that was not decoded: its digest in hexadecimal digits, or null."""
+LEFT_OUT = f"left_out_{secrets.token_hex(16)}"
+"""Key of what stands for a medium that was not decoded: its digest in hexadecimal digits, or null.
+
+No client can know it: one that could would send any image under the digest of another.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

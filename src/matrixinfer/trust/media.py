@@ -5,7 +5,9 @@ stored meanwhile, and that the request's outline explains to the token, show bot
 
 - the answer says that the media were computed, so that the chain of this request is among those stored;
 - the answer counts as many tokens as the explanation has;
-- all such chains name the same media.
+- all such chains name the same media;
+- so do all chains that end where this prompt's last whole block does, of which one is its own. It may be too short to be
+  explained, while that of another image under the same text goes on.
 
 Two requests at a time that differ in their images alone therefore teach nothing. Nor is anything believed of content for
 which engines have shown two names.
@@ -31,6 +33,10 @@ _SETTLE_SECONDS = 2.0
 """Events of a request may come this long after its answer."""
 _MOST_WATCHED = 64
 """Requests that are watched at one endpoint."""
+_MOST_SHOWN = 256
+"""Chains that begin like a request that is watched. Beyond them, it teaches nothing."""
+_MOST_ENDS = 64
+"""Places where a medium may end that are looked at."""
 _SURE = 8
 """So many tokens after the last medium must be as the outline says, or all of them if there are fewer."""
 
@@ -53,9 +59,17 @@ class Watched:
     explanations: set[tuple[Named, ...]] = field(default_factory=set)
     starts: tuple[int, ...] = ()
     """Where the media of the last explanation begin."""
+    shown: set[tuple[int, tuple[str, ...]]] = field(default_factory=set)
+    """The chains that begin like the prompt: how many tokens they have, and the names of their media."""
+    block_size: int = 0
     counted: tuple[int, int] | None = None
     """The prompt's tokens, and those that were found in the cache, as the answer reports them."""
     done: float | None = None
+
+    @property
+    def is_vain(self) -> bool:
+        """Whether nothing can be learnt from it any more."""
+        return len(self.explanations) > 1 or len(self.shown) > _MOST_SHOWN
 
     def reported(self, tokens: int, cached: int | None) -> None:
         """The answer reports the prompt's tokens, and those found in the cache."""
@@ -108,11 +122,16 @@ class MediaNames:
         """An endpoint has stored blocks of a chain with media."""
         tokens = np.frombuffer(chain.tokens, dtype=">u4")
         for request in self._watched.get(endpoint, ()):
-            if request.model == chain.model and request.seed == chain.seed:
-                explained = explain(request.outline, tokens, chain.media)
-                if explained is not None:
-                    request.explanations.add(explained)
-                    request.starts = tuple(start for start, _ in chain.media)
+            if request.model != chain.model or request.seed != chain.seed or request.is_vain:
+                continue
+            if not _begins(request.outline, tokens, chain.media):
+                continue
+            request.shown.add((len(tokens), tuple(name for _, name in chain.media)))
+            request.block_size = chain.block_size
+            explained = explain(request.outline, tokens, chain.media)
+            if explained is not None:
+                request.explanations.add(explained)
+                request.starts = tuple(start for start, _ in chain.media)
 
     def close(self, request: Watched) -> None:
         """A request that is watched is over. What it teaches is learnt once its events must have come."""
@@ -133,11 +152,14 @@ class MediaNames:
             self._watched.pop(endpoint, None)
 
     def _learn(self, request: Watched) -> None:
-        if request.counted is None or len(request.explanations) != 1:
+        if request.counted is None or request.is_vain or not request.explanations:
             return
         (named,) = request.explanations
         tokens, cached = request.counted
         if tokens != len(request.outline.ids) + sum(len(each.run) - 1 for each in named):
+            return
+        whole = tokens // request.block_size * request.block_size
+        if {names for length, names in request.shown if length == whole} != {tuple(each.name for each in named)}:
             return
         for content, start, each in zip(request.outline.contents, request.starts, named, strict=True):
             key = request.model, content
@@ -146,6 +168,12 @@ class MediaNames:
                 self._named.put(key, None, _ENTRY_BYTES)
             elif cached <= start:  # or it was found, and what was stored need not be this one
                 self._named.put(key, each, _ENTRY_BYTES + 40 * len(each.run))
+
+
+def _begins(outline: Outline, tokens: TokenIds, media: Sequence[Medium]) -> bool:
+    """Whether a chain has as many media as an outline, and the same tokens before them."""
+    first = media[0][0]
+    return len(media) == len(outline.contents) and bool(np.array_equal(outline.ids[:first], tokens[:first]))
 
 
 def explain(outline: Outline, tokens: TokenIds, media: Sequence[Medium]) -> tuple[Named, ...] | None:
@@ -180,11 +208,17 @@ def _end(tokens: TokenIds, start: int, rest: TokenIds) -> int | None:
     """Where a medium that begins at `start` ends, so that the `rest` of an outline follows; None unless that is certain."""
     if not len(rest):
         return None
-    found = []
-    for end in (start + 1 + np.flatnonzero(tokens[start + 1 :] == rest[0])).tolist():
-        count = min(len(rest), len(tokens) - end)
-        if count >= min(_SURE, len(rest)) and np.array_equal(tokens[end : end + count], rest[:count]):
-            found.append(end)
+    sure = min(_SURE, len(rest))
+    after, last = tokens[start + 1 :], len(tokens) - start - 1 - sure
+    if last < 0:
+        return None
+    fits = np.ones(last + 1, dtype=bool)
+    for offset, token in enumerate(rest[:sure].tolist()):
+        fits &= after[offset : offset + last + 1] == token
+    ends = (start + 1 + np.flatnonzero(fits)).tolist()
+    if len(ends) > _MOST_ENDS:
+        return None  # a text that repeats itself
+    found = [end for end in ends if np.array_equal(tokens[end : end + len(rest)], rest[: len(tokens) - end])]
     return found[0] if len(found) == 1 else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 
 import pytest
 
@@ -48,3 +49,10 @@ def test_other_data_is_other_content() -> None:
 
 def test_a_long_url_says_nothing_of_the_bytes_behind_it() -> None:
     assert contents({"type": "image_url", "image_url": {"url": "https://x/" + "y" * 4000}}, large=True) is None
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_no_client_can_name_the_digest_of_its_medium(large: bool) -> None:
+    digest = sha256(DATA.encode()).hexdigest()
+    forged = {"type": "image_url", "image_url": {"url": "data:,", "left_out": digest}}
+    assert contents(forged, large=large) != contents({"type": "image_url", "image_url": {"url": DATA}}, large=large)

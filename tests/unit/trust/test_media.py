@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.prompt.outline import Outline
-from matrixinfer.trust.media import MediaNames, Watched
+from matrixinfer.trust.media import MediaNames, Watched, explain
 from tests.unit.kvevents.support import MODEL, POD, Follower, stored
 
 PAD, END = 900, 901
@@ -127,6 +128,53 @@ def test_another_prompt_at_the_same_time_with_other_images_teaches_nothing(world
     world.close(other, tokens)
     assert world.known() is None
     assert world.known([b"cow", DOG]) is None
+
+
+def store_short(world: World, name: str, count: int) -> None:
+    """The engine stores so many tokens of a short question about an image of nine tokens, and of its answer."""
+    ids = [1, 2, 3, *[PAD] * 9, END, 5, 7, *range(50, 70)][:count]
+    keys = [[[name, 3 - start]] if start < 12 else None for start in range(0, count, 4)]
+    blocks = [hash((name, i)) % 2**60 for i in range(len(keys))]
+    world.engine.apply(stored(blocks, ids, extra_keys=keys))
+
+
+@pytest.mark.parametrize("other", [None, "hash-cow"])
+def test_another_image_under_the_same_text_is_not_taken_for_one_whose_chain_ends_early(
+    world: World, other: str | None
+) -> None:
+    question = Outline(ids=np.array([1, 2, 3, PAD, END, 5, 7], dtype=np.uint32), contents=(CAT,))
+    watched = world.names.watch(POD, world.ledger, MODEL, None, question)
+    assert watched is not None
+    store_short(world, "hash-cat", 12)  # the rest of the prompt fills no block
+    if other is None:
+        store_short(world, "hash-cat", 20)  # but for its answer
+    else:
+        store_short(world, other, 12)
+        store_short(world, other, 20)
+    world.close(watched, 15)
+    found = world.names.expand(MODEL, question)
+    assert (found is None) == (other is not None)
+
+
+def test_what_is_kept_of_a_request_is_bounded(world: World) -> None:
+    watched = world.watch()
+    for number in range(1000):
+        name = f"hash-{number}"
+        SIZES[name] = 9
+        world.store(name, name)
+        del SIZES[name]
+    assert len(watched.explanations) + len(watched.shown) < 300
+    world.close(watched, world.store("hash-cat", "hash-dog"))
+    assert world.known() is None
+
+
+def test_a_text_that_repeats_itself_is_looked_at_in_bounded_time() -> None:
+    count = 100_000
+    text = Outline(ids=np.array([1, PAD, *[7] * count, 8], dtype=np.uint32), contents=(CAT,))
+    chain = np.array([1, *[PAD] * 9, *[7] * (count - 100)], dtype=np.uint32)
+    began = time.process_time()
+    assert explain(text, chain, [(1, "hash-cat")]) is None
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize("salt", [None, "other"])
