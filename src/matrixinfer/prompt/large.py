@@ -208,7 +208,8 @@ def _left_out(key: str, value: Raw) -> Raw:
 
 def _media_keys(part: Mapping[str, Raw]) -> Iterator[str]:
     """The keys of a part whose values are large media."""
-    kind = bytes(part["type"]) if _size(part.get("type", fields.NULL)) < _LONG_BYTES else b""
+    sent = part.get("type", fields.NULL)  # engines accept parts without one
+    kind = bytes(sent) if _size(sent) < _LONG_BYTES else b""
     if kind.strip(b'"') not in _OTHER_PARTS:
         yield from (key for key, value in part.items() if key in _MEDIA and _size(value) > _LONG_BYTES)
 

@@ -20,7 +20,7 @@ class Memory:
         self.used = 0
         self.refused = 0
         """Requests for which there was no room."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a `Held` while it is taken
 
     @property
     def largest(self) -> int:

@@ -35,6 +35,7 @@ def contents(part: Mapping[str, object], *, large: bool) -> tuple[bytes, ...] | 
         {"type": "image_url", "image_url": {"url": DATA}},
         {"type": "image_url", "image_url": {"url": DATA, "detail": "low"}, "uuid": "a"},
         {"type": "image_url", "image_url": DATA},
+        {"image_url": {"url": DATA}},
         {"type": "input_audio", "input_audio": {"data": "QUJD" * 1000, "format": "wav"}},
     ],
 )
