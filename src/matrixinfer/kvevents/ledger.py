@@ -44,9 +44,7 @@ SMALL_BLOCK = 16
 """Tokens per engine block below which events and memory grow out of proportion."""
 MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
-_DEVICE_NAMES = ("GPU", None)
 _SUPPORT_BYTES = 130
-_UNEVICTED_BYTES = 100
 
 
 class Ledger:

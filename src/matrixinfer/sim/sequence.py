@@ -70,11 +70,6 @@ class Sequence:
         self._hash_full_blocks()
 
     @property
-    def holds_blocks(self) -> bool:
-        """Whether it uses blocks."""
-        return any(self.blocks)
-
-    @property
     def hashed(self) -> int:
         """Tokens that are part of a hash."""
         return len(self.hashes) * self.block_size
