@@ -30,6 +30,7 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     n: int | None = None
     stream_options: StreamOptions | None = None
     vllm_xargs: Json | None = None
+    mm_processor_kwargs: Json | None = None
 
     @property
     def reports_hits(self) -> bool:

@@ -12,7 +12,7 @@ from matrixinfer.errors import InvalidRequest, RequestError
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.sim import api, sglang_api, sglang_chat
 from matrixinfer.sim.config import SimEngineConfig
-from matrixinfer.sim.handlers import RANK_HEADER, EngineHandlers, json_response
+from matrixinfer.sim.handlers import RANK_HEADER, EngineHandlers, EnginePrompt, json_response
 from matrixinfer.sim.load_feed import TOPIC
 from matrixinfer.sim.metrics import Metrics
 from matrixinfer.sim.prefix_cache import Adapter
@@ -50,16 +50,16 @@ class SglangHandlers(EngineHandlers):
             raise InvalidRequest(f"Got LoRA adapter that has never been loaded: {name}")
         return adapter, options.extra_key
 
-    def prompt_ids(self, prompt: Prompt, body: bytes) -> TokenIds:
+    def read(self, prompt: Prompt, body: bytes) -> EnginePrompt:
         """The prompt's token ids: `input_ids`, or as SGLang renders and encodes it."""
         if prompt.token_ids is not None:
-            return prompt.token_ids
+            return EnginePrompt(prompt.token_ids)
         if prompt.chat is None:
             return self._encode(None, prompt.text, add_special_tokens=True)
         options = api.decode(body, Options)
         if options.input_ids is not None:
-            return np.array(options.input_ids, dtype=np.uint32)
-        return self._chat_ids(options, special=False)
+            return EnginePrompt(np.array(options.input_ids, dtype=np.uint32))
+        return EnginePrompt(self._chat_ids(options, special=False))
 
     def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""
@@ -94,10 +94,10 @@ class SglangHandlers(EngineHandlers):
         length = self._config.context_length
         if isinstance(query.prompt, list):
             special = query.add_special_tokens is not False
-            each = [self._encode(None, text, add_special_tokens=special).tolist() for text in query.prompt]
+            each = [self._encode(None, text, add_special_tokens=special).ids.tolist() for text in query.prompt]
             return json_response({"tokens": each, "count": list(map(len, each)), "max_model_len": length})
         if query.prompt is not None:
-            ids = self._encode(None, query.prompt, add_special_tokens=query.add_special_tokens is not False)
+            ids, _ = self._encode(None, query.prompt, add_special_tokens=query.add_special_tokens is not False)
         else:
             special = query.add_generation_prompt is not None and query.add_special_tokens is True
             ids = self._chat_ids(query, special=special)
@@ -105,10 +105,10 @@ class SglangHandlers(EngineHandlers):
 
     def _chat_ids(self, chat: Options | sglang_api.TokenizeRequest, *, special: bool) -> TokenIds:
         text, continued = sglang_chat.render(self._tokenizer, chat)
-        ids = self._encode(None, text, add_special_tokens=special)
+        ids, _ = self._encode(None, text, add_special_tokens=special)
         if not continued:
             return ids
-        return np.concatenate((ids, self._encode(None, continued, add_special_tokens=False)))
+        return np.concatenate((ids, self._encode(None, continued, add_special_tokens=False).ids))
 
     async def _models(self, _: web.Request) -> web.Response:
         return json_response(sglang_api.models(self._config, self._created))
