@@ -121,6 +121,11 @@ class Ledger:
         """Tokens by which the engine cuts its hits, if it drops a block of them; 0 if that is not known."""
         return self.reusable.unit
 
+    def stored_of(self, tokens: int) -> int:
+        """How many of a prompt's first tokens are in blocks that every group of the engine stores."""
+        unit = self.reusable.unit or self.block_size
+        return max(0, tokens - self.reusable.lookahead) // unit * unit if unit else 0
+
     @property
     def drops(self) -> bool:
         """Whether the engine is known to drop a block of every hit."""
@@ -178,8 +183,8 @@ class Ledger:
         """Show new blocks to `witness` from now on, and to nobody else."""
         self._blocks.witness = witness
 
-    def see_media(self, see: See) -> None:
-        """Show chains of new blocks in which media begin to `see` from now on."""
+    def see_media(self, see: See | None) -> None:
+        """Show every chain with media that is stored from now on to `see`; None ends that."""
         self._blocks.media_seen = see
 
     def stop_observing(self, witness: Witness) -> None:

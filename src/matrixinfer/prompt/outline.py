@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from matrixinfer.prompt.base import Chat
 
 
+_DIGEST_BYTES = 32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outline:
     """Token ids, shape (n,), and what the media are, in their order."""
 
     ids: TokenIds
     contents: tuple[bytes, ...]
+
+    def names_of(self, number: int) -> tuple[bytes, ...]:
+        """A medium's content and, if it has a `uuid`, what its content is in requests with the `uuid` alone."""
+        content = self.contents[number]
+        return (content,) if len(content) == _DIGEST_BYTES else (content, content[:_DIGEST_BYTES])
 
 
 def contents_of(chat: Chat) -> tuple[bytes, ...] | None:
@@ -52,12 +60,15 @@ def _content(part: object) -> tuple[str, bytes | None]:
     uuid, data = part.get("uuid"), _data(part, kind)
     if data is None and not isinstance(uuid, str):
         return kind, None
-    state = sha256(kind.encode() + b"\0")
+    content = b"" if data is None else _digest(kind, "data", data)
     if isinstance(uuid, str):
         # With options for the processor an engine goes by the name alone, so what was sent under it counts as well.
-        state.update(b"uuid\0" + uuid.encode("utf-8", "surrogatepass") + b"\0")
-    state.update((data or "").encode("utf-8", "surrogatepass"))
-    return kind, state.digest()
+        content = _digest(kind, "uuid", uuid) + content
+    return kind, content
+
+
+def _digest(*texts: str) -> bytes:
+    return sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
 
 
 _SOURCES = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
