@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,13 @@ def is_close(predicted: int, cached: int, block_size: int) -> bool:
 
 
 @pytest.mark.virtual_time
-@pytest.mark.parametrize("salt", [None, "s"])
-@pytest.mark.parametrize("one", [image("cat"), named("cat")], ids=["data", "uuid"])
-@pytest.mark.parametrize("block_size", [16, 128, 256])
+@pytest.mark.parametrize(
+    ("block_size", "one", "salt"),
+    [(128, image("cat"), None), (16, named("cat"), "s"), (256, image("cat"), "s")],
+    ids=["data", "uuid", "coarse"],
+)
 async def test_the_hit_of_a_prompt_with_an_image_that_was_seen_is_predicted_whole(
-    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, template: Path, one: Json, salt: str | None, block_size: int
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, template: Path, block_size: int, one: Json, salt: str | None
 ) -> None:
     salted = {"cache_salt": salt} if salt else {}
     body = chat(words("a", 200), one, words("b", 900), **salted)
@@ -159,6 +160,60 @@ async def test_after_concurrent_conversations_every_hit_is_predicted(
         for body in bodies:
             await target.settled()
             answers.append(await target.ask(CHAT, body))
-        print(answers)
         assert all(is_close(each.predicted, each.cached, block_size) for each in answers)
         assert min(each.cached for each in answers) > 600
+
+
+async def request(session: aiohttp.ClientSession, addresses: Json, body: Json) -> tuple[int, Json]:
+    """What is predicted of a request, and the usage that the answer reports."""
+    async with session.post(f"{addresses['admin']}/debug/route", params={"path": CHAT}, json=body) as response:
+        decision = await response.json()
+    async with session.post(addresses["listen"] + CHAT, json=body) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+        pod = decision["pods"][response.headers["x-matrixinfer-pod"]]
+    return pod["predicted_hit_tokens"], {"known": decision["tokens"], **answer["usage"]}
+
+
+async def test_processes_that_serve_many_clients_and_a_gateway_that_begins_later(
+    template: Path, tmp_path: Path
+) -> None:
+    options = ("--chat-template", str(template), "--tokenizer", str(TOKENIZER), "--media-token", PLACEHOLDER)
+    bodies = [
+        chat(words("a", 100), one, words("b", 500), model="sim", **salted)
+        for one in [image("cat"), image("dog"), named("cow"), named("owl")]
+        for salted in [{}, {"cache_salt": "s"}]
+    ]
+    async with (
+        engine(*options, "--block-size", "128", "--num-gpu-blocks-override", "2000") as (_, first),
+        engine(*options, "--block-size", "128", "--num-gpu-blocks-override", "2000") as (_, second),
+        aiohttp.ClientSession() as session,
+    ):
+        model = {"name": "sim", "tokenizer": str(TOKENIZER), "chatTemplate": str(template)}
+        pods = [{"name": f"pod-{number}", "url": each["url"]} for number, each in enumerate([first, second])]
+        file = tmp_path / "gateway.yaml"
+        file.write_text(json.dumps({"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "models": [model], "pods": pods}))
+
+        async def all_are_predicted(addresses: Json) -> bool:
+            answers = [await request(session, addresses, body) for body in bodies]
+            assert all(predicted <= usage["prompt_tokens_details"]["cached_tokens"] for predicted, usage in answers)
+            return all(
+                usage["known"] == usage["prompt_tokens"]
+                and predicted == usage["prompt_tokens_details"]["cached_tokens"] > 800
+                for predicted, usage in answers
+            )
+
+        async def go_on(addresses: Json, turn: int) -> None:
+            """All clients at a time say something of their own."""
+            for number, body in enumerate(bodies):
+                said = words(f"{turn} {number}", 300)["text"]
+                body["messages"] += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": said}]
+            await asyncio.gather(*(request(session, addresses, body) for body in bodies))
+
+        async with gateway("--config", str(file)) as (_, addresses):
+            await asyncio.gather(*(request(session, addresses, body) for body in bodies))  # alike but for the images
+            await go_on(addresses, 1)
+            await eventually(lambda: all_are_predicted(addresses), pause=0.5)
+        async with gateway("--config", str(file)) as (_, addresses):
+            await go_on(addresses, 2)
+            await eventually(lambda: all_are_predicted(addresses), pause=0.5)
