@@ -277,7 +277,7 @@ class Auditor:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and ledger.hides_salts):
             return None
-        block, rule, chain, longest = request.block_size, ledger.reusable.rule, request.chain, None
+        block, rule, chain, longest = request.block_size, ledger.rules.rule, request.chain, None
         if rule is None:
             if size % block:  # the engine may hold more than ends with a whole token block
                 longest = (tokens - 1) // size * size
