@@ -14,8 +14,12 @@ TESTS ?= tests/vllm
 PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --durations 15
 UNIT := tests/unit tests/conformance
 TIMES ?= 10
+# Of the soak: 600 take 12 minutes, with the rests at which leaks are measured.
+SECONDS ?= 600
+INDEX ?= memory
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm check-engines check lint bench traces format lock clean
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench traces format \
+  lock clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -38,6 +42,12 @@ test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside
 test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (an hour, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
 	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v $(TESTS)
+
+soak: .venv/dev.stamp ## Clients, faults and churn for SECONDS; fails if a request or memory is lost (INDEX=redis: two gateways)
+	$(BIN)/python -m tests.soak --seconds $(SECONDS) --index $(INDEX) --json bench/results/soak-$(INDEX).json
+
+fault-table: .venv/dev.stamp ## Measure what faults of engines cost, into docs/operations.md (ten minutes)
+	FAULT_TABLE=1 $(BIN)/pytest --quiet -n 0 tests/e2e/test_engine_faults.py
 
 check-engines: .venv/dev.stamp ## What the newest vLLM and SGLang publish that the gateway does not know (86 MB into .engines)
 	$(BIN)/python -m watch .engines --page docs/engines.md

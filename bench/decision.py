@@ -94,5 +94,5 @@ def _stages(bodies: Sequence[bytes], tokenizer: LocalTokenizer, gateway: Fleet) 
 
 def _request(prompt: Prompt, tokens: int, chain: Sequence[int]) -> SchedulingRequest:
     return SchedulingRequest(
-        id="bench", model=MODEL, prompt_tokens=tokens, block_size=128, chain=chain, prefix=prompt.prefix
+        id="bench", model=MODEL, prompt_tokens=tokens, block_size=128, chain=chain, prefix=bytes(prompt.prefix)
     )

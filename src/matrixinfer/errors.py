@@ -24,6 +24,7 @@ Errors that only one package and its direct callers handle are defined next to t
 
 MatrixInferError
 ├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
+├── OutOfResources           pods.engine_api: this process cannot ask an engine, whatever that one would answer
 ├── MalformedFrame           kvevents.wire: a payload is not a batch of KV events
 ├── ImpossibleInput          kvevents.transitions: a feed met an input that cannot occur in its state; a bug
 ├── UntrustedEvents          kvevents.counts: the events do not determine what the engine holds
@@ -33,9 +34,11 @@ MatrixInferError
 │   └── ScriptsRefused         index.redis.store: the server does not run scripts for this user
 ├── TokenizeError
 │   ├── NeedsThread            prompt.encoders: the text must be encoded in a thread
+│   ├── Abandoned              prompt.effort: the work took too long, or nobody waits for it
+│   ├── TooMuch                prompt.bounds: the request has too much in it to be decoded
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
-├── AttemptFailed            gateway.upstream: a pod sent no byte of an answer
+├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
@@ -45,15 +48,40 @@ MatrixInferError
 zmq.ZMQError
 └── Unresolved               kvevents.connect: the host name of an endpoint cannot be resolved; handled as any ZMQError
 
+jinja2.SecurityError
+└── TooLong                  prompt.template_limits: a chat template makes something that is too large
+
 Exceptions with a leading underscore never leave their module and are not listed.
 """
 
 from __future__ import annotations
 
+import errno
+
 import msgspec
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for data from elsewhere that is not what was expected."""
+
+
+_SHORTAGES = {
+    errno.EMFILE: "this process has no free file descriptor",
+    errno.ENFILE: "this machine has no free file descriptor",
+    errno.ENOBUFS: "this machine has no memory for another connection",
+    errno.ENOMEM: "this machine has no memory for another connection",
+    errno.EADDRNOTAVAIL: "this machine has no free port, or no address of that kind, to connect from",
+}
+
+
+def shortage_in(error: BaseException | None) -> str | None:
+    """What this process or its machine has run out of, if that is why `error` was raised; None if the other side is to blame."""
+    while error is not None:
+        for each in (error, getattr(error, "os_error", None)):
+            words = _SHORTAGES.get(getattr(each, "errno", None) or 0)
+            if words is not None:
+                return words
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def message_of(error: BaseException) -> str:

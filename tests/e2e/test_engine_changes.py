@@ -102,6 +102,26 @@ async def test_ports_that_engines_exchange_at_a_restart_are_not_taken_for_the_ot
         assert not [view for view in seen if view.get("pod-1") == ("exact", 6)]
 
 
+async def test_an_engine_that_has_restarted_is_known_exactly_before_its_first_request(
+    tokenizer: LocalTokenizer,
+) -> None:
+    config = replace(ENGINE, port=free_port(), kv_port=free_port(), replay_port=free_port())
+    async with AsyncExitStack() as stack:
+        async with SimEngine(config, tokenizer) as old:
+            target = await stack.enter_async_context(gateway([old], scheduler=SCHEDULER))
+            await target.post(COMPLETIONS, body(PROMPT))
+            await target.settled()
+        await stack.enter_async_context(SimEngine(config, tokenizer))
+
+        async def is_exact() -> bool:
+            (pod,) = (await pods(target)).values()
+            (feed,) = pod["feeds"].values()
+            return bool(feed["trust"] == "exact" and not feed["engine_blocks"] and pod["healthy"])
+
+        await eventually(is_exact)
+        assert (await target.explain(COMPLETIONS, body(PROMPT)))["pods"]["pod-0"]["matched_blocks"] == 0
+
+
 async def test_a_sleeping_engine_gets_no_requests_and_is_known_to_hold_nothing(tokenizer: LocalTokenizer) -> None:
     asleep = False
 

@@ -133,6 +133,31 @@ def decision(identity: str, attempts: list[str], status: int | None) -> dict[str
     }
 
 
+async def test_the_limits_of_what_is_known_are_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    made = decision("r", ["a"], 200)
+    made["pods"]["c"] = dict(made["pods"]["b"])
+    for name, limits in (("a", ["some"]), ("b", ["all; do this", "some"]), ("c", ["all; do this"])):
+        made["pods"][name]["limits"] = limits
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"decisions": [made]})
+
+    app = web.Application()
+    app.router.add_get("/debug/decisions", answer)
+    async with TestServer(app) as admin:
+        assert await asyncio.to_thread(main, ["explain", "--admin", str(admin.make_url("")), "r"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["a (exact): some", "b, c (stale): all; do this", "b (stale): some"]
+
+
+async def test_an_address_that_is_not_the_admin_address_is_named(
+    tokenizer: LocalTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with fleet(tokenizer, ENGINE, pods=1) as gateway:
+        assert await asyncio.to_thread(main, ["explain", "--admin", gateway.url]) == 2
+    assert "Is --admin the `admin` address of its config?" in capsys.readouterr().err
+
+
 async def test_a_retry_and_a_request_without_an_answer_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     made = [decision("retried", ["a", "b"], 200), decision("lost", ["a"], None)]
 

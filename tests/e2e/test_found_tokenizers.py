@@ -111,6 +111,15 @@ async def test_the_engines_own_path_is_used_if_it_is_here(tmp_path: Path, tokeni
         assert (shown["path"], shown["origin"]) == (str(path), "the engine's own path")
 
 
+async def test_sglang_says_elsewhere_than_vllm_where_its_tokenizer_is(cache: Path, tokenizer: LocalTokenizer) -> None:
+    path = cached(cache)
+    engine = replace(ENGINE, flavor="sglang", cache_report=True)  # its `root` is the name that it serves
+    async with SimEngine(engine, tokenizer) as one, gateway(one) as target:
+        shown = await until(target, source="found")
+        assert (shown["path"], shown["checked"]) == (str(path), ["pod-0"])
+        assert await is_rendered_here(target, CHAT, BODY)
+
+
 async def test_another_template_in_the_engine_leaves_chats_to_it(
     cache: Path, tokenizer: LocalTokenizer, other_template: LocalTokenizer
 ) -> None:

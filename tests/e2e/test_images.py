@@ -100,6 +100,10 @@ async def test_the_hit_of_a_prompt_with_an_image_that_was_seen_is_predicted_whol
         again = await target.ask(CHAT, body)
         assert again.cached > 1200
         assert is_close(again.predicted, again.cached, block_size)
+        if "uuid" in one:
+            alone = {"type": "image_url", "image_url": None, "uuid": one["uuid"]}
+            unsent = await target.ask(CHAT, chat(words("a", 200), alone, words("b", 900), **salted))
+            assert unsent == again
         different = await target.ask(CHAT, other)
         assert different.cached < 256
         assert different.predicted <= different.cached

@@ -27,17 +27,22 @@ from matrixinfer.config import (
     RetriesConfig,
 )
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.session import MAX_FIELD_BYTES
 from matrixinfer.gateway.upstream import upstream
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
@@ -124,6 +129,8 @@ class FakeRouter:
         self.registry = registry
         self.dispatched: list[FakeInFlight] = []
         self.sessions: list[str | None] = []
+        self.sought: list[str] = []
+        """Models for which engines would have been asked."""
         self.removed: set[str] = set()
         """Pods that a filter removes."""
 
@@ -147,6 +154,10 @@ class FakeRouter:
             yield request
         finally:
             request.reports.append("closed")
+
+    async def find_model(self, name: str) -> bool:
+        self.sought.append(name)
+        return self.registry.is_served(name)
 
     async def explain(self, path: str, body: bytes) -> dict[str, object]:
         return {"path": path, "length": len(body)}
@@ -227,7 +238,7 @@ async def rig(
     router, rewriter, metrics = FakeRouter(registry), FakeRewriter(), Metrics()
     draining = asyncio.Event()
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(upstream(limits, metrics))
+        pool = stack.enter_context(upstream(limits, metrics))
         retries = retries or RetriesConfig(jitter_seconds=0.0)
         budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
         proxy = Proxy(
@@ -239,14 +250,16 @@ async def rig(
             draining,
         )
         status = Status(registry, metrics, draining).routes()
-        api = Api(cast("Router", router), registry, proxy, metrics, limits).routes()
+        bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))
+        api = Api(cast("Router", router), proxy, metrics, bodies).routes()
+        models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
         outliers = Outliers(OutliersConfig(), time.monotonic)
-        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, limits).routes()
+        admin = Admin(cast("Router", router), registry, DecisionLog(10), feeds, outliers, parity, bodies).routes()
         gateway = await stack.enter_async_context(
             Gateway(
                 config,
-                api={**api, **status},
+                api={**api, **models, **status},
                 admin={**admin, **status},
                 draining=draining,
                 max_connections=max_connections,
@@ -254,7 +267,9 @@ async def rig(
         )
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)
-        client = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        client = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, auto_decompress=False, max_field_size=MAX_FIELD_BYTES
+        )
         await stack.enter_async_context(client)
         yield Rig(gateway, router, rewriter, metrics, client)
 
@@ -273,7 +288,7 @@ async def pod(handler: Handler, port: int = 0) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def raw_pod(talk: Talk) -> AsyncIterator[str]:
+async def raw_pod(talk: Talk, host: str = LOOPBACK) -> AsyncIterator[str]:
     """An upstream that speaks bytes; its base URL. The connection ends when `talk` returns."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -286,9 +301,9 @@ async def raw_pod(talk: Talk) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    server = await asyncio.start_server(serve, host, 0)
     try:
-        yield f"http://{LOOPBACK}:{server.sockets[0].getsockname()[1]}"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for task in tasks:

@@ -87,3 +87,43 @@ async def test_nothing_is_read_after_the_context(full_socket: FullSocket) -> Non
         pass
     await asyncio.sleep(0.01)
     assert not seen
+
+
+async def test_what_a_message_leaves_to_do_is_done_before_the_next_one_and_holds_up_no_other_socket(
+    full_socket: FullSocket,
+) -> None:
+    drain, seen = Drain(), list[str]()
+
+    def slowly(_: list[bytes]) -> Iterator[None]:
+        seen.append("begun")
+        for _step in range(8):
+            time.sleep(SLICE_SECONDS / 2)
+            yield
+        seen.append("done")
+
+    def quickly(_: list[bytes]) -> None:
+        seen.append("other")
+
+    with drain.reading(full_socket(), slowly), drain.reading(full_socket(), quickly):
+        await eventually(lambda: seen.count("done") >= 3, pause=0)
+    long_ones = [each for each in seen if each != "other"]
+    assert long_ones[:6] == ["begun", "done"] * 3
+    between = seen[seen.index("begun") : seen.index("done")]
+    assert between.count("other") >= 2
+
+
+async def test_what_a_message_leaves_to_do_is_not_done_after_the_context(full_socket: FullSocket) -> None:
+    drain, steps = Drain(), 0
+
+    def endlessly(_: list[bytes]) -> Iterator[None]:
+        nonlocal steps
+        while True:
+            time.sleep(SLICE_SECONDS)
+            steps += 1
+            yield
+
+    with drain.reading(full_socket(), endlessly):
+        await eventually(lambda: steps >= 2, pause=0)
+    before = steps
+    await asyncio.sleep(0.01)
+    assert steps == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -42,6 +43,22 @@ async def test_a_head_that_does_not_come_is_refused_by_its_time() -> None:
     async with rig(connections=connections) as gateway, connected(gateway) as (reader, writer):
         writer.write(b"GET /health HTTP/1.1\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_refused_client_that_sends_on_is_not_answered_twice() -> None:
+    connections = ConnectionsConfig(head_timeout_seconds=0.05)
+    faults: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    async with rig(connections=connections) as gateway, connected(gateway) as (reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\n")
+        answer = await reader.read()
+        for _ in range(4):
+            writer.write(b"x-more: 1\r\n")
+            await asyncio.sleep(0.05)
+        writer.write(b"\r\n")
+        await asyncio.sleep(0.1)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert faults == []
 
 
 async def test_a_slow_body_is_not_taken_for_a_slow_head() -> None:

@@ -12,6 +12,7 @@ import pytest
 import structlog
 from aiohttp import web
 
+from matrixinfer.app.served import served_models
 from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
@@ -121,6 +122,23 @@ async def test_the_first_round_ends_at_its_deadline_when_a_pod_is_silent() -> No
     async with pod(Engine()) as url, watching(url, nowhere()) as (registry, watcher):
         assert not await watcher.first_round(0.2)
         assert [state.healthy for state in registry.pods] == [True, False]
+
+
+async def test_the_first_round_does_not_wait_for_dead_pods() -> None:
+    began = time.monotonic()
+    async with watching(nowhere()) as (_, watcher):  # refuses connections
+        assert not await watcher.first_round(FOREVER)
+    silent = Engine()
+    silent.slow = True
+    async with (
+        pod(Engine()) as one,
+        pod(Engine()) as other,
+        pod(silent) as never,
+        watching(one, nowhere(), other, never) as (registry, watcher),
+    ):
+        assert not await watcher.first_round(FOREVER, others_seconds=0.5)
+        assert [state.healthy for state in registry.pods] == [True, False, True, False]
+    assert time.monotonic() - began < 5
 
 
 async def test_without_pods_there_is_nothing_to_wait_for() -> None:
@@ -346,3 +364,25 @@ async def test_sglang_names_the_class_of_its_model() -> None:
         about = await EngineApi(session, 5.0).about(url, "sglang")
     assert about.facts is not None
     assert about.facts.architectures == ("GptOssForCausalLM",)
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+async def test_sglang_says_where_its_tokenizer_and_its_model_are(path: str) -> None:
+    paths = {"model_path": "org/model", "tokenizer_path": "/models/tokenizer"}
+    served = {"data": [{"id": "m", "root": "m", "owned_by": "sglang"}]}
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        answers: dict[str, Any] = {"/server_info": INFO, path: paths, "/v1/models": served}
+        answer = answers.get(request.path)
+        return web.Response(status=404) if answer is None else web.json_response(answer)
+
+    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+        about = await EngineApi(session, 5.0).about(url, "sglang")
+        names = await EngineApi(session, 5.0).models(url)
+        registry = PodRegistry([PodConfig(name="a", url=url)], (), PodWatchConfig(), clock=lambda: 0.0)
+        registry.learn("a", served=names, facts=about.facts)
+    assert [each.roots for each in served_models(registry)["m"]] == [("/models/tokenizer", "org/model")]
+    registry.learn("a", facts=EngineFacts(kind="sglang"))
+    assert [each.roots for each in served_models(registry)["m"]] == [()]
+    registry.learn("a", facts=EngineFacts(kind="vllm"))
+    assert [each.roots for each in served_models(registry)["m"]] == [("m",)]

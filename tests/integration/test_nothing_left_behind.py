@@ -101,7 +101,7 @@ async def gateway(*urls: str) -> AsyncIterator[Gateway]:
         pods=tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("ab", urls, strict=False)),
         blocks=BlocksConfig(size=8),
         limits=LimitsConfig(request_timeout_seconds=5.0),
-        tokenization=TokenizationConfig(timeout_seconds=5.0),
+        tokenization=TokenizationConfig(timeout_seconds=5.0, wait_milliseconds=5000.0),
     )
     async with Service(config) as service:
         yield Gateway(service)

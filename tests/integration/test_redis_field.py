@@ -71,6 +71,16 @@ async def matched(
 @pytest.mark.parametrize(
     "stamp",
     [f"{NOW}.123", f"{NOW}000", f"{NOW}000000", f"{NOW}000000000", f"000{NOW}", "", "2026-11-28T00:00:00Z", "-5"],
+    ids=[
+        "fraction",
+        "ms",
+        "µs",
+        "ns",
+        "zeros",
+        "empty",
+        "iso",
+        "negative",
+    ],  # not by the time, which differs per process
 )
 async def test_stamps_of_the_field_count(valkey: Server, stamp: str) -> None:
     put(valkey, {"a.ns": stamp})

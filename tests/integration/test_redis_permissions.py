@@ -193,3 +193,6 @@ async def test_the_doctor_tells_why_redis_cannot_be_used(
         assert finding["level"] == "blind"
         assert words in finding["message"]
         assert fix in finding["fix"]
+        assert await asyncio.to_thread(main, ["index", "stats", "--config", file]) == 2
+        said = capsys.readouterr().err.lower()
+        assert (words.lower() in said, fix.lower() in said) == (True, True)

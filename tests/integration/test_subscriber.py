@@ -17,7 +17,7 @@ from matrixinfer.kvevents import wire
 from matrixinfer.kvevents.feed import FeedState
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
-from matrixinfer.sim.events import AllBlocksCleared, EventBatch, encode
+from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, encode
 from tests.ports import two_ports
 from tests.waiting import DEADLINE_SECONDS, eventually
 
@@ -191,10 +191,11 @@ async def test_a_feed_is_stale_while_its_connection_is_down(subscriber: Subscrib
     await eventually(lambda: feed.state is FeedState.STALE)
     assert held(index) == 2
     async with Engine(ports_of(source)) as engine:
-        await eventually(lambda: feed.state is FeedState.PARTIAL)
+        await eventually(lambda: complete(feed))  # it replays nothing, and the one before has kept its history
         assert held(index) == 0
         engine.publish(stored(0, 1))
-        await eventually(lambda: complete(feed))
+        await eventually(lambda: held(index) == 1)
+        assert complete(feed)
 
 
 async def test_another_source_of_a_followed_pod_replaces_the_first(subscriber: Subscriber, index: MemoryIndex) -> None:
@@ -337,3 +338,55 @@ async def test_an_engine_that_cannot_be_reached_is_logged_once_and_stale(
         engine.publish(stored(0, 2))
         await eventually(lambda: complete(feed))
         assert held(index) == 2
+
+
+GIANT = 20_000
+
+
+def giant() -> BlockStored:
+    """Far more blocks at once than an engine computes; they begin with TOKENS."""
+    return msgspec.structs.replace(
+        stored(0, 4),
+        block_hashes=list(range(1, GIANT + 1)),
+        token_ids=list(range(GIANT * 16)),
+        extra_keys=[None] * GIANT,
+    )
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+async def test_a_giant_frame_leaves_the_loop_room_and_the_next_one_waits_for_its_end(
+    subscriber: Subscriber, index: MemoryIndex, is_replayed: bool
+) -> None:
+    events = giant(), BlockRemoved(block_hashes=[GIANT], medium="GPU", group_idx=0)
+    async with Engine() as engine:
+        if is_replayed:
+            for event in events:
+                engine.publish(event)
+        feed = subscriber.follow(engine.source())
+        if not is_replayed:
+            await eventually(lambda: complete(feed))
+            for event in events:
+                engine.publish(event)
+        seen = set[int]()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while len(feed.ledger) != GIANT - 1 or not complete(feed):
+                seen.add(len(feed.ledger))
+                await asyncio.sleep(0)
+        assert len(seen) > 10
+        assert held(index) == 4
+        assert feed.ledger.stats.removed == 1
+
+
+async def test_a_publisher_that_is_left_in_the_middle_of_a_giant_frame_leaves_nothing(
+    subscriber: Subscriber, index: MemoryIndex
+) -> None:
+    async with Engine() as engine:
+        feed = subscriber.follow(engine.source())
+        await eventually(lambda: complete(feed))
+        engine.publish(giant())
+        await eventually(lambda: 0 < len(feed.ledger) < GIANT, pause=0)
+        assert held(index) == 4
+        subscriber.unfollow("a")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (len(feed.ledger), held(index)) == (0, 0)

@@ -21,6 +21,7 @@ from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
     LogCollector,
+    MemoryCollector,
     PluginCollector,
     PodCollector,
     TokenCacheCollector,
@@ -34,10 +35,12 @@ from matrixinfer.config import PluginRef, PodWatchConfig, SchedulerConfig, Token
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import LogStream
+from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -181,10 +184,12 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(FeedCollector({}, lambda _: False, lambda _: 1.0))
     metrics.register(PodCollector(PodRegistry((), (), PodWatchConfig(), clock=lambda: 0.0), {}))
     metrics.register(KeptCollector({}))
+    metrics.register(MemoryCollector(Memory(1)))
     metrics.register(LogCollector(LogStream(sys.stderr)))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    metrics.register(LoopWatch(time.monotonic))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server
         source = (ROOT / "src" / "matrixinfer" / "app" / collector).read_text()

@@ -28,7 +28,9 @@ def names() -> list[str]:
 
 def exists(name: str) -> bool:
     if name.startswith("tests/"):
-        return (ROOT / name).is_file()
+        path, _, test = name.partition("::")
+        text = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+        return bool(test) and re.search(rf"^(async )?def {test}\(", text, re.MULTILINE) is not None
     if name.startswith("kind "):
         return name.removeprefix("kind ") in KINDS
     return (CAPTURES / f"{name}.jsonl.gz").is_file()

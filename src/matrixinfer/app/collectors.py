@@ -14,6 +14,7 @@ from matrixinfer.kvevents.limits import name_of
 from matrixinfer.kvevents.load_follower import Outcome
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -64,6 +65,22 @@ class KeptCollector(Collector):
         for part, count in self._parts.items():
             kept.add_metric([part], count())
         yield kept
+
+
+class MemoryCollector(Collector):
+    """What requests hold in memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the counts now."""
+        memory = self._memory
+        yield GaugeMetricFamily("matrixinfer_request_bytes", "Memory that requests hold.", value=memory.used)
+        yield GaugeMetricFamily("matrixinfer_request_bytes_limit", "Memory that requests may hold.", value=memory.limit)
+        yield CounterMetricFamily(
+            "matrixinfer_requests_refused", "Requests for which there was no memory left.", value=memory.refused
+        )
 
 
 class LogCollector(Collector):

@@ -13,6 +13,7 @@ import aiohttp
 from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
+from matrixinfer.app.unserved import UnservedModels
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -20,14 +21,19 @@ from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.watcher import PodWatcher
+from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.shortages import Shortages
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
-"""How long the start waits for the first answer of every pod."""
+"""How long the start waits until every pod has answered or failed once."""
+OTHERS_SECONDS = 0.5
+"""How long it waits for the others once a pod has answered."""
 _EMPTY = ("weights_offloaded", "discard_all")
 """Kinds of sleep without a KV cache."""
 _SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
@@ -51,6 +57,7 @@ class Engines:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocks = token_blocks(config.blocks)
+        self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
@@ -69,13 +76,16 @@ class Engines:
             history=history,
             feeds=self.feeds,
             on_reconnected=self._ask_again,
+            on_shortage=self.shortages,
         )
-        self.loads = LoadFollower(self.registry)
+        self.loads = LoadFollower(self.registry, self.shortages)
         self._watcher: PodWatcher | None = None
+        self._search: ModelSearch | None = None
         self._history = history
         self._config = config
         self._metrics = metrics
         self._dry_run = dry_run
+        self._clock = clock
         if dry_run is not None:
             dry_run.redis_name = self.registry.name_in_redis
         self._stack = AsyncExitStack()
@@ -118,10 +128,18 @@ class Engines:
             listens=self.setup.follows,
         )
 
+        unserved = UnservedModels(self.registry, self._config.models)
+        has_started = False
+
+        def models_changed() -> None:
+            on_models_changed()
+            if has_started:
+                unserved()
+
         def discovered(pod: Pod) -> None:
             follower(pod)
             self.loads.follow(pod)
-            on_models_changed()
+            models_changed()
 
         watcher = PodWatcher(
             self.registry,
@@ -129,16 +147,26 @@ class Engines:
             self._config.pod_watch,
             on_discovered=discovered,
             on_measured=self._measured,
+            on_restarted=self._restarted,
             on_asking=follower.asking,
             on_told=follower.answered,
+            on_shortage=self.shortages,
         )
         self._watcher = watcher
-        async with watcher:
-            await watcher.first_round(FIRST_LOOK_SECONDS)
+        search = ModelSearch(self.registry, watcher.ask_models)
+        async with watcher, search as self._search, LoopWatch(self._clock) as loop_watch:
+            self._metrics.register(loop_watch)
+            await watcher.first_round(FIRST_LOOK_SECONDS, others_seconds=OTHERS_SECONDS)
             for pod in self.registry.pods:
                 if pod.served is None:  # it may never answer, and then it is never discovered
                     follower(pod)
-            yield Watching(self.registry, watcher, follower, self.loads, on_models_changed, discovered)
+            has_started = True
+            unserved()
+            yield Watching(self.registry, watcher, follower, self.loads, models_changed, discovered)
+
+    async def find_model(self, name: str) -> bool:
+        """Ask the pods for a model that none has reported. Returns whether one serves it now."""
+        return self._search is not None and await self._search(lambda: self.registry.is_served(name))
 
     def _resync(self, name: str, *, replay: bool) -> None:
         self.subscriber.resync(name, replay=replay)
@@ -152,6 +180,13 @@ class Engines:
         """Its publisher was lost and is back: it may be another engine's."""
         if self._watcher is not None:
             self._watcher.ask_again(pod)
+
+    def _restarted(self, pod: Pod) -> None:
+        """Its metrics show another run of the engine, so that a replay that brings nothing means that it holds nothing."""
+        for endpoint in pod.endpoints:
+            feed = self.feeds.get(endpoint.name)
+            if feed is not None and feed.engine_restarted():
+                self._resync(endpoint.name, replay=True)
 
     def _measured(self, pod: Pod, metrics: EngineMetrics) -> None:
         """Forget what a sleeping engine held. Compare every rank's own counters with what was predicted for it."""

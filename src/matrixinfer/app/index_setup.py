@@ -157,7 +157,7 @@ class IndexSetup:
             return SharedCaches(FeedCaches(self._feeds, doubts), ReportedCaches(states), self._writes_surely)
         if warm is None:
             return FeedCaches(self._feeds, doubts)
-        return FeedCaches(self._feeds, lambda name: doubts(name) or warm.is_warming(name))
+        return FeedCaches(self._feeds, lambda name: doubts(name) or warm.is_warming(name), warm.is_warming)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from matrixinfer.pods.registry import PodRegistry
-from matrixinfer.prompt.finder import Fleet, Served
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.fleet import Fleet, Served
 
 
 def served_models(registry: PodRegistry) -> Fleet:
@@ -16,9 +16,17 @@ def served_models(registry: PodRegistry) -> Fleet:
                 engine=pod,
                 name=pod.name,
                 model=model,
-                root=pod.served.root,
+                roots=_roots(pod),
                 healthy=pod.healthy,
                 identity=(pod.url, pod.facts, pod.restarts),
             )
             fleet.setdefault(registry.configured_name(model, [pod]), []).append(served)
     return fleet
+
+
+def _roots(pod: Pod) -> tuple[str, ...]:
+    """Where a pod loaded its model from. SGLang's `root` is only the name that it serves."""
+    if pod.engine == "sglang":
+        return () if pod.facts is None else pod.facts.roots
+    root = None if pod.served is None else pod.served.root
+    return () if root is None else (root,)

@@ -17,6 +17,7 @@ from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
     LogCollector,
+    MemoryCollector,
     PluginCollector,
     TokenCacheCollector,
     TokenSourceCollector,
@@ -26,7 +27,9 @@ from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway import descriptors
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
@@ -36,6 +39,7 @@ from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
@@ -48,6 +52,7 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.outlier_log import OutlierLog
@@ -60,6 +65,9 @@ from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
+
+_NOTED_SECONDS = 10.0
+"""How often it is logged that requests are refused."""
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +88,7 @@ class Service:
         watch.skipped(plugins.broken)
         self._scheduler = build_scheduler(config.scheduler, plugins, watch)
         self.metrics = Metrics()
+        self._memory = Memory(config.limits.memory_bytes)
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
@@ -99,6 +108,7 @@ class Service:
                 config.models,
                 config.tokenization,
                 self._remote,
+                memory=self._memory,
                 block_size=engines.blocks.block_size,
             )
             await stack.enter_async_context(tokenizers)
@@ -110,7 +120,7 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            connections = await stack.enter_async_context(upstream(config.limits, self.metrics))
+            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
             self.gateway = await stack.enter_async_context(self._gateway(connections))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
@@ -154,6 +164,7 @@ class Service:
                 sizer,
                 media=media,
                 max_prefix_tokens=config.max_prefix_tokens,
+                find_model=engines.find_model,
                 clock=clock,
             ),
             candidates=Candidates(
@@ -213,11 +224,13 @@ class Service:
             "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.sampling.__len__,
             "late_prompts": lambda: tokenizers.late,
+            "working_prompts": lambda: tokenizers.working,
         }
         if self._log_stream is not None:
             self.metrics.register(LogCollector(self._log_stream))
         self.metrics.register(IndexCollector(self.engines.setup.index))
         self.metrics.register(KeptCollector(kept))
+        self.metrics.register(MemoryCollector(self._memory))
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
@@ -230,7 +243,9 @@ class Service:
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
         proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
-        api = Api(self.router, engines.registry, proxy, metrics, config.limits)
+        bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
+        api = Api(self.router, proxy, metrics, bodies)
+        models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
             self.router,
@@ -239,14 +254,14 @@ class Service:
             feeds,
             self.outliers,
             self._parity,
-            config.limits,
+            bodies,
             self._tokenizer_views,
             unmatched=engines.setup.unmatched,
         )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
-            api={**api.routes(), **public},
+            api={**api.routes(), **models.routes(), **public},
             admin={**admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

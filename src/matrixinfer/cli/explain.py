@@ -114,12 +114,28 @@ async def _ask(args: argparse.Namespace) -> Any:
 
 async def _answer(response: aiohttp.ClientResponse, *, hint: str = "") -> Any:
     answer = await response.json(content_type=None)
+    if response.status in (403, 404, 405) and not _is_model_unknown(answer):
+        raise CannotExplain(
+            f"{response.url.origin()} does not answer as the gateway's admin address does (HTTP {response.status}): "
+            f"{_message(answer) or 'no reason given'} Is --admin the `admin` address of its config?"
+        )
     if response.status != 200:
-        message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
+        message = _message(answer)
         if message and "`messages`" in message:
             message += hint
         raise CannotExplain(message or f"expected status 200 from the gateway, got {response.status}")
     return answer
+
+
+def _is_model_unknown(answer: Any) -> bool:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return isinstance(error, dict) and error.get("code") == "model_not_found"
+
+
+def _message(answer: Any) -> str | None:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else None
 
 
 def _reason(error: Exception) -> str:
@@ -193,8 +209,19 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     console.print(table)
     if len(decision["pods"]) < decision["candidates"]:
         console.print(f"… and {decision['candidates'] - len(decision['pods'])} more pods")
+    for (trust, words), names in _limits(decision).items():
+        console.print(f"{', '.join(names)} ({trust}): {words}")
     for note in decision["notes"]:
         console.print(f"note: {note}")
+
+
+def _limits(decision: Json) -> Mapping[tuple[str, str], Sequence[str]]:
+    """What the events of pods cannot tell: the pods by their trust and the words. The chosen pod's words come first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, pod in sorted(decision["pods"].items(), key=lambda each: each[0] != decision["chosen"]):
+        for words in pod.get("limits", ()):  # gateways of earlier releases do not report them
+            found.setdefault((pod["trust"], words), []).append(name)
+    return found
 
 
 def _estimated(decision: Json) -> str:

@@ -17,7 +17,7 @@ from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.gateway.session import client_session
-from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Prompt, first_difference
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager
@@ -155,7 +155,7 @@ async def _comparison(url: str, api: EngineApi, remote: RemoteTokenizer) -> _Com
     try:
         served = await api.models(url.rstrip("/"))
         facts = (await api.about(url.rstrip("/"), None if served is None else served.engine)).facts
-    except EngineDown as error:
+    except (EngineDown, OutOfResources) as error:
         raise ConfigError("--compare", str(error)) from error
     if served is None:
         raise ConfigError("--compare", f"expected a model in {url}/v1/models, found none")

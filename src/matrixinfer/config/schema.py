@@ -234,9 +234,16 @@ class TokenizationConfig(Section, frozen=True):
     max_prompt_bytes: Annotated[
         Count,
         described(
-            "Requests with a larger body are not tokenized; they are routed by load, and by where their bytes were sent lately."
+            "Larger requests are not decoded and tokenized; they are routed by load, and by where their bytes were sent "
+            "lately. Images, audio and video do not count. Token ids may have four times as many bytes."
         ),
     ] = 4 * 1024 * 1024
+    max_prompt_items: Annotated[
+        Count,
+        described(
+            "Requests with more messages, parts of messages, tools, tool calls and documents are routed in the same way."
+        ),
+    ] = 10_000
     cache_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
         described(
@@ -263,6 +270,14 @@ class LimitsConfig(Section, frozen=True):
     """Limits on requests."""
 
     max_body_bytes: Annotated[Count, described("Larger request bodies are answered with 413.")] = 64 * 1024 * 1024
+    memory_bytes: Annotated[
+        Annotated[int, Meta(ge=16 * 1024 * 1024)],
+        described(
+            "Memory for all requests together. Bytes of bodies count twice until the answer ends, because they are kept and "
+            "rewritten; what is decoded from them counts while it is tokenized. Bodies beyond it are answered with 503. An "
+            "eighth is kept free for small requests."
+        ),
+    ] = 2 * 1024 * 1024 * 1024
     body_timeout_seconds: Annotated[
         Seconds, described("A request whose body takes longer to arrive is answered with 408.")
     ] = 60.0

@@ -116,30 +116,21 @@ def blocks(pod: PodFacts) -> Iterator[Verdict]:
             f"set blocks.size to {theirs} or a multiple of it",
         )
     else:
-        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}")
+        hidden = (
+            f", which hides up to {ours - theirs} tokens of each hit; {theirs} would hide none" if ours > theirs else ""
+        )
+        yield ok(f"the engine's blocks have {theirs} tokens, blocks.size is {ours}{hidden}")
 
 
 def tokens(pod: PodFacts) -> Iterator[Verdict]:
     """Whether the gateway computes the token ids that the engine caches."""
-    same = [sample.name for sample in pod.samples if sample.compared and sample.first_difference is None]
-    for sample in pod.samples:
-        if sample.compared and sample.first_difference is not None:
-            yield _differs(sample)
-        elif sample.engine_error is not None and sample.gateway_error is None:
-            yield warning(
-                f"the token ids of {sample.name} could not be compared with the engine's: {sample.engine_error}",
-                "let the gateway reach the engine's /tokenize, or compare with `matrixinfer tokenize --compare URL`",
-            )
-        elif sample.gateway_error is not None and (sample.engine_error is None or not sample.optional):
-            yield blind(
-                f"{sample.name} cannot be tokenized: {sample.gateway_error}",
-                "set `tokenizer` of the model and, if the tokenizer has no chat template, `chatTemplate`; or let the gateway "
-                "reach the engine's /tokenize",
-            )
+    same = [sample for sample in pod.samples if sample.compared and sample.first_difference is None]
+    for is_chat in (False, True):
+        yield from _unequal([sample for sample in pod.samples if sample.is_chat is is_chat])
     source = pod.source
     if same:
         found = f", with the tokenizer found at {source.path}" if source is not None and source.kind == "found" else ""
-        yield ok(f"the gateway computes the engine's token ids for {', '.join(same)}{found}")
+        yield ok(f"the gateway computes the engine's token ids for {_named(same, pod.samples)}{found}")
     elif pod.samples and not any(
         sample.compared or sample.gateway_error or sample.engine_error for sample in pod.samples
     ):
@@ -172,14 +163,53 @@ def _cost(pod: PodFacts) -> str:
     return f"{why}, which took {pod.asking['p50_ms']} ms (p50) and {pod.asking['p90_ms']} ms (p90) for one prompt"
 
 
-def _differs(sample: SampleFacts) -> Verdict:
-    is_text = "text" in sample.name
+def _unequal(samples: Sequence[SampleFacts]) -> Iterator[Verdict]:
+    """What is wrong with the texts or the chats; the same problem is reported once."""
+    differ = [sample for sample in samples if sample.compared and sample.first_difference is not None]
+    unknown = [sample for sample in samples if sample.engine_error is not None and sample.gateway_error is None]
+    failed = [
+        sample
+        for sample in samples
+        if sample.gateway_error is not None and (sample.engine_error is None or not sample.optional)
+    ]
+    if differ:
+        yield _differs(differ[0], _more(differ, "so do"))
+    if unknown:
+        yield warning(
+            f"the token ids of {unknown[0].name} could not be compared with the engine's: {unknown[0].engine_error}"
+            f"{_more(unknown, 'neither could')}",
+            "let the gateway reach the engine's /tokenize, or compare with `matrixinfer tokenize --compare URL`",
+        )
+    if failed:
+        yield blind(
+            f"{failed[0].name} cannot be tokenized: {failed[0].gateway_error}{_more(failed, 'neither can')}",
+            "set `tokenizer` of the model and, if the tokenizer has no chat template, `chatTemplate`; or let the gateway "
+            "reach the engine's /tokenize",
+        )
+
+
+def _more(samples: Sequence[SampleFacts], verb: str) -> str:
+    """The other samples with the same problem."""
+    others = [sample.name for sample in samples[1:]]
+    return f" ({verb} {', '.join(others)})" if others else ""
+
+
+def _named(samples: Sequence[SampleFacts], among: Sequence[SampleFacts]) -> str:
+    """Their names; a count where there are several chats and all are the same."""
+    chats = [sample for sample in samples if sample.is_chat]
+    if len(chats) > 1 and len(chats) == sum(sample.is_chat for sample in among):
+        return ", ".join((*(each.name for each in samples if not each.is_chat), f"{len(chats)} kinds of chats"))
+    return ", ".join(sample.name for sample in samples)
+
+
+def _differs(sample: SampleFacts, others: str) -> Verdict:
     return blind(
-        f"the gateway's token ids are not the engine's: {sample.name} differs from token {sample.first_difference} on",
-        "set `tokenizer` to the folder of the model that the engine serves, in the same revision"
-        if is_text
-        else "set `chatTemplate` to the engine's template (its --chat-template and --default-chat-template-kwargs), and "
-        "`tokenizer` to the folder of its model",
+        f"the gateway's token ids are not the engine's: {sample.name} differs from token {sample.first_difference} on"
+        f"{others}",
+        "set `chatTemplate` to the engine's template (its --chat-template and --default-chat-template-kwargs), and "
+        "`tokenizer` to the folder of its model"
+        if sample.is_chat
+        else "set `tokenizer` to the folder of the model that the engine serves, in the same revision",
     )
 
 

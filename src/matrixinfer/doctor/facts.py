@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from matrixinfer.config import KvEventsConfig, ModelConfig
+from matrixinfer.index.redis.failures import RedisFailure
 from matrixinfer.pods.engine_kind import EngineKind
 from matrixinfer.pods.pod import Sleep
 from matrixinfer.pods.publishers import KvSource
@@ -18,9 +19,6 @@ Following: TypeAlias = Literal["discover", "none", "configured"]
 """How the config says to find a pod's KV events."""
 Replay: TypeAlias = Literal["answers", "silent", "foreign"]
 """How a replay endpoint answered: with what was published; not completely in time; with another publisher's batches."""
-
-RedisFailure: TypeAlias = Literal["unreachable", "login", "permission"]
-"""Why Redis cannot be used: no answer; it refuses the login; or a command or a key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

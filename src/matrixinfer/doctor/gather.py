@@ -22,7 +22,7 @@ from matrixinfer.doctor.probe import Prober
 from matrixinfer.doctor.redis_facts import gather_redis_facts
 from matrixinfer.gateway.session import client_session
 from matrixinfer.kvevents.follower import feed_sources
-from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, parse_models
+from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, OutOfResources, parse_models
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
@@ -131,7 +131,7 @@ class _PodGatherer:
         self.on_step(pod.name, "asking")
         try:
             answers = await self._ask(pod)
-        except EngineDown as error:
+        except (EngineDown, OutOfResources) as error:
             return PodFacts(
                 name=pod.name,
                 url=pod.url,
@@ -186,7 +186,7 @@ class _PodGatherer:
         return self.config.models[0].name if len(self.config.models) == 1 else ""
 
     async def _ask(self, pod: Pod) -> _Answers:
-        """What the engine says about itself. The registry learns it as well. Raises `EngineDown`."""
+        """What the engine says about itself. The registry learns it as well. Raises `EngineDown` and `OutOfResources`."""
         before = time.time()
         health = await self.api.ask(f"{pod.url}/health")
         clock_ahead = seconds_ahead(health.date, before, time.time())
@@ -196,7 +196,7 @@ class _PodGatherer:
         served = parse_models(models.body)
         try:
             about = await self.api.about(pod.url, None if served is None else served.engine)
-        except EngineDown:
+        except (EngineDown, OutOfResources):
             about = About(facts=None, sources=None)
         discovered = (about.sources or ()) if pod.config.kv_events == "discover" else None
         measured = parse_metrics(metrics.body, read_at=self.registry.clock())
@@ -214,7 +214,7 @@ class _PodGatherer:
         """The answer; an empty one with status 0 if there is none."""
         try:
             return await self.api.ask(url)
-        except EngineDown:
+        except (EngineDown, OutOfResources):
             return Answer(status=0, body=b"", date=None)
 
     async def _feeds(self, pod: Pod, metrics: EngineMetrics) -> Sequence[FeedFacts]:

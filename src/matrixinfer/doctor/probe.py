@@ -21,7 +21,7 @@ from matrixinfer.gateway.rewrite import pin_rank
 from matrixinfer.gateway.usage import usage
 from matrixinfer.index.redis.fit import HEAD_TOKENS
 from matrixinfer.kvevents.witness import Witness
-from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.registry import Endpoint, PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
@@ -191,7 +191,7 @@ class Prober:
         """The engine's own counter of tokens found in its cache."""
         try:
             metrics = await self._api.metrics(endpoint.pod.url, now=time.monotonic())
-        except EngineDown:
+        except (EngineDown, OutOfResources):
             return None
         if endpoint.rank is not None and metrics.ranks:
             rank = metrics.ranks.get(endpoint.rank)

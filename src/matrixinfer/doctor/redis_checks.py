@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from matrixinfer.doctor.facts import ForeignFacts, RedisFacts
 from matrixinfer.doctor.findings import Verdict, blind, ok, warning
 from matrixinfer.doctor.redis_foreign import WRITE_SECONDS
+from matrixinfer.index.redis.failures import explained
 
 MAX_CLOCK_SECONDS = 5.0
 """Leases compare clocks of different hosts: they work up to this much difference."""
@@ -33,8 +34,9 @@ def server(facts: RedisFacts) -> Iterator[Verdict]:
         yield warning(
             "Redis does not let this user run scripts: lookups take five times as long"
             + ("" if facts.writer == "none" else ", and nothing can be written"),
-            "allow EVALSHA, SCRIPT LOAD and what the scripts use (`ACL SETUSER … +evalsha +script|load`; docs/redis.md lists "
-            "all commands)" + ("" if facts.writer != "none" else ", or set redis.scripts to false"),
+            "allow EVALSHA, SCRIPT LOAD and what the scripts use (`ACL SETUSER … +evalsha +script|load`, with keys as `~`, not "
+            "`%R~`; docs/redis.md lists all commands)"
+            + ("" if facts.writer != "none" else ", or set redis.scripts to false"),
         )
     if abs(facts.clock_ahead or 0.0) > MAX_CLOCK_SECONDS:
         yield warning(
@@ -46,22 +48,8 @@ def server(facts: RedisFacts) -> Iterator[Verdict]:
 
 def _unusable(facts: RedisFacts, error: str) -> tuple[str, str]:
     """The message and the fix for a server that cannot be used."""
-    user = f"the user `{facts.username}`" if facts.username else "the default user"
-    until = "; until then, requests are routed by load"
-    if facts.failure == "login":
-        return (
-            f"Redis at {facts.where} refuses the login of {user}: {error}",
-            f"correct `redis.username` and `redis.password`, or the environment variable REDIS_PASSWORD{until}",
-        )
-    if facts.failure == "permission":
-        return (
-            f"Redis at {facts.where} does not let {user} read the index: {error}",
-            f"allow the keys and commands under Permissions in docs/redis.md (`ACL SETUSER`){until}",
-        )
-    return (
-        f"Redis at {facts.where} does not answer: {error}",
-        f"start it, or correct `redis` in the config{until}",
-    )
+    message, fix = explained(facts.failure, where=facts.where, username=facts.username, error=error)
+    return message, f"{fix}; until then, requests are routed by load"
 
 
 def scheme(facts: RedisFacts) -> Iterator[Verdict]:

@@ -8,14 +8,15 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import NoPermissionError
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.config import Config, RedisConfig
-from matrixinfer.doctor.facts import PodFacts, RedisFacts, RedisFailure
+from matrixinfer.doctor.facts import PodFacts, RedisFacts
 from matrixinfer.doctor.redis_foreign import gather_foreign_facts
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis import layout, read_scripts
+from matrixinfer.index.redis.failures import failure_of
 from matrixinfer.index.redis.index import scheme_of
 from matrixinfer.index.redis.pod_states import PodState, PodStates
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store
@@ -49,20 +50,9 @@ async def gather_redis_facts(
                 facts = replace(facts, foreign=foreign)
             return replace(facts, unreadable=sorted(store.unreadable_keys))
         except IndexUnavailable as error:
-            return replace(facts, error=str(error), failure=_failure(error))
+            return replace(facts, error=str(error), failure=failure_of(error))
         except TimeoutError:
             return replace(facts, error=f"no answer within {patience:g} seconds")
-
-
-def _failure(error: IndexUnavailable) -> RedisFailure:
-    if isinstance(error.__cause__, NoPermissionError):
-        return "permission"
-    # A server with other errors at the login is not ready yet; the client derives those from the same class.
-    refuses = ("NOAUTH", "WRONGPASS", "invalid username-password", "invalid password", "Authentication required")
-    text = str(error)
-    if isinstance(error.__cause__, AuthenticationError) or any(sign in text for sign in refuses):
-        return "login"
-    return "unreachable"
 
 
 async def _ask(store: Store, facts: RedisFacts, registry: PodRegistry) -> RedisFacts:

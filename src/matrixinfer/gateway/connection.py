@@ -15,19 +15,24 @@ from typing import Any, TypeAlias
 import structlog
 from aiohttp import web
 from aiohttp.http import HttpVersion11
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.errors import error_response
+from matrixinfer.gateway.heads import incoming
 from matrixinfer.telemetry.intervals import Intervals
 
 Handle: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_LINE_BYTES = 8190
+"""One header, or the target."""
 MAX_HEADERS = 128
 LINGER_SECONDS = 2.0
 """How long an unwanted body is read and dropped, so that its client can read the answer."""
+_LOOK_SECONDS = 0.01
 _ASK_SECONDS = (0.0, 0.05, 5.0)
 """Pauses before each question whether a client that sends nothing more still reads. The last one repeats."""
 
@@ -48,12 +53,15 @@ class Server(web.Server):
     ) -> None:
         super().__init__(
             handle,
+            request_factory=incoming,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
             keepalive_timeout=keep_alive_seconds,
             lingering_time=LINGER_SECONDS,
             max_headers=MAX_HEADERS,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
         self._options: dict[str, Any] = dict(self._kwargs)
         self.head_seconds = head_seconds
@@ -63,6 +71,14 @@ class Server(web.Server):
     def __call__(self) -> RequestHandler:
         """A protocol for a new connection."""
         return Connection(self, loop=asyncio.get_running_loop(), **self._options)
+
+    async def first_requests(self, seconds: float) -> None:
+        """Wait until every connection has sent a request, which may be on its way, at most for some time."""
+        ends = self._loop.time() + seconds
+        while self._loop.time() < ends:
+            if not any(isinstance(each, Connection) and each.is_unused for each in self.connections):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 class Connection(RequestHandler):
@@ -83,6 +99,11 @@ class Connection(RequestHandler):
         self._knows_interim = False
         """Whether the last request is of HTTP/1.1, so that its client must understand interim responses."""
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether no request has come on it yet."""
+        return not self._request_count
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse a connection beyond the limit."""
         super().connection_made(transport)
@@ -94,6 +115,8 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head until it is complete."""
+        if self._closing is not None:
+            return  # it was refused
         count, reads_head = self._request_count, self._body.is_eof()
         super().data_received(data)
         if self._request_count != count:
@@ -138,7 +161,10 @@ class Connection(RequestHandler):
         kind = type(exc).__name__
         if self._limits.noted(f"request_malformed {kind}"):
             log.warning("request_malformed", kind=kind)
-        response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
+        if isinstance(exc, LineTooLong):
+            response = error_response(431, f"A header or the target of the request exceeds {MAX_LINE_BYTES} bytes.")
+        else:
+            response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
         response.headers["Server"] = headers.SERVER
         response.force_close()
         return response

@@ -13,10 +13,9 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.body import read_body
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
@@ -42,21 +41,15 @@ log = structlog.get_logger(__name__)
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(
-        self, router: Router, registry: PodRegistry, proxy: Proxy, metrics: Metrics, limits: LimitsConfig
-    ) -> None:
+    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies) -> None:
         self._router = router
-        self._registry = registry
         self._proxy = proxy
         self._metrics = metrics
-        self._limits = limits
+        self._bodies = bodies
 
     def routes(self) -> Routes:
         """Paths of the API."""
-        return {
-            **{path: {"POST": self.complete} for path in READERS},
-            "/v1/models": {"GET": self.models},
-        }
+        return {path: {"POST": self.complete} for path in READERS}
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Dispatch a request with a prompt, and pass its answer on."""
@@ -65,8 +58,9 @@ class Api:
         model: str | None = None
         pod: str | None = None
         code = 500
+        held = self._bodies.hold()
         try:
-            body = await self._body(request)
+            body = await self._bodies.read(request, held)
             path, session = request.rel_url.raw_path, headers.session_id(request.headers)
             async with self._router.dispatch(path, body, request_id=identity, session=session) as in_flight:
                 model = in_flight.decision.request.model
@@ -77,26 +71,17 @@ class Api:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
             code = response.status
+            if not request.content.is_eof():
+                response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
             code = CLIENT_GONE
             raise
         finally:
+            held.release()
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
         return response
-
-    async def models(self, _: web.BaseRequest) -> web.StreamResponse:
-        """Every model that a pod serves."""
-        cards = [
-            {"id": model.name, "object": "model", "created": 0, "owned_by": "matrixinfer", "parent": model.parent}
-            for model in self._registry.models()
-        ]
-        return json_response({"object": "list", "data": cards})
-
-    async def _body(self, request: web.BaseRequest) -> bytes:
-        limits = self._limits
-        return await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
 
 
 class Status:
@@ -154,7 +139,7 @@ class Admin:
         feeds: FeedReports,
         outliers: Outliers,
         parity: Parity,
-        limits: LimitsConfig,
+        bodies: Bodies,
         sources: Callable[[], Mapping[str, Mapping[str, object]]] = dict,
         unmatched: Callable[[], Awaitable[Sequence[Mapping[str, object]]]] | None = None,
     ) -> None:
@@ -166,7 +151,7 @@ class Admin:
         self._feeds = feeds
         self._outliers = outliers
         self._parity = parity
-        self._limits = limits
+        self._bodies = bodies
 
     def routes(self) -> Routes:
         """Paths of the admin listener."""
@@ -181,9 +166,9 @@ class Admin:
     async def explain(self, request: web.BaseRequest) -> web.StreamResponse:
         """Where this body would go if it came to `?path=…`, and why. Changes nothing."""
         path = request.rel_url.query.get("path", CHAT_PATH)
-        limits = self._limits
-        body = await read_body(request, max_bytes=limits.max_body_bytes, seconds=limits.body_timeout_seconds)
-        return json_response(await self._router.explain(path, body))
+        with self._bodies.hold() as held:
+            body = await self._bodies.read(request, held)
+            return json_response(await self._router.explain(path, body))
 
     async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, MultiMapping
 
 REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
@@ -29,6 +29,9 @@ _HOP_BY_HOP = (
 )
 """Headers that belong to one connection (RFC 9110, 7.6.1)."""
 
+_FRAMING = {"content-length"}
+"""Headers that stay even if `Connection` names them, which is not allowed: without them the body has no end."""
+
 _REPLACED = frozenset((*_HOP_BY_HOP, "content-length", "expect", "host", REQUEST_ID, RANK))
 _DROPPED = frozenset((*_HOP_BY_HOP, "proxy-authenticate"))
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -47,7 +50,7 @@ def session_id(headers: Mapping[str, str]) -> str | None:
     return given if given and len(given) <= _MAX_SESSION_CHARS else None
 
 
-def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> CIMultiDict[str]:
+def to_pod(headers: MultiMapping[str], identity: str, rank: int | None) -> CIMultiDict[str]:
     """A client's headers as a pod gets them; host and length are added when they are sent.
 
     `rank` is the chosen data-parallel rank, as the engine's API counts; None if the pod has only one cache. vLLM takes
@@ -60,7 +63,7 @@ def to_pod(headers: CIMultiDictProxy[str], identity: str, rank: int | None) -> C
     return kept
 
 
-def to_client(headers: CIMultiDictProxy[str], identity: str, pod: str) -> CIMultiDict[str]:
+def to_client(headers: MultiMapping[str], identity: str, pod: str) -> CIMultiDict[str]:
     """A pod's response headers as the client gets them."""
     kept = _without(headers, _DROPPED)
     kept[REQUEST_ID] = identity
@@ -83,7 +86,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
+def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     for connection in headers.getall("connection", ()):
-        names = names.union(name.strip().lower() for name in connection.split(","))
+        names = names.union({name.strip().lower() for name in connection.split(",")} - _FRAMING)
     return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -21,10 +24,12 @@ from matrixinfer.telemetry.intervals import Intervals
 
 Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
-"""Path to method to handler."""
+"""Path to method to handler. A path that ends with a slash stands for all below it that are not listed themselves."""
 
 CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
+_BEGIN_SECONDS = 0.5
+"""How long a new connection's first request is waited for when the listener stops."""
 _BACKLOG = 1024
 _NOTED_SECONDS = 10.0
 """How often a kind of bad connection is logged."""
@@ -90,17 +95,23 @@ class Listener:
         if server is None or listening is None:
             return
         self._server = self._listening = None
+        waiting = _waiting(listening)
         listening.close()
-        await asyncio.sleep(0)  # lets connections that were just accepted start their requests
+        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            await loop.connect_accepted_socket(server, connection)
+        ends = loop.time() + grace
+        await server.first_requests(min(grace, _BEGIN_SECONDS))
         server.pre_shutdown()
         async with asyncio.TaskGroup() as group:
             group.create_task(server.shutdown(grace + CANCEL_SECONDS))
-            group.create_task(self._finish(grace))
+            group.create_task(self._finish(ends))
 
-    async def _finish(self, grace: float) -> None:
+    async def _finish(self, ends: float) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            if self._tasks and grace > 0:
-                await asyncio.wait(self._tasks, timeout=grace)
+            while self._tasks and (left := ends - loop.time()) > 0:  # requests may still begin on open connections
+                await asyncio.wait(self._tasks, timeout=left)
         except asyncio.CancelledError:
             log.warning("requests_cut", requests=len(self._tasks))
             for task in self._tasks:
@@ -140,7 +151,7 @@ class Listener:
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         path, method = request.rel_url.raw_path, request.method
-        methods = self._routes.get(path)
+        methods = self._routes.get(path) or self._below(path)
         if methods is None:
             return error_response(404, f"Invalid URL ({method} {path}).", anthropic=_is_anthropic(request))
         handler = methods.get("GET" if method == "HEAD" else method)
@@ -150,6 +161,25 @@ class Listener:
                 405, f"Use {allowed} with {path}.", headers={"Allow": allowed}, anthropic=_is_anthropic(request)
             )
         return await handler(request)
+
+    def _below(self, path: str) -> Mapping[str, Handler] | None:
+        """The methods of the route that stands for all paths below its own, if there is one for this path."""
+        return next(
+            (each for prefix, each in self._routes.items() if prefix.endswith("/") and path.startswith(prefix)), None
+        )
+
+
+def _waiting(listening: asyncio.Server) -> list[socket.socket]:
+    """Connections that the system has made, and that closing the listening socket would reset."""
+    found = []
+    for listener in listening.sockets:
+        with socket.socket(fileno=os.dup(listener.fileno())) as own, suppress(OSError):
+            own.setblocking(False)
+            while True:
+                connection, _ = own.accept()
+                connection.setblocking(False)
+                found.append(connection)
+    return found
 
 
 def _is_anthropic(request: web.BaseRequest) -> bool:

@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, cast
 
-import aiohttp
 from aiohttp import web
 from aiohttp.http import HttpVersion11, StreamWriter
-from yarl import URL
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
-from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, AttemptFailed, Upstream
+from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Upstream
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.metrics import Metrics
 
@@ -65,7 +64,7 @@ class _Answer:
     """A pod's answer, whose headers have come."""
 
     exchange: Exchange
-    upstream: aiohttp.ClientResponse
+    upstream: PodAnswer
     adds_usage: bool
     """The gateway asked for a usage report that the client must not see."""
 
@@ -170,7 +169,7 @@ class Proxy:
                     await self._refuse(answer)
                 length = answer.length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
-                first = await self._read(answer, whole=is_whole)
+                first = await (answer.upstream.read() if is_whole else answer.upstream.readany())
             except BaseException:
                 answer.upstream.close()
                 raise
@@ -185,43 +184,32 @@ class Proxy:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
 
-    async def _open(self, exchange: Exchange, body: PodBody) -> aiohttp.ClientResponse:
+    async def _open(self, exchange: Exchange, body: PodBody) -> PodAnswer:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
-        # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
-        url = URL(pod.url + request.rel_url.raw_path_qs, encoded=True)
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
-        return await self._upstream.open(url, body.bytes, sent_headers)
+        # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
+        return await self._upstream.post(pod.url, request.rel_url.raw_path_qs, body.bytes, sent_headers)
 
     async def _refuse(self, answer: _Answer) -> NoReturn:
         """Keep the answer for the case that no other pod answers, unless it is too long."""
         length, kept = answer.upstream.content_length, None
         if length is not None and length <= _MAX_REFUSAL_BYTES:
-            kept = self._response(answer, await self._read(answer, whole=True))
+            kept = self._response(answer, await answer.upstream.read())
         raise _Refused(kept, answer.upstream.status)
-
-    async def _read(self, answer: _Answer, *, whole: bool) -> bytes:
-        """The first bytes of an answer's body, or all of it. Raises `AttemptFailed`."""
-        content = answer.upstream.content
-        try:
-            return await (content.read() if whole else content.readany())
-        except aiohttp.ServerTimeoutError as error:
-            raise AttemptFailed("timeout", was_sent=True) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise AttemptFailed("disconnect", was_sent=True) from error
 
     async def _stream(self, answer: _Answer, chunk: bytes) -> web.StreamResponse:
         """Pass on an answer that begins with `chunk`; the rest is written as it is read."""
         exchange, pod = answer.exchange, answer.exchange.in_flight.pod
         request = exchange.request
         response = self._response(answer, None)
-        self._limit_silence(answer.upstream)
+        answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
         exchange.has_begun = True
         writer = cast("StreamWriter", await response.prepare(request))
         protocol = request.protocol
-        readany = answer.upstream.content.readany
+        readany = answer.upstream.readany
         tail = usage.Tail() if answer.may_report else None
         stripper = usage.UsageStripper() if answer.is_stripped else None
         while chunk:
@@ -235,9 +223,9 @@ class Proxy:
                 await self._drain(exchange, writer)
             try:
                 chunk = await readany()
-            except (aiohttp.ClientError, OSError) as error:
+            except AttemptFailed as error:
                 _cut(request)
-                if isinstance(error, aiohttp.ServerTimeoutError):
+                if error.kind == "timeout":
                     raise self._silent(exchange, f"nothing for {self._limits.idle_timeout_seconds:g} s") from error
                 self._metrics.upstream_error(pod.name, "broken")
                 exchange.in_flight.broke("broken")
@@ -248,13 +236,6 @@ class Proxy:
             await writer.write(chunk, drain=False)
         await response.write_eof()
         return response
-
-    def _limit_silence(self, upstream: aiohttp.ClientResponse) -> None:
-        """From the first byte on, silence is limited by another setting."""
-        connection = upstream.connection
-        if connection is not None and connection.protocol is not None:
-            connection.protocol.read_timeout = self._limits.idle_timeout_seconds
-            connection.protocol.start_timeout()
 
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
         """Wait until the client has read what was written. A client that reads nothing for too long is cut off."""

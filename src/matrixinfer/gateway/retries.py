@@ -6,7 +6,7 @@ import asyncio
 import random
 
 from matrixinfer.config import RetriesConfig
-from matrixinfer.gateway.upstream import AttemptFailed
+from matrixinfer.gateway.pod_connection import AttemptFailed
 from matrixinfer.traffic.retry_budget import RetryBudget
 
 

@@ -53,6 +53,8 @@ class BodyRewriter:
 
     def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None) -> PodBody:
         name = self._registry.name_at(pod, prompt.model)
+        if not prompt.names_model:
+            body, prompt = with_model(body, name), msgspec.structs.replace(prompt, model=name)
         may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
@@ -69,6 +71,15 @@ class BodyRewriter:
             fields["stream_options"] = options
         fields["model"] = msgspec.Raw(msgspec.json.encode(name))
         return PodBody(pin_rank(msgspec.json.encode(fields), pinned), adds_usage=options is not None)
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """A JSON object that names no model with one, and otherwise the client's own bytes.
+
+    The field comes last: of equal keys, readers of JSON take the last one, and the client's may be null.
+    """
+    fields = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
+    return b'%b%b"model":%b}' % (fields, b"" if fields.endswith(b"{") else b",", msgspec.json.encode(model))
 
 
 def pin_rank(body: bytes, rank: int | None) -> bytes:

@@ -1,139 +1,80 @@
 """Sends a request to a pod and waits for the headers of the answer. When that fails, it says how far the request got.
 
 An engine closes idle connections, and may do so just while a request is being sent on one. That says nothing about the
-engine, so the request is sent to it once more, on a new connection. Whether a connection was new is known from the
-client library, not guessed. When a new one breaks after the request went out, the request itself may have broken the
-engine, so whoever sends it to another pod must know: `AttemptFailed.was_sent`.
+engine, so the request is sent to it once more, on a new connection. Whether a connection was new is known, not guessed.
+When a new one breaks after the request went out, the request itself may have broken the engine, so whoever sends it to
+another pod must know: `AttemptFailed.was_sent`.
 """
 
 from __future__ import annotations
 
-import errno
-import io
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, TypeAlias
-from weakref import WeakSet
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import aiohttp
-from aiohttp.connector import Connection
 from multidict import CIMultiDict
-from yarl import URL
 
 from matrixinfer.config import LimitsConfig
-from matrixinfer.errors import MatrixInferError, Overloaded
-from matrixinfer.gateway.session import IDLE_SECONDS, client_options
+from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
+from matrixinfer.gateway.pod_pool import Origin, PodPool, origin_of
 from matrixinfer.telemetry.metrics import Metrics
 
 MAX_WHOLE_BYTES = 1024 * 1024
-"""Bodies up to this size are written at once, longer ones piece by piece."""
-
-_OWN_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
-"""Errors of a connection that are this machine's fault, not the pod's."""
-
-FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
-
-
-class AttemptFailed(MatrixInferError):
-    """The pod sent no byte of an answer. `was_sent`: it may have read the request."""
-
-    def __init__(self, kind: FailureKind, *, was_sent: bool) -> None:
-        super().__init__(kind)
-        self.kind = kind
-        self.was_sent = was_sent
-
-
-_is_reused: ContextVar[bool] = ContextVar("is_reused", default=False)
-"""Whether the connection of this task's request has served an earlier one."""
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Keeps connections, and tells those that it has handed out before from new ones.
-
-    The library's tracing says the same, for ten times the cost of a request.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(limit=0, keepalive_timeout=IDLE_SECONDS)
-        self._served: WeakSet[object] = WeakSet()
-
-    async def connect(
-        self,
-        req: aiohttp.ClientRequest,
-        traces: list[Any],
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library's signature
-    ) -> Connection:
-        """A connection for `req`."""
-        _is_reused.set(False)
-        connection = await super().connect(req, traces, timeout)
-        protocol = connection.protocol
-        if protocol in self._served:
-            _is_reused.set(True)
-        else:
-            self._served.add(protocol)
-        return connection
+"""Answers up to this size are passed on at once, longer ones piece by piece."""
 
 
 class Upstream:
-    """Sends requests to pods, on connections that are kept (`pooled`) or that serve one request (`fresh`)."""
+    """Sends requests to pods, on connections that are kept."""
 
-    def __init__(self, pooled: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics) -> None:
-        self._pooled = pooled
-        self._fresh = fresh
+    def __init__(self, pool: PodPool, limits: LimitsConfig, metrics: Metrics) -> None:
+        self._pool = pool
+        self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
-    async def open(self, url: URL, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
-        """The answer, whose headers have come. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
+    async def post(self, url: str, target: str, body: bytes, headers: CIMultiDict[str]) -> PodAnswer:
+        """The answer of the pod at `url`, whose headers have come; `target` is a path with its query.
+
+        Raises `AttemptFailed`, and `Overloaded` when this process is short of something.
+        """
+        origin = origin_of(url)
+        head = _head(origin, target, headers, len(body))
+        connection = self._pool.reuse(origin)
+        if connection is not None:
+            try:
+                return await connection.send(head, body, silence=self._silence)
+            except AttemptFailed as error:
+                if error.kind != "disconnect":
+                    raise
+            self._metrics.retry("stale_connection")
         try:
-            return await self._post(self._pooled, url, body, headers)
+            fresh = await self._pool.connect(origin)
+            return await fresh.send(head, body, silence=self._silence)
         except AttemptFailed as error:
-            if error.kind != "disconnect" or not _is_reused.get():
+            if connection is None:
                 raise
-        self._metrics.retry("stale_connection")
-        try:
-            return await self._post(self._fresh, url, body, headers)
-        except AttemptFailed as error:
             # Perhaps the first connection broke because the request broke the engine.
             raise AttemptFailed(error.kind, was_sent=True) from error
 
-    async def _post(
-        self,
-        session: aiohttp.ClientSession,
-        url: URL,
-        body: bytes,
-        headers: CIMultiDict[str],
-    ) -> aiohttp.ClientResponse:
-        payload = body if len(body) <= MAX_WHOLE_BYTES else io.BytesIO(body)
-        try:
-            answer = await session.post(url, data=payload, headers=headers, allow_redirects=False)
-        except aiohttp.ConnectionTimeoutError as error:
-            raise AttemptFailed("connect_timeout", was_sent=False) from error
-        except aiohttp.ServerTimeoutError as error:
-            raise AttemptFailed("timeout", was_sent=True) from error
-        except aiohttp.InvalidURL:
-            raise  # our fault; it says nothing about the pod
-        except aiohttp.ClientConnectorError as error:
-            if error.os_error.errno in _OWN_ERRORS:
-                raise Overloaded("The gateway has no free file descriptor or port.") from error
-            raise AttemptFailed("connect", was_sent=False) from error
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise AttemptFailed("disconnect", was_sent=True) from error
-        except aiohttp.ClientError as error:
-            raise AttemptFailed("protocol", was_sent=True) from error
-        if answer.status < 200:  # such as 101: the engine now speaks another protocol, which nobody asked for
-            answer.close()
-            raise AttemptFailed("protocol", was_sent=True)
-        return answer
+
+@contextmanager
+def upstream(
+    limits: LimitsConfig,
+    metrics: Metrics,
+    on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+) -> Iterator[Upstream]:
+    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod."""
+    pool = PodPool(limits.connect_timeout_seconds, on_shortage)
+    try:
+        yield Upstream(pool, limits, metrics)
+    finally:
+        pool.close()
 
 
-@asynccontextmanager
-async def upstream(limits: LimitsConfig, metrics: Metrics) -> AsyncIterator[Upstream]:
-    """Open the connections to the pods. Their number is not limited: the scheduler limits what is in flight."""
-    async with (
-        aiohttp.ClientSession(connector=_Connector(), **client_options(limits)) as pooled,
-        aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True), **client_options(limits)
-        ) as fresh,
-    ):
-        yield Upstream(pooled, fresh, metrics)
+def _head(origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
+    """The head of a request. Raises `ValueError` if a header would add a line to it."""
+    lines = [f"POST {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"content-length: {length}", "", ""]
+    head = "\r\n".join(lines)
+    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
+        raise ValueError("a header contains the end of a line")
+    return head.encode("utf-8", "surrogateescape")

@@ -25,6 +25,14 @@ class Unresolved(zmq.ZMQError):
     """A host's name has no address yet, or the lookup took too long. Try again later."""
 
 
+def open_context(max_sockets: int) -> zmq.Context[zmq.Socket[bytes]]:
+    """A context whose threads run. ZMQ starts them with the first socket, and ends the process if it has no descriptors then."""
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, max_sockets)
+    context.socket(zmq.PAIR).close(linger=0)
+    return context
+
+
 def subscribe(context: zmq.Context[_Socket], *, queued: int = FRAMES_QUEUED) -> _Socket:
     """An unconnected socket that takes everything from one publisher. Once connected, ZMQ reconnects it by itself."""
     live = context.socket(zmq.SUB)

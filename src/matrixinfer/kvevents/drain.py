@@ -1,4 +1,4 @@
-"""Receives from many ZMQ sockets on the event loop without blocking it."""
+"""Receives from many ZMQ sockets on the event loop without blocking it, whatever the number and the size of messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import zmq
 SLICE_SECONDS = 0.002
 
 _Socket = zmq.Socket[bytes]
-_OnMessage = Callable[[list[bytes]], None]
+_OnMessage = Callable[[list[bytes]], Iterator[None] | None]
+"""Takes the parts of a message. What it leaves to do is done step by step, before the next message of that socket."""
 
 
 class Drain:
@@ -24,6 +25,8 @@ class Drain:
 
     def __init__(self) -> None:
         self._readable: OrderedDict[_Socket, _OnMessage] = OrderedDict()
+        self._rests: dict[_Socket, Iterator[None]] = {}
+        """What is left to do of the last message of a socket."""
         self._next: asyncio.Handle | None = None
 
     @contextmanager
@@ -38,6 +41,7 @@ class Drain:
         finally:
             loop.remove_reader(descriptor)
             self._readable.pop(socket, None)
+            self._rests.pop(socket, None)
 
     def _queue(self, socket: _Socket, on_message: _OnMessage) -> None:
         self._readable.setdefault(socket, on_message)
@@ -53,13 +57,24 @@ class Drain:
         try:
             while self._readable:
                 socket, on_message = self._readable.popitem(last=False)
-                try:
-                    parts = socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    continue
-                self._readable[socket] = on_message
-                on_message(parts)
+                rest = self._rests.pop(socket, None)
+                if rest is None:
+                    try:
+                        parts = socket.recv_multipart(zmq.NOBLOCK)
+                    except zmq.Again:
+                        continue
+                    self._readable[socket] = on_message
+                    rest = on_message(parts)
+                else:
+                    self._readable[socket] = on_message
+                if rest is not None and not _is_done(rest, deadline):
+                    self._rests[socket] = rest
                 if time.monotonic() >= deadline:
                     break
         finally:
             self._go_on()  # even after an error: there may be no further signal for the messages left
+
+
+def _is_done(rest: Iterator[None], deadline: float) -> bool:
+    """Go on with what is left to do until the deadline, by one step at least. Returns whether nothing is left."""
+    return all(time.monotonic() < deadline for _ in rest)

@@ -115,7 +115,7 @@ class EngineBlocks:
         self._stats.removed += present - len(blocks)
         for run in shrunk:
             self._reach.drop_end(forest, run)
-        for block in blocks:
+        for block in forest.last_first(blocks) if len(blocks) > 1 else blocks:
             self._remove_inner(forest, block)
 
     def drop_copies(self, forest: Forest, blocks: Sequence[int]) -> list[int]:

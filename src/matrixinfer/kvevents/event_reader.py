@@ -36,7 +36,7 @@ from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
 from matrixinfer.kvevents.stored import is_bare, keys_of_whole, media_ahead, tokens_in
 from matrixinfer.kvevents.tiers import DEVICE, MAX_PLACES, Place, Tiers, Unevicted, tier_of
-from matrixinfer.kvevents.wire import BlockStored, EngineHash, block_ids, parent_of, plain, tokens_of
+from matrixinfer.kvevents.wire import BlockRemoved, BlockStored, EngineHash, block_ids, parent_of, plain, tokens_of
 
 _DEVICE_NAMES = ("GPU", None)
 _UNEVICTED_BYTES = 100
@@ -126,6 +126,10 @@ class EventReader:
         self.layout.reset()
         self.block_size = self._device_block_size = None
         self._reach.has_tails = False
+
+    def forest_of(self, event: BlockStored | BlockRemoved) -> Forest | None:
+        """The blocks present where the event is about; None if there are none."""
+        return self.forests.get(self.layout.place(event.medium, event.group_idx))
 
     def settle(self) -> None:
         """A batch is over."""

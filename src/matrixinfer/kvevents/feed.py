@@ -14,16 +14,16 @@ AllBlocksCleared: from there on the feed is complete again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from matrixinfer.kvevents.counts import UntrustedEvents
-from matrixinfer.kvevents.cursor import Cursor, Source
+from matrixinfer.kvevents.cursor import Cursor, Source, digest
 from matrixinfer.kvevents.held import HeldFrames
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.limits import Limits, other_rank
 from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
-from matrixinfer.kvevents.wire import AllBlocksCleared, MalformedFrame, decode
+from matrixinfer.kvevents.wire import LONG_FRAME_BYTES, AllBlocksCleared, Batch, MalformedFrame, decode, decoding
 
 __all__ = ["FeedState", "FeedStats", "PodFeed"]
 
@@ -35,6 +35,7 @@ MAX_MISSED_HEARTBEATS = 3
 """In a row, after which silence no longer proves that nothing happened."""
 
 _RANK = "rank"
+_EMPTYING = frozenset({Action.CLEAR, Action.RESET, Action.START_OVER})
 _STALE = (Phase.DISCONNECTED, Phase.PROVING)
 _REPLAYING = (Phase.ASKED, Phase.RECEIVING, Phase.PROVING)
 _UNTRUSTED = (Knowledge.UNTRUSTED, Knowledge.UNTRUSTED_GIVEN_UP)
@@ -65,7 +66,13 @@ class PodFeed:
         self._knowledge = Knowledge.WHOLE if can_replay else Knowledge.PARTIAL
         self._cursor = Cursor(0 if can_replay else None)
         self._distrust = ""
+        self._rest: Iterator[None] | None = None
+        """What is left to apply of a long frame."""
         self._unanswered = 0  # heartbeats in a row
+        self._seen = 0  # frames, of the engine's present run as far as that is known
+        self._before = 0  # of these, frames that the engine did not have when it was last asked for them
+        self._restart_known = False  # the engine itself has shown that it restarted, since the last frame
+        self._keeps_history = False  # the engine has replayed a frame, so it would replay its last one
         self._actions: Mapping[Action, Callable[[], None]] = {
             Action.ASK: self._ask,
             Action.VOID: self._void,
@@ -108,6 +115,16 @@ class PodFeed:
         return self._suspicions.get(_RANK)
 
     @property
+    def lacks_history(self) -> bool:
+        """Whether the engine may hold blocks whose events were not read."""
+        return self._knowledge in (Knowledge.PARTIAL, Knowledge.GIVEN_UP)
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the connection is lost, or is back and the engine has not proved yet that it is the same."""
+        return self._phase in _STALE
+
+    @property
     def given_up(self) -> bool:
         """A replay has failed: the engine's history may be fetched again later."""
         return self._knowledge in _GIVEN_UP and self._phase not in _STALE
@@ -142,23 +159,54 @@ class PodFeed:
 
     # Frames
 
-    def live(self, seq: int, payload: bytes) -> None:
-        """Take a frame from the live socket."""
+    def live(self, seq: int, payload: bytes, *, whole: bool = True) -> None:
+        """Take a frame from the live socket. Unless `whole`, a long frame may leave something to `go_on` with."""
         self._count_frame(payload)
         self._unanswered = 0
         self._handle(Source.LIVE, seq, payload, self._step(Input.LIVE_FRAME))
+        if whole:
+            self.finish()
 
-    def replayed(self, seq: int, payload: bytes) -> None:
-        """Take a frame of the replay that was asked for in this epoch."""
+    def replayed(self, seq: int, payload: bytes, *, whole: bool = True) -> None:
+        """Take a frame of the replay that was asked for in this epoch; `whole` as for `live`."""
         self._count_frame(payload)
+        self._keeps_history = True
         self._handle(Source.REPLAY, seq, payload, self._step(Input.REPLAYED_FRAME))
+        if whole:
+            self.finish()
+
+    def go_on(self) -> bool:
+        """Apply the next slice of a long frame. False when nothing is left."""
+        rest = self._rest
+        if rest is None:
+            return False
+        is_over = True
+        try:
+            is_over = next(rest, rest) is rest
+        finally:
+            if is_over:
+                self._rest = None
+        return not is_over
+
+    def finish(self) -> None:
+        """Apply what is left of a long frame."""
+        while self.go_on():
+            pass
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a part of a long frame is still to be applied."""
+        return self._rest is not None
 
     def replay_ended(self) -> None:
         """The replay came to its end marker. `catch_up` is due, unless another replay is asked for."""
         last = self.queue.last
         if self._cursor.lacks_last:
+            self._before = self._seen - len(self.queue)
+            if self._keeps_history or self._restart_known:
+                self._forget_earlier_run()
             self._step(Input.REPLAY_ENDED_UNPROVEN)
-        elif self._cursor.next == 0 and self.stats.frames:
+        elif self._cursor.next == 0 and self._seen:
             self._step(Input.REPLAY_ENDED_EMPTY)
         elif last is not None and last[0] >= self._cursor.replay_from:
             self._step(Input.REPLAY_ENDED_CONTINUED)
@@ -173,13 +221,15 @@ class PodFeed:
         """The replay has failed: clear, and continue from live frames as partly known. `catch_up` is due."""
         self._step(Input.REPLAY_FAILED)
 
-    def catch_up(self) -> bool:
-        """Apply the next held frame. False when there is none, or when a replay must come first."""
+    def catch_up(self, *, whole: bool = True) -> bool:
+        """Apply the next held frame; `whole` as for `live`. False when there is none, or when a replay must come first."""
         if self._phase is not Phase.CATCHING_UP:
             return False
         seq, payload = self.queue.pop()
         self._check_held()
         self._handle(Source.LIVE, seq, payload, Fate.JUDGE)
+        if whole:
+            self.finish()
         return True
 
     # Heartbeats
@@ -189,8 +239,9 @@ class PodFeed:
 
         The last frame alone, with the bytes that are known, proves that nothing was lost; otherwise a replay is needed.
         """
+        self._keeps_history = self._keeps_history or bool(frames)
         if self._cursor.next is not None:
-            is_last = self._cursor.is_last([(seq, hash(payload)) for seq, payload in frames])
+            is_last = self._cursor.is_last([(seq, digest(payload)) for seq, payload in frames])
             self._step(Input.HEARTBEAT_CONFIRMED if is_last else Input.HEARTBEAT_BEHIND)
 
     def heartbeat_missed(self) -> None:
@@ -209,6 +260,15 @@ class PodFeed:
             self._step(Input.RECONNECTED_ASTRAY)
         else:
             self._step(Input.RECONNECTED if self._cursor.next else Input.RECONNECTED_AT_START)
+
+    def engine_restarted(self) -> bool:
+        """The engine has shown elsewhere that it is another run. Returns whether `start_over` now makes more of it known."""
+        if self._phase in _STALE:
+            self._restart_known = True
+        elif self._cursor.next == 0:
+            self._forget_earlier_run()
+            return self.state is FeedState.PARTIAL and not self._seen
+        return False
 
     def start_over(self) -> None:
         """Forget everything and fetch the engine's history from its beginning, where it has a replay endpoint."""
@@ -239,6 +299,8 @@ class PodFeed:
         self._phase, self._knowledge, counted, actions, fate = step
         for counter in counted:
             setattr(self.stats, counter, getattr(self.stats, counter) + 1)
+        if not _EMPTYING.isdisjoint(actions):
+            self._rest = None  # of a frame that came before
         for action in actions:
             self._actions[action]()
         if self._phase is Phase.CATCHING_UP:
@@ -261,7 +323,7 @@ class PodFeed:
             self.queue.put_back((seq, payload))
 
     def _judged(self, source: Source, seq: int, payload: bytes) -> Input:
-        given = VERDICTS[source, self._cursor.advance(source, seq, hash(payload))]
+        given = VERDICTS[source, self._cursor.advance(source, seq, digest(payload))]
         return Input.REPLAY_PROOF if given is Input.REPLAY_DUPLICATE and self._cursor.proven else given
 
     def _hold(self, seq: int, payload: bytes) -> None:
@@ -277,15 +339,41 @@ class PodFeed:
             self._step(Input.HELD_TOO_MANY)
 
     def _apply(self, source: Source, seq: int, payload: bytes) -> None:
+        self.finish()
         if seq == 0:
             self._step(Input.FIRST_LIVE if source is Source.LIVE else Input.FIRST_REPLAYED)
         if self._knowledge in _UNTRUSTED:
             return
+        if len(payload) > LONG_FRAME_BYTES:
+            self._rest = self._in_slices(source, payload)
+            return
         try:
             batch = decode(payload)
-        except MalformedFrame:
+            if self._admits(source, batch):
+                self.ledger.apply(*batch.events)
+                self._applied(batch)
+        except (MalformedFrame, UntrustedEvents) as error:
+            self._refused(error)
+
+    def _in_slices(self, source: Source, payload: bytes) -> Iterator[None]:
+        """Apply a long frame, step by step."""
+        try:
+            batch = yield from decoding(payload)
+            if self._admits(source, batch):
+                yield from self.ledger.applying(batch.events)
+                self._applied(batch)
+        except (MalformedFrame, UntrustedEvents) as error:
+            self._refused(error)
+
+    def _refused(self, error: MalformedFrame | UntrustedEvents) -> None:
+        if isinstance(error, UntrustedEvents):
+            self._distrust = error.reason
+            self._step(Input.DISTRUSTED)
+        else:
             self._step(Input.MALFORMED)
-            return
+
+    def _admits(self, source: Source, batch: Batch) -> bool:
+        """Note what a batch says besides its events. Returns whether these are to be applied."""
         if batch.rank is not None and self.listed_ranks and batch.rank not in self.listed_ranks:
             self.suspect(_RANK, other_rank(batch.rank, self.ledger.pod))
         if source is Source.LIVE:
@@ -296,13 +384,11 @@ class PodFeed:
         if batch.unreadable > batch.unreadable_stored:
             self.stats.unreadable_events += batch.unreadable
             self._step(Input.UNREADABLE)
-            return
-        try:
-            self.ledger.apply(*batch.events)
-        except UntrustedEvents as error:
-            self._distrust = error.reason
-            self._step(Input.DISTRUSTED)
-            return
+            return False
+        return True
+
+    def _applied(self, batch: Batch) -> None:
+        """The events of a batch are in the ledger."""
         if batch.unreadable:
             self.stats.unreadable_events += batch.unreadable
             self._step(Input.UNREADABLE_STORED)
@@ -311,7 +397,13 @@ class PodFeed:
 
     def _count_frame(self, payload: bytes) -> None:
         self.stats.frames += 1
+        self._seen += 1
+        self._restart_known = False
         self.stats.bytes += len(payload)
+
+    def _forget_earlier_run(self) -> None:
+        """The engine has restarted: what it did not have is not of its present run."""
+        self._seen, self._before = self._seen - self._before, 0
 
     # Actions
 

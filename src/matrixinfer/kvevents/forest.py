@@ -79,6 +79,19 @@ class Forest:
         run.append(ids, tokens, media)
         self._table.add(ids, run.number)
 
+    def last_first(self, blocks: Sequence[int]) -> list[int]:
+        """The blocks, run by run, with the last of each run first: taking a run apart from its beginning is costly.
+
+        Engines name the blocks of a chain in its order or against it, so the ends of the list show which.
+        """
+        runs: dict[Run | None, list[int]] = {}
+        for block in blocks:
+            runs.setdefault(self.run_of(block), []).append(block)
+        for run, found in runs.items():
+            if run is not None and run.position(found[0]) < run.position(found[-1]):
+                found.reverse()
+        return [block for found in runs.values() for block in found]
+
     def pop_last(self, blocks: Sequence[int], shrunk: dict[Run, None]) -> list[int]:
         """Remove those of `blocks` that are the last of their run with nothing below them; return the others.
 

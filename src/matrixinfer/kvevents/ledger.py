@@ -14,7 +14,7 @@ ledger is the only owner of engine hashes. It takes batches, and has others do t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
@@ -27,6 +27,7 @@ from matrixinfer.kvevents.limits import REUSES_LESS, Limits, unknown_event
 from matrixinfer.kvevents.media_chain import See
 from matrixinfer.kvevents.reach import Reach
 from matrixinfer.kvevents.reusable import Reusable
+from matrixinfer.kvevents.slices import slices
 from matrixinfer.kvevents.stored import in_order
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.kvevents.tiers import Tiers
@@ -205,6 +206,12 @@ class Ledger:
             raise UntrustedEvents("its events contradict each other") from error
         finally:
             self._show()
+
+    def applying(self, events: Sequence[Event]) -> Iterator[None]:
+        """Apply events as `apply` does, slice by slice. After each one the index is as if no more had been published."""
+        for part in slices(self._ordered(events), self._reader.forest_of):
+            self.apply(*part)
+            yield
 
     def skip(self, kind: str) -> None:
         """The engine published an event of a type that is not known here."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeAlias
@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple, Self, TypeAlias
 import structlog
 import zmq
 
-from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
+from matrixinfer.errors import shortage_in
+from matrixinfer.kvevents.connect import Unresolved, connect, open_context, subscribe
 from matrixinfer.kvevents.drain import Drain
 from matrixinfer.pods.load_reports import parse_load
 from matrixinfer.pods.registry import Pod, PodRegistry
 
+_MAX_SOCKETS = 4_096
 FRAMES_QUEUED = 8
 """Reports per publisher that ZMQ queues."""
 RETRY_SECONDS = 10.0
@@ -35,8 +37,11 @@ log = structlog.get_logger(__name__)
 class LoadFollower:
     """Keeps the registry up to date with published load. Use it as an async context manager; call `follow` within it."""
 
-    def __init__(self, registry: PodRegistry) -> None:
+    def __init__(
+        self, registry: PodRegistry, on_shortage: Callable[[str, str], None] = lambda _place, _what: None
+    ) -> None:
         self._registry = registry
+        self._on_shortage = on_shortage
         self._followed: dict[str, dict[str, tuple[_Publisher, asyncio.Task[None]]]] = {}  # pod -> endpoint -> …
         self.stats: dict[str, Counter[Outcome]] = {}
         """By endpoint: what became of its reports; for reading."""
@@ -45,8 +50,7 @@ class LoadFollower:
         self._drain = Drain()
 
     async def __aenter__(self) -> Self:
-        self._context = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, 4_096)
+        self._context = open_context(_MAX_SOCKETS)
         await self._group.__aenter__()
         return self
 
@@ -89,13 +93,17 @@ class LoadFollower:
             try:
                 await self._listen(publisher)
                 continue
-            except Unresolved as error:
-                log.warning(
-                    "kv_events_unresolved", pod=publisher.name, endpoint=publisher.address, error=error.strerror
-                )
-            except Exception:
+            except Exception as error:
                 # Supervision boundary: an error over one publisher must not end the others.
-                log.exception("load_feed_failed", pod=publisher.name, endpoint=publisher.address)
+                shortage = shortage_in(error)
+                if shortage is not None:
+                    self._on_shortage("loads", f"cannot connect to {publisher.address}: {shortage}")
+                elif isinstance(error, Unresolved):
+                    log.warning(
+                        "kv_events_unresolved", pod=publisher.name, endpoint=publisher.address, error=error.strerror
+                    )
+                else:
+                    log.exception("load_feed_failed", pod=publisher.name, endpoint=publisher.address)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _listen(self, publisher: _Publisher) -> None:

@@ -31,6 +31,8 @@ class Reply:
     size: int = 0
     """Memory in bytes."""
     malformed: int = 0
+    asked: bool = True
+    """False if this process had no means to ask."""
     whole: bool = False
     """The end marker has arrived."""
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from matrixinfer.kvevents.cursor import QuickEnum, Source, Verdict
 
 
-class FeedState(Enum):
+class FeedState(QuickEnum):
     """How far the index can be believed about the engine's cache."""
 
     SYNCING = "syncing"

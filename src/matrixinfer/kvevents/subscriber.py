@@ -10,10 +10,9 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 
-import zmq
-
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.kvevents.connect import open_context
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.subscription import FeedSource, Shared, Subscription
@@ -22,6 +21,9 @@ from matrixinfer.traffic.history import RoutingHistory
 
 __all__ = ["FeedSource", "Subscriber"]
 
+_MAX_SOCKETS = 16_384
+"""Three per engine."""
+
 
 class Subscriber:
     """Keeps an index up to date with the engines that it follows.
@@ -29,7 +31,7 @@ class Subscriber:
     Use it as an async context manager; call `follow` and `unfollow` at any time within it. `feeds` is a dict for the
     feed of each publisher that is followed, by its name; only the subscriber changes it. `on_reconnected` is called with
     the pod of a publisher that was lost and is back, if the engine itself has said where it publishes: call `confirm`
-    once it has said so again.
+    once it has said so again. `on_shortage` is called when this process cannot connect, whatever the publisher.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Subscriber:
         history: RoutingHistory | None = None,
         feeds: dict[str, PodFeed] | None = None,
         on_reconnected: Callable[[str], None] = lambda _: None,
+        on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
     ) -> None:
         self._index = index
         self._history = history
         self._on_reconnected = on_reconnected
+        self._on_shortage = on_shortage
         self._blocks = blocks
         self.feeds: dict[str, PodFeed] = {} if feeds is None else feeds
         self._followed: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
@@ -51,9 +55,7 @@ class Subscriber:
         self._shared: Shared | None = None
 
     async def __aenter__(self) -> Subscriber:
-        context = zmq.Context()
-        context.set(zmq.MAX_SOCKETS, 16_384)  # three per engine
-        self._shared = Shared(context)
+        self._shared = Shared(open_context(_MAX_SOCKETS), self._on_shortage)
         await self._group.__aenter__()
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ParamSpec
@@ -19,6 +19,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from matrixinfer.config.endpoint_names import EndpointName
+from matrixinfer.errors import shortage_in
 from matrixinfer.kvevents.connect import Unresolved, connect, subscribe
 from matrixinfer.kvevents.drain import SLICE_SECONDS, Drain
 from matrixinfer.kvevents.feed import REPLAY_ATTEMPTS, FeedState, PodFeed
@@ -77,8 +78,13 @@ class _StayedAway(Exception):
 class Shared:
     """What all subscriptions of one process share."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+    ) -> None:
         self.context = context
+        self.on_shortage = on_shortage
         self.drain = Drain()
         self.applying = asyncio.Lock()
         """Only one replay is applied at a time, so that their slices do not add up."""
@@ -122,16 +128,26 @@ class Subscription:
                 await self._follow()
             except _StayedAway:
                 continue
-            except Unresolved as error:
-                self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
-            except Exception:
+            except Exception as error:
                 # Supervision boundary: an error in one feed, such as a bad endpoint, must not end the others.
-                log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
+                if self._is_shortage(error):
+                    pass  # it says nothing about the publisher
+                elif isinstance(error, Unresolved):
+                    self._log.warning("kv_events_unresolved", endpoint=self.source.endpoint, error=error.strerror)
+                else:
+                    log.exception("kv_events_failed", pod=self.source.name, endpoint=self.source.endpoint)
             if self._connected:
                 pause = RESTART_MIN_SECONDS
             self._lost()
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_SECONDS)
+
+    def _is_shortage(self, error: Exception) -> bool:
+        """Whether this process could not connect, whatever the publisher."""
+        shortage = shortage_in(error)
+        if shortage is not None:
+            self._shared.on_shortage("events", f"cannot connect to {self.source.endpoint}: {shortage}")
+        return shortage is not None
 
     async def _follow(self) -> None:
         """Follow until cancelled or something fails."""
@@ -157,10 +173,28 @@ class Subscription:
             self._safely(self.feed.purge)
         self._note_state()
 
-    def _on_frame(self, parts: list[bytes]) -> None:
-        stats = self.feed.stats
+    def _on_frame(self, parts: list[bytes]) -> Iterator[None] | None:
+        """Take a message. What is left to do of it comes back, to be done before the next one is taken."""
         if self.closed:
-            return
+            return None
+        rest = self._after_the_rest(parts) if self.feed.is_unfinished else None
+        if rest is None:
+            self._take(parts)
+            rest = self._rest() if self.feed.is_unfinished else None
+        return rest
+
+    def _rest(self) -> Iterator[None]:
+        """Apply what is left of a long frame, unless nobody wants it any more."""
+        while not self.closed and self._safely(self.feed.go_on):
+            yield
+        self._note_state()
+
+    def _after_the_rest(self, parts: list[bytes]) -> Iterator[None]:
+        yield from self._rest()
+        yield from self._on_frame(parts) or ()
+
+    def _take(self, parts: list[bytes]) -> None:
+        stats = self.feed.stats
         if len(parts) != 3 or len(parts[1]) != 8:
             stats.malformed += 1
             return
@@ -171,7 +205,7 @@ class Subscription:
                 self._log.warning("kv_events_topic_mismatched", expected=self.source.topic, got=got)
             return
         stats.last_frame_at = time.time()
-        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2])
+        self._safely(self.feed.live, int.from_bytes(parts[1], "big"), parts[2], whole=False)
         self._note_state()
 
     def _on_connection(self, parts: list[bytes]) -> None:
@@ -268,8 +302,8 @@ class Subscription:
         epoch = self.feed.epoch
         async with self._shared.asking:
             reply = await self._fetch(start)
-        if self.feed.epoch != epoch or self.feed.stats.last_frame_at != live:
-            return  # the silence is over
+        if not reply.asked or self.feed.epoch != epoch or self.feed.stats.last_frame_at != live:
+            return  # or the silence is over
         if reply.whole:
             self._safely(self.feed.heartbeat, reply.frames)
         else:
@@ -315,16 +349,22 @@ class Subscription:
             for seq, payload in reply.frames:
                 if feed.epoch != epoch:
                     break
-                self._safely(feed.replayed, seq, payload)
-                await self._breathe()
+                self._safely(feed.replayed, seq, payload, whole=False)
+                await self._finish()
             if feed.epoch == epoch:
                 self._safely(feed.replay_ended if reply.whole else feed.replay_broke_off)
         await self._catch_up()
 
     async def _catch_up(self) -> None:
         async with self._shared.applying:
-            while self._safely(self.feed.catch_up):
-                await self._breathe()
+            while self._safely(self.feed.catch_up, whole=False):
+                await self._finish()
+
+    async def _finish(self) -> None:
+        """Apply what is left of a frame, and yield to the event loop."""
+        await self._breathe()
+        while self._safely(self.feed.go_on):
+            await self._breathe()
 
     async def _breathe(self) -> None:
         """Yield to the event loop when the time slice is over."""
@@ -339,6 +379,8 @@ class Subscription:
         try:
             reply = await fetch(self._shared.context, self._shared.drain, self.source.replay_endpoint, start)
         except zmq.ZMQError as error:
+            if self._is_shortage(error):
+                return Reply(asked=False)
             self._log.warning("kv_events_replay_refused", endpoint=self.source.replay_endpoint, error=str(error))
             return Reply()
         self.feed.stats.malformed += reply.malformed

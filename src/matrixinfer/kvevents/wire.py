@@ -18,8 +18,8 @@ payload that is not a batch raises `MalformedFrame`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Generator, Sequence
+from typing import Any, TypeAlias, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -28,6 +28,15 @@ from matrixinfer.errors import UNREADABLE, MatrixInferError
 
 EngineHash: TypeAlias = int | bytes
 """An engine's opaque name for one of its blocks: a 64-bit integer (signed in SGLang) or a byte string."""
+
+
+LONG_FRAME_BYTES = 16 * 1024
+"""Longer batches are decoded and applied in slices."""
+MAX_EVENTS = 1_000_000
+MAX_EVENT_TOKENS = 4_000_000
+"""More tokens than any model's context has."""
+_EVENTS_AT_ONCE = 64
+_LONG_EVENT_BYTES = 64 * 1024
 
 
 class MalformedFrame(MatrixInferError):
@@ -212,9 +221,23 @@ class _UnreadInMap(msgspec.Struct):
     data_parallel_rank: int | None = None
 
 
+class _OuterArray(msgspec.Struct, array_like=True):
+    ts: float
+    events: msgspec.Raw
+    data_parallel_rank: int | None = None
+
+
+class _OuterMap(msgspec.Struct):
+    ts: float
+    events: msgspec.Raw
+    data_parallel_rank: int | None = None
+
+
 _Decoders: TypeAlias = tuple[msgspec.msgpack.Decoder[Any], ...]
 _BATCHES: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_MapsInArray, _ArraysInArray, _MapsInMap)))
 _UNREAD: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_UnreadInArray, _UnreadInMap)))
+_OUTER: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_OuterArray, _OuterMap)))
+_RAW_EVENTS = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _EVENTS: _Decoders = tuple(map(msgspec.msgpack.Decoder, (_Map, _Array)))
 _TOKENS = msgspec.msgpack.Decoder(list[int])
 _BIGRAMS = msgspec.msgpack.Decoder(list[tuple[int, int]])
@@ -232,6 +255,36 @@ def decode(payload: bytes) -> Batch:
         events = batch.events if layout is not _BATCHES[1] else _annotated(batch.events)
         return Batch(events, batch.ts, batch.data_parallel_rank)
     return _decode_one_by_one(payload)
+
+
+def decoding(payload: bytes) -> Generator[None, None, Batch]:
+    """Decode a long batch event by event, and return what `decode` returns. Raises `MalformedFrame`.
+
+    Refuses batches of more than `MAX_EVENTS`; an event of more than `MAX_EVENT_TOKENS`, which no engine can compute at
+    once, counts as unreadable.
+    """
+    for layout in _OUTER:
+        try:
+            outer = layout.decode(payload)
+        except UNREADABLE as error:
+            reason = error
+            continue
+        count = array_length(outer.events)
+        if count is None or count > MAX_EVENTS:
+            raise MalformedFrame(f"expected a list of up to {MAX_EVENTS} events")
+        yield
+        return (yield from _decoded(_RAW_EVENTS.decode(outer.events), outer.ts, outer.data_parallel_rank))
+    raise MalformedFrame(str(reason)) from reason
+
+
+def array_length(raw: msgspec.Raw) -> int | None:
+    """The number of elements of an undecoded array; None if it is something else."""
+    head = bytes(memoryview(raw)[:5])
+    if head[:1] == b"\xdc":
+        return int.from_bytes(head[1:3], "big")
+    if head[:1] == b"\xdd":
+        return int.from_bytes(head[1:5], "big")
+    return head[0] & 0x0F if head and head[0] & 0xF0 == 0x90 else None
 
 
 def _annotated(events: Sequence[Event]) -> Sequence[Event]:
@@ -340,20 +393,32 @@ def _decode_one_by_one(payload: bytes) -> Batch:
         except UNREADABLE as error:
             reason = error
             continue
-        events: list[Event] = []
-        unread: list[str | None] = []
-        for raw in batch.events:
-            event = _decode_event(raw)
-            if event is None:
-                unread.append(_type_of(raw))
-            else:
-                events.append(event)
-        unknown = tuple(name for name in unread if name is not None and name not in _TYPES)
-        stored = unread.count(BlockStored.__name__)
-        return Batch(
-            _annotated(events), batch.ts, batch.data_parallel_rank, len(unread) - len(unknown), stored, unknown
-        )
+        steps = _decoded(batch.events, batch.ts, batch.data_parallel_rank)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast("Batch", end.value)
     raise MalformedFrame(str(reason)) from reason
+
+
+def _decoded(raws: Sequence[msgspec.Raw], ts: float, rank: int | None) -> Generator[None, None, Batch]:
+    """The batch of these events, decoded one by one."""
+    events: list[Event] = []
+    unread: list[str | None] = []
+    for number, raw in enumerate(raws, 1):
+        event = _decode_event(raw)
+        if event is None:
+            unread.append(_type_of(raw))
+        elif isinstance(event, BlockStored) and (array_length(event.token_ids) or 0) > MAX_EVENT_TOKENS:
+            unread.append(BlockStored.__name__)
+        else:
+            events.append(event)
+        if number % _EVENTS_AT_ONCE == 0 or memoryview(raw).nbytes > _LONG_EVENT_BYTES:
+            yield
+    unknown = tuple(name for name in unread if name is not None and name not in _TYPES)
+    stored = unread.count(BlockStored.__name__)
+    return Batch(_annotated(events), ts, rank, len(unread) - len(unknown), stored, unknown)
 
 
 def _decode_event(raw: msgspec.Raw) -> Event | None:

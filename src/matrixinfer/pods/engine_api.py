@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
-from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error
+from matrixinfer.errors import UNREADABLE, MatrixInferError, client_error, shortage_in
 from matrixinfer.pods.engine_kind import EngineFacts, kind_of
 from matrixinfer.pods.metrics_text import parse_metrics
+from matrixinfer.pods.model_cards import ModelCard, extra, natural
 from matrixinfer.pods.pod import EngineMetrics, ServedNames
 from matrixinfer.pods.publishers import KvSource, ServerInfo, parse_kv_sources, parse_server_info
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Longer answers are refused. The longest, vLLM's `/metrics`, has about 200 KB."""
+
+
+class OutOfResources(MatrixInferError):
+    """This process, or its machine, has no free descriptor, port or memory. That says nothing about the engine."""
 
 
 class EngineDown(MatrixInferError):
@@ -43,7 +47,7 @@ class About:
 
 
 class EngineApi:
-    """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown`."""
+    """Reads the HTTP APIs of engines, each request within `timeout_seconds`. Every method may raise `EngineDown` and `OutOfResources`."""
 
     def __init__(self, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
         self._session = session
@@ -74,11 +78,19 @@ class EngineApi:
             info = await self._server_info(url, host)
         except EngineDown:  # the answer takes the schedulers, which may be busy
             return About(facts=None, sources=None)
-        architectures = parse_architectures(await self._optional(f"{url}/model_info") or b"")
+        model = parse_model_info(await self._optional(f"{url}/model_info") or b"")
+        if model is None:  # in older releases
+            model = parse_model_info(await self._optional(f"{url}/get_model_info") or b"") or ModelInfo()
         if info is None:
             info = ServerInfo(version=await self._version(url), ranks=1, sources=())
         sources = info.sources or parse_kv_sources(await self._optional(f"{url}/kv_event_sources") or b"", host=host)
-        facts = EngineFacts(kind="sglang", version=info.version, ranks=info.ranks, architectures=architectures)
+        facts = EngineFacts(
+            kind="sglang",
+            version=info.version,
+            ranks=info.ranks,
+            architectures=(model.architectures or ())[:8],
+            roots=tuple(dict.fromkeys(path for path in (model.tokenizer_path, model.model_path) if path)),
+        )
         return About(facts=facts, sources=sources)
 
     async def _optional_info(self, url: str, host: str) -> ServerInfo | None:
@@ -119,7 +131,7 @@ class EngineApi:
         return answer.body if answer.status == 200 else None
 
     async def ask(self, url: str) -> Answer:
-        """GET `url`. The body is read only if the status is 200. Raises `EngineDown`."""
+        """GET `url`. The body is read only if the status is 200. Raises `EngineDown` and `OutOfResources`."""
         try:
             async with self._session.get(url, timeout=self._timeout, allow_redirects=False) as response:
                 if response.status >= 500:
@@ -137,7 +149,13 @@ class EngineApi:
         except TimeoutError as error:
             raise EngineDown(f"{url} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
+            shortage = shortage_in(error)
+            if shortage is not None:
+                raise OutOfResources(f"cannot ask {url}: {shortage}") from error
             raise EngineDown(f"{url}: {client_error(error)}") from error
+
+
+_NULL = msgspec.Raw(b"null")
 
 
 class _Card(msgspec.Struct):
@@ -145,15 +163,29 @@ class _Card(msgspec.Struct):
     parent: str | None = None
     owned_by: str | None = None
     root: str | None = None
-    max_model_len: Any = None
+    max_model_len: msgspec.Raw = _NULL
+    created: msgspec.Raw = _NULL
+    permission: msgspec.Raw = _NULL
+
+    def card(self) -> ModelCard:
+        return ModelCard(
+            created=natural(self.created),
+            root=self.root,
+            max_model_len=natural(self.max_model_len),
+            permission=extra(self.permission),
+        )
 
 
 class _Version(msgspec.Struct):
     version: str
 
 
-class _ModelInfo(msgspec.Struct):
+class ModelInfo(msgspec.Struct, frozen=True):
+    """SGLang's `/model_info`."""
+
     architectures: tuple[str, ...] | None = None
+    model_path: str | None = None
+    tokenizer_path: str | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -173,13 +205,15 @@ def parse_models(body: bytes) -> ServedNames | None:
     if not own:
         return None
     adapters = {card.id: card.parent for card in cards if card.parent is not None}
+    described = {card.id: card.card() for card in cards}
     return ServedNames(
         base_model=own[0].id,
         aliases=frozenset(card.id for card in own),
         adapters=adapters,
         engine=own[0].owned_by,
         root=own[0].root,
-        context_length=length if isinstance(length := own[0].max_model_len, int) else None,
+        context_length=described[own[0].id].max_model_len,
+        cards=described,
     )
 
 
@@ -191,9 +225,9 @@ def parse_version(body: bytes) -> str | None:
         return None
 
 
-def parse_architectures(body: bytes) -> tuple[str, ...]:
-    """The names of the model's class in SGLang's `/model_info`; empty if the answer is malformed."""
+def parse_model_info(body: bytes) -> ModelInfo | None:
+    """SGLang's `/model_info`; None if the answer is malformed."""
     try:
-        return (msgspec.json.decode(body, type=_ModelInfo).architectures or ())[:8]
+        return msgspec.json.decode(body, type=ModelInfo)
     except UNREADABLE:
-        return ()
+        return None

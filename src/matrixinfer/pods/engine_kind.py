@@ -51,6 +51,8 @@ class EngineFacts:
     """Data-parallel ranks."""
     architectures: tuple[str, ...] = ()
     """Names of the model's class, such as `LlamaForCausalLM`; SGLang says them."""
+    roots: tuple[str, ...] = ()
+    """Where SGLang loaded the tokenizer and the model from: paths, or names of repositories."""
 
     @property
     def hides_components(self) -> bool:

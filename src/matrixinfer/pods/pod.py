@@ -11,6 +11,7 @@ from matrixinfer.config.endpoint_names import EndpointName
 from matrixinfer.pods.boot import BootMarks
 from matrixinfer.pods.engine_kind import EngineFacts, EngineKind, kind_of
 from matrixinfer.pods.load_reports import LoadReport
+from matrixinfer.pods.model_cards import ModelCard
 from matrixinfer.pods.publishers import KvSource
 
 Sleep: TypeAlias = Literal["paused", "weights_offloaded", "discard_all"]
@@ -84,15 +85,8 @@ class ServedNames:
     """Where the base model was loaded from, which may change under the same name."""
     context_length: int | None = None
     """Maximum number of tokens of prompt and reply together; None if the engine does not report it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """One entry of the gateway's `/v1/models`."""
-
-    name: str
-    parent: str | None = None
-    """The model that an adapter adapts; None for base models."""
+    cards: Mapping[str, ModelCard] = field(default_factory=dict, compare=False)
+    """What it says about each model. Engines say `created` differently each time, so this is no news."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -6,14 +6,16 @@ It does no I/O: the watcher and the router report their observations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
-from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.errors import InvalidRequest, NoPodAvailable, UnknownModel
 from matrixinfer.pods.boot import is_another_run
 from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
 from matrixinfer.pods.load_reports import FRESH_SECONDS, LoadReport
-from matrixinfer.pods.pod import Endpoint, EngineMetrics, Pod, RankMetrics, ServedModel, ServedNames
+from matrixinfer.pods.model_cards import ModelCard, ServedModel, kept, merged
+from matrixinfer.pods.pod import Endpoint, EngineMetrics, Pod, RankMetrics, ServedNames
 from matrixinfer.pods.publishers import KvSource, configured_source
 
 __all__ = ["Endpoint", "EngineMetrics", "Pod", "PodRegistry", "RankMetrics", "ServedModel", "ServedNames"]
@@ -86,6 +88,10 @@ class PodRegistry:
             pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None
         ] or healthy or pods
 
+    def is_served(self, requested: str) -> bool:
+        """Whether a pod has reported that it serves a model of that name, or of the name that it is an alias of."""
+        return bool(self._serving(self._configured.get(requested, requested))[1])
+
     def configured_name(self, model: str, pods: Sequence[Pod]) -> str:
         """The configured name of a model that `pods` serve, found by the model's own name or an alias; else its own name."""
         if model in self._configured:
@@ -135,7 +141,23 @@ class PodRegistry:
                 found.setdefault(alias, found[name])
             elif unidentified:
                 found.setdefault(alias, None)
-        return [ServedModel(name=name, parent=found[name]) for name in sorted(found)]
+        return [ServedModel(name=name, parent=found[name], card=self._card(name)) for name in sorted(found)]
+
+    def only_model(self) -> str:
+        """The model that is meant where a request names none: the only one that is served, whatever its adapters.
+
+        Raises `InvalidRequest` if there are several, and `NoPodAvailable` if no pod has reported one yet.
+        """
+        reported = {self.configured_name(model, self.pods): model for model in self.base_models()}
+        if any(pod.served is None for pod in self.pods):
+            reported = {**{name: name for name in self._configured.values()}, **reported}
+        if len(reported) > 1:
+            several = ", ".join(f"`{name}`" for name in sorted(reported)[:10])
+            raise InvalidRequest(f"`model` is required: several models are served, such as {several}", param="model")
+        if not reported:
+            raise NoPodAvailable("No pod has reported its model yet.")
+        configured, model = next(iter(reported.items()))
+        return configured if self.is_served(configured) else model
 
     def base_models(self) -> list[str]:
         """The index's names of the models that engines have reported, without adapters."""
@@ -222,7 +244,8 @@ class PodRegistry:
         if state is None:
             return
         if served is not None:
-            state.served = served
+            before = {} if state.served is None else state.served.cards
+            state.served = replace(served, cards=kept(served.cards, before))
         if facts is not None:
             state.facts = facts
         if kv_sources is not None:
@@ -250,6 +273,17 @@ class PodRegistry:
         """The load that an endpoint has published; None if it publishes none, or has not lately."""
         report = endpoint.pod.loads.get(endpoint.name)
         return None if report is None or now - report.read_at > FRESH_SECONDS else report
+
+    def _card(self, name: str) -> ModelCard:
+        """What the pods that serve a name say about it; what they say about their own model if the name is an alias here."""
+        cards = []
+        own = self._configured.get(name, name)
+        for pod in self.pods:
+            if pod.served is not None:
+                card = pod.served.cards.get(name) or pod.served.cards.get(own)
+                if card is not None:
+                    cards.append(card)
+        return merged(cards)
 
     def _serving(self, name: str) -> tuple[str, list[Pod]]:
         """The pods known to serve a name. If engines name the same model differently, the first pod's name is used."""

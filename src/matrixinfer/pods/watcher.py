@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ import structlog
 
 from matrixinfer.config import PodWatchConfig
 from matrixinfer.pods.boot import is_another_run
-from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry, ServedNames
@@ -41,7 +42,8 @@ class PodWatcher:
 
     `on_discovered` is called with a pod whenever it reports new models, publishers or ranks, `on_measured` at every
     reading. A pod that has failed or restarted is asked what it is as soon as it answers, because it may be another
-    engine; `on_asking` is called before every such question, and `on_told` after the answer.
+    engine; `on_asking` is called before every such question, and `on_told` after the answer. `on_restarted` is called when
+    its metrics show another run of the engine, `on_shortage` when this process cannot ask, whatever the pod.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class PodWatcher:
         on_measured: Callable[[Pod, EngineMetrics], None] | None = None,
         on_asking: Callable[[Pod], None] = lambda _: None,
         on_told: Callable[[Pod], None] = lambda _: None,
+        on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+        on_restarted: Callable[[Pod], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._api = EngineApi(session, config.scrape_timeout_seconds)
@@ -62,12 +66,17 @@ class PodWatcher:
         self._on_measured = on_measured
         self._on_asking = on_asking
         self._on_told = on_told
+        self._on_shortage = on_shortage
+        self._on_restarted = on_restarted
         self._due: dict[str, asyncio.Event] = {}
         """By pod: set when the pod must be asked again what it is, without waiting for the next poll."""
         self._restart_logged: dict[str, float] = {}
         self._announced: dict[str, _Reported] = {}
         self._silent = {pod.name for pod in registry.pods}
-        self._all_answered = asyncio.Event()
+        self._undecided = set(self._silent)
+        """Pods that have neither answered nor failed yet."""
+        self._heard = asyncio.Event()
+        """Set whenever a pod has answered or failed for the first time, or has gone."""
         self._group = asyncio.TaskGroup()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -106,17 +115,25 @@ class PodWatcher:
         if name in self._due:
             self._due[name].set()
 
-    async def first_round(self, seconds: float) -> bool:
-        """Wait up to `seconds` until every pod has answered once. Returns False if some have not."""
-        if not self._silent:
-            return True
-        try:
-            async with asyncio.timeout(seconds):
-                await self._all_answered.wait()
-        except TimeoutError:
-            log.warning("pods_wait_timed_out", pods=sorted(self._silent))
-            return False
-        return True
+    async def first_round(self, seconds: float, *, others_seconds: float | None = None) -> bool:
+        """Wait up to `seconds` until every pod has answered or failed once. Returns False if some have not answered.
+
+        Once a pod has answered, the others get `others_seconds`, if given: one that is dead must not delay the rest.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds) as scope:
+                is_waiting_less = False
+                while self._undecided:
+                    self._heard.clear()
+                    await self._heard.wait()
+                    has_answer = len(self._silent) < len(self._registry.pods)
+                    if has_answer and others_seconds is not None and not is_waiting_less:
+                        is_waiting_less = True
+                        loop = asyncio.get_running_loop()
+                        scope.reschedule(min(scope.when() or math.inf, loop.time() + others_seconds))
+        if self._silent:
+            log.warning("pods_not_answered", pods=sorted(self._silent))
+        return not self._silent
 
     async def _watch(self, pod: Pod) -> None:
         """Poll one pod forever."""
@@ -136,8 +153,15 @@ class PodWatcher:
                 await self._api.check(pod.url)
                 await self._measure(pod)
                 self._answered(pod)
+            except OutOfResources as error:
+                # Our fault, and it says nothing about the pod: it stays what it was.
+                is_suspect = True
+                self._on_shortage("watcher", str(error))
+                await asyncio.sleep(self._delay(pod))
+                continue
             except EngineDown as error:
                 reason, is_suspect = str(error), True
+                self._decided(pod.name)
                 self._registry.failed(pod.name)
             except Exception as error:
                 # Supervision boundary: an error while polling one pod must not end the gateway.
@@ -151,6 +175,20 @@ class PodWatcher:
                 async with asyncio.timeout(self._delay(pod)):
                     await due.wait()
                     await asyncio.sleep(SOON_SECONDS)
+
+    async def ask_models(self, pod: Pod) -> None:
+        """Ask a pod which models it serves, and pass on what is new. May raise `EngineDown` and `OutOfResources`."""
+        served, before = await self._api.models(pod.url), pod.served
+        if served is None or pod.gone:
+            return
+        self._registry.learn(pod.name, served=served)
+        if before is None or (before.base_model, before.root, before.engine) != (
+            served.base_model,
+            served.root,
+            served.engine,
+        ):
+            self.ask_again(pod.name)  # it is another engine: have its watcher ask for the rest
+        self._announce(pod)
 
     async def _discover(self, pod: Pod) -> None:
         self._on_asking(pod)
@@ -192,6 +230,7 @@ class PodWatcher:
         if before is not None and is_another_run(before.boot, metrics.boot):
             self._log_restart(pod)
             await self._discover(pod)
+            self._on_restarted(pod)
         self._registry.measured(pod.name, metrics)
         self._announce(pod)
         was_asleep = None if before is None else before.sleep
@@ -207,10 +246,14 @@ class PodWatcher:
         self._stop_waiting_for(pod.name)
 
     def _stop_waiting_for(self, name: str) -> None:
-        """`first_round` need not wait for this pod any longer."""
+        """`first_round` need not wait for this pod any longer, and does not miss it."""
         self._silent.discard(name)
-        if not self._silent:
-            self._all_answered.set()
+        self._decided(name)
+
+    def _decided(self, name: str) -> None:
+        if name in self._undecided:
+            self._undecided.discard(name)
+            self._heard.set()
 
     def _delay(self, pod: Pod) -> float:
         """Seconds until the next poll: the interval, doubled per failure up to a bound, ± 10 % to spread the polls."""

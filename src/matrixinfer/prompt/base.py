@@ -6,10 +6,10 @@ One module per API reads a `Prompt` from a request's body. A `Tokenizer` turns a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
-from msgspec import Meta
+from msgspec import Meta, Struct, field
+from msgspec.structs import replace
 
 from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.prompt.dialect import Dialect
@@ -18,8 +18,7 @@ from matrixinfer.prompt.outline import Outline
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SentFields:
+class SentFields(Struct, frozen=True, kw_only=True, eq=False):
     """Fields of a chat as the client sent them, which SGLang reads differently from vLLM."""
 
     template_kwargs: dict[str, Any] | None = None
@@ -30,8 +29,7 @@ class SentFields:
     """The prompt's token ids. SGLang uses them in place of the messages; vLLM ignores them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Chat:
+class Chat(Struct, frozen=True, kw_only=True, eq=False):
     """The input of a chat template."""
 
     messages: list[dict[str, Any]]
@@ -60,12 +58,12 @@ class Chat:
         return self.chat_template is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prompt:
-    """A request's prompt. Exactly one of `chat`, `text`, `token_ids` and `inexact` is set."""
+class Prompt(Struct, frozen=True, kw_only=True, eq=False):
+    """A request's prompt. Exactly one of `chat`, `text`, `token_ids` and `inexact` is set, until it is tokenized."""
 
     path: str
     model: str
+    """The model that the request names; if it names none, "" until it is given the one that is served."""
     stream: bool
     chat: Chat | None
     text: str | None
@@ -74,10 +72,13 @@ class Prompt:
     """Whether the tokenizer adds its own special tokens such as BOS. Chat templates write them themselves."""
     cache_salt: str | None
     size: int
-    """Size of the whole request body, in bytes."""
-    prefix: bytes
+    """Size of the request body, in bytes, without the media and the token ids that were not decoded."""
+    prefix: bytes | memoryview
     """The prompt as the client sent it, for approximate matching without tokens: the JSON of tools and messages, the
-    text in UTF-8, or the JSON of the token ids. Empty when the engine does not compute the prompt."""
+    text in UTF-8, or the JSON of the token ids. Empty when the engine does not compute the prompt. A view into the body
+    where that spares a large copy."""
+    prefix_bytes: int = 0
+    """Its length, which stays known when the prompt's content is dropped."""
     inexact: str | None = None
     """Why the token ids cannot be derived from the request, such as state that the engine keeps."""
     keep_last: int | None = None
@@ -92,12 +93,19 @@ class Prompt:
     """Tokens of the request's other prompts, if these are token ids."""
     request_class: str = "text"
     """What the canary judges together; see `request_class`."""
+    names_model: bool = True
+    """False when the body names no model."""
     counted: bool = True
     """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
+    claim: object = None
+    """Lives as long as the decoded content: the memory that it counts is given back with it."""
+
+    def without_content(self) -> Prompt:
+        """The same without what was decoded, for the time until the answer ends."""
+        return replace(self, chat=None, text=None, prefix=b"", claim=None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokens:
+class Tokens(Struct, frozen=True, kw_only=True, eq=False):
     """A prompt's token ids, shape (n,)."""
 
     ids: TokenIds

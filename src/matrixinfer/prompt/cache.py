@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from matrixinfer.blocks import SharedHashes, TokenIds
+from matrixinfer.prompt.effort import check
 from matrixinfer.prompt.segments import Cutter
 
 K = TypeVar("K", bound=Hashable)
@@ -31,6 +32,7 @@ _ENTRY_BYTES = 400
 """Memory of an entry besides its text, ids and hashes: objects and a slot in a dict."""
 _HASH_BYTES = 44
 """Memory of a block hash in a list: a Python integer and its pointer."""
+_BATCH_CHARS = 256 * 1024
 _SAMPLE_CHARS = 32
 _PLACES = 4
 """How many pieces with the same sample are kept after the same path."""
@@ -104,7 +106,7 @@ class TokenCache:
             texts = self.cutter.cut(text, sum(len(each.text) for each in path))
             found = [self._pieces.get(each) for each in texts]
         missing = list(dict.fromkeys(each for each, ids in zip(texts, found, strict=True) if ids is None))
-        new = dict(zip(missing, self._encode_each(missing), strict=True))
+        new = dict(zip(missing, self._encoded(missing), strict=True))
         pieces = [new[each] if ids is None else ids for each, ids in zip(texts, found, strict=True)]
         ids = np.concatenate([*(each.ids for each in path), *pieces, after])
         with self._lock:
@@ -115,6 +117,21 @@ class TokenCache:
             self._hits += len(text) - missed
             # The last piece ends where the text does, not at a cut.
             return ids, self._remember(path, list(zip(texts[:-1], pieces, strict=False)))
+
+    def _encoded(self, texts: Sequence[str]) -> list[TokenIds]:
+        """The ids of each text. Between some of them it is asked whether they are still wanted."""
+        encoded: list[TokenIds] = []
+        start = stop = 0
+        while start < len(texts):
+            chars = 0
+            while stop < len(texts) and chars < _BATCH_CHARS:
+                chars += len(texts[stop])
+                stop += 1
+            if start:
+                check()
+            encoded += self._encode_each(texts[start:stop])
+            start = stop
+        return encoded
 
     def _follow(self, root: _Beginning, text: str) -> list[_Beginning]:
         """The cached beginnings of `text`, each one piece longer than the one before."""

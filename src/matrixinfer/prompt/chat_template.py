@@ -6,6 +6,7 @@ final message) is that of `apply_chat_template` in transformers 5.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jinja2
 
 from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt import effort
 from matrixinfer.prompt.content_format import sglang_passes_parts, vllm_passes_parts
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.sandbox import Sandbox
@@ -52,6 +54,8 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt",
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+_SECONDS = 10.0
+"""How long a template may take where its caller has set no other limit."""
 _FINAL_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -74,7 +78,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self._parts = _forms_of_content(source, tree)
-            self._template = environment.from_string(tree)
+            self._template = environment.compiled(tree)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
         self.source = source
@@ -122,7 +126,10 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(context)
+            with contextlib.nullcontext() if effort.is_under_way() else effort.Effort(_SECONDS):
+                text = self._template.render(context)
+        except effort.Abandoned:
+            raise
         except jinja2.TemplateError as error:
             raise TokenizeError(f"the chat template failed: {error.message}") from error
         except Exception as error:  # boundary: a template is a foreign program and may raise anything

@@ -72,4 +72,5 @@ def dialect_of(engine: str | None, version: str | None) -> Dialect:
 
 def dialects_of(engines: Iterable[Engine]) -> list[Dialect]:
     """The dialects that `engines` speak, each once."""
-    return list(dict.fromkeys(dialect_of(each.engine, each.version) for each in engines))
+    kinds = dict.fromkeys([(each.engine, each.version) for each in engines])
+    return list(dict.fromkeys(dialect_of(*kind) for kind in kinds))

@@ -26,19 +26,20 @@ OBJECTS = msgspec.json.Decoder(list[Object] | None)
 _OBJECT = msgspec.json.Decoder(Object)
 _RAW_LIST = msgspec.json.Decoder(Annotated[list[Raw], Meta(min_length=1)])
 _WHOLE_BYTES = 512 * 1024
+_MAX_NAME = 1024
 
 _ENGINE_ARGUMENTS = frozenset({"chat_template", "conversation", "messages", "tokenize", "tools"})
 """Template variables that the engine sets. In `chat_template_kwargs` they override the request's own fields."""
 
 
 class _Transfer(Struct):
-    prompt_token_ids: Any = None
+    prompt_token_ids: Raw = NULL
 
 
 class Request(Struct, kw_only=True):
     """The fields that all APIs of vLLM share. Only the engine validates fields that do not matter for routing."""
 
-    model: str
+    model: Annotated[str, Meta(max_length=_MAX_NAME)] | None = None
     stream: bool | None = None
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = None
@@ -195,7 +196,8 @@ def prompt(
         chat = text = token_ids = None
     return Prompt(
         path=path,
-        model=request.model,
+        model=request.model or "",
+        names_model=bool(request.model),
         stream=request.stream is True,
         chat=chat,
         text=text,
@@ -204,6 +206,7 @@ def prompt(
         cache_salt=request.cache_salt or None,
         size=size,
         prefix=prefix,
+        prefix_bytes=len(prefix),
         inexact=inexact,
         keep_last=keep if side == "left" else None,
         keep_first=keep if side == "right" else None,
@@ -219,7 +222,7 @@ def _replaced(request: Request, chat: Chat | None) -> str | None:
     """Why the engine uses something else than the chat in the request, or None if it uses the chat."""
     if chat is None:
         return None
-    if request.kv_transfer_params is not None and request.kv_transfer_params.prompt_token_ids is not None:
+    if request.kv_transfer_params is not None and request.kv_transfer_params.prompt_token_ids != NULL:
         return "the request carries another engine's token ids"
     if chat.chat_template_kwargs and not _ENGINE_ARGUMENTS.isdisjoint(chat.chat_template_kwargs):
         return "`chat_template_kwargs` overrides variables that the engine sets"

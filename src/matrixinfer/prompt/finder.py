@@ -10,27 +10,24 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
 import msgspec
 import structlog
 
-from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import found, hub, loader
-from matrixinfer.prompt.base import Prompt, Tokenizer
-from matrixinfer.prompt.dialect import Dialect, dialect_of
+from matrixinfer.prompt.base import Tokenizer
+from matrixinfer.prompt.engine_check import EngineCheck
+from matrixinfer.prompt.fleet import Fleet, Served
 from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import COMPLETIONS_PATH
-from matrixinfer.prompt.remote import Engine, RemoteTokenizer
-from matrixinfer.prompt.requests import parse
-from matrixinfer.prompt.samples import HARD_TEXT, compare
+from matrixinfer.prompt.remote import RemoteTokenizer
+from matrixinfer.prompt.search import Search
 from matrixinfer.prompt.source import Checked, Source
 from matrixinfer.tasks import cancel_and_wait
 
@@ -40,25 +37,6 @@ RETRY_SECONDS = 5.0
 MAX_RETRY_SECONDS = 600.0
 """After a failed attempt, the pause doubles from the first to the second of these."""
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """An engine that serves a model."""
-
-    engine: Engine
-    name: str
-    model: str
-    """The engine's own name of the model."""
-    root: str | None
-    """The path or the name from which it loaded the model."""
-    healthy: bool
-    identity: object = None
-    """What it says about itself, such as its version: a check holds only for an equal one."""
-
-
-Fleet: TypeAlias = Mapping[str, Sequence[Served]]
-"""The engines of each model, by the name that the configuration has for it, or the index."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,11 +85,9 @@ class TokenizerFinder:
         self._configured = {model.name: model for model in models}
         self._settings = settings
         self._tokenizers = tokenizers
-        self._remote = remote
         self._fleet = fleet
         self._distrusts = distrusts
-        self._block_size = block_size
-        self._answer_seconds = answer_seconds
+        self._check = EngineCheck(settings, remote, block_size=block_size, answer_seconds=answer_seconds)
         self._environment = environment
         self._clock = clock
         self._models: dict[str, _Model] = {}
@@ -171,7 +147,7 @@ class TokenizerFinder:
 
     def _notice(self, name: str, model: _Model, engines: Sequence[Served]) -> None:
         """Notice what has changed since the last look: engines that joined, went, restarted or are others now."""
-        now = {each.name: (each.root, each.model, each.identity) for each in engines if each.healthy}
+        now = {each.name: (each.roots, each.model, each.identity) for each in engines if each.healthy}
         changed = {engine for engine, identity in now.items() if model.seen.get(engine) != identity}
         for engine in changed | (model.results.keys() - now.keys()):
             model.results.pop(engine, None)
@@ -183,7 +159,9 @@ class TokenizerFinder:
             self._tokenizers.engines_changed()
         if model.source.kind == "found" and model.task is None and self._distrusts(name):
             path = Path(model.source.path or "")
-            self._refuse(name, model, "its token ids have differed from what the engines report", _stamp(path))
+            self._refuse(
+                name, model, "its token ids have differed from what the engines report", found.changed_at(path)
+            )
 
     async def _supervised(self, name: str, model: _Model, engines: Sequence[Served]) -> None:
         try:
@@ -199,56 +177,30 @@ class TokenizerFinder:
         """Check what is in use with the engines that it was not checked with, or look for something to use."""
         if model.tokenizer is not None:
             missing = [each for each in engines if each.name not in model.results]
-            await self._check(model.tokenizer, missing, model.results)
+            model.results |= await self._check.compare(model.tokenizer, missing)
             self._settle(name, model)
         if model.tokenizer is None:
             await self._search(name, model, engines)
 
     async def _search(self, name: str, model: _Model, engines: Sequence[Served]) -> None:
-        """Try the places that the engines name, in order, and download what is missing if that is allowed."""
-        if self._settings.find == "none":
-            self._asks(name, model, "`tokenization.find` is `none`")
-            return
-        cache = found.hub_cache(self._environment)
-        reasons = []
-        for root in dict.fromkeys(each.root for each in engines):
-            if root is None:
-                reasons.append("the engine does not report where its model is")
-                continue
-            named = await asyncio.to_thread(found.places, root, cache)
-            for place in named.places:
+        """Use the first tokenizer that equals the engines', if there is one."""
+        search = Search(name, self._settings, self._environment)
+        async with aclosing(search.places(engines)) as places:
+            async for place in places:
                 if await self._try(name, model, place, engines):
                     return
-            if named.missing is not None:
-                reasons.append(named.missing)
-            if named.repo is not None and self._settings.find == "download":
-                try:
-                    downloaded = await self._download(name, named.repo, named.revision)
-                except TokenizeError as error:
-                    reasons.append(str(error))
-                    continue
-                if await self._try(name, model, downloaded, engines):
-                    return
-        self._asks(name, model, "; ".join((*reasons, *model.source.refused.values())) or "no engine was found")
-
-    async def _download(self, name: str, repo: str, revision: str | None) -> found.Place:
-        log.info("tokenizer_download_started", model=name, repository=repo, revision=revision)
-        path = await hub.download(repo, revision, timeout_seconds=self._settings.download_seconds)
-        return found.Place(path=path, origin=f"downloaded, revision {path.name} of {repo}")
+        self._asks(name, model, "; ".join((*search.reasons, *model.source.refused.values())) or "no engine was found")
 
     async def _try(self, name: str, model: _Model, place: found.Place, engines: Sequence[Served]) -> bool:
         """Load a tokenizer and check it with every engine. Returns whether it is used."""
         path = str(place.path)
-        stamp = await asyncio.to_thread(_stamp, place.path)
+        stamp = await asyncio.to_thread(found.changed_at, place.path)
         if model.stamps.get(path) == stamp:
             return False
         config = msgspec.structs.replace(self._configured.get(name) or ModelConfig(name=name), tokenizer=path)
         model.source = replace(model.source, path=path, origin=place.origin)
-        results: dict[str, Checked] = {}
         try:
-            await self._reach(engines)  # loading takes seconds, and would be in vain
-            tokenizer = await asyncio.to_thread(self._load, config)
-            await self._check(tokenizer, engines, results)
+            tokenizer, results = await self._check.first(config, engines)
         except TokenizeError as error:
             self._refuse(name, model, f"it could not be compared: {error}")
             return False
@@ -266,45 +218,11 @@ class TokenizerFinder:
         self._settle(name, model)
         return True
 
-    async def _reach(self, engines: Sequence[Served]) -> None:
-        """Check that an engine can be asked at all. Raises `TokenizeError`."""
-        for each in engines[:1]:
-            prompt = parse(COMPLETIONS_PATH, msgspec.json.encode({"model": each.model, "prompt": HARD_TEXT}))
-            await self._remote.tokenize(prompt, [each.engine], each.model, timeout_seconds=self._answer_seconds)
-
-    def _load(self, config: ModelConfig) -> Tokenizer:
-        settings = self._settings
-        return loader.load(config, where="$", block_size=self._block_size, cache_bytes=settings.cache_bytes)
-
-    async def _check(self, tokenizer: Tokenizer, engines: Iterable[Served], results: dict[str, Checked]) -> None:
-        """Compare the samples with those engines, one after the other."""
-
-        async def ours(prompt: Prompt, *, dialect: Dialect) -> TokenIds | None:
-            chat = prompt.chat
-            if (
-                chat is not None
-                and isinstance(tokenizer, loader.TextTokenizer)
-                and tokenizer.asks_engine(chat, dialect)
-            ):
-                return None
-            return (await asyncio.to_thread(tokenizer.tokenize, prompt, dialect)).ids
-
-        for each in engines:
-            dialect = dialect_of(each.engine.engine, each.engine.version)
-            samples = await compare(
-                partial(ours, dialect=dialect),
-                self._remote,
-                each.engine,
-                model=each.model,
-                seconds=self._answer_seconds,
-            )
-            results[each.name] = Checked.of(each.name, samples)
-
     def _settle(self, name: str, model: _Model) -> None:
         """Use the tokenizer as far as the checks allow. What could not be compared now is compared again later."""
         whole = Checked.all(model.results.values())
         if whole.refused is not None:
-            self._refuse(name, model, whole.refused, _stamp(Path(model.source.path or "")))
+            self._refuse(name, model, whole.refused, found.changed_at(Path(model.source.path or "")))
             return
         model.results = {engine: each for engine, each in model.results.items() if not each.again}
         if whole.again:
@@ -385,11 +303,3 @@ def _has_work(model: _Model, engines: Sequence[Served]) -> bool:
 
 def _log_source(name: str, source: Source) -> None:
     log.info("tokenizer_source_chosen", model=name, **source.view())
-
-
-def _stamp(folder: Path) -> float:
-    """When a file in the folder was last changed; 0 if it cannot be read."""
-    try:
-        return max((each.stat().st_mtime for each in folder.iterdir()), default=0.0)
-    except OSError:
-        return 0.0

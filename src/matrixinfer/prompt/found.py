@@ -1,6 +1,6 @@
 """Where the tokenizer files of a served model are on this machine: at the engine's own path, or in Hugging Face's cache.
 
-Only what the engine reports (`root` of its `/v1/models`) is followed. No other model is ever guessed from a name.
+Only what the engine reports (vLLM: `root` of `/v1/models`; SGLang: the paths of `/model_info`) is followed. No other model is ever guessed from a name.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ def places(root: str, cache: Path) -> Places:
     if not _REPO.fullmatch(root) or ".." in root:
         return Places(missing=f"{root} is neither an absolute path nor the name of a repository")
     return _repository(cache, root)
+
+
+def changed_at(folder: Path) -> float:
+    """When a file in the folder was last changed; 0 if it cannot be read."""
+    try:
+        return max((each.stat().st_mtime for each in folder.iterdir()), default=0.0)
+    except OSError:
+        return 0.0
 
 
 def _snapshot(cache: Path, *, folder: str, revision: str) -> Places:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 import structlog
 import tokenizers
+from msgspec.structs import replace
 
 from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
@@ -24,6 +24,7 @@ from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.effort import Abandoned
 from matrixinfer.prompt.multimodal import before_media, with_media
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.outline import Outline, contents_of
@@ -254,7 +255,7 @@ class LocalTokenizer:
             return self._cache.encode(
                 text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
             )
-        except encoders.NeedsThread:
+        except (encoders.NeedsThread, Abandoned):
             raise
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error

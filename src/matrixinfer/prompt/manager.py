@@ -9,41 +9,48 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 
-from matrixinfer.config import ModelConfig, TokenizationConfig
+from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.bounds import LARGE_BYTES, SMALL_BYTES, Bounds
 from matrixinfer.prompt.cache import CacheStats
 from matrixinfer.prompt.dialect import Dialect, dialect_of, dialects_of
+from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.memory import Held, Memory
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
+from matrixinfer.prompt.workers import Lanes
 
-_THREADS = 2
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
 MAX_LATE = 64
 """Limit of prompts whose token ids are still asked for while nobody waits for them."""
 _IN_VAIN = 0.1
 """If lately less than this share of the answers came in time, nobody waits for the next one."""
-_INLINE_BODY_BYTES = 256 * 1024
-_INLINE_PIECES = 256
-"""Chats with more messages, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
+_INLINE_ITEMS = 256
+"""Chats with more messages, parts, tools, tool calls and documents are rendered in a thread, however short: 10 µs each."""
+_LONG_ITEMS = 2048
+"""With more, or with more bytes than `LARGE_BYTES`, they have to wait for others of that kind."""
+_INLINE_SECONDS = 0.05
+"""Rendering that takes longer is given up on the event loop, and done in a thread."""
+_SLOW_SECONDS = 60.0
+"""For so long after that, the model's prompts are tokenized in a thread."""
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokenized:
+class Tokenized(Struct, frozen=True, kw_only=True, eq=False):
     """A prompt's tokens, and where they come from: the request itself, this process or an engine."""
 
     tokens: Tokens
@@ -88,6 +95,7 @@ class TokenizerManager:
         settings: TokenizationConfig,
         remote: RemoteTokenizer | None,
         *,
+        memory: Memory | None = None,
         block_size: int = 128,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -97,18 +105,16 @@ class TokenizerManager:
         self._block_size = block_size
         self._clock = clock
         self._local: dict[str, Tokenizer] = {}
-        self._threads: ThreadPoolExecutor | None = None
-        self._reader: ThreadPoolExecutor | None = None
-        self._queued = 0
+        self._memory = memory or Memory(LimitsConfig().memory_bytes)
+        self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
+        self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
+        self._slow: dict[str, float] = {}
         self._late: set[asyncio.Task[Tokenized]] = set()
         self._following: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Load the configured tokenizers. Raises `ConfigError` if one cannot be loaded."""
         self._local = await asyncio.to_thread(self._load)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        # A separate thread: a request must not wait for others to be tokenized before it is even parsed.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -116,10 +122,7 @@ class TokenizerManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pool in (self._threads, self._reader):
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-        self._threads = self._reader = None
+        self._lanes.close()
         self._local = {}
 
     @property
@@ -128,12 +131,18 @@ class TokenizerManager:
         return {name: local.cache_stats for name, local in self._local.items() if isinstance(local, LocalTokenizer)}
 
     @property
+    def working(self) -> int:
+        """Bodies and prompts in threads, or waiting for one, also those that nobody waits for any more."""
+        return len(self._lanes)
+
+    @property
     def late(self) -> int:
         """Prompts whose token ids are still asked for while nobody waits for them."""
         return len(self._late)
 
     def use(self, model: str, tokenizer: Tokenizer | None) -> None:
         """From now on, tokenize prompts for `model`, the index's name of the model, with this tokenizer; None asks an engine."""
+        self._slow.pop(model, None)
         if tokenizer is None:
             self._local.pop(model, None)
         else:
@@ -145,10 +154,15 @@ class TokenizerManager:
             self._remote.forget()
 
     async def read(self, path: str, body: bytes) -> Prompt:
-        """`parse` the body, in a thread if it is large. Raises `InvalidRequest`."""
-        if len(body) <= _INLINE_BODY_BYTES:
+        """`parse` the body, in a thread if it is large. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
+
+        A large prompt holds the memory that its content takes.
+        """
+        if len(body) <= LARGE_BYTES:
             return parse(path, body)
-        return await asyncio.get_running_loop().run_in_executor(self._reader, parse, path, body)
+        claim = self._memory.hold()
+        prompt = await self._lanes.read(parse, path, body, self._bounds, claim.take)
+        return replace(prompt, claim=claim)
 
     async def tokenize(
         self, prompt: Prompt, *, model: str, engines: Sequence[Engine], may_be_late: bool = False
@@ -165,6 +179,10 @@ class TokenizerManager:
             return Tokenized(tokens=_truncated(Tokens(ids=prompt.token_ids), prompt), source="request")
         if prompt.size > self._settings.max_prompt_bytes:
             raise TokenizeError(f"the request is larger than {self._settings.max_prompt_bytes} bytes")
+        if prompt.size > self._bounds.max_items and _items(prompt) > self._bounds.max_items:
+            raise TokenizeError(
+                f"the chat has more than {self._bounds.max_items} messages, parts, tools and tool calls"
+            )
         if may_be_late and self._asks(prompt, model, engines):
             return await self._ask_briefly(prompt, model, engines)
         return await self._tokenize(prompt, model, engines)
@@ -206,7 +224,7 @@ class TokenizerManager:
             speakers = [each for each in engines if dialect_of(each.engine, each.version) is dialect]
             tokenized = await self._ask(prompt, model, speakers)
         else:
-            tokenized = Tokenized(tokens=await self._run(tokenizer, prompt, dialect), source="local")
+            tokenized = Tokenized(tokens=await self._run(model, tokenizer, prompt, dialect), source="local")
         # SGLang does not know the fields that ask for truncation.
         return tokenized if dialect.is_sglang else replace(tokenized, tokens=_truncated(tokenized.tokens, prompt))
 
@@ -222,22 +240,29 @@ class TokenizerManager:
             if model.tokenizer is not None
         }
 
-    async def _run(self, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
+    async def _run(self, model: str, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
         """Tokenize on the event loop if that is fast, else in a thread."""
-        if prompt.size <= tokenizer.inline_bytes and _pieces(prompt) <= _INLINE_PIECES:
+        items = _items(prompt)
+        if prompt.size <= tokenizer.inline_bytes and items <= _INLINE_ITEMS and not self._is_slow(model):
             try:
-                return tokenizer.tokenize(prompt, dialect)
+                with Effort(_INLINE_SECONDS):
+                    return tokenizer.tokenize(prompt, dialect)
             except NeedsThread:
                 pass
-        if self._queued >= _MAX_QUEUED:
-            raise TokenizeError(f"{_MAX_QUEUED} prompts are already waiting to be tokenized")
-        job = asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.tokenize, prompt, dialect)
-        self._queued += 1
-        job.add_done_callback(self._dequeued)
-        return await job
+            except Abandoned:
+                self._slow[model] = self._clock() + _SLOW_SECONDS
+        is_long = prompt.size > LARGE_BYTES or items > _LONG_ITEMS
+        with self._memory.hold() as held:
+            self._claim(prompt, held)
+            return await self._lanes.tokenize(is_long, tokenizer.tokenize, prompt, dialect)
 
-    def _dequeued(self, _: asyncio.Future[Tokens]) -> None:
-        self._queued -= 1
+    def _claim(self, prompt: Prompt, held: Held) -> None:
+        """Take the memory of a prompt that has to wait, if it does not hold that already. Raises `TokenizeError`."""
+        if prompt.size > SMALL_BYTES and prompt.claim is None and not held.take(self._bounds.cost(prompt.prefix)):
+            raise TokenizeError("other requests take the memory that it would need")
+
+    def _is_slow(self, model: str) -> bool:
+        return bool(self._slow) and self._clock() < self._slow.get(model, 0.0)
 
     async def _ask_briefly(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         """Ask an engine, but wait for the answer only briefly. Raises `TokensLate` if it is still to come."""
@@ -276,7 +301,9 @@ class TokenizerManager:
         if self._remote is None or not engines:
             raise TokenizeError(f"no tokenizer is configured for {model}, and there is no engine to ask")
         start = self._clock()
-        ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
+        with self._memory.hold() as held:
+            self._claim(prompt, held)
+            ids = await self._remote.tokenize(prompt, engines, model, timeout_seconds=self._settings.timeout_seconds)
         took = {"tokenize": (self._clock() - start) * 1e3}
         return Tokenized(tokens=Tokens(ids=ids, timings_ms=took), source="remote")
 
@@ -301,10 +328,15 @@ def _truncated(tokens: Tokens, prompt: Prompt) -> Tokens:
     return tokens
 
 
-def _pieces(prompt: Prompt) -> int:
+def _items(prompt: Prompt) -> int:
     """How many items the chat template processes one by one."""
     chat = prompt.chat
     if chat is None:
         return 0
-    calls = sum(len(calls) for each in chat.messages if isinstance(calls := each.get("tool_calls"), list))
-    return len(chat.messages) + calls + len(chat.tools or ()) + len(chat.documents or ())
+    items = len(chat.messages) + len(chat.tools or ()) + len(chat.documents or ())
+    for message in chat.messages:
+        if isinstance(calls := message.get("tool_calls"), list):
+            items += len(calls)
+        if isinstance(parts := message.get("content"), list):
+            items += len(parts)
+    return items

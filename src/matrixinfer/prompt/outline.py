@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from matrixinfer.prompt.base import Chat
 
 
+SOURCES = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
+"""Keys of content parts, and the key of their URL or data."""
+LEFT_OUT = "left_out"
+"""Key of what stands for a medium that was not decoded: its digest in hexadecimal digits, or null."""
 _DIGEST_BYTES = 32
 
 
@@ -56,33 +60,32 @@ def contents_of(chat: Chat) -> tuple[bytes, ...] | None:
 def _content(part: object) -> tuple[str, bytes | None]:
     if not isinstance(part, Mapping):
         return "", None
-    kind = next((key for key in _SOURCES if part.get(key) is not None), "")
-    uuid, data = part.get("uuid"), _data(part, kind)
+    kinds = [key for key in SOURCES if key in part]
+    kind = next((key for key in kinds if part[key] is not None), kinds[0] if kinds else "")
+    uuid, data = part.get("uuid"), _digest(part, kind)
     if data is None and not isinstance(uuid, str):
         return kind, None
-    content = b"" if data is None else _digest(kind, "data", data)
+    content = b"" if data is None else _hash(kind, "data", data)
     if isinstance(uuid, str):
         # With options for the processor an engine goes by the name alone, so what was sent under it counts as well.
-        content = _digest(kind, "uuid", uuid) + content
+        content = _hash(kind, "uuid", uuid.encode("utf-8", "surrogatepass")) + content
     return kind, content
 
 
-def _digest(*texts: str) -> bytes:
-    return sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
+def _hash(kind: str, what: str, data: bytes) -> bytes:
+    return sha256(f"{kind}\0{what}\0".encode() + data).digest()
 
 
-_SOURCES = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
-"""Keys of content parts, and the key of their URL or data."""
-
-
-def _data(part: Mapping[str, Any], kind: str) -> str | None:
-    """The data of a medium in the request."""
+def _digest(part: Mapping[str, Any], kind: str) -> bytes | None:
+    """The digest of a medium's data; None if that is not in the request."""
     source: object = part.get(kind)
     if isinstance(source, Mapping):
-        source = source.get(_SOURCES[kind])
-    if not isinstance(source, str):
+        if isinstance(left_out := source.get(LEFT_OUT), str):
+            return left_out.encode()
+        source = source.get(SOURCES[kind])
+    if not isinstance(source, str) or not (kind == "input_audio" or source.startswith("data:")):
         return None
-    return source if kind == "input_audio" or source.startswith("data:") else None
+    return sha256(source.encode("utf-8", "surrogatepass")).hexdigest().encode()
 
 
 def media_kwargs(body: bytes) -> bool:

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.errors import UNREADABLE, TokenizeError
+from matrixinfer.errors import UNREADABLE, TokenizeError, shortage_in
 from matrixinfer.prompt.base import Prompt, TokenId
 from matrixinfer.prompt.cache import Lru
 from matrixinfer.prompt.dialect import dialect_of
@@ -263,6 +263,9 @@ class RemoteTokenizer:
         except TimeoutError as error:
             raise _Failed(f"{url}/tokenize did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
+            shortage = shortage_in(error)
+            if shortage is not None:  # which says nothing about the engine
+                raise TokenizeError(f"cannot ask {url}/tokenize: {shortage}") from error
             raise _Failed(f"cannot reach {url}/tokenize: {type(error).__name__}") from error
         try:
             return _ids(answer) if len(answer) <= _INLINE_BYTES else await asyncio.to_thread(_ids, answer)

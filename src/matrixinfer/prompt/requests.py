@@ -8,12 +8,14 @@ from types import MappingProxyType
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
+from matrixinfer.prompt.large import Claim, may_hold_media, read_large
 
 READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
     {
         openai.CHAT_PATH: openai.chat,
         openai.COMPLETIONS_PATH: openai.completion,
-        "/v1/responses": responses.response,
+        responses.RESPONSES_PATH: responses.response,
         anthropic.MESSAGES_PATH: anthropic.message,
         anthropic.COUNT_PATH: anthropic.count,
         "/v1/embeddings": pooling.embeddings,
@@ -27,9 +29,21 @@ READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
 """Path to reader. A reader takes the path and the body, and raises `InvalidRequest`."""
 
 
-def parse(path: str, body: bytes) -> Prompt:
-    """Read a request. Raises `InvalidRequest`, whose `param` names the invalid field."""
+def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim = lambda _: True) -> Prompt:
+    """Read a request within `bounds`. Raises `InvalidRequest`, whose `param` names the invalid field.
+
+    `claim` takes memory, in bytes, for what is decoded, and returns whether there is room. Beyond the bounds, and without
+    memory, the prompt stays unread; `Prompt.inexact` says why.
+    """
     reader = READERS.get(path)
     if reader is None:
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
-    return reader(path, body)
+    if len(body) <= LARGE_BYTES:
+        return reader(path, body)
+    if len(body) <= MEDIA_BYTES or not may_hold_media(body):
+        try:
+            if claim(bounds.cost(body)):
+                return reader(path, body)
+        except TooMuch:
+            pass  # said by `read_large`
+    return read_large(reader, path, body, bounds, claim)

@@ -12,6 +12,8 @@ from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Chat, Prompt
 
+RESPONSES_PATH = "/v1/responses"
+
 
 class _Reasoning(Struct):
     effort: str | None = None

@@ -23,6 +23,13 @@ HARD_TEXT = (
     "Größe: 1234567.89 km²\r\n\tnaïve, e\u0301t\u00e9\u00a0—\u200b「東京 2024」  한국어 العربية हिन्दी 🤷🏽‍♀️🇨🇭 "
     "don't WON'T   x_1 = [0xFF, -3e10]\n\n\n</s> <|end|> "
 )
+
+
+def _parts(*texts: str) -> Sequence[Mapping[str, str]]:
+    """Content as clients send it that send a list: text parts."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
 _SYSTEM = {"role": "system", "content": f"You are terse. {HARD_TEXT}"}
 _MESSAGES = (
     {"role": "user", "content": f"  {HARD_TEXT}\n"},
@@ -48,18 +55,33 @@ _TOOL_TURNS = (
     {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "type": "function", "function": _CALL}]},
     {"role": "tool", "tool_call_id": "call12345", "content": '{"celsius": -3.5, "note": "<b>Föhn</b>"}'},
 )
+_PARTS = (
+    {"role": "user", "content": _parts("  First,", f"second. {HARD_TEXT}", "\nThird ")},
+    {"role": "assistant", "content": "Two\nlines. "},
+    {"role": "user", "content": _parts("And now?")},
+)
+_SYSTEM_PARTS = {"role": "system", "content": _parts("You are terse.", HARD_TEXT)}
+_TOOL_PARTS = (
+    {"role": "assistant", "content": _parts(" Asking. "), "tool_calls": _TOOL_TURNS[0]["tool_calls"]},
+    {"role": "tool", "tool_call_id": "call12345", "content": _parts('{"celsius": -3.5}', "windy")},
+)
 OPTIONAL = "a chat with system prompt and tools"
-"""Not every chat template supports these."""
 SAMPLES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "a text": (COMPLETIONS_PATH, {"prompt": HARD_TEXT}),
         "a chat": (CHAT_PATH, {"messages": _MESSAGES}),
         OPTIONAL: (CHAT_PATH, {"messages": (_SYSTEM, *_MESSAGES, *_TOOL_TURNS), "tools": _TOOLS}),
+        "a chat with tools": (CHAT_PATH, {"messages": _MESSAGES, "tools": _TOOLS}),
+        "a chat with content parts": (CHAT_PATH, {"messages": _PARTS}),
+        "a chat with a system prompt in parts": (CHAT_PATH, {"messages": (_SYSTEM_PARTS, *_MESSAGES)}),
+        "a chat with tools and parts": (CHAT_PATH, {"messages": (*_PARTS, *_TOOL_PARTS), "tools": _TOOLS}),
     }
 )
-"""By name: the API path, and the request body without `model`."""
+"""By name: the API path, and the request body without `model`. Those after the first two are optional: not every chat
+template supports them."""
+_REQUIRED = ("a text", "a chat")
 SAMPLED_CLASSES = ("text", "chat", "chat+tools")
-"""The classes of these requests; see `request_class`."""
+"""The classes (see `request_class`) of those without parts, whose token ids are known whole in every request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +149,6 @@ async def _compare(
             gateway_error=gateway_error,
             engine_error=engine_error,
             refused=refused,
-            optional=name == OPTIONAL,
+            optional=name not in _REQUIRED,
         )
     return SampleFacts(name=name, compared=True, first_difference=first_difference(own, theirs))

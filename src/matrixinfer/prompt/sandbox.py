@@ -16,10 +16,17 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from matrixinfer.prompt import template_limits
+from matrixinfer.prompt.effort import check
+
+_TICKS = 16
+"""In so many steps of loops it is asked once whether they may go on."""
+_MAX_FORM = 256
+_MAX_INDENT = 16
 _ATTRIBUTES_OF_DICTS = frozenset(dir(dict))
 _METHODS_OF_TEXTS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 """The sandbox returns these methods unchanged; it wraps the formatting methods."""
@@ -29,15 +36,45 @@ _STATE_OF_LOOPS = frozenset({"depth", "depth0", "first", "index", "index0", "las
 class Sandbox(ImmutableSandboxedEnvironment):
     """Compiles chat templates. `now` is the clock of `strftime_now`."""
 
+    concat = staticmethod(template_limits.joined)
+    intercepted_binops = frozenset({"*", "**", "%"})
+
     def __init__(self, *, now: Callable[[], datetime]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
+        self.filters = {**template_limits.bounded_filters(self.filters), "tojson": _tojson}
+        self._ticks = 0
         self.globals |= {
             "dict": _Dicts(),
+            "lipsum": _lipsum,
             "namespace": _Variables,
             "raise_exception": _raise_exception,
-            "strftime_now": lambda form: now().strftime(form),
+            "strftime_now": lambda form: now().strftime(form[:_MAX_FORM]),
         }
+
+    def compiled(self, tree: nodes.Template) -> jinja2.Template:
+        """Compile a template so that it stays within bounds when it is rendered. Changes `tree`."""
+        template_limits.instrument(tree, self)
+        return self.from_string(tree)
+
+    @property
+    def tick(self) -> None:
+        """Templates read this in every loop. Raises `Abandoned` when rendering must end."""
+        self._ticks += 1
+        if not self._ticks % _TICKS:
+            check()
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right`, if the result is not too large."""
+        template_limits.check_operation(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - names no keyword takes
+        """Call what a template calls, if the result is not too large."""
+        if type(__obj) is Macro:  # always safe; what it writes is measured
+            return __context.call(__obj, *args, **kwargs)
+        args = template_limits.check_call(__obj, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return template_limits.weighed(result) if type(__obj) is _Dicts else result
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Return what the base class returns, but faster."""
@@ -76,6 +113,9 @@ class _Variables(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # what it holds may hold others, again and again
+
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -90,7 +130,8 @@ class _Dicts:
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
         """As `dict.fromkeys`."""
-        return dict.fromkeys(*args)
+        made: dict[Any, Any] = dict.fromkeys(*args)
+        return template_limits.weighed(made)  # type: ignore[no-any-return]
 
 
 class _Generation(Extension):
@@ -108,6 +149,10 @@ class _Generation(Extension):
         return caller()
 
 
+def _lipsum(*_: Any, **__: Any) -> NoReturn:
+    raise SecurityError("the template asks for a random text")
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -120,4 +165,6 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON. Jinja's own filter escapes HTML, which models have not seen in training."""
+    if (indent if isinstance(indent, int) else len(indent or "")) > _MAX_INDENT:
+        raise template_limits.TooLong("the template indents JSON too far")
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.load_reports import LoadReport
@@ -53,6 +53,10 @@ class Candidates:
             )
             for endpoint in endpoints
         ]
+
+    def limits_of(self, endpoint: str) -> Sequence[str]:
+        """Why the cache of an endpoint is not known exactly, in words."""
+        return self._lookup.limits_of(endpoint)
 
     def _candidate(
         self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load, withheld: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -41,6 +41,8 @@ class Record:
     """Scorer name to endpoint to score, before weights."""
     totals: Mapping[str, float]
     filtered: Mapping[str, str]
+    limits: Mapping[str, Sequence[str]]
+    """What the events of endpoints that are not `exact` cannot tell, in words."""
     notes: Sequence[str]
     timings_ms: Mapping[str, float]
     attempts: list[str]
@@ -117,6 +119,7 @@ class Record:
         return {
             "trust": candidate.trust,
             "feed": candidate.feed,
+            "limits": list(self.limits.get(name, ())),
             "matched_blocks": candidate.matched_blocks,
             "tiers": list(candidate.tiers),
             "pending_blocks": candidate.pending_blocks,
@@ -143,8 +146,12 @@ def record(
     timings_ms: Mapping[str, float],
     *,
     pods: int | None = PODS_KEPT,
+    limits_of: Callable[[str], Sequence[str]] = lambda _: (),
 ) -> Record:
-    """Keep a decision with its first `pods` candidates; None keeps all of them."""
+    """Keep a decision with its first `pods` candidates; None keeps all of them.
+
+    `limits_of` says why the cache of an endpoint is not known exactly.
+    """
     request = decision.request
     removed = (candidate for candidate in decision.candidates if candidate.name in decision.filtered)
     kept = tuple(islice((*decision.ranked, *removed), pods))
@@ -165,6 +172,7 @@ def record(
         scores={scorer: _of(scores, names) for scorer, scores in decision.scores.items()},
         totals=_of(decision.totals, names),
         filtered={name: reason for name in names if (reason := decision.filtered.get(name)) is not None},
+        limits={each.name: limits_of(each.name) for each in kept if each.trust != "exact"},
         notes=(*notes, *decision.notes),
         timings_ms={**timings_ms, **decision.timings_ms},
         attempts=[decision.chosen.name],

@@ -74,6 +74,10 @@ class Lookup:
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
+    def limits_of(self, endpoint: str) -> Sequence[str]:
+        """Why the cache of an endpoint is not known exactly, in words."""
+        return self._caches.limits_of(endpoint)
+
     def match_at(self, endpoint: str, matches: Matches | None) -> Match:
         """The match at one endpoint, by what is known about its cache now."""
         return match_at(endpoint, self._caches.of(endpoint), matches)

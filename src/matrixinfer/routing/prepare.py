@@ -7,12 +7,14 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import msgspec
+
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
-from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
@@ -22,6 +24,9 @@ from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
+
+_PREFIX_KEPT = 64 * 1024
+"""Bytes of a prompt that are kept for plugins until its answer ends."""
 
 
 class Degraded(Enum):
@@ -76,7 +81,10 @@ class Prepared:
 
 
 class Preparer:
-    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt.
+
+    `find_model` asks engines for a model that none has reported, and returns whether one serves it.
+    """
 
     def __init__(
         self,
@@ -89,6 +97,7 @@ class Preparer:
         *,
         media: MediaNames | None = None,
         max_prefix_tokens: int,
+        find_model: Callable[[str], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -99,6 +108,7 @@ class Preparer:
         self._sizer = sizer
         self._media = media
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
+        self._find_model = find_model
         self._clock = clock
 
     async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
@@ -106,7 +116,14 @@ class Preparer:
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body)
-            model, pods = self._registry.resolve(prompt.model)
+            if not prompt.names_model:
+                prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
+            try:
+                model, pods = self._registry.resolve(prompt.model)
+            except (UnknownModel, NoPodAvailable):
+                if self._find_model is None or not await self._find_model(prompt.model):
+                    raise
+                model, pods = self._registry.resolve(prompt.model)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
@@ -119,6 +136,8 @@ class Preparer:
         matches: Matches | None = None
         if tokenized is not None:
             chain, matches = await self._find(prompt, model, configured, pods, tokenized, steps, media)
+        prefix = bytes(prompt.prefix[:_PREFIX_KEPT])
+        prompt = prompt.without_content()
         ids = None if tokenized is None else tokenized.tokens.ids
         return Prepared(
             prompt=prompt,
@@ -129,7 +148,7 @@ class Preparer:
                 prompt_tokens=None if ids is None else len(ids),
                 block_size=self._blocks.block_size,
                 chain=chain,
-                prefix=prompt.prefix,
+                prefix=prefix,
                 session=session,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,
@@ -235,8 +254,8 @@ class Preparer:
         whole = self._media.expand(model, outline)
         if whole is None:
             return tokenized, outline, ()
-        tokens = replace(tokenized.tokens, ids=whole[0], complete=True, hashes=None)
-        return replace(tokenized, tokens=tokens), None, whole[1]
+        tokens = msgspec.structs.replace(tokenized.tokens, ids=whole[0], complete=True, hashes=None)
+        return msgspec.structs.replace(tokenized, tokens=tokens), None, whole[1]
 
     def _chain(self, prompt: Prompt, tokens: Tokens, media: Sequence[Medium]) -> BlockChain:
         return self._blocks.chain(

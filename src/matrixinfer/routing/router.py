@@ -80,7 +80,14 @@ class Router:
         started = self._clock()
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared), dry_run=True)
         timings_ms = {**prepared.timings_ms, "schedule": (self._clock() - started) * 1000}
-        return record(decision, path, list(prepared.degraded.values()), timings_ms, pods=None).view()
+        return record(
+            decision,
+            path,
+            list(prepared.degraded.values()),
+            timings_ms,
+            pods=None,
+            limits_of=self._candidates.limits_of,
+        ).view()
 
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone: drop what was counted and remembered about it."""
@@ -98,7 +105,8 @@ class Router:
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
-        kept = record(decision, path, list(prepared.degraded.values()), prepared.timings_ms)
+        notes = list(prepared.degraded.values())
+        kept = record(decision, path, notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
         self._decisions.add(kept)
         charged = self._charge(prepared.request, decision.chosen)
         try:

@@ -73,7 +73,7 @@ class Sizer:
             return
         chunks = sizing.chunks
         if chunks is None:  # all of it is text
-            self.sizes.learn(model, tokens, text_bytes=len(prompt.prefix), media={})
+            self.sizes.learn(model, tokens, text_bytes=prompt.prefix_bytes, media={})
         elif not chunks.media:
             self.sizes.learn(model, tokens, text_bytes=chunks.text_bytes, media={})
         elif sizing.unknown_tokens:

@@ -40,7 +40,7 @@ class SchedulingRequest:
     chain: Sequence[int]
     """Hashes of the prompt's full blocks, computed as they are read. Empty if the prompt was not tokenized."""
     prefix: bytes
-    """The prompt as the client sent it (text, or messages as JSON), for approximate matching without tokens."""
+    """The first 64 KiB of the prompt as the client sent it (text, or messages as JSON)."""
     session: str | None = None
     """The client's session id, if it sends one."""
     now: float = 0.0

@@ -30,7 +30,6 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     n: int | None = None
     stream_options: StreamOptions | None = None
     vllm_xargs: Json | None = None
-    mm_processor_kwargs: Json | None = None
 
     @property
     def reports_hits(self) -> bool:
@@ -41,6 +40,13 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     def limit(self) -> int | None:
         """Maximum number of tokens to generate."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class MediaOptions(msgspec.Struct, frozen=True):
+    """What a chat with images, audio or video says of them, also in bodies that `prompt.openai` reads without them."""
+
+    messages: list[Json]
+    mm_processor_kwargs: Json | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, UnknownModel
 from matrixinfer.prompt import openai, requests
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.bounds import Bounds
 from matrixinfer.prompt.conversation import has_media
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim import api
@@ -36,6 +37,7 @@ _VERSION = "0.32.0"
 _LOOKAHEAD_VERSION = "0.33.0"
 """The first that has lookahead tokens."""
 _MAX_BODY_BYTES = 64 * 1024 * 1024
+_BOUNDS = Bounds(max_bytes=_MAX_BODY_BYTES, max_items=_MAX_BODY_BYTES)
 RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -97,7 +99,7 @@ class EngineHandlers:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         received_at = time.monotonic()
         body = await request.read()
-        prompt = requests.parse(request.path, body)
+        prompt = requests.parse(request.path, body, _BOUNDS)
         options = api.decode(body, api.GenerateOptions)
         if options.n not in (None, 1):
             raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
@@ -171,7 +173,10 @@ class EngineHandlers:
             self._check_model(query.model)
         chat = query.chat
         special = query.add_special_tokens
-        ids, _ = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
+        if chat is not None and self._media is not None and has_media(chat.messages):
+            ids, _ = self._with_media(self._media, chat, api.MediaOptions(chat.messages))
+        else:
+            ids = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
         length = self._config.context_length
         return json_response({"count": len(ids), "max_model_len": length, "tokens": ids.tolist(), "token_strs": None})
 
@@ -206,8 +211,10 @@ class EngineHandlers:
         """The prompt's token ids and media. Raises `RequestError` or `TokenizeError`."""
         if prompt.token_ids is not None:
             return EnginePrompt(prompt.token_ids)
-        options = api.decode(body, api.GenerateOptions).mm_processor_kwargs
-        return self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens, options=options)
+        chat = prompt.chat
+        if chat is not None and self._media is not None and has_media(chat.messages):
+            return self._with_media(self._media, chat, api.decode(body, api.MediaOptions))
+        return EnginePrompt(self._encode(chat, prompt.text, add_special_tokens=prompt.add_special_tokens))
 
     def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""
@@ -231,18 +238,16 @@ class EngineHandlers:
         if name not in self._config.names and name not in self._config.loras:
             raise UnknownModel(f"The model `{name}` does not exist.", param="model")
 
-    def _encode(
-        self, chat: Chat | None, text: str | None, *, add_special_tokens: bool, options: api.Json | None = None
-    ) -> EnginePrompt:
-        with_media = chat is not None and self._media is not None and has_media(chat.messages)
+    def _encode(self, chat: Chat | None, text: str | None, *, add_special_tokens: bool) -> TokenIds:
         if chat is not None:
-            text = self._tokenizer.render_with_media(chat) if with_media else self._tokenizer.render(chat)
+            text = self._tokenizer.render(chat)
         if text is None:
             raise InvalidRequest("expected `prompt` or `messages`")
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        if chat is None or self._media is None or not with_media:
-            return EnginePrompt(ids)
-        return EnginePrompt(*self._media.read(chat.messages, ids, options))
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _with_media(self, reader: MediaReader, chat: Chat, options: api.MediaOptions) -> EnginePrompt:
+        outline = self._tokenizer.encode(self._tokenizer.render_with_media(chat), add_special_tokens=False)
+        return EnginePrompt(*reader.read(options.messages, outline, options.mm_processor_kwargs))
 
     def _reply_length(self, prompt_tokens: int, limit: int | None) -> int:
         if limit is not None and limit < 1:

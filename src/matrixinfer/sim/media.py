@@ -16,8 +16,8 @@ import numpy as np
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.conversation import is_media
+from matrixinfer.prompt.outline import SOURCES
 
-_SOURCES = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
 _MOST_REMEMBERED = 4096
 _MIN_TOKENS, _MAX_TOKENS = 16, 1024
 _CHARACTERS_PER_TOKEN = 16
@@ -70,11 +70,11 @@ class MediaReader:
 
     def _item(self, part: Mapping[str, Any], options: object) -> tuple[str, int]:
         """The name of a medium and how many tokens it has."""
-        kind = next((key for key in _SOURCES if key in part), None)
+        kind = next((key for key in SOURCES if key in part), None)
         if kind is None:
             raise InvalidRequest("expected images, audio or video", param="messages")
         source, uuid = part[kind], part.get("uuid")
-        content = source.get(_SOURCES[kind]) if isinstance(source, dict) else source
+        content = source.get(SOURCES[kind]) if isinstance(source, dict) else source
         name = uuid if isinstance(uuid, str) and options is None else _hash(kind, uuid or content, options)
         if name not in self._sizes:
             if not isinstance(content, str):

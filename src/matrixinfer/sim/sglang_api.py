@@ -140,6 +140,18 @@ def server_info(config: SimEngineConfig, events: Json) -> Json:
     }
 
 
+def model_info(config: SimEngineConfig) -> Json:
+    """The answer of `/model_info`."""
+    return {
+        "model_path": config.model,
+        "served_model_name": config.names[0],
+        "tokenizer_path": config.model,
+        "is_generation": True,
+        "weight_version": "default",
+        "architectures": None,
+    }
+
+
 def error(failure: RequestError) -> tuple[int, Json]:
     """Status and body of an error answer."""
     status = 400 if isinstance(failure, InvalidRequest) else 404

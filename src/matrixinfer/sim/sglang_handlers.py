@@ -36,6 +36,8 @@ class SglangHandlers(EngineHandlers):
             web.get("/health_generate", self._health),
             web.get("/server_info", self._server_info),
             web.get("/get_server_info", self._server_info),
+            web.get("/model_info", self._model_info),
+            web.get("/get_model_info", self._model_info),
             web.get("/flush_cache", self._reset),
             web.post("/flush_cache", self._reset),
         ]
@@ -55,7 +57,7 @@ class SglangHandlers(EngineHandlers):
         if prompt.token_ids is not None:
             return EnginePrompt(prompt.token_ids)
         if prompt.chat is None:
-            return self._encode(None, prompt.text, add_special_tokens=True)
+            return EnginePrompt(self._encode(None, prompt.text, add_special_tokens=True))
         options = api.decode(body, Options)
         if options.input_ids is not None:
             return EnginePrompt(np.array(options.input_ids, dtype=np.uint32))
@@ -94,10 +96,10 @@ class SglangHandlers(EngineHandlers):
         length = self._config.context_length
         if isinstance(query.prompt, list):
             special = query.add_special_tokens is not False
-            each = [self._encode(None, text, add_special_tokens=special).ids.tolist() for text in query.prompt]
+            each = [self._encode(None, text, add_special_tokens=special).tolist() for text in query.prompt]
             return json_response({"tokens": each, "count": list(map(len, each)), "max_model_len": length})
         if query.prompt is not None:
-            ids, _ = self._encode(None, query.prompt, add_special_tokens=query.add_special_tokens is not False)
+            ids = self._encode(None, query.prompt, add_special_tokens=query.add_special_tokens is not False)
         else:
             special = query.add_generation_prompt is not None and query.add_special_tokens is True
             ids = self._chat_ids(query, special=special)
@@ -105,10 +107,10 @@ class SglangHandlers(EngineHandlers):
 
     def _chat_ids(self, chat: Options | sglang_api.TokenizeRequest, *, special: bool) -> TokenIds:
         text, continued = sglang_chat.render(self._tokenizer, chat)
-        ids, _ = self._encode(None, text, add_special_tokens=special)
+        ids = self._encode(None, text, add_special_tokens=special)
         if not continued:
             return ids
-        return np.concatenate((ids, self._encode(None, continued, add_special_tokens=False).ids))
+        return np.concatenate((ids, self._encode(None, continued, add_special_tokens=False)))
 
     async def _models(self, _: web.Request) -> web.Response:
         return json_response(sglang_api.models(self._config, self._created))
@@ -120,6 +122,9 @@ class SglangHandlers(EngineHandlers):
 
     async def _server_info(self, _: web.Request) -> web.Response:
         return json_response(sglang_api.server_info(self._config, self._kv_events()))
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return json_response(sglang_api.model_info(self._config))
 
     def _kv_events(self) -> api.Json:
         """The block `kv_events` of `/server_info`."""

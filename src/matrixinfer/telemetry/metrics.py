@@ -60,6 +60,11 @@ class Metrics:
         self._upstream_errors = self._counter(
             "upstream_errors", "Requests that a pod did not answer, or not completely.", "pod", "kind"
         )
+        self._shortages = self._counter(
+            "shortages",
+            "Connections not made because this process or its machine had no free file descriptor, port or memory.",
+            "place",
+        )
         self._ejections = self._counter("ejections", "Times that an endpoint was ejected.", "pod")
         self._ejected = _Children(
             Gauge(
@@ -186,6 +191,10 @@ class Metrics:
     def upstream_error(self, pod: str, kind: str) -> None:
         """A pod did not answer a request, or not completely."""
         self._upstream_errors[pod, kind].inc()
+
+    def shortage(self, place: str) -> None:
+        """A connection was not made, and not because of the other side. `place` is what it was for."""
+        self._shortages[place,].inc()
 
     def ejected(self, pod: str) -> None:
         """An endpoint gets no requests from now on."""

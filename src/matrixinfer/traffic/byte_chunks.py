@@ -30,6 +30,7 @@ _MEDIUM = re.compile(
 )
 """The key of a medium in a message's JSON, up to the quote before its URL or data. A quote within text is escaped, so
 text that looks like this does not match."""
+_QUOTE = re.compile(rb'"')
 
 
 class Medium(NamedTuple):
@@ -57,7 +58,9 @@ class Chunks:
     """Bytes of text before the first medium."""
 
 
-def cut(prompt: bytes, *, salt: str | None = None, has_media: bool = True, most: int = MOST_CHUNKS) -> Chunks:
+def cut(
+    prompt: bytes | memoryview, *, salt: str | None = None, has_media: bool = True, most: int = MOST_CHUNKS
+) -> Chunks:
     """Cut `prompt`, of which at most `most` chunks are hashed. Without `has_media` all of it is text."""
     cutter = _Cutter(prompt, salt, most)
     media: dict[Kind, int] = {}
@@ -82,7 +85,7 @@ def cut(prompt: bytes, *, salt: str | None = None, has_media: bool = True, most:
 class _Cutter:
     """The chunks up to `start`, where the next one begins."""
 
-    def __init__(self, prompt: bytes, salt: str | None, most: int) -> None:
+    def __init__(self, prompt: bytes | memoryview, salt: str | None, most: int) -> None:
         self.start = self.text = 0
         self.hashes: list[int] = []
         self.ends: list[int] = []
@@ -109,14 +112,14 @@ class _Cutter:
         self.start = end
 
 
-def _media(prompt: bytes) -> Iterator[Medium]:
+def _media(prompt: bytes | memoryview) -> Iterator[Medium]:
     position = 0
     while found := _MEDIUM.search(prompt, position):
-        end = prompt.find(b'"', found.end())
-        if end < 0:
+        quote = _QUOTE.search(prompt, found.end())
+        if quote is None:
             return
-        position = end + 1
-        yield Medium(_kind(found), found.end(), end)
+        position = quote.end()
+        yield Medium(_kind(found), found.end(), quote.start())
 
 
 def _kind(found: re.Match[bytes]) -> Kind:

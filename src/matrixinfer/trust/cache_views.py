@@ -11,6 +11,7 @@ from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
+from matrixinfer.trust import reasons
 from matrixinfer.trust.levels import trust
 
 
@@ -47,13 +48,27 @@ class Caches(Protocol):
         """`CacheView.rule` of an endpoint, at less cost."""
         ...
 
+    def limits_of(self, name: str) -> Sequence[str]:
+        """What its events cannot tell, and why they are not believed exactly, in words. Empty where trust is exact."""
+        ...
+
 
 class FeedCaches:
-    """Caches whose events this process follows. `doubts` says which endpoints are not to be believed now."""
+    """Caches whose events this process follows.
 
-    def __init__(self, feeds: Mapping[str, PodFeed], doubts: Callable[[str], bool] = lambda _: False) -> None:
+    `doubts` says which endpoints are not to be believed now, and `is_warming` for which of them that is so because their
+    blocks come from Redis, until their own events say more.
+    """
+
+    def __init__(
+        self,
+        feeds: Mapping[str, PodFeed],
+        doubts: Callable[[str], bool] = lambda _: False,
+        is_warming: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._feeds = feeds
         self._doubts = doubts
+        self._is_warming = is_warming
 
     @property
     def names(self) -> Collection[str]:
@@ -64,6 +79,12 @@ class FeedCaches:
         """The rule that its feed gives."""
         feed = self._feeds.get(name)
         return None if feed is None else feed.ledger.rules.rule
+
+    def limits_of(self, name: str) -> Sequence[str]:
+        """The words of its feed."""
+        feed, warms = self._feeds.get(name), self._is_warming(name)
+        words = reasons.limits_of(feed, doubted=self._doubts(name) and not warms)
+        return (reasons.WARMING, *words) if warms else words
 
     def of(self, name: str) -> CacheView | None:
         """The view that its feed gives."""
@@ -111,11 +132,11 @@ class FeedReports:
             "reuse_unit": cache.engine_block if cache.rule is None else cache.rule.unit,
             "drop_tokens": cache.drop if cache.rule is None else cache.rule.drop,
             "reuse": round(self._reuse(name), 3),
+            "limits": list(self._caches.limits_of(name)),
         }
         feed = self._feeds.get(name)
         if feed is not None:
             report |= {
-                "limits": list(feed.limits),
                 "untrusted": feed.untrusted,
                 "frames": feed.stats.frames,
                 "engine_blocks": len(feed.ledger),

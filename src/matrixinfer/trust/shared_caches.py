@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
 from matrixinfer.index.ends import Rule
 from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
+from matrixinfer.kvevents import limits
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.scheduler.framework import Trust
+from matrixinfer.trust import reasons
 from matrixinfer.trust.cache_views import Caches, CacheView
 from matrixinfer.trust.levels import trust_in
 
@@ -31,6 +33,22 @@ class ReportedCaches:
         """The rule that its agent reported last."""
         state = self._states.of(name)
         return None if state is None or state.rule is None else Rule(*state.rule)
+
+    def limits_of(self, name: str) -> Sequence[str]:
+        """What its agent reported last, and what else keeps it from being believed."""
+        state = self._states.of(name)
+        if state is None:
+            return (reasons.UNVOUCHED if self._unvouched else reasons.UNFOLLOWED,)
+        words = [*state.limits]
+        if state.reason is not None and state.reason not in words:
+            words.insert(0, state.reason)
+        if state.model in self._states.foreign:
+            words.insert(0, reasons.OTHER_SCHEME)
+        elif not self._states.is_alive(name):
+            words.insert(0, reasons.WRITER_GONE)
+        if self._reuses_less(name):
+            words.append(limits.REUSES_LESS)
+        return list(dict.fromkeys(words))
 
     def of(self, name: str) -> CacheView | None:
         """The view that its agent reported last; `stale` once that agent has fallen silent."""
@@ -73,6 +91,11 @@ class SharedCaches:
             self._own.rule_of(name) if self._writes(name) else self._reported.rule_of(name) or self._own.rule_of(name)
         )
 
+    def limits_of(self, name: str) -> Sequence[str]:
+        """The words of whoever writes it now, or the last ones reported."""
+        is_own = self._writes(name) or (self._reported.of(name) is None and self._own.of(name) is not None)
+        return (self._own if is_own else self._reported).limits_of(name)
+
     def of(self, name: str) -> CacheView | None:
         """The view of whoever writes it now, or the last one reported."""
         return self._own.of(name) if self._writes(name) else self._reported.of(name) or self._own.of(name)
@@ -102,5 +125,6 @@ def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
             rule=None if rule is None else (*rule,),
             drop=0 if rule is not None else ledger.rules.drop,
             reason=feed.untrusted,
+            limits=tuple(reasons.limits_of(feed, doubted=doubted)),
         )
     )

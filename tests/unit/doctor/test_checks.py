@@ -155,6 +155,16 @@ def test_values_within_bounds_are_no_problem(pod: PodFacts) -> None:
     assert bad(pod) == []
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [(128, 16, "which hides up to 112 tokens of each hit; 16 would hide none"), (16, 16, None), (16, 128, None)],
+)
+def test_token_blocks_that_are_larger_than_the_engines_get_a_comment(ours: int, theirs: int, words: str | None) -> None:
+    pod = replace(POD, token_block=ours, feeds=(replace(FEED, block_size=theirs),))
+    (found,) = [each for each in check_fleet(FleetFacts(pods=(pod,), models=())) if each.check == "blocks"]
+    assert (found.level, found.message.endswith(words or f"blocks.size is {ours}")) == ("ok", True)
+
+
 def test_an_endpoint_of_the_config_is_not_said_to_come_from_the_engine() -> None:
     pod = replace(POD, following="configured", reported_sources=())
     said = {finding.message for finding in check_fleet(FleetFacts(pods=(pod,), models=()))}

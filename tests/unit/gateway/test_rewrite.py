@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import InvalidRequest
@@ -20,15 +21,24 @@ from matrixinfer.prompt.requests import parse
 MODELS = (ModelConfig(name="m", aliases=("nice",)), ModelConfig(name="lora", aliases=("fine",)))
 
 
-def rewrite(body: bytes, *, adds_usage: bool = False, engine: EngineKind = "vllm", rank: int | None = None) -> PodBody:
-    """The body for a pod that knows `m`, `also` and `lora`, with ranks from 8 on."""
+def rewrite(
+    body: bytes,
+    *,
+    adds_usage: bool = False,
+    engine: EngineKind = "vllm",
+    rank: int | None = None,
+    default: str = "m",
+) -> PodBody:
+    """The body for a pod that knows `m`, `also` and `lora`, with ranks from 8 on. `default` is meant where it names none."""
     registry = PodRegistry(
         [PodConfig(name="a", url="http://a", kv_events="none")], MODELS, PodWatchConfig(), time.monotonic
     )
     served = ServedNames(base_model="m", aliases=frozenset({"m", "also"}), adapters={"lora": "m"})
     sources = tuple(KvSource(endpoint="tcp://a:1", rank=rank) for rank in (8, 9))
     registry.learn("a", served=served, facts=EngineFacts(kind=engine), kv_sources=sources)
-    return BodyRewriter(registry, adds_usage=adds_usage).body_for("a", parse(COMPLETIONS_PATH, body), body, rank)
+    prompt = parse(COMPLETIONS_PATH, body)
+    prompt = replace(prompt, model=prompt.model or default)
+    return BodyRewriter(registry, adds_usage=adds_usage).body_for("a", prompt, body, rank)
 
 
 def request(**fields: object) -> bytes:
@@ -130,3 +140,23 @@ def test_rank_name_and_usage_go_together() -> None:
 def test_a_body_whose_keys_are_not_utf_8_gets_its_rank_all_the_same() -> None:
     body = request().removesuffix(b"}") + b', "\xff": 1, "data_parallel_rank": 3}'
     assert rewrite(body, engine="sglang", rank=9).bytes == body[:-1] + b',"routed_dp_rank":1}'
+
+
+@pytest.mark.parametrize("given", [{}, {"model": None}, {"model": ""}])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_body_that_names_no_model_gets_the_pod_s_name_of_it(given: dict[str, Any], engine: EngineKind) -> None:
+    body = json.dumps({**given, "prompt": [1, 2, 3], "odd": 1.50}).encode() + b" \n"
+    sent = rewrite(body, engine=engine, rank=9, default="nice").bytes
+    assert sent.startswith(body.rstrip()[:-1])
+    assert json.loads(sent)["model"] == "m"
+    assert json.loads(sent).get("routed_dp_rank") == (1 if engine == "sglang" else None)
+
+
+def test_usage_is_asked_for_where_no_model_is_named_as_well() -> None:
+    sent = rewrite(b'{"prompt":[1],"stream":true}', adds_usage=True, default="nice")
+    assert json.loads(sent.bytes) == {
+        "model": "m",
+        "prompt": [1],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }

@@ -300,15 +300,74 @@ def test_a_new_engines_frame_held_behind_the_old_engines_replay_is_no_duplicate(
     assert (feed.replay_from, feed.held, feed.stats.restarts) == (0, 0, 1)
 
 
-def test_an_engine_known_to_have_published_that_replays_nothing_is_partly_known() -> None:
+def test_an_engine_that_keeps_its_history_and_replays_nothing_has_restarted_and_published_nothing() -> None:
     feed = complete_feed(6)
     feed.disconnected()
     feed.reconnected()
     feed.replay([])
+    assert (feed.state, feed.held, feed.replay_from) == (SYNCING, 0, 0)
+    feed.replay([])
+    assert (feed.state, feed.held, feed.stats.restarts) == (COMPLETE, 0, 1)
+    feed.disconnected()  # and once more, before anything is published
+    feed.reconnected()
+    feed.replay([])
+    assert feed.state is COMPLETE
+    feed.hear([0], RESTARTED)
+    assert (feed.state, feed.held_of_other) == (COMPLETE, 1)
+
+
+def test_a_heartbeat_shows_that_an_engine_keeps_its_history() -> None:
+    feed = Feed()
+    feed.replay([])
+    feed.hear(range(3))
+    feed.heartbeat([(2, FRAMES[2])])
+    feed.heartbeat([])  # it has restarted in silence
+    feed.replay([])
+    feed.replay([])
+    assert (feed.state, feed.held, feed.stats.restarts) == (COMPLETE, 0, 1)
+
+
+def test_an_engine_that_has_never_replayed_a_frame_and_replays_nothing_is_partly_known() -> None:
+    feed = Feed()
+    feed.replay([])
+    feed.hear(range(6))
+    feed.disconnected()
+    feed.reconnected()
+    feed.replay([])  # it may keep nothing, and be the same engine
     feed.replay([])
     assert (feed.state, feed.held, feed.given_up) == (PARTIAL, 0, False)
     feed.hear([0], RESTARTED)
     assert (feed.state, feed.held_of_other) == (COMPLETE, 1)
+
+
+def test_an_engine_that_has_shown_its_restart_and_replays_nothing_has_published_nothing() -> None:
+    for knows_before in (True, False):
+        feed = Feed()
+        feed.replay([])
+        feed.hear(range(6))
+        assert not feed.engine_restarted()  # the events say all
+        feed.disconnected()
+        if knows_before:
+            assert not feed.engine_restarted()
+        feed.reconnected()
+        feed.replay([])
+        feed.replay([])
+        if not knows_before:
+            assert feed.state is PARTIAL
+            assert feed.engine_restarted()
+            feed.start_over()
+            feed.replay([])
+        assert (feed.state, feed.held) == (COMPLETE, 0)
+
+
+def test_a_new_engines_frame_that_it_does_not_replay_is_missed() -> None:
+    feed = complete_feed(6)
+    feed.disconnected()
+    feed.reconnected()
+    feed.hear([1], RESTARTED)
+    feed.replay([])
+    feed.replay([])
+    assert (feed.state, feed.held_of_other) == (PARTIAL, 0)
 
 
 # Layouts that hide something

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from matrixinfer.config import KvEventsConfig, ModelConfig, PodConfig, PodWatchConfig
-from matrixinfer.errors import NoPodAvailable, UnknownModel
+from matrixinfer.errors import InvalidRequest, NoPodAvailable, UnknownModel
+from matrixinfer.pods.model_cards import ModelCard
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 
 TINY = ServedNames(base_model="tiny", aliases=frozenset({"tiny", "tiny-x"}), adapters={"lora": "tiny"})
+TINY_CARDS = replace(
+    TINY,
+    cards={
+        "tiny": ModelCard(root="/models/tiny", max_model_len=2048, created=50),
+        "lora": ModelCard(root="/loras/lora"),
+    },
+)
 BIG = ServedNames(base_model="big", aliases=frozenset({"big"}), adapters={})
 
 
@@ -123,6 +133,46 @@ def test_the_list_of_models_contains_the_names_that_resolve() -> None:
     assert {model.name: model.parent for model in models}["lora"] == "tiny"
     for model in models:
         fleet.resolve(model.name)
+
+
+def test_a_request_without_a_model_means_the_only_one_whatever_its_adapters_and_names() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)),))
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=TINY)
+    assert resolve(fleet, fleet.only_model()) == ("tiny", ["a", "b"])
+    unconfigured = registry("a")
+    unconfigured.learn("a", served=BIG)
+    assert unconfigured.only_model() == "big"
+
+
+def test_a_request_without_a_model_means_the_configured_one_before_pods_have_answered() -> None:
+    assert registry("a", models=(ModelConfig(name="tiny", aliases=("small",)),)).only_model() == "tiny"
+    with pytest.raises(NoPodAvailable):
+        registry("a").only_model()
+
+
+@pytest.mark.parametrize("models", [(), (ModelConfig(name="tiny"),)])
+def test_a_request_without_a_model_is_refused_where_there_are_several(models: tuple[ModelConfig, ...]) -> None:
+    fleet = registry("a", "b", models=models)
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=BIG)
+    with pytest.raises(InvalidRequest, match=r"`model` is required.*`big`, `tiny`") as caught:
+        fleet.only_model()
+    assert caught.value.param == "model"
+
+
+def test_the_list_of_models_says_what_engines_say() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)),))
+    fleet.learn("a", served=TINY_CARDS)
+    for length, created in ((4096, 70), (8192, 900)):
+        other = {name: ModelCard(root="/other", max_model_len=length, created=created) for name in TINY_CARDS.cards}
+        fleet.learn("b", served=replace(TINY_CARDS, cards=other))
+    found = {model.name: model for model in fleet.models()}
+    assert found["tiny"].card == ModelCard(root="/models/tiny", max_model_len=2048, created=50)
+    assert found["small"].card == found["tiny"].card
+    assert (found["lora"].parent, found["lora"].card.root) == ("tiny", "/loras/lora")
+    assert found["lora"].card.max_model_len == 8192  # only b says it
+    assert found["lora"].card.created == 70  # b's first word
 
 
 def test_event_sources_are_unknown_only_if_the_engine_must_be_asked() -> None:

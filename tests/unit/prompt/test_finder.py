@@ -18,7 +18,8 @@ from matrixinfer.prompt import finder as module
 from matrixinfer.prompt import hub, loader
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.chat_template import CHATML
-from matrixinfer.prompt.finder import Served, TokenizerFinder
+from matrixinfer.prompt.finder import TokenizerFinder
+from matrixinfer.prompt.fleet import Served
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
@@ -119,7 +120,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def served(path: Path, played: Played | None = None, name: str = "a") -> Served:
     played = played or Played(LocalTokenizer.load(path, None))
-    return Served(engine=played, name=name, model="m", root=str(path), healthy=True)
+    return Served(engine=played, name=name, model="m", roots=(str(path),), healthy=True)
 
 
 async def test_a_configured_tokenizer_is_only_reported(model: Path) -> None:
@@ -199,6 +200,17 @@ async def test_texts_are_tokenized_here_while_chats_cannot_be_compared(model: Pa
         await eventually(lambda: not world.finder.sources["m"].asks_for_chats)
 
 
+async def test_a_template_that_joins_parts_differently_is_noticed(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "parts.jinja"
+    joined = CHATML.replace("{{- part.text }}", "{{- '' if loop.first else '|' }}{{- part.text }}")
+    assert joined != CHATML
+    template.write_text(joined)
+    world = World(model, [served(model, Played(LocalTokenizer.load(model, str(template))))])
+    source = await world.finder.look("m", world.engines)
+    assert (source.kind, source.asks_for_chats) == ("found", True)
+    assert "a chat with content parts differs" in (source.reason or "")
+
+
 async def test_a_restarted_engine_is_compared_again(model: Path) -> None:
     engine = served(model)
     world = World(model, [engine])
@@ -228,7 +240,7 @@ async def test_token_ids_that_differ_from_what_engines_report_end_the_use_for_go
 
 
 async def test_an_engine_that_does_not_say_where_its_model_is(model: Path) -> None:
-    world = World(model, [replace(served(model), root=None)])
+    world = World(model, [replace(served(model), roots=())])
     async with world.finder:
         await eventually(lambda: "does not report where its model is" in world.reason)
 
@@ -236,7 +248,7 @@ async def test_an_engine_that_does_not_say_where_its_model_is(model: Path) -> No
 async def test_a_folder_without_a_vocabulary_says_so(tmp_path: Path, model: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    world = World(model, [replace(served(model), root=str(empty))])
+    world = World(model, [replace(served(model), roots=(str(empty),))])
     async with world.finder:
         await eventually(lambda: "has no vocabulary" in world.reason)
 
@@ -249,7 +261,7 @@ async def test_a_download_is_tried_if_it_is_allowed(model: Path, monkeypatch: py
         return model
 
     monkeypatch.setattr(hub, "download", download)
-    engine = replace(served(model), root="org/model")
+    engine = replace(served(model), roots=("org/model",))
     world = World(model, [engine], TokenizationConfig(find="download", download_seconds=7.0))
     async with world.finder:
         await eventually(lambda: world.kind == "found")

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
@@ -23,6 +25,7 @@ from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.encoders import Reference
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import parse
@@ -77,9 +80,11 @@ def conversation(messages: list[Any], **fields: Any) -> Prompt:
     return parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages} | fields).encode())
 
 
-def manager(path: Path | None = None, remote: RemoteTokenizer | None = None, **settings: Any) -> TokenizerManager:
+def manager(
+    path: Path | None = None, remote: RemoteTokenizer | None = None, memory: Memory | None = None, **settings: Any
+) -> TokenizerManager:
     models = [ModelConfig(name="m", tokenizer=None if path is None else str(path), chat_template="chatml")]
-    return TokenizerManager(models, TokenizationConfig(**settings), remote)
+    return TokenizerManager(models, TokenizationConfig(**settings), remote, memory=memory)
 
 
 @pytest.fixture
@@ -353,9 +358,9 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
 async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     threads: list[str] = []
 
-    def noting(path: str, body: bytes) -> Prompt:
+    def noting(path: str, body: bytes, *bounds: Any) -> Prompt:
         threads.append(threading.current_thread().name)
-        return parse(path, body)
+        return parse(path, body, *bounds)
 
     monkeypatch.setattr(prompt_manager, "parse", noting)
     body = json.dumps({"model": "m", "prompt": "x" * size}).encode()
@@ -437,3 +442,67 @@ async def test_a_failure_that_comes_late_is_nobodys() -> None:
         with pytest.raises(TokenizeError, match="refused") as error:
             await tokenizers.tokenize(text("hello"), model="m", engines=PODS, may_be_late=True)
         assert not isinstance(error.value, TokensLate)
+
+
+USER = {"role": "user", "content": "x"}
+SLOW = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+
+
+async def test_a_template_that_does_not_end_costs_no_more_than_its_time(tmp_path: Path) -> None:
+    template = tmp_path / "slow.jinja"
+    template.write_text(SLOW, encoding="utf-8")
+    models = [ModelConfig(name="m", tokenizer=str(folder(tmp_path / "t", tokenizer())), chat_template=str(template))]
+    async with TokenizerManager(models, TokenizationConfig(timeout_seconds=0.2), None) as tokenizers:
+        for _ in range(3):  # at first on the event loop, then in a thread
+            with pytest.raises(TokenizeError, match=r"within 0\.2 s|longer than 0\.2 s"):
+                await tokenizers.tokenize(chat("x"), model="m", engines=[])
+        await eventually(lambda: tokenizers.working == 0)
+        assert len((await tokenizers.tokenize(text("hello"), model="m", engines=[])).tokens.ids)
+
+
+async def test_chats_with_too_many_items_are_not_rendered(model: Path) -> None:
+    async with manager(model, max_prompt_items=10) as tokenizers:
+        for many in ([USER] * 11, [{**USER, "content": [{"type": "text", "text": "x"}] * 10}]):
+            with pytest.raises(TokenizeError, match="more than 10 messages, parts, tools and tool calls"):
+                await tokenizers.tokenize(conversation(many), model="m", engines=[])
+        assert (await tokenizers.tokenize(conversation([USER] * 10), model="m", engines=[])).source == "local"
+
+
+async def test_what_is_decoded_counts_until_it_is_dropped(model: Path) -> None:
+    memory = Memory(64 * 1024 * 1024)
+    body = json.dumps({"model": "m", "prompt": "x" * 400_000}).encode()
+    async with manager(model, memory=memory) as tokenizers:
+        prompt = await tokenizers.read(COMPLETIONS_PATH, body)
+        assert memory.used > len(body)
+        await tokenizers.tokenize(prompt, model="m", engines=[])
+        prompt = prompt.without_content()
+        await eventually(lambda: memory.used == 0)  # the thread drops it a little later
+
+
+async def test_a_prompt_that_waits_for_an_engine_counts_meanwhile() -> None:
+    memory, remote = Memory(64 * 1024 * 1024), FakeRemote(None)
+    prompt = text("x" * 200_000)
+    async with manager(None, remote, memory) as tokenizers:
+        asking = asyncio.create_task(tokenizers.tokenize(prompt, model="m", engines=PODS))
+        await eventually(lambda: memory.used >= 8 * 200_000)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert memory.used == 0
+        full = memory.hold()
+        assert full.take(memory.largest)
+        with pytest.raises(TokenizeError, match="other requests take the memory"):
+            await tokenizers.tokenize(prompt, model="m", engines=PODS)
+
+
+async def test_what_was_decoded_of_an_invalid_body_does_not_wait_for_the_garbage_collector() -> None:
+    memory = Memory(64 * 1024 * 1024)
+    body = json.dumps({"model": "m", "truncate_prompt_tokens": "x", "prompt": "x" * 400_000}).encode()
+    gc.disable()
+    try:
+        async with manager(memory=memory) as tokenizers:
+            for path in (COMPLETIONS_PATH, CHAT_PATH):
+                with suppress(InvalidRequest):
+                    await tokenizers.read(path, body)
+            await eventually(lambda: memory.used == 0)
+    finally:
+        gc.enable()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Library
+from msgspec.structs import replace
 
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt

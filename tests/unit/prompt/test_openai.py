@@ -140,14 +140,12 @@ def test_an_invalid_prompt_is_refused(prompt: Any) -> None:
         (CHAT_PATH, b'{"model":"m","messages":["x"]}', "messages[0]"),
         (CHAT_PATH, b'{"model":"m","messages":null}', "messages"),
         (CHAT_PATH, b'{"model":"m"}', "messages"),
-        (CHAT_PATH, b'{"messages":[{}]}', "model"),
         (CHAT_PATH, b'{"model":1,"messages":[{}]}', "model"),
         (CHAT_PATH, b'{"model":"m","messages":[{}],"tools":{}}', "tools"),
         (CHAT_PATH, b'{"model":"m","messages":[{}],"tools":["x"]}', "tools[0]"),
         (CHAT_PATH, b'{"model":"m","messages":[{}],"stream":"yes"}', "stream"),
         (CHAT_PATH, b'{"model":"m","messages":[{}],"chat_template_kwargs":[]}', "chat_template_kwargs"),
         (COMPLETIONS_PATH, b'{"model":"m"}', "prompt"),
-        (COMPLETIONS_PATH, b'{"prompt":"m"}', "model"),
         (CHAT_PATH, b'{"model":"m","messages":[{}],"kv_transfer_params":1}', "kv_transfer_params"),
         (COMPLETIONS_PATH, b'{"model":"m","prompt":"x","truncate_prompt_tokens":"many"}', "truncate_prompt_tokens"),
     ],
@@ -157,6 +155,13 @@ def test_a_bad_request_names_the_field_at_fault(path: str, body: bytes, param: s
         parse(path, body)
     assert caught.value.param == param
     assert caught.value.message
+
+
+@pytest.mark.parametrize("model", ["", '"model":null,', '"model":"",'])
+def test_a_request_may_name_no_model(model: str) -> None:
+    prompt = parse(CHAT_PATH, f'{{{model}"messages":[{{"role":"user","content":"x"}}]}}'.encode())
+    assert (prompt.model, prompt.names_model) == ("", False)
+    assert parse(CHAT_PATH, b'{"model":"m","messages":[{"role":"user","content":"x"}]}').names_model
 
 
 def test_bytes_that_are_not_utf8_are_refused() -> None:

@@ -66,4 +66,6 @@ def test_the_samples_are_of_the_classes_that_they_stand_for() -> None:
     classes = [
         parse(path, msgspec.json.encode({"model": "m", **body})).request_class for path, body in SAMPLES.values()
     ]
-    assert tuple(dict.fromkeys(classes)) == SAMPLED_CLASSES
+    assert tuple(dict.fromkeys(each for each in classes if "parts" not in each)) == SAMPLED_CLASSES
+    assert {each for each in classes if "parts" in each} == {"chat+parts", "chat+tools+parts"}
+    assert SampleFacts(name=list(SAMPLES)[-1]).is_chat

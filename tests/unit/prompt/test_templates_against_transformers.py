@@ -116,5 +116,5 @@ def test_the_dialect_has_no_other_extensions() -> None:
     ours = ChatTemplate("{{ 1 }}")._template.environment
     assert isinstance(environment, jinja2.Environment)
     assert set(ours.globals) == set(environment.globals)
-    assert set(ours.filters) == set(environment.filters)
+    assert {name for name in ours.filters if name.isidentifier()} == set(environment.filters)
     assert set(ours.tests) == set(environment.tests)

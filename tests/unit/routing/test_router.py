@@ -21,6 +21,7 @@ from matrixinfer.config import (
 )
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, NoPodAvailable, UnknownModel
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.kvevents import limits
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import decode
@@ -34,6 +35,7 @@ from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
+from matrixinfer.trust import reasons
 from tests.unit.kvevents.support import frame, removed, stored
 
 from .support import Dispatcher, Parts
@@ -277,6 +279,19 @@ async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
     assert field_of(decision, "feed")["a"] == "untrusted"
 
 
+async def test_a_decision_says_in_words_why_a_pod_is_not_known_exactly() -> None:
+    world = World()
+    world.feeds["a"].live(0, encode(EventBatch(ts=0.0, events=[])))
+    world.feeds["b"].live(0, encode(EventBatch(ts=0.0, events=[])))
+    world.feeds["b"].remarks.note(limits.MISFITS)
+    del world.feeds["c"]
+    said = {"a": [], "b": [limits.MISFITS], "c": [reasons.UNFOLLOWED]}
+    assert field_of(await world.explain(), "limits") == said
+    await world.dispatch()
+    (kept,) = world.parts.decisions.newest()
+    assert field_of(kept.view(), "limits") == said
+
+
 async def test_the_state_of_a_feed_can_be_asked_for() -> None:
     world = World()
     del world.feeds["c"]
@@ -285,7 +300,7 @@ async def test_the_state_of_a_feed_can_be_asked_for() -> None:
         "a": {
             "state": "partial",
             "trust": "partial",
-            "limits": [],
+            "limits": [reasons.HISTORY],
             "untrusted": None,
             "hides_salts": False,
             "frames": 0,

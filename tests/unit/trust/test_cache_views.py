@@ -7,8 +7,10 @@ from matrixinfer.config import RedisConfig
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.index.redis.store import Store
-from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents import limits
+from matrixinfer.kvevents.feed import MAX_MISSED_HEARTBEATS, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.trust import reasons
 from matrixinfer.trust.cache_views import FeedCaches
 from matrixinfer.trust.shared_caches import ReportedCaches, SharedCaches, state_of
 
@@ -59,8 +61,44 @@ def test_what_is_reported_about_a_feed() -> None:
     assert state_of(None) is None
     ledger = Ledger(pod="pod-a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
     feed = PodFeed(ledger, can_replay=False)
-    assert state_of(feed) == encode(PodState(trust="partial", feed="partial", model="m"))
-    assert state_of(feed, doubted=True) == encode(PodState(trust="stale", feed="partial", model="m"))
+    assert state_of(feed) == encode(PodState(trust="partial", feed="partial", model="m", limits=(reasons.HISTORY,)))
+    doubted = PodState(trust="stale", feed="partial", model="m", limits=(reasons.DOUBTED, reasons.HISTORY))
+    assert state_of(feed, doubted=True) == encode(doubted)
+
+
+def test_what_a_writer_reports_of_its_feed_is_said_again_by_who_reads_it() -> None:
+    states = reported("partial")
+    assert ReportedCaches(states).limits_of("pod-b") == (reasons.UNFOLLOWED,)
+    assert ReportedCaches(states, unvouched=True).limits_of("pod-b") == (reasons.UNVOUCHED,)
+    states._states["pod-a"] = PodState(  # noqa: SLF001 - as if read from Redis
+        trust="partial", feed="partial", model="m", limits=(limits.ORPHANS,)
+    )
+    assert ReportedCaches(states).limits_of("pod-a") == [limits.ORPHANS]
+    less = ReportedCaches(states, reuses_less={"pod-a"}.__contains__)
+    assert less.limits_of("pod-a") == [limits.ORPHANS, limits.REUSES_LESS]
+    states._leases["pod-a"] = 99  # noqa: SLF001 - as if read from Redis
+    assert ReportedCaches(states).limits_of("pod-a") == [reasons.WRITER_GONE, limits.ORPHANS]
+    states.foreign["m"] = {"block_size": "16"}
+    assert ReportedCaches(states).limits_of("pod-a") == [reasons.OTHER_SCHEME, limits.ORPHANS]
+
+
+def test_a_feed_says_why_it_is_not_exact() -> None:
+    ledger = Ledger(pod="a", model="m", blocks=TokenBlockProcessor(16), index=MemoryIndex())
+    feed = PodFeed(ledger, can_replay=True)
+    warming: set[str] = set()
+    caches = FeedCaches({"a": feed}, warming.__contains__, warming.__contains__)
+    assert caches.limits_of("a") == (reasons.SYNCING,)
+    feed.replay_ended()
+    assert caches.limits_of("a") == ()
+    for _ in range(MAX_MISSED_HEARTBEATS):
+        feed.heartbeat_missed()
+    assert caches.limits_of("a") == (reasons.SILENT,)
+    feed.disconnected()
+    assert caches.limits_of("a") == (reasons.SILENT, reasons.LOST)
+    warming.add("a")
+    assert caches.limits_of("a") == (reasons.WARMING, reasons.SILENT, reasons.LOST)
+    ledger.hides_salts = True
+    assert caches.limits_of("a")[-1] == reasons.UNTAGGED.format("salts")
 
 
 def test_blocks_with_another_scheme_are_unknown_not_absent() -> None:

@@ -14,7 +14,7 @@ import aiohttp
 from matrixinfer.cli.arguments import at_least_one, duration
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.errors import ConfigError
-from matrixinfer.pods.engine_api import EngineApi, EngineDown
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 
 _TIMEOUT_SECONDS = 5.0
 
@@ -87,7 +87,7 @@ async def _published_by(url: str) -> tuple[KvEventsConfig, ...]:
             api = EngineApi(session, _TIMEOUT_SECONDS)
             served = await api.models(url)
             found = (await api.about(url, None if served is None else served.engine)).sources
-        except EngineDown as error:
+        except (EngineDown, OutOfResources) as error:
             raise ConfigError("ENDPOINT", str(error)) from error
     if not found:
         raise ConfigError(

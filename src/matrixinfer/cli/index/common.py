@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from matrixinfer.cli.terminal import Terminal
 from matrixinfer.config import Config, RedisConfig, checked, load
 from matrixinfer.errors import IndexUnavailable
+from matrixinfer.index.redis.failures import explained, failure_of
 from matrixinfer.index.redis.store import Store
 
 console = Terminal()
@@ -49,7 +50,9 @@ async def server(config: Config) -> AsyncIterator[Store]:
             await store.ask(client.ping())
             yield store
     except IndexUnavailable as error:
-        raise IndexUnavailable(f"Redis at {store.config.where} does not answer: {error}") from error
+        where, username = store.config.where, store.config.username
+        message, fix = explained(failure_of(error), where=where, username=username, error=str(error))
+        raise IndexUnavailable(f"{message}. {fix[0].upper()}{fix[1:]}") from error
 
 
 @contextmanager

@@ -127,3 +127,5 @@ def _print_row(row: PodRow) -> None:
         )
         if state.reason is not None:
             console.print(f"  reason {state.reason}")
+        for words in state.limits:
+            console.print(f"  limit {words}")

@@ -46,6 +46,8 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
     reason: str | None = None
     """Why the events are not trusted."""
+    limits: tuple[str, ...] = ()
+    """What the events cannot tell, and why they are not believed exactly, in words."""
 
 
 class PodStates:

@@ -17,7 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from matrixinfer.config import RedisConfig, split_address
-from matrixinfer.errors import IndexUnavailable
+from matrixinfer.errors import IndexUnavailable, shortage_in
 
 CONNECT_SECONDS = 2.0
 REPLY_SECONDS = 5.0
@@ -168,7 +168,11 @@ def unavailable() -> Iterator[None]:
 
 def _error_line(error: BaseException) -> str:
     """The error in one line. Servers repeat the arguments of a command that they reject; these are cut off."""
-    return (str(error) or type(error).__name__).partition("\n")[0].partition(", with args")[0][:200]
+    shortage = shortage_in(error)
+    if shortage is not None:
+        return f"cannot connect to Redis: {shortage}"
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return (str(error) or unsaid).partition("\n")[0].partition(", with args")[0][:200]
 
 
 def _client(config: RedisConfig) -> Client:
