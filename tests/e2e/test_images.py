@@ -207,6 +207,12 @@ async def test_processes_that_serve_many_clients_and_a_gateway_that_begins_later
                 for predicted, usage in answers
             )
 
+        async def all_are_followed(addresses: Json) -> bool:
+            url = f"{addresses['admin']}/debug/route"
+            async with session.post(url, params={"path": CHAT}, json=bodies[0]) as response:
+                decision = await response.json()
+            return [pod.get("trust") for pod in decision.get("pods", {}).values()] == ["exact"] * 2
+
         async def go_on(addresses: Json, turn: int) -> None:
             """All clients at a time say something of their own."""
             for number, body in enumerate(bodies):
@@ -215,9 +221,11 @@ async def test_processes_that_serve_many_clients_and_a_gateway_that_begins_later
             await asyncio.gather(*(request(session, addresses, body) for body in bodies))
 
         async with gateway("--config", str(file)) as (_, addresses):
+            await eventually(lambda: all_are_followed(addresses), pause=0.1)
             await asyncio.gather(*(request(session, addresses, body) for body in bodies))  # alike but for the images
             await go_on(addresses, 1)
             await eventually(lambda: all_are_predicted(addresses), pause=0.5)
         async with gateway("--config", str(file)) as (_, addresses):
+            await eventually(lambda: all_are_followed(addresses), pause=0.1)
             await go_on(addresses, 2)
             await eventually(lambda: all_are_predicted(addresses), pause=0.5)
