@@ -42,7 +42,7 @@ SECRET = 77_001
 
 def stored(first: int, last: int, *, salt: str | None = None) -> BlockStored:
     """Blocks [first, last) of 16 tokens of one prompt, named by their position."""
-    extra: list[tuple[str, ...] | None] = [None] * (last - first)
+    extra: list[tuple[str | tuple[str, int], ...] | None] = [None] * (last - first)
     if salt is not None:
         extra[0] = (salt,)
     return BlockStored(

@@ -11,7 +11,6 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from matrixinfer.config import LimitsConfig
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.gateway.session import client_session
 from tests.integration.gateway_support import LOOPBACK
@@ -35,7 +34,7 @@ async def options() -> tuple[bool, bool]:
 
     async with (
         Listener(LOOPBACK, 0, {"/": {"GET": handle}}, asyncio.Event()) as listener,
-        client_session(LimitsConfig()) as session,
+        client_session() as session,
         session.get(listener.url) as response,
     ):
         assert response.connection is not None

@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 
 from matrixinfer.app.served import served_models
-from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.engine_kind import EngineFacts
@@ -69,7 +69,7 @@ async def watching(
     registry = PodRegistry(pods, (), config, clock=time.monotonic)
     hook = None if found is None else found.append
     async with (
-        client_session(LimitsConfig()) as session,
+        client_session() as session,
         PodWatcher(registry, session, config, on_discovered=hook) as watcher,
     ):
         yield registry, watcher
@@ -201,7 +201,7 @@ async def test_a_fault_while_reading_one_pod_ends_neither_its_watch_nor_the_othe
         if calls == 1:
             raise RuntimeError("a fault of ours")
 
-    async with pod(Engine()) as url, client_session(LimitsConfig()) as session:
+    async with pod(Engine()) as url, client_session() as session:
         registry = PodRegistry([PodConfig(name="a", url=url)], (), FAST, clock=time.monotonic)
         with structlog.testing.capture_logs() as logs:
             async with PodWatcher(registry, session, FAST, on_discovered=hook) as watcher:
@@ -224,7 +224,7 @@ async def test_an_endless_answer_is_refused() -> None:
         while True:
             await response.write(b"x" * 262144)
 
-    async with pod(endless) as url, client_session(LimitsConfig()) as session:
+    async with pod(endless) as url, client_session() as session:
         with pytest.raises(EngineDown, match="more than"):
             await EngineApi(session, 5.0).metrics(url, now=0.0)
 
@@ -265,7 +265,7 @@ async def test_a_pod_is_asked_again_at_once_when_somebody_wants_to_know() -> Non
     engine = Engine()
     slow = PodWatchConfig(scrape_interval_seconds=60, discovery_interval_seconds=600)
     asked: list[str] = []
-    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+    async with pod(engine) as url, client_session() as session:
         registry = PodRegistry([PodConfig(name="a", url=url)], (), slow, clock=time.monotonic)
         async with PodWatcher(
             registry,
@@ -349,7 +349,7 @@ async def test_the_kind_of_engine_is_found_by_asking(
         answer = answers.get(request.path, 404)
         return web.Response(status=answer) if isinstance(answer, int) else web.json_response(answer)
 
-    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+    async with pod(engine) as url, client_session() as session:
         about = await EngineApi(session, 5.0).about(url, owner)
     assert about.sources == sources
     assert (about.facts and about.facts.kind, about.facts and about.facts.version) == (kind, version)
@@ -360,7 +360,7 @@ async def test_sglang_names_the_class_of_its_model() -> None:
         answers: dict[str, Any] = {"/server_info": INFO, "/model_info": {"architectures": ["GptOssForCausalLM"]}}
         return web.json_response(answers[request.path])
 
-    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+    async with pod(engine) as url, client_session() as session:
         about = await EngineApi(session, 5.0).about(url, "sglang")
     assert about.facts is not None
     assert about.facts.architectures == ("GptOssForCausalLM",)
@@ -376,7 +376,7 @@ async def test_sglang_says_where_its_tokenizer_and_its_model_are(path: str) -> N
         answer = answers.get(request.path)
         return web.Response(status=404) if answer is None else web.json_response(answer)
 
-    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+    async with pod(engine) as url, client_session() as session:
         about = await EngineApi(session, 5.0).about(url, "sglang")
         names = await EngineApi(session, 5.0).models(url)
         registry = PodRegistry([PodConfig(name="a", url=url)], (), PodWatchConfig(), clock=lambda: 0.0)

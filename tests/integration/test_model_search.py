@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from matrixinfer.app.service import Service
-from matrixinfer.config import Config, LimitsConfig, ModelConfig, PodConfig, PodWatchConfig
+from matrixinfer.config import Config, ModelConfig, PodConfig, PodWatchConfig
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods import model_search
 from matrixinfer.pods.model_search import ModelSearch
@@ -66,7 +66,7 @@ class Searched:
 async def searching(*urls: str) -> AsyncIterator[Searched]:
     registry = PodRegistry([PodConfig(name=url, url=url) for url in urls], (), WATCH, clock=time.monotonic)
     async with (
-        client_session(LimitsConfig()) as session,
+        client_session() as session,
         PodWatcher(registry, session, WATCH) as watcher,
         ModelSearch(registry, watcher.ask_models) as search,
     ):
@@ -144,7 +144,7 @@ async def gateway(*urls: str, models: tuple[ModelConfig, ...] = ()) -> AsyncIter
         models=models,
         pod_watch=WATCH,
     )
-    async with Service(config) as service, client_session(LimitsConfig()) as session:
+    async with Service(config) as service, client_session() as session:
 
         async def ask(path: str, body: dict[str, object] | None = None) -> tuple[int, Any]:
             method = "GET" if body is None else "POST"

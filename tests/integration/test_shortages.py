@@ -79,7 +79,7 @@ class Unkept(Engine):
 
 async def test_a_watched_pod_stays_healthy_and_is_asked_again_afterwards() -> None:
     engine, metrics = Unkept(), Metrics()
-    async with pod(engine) as url, client_session(LimitsConfig()) as session:
+    async with pod(engine) as url, client_session() as session:
         registry = PodRegistry([PodConfig(name="a", url=url)], (), WATCH, clock=time.monotonic)
         shortages = Shortages(metrics, time.monotonic)
         with structlog.testing.capture_logs() as logs:
@@ -130,7 +130,7 @@ async def test_an_engine_is_not_left_alone_because_it_could_not_be_asked() -> No
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"tokens": [1, 2]})
 
-    async with pod(answer) as url, client_session(LimitsConfig()) as session:
+    async with pod(answer) as url, client_session() as session:
         remote, engines = RemoteTokenizer(session), [Asked(url=url)]
         with no_descriptors(), pytest.raises(TokenizeError, match="no free file descriptor"):
             await remote.tokenize(text("x"), engines, "tiny", timeout_seconds=DEADLINE_SECONDS)
@@ -139,7 +139,7 @@ async def test_an_engine_is_not_left_alone_because_it_could_not_be_asked() -> No
 
 
 async def test_whoever_asks_an_engine_is_told_whose_fault_it_is() -> None:
-    async with client_session(LimitsConfig()) as session:
+    async with client_session() as session:
         with no_descriptors(), pytest.raises(OutOfResources, match="this process has no free file descriptor"):
             await EngineApi(session, DEADLINE_SECONDS).check("http://127.0.0.1:9")
 

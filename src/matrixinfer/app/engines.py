@@ -92,7 +92,7 @@ class Engines:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self._config.limits))
+            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session())
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)

@@ -205,6 +205,12 @@ def _add_cache(add: _Add, defaults: SimEngineConfig) -> None:
         help="SGLang: report in `usage` how many prompt tokens were cached",
     )
     add(
+        "--media-token",
+        metavar="TEXT",
+        help="vLLM: what the chat template writes for an image, audio or video: the text of one token "
+        "(default: requests may have none)",
+    )
+    add(
         "--max-model-len",
         type=at_least_one,
         metavar="TOKENS",
@@ -248,23 +254,23 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises `ConfigError` when the arguments do not fit together."""
     tokenizer = _tokenizer(args)
     try:
-        config = _config(args)
+        engine = SimEngine(_config(args), tokenizer)
     except ValueError as error:
         raise ConfigError("engine", str(error)) from error
     try:
-        uvloop.run(_serve(config, tokenizer, as_json=args.json))
+        uvloop.run(_serve(engine, as_json=args.json))
     except (OSError, zmq.ZMQError) as error:
         raise ConfigError("engine", f"cannot listen: {error}") from error
     return 0
 
 
-async def _serve(config: SimEngineConfig, tokenizer: LocalTokenizer, *, as_json: bool) -> None:
+async def _serve(engine: SimEngine, *, as_json: bool) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    async with SimEngine(config, tokenizer) as engine:
+    async with engine:
         endpoints = {
-            "model": config.names[0],
+            "model": engine.config.names[0],
             "url": engine.url,
             "kv_events": engine.kv_endpoint,
             "kv_replay": engine.replay_endpoint,
@@ -325,6 +331,7 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
         prefix_caching=args.enable_prefix_caching,
         prompt_tokens_details=args.enable_prompt_tokens_details,
         cache_report=args.enable_cache_report,
+        media_token=args.media_token,
         load_feed=args.load_publish_endpoint != "off",
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_num_batched_tokens,

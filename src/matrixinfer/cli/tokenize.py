@@ -14,7 +14,7 @@ import msgspec
 
 from matrixinfer.cli import json_lines
 from matrixinfer.cli.arguments import Subparsers
-from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
+from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
@@ -97,7 +97,7 @@ async def _run(args: argparse.Namespace) -> int:
         tokenizers = await stack.enter_async_context(TokenizerManager([model], settings, None))
         comparison: _Comparison | None = None
         if args.compare is not None:
-            session = await stack.enter_async_context(client_session(LimitsConfig()))
+            session = await stack.enter_async_context(client_session())
             comparison = await _comparison(
                 args.compare, EngineApi(session, _TIMEOUT_SECONDS), RemoteTokenizer(session, rests=False)
             )

@@ -58,7 +58,7 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
     blocks = token_blocks(config.blocks)
     registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=time.monotonic)
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(client_session(config.limits))
+        session = await stack.enter_async_context(client_session())
         remote = RemoteTokenizer(session, rests=False)
         tokenizers = await stack.enter_async_context(
             TokenizerManager(config.models, config.tokenization, remote, block_size=blocks.block_size)

@@ -162,7 +162,7 @@ class _Reading:
             feed.ledger.reusable.drops(facts.drops)
             for number, group in enumerate(facts.groups):
                 if group.get("attention_chunk_size"):
-                    feed.ledger.reusable.chunks(number, group["attention_chunk_size"])
+                    feed.ledger.rules.chunks(number, group["attention_chunk_size"])
 
     def hits(self, model: str, chain: BlockChain, tokens: int) -> list[int]:
         """Tokens of a prompt that each publisher's engine will find in its cache."""
@@ -170,11 +170,11 @@ class _Reading:
 
     def _hit(self, name: str, feed: PodFeed, model: str, chain: BlockChain, tokens: int) -> int:
         """Tokens of a prompt that a publisher's engine will find in its cache."""
-        reusable, matched = feed.ledger.reusable, self._index.count(model, chain).get(name, 0)
-        rule = reusable.rule
+        rules, matched = feed.ledger.rules, self._index.count(model, chain).get(name, 0)
+        rule = rules.rule
         if rule is None:
             size = self._engine_block
-            return max(0, min(self._tokens(model, chain, name, matched), tokens - 1) // size * size - reusable.drop)
+            return max(0, min(self._tokens(model, chain, name, matched), tokens - 1) // size * size - rules.drop)
         ends = EndpointName.parse(name).ends
         asking = search([ends], chain, rule, tokens=tokens, blocks=matched)
         try:

@@ -82,7 +82,7 @@ class Server(web.Server):
 
 
 class Connection(RequestHandler):
-    """See the module."""
+    """One client's connection: bounds each head, and notices a client that has gone."""
 
     __slots__ = ("_asked", "_asking", "_body", "_closing", "_head_bytes", "_head_timer", "_knows_interim", "_limits")
 

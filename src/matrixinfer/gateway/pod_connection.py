@@ -99,6 +99,7 @@ class PodConnection(asyncio.Protocol):
         self._idle = idle
         self._transport: asyncio.Transport | None = None
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)  # as RFC 9112, 2.2 allows
         self._waiter: asyncio.Future[None] | None = None
         self._failure: AttemptFailed | None = None
         self._answer: PodAnswer | None = None

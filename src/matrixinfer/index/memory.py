@@ -1,8 +1,8 @@
 """The embedded index: for each model, a table from block hash to the set of pods that hold the block.
 
-A set of pods is an integer with one bit per pod; equal sets share one object. The blocks of a model form a tree, linked
-by parent, so that eviction can remove children before parents and always leaves prefixes. Lookups use only the table.
-No call blocks the event loop for long: expensive work is spread over later writes.
+A set of pods is an integer (`pod_sets`). The blocks of a model form a tree, linked by parent, so that eviction can remove
+children before parents and always leaves prefixes (`tree`). Lookups use only the table (`holders`). No call
+blocks the event loop for long: expensive work is spread over later writes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.base import IndexStats
+from matrixinfer.index.holders import gallop, walk
+from matrixinfer.index.pod_sets import PodSets
 from matrixinfer.index.tree import Tree
 
-_NAMED_SETS_KEPT = 4_096  # pod sets with a cached list of names: most lookups see the same few sets
-_INTERNED_SETS_KEPT = 65_536  # distinct pod sets with a shared object; beyond this, sharing starts again
 _BLOCKS_PER_STEP = 16  # blocks to clear per piece of work
 _FREE_STEPS = 64  # number of steps that freeing a dict counts for, at least
 _NO_ENDS = IndexStats(blocks=0, pods=0, evicted=0, memory_bytes=0)
@@ -23,9 +23,9 @@ _NO_ENDS = IndexStats(blocks=0, pods=0, evicted=0, memory_bytes=0)
 class MemoryIndex:
     """A `BlockIndex` in this process. Not thread-safe: it belongs to one event loop.
 
-    `max_blocks` bounds the number of distinct blocks over all models, and that of marks of reusable ends as well. With `prefix_closed` (hash scheme `prefix`) a
-    pod's chain has no holes: a block is added only after its parent, and lookups gallop. Without it, blocks are
-    independent and lookups walk.
+    `max_blocks` bounds the number of distinct blocks over all models, and that of marks of reusable ends as well. With
+    `prefix_closed` (hash scheme `prefix`) a pod's chain has no holes: a block is added only after its parent, and lookups
+    gallop. Without it, blocks are independent and lookups walk.
     """
 
     def __init__(self, *, max_blocks: int = 4_000_000, prefix_closed: bool = True) -> None:
@@ -36,16 +36,9 @@ class MemoryIndex:
         self._trees: dict[str, Tree] = {}
         self._blocks = 0
         self._evicted = 0
-        self._bit_of: dict[str, int] = {}
-        self._pod_of: dict[int, str] = {}
-        self._live = 0  # bits of pods that have not been cleared
-        self._names_of: dict[int, list[str]] = {}  # pod set -> names of its pods; emptied when pods come or go
-        self._dead: list[int] = []  # bits of cleared pods that are still set in blocks
-        self._next_bit = 1
-        self._free_bits: list[int] = []
+        self._sets = PodSets()
         self._dropped: list[Tree] = []  # unused trees, freed by later writes
         self._reclaim: Iterator[int] | None = None
-        self._interned: dict[int, int] = {}
         self._ends: MemoryIndex | None = None  # reusable ends, by the names of their endpoints: they have no parents
 
     @property
@@ -62,11 +55,11 @@ class MemoryIndex:
             self._ends.add(model, pod.removesuffix(ENDS_SUFFIX), hashes, None)
             return
         tree = self._trees.get(model) or Tree(chained=self._prefix_closed)
-        bit = self._bit_of.get(pod, 0)
+        bit = self._sets.bit(pod)
         if self._prefix_closed and parent is not None and not tree.pods[parent % len(tree.pods)].get(parent, 0) & bit:
             return
         self._trees[model] = tree
-        bit = bit or self._new_bit(pod)
+        bit = bit or self._sets.add(pod)
         self._blocks += self._store(tree, bit, hashes, parent)
         tree.touch(hashes[-1])
         tree.shard()
@@ -81,8 +74,8 @@ class MemoryIndex:
                 self._ends.remove(model, pod.removesuffix(ENDS_SUFFIX), hashes)
             return
         tree = self._trees.get(model)
-        bit = self._bit_of.get(pod)
-        if tree is None or bit is None:
+        bit = self._sets.bit(pod)
+        if tree is None or not bit:
             return
         self._clear_bits(tree, bit, hashes)
         self._drop_if_empty(model, tree)
@@ -94,14 +87,7 @@ class MemoryIndex:
             if self._ends is not None:
                 self._ends.clear(pod.removesuffix(ENDS_SUFFIX))
             return
-        bit = self._bit_of.pop(pod, None)
-        if bit is None:
-            return
-        del self._pod_of[bit]
-        self._names_of.clear()
-        self._live &= ~bit
-        self._dead.append(bit)
-        if not self._live:
+        if self._sets.remove(pod) and not self._sets.live:
             self._start_over()
 
     def forget(self, pod: str) -> None:
@@ -114,10 +100,13 @@ class MemoryIndex:
 
     def count(self, model: str, hashes: Sequence[int]) -> dict[str, int]:
         """How many blocks each pod holds, consecutively from the start; pods without a match are absent."""
-        tree = self._trees.get(model)
-        if tree is None or not self._live or not hashes:
+        tree, sets = self._trees.get(model), self._sets
+        if tree is None or not sets.live or not hashes:
             return {}
-        return self._gallop(tree, hashes) if self._prefix_closed else self._walk(tree, hashes)
+        counts: dict[str, int] = {}
+        for bits, count in (gallop if self._prefix_closed else walk)(tree, hashes, sets.live):
+            counts.update(dict.fromkeys(sets.names(bits), count))
+        return counts
 
     async def last(self, model: str, pods: Collection[str], hashes: Sequence[int]) -> dict[str, int]:
         """The last of `hashes` that each pod holds; see `last_of`."""
@@ -131,7 +120,7 @@ class MemoryIndex:
             if pod.endswith(ENDS_SUFFIX):
                 ends.append(pod.removesuffix(ENDS_SUFFIX))
             else:
-                wanted |= self._bit_of.get(pod, 0)
+                wanted |= self._sets.bit(pod)
         if ends and self._ends is not None:
             places = self._ends.last_of(model, ends, hashes)
             found.update((pod + ENDS_SUFFIX, place) for pod, place in places.items())
@@ -145,7 +134,7 @@ class MemoryIndex:
             block = hashes[position]
             held = table[block % shards].get(block, 0) & wanted
             if held:
-                self._name(held, position, found)
+                found.update(dict.fromkeys(self._sets.names(held), position))
                 wanted &= ~held
         return found
 
@@ -158,90 +147,17 @@ class MemoryIndex:
         ends = _NO_ENDS if self._ends is None else self._ends.stats()
         return IndexStats(
             blocks=self._blocks,
-            pods=len(self._bit_of),
+            pods=len(self._sets),
             evicted=self._evicted + ends.evicted,
-            memory_bytes=tables + self._interned.__sizeof__() + ends.memory_bytes,
+            memory_bytes=tables + self._sets.memory_bytes + ends.memory_bytes,
         )
-
-    # Lookup
-
-    def _walk(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
-        pods, shards = tree.pods, len(tree.pods)
-        counts: dict[str, int] = {}
-        holders = self._live
-        position = 0
-        for block in hashes:
-            still = pods[block % shards].get(block, 0) & holders
-            if still != holders:
-                if position:
-                    self._name(holders & ~still, position, counts)
-                if not still:
-                    return counts
-                holders = still
-            position += 1
-        self._name(holders, position, counts)
-        return counts
-
-    def _gallop(self, tree: Tree, hashes: Sequence[int]) -> dict[str, int]:
-        """Find the positions at which holders drop out by exponential search and bisection.
-
-        This works because the holders of a block hold all blocks before it: the set only shrinks along the chain.
-        """
-        pods, shards = tree.pods, len(tree.pods)
-        counts: dict[str, int] = {}
-        low, last = 0, len(hashes) - 1
-        block = hashes[0]
-        holders = pods[block % shards].get(block, 0) & self._live
-        while holders and low < last:
-            high = min(2 * low + 1, last)
-            block = hashes[high]
-            still = pods[block % shards].get(block, 0) & holders
-            if still != holders:
-                self._bisect(tree, hashes, low, holders, high, still, counts)
-            low, holders = high, still
-        if holders:
-            self._name(holders, low + 1, counts)
-        return counts
-
-    def _bisect(
-        self,
-        tree: Tree,
-        hashes: Sequence[int],
-        low: int,
-        at_low: int,
-        high: int,
-        at_high: int,
-        counts: dict[str, int],
-    ) -> None:
-        """Write the counts of the pods that hold block `low` but not block `high`."""
-        pods, shards = tree.pods, len(tree.pods)
-        while high - low > 1:
-            middle = (low + high) // 2
-            block = hashes[middle]
-            at_middle = pods[block % shards].get(block, 0) & at_low
-            if at_middle == at_low:
-                low = middle
-            elif at_middle == at_high:
-                high = middle
-            else:
-                self._bisect(tree, hashes, low, at_low, middle, at_middle, counts)
-                low, at_low = middle, at_middle
-        self._name(at_low & ~at_high, high, counts)
-
-    def _name(self, bits: int, count: int, counts: dict[str, int]) -> None:
-        names = self._names_of.get(bits)
-        if names is None:
-            if len(self._names_of) >= _NAMED_SETS_KEPT:
-                self._names_of.clear()
-            names = self._names_of[bits] = [pod for bit, pod in self._pod_of.items() if bits & bit]
-        counts.update(dict.fromkeys(names, count))
 
     # Memory
 
     def _store(self, tree: Tree, bit: int, hashes: Sequence[int], parent: int | None) -> int:
         """Set `bit` for consecutive blocks. Returns how many are new."""
         before = tree.size
-        pods, shards = tree.pods, len(tree.pods)
+        pods, shards, share = tree.pods, len(tree.pods), self._sets.share
         new: list[int] = []
         for block in hashes:
             shard = pods[block % shards]
@@ -251,7 +167,7 @@ class MemoryIndex:
                 new.append(block)
                 continue
             if not held & bit:
-                shard[block] = self._intern(held | bit)
+                shard[block] = share(held | bit)
             if new:
                 tree.insert(new, parent)
                 new = []
@@ -260,33 +176,16 @@ class MemoryIndex:
             tree.insert(new, parent)
         return tree.size - before
 
-    def _new_bit(self, pod: str) -> int:
-        if self._free_bits:
-            bit = self._free_bits.pop()
-        else:
-            bit = self._next_bit
-            self._next_bit <<= 1
-        self._bit_of[pod] = bit
-        self._pod_of[bit] = pod
-        self._names_of.clear()
-        self._live |= bit
-        return bit
-
-    def _intern(self, bits: int) -> int:
-        if len(self._interned) >= _INTERNED_SETS_KEPT:
-            self._interned.clear()
-        return self._interned.setdefault(bits, bits)
-
     def _clear_bits(self, tree: Tree, bits: int, blocks: Iterable[int]) -> None:
         """Clear `bits` in the pod sets of `blocks`."""
-        pods, shards = tree.pods, len(tree.pods)
+        pods, shards, share = tree.pods, len(tree.pods), self._sets.share
         empty: list[int] = []
         for block in blocks:
             shard = pods[block % shards]
             held = shard.get(block, 0)
             if held & bits:
                 left = held & ~bits
-                shard[block] = left and self._intern(left)
+                shard[block] = left and share(left)
                 if not left:
                     empty.append(block)
         self._blocks -= tree.prune(empty)
@@ -304,16 +203,13 @@ class MemoryIndex:
         """No pod is left: drop all trees instead of clearing bits block by block."""
         self._dropped += self._trees.values()
         self._trees.clear()
-        self._interned.clear()
-        self._free_bits.clear()
-        self._dead.clear()
+        self._sets.start_over()
         self._reclaim = None
         self._blocks = 0
-        self._next_bit = 1
 
     def _reclaim_some(self, steps: int) -> None:
         if self._reclaim is None:
-            if not (self._dropped or self._dead):
+            if not (self._dropped or self._sets.has_dead):
                 return
             self._reclaim = self._reclaiming()
         while steps > 0:
@@ -332,7 +228,7 @@ class MemoryIndex:
             for entries in self._dropped[0].free():
                 yield max(_FREE_STEPS, entries)
             del self._dropped[0]
-        dead_bits, self._dead = self._dead, []
+        dead_bits = self._sets.take_dead()
         dead = sum(dead_bits)
         for model, tree in list(self._trees.items()):
             for shard in tree.pods:
@@ -342,7 +238,7 @@ class MemoryIndex:
                     self._clear_bits(tree, dead, some)
                     yield len(some)
             self._drop_if_empty(model, tree)
-        self._free_bits += dead_bits
+        self._sets.reuse(dead_bits)
 
     def _drop_if_empty(self, model: str, tree: Tree) -> None:
         if not tree.size and self._trees.get(model) is tree:

@@ -31,7 +31,7 @@ class EngineBlocks:
         self.witness: Witness | None = None
         """Sees new blocks."""
         self.media_seen: See | None = None
-        """Sees the chains of new blocks with media."""
+        """Sees every chain with media that is stored, again or as a hit as well."""
         self._model = model
         self._blocks = blocks
         self._reach = reach
@@ -56,15 +56,29 @@ class EngineBlocks:
         doubtful = event.hides_keys and ids[0] in forest
         if not doubtful and all_new(forest, parent, above, ids):
             self._append(forest, event, 0, ids, tokens, parent, above)
+            self._show_media(forest, ids)
             return
         if not counts_copies and is_reported_again(forest, event, ids):
             self._stats.reported_again += len(ids)
+            self._show_media(forest, ids)
             return
         for first, last in self._new_stretches(forest, event, parent, ids):
             stretch = tokens[first * event.block_size * 4 : last * event.block_size * 4]
             before = ids[first - 1] if first else parent
             above = None if before is None else forest.run_of(before)
             self._append(forest, event, first, ids[first:last], stretch, before, above)
+        self._show_media(forest, ids)
+
+    def _show_media(self, forest: Forest, ids: Sequence[int]) -> None:
+        """Show the chain that ends with the last of `ids` which is present, if anyone wants to see it."""
+        if self.media_seen is None:
+            return
+        block = next((block for block in reversed(ids) if block in forest), None)
+        run = None if block is None else forest.run_of(block)
+        if block is not None and run is not None:
+            chain = chain_of(forest, run, run.position(block))
+            if chain is not None:
+                self.media_seen(chain)
 
     def store_copies(self, forests: Mapping[Place, Forest], place: Place, ids: Sequence[int]) -> None:
         """Store off-loaded blocks that are named without their tokens, which are known from another of the `forests`."""
@@ -179,8 +193,6 @@ class EngineBlocks:
             run = above.branch(above.position(parent), event.block_size)
         position = len(run)
         forest.extend(run, ids, tokens, media)
-        if run.media and self.media_seen is not None and (chain := chain_of(forest, run)) is not None:
-            self.media_seen(chain)
         if self.witness is not None and not run.media:
             self.witness.see(run, position)
         self._reach.add(forest, run, position, ids, parent)

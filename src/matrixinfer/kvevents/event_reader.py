@@ -69,6 +69,7 @@ class EventReader:
         self._device_block_size: int | None = None
         self._reach = reach
         self._reusable = reusable
+        self._rules = reusable.rules
         self._tiers = tiers
         self._blocks = blocks
         self._stats = stats
@@ -132,7 +133,7 @@ class EventReader:
 
     def settle(self) -> None:
         """A batch is over."""
-        if self._reusable.rule is not None:
+        if self._rules.rule is not None:
             self.grouping.settle()
             if len(self.forests) > 1 and any(forest.tier != DEVICE for forest in self.forests.values()):
                 self._limits.note(SLOWER_TIERS, lasting=True)
@@ -144,7 +145,7 @@ class EventReader:
         group = event.group_idx or 0
         if (
             self.layout.is_radix is False
-            and self._reusable.is_plain(group, event.block_size)
+            and self._rules.is_plain(group, event.block_size)
             and event.medium in _DEVICE_NAMES
         ):
             # An engine with one group of full attention, whose layout is known: almost every event there is.
@@ -210,7 +211,7 @@ class EventReader:
         if self.layout.is_radix:
             ids, parent = self.pages.named(event, ids, parent)
         if ahead is not None:
-            self._reusable.look_ahead_in_pairs()
+            self._rules.look_ahead_in_pairs()
             self._reusable.look_ahead(ids, ahead)
         self._stats.stored += len(ids)
         again: Sequence[int] = ()
@@ -220,8 +221,8 @@ class EventReader:
         if self.pages.repeats > repeats:
             self._limits.note(EXTRA_KEYS, lasting=True)
         size = event.block_size
-        whole = self._reusable.specs[place[1]].block_size if forest.tier == DEVICE else size
-        if size < whole and len(self._reusable.specs) > 1:
+        whole = self._rules.specs[place[1]].block_size if forest.tier == DEVICE else size
+        if size < whole and len(self._rules.specs) > 1:
             self._store_pieces(forest, event, ids, tokens, parent, whole)
             return
         if forest.tier == DEVICE:
@@ -259,7 +260,7 @@ class EventReader:
         reusable = self._reusable
         if event.lookahead:
             reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead], media_ahead(event))
-        counts_copies = bool(reusable.rule is not None or reusable.drop or self.layout.is_radix)
+        counts_copies = bool(self._rules.rule is not None or self._rules.drop or self.layout.is_radix)
         self._blocks.store(forest, event, ids, tokens, parent, counts_copies=counts_copies)
 
     def _forget_oldest(self, place: Place, ids: Sequence[int], size: int) -> None:
@@ -284,9 +285,9 @@ class EventReader:
     def _remove(self, place: Place, hashes: Sequence[EngineHash], medium: str | None = None) -> None:
         forest, reusable = self.forests.get(place), self._reusable
         left = block_ids(hashes)
-        if reusable.rule is not None and tier_of(place[0]) == DEVICE:
+        if self._rules.rule is not None and tier_of(place[0]) == DEVICE:
             reusable.removed(place[1], left)
-            if place[1] == reusable.primary:
+            if place[1] == self._rules.primary:
                 reusable.touch(left)
             elif forest is None:
                 self._stats.removed += len(left)

@@ -40,6 +40,7 @@ class Grouping:
         limits: Limits,
     ) -> None:
         self._reusable = reusable
+        self._rules = reusable.rules
         self._forests = forests
         self._reach = reach
         self._stats = stats
@@ -51,14 +52,14 @@ class Grouping:
     @property
     def primary_forest(self) -> Forest | None:
         """The device's blocks of the group whose tokens are known."""
-        return self._forests.get(("GPU", self._reusable.primary or 0))
+        return self._forests.get(("GPU", self._rules.primary or 0))
 
     def learn_new(self, events: Sequence[BlockStored]) -> None:
         """Learn of new groups first: what an event of one group means may depend on which others there are."""
         for event in events:
-            if len(self._reusable.specs) >= MAX_PLACES:
+            if len(self._rules.specs) >= MAX_PLACES:
                 return
-            if event.group_idx and event.group_idx not in self._reusable.specs:
+            if event.group_idx and event.group_idx not in self._rules.specs:
                 kind = kind_of(event)
                 if kind is not None and event.block_size > 0 and tier_of(event.medium or "GPU") == DEVICE:
                     self._learn(event, kind, event.group_idx)
@@ -66,13 +67,13 @@ class Grouping:
     def take(self, event: BlockStored, kind: Kind, group: int) -> bool:
         """Take an event on the device that is not of the primary group. Returns whether that is all there is to do."""
         reusable = self._reusable
-        if not reusable.is_plain(group, event.block_size):
-            if group not in reusable.specs and len(reusable.specs) >= MAX_PLACES:
+        if not self._rules.is_plain(group, event.block_size):
+            if group not in self._rules.specs and len(self._rules.specs) >= MAX_PLACES:
                 self._stats.misfits += 1
                 self._limits.note(MISFITS)
                 return True
             self._learn(event, kind, group)
-        if group == reusable.primary and reusable.is_rooted:
+        if group == self._rules.primary and self._rules.is_rooted:
             return False
         tokens, ids = tokens_of(event), block_ids(event.block_hashes)
         is_dense = tokens is not None
@@ -80,9 +81,9 @@ class Grouping:
         if tokens is not None:
             reusable.linked(event, ids, parent, tokens)
         reusable.stored(group, ids, parent, is_dense=is_dense)
-        if group == reusable.primary and is_dense:
+        if group == self._rules.primary and is_dense:
             return False
-        if group == reusable.primary:
+        if group == self._rules.primary:
             self._limits.note(SPARSE_WINDOWS, lasting=True)
         elif ids and group not in self._linked:
             self._unlinked.setdefault(group, []).extend(ids)
@@ -91,8 +92,10 @@ class Grouping:
 
     def note_drops(self) -> None:
         """The drops, or the groups, have changed."""
-        reusable = self._reusable
-        for words, holds in ((DROPPED_SIZES, reusable.drops_unevenly), (DROPPED_WINDOWS, reusable.drops_beyond)):
+        for words, holds in (
+            (DROPPED_SIZES, self._rules.drops_unevenly),
+            (DROPPED_WINDOWS, self._rules.drops_beyond),
+        ):
             if holds:
                 self._limits.note(words, lasting=True)
             else:
@@ -112,22 +115,22 @@ class Grouping:
 
     def _learn(self, event: BlockStored, kind: Kind, group: int) -> None:
         """Learn what an event on the device says of its group."""
-        reusable, before = self._reusable, self._reusable.primary
+        reusable, before = self._reusable, self._rules.primary
         reusable.learn(group, kind, event.block_size, event.window, None if before is None else self.primary_forest)
-        for spec in reusable.specs.values():
+        for spec in self._rules.specs.values():
             if spec.kind is Kind.CHUNKED and spec.span is None:
                 self._limits.note(CHUNKED, lasting=True)
-            if spec.kind is Kind.CHUNKED and not reusable.is_rooted:
+            if spec.kind is Kind.CHUNKED and not self._rules.is_rooted:
                 self._limits.note(CHUNKED_ALONE, lasting=True)
             if spec.kind is Kind.MAMBA and spec.has_fine_blocks:
                 self._limits.note(FINE_STATES, lasting=True)
         self.note_drops()
-        if reusable.primary == before:
+        if self._rules.primary == before:
             return
         forest = None if before is None else self._forests.pop(("GPU", before), None)
         if forest is not None:
             self._reach.drop_all(forest)  # its group still counts those blocks
-        if reusable.is_rooted:
+        if self._rules.is_rooted:
             self._limits.drop(SPARSE_WINDOWS)
             self._limits.drop(CHUNKED_ALONE)
 
@@ -137,7 +140,7 @@ class Grouping:
         for group, blocks in self._unlinked.items():
             if forest is not None and any(block in forest for block in blocks):
                 self._linked.add(group)
-            elif self._reusable.is_rooted:
+            elif self._rules.is_rooted:
                 self._strange.add(group)
         self._unlinked.clear()
         self._strange -= self._linked

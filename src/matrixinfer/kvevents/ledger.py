@@ -9,6 +9,7 @@ ledger is the only owner of engine hashes. It takes batches, and has others do t
     engine_blocks   chains of blocks per medium and group (forest, run), and their copies
     reach           the token blocks that a prompt can reach, in the index (supports, tiers)
     reusable        which of those an engine reuses, where groups or tokens after a block decide it (ends in the index)
+      rules         what its groups are, and what it drops of each hit
 """
 
 from __future__ import annotations
@@ -44,9 +45,7 @@ SMALL_BLOCK = 16
 """Tokens per engine block below which events and memory grow out of proportion."""
 MAX_TOKENS = 64_000_000
 """The most tokens that one engine can plausibly hold: a cache of that many takes some 10 TB."""
-_DEVICE_NAMES = ("GPU", None)
 _SUPPORT_BYTES = 130
-_UNEVICTED_BYTES = 100
 
 
 class Ledger:
@@ -69,6 +68,7 @@ class Ledger:
         self.stats = LedgerStats()
         self.tiers = Tiers(pod, index, history)
         self.reusable = Reusable(pod, model, index, blocks)
+        self.rules = self.reusable.rules
         self._history = history
         self._limits = Limits()
         self._reach = Reach(self.tiers, self.reusable)
@@ -120,12 +120,17 @@ class Ledger:
     @property
     def drop_unit(self) -> int:
         """Tokens by which the engine cuts its hits, if it drops a block of them; 0 if that is not known."""
-        return self.reusable.unit
+        return self.rules.unit
+
+    def stored_of(self, tokens: int) -> int:
+        """How many of a prompt's first tokens are in blocks that every group of the engine stores."""
+        unit = self.rules.unit or self.block_size
+        return max(0, tokens - self.rules.lookahead) // unit * unit if unit else 0
 
     @property
     def drops(self) -> bool:
         """Whether the engine is known to drop a block of every hit."""
-        return self.reusable.drop > 0
+        return self.rules.drop > 0
 
     @property
     def is_observed(self) -> bool:
@@ -149,7 +154,7 @@ class Ledger:
 
         Returns the tokens that hits are cut by.
         """
-        specs, primary = self.reusable.specs, self.reusable.primary
+        specs, primary = self.rules.specs, self.rules.primary
         sliding = [number for number, spec in specs.items() if spec.kind is Kind.SLIDING]
         return self._set_drops([primary or 0, *(sliding if self.drops else [])])
 
@@ -170,17 +175,17 @@ class Ledger:
         self._reader.grouping.note_drops()
         self._show()
         forest = self._reader.grouping.primary_forest
-        if self.reusable.rule is not None and forest is not None:
+        if self.rules.rule is not None and forest is not None:
             self.reusable.touch(block for _, _, block in forest.below(None))
             self.reusable.settle(forest)
-        return self.reusable.drop
+        return self.rules.drop
 
     def observe(self, witness: Witness) -> None:
         """Show new blocks to `witness` from now on, and to nobody else."""
         self._blocks.witness = witness
 
-    def see_media(self, see: See) -> None:
-        """Show chains of new blocks in which media begin to `see` from now on."""
+    def see_media(self, see: See | None) -> None:
+        """Show every chain with media that is stored from now on to `see`; None ends that."""
         self._blocks.media_seen = see
 
     def stop_observing(self, witness: Witness) -> None:
@@ -219,7 +224,7 @@ class Ledger:
     def reset(self) -> None:
         """Expect another engine: clear, and forget block size, layout and whether it drops blocks."""
         self.start_over()
-        self.reusable.forget_drops()
+        self.rules.forget_drops()
 
     def start_over(self) -> None:
         """Read the same engine's history once more: clear, and learn block size and layout again."""

@@ -21,24 +21,30 @@ class MediaChain(NamedTuple):
     tokens: bytes
     """In the form of `token_bytes`."""
     media: Sequence[Medium]
-    block_size: int
-    """Tokens of the engine's blocks."""
 
 
 See: TypeAlias = Callable[[MediaChain], None]
 
 
-def chain_of(forest: Forest, run: Run) -> MediaChain | None:
-    """The chain that ends with a run; None where a part of it is not there."""
-    parts, media, at = [bytes(run.tokens)], list(run.media), run
-    base = run.base
+def chain_of(forest: Forest, run: Run, last: int) -> MediaChain | None:
+    """The chain that ends with the block at position `last` of a run; None where a part is not there, or has no media."""
+    parts: list[tuple[Run, int]] = []  # from the end on: runs, and where their parts end
+    at, end, has_media = run, run.end(last), False
     for _ in range(_MOST_RUNS):
+        parts.append((at, end))
+        has_media = has_media or bool(at.media)
         if at.parent is None:
-            return MediaChain(run.model, at.seed, b"".join(reversed(parts)), media, run.block_size)
+            return _joined(parts[::-1]) if has_media else None
+        end = at.base
         above = forest.run_of(at.parent)
         if above is None:
             return None
-        parts.append(bytes(above.tokens[: (base - above.base) * 4]))
-        media = [medium for medium in above.media if medium[0] < base] + media
-        at, base = above, above.base
+        at = above
     return None
+
+
+def _joined(parts: Sequence[tuple[Run, int]]) -> MediaChain | None:
+    root, _ = parts[0]
+    tokens = b"".join(bytes(run.tokens[: (end - run.base) * 4]) for run, end in parts)
+    media = [medium for run, end in parts for medium in run.media if medium[0] < end]
+    return MediaChain(root.model, root.seed, tokens, media) if media else None

@@ -24,6 +24,7 @@ class Reach:
         """Engine blocks and token blocks straddle each other, so lookups must ask for tails."""
         self._tiers = tiers
         self._reusable = reusable
+        self._rules = reusable.rules
 
     def add(self, forest: Forest, run: Run, position: int, ids: Sequence[int], parent: int | None) -> None:
         """Support the new blocks `ids`, from `position` of a run on, unless `parent` cannot be reached."""
@@ -48,7 +49,7 @@ class Reach:
             for below, position, child in forest.below(block):
                 forest.cut.add(child)
                 self._unsupport(forest, below, position, position + 1)
-                if self._reusable.rule is not None:
+                if self._rules.rule is not None:
                     self._reusable.touch((child,))
             self._unsupport(forest, run, last, last + 1)
         forest.drop_last(run, block)
@@ -75,7 +76,7 @@ class Reach:
 
     def _support(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
-        if self._reusable.rule is not None and forest.tier == DEVICE:
+        if self._rules.rule is not None and forest.tier == DEVICE:
             self._reusable.touch(run[position] for position in range(first, last))
         for model, names, parent in _supported(run, first, last):
             self._tiers.add(forest.tier, model, names, parent)

@@ -353,14 +353,6 @@ def pairs_of(event: BlockStored) -> tuple[bytes, list[bytes]] | None:
     return first.tobytes(), [packed[at : at + 4] for at in range(0, len(packed), 4)]
 
 
-def has_bigrams(event: BlockStored) -> bool:
-    """Whether the event holds pairs of tokens, as SGLang's do when it drafts with EAGLE."""
-    try:
-        return len(_BIGRAMS.decode(event.token_ids)) > 0
-    except UNREADABLE:
-        return False
-
-
 def is_hash_of_tokens_alone(event: BlockStored) -> bool:
     """Whether the event has one block, named by Python's hash of its tokens, as in older SGLang.
 

@@ -111,7 +111,7 @@ class EngineApi:
         return parse_version(await self._optional(f"{url}/version") or b"")
 
     async def _optional(self, url: str) -> bytes | None:
-        """As `_get`, but no answer is none: the engine may be well without."""
+        """As `_get`; None if there is no answer, which proves nothing about the engine."""
         try:
             return await self._get(url)
         except EngineDown:

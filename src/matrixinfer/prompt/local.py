@@ -199,16 +199,20 @@ class LocalTokenizer:
         text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
         return self._cache.cutter.settled(text)
 
+    def render_with_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
+        """The chat's text with what the template writes for images, audio and video. Raises `TokenizeError`."""
+        template, chat = self._template(chat), self._adapted(chat)
+        if not template.takes_parts(dialect):
+            raise TokenizeError("the chat template takes no images, audio or video")
+        return with_media(chat, partial(_rendered, template, chat))
+
     def _outline(self, chat: Chat, dialect: Dialect, *, special: bool) -> Outline | None:
         """The whole chat with its placeholders; None where it is not known which those are, or what the media are."""
         contents = None if dialect.is_sglang else contents_of(chat)
         if contents is None:
             return None
-        template, chat = self._template(chat), self._adapted(chat)
-        if not template.takes_parts(dialect):
-            return None
         try:
-            text = with_media(chat, partial(_rendered, template, chat))
+            text = self.render_with_media(chat, dialect)
         except TokenizeError:
             return None
         return Outline(ids=self._encode(text, before=special, after=special)[0], contents=contents)

@@ -25,6 +25,7 @@ LEFT_OUT = f"left_out_{secrets.token_hex(16)}"
 
 No client can know it: one that could would send any image under the digest of another.
 """
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +34,11 @@ class Outline:
 
     ids: TokenIds
     contents: tuple[bytes, ...]
+
+    def names_of(self, number: int) -> tuple[bytes, ...]:
+        """A medium's content and, if it has a `uuid`, what its content is in requests with the `uuid` alone."""
+        content = self.contents[number]
+        return (content,) if len(content) == _DIGEST_BYTES else (content, content[:_DIGEST_BYTES])
 
 
 def contents_of(chat: Chat) -> tuple[bytes, ...] | None:
@@ -58,16 +64,20 @@ def contents_of(chat: Chat) -> tuple[bytes, ...] | None:
 def _content(part: object) -> tuple[str, bytes | None]:
     if not isinstance(part, Mapping):
         return "", None
-    kind = next((key for key in SOURCES if part.get(key) is not None), "")
+    kinds = [key for key in SOURCES if key in part]
+    kind = next((key for key in kinds if part[key] is not None), kinds[0] if kinds else "")
     uuid, data = part.get("uuid"), _digest(part, kind)
     if data is None and not isinstance(uuid, str):
         return kind, None
-    state = sha256(kind.encode() + b"\0")
+    content = b"" if data is None else _hash(kind, "data", data)
     if isinstance(uuid, str):
         # With options for the processor an engine goes by the name alone, so what was sent under it counts as well.
-        state.update(b"uuid\0" + uuid.encode("utf-8", "surrogatepass") + b"\0")
-    state.update(data or b"")
-    return kind, state.digest()
+        content = _hash(kind, "uuid", uuid.encode("utf-8", "surrogatepass")) + content
+    return kind, content
+
+
+def _hash(kind: str, what: str, data: bytes) -> bytes:
+    return sha256(f"{kind}\0{what}\0".encode() + data).digest()
 
 
 def _digest(part: Mapping[str, Any], kind: str) -> bytes | None:

@@ -18,8 +18,6 @@ from matrixinfer.prompt.dialect import Dialect
 
 _EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _TRUE = frozenset({"1", "true", "yes", "y", "on"})
-_TOOL_HOSTS = frozenset({"root", "system", "developer"})
-"""Roles whose messages may bring tools along."""
 _FIELDS = ("role", "content", "tool_call_id", "name", "phase", "reasoning_content", "tool_calls", "tools", "prefix")
 """The fields of a message, in the order in which the template gets them. Users' messages have only the first two."""
 _SET_BY_ENGINE = frozenset({"add_generation_prompt", "chat_template", "continue_final_message", "messages", "tools"})

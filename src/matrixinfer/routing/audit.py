@@ -148,6 +148,12 @@ def _mark(feed: PodFeed | None) -> tuple[int, int] | None:
     return None if feed is None else (feed.epoch, feed.stats.frames)
 
 
+def _losses(feed: PodFeed) -> tuple[int, ...]:
+    """Changes whenever an event that the engine published may not have been applied."""
+    stats = feed.ledger.stats
+    return feed.epoch, feed.stats.malformed, feed.stats.unreadable_events, stats.orphans, stats.misfits
+
+
 class Auditor:
     """Opens audits. `feeds` are the KV event feeds that this process follows, by endpoint; `sizer` learns from answers."""
 
@@ -232,7 +238,12 @@ class Auditor:
         model, salt = _model_at(feed, prepared), prepared.prompt.cache_salt
         if model != prepared.request.model or (salt and feed.ledger.hides_salts):
             return None
-        watched = self._media.watch(chosen.name, feed.ledger, model, salt, prepared.outline)
+        mark = _losses(feed)
+
+        def is_whole() -> bool:
+            return self._feeds.get(chosen.name) is feed and feed.state in _PREDICTS and _losses(feed) == mark
+
+        watched = self._media.watch(chosen.name, feed.ledger, model, salt, prepared.outline, is_whole)
         return None if watched is None else (self._media, watched)
 
     def _witness(self, prepared: Prepared, ids: TokenIds, chosen: Candidate, feed: PodFeed) -> Witness | None:
@@ -266,7 +277,7 @@ class Auditor:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and ledger.hides_salts):
             return None
-        block, rule, chain, longest = request.block_size, ledger.reusable.rule, request.chain, None
+        block, rule, chain, longest = request.block_size, ledger.rules.rule, request.chain, None
         if rule is None:
             if size % block:  # the engine may hold more than ends with a whole token block
                 longest = (tokens - 1) // size * size

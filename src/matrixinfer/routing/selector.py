@@ -20,7 +20,8 @@ import yaml
 from matrixinfer.config import SchedulerConfig, parse
 from matrixinfer.errors import ConfigError, InvalidRequest
 from matrixinfer.routing import arguments
-from matrixinfer.routing.embedded_index import Index, Tokens
+from matrixinfer.routing.embedded_index import Index
+from matrixinfer.routing.embedded_lookup import Tokens
 from matrixinfer.routing.holdings import Matches, charge, holdings, match_at
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover

@@ -42,6 +42,13 @@ class GenerateOptions(msgspec.Struct, frozen=True):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class MediaOptions(msgspec.Struct, frozen=True):
+    """What a chat with images, audio or video says of them, also in bodies that `prompt.openai` reads without them."""
+
+    messages: list[Json]
+    mm_processor_kwargs: Json | None = None
+
+
 class TokenizeRequest(msgspec.Struct, frozen=True):
     """A request to `/tokenize`: a text or a chat."""
 

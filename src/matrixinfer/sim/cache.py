@@ -14,6 +14,7 @@ Blocks that leave the GPU may stay in a CPU tier, and are loaded back when a pro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from matrixinfer.sim.block_pool import NO_BLOCK, BlockPool, Key
 from matrixinfer.sim.cpu_tier import CpuTier
 from matrixinfer.sim.events import BlockStored, Event
 from matrixinfer.sim.group_hits import Finder
+from matrixinfer.sim.media import MediumRun
 from matrixinfer.sim.prefix_cache import Adapter
 from matrixinfer.sim.sequence import Sequence
 
@@ -80,10 +82,19 @@ class PagedPrefixCache:
         salt: str | None = None,
         adapter: Adapter | None = None,
         _extra_key: str | None = None,
+        media: Items[MediumRun] = (),
     ) -> Sequence:
         """A new sequence without blocks. vLLM does not know extra keys of clients."""
         layout = self._layout
-        return Sequence(tokens, layout.hash_size, salt, adapter, groups=len(self._groups), lookahead=layout.lookahead)
+        return Sequence(
+            tokens,
+            layout.hash_size,
+            salt,
+            adapter,
+            groups=len(self._groups),
+            lookahead=layout.lookahead,
+            media=media,
+        )
 
     def new_step(self) -> bool:
         """A step begins. Returns whether something that did not fit may fit now, although nothing was released."""

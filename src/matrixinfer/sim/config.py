@@ -54,6 +54,8 @@ class SimEngineConfig:
     """Maximum tokens of prompt and reply together. None: as many as the cache holds."""
     max_batched_tokens: int = 2048
     max_sequences: int = 256
+    media_token: str | None = None
+    """vLLM: what the chat template writes for an image, audio or video: the text of one token. None: there are none."""
     default_max_tokens: int = 64
     """Length of the reply to a request without `max_tokens`."""
     timing: Timing = field(default_factory=Timing)
@@ -114,6 +116,8 @@ class SimEngineConfig:
             raise ValueError("expected speculative decoding of kind `pairs` with flavor sglang")
         if self.cpu_blocks:
             raise ValueError("expected no CPU blocks with flavor sglang, whose slower tiers are not simulated")
+        if self.media_token is not None:
+            raise ValueError("expected no media token with flavor sglang, whose media are not simulated")
         ports = (self.kv_port, self.replay_port, *([self.load_port] if self.load_feed else []))
         if self.data_parallel_size > 1 and not all(ports):
             raise ValueError(

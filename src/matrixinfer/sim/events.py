@@ -26,8 +26,9 @@ class BlockStored(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     lora_id: int | None = None
     medium: Medium = "GPU"
     lora_name: str | None = None
-    extra_keys: list[tuple[str, ...] | None] | UnsetType | None
-    """One entry per block: what its hash covers besides tokens. A cache salt is in the first block's only."""
+    extra_keys: list[tuple[str | tuple[str, int], ...] | None] | UnsetType | None
+    """One entry per block: what its hash covers besides tokens. A cache salt is in the first block's only, and media are
+    pairs of name and beginning, counted from the block's."""
     group_idx: int = 0
     kv_cache_spec_kind: str | None = "full_attention"
     kv_cache_spec_sliding_window: int | UnsetType = UNSET

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -20,10 +20,12 @@ from matrixinfer.errors import InvalidRequest, RequestError, TokenizeError, Unkn
 from matrixinfer.prompt import openai, requests
 from matrixinfer.prompt.base import Chat, Prompt
 from matrixinfer.prompt.bounds import Bounds
+from matrixinfer.prompt.conversation import has_media
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim import api
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.driver import Ticket
+from matrixinfer.sim.media import MediaReader, MediumRun
 from matrixinfer.sim.metrics import EngineMetrics, Metrics
 from matrixinfer.sim.model import EngineRequest
 from matrixinfer.sim.prefix_cache import Adapter
@@ -40,6 +42,13 @@ RANK_HEADER = "X-data-parallel-rank"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class EnginePrompt(NamedTuple):
+    """A prompt as the engine computes it."""
+
+    ids: TokenIds
+    media: Sequence[MediumRun] = ()
+
+
 class EngineHandlers:
     """Answers requests by running them on the ranks."""
 
@@ -52,6 +61,9 @@ class EngineHandlers:
         self._metrics = self.metrics(config)
         self._created = int(time.time())
         self._ids = count()
+        self._media: MediaReader | None = None
+        if config.media_token is not None:
+            self._media = MediaReader(tokenizer.encode(config.media_token, add_special_tokens=False))
 
     def application(self) -> web.Application:
         """The application with all paths."""
@@ -92,7 +104,7 @@ class EngineHandlers:
         if options.n not in (None, 1):
             raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
         adapter, extra_key = self.namespace(prompt, body)
-        ids = self.prompt_ids(prompt, body)
+        ids, media = self.read(prompt, body)
         reply = self._writer.write(ids, self._reply_length(len(ids), options.limit))
         rank = self.rank(request, body)
         exchange = self.exchange(
@@ -114,6 +126,7 @@ class EngineHandlers:
             salt=prompt.cache_salt,
             adapter=adapter,
             extra_key=extra_key,
+            media=media,
             reports_hits=options.reports_hits,
         )
         with rank.driver.request(work) as ticket:
@@ -160,7 +173,10 @@ class EngineHandlers:
             self._check_model(query.model)
         chat = query.chat
         special = query.add_special_tokens
-        ids = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
+        if chat is not None and self._media is not None and has_media(chat.messages):
+            ids, _ = self._with_media(self._media, chat, api.MediaOptions(chat.messages))
+        else:
+            ids = self._encode(chat, query.prompt, add_special_tokens=chat is None if special is None else special)
         length = self._config.context_length
         return json_response({"count": len(ids), "max_model_len": length, "tokens": ids.tolist(), "token_strs": None})
 
@@ -191,11 +207,14 @@ class EngineHandlers:
         self._check_model(prompt.model)
         return self._config.adapter(prompt.model), None
 
-    def prompt_ids(self, prompt: Prompt, body: bytes) -> TokenIds:
-        """The prompt's token ids. Raises `RequestError` or `TokenizeError`."""
+    def read(self, prompt: Prompt, body: bytes) -> EnginePrompt:
+        """The prompt's token ids and media. Raises `RequestError` or `TokenizeError`."""
         if prompt.token_ids is not None:
-            return prompt.token_ids
-        return self._encode(prompt.chat, prompt.text, add_special_tokens=prompt.add_special_tokens)
+            return EnginePrompt(prompt.token_ids)
+        chat = prompt.chat
+        if chat is not None and self._media is not None and has_media(chat.messages):
+            return self._with_media(self._media, chat, api.decode(body, api.MediaOptions))
+        return EnginePrompt(self._encode(chat, prompt.text, add_special_tokens=prompt.add_special_tokens))
 
     def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""
@@ -225,6 +244,10 @@ class EngineHandlers:
         if text is None:
             raise InvalidRequest("expected `prompt` or `messages`")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _with_media(self, reader: MediaReader, chat: Chat, options: api.MediaOptions) -> EnginePrompt:
+        outline = self._tokenizer.encode(self._tokenizer.render_with_media(chat), add_special_tokens=False)
+        return EnginePrompt(*reader.read(options.messages, outline, options.mm_processor_kwargs))
 
     def _reply_length(self, prompt_tokens: int, limit: int | None) -> int:
         if limit is not None and limit < 1:

@@ -14,6 +14,7 @@ from typing import Generic, NamedTuple
 import msgspec
 
 from matrixinfer.blocks import TokenIds
+from matrixinfer.sim.media import MediumRun
 from matrixinfer.sim.prefix_cache import Adapter, Event, H, PrefixCache, S
 from matrixinfer.sim.stats import EngineStats
 
@@ -48,6 +49,8 @@ class EngineRequest:
     """Only requests with the same adapter share blocks."""
     extra_key: str | None = None
     """Only requests with the same key share blocks. SGLang's; no event shows it."""
+    media: Items[MediumRun] = ()
+    """The images, audio and video in the prompt."""
     reports_hits: bool = False
     """Events report the blocks that it finds in the cache as if they were stored again."""
 
@@ -151,7 +154,7 @@ class EngineModel(Generic[S, H]):
             raise ValueError("expected at least one prompt token and one reply token")
         if total > self._cache.capacity:
             raise ValueError(f"expected at most {self._cache.capacity} tokens, which the cache holds, got {total}")
-        sequence = self._cache.sequence(request.prompt, request.salt, request.adapter, request.extra_key)
+        sequence = self._cache.sequence(request.prompt, request.salt, request.adapter, request.extra_key, request.media)
         self._waiting.append(_Run(request, sequence))
 
     def abort(self, request_id: int) -> None:

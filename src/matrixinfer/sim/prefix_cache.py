@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Items
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.sim import events, radix_events
+from matrixinfer.sim.media import MediumRun
 
 Event: TypeAlias = events.Event | radix_events.Event
 
@@ -66,6 +68,7 @@ class PrefixCache(Protocol, Generic[S, H]):
         salt: str | None = None,
         adapter: Adapter | None = None,
         extra_key: str | None = None,
+        media: Items[MediumRun] = (),
     ) -> S:
         """A new sequence that holds nothing yet."""
         ...

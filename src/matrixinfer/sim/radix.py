@@ -84,6 +84,7 @@ class RadixCache:
         salt: str | None = None,
         adapter: Adapter | None = None,
         extra_key: str | None = None,
+        _media: object = (),
     ) -> PageSequence:
         """A new sequence that holds nothing yet."""
         return PageSequence(tokens, self.block_size, pairs=self._pairs, salt=salt, adapter=adapter, extra_key=extra_key)

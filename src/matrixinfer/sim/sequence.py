@@ -11,11 +11,12 @@ from msgspec import UNSET
 from matrixinfer.blocks import TokenIds
 from matrixinfer.sim.attention import Group
 from matrixinfer.sim.events import BlockStored
+from matrixinfer.sim.media import MediumRun, extra_keys
 from matrixinfer.sim.prefix_cache import Adapter
 
 
 class Sequence:
-    """Hashes every `block_size` tokens. A hash names the whole prefix, and `lookahead` tokens after it.
+    """Hashes every `block_size` tokens. A hash names the whole prefix with its media, and `lookahead` tokens after it.
 
     It uses the blocks of one or more attention groups. Block 0 stands for a block that is not there (vLLM's null block).
     """
@@ -28,6 +29,7 @@ class Sequence:
         "hashes",
         "junction",
         "lookahead",
+        "media",
         "prompt",
         "salt",
         "states",
@@ -44,12 +46,14 @@ class Sequence:
         *,
         groups: int = 1,
         lookahead: int = 0,
+        media: Items[MediumRun] = (),
     ) -> None:
         self.tokens = array("I", tokens.astype("u4", copy=False).tobytes())
         self.block_size = block_size
         self.salt = salt
         self.adapter = adapter
         self.lookahead = lookahead
+        self.media = media
         self.prompt = len(self.tokens)
         self.junction = 0
         """Where, at the last lookup, a prefix ended that only some groups have; 0 for nowhere."""
@@ -68,11 +72,6 @@ class Sequence:
         """Add a generated token."""
         self.tokens.append(token)
         self._hash_full_blocks()
-
-    @property
-    def holds_blocks(self) -> bool:
-        """Whether it uses blocks."""
-        return any(self.blocks)
 
     @property
     def hashed(self) -> int:
@@ -95,8 +94,6 @@ class Sequence:
         """The event that the blocks [first, last) of a group were stored, or of those only the blocks `kept`."""
         group = group or Group(block_size=self.block_size)
         size, kept = group.block_size, range(first, last) if kept is None else kept
-        name = () if self.adapter is None else (self.adapter.name,)
-        salt = () if self.salt is None else (self.salt,)
         ends = [(block + 1) * size for block in kept]
         return BlockStored(
             block_hashes=[self.hash_at(end) for end in ends],
@@ -105,12 +102,18 @@ class Sequence:
             block_size=size,
             lora_id=None if self.adapter is None else self.adapter.number,
             lora_name=None if self.adapter is None else self.adapter.name,
-            extra_keys=[(name if block else name + salt) or None for block in kept] or UNSET,
+            extra_keys=[self._extra_keys(block * size, size) for block in kept] or UNSET,
             group_idx=number,
             kv_cache_spec_kind=group.kind,
             kv_cache_spec_sliding_window=group.window or UNSET,
             lookahead_token_ids=self._ahead(ends) if self.lookahead else UNSET,
         )
+
+    def _extra_keys(self, start: int, size: int) -> tuple[str | tuple[str, int], ...] | None:
+        """What the hash of the block at `start` covers besides tokens, in vLLM's order."""
+        name = () if self.adapter is None else (self.adapter.name,)
+        salt = () if self.salt is None or start else (self.salt,)
+        return (*name, *extra_keys(self.media, start, start + size + self.lookahead), *salt) or None
 
     def _ahead(self, ends: list[int]) -> list[list[int]]:
         return [self.tokens[end : end + self.lookahead].tolist() for end in ends]
@@ -125,6 +128,10 @@ class Sequence:
         for start in range(0, (full - first) * size * 4, size * 4):
             state = sha256(parent)
             state.update(data[start : start + (size + ahead) * 4])
+            if self.media:
+                at = first * size + start // 4
+                keys = extra_keys(self.media, at, at + size + ahead)
+                state.update(repr(keys).encode() if keys else b"")
             parent = state.digest()[:8]
             self.hashes.append(int.from_bytes(parent, "little"))
 

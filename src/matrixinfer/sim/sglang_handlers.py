@@ -12,7 +12,7 @@ from matrixinfer.errors import InvalidRequest, RequestError
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.sim import api, sglang_api, sglang_chat
 from matrixinfer.sim.config import SimEngineConfig
-from matrixinfer.sim.handlers import RANK_HEADER, EngineHandlers, json_response
+from matrixinfer.sim.handlers import RANK_HEADER, EngineHandlers, EnginePrompt, json_response
 from matrixinfer.sim.load_feed import TOPIC
 from matrixinfer.sim.metrics import Metrics
 from matrixinfer.sim.prefix_cache import Adapter
@@ -52,16 +52,16 @@ class SglangHandlers(EngineHandlers):
             raise InvalidRequest(f"Got LoRA adapter that has never been loaded: {name}")
         return adapter, options.extra_key
 
-    def prompt_ids(self, prompt: Prompt, body: bytes) -> TokenIds:
+    def read(self, prompt: Prompt, body: bytes) -> EnginePrompt:
         """The prompt's token ids: `input_ids`, or as SGLang renders and encodes it."""
         if prompt.token_ids is not None:
-            return prompt.token_ids
+            return EnginePrompt(prompt.token_ids)
         if prompt.chat is None:
-            return self._encode(None, prompt.text, add_special_tokens=True)
+            return EnginePrompt(self._encode(None, prompt.text, add_special_tokens=True))
         options = api.decode(body, Options)
         if options.input_ids is not None:
-            return np.array(options.input_ids, dtype=np.uint32)
-        return self._chat_ids(options, special=False)
+            return EnginePrompt(np.array(options.input_ids, dtype=np.uint32))
+        return EnginePrompt(self._chat_ids(options, special=False))
 
     def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""

@@ -78,7 +78,7 @@ class FeedCaches:
     def rule_of(self, name: str) -> Rule | None:
         """The rule that its feed gives."""
         feed = self._feeds.get(name)
-        return None if feed is None else feed.ledger.reusable.rule
+        return None if feed is None else feed.ledger.rules.rule
 
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of its feed."""
@@ -92,7 +92,7 @@ class FeedCaches:
         if feed is None:
             return None
         ledger, state = feed.ledger, feed.state
-        rule = ledger.reusable.rule
+        rule = ledger.rules.rule
         return CacheView(
             trust=trust(state, silent=feed.is_silent, doubted=self._doubts(name)),
             feed=state.value,
@@ -101,7 +101,7 @@ class FeedCaches:
             tiers=ledger.tiers.names,
             hides_salts=ledger.hides_salts,
             rule=rule,
-            drop=0 if rule is not None else ledger.reusable.drop,
+            drop=0 if rule is not None else ledger.rules.drop,
         )
 
 

@@ -52,10 +52,10 @@ class Drops:
         the prediction is to the engine's block. Learns from it: after `RUN` equal differences in a row the ledger counts
         with the drop, or without; after `RUN` answers as predicted nothing is learned, or explained, any more.
         """
-        block, reusable = ledger.drop_unit, ledger.reusable
-        if reusable.drop_is_settled:
+        block, rules = ledger.drop_unit, ledger.rules
+        if rules.drop_is_settled:
             return False
-        if reusable.has_states:
+        if rules.has_states:
             return self._tried(endpoint, ledger, predicted=predicted, cached=cached)
         if not cached:
             return False
@@ -79,7 +79,7 @@ class Drops:
                 dropped = ledger.drop_more() if sign > 0 else ledger.drop_nothing()
                 log.info("block_drop_learned", endpoint=endpoint, tokens=dropped)
             else:
-                reusable.drop_is_settled = True
+                rules.drop_is_settled = True
         return sign != 0
 
     def _tried(self, endpoint: str, ledger: Ledger, *, predicted: int, cached: int) -> bool:
@@ -97,7 +97,7 @@ class Drops:
             if sign > 0 and not ledger.drops:
                 log.info("block_drop_learned", endpoint=endpoint, tokens=ledger.drop_more())
             else:
-                dropped, ledger.reusable.drop_is_settled = ledger.drop_nothing(), True
+                dropped, ledger.rules.drop_is_settled = ledger.drop_nothing(), True
                 log.info("block_drop_learned", endpoint=endpoint, tokens=dropped)
         return True
 

@@ -1,13 +1,11 @@
 """Learns what an engine makes of images, audio and video: its name of each, and the tokens that stand for it.
 
-A request with media that were not seen before is watched until shortly after its answer. The chains that its endpoint
-stored meanwhile, and that the request's outline explains to the token, show both. What is learnt must be certain:
+A request with media that were not seen before is watched until shortly after its answer. Of the chains that its endpoint
+stored meanwhile, some may be its own: those that begin as its outline does and are as long as what it must have stored.
+With the number of tokens that the answer reports, they show both. What is learnt must be certain:
 
-- the answer says that the media were computed, so that the chain of this request is among those stored;
-- the answer counts as many tokens as the explanation has;
-- all such chains name the same media;
-- so do all chains that end where this prompt's last whole block does, of which one is its own. It may be too short to be
-  explained, while that of another image under the same text goes on.
+- the request has stored a block of its own after its media, and no event was lost, so one of the chains is its own;
+- all chains that may be its own name the same media.
 
 Two requests at a time that differ in their images alone therefore teach nothing. Nor is anything believed of content for
 which engines have shown two names.
@@ -15,7 +13,7 @@ which engines have shown two names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,10 +31,8 @@ _SETTLE_SECONDS = 2.0
 """Events of a request may come this long after its answer."""
 _MOST_WATCHED = 64
 """Requests that are watched at one endpoint."""
-_MOST_SHOWN = 256
-"""Chains that begin like a request that is watched. Beyond them, it teaches nothing."""
-_MOST_ENDS = 64
-"""Places where a medium may end that are looked at."""
+_MOST_SEEN_BYTES = 2 * 1024 * 1024
+"""Chains that are kept for one request; with more it teaches nothing."""
 _SURE = 8
 """So many tokens after the last medium must be as the outline says, or all of them if there are fewer."""
 
@@ -46,7 +42,7 @@ class Named(NamedTuple):
 
     name: str
     run: tuple[int, ...]
-    """The tokens that stand for it."""
+    """The tokens that stand for it; empty if a chain does not show where it ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,25 +52,53 @@ class Watched:
     model: str
     seed: int | None
     outline: Outline
-    explanations: set[tuple[Named, ...]] = field(default_factory=set)
-    starts: tuple[int, ...] = ()
-    """Where the media of the last explanation begin."""
-    shown: set[tuple[int, tuple[str, ...]]] = field(default_factory=set)
-    """The chains that begin like the prompt: how many tokens they have, and the names of their media."""
-    block_size: int = 0
+    ledger: Ledger
+    is_whole: Callable[[], bool]
+    """Whether all events since it was sent have been read."""
+    seen: list[MediaChain] = field(default_factory=list)
+    """Chains that begin as the outline does. None of them is the beginning of another."""
+    is_lost: bool = False
+    """There were more chains than are kept."""
     counted: tuple[int, int] | None = None
     """The prompt's tokens, and those that were found in the cache, as the answer reports them."""
     done: float | None = None
-
-    @property
-    def is_vain(self) -> bool:
-        """Whether nothing can be learnt from it any more."""
-        return len(self.explanations) > 1 or len(self.shown) > _MOST_SHOWN
 
     def reported(self, tokens: int, cached: int | None) -> None:
         """The answer reports the prompt's tokens, and those found in the cache."""
         if cached is not None:
             self.counted = tokens, cached
+
+    def see(self, chain: MediaChain) -> None:
+        """The endpoint has stored blocks of a chain with media."""
+        if self.is_lost or chain.model != self.model or chain.seed != self.seed:
+            return
+        if not begins(self.outline, chain):
+            return
+        self.seen = [each for each in self.seen if not _goes_on(chain, each)] + [chain]
+        if sum(len(each.tokens) for each in self.seen) > _MOST_SEEN_BYTES:
+            self.seen, self.is_lost = [], True
+
+    def shown(self) -> list[Named]:
+        """What is certain of the media, the first ones, with empty runs where only the name is; empty for nothing."""
+        if self.counted is None or self.is_lost or not self.is_whole():
+            return []
+        tokens, cached = self.counted
+        stored = self.ledger.stored_of(tokens)
+        if stored <= cached:
+            return []  # found in the cache: what was stored meanwhile need not be this one
+        shown: list[Named] = []
+        for chain in self.seen:
+            # The request's own chain is sure to begin so, but what follows there may be another's.
+            own = explain(self.outline, _beginning(chain, stored), tokens) if len(chain.tokens) >= stored * 4 else ()
+            further = explain(self.outline, chain, tokens)
+            for number, each in enumerate(further[: len(own)] or own):
+                if number == len(shown):
+                    shown.append(each)
+                elif shown[number].name != each.name or (shown[number].run and each.run not in (shown[number].run, ())):
+                    return []
+                elif each.run:
+                    shown[number] = each
+        return shown
 
 
 class MediaNames:
@@ -107,31 +131,24 @@ class MediaNames:
         ids = expand(outline.ids, placeholders, [each.run for each in known])
         return np.array(ids, dtype=np.uint32), media
 
-    def watch(self, endpoint: str, ledger: Ledger, model: str, salt: str | None, outline: Outline) -> Watched | None:
+    def watch(
+        self,
+        endpoint: str,
+        ledger: Ledger,
+        model: str,
+        salt: str | None,
+        outline: Outline,
+        is_whole: Callable[[], bool],
+    ) -> Watched | None:
         """Begin to watch a request that goes to an endpoint. End with `close`. None where too many are watched."""
         self._settle(endpoint)
         watched = self._watched.setdefault(endpoint, [])
         if len(watched) >= _MOST_WATCHED:
             return None
-        request = Watched(model, None if salt is None else salt_parent(salt), outline)
+        request = Watched(model, None if salt is None else salt_parent(salt), outline, ledger, is_whole)
         watched.append(request)
-        ledger.see_media(lambda chain: self.see(endpoint, chain))
+        ledger.see_media(lambda chain: self._see(endpoint, chain))
         return request
-
-    def see(self, endpoint: str, chain: MediaChain) -> None:
-        """An endpoint has stored blocks of a chain with media."""
-        tokens = np.frombuffer(chain.tokens, dtype=">u4")
-        for request in self._watched.get(endpoint, ()):
-            if request.model != chain.model or request.seed != chain.seed or request.is_vain:
-                continue
-            if not _begins(request.outline, tokens, chain.media):
-                continue
-            request.shown.add((len(tokens), tuple(name for _, name in chain.media)))
-            request.block_size = chain.block_size
-            explained = explain(request.outline, tokens, chain.media)
-            if explained is not None:
-                request.explanations.add(explained)
-                request.starts = tuple(start for start, _ in chain.media)
 
     def close(self, request: Watched) -> None:
         """A request that is watched is over. What it teaches is learnt once its events must have come."""
@@ -139,7 +156,12 @@ class MediaNames:
 
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
-        self._watched.pop(endpoint, None)
+        for request in self._watched.pop(endpoint, ()):
+            request.ledger.see_media(None)
+
+    def _see(self, endpoint: str, chain: MediaChain) -> None:
+        for request in self._watched.get(endpoint, ()):
+            request.see(chain)
 
     def _settle(self, endpoint: str) -> None:
         """Learn from requests that have been over for long enough."""
@@ -147,79 +169,77 @@ class MediaNames:
         over = [each for each in watched if each.done is not None and each.done + _SETTLE_SECONDS <= now]
         for request in over:
             watched.remove(request)
-            self._learn(request)
-        if not watched:
-            self._watched.pop(endpoint, None)
+            for number, each in enumerate(request.shown()):
+                if each.run:
+                    self._learn(request.model, request.outline, number, each)
+        if over and not watched:
+            del self._watched[endpoint]
+            over[-1].ledger.see_media(None)
 
-    def _learn(self, request: Watched) -> None:
-        if request.counted is None or request.is_vain or not request.explanations:
-            return
-        (named,) = request.explanations
-        tokens, cached = request.counted
-        if tokens != len(request.outline.ids) + sum(len(each.run) - 1 for each in named):
-            return
-        whole = tokens // request.block_size * request.block_size
-        if {names for length, names in request.shown if length == whole} != {tuple(each.name for each in named)}:
-            return
-        for content, start, each in zip(request.outline.contents, request.starts, named, strict=True):
-            key = request.model, content
+    def _learn(self, model: str, outline: Outline, number: int, shown: Named) -> None:
+        for content in outline.names_of(number):
+            key = model, content
             known = self._named.peek(key)
-            if key in self._named and known != each:
+            if key in self._named and known != shown:
                 self._named.put(key, None, _ENTRY_BYTES)
-            elif cached <= start:  # or it was found, and what was stored need not be this one
-                self._named.put(key, each, _ENTRY_BYTES + 40 * len(each.run))
+            else:
+                self._named.put(key, shown, _ENTRY_BYTES + 40 * len(shown.run))
 
 
-def _begins(outline: Outline, tokens: TokenIds, media: Sequence[Medium]) -> bool:
-    """Whether a chain has as many media as an outline, and the same tokens before them."""
-    first = media[0][0]
-    return len(media) == len(outline.contents) and bool(np.array_equal(outline.ids[:first], tokens[:first]))
-
-
-def explain(outline: Outline, tokens: TokenIds, media: Sequence[Medium]) -> tuple[Named, ...] | None:
-    """What the media of an outline are, if a chain of `tokens`, in which `media` begin, is that of its prompt."""
-    ids, first = outline.ids, media[0][0]
-    if len(media) != len(outline.contents) or first >= len(ids) or first >= len(tokens):
-        return None
+def begins(outline: Outline, chain: MediaChain) -> bool:
+    """Whether a chain may be that of an outline's prompt, as far as its first medium."""
+    ids, first = outline.ids, chain.media[0][0]
+    if len(chain.media) > len(outline.contents) or first >= min(len(ids), len(chain.tokens) // 4):
+        return False
     placeholders = _placeholders(outline, int(ids[first]))
-    if placeholders is None or placeholders[0] != first or not np.array_equal(ids[:first], tokens[:first]):
-        return None
+    if placeholders is None or placeholders[0] != first:
+        return False
+    return np.array_equal(ids[:first], _ids(chain)[:first])
+
+
+def explain(outline: Outline, chain: MediaChain, count: int) -> tuple[Named, ...]:
+    """What the first media of an outline's prompt of `count` tokens are, if a chain that `begins` like it may be its own.
+
+    Empty if it is that of another prompt.
+    """
+    ids, tokens, media = outline.ids, _ids(chain), chain.media
+    placeholders = _placeholders(outline, int(ids[media[0][0]])) if media else None
+    if placeholders is None:
+        return ()
     named: list[Named] = []
     for number, (start, name) in enumerate(media):
         position = placeholders[number]
-        if number + 1 < len(media):
-            after = ids[position + 1 : placeholders[number + 1]]
-            end = media[number + 1][0] - len(after)
-            if end <= start or not np.array_equal(tokens[end : end + len(after)], after):
-                return None
+        if number + 1 < len(placeholders):
+            after, follows = ids[position + 1 : placeholders[number + 1]], number + 1 < len(media)
+            end = media[number + 1][0] - len(after) if follows else None
         else:
-            found = _end(tokens, start, ids[position + 1 :])
-            if found is None:
-                return None
-            end = found
-        run = tuple(tokens[start:end].tolist())
-        if run[0] != ids[position]:
-            return None  # the placeholder is not where an outline would show it again
-        named.append(Named(name, run))
+            after = ids[position + 1 :]
+            end = count - len(after)
+        if end is not None and (end <= start or not _agree(tokens[end : end + len(after)], after)):
+            return ()
+        is_shown = end is not None and len(tokens) >= end + min(_SURE, len(after)) and tokens[start] == ids[position]
+        named.append(Named(name, tuple(tokens[start:end].tolist()) if is_shown else ()))
     return tuple(named)
 
 
-def _end(tokens: TokenIds, start: int, rest: TokenIds) -> int | None:
-    """Where a medium that begins at `start` ends, so that the `rest` of an outline follows; None unless that is certain."""
-    if not len(rest):
-        return None
-    sure = min(_SURE, len(rest))
-    after, last = tokens[start + 1 :], len(tokens) - start - 1 - sure
-    if last < 0:
-        return None
-    fits = np.ones(last + 1, dtype=bool)
-    for offset, token in enumerate(rest[:sure].tolist()):
-        fits &= after[offset : offset + last + 1] == token
-    ends = (start + 1 + np.flatnonzero(fits)).tolist()
-    if len(ends) > _MOST_ENDS:
-        return None  # a text that repeats itself
-    found = [end for end in ends if np.array_equal(tokens[end : end + len(rest)], rest[: len(tokens) - end])]
-    return found[0] if len(found) == 1 else None
+def _beginning(chain: MediaChain, tokens: int) -> MediaChain:
+    """The first tokens of a chain."""
+    media = [medium for medium in chain.media if medium[0] < tokens]
+    return chain._replace(tokens=chain.tokens[: tokens * 4], media=media)
+
+
+def _agree(shown: TokenIds, expected: TokenIds) -> bool:
+    """Whether what a chain shows is as expected; it may end early."""
+    return np.array_equal(shown, expected[: len(shown)])
+
+
+def _ids(chain: MediaChain) -> TokenIds:
+    return np.frombuffer(chain.tokens, dtype=">u4")
+
+
+def _goes_on(chain: MediaChain, before: MediaChain) -> bool:
+    """Whether a chain begins with another one."""
+    return chain.tokens.startswith(before.tokens) and chain.media[: len(before.media)] == before.media
 
 
 def _placeholders(outline: Outline, token: int) -> list[int] | None:

@@ -112,7 +112,7 @@ def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
     if feed is None:
         return None
     ledger = feed.ledger
-    rule = ledger.reusable.rule
+    rule = ledger.rules.rule
     return encode(
         PodState(
             trust=trust_in(feed, doubted=doubted),
@@ -123,7 +123,7 @@ def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
             has_tails=ledger.has_tails,
             hides_salts=ledger.hides_salts,
             rule=None if rule is None else (*rule,),
-            drop=0 if rule is not None else ledger.reusable.drop,
+            drop=0 if rule is not None else ledger.rules.drop,
             reason=feed.untrusted,
             limits=tuple(reasons.limits_of(feed, doubted=doubted)),
         )

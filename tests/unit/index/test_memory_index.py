@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from matrixinfer.index.holders import walk
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.testing.index_oracle import ENDS, MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
@@ -68,7 +69,8 @@ def test_galloping_equals_walking(history: tuple[Tree, list[Operation]], bound: 
             for node in range(len(tree.parents)):
                 chain = tree.path(node)
                 counts = index.count(name, chain)
-                assert counts == index._walk(blocks, chain)
+                walked = walk(blocks, chain, index._sets.live)
+                assert counts == {pod: count for bits, count in walked for pod in index._sets.names(bits)}
                 true = model.count(name, chain)
                 assert all(count <= true.get(pod, 0) for pod, count in counts.items())
         assert index.stats().blocks <= bound
@@ -206,7 +208,7 @@ def test_the_bits_of_cleared_pods_are_used_again() -> None:
     for turn in range(300):
         index.add("llama", f"pod-{turn}", A, None)
         index.forget(f"pod-{turn}")
-    assert index._next_bit.bit_length() < 100
+    assert index._sets._next.bit_length() < 100
     assert index.count("llama", A) == {}
 
 
@@ -216,7 +218,7 @@ def test_the_bits_of_cleared_pods_are_used_again_while_others_stay() -> None:
     for turn in range(300):
         index.add("llama", f"pod-{turn}", A, None)
         index.forget(f"pod-{turn}")
-    assert index._next_bit.bit_length() < 100
+    assert index._sets._next.bit_length() < 100
     assert index.count("llama", B) == {"stays": len(B)}
 
 
@@ -229,7 +231,7 @@ def test_clearing_the_last_pod_empties_the_index() -> None:
         index.clear(pod)
     assert index.count("llama", A) == {pods[-1]: len(A)}
     index.clear(pods[-1])
-    assert (index.stats().blocks, index.stats().pods, index._trees, index._dead) == (0, 0, {}, [])
+    assert (index.stats().blocks, index.stats().pods, index._trees, index._sets.has_dead) == (0, 0, {}, False)
     index.add("llama", "new", A[:2], None)
     assert index.count("llama", A) == {"new": 2}
 
@@ -252,12 +254,12 @@ def test_a_new_pod_does_not_inherit_the_blocks_of_the_previous_owner_of_its_bit(
     index = MemoryIndex()
     index.add("llama", "pod-a", A, None)
     index.add("llama", "pod-b", A, None)
-    bit = index._bit_of["pod-a"]
+    bit = index._sets.bit("pod-a")
     index.clear("pod-a")
     index.add("llama", "pod-b", B, None)
     index.add("llama", "pod-b", B, None)
     index.add("llama", "pod-c", A[:3], None)
-    assert index._bit_of["pod-c"] == bit
+    assert index._sets.bit("pod-c") == bit
     assert index.count("llama", A) == {"pod-b": 10, "pod-c": 3}
 
 
@@ -299,11 +301,11 @@ def test_equal_sets_of_pods_share_one_object() -> None:
 
 
 def test_the_table_of_shared_sets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matrixinfer.index.memory._INTERNED_SETS_KEPT", 8)
+    monkeypatch.setattr("matrixinfer.index.pod_sets._SHARED_KEPT", 8)
     index = MemoryIndex()
     for number in range(40):
         index.add("llama", f"pod-{number}", A[: 1 + number % 10], None)
-    assert len(index._interned) <= 8
+    assert len(index._sets._shared) <= 8
     assert len(index.count("llama", A)) == 40
 
 

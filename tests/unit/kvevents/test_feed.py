@@ -604,12 +604,12 @@ def test_an_event_of_an_unknown_type_costs_trust_and_no_blocks() -> None:
 def test_what_answers_have_shown_of_drops_stays_while_the_engine_is_the_same() -> None:
     feed = complete_feed(3)
     feed.ledger.drop_more()
-    feed.ledger.reusable.drop_is_settled = True
+    feed.ledger.rules.drop_is_settled = True
     feed.start_over()
     feed.replay(range(3))
-    assert (feed.ledger.drops, feed.ledger.reusable.drop_is_settled, feed.state) == (True, True, COMPLETE)
+    assert (feed.ledger.drops, feed.ledger.rules.drop_is_settled, feed.state) == (True, True, COMPLETE)
     feed.live(0, ROOT)  # another engine
-    assert (feed.ledger.drops, feed.ledger.reusable.drop_is_settled) == (False, False)
+    assert (feed.ledger.drops, feed.ledger.rules.drop_is_settled) == (False, False)
 
 
 def test_a_stored_block_that_cannot_be_read_is_missing_even_after_a_clear_in_the_same_batch() -> None:

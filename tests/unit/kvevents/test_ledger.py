@@ -316,7 +316,7 @@ def test_media_and_groups_beyond_any_real_engines_are_refused(same: Follower) ->
     same.apply(
         *(stored([11], PROMPT[:4], group_idx=group, kv_cache_spec_kind="full_attention") for group in range(100))
     )
-    assert (len(same.ledger.reusable.specs), same.ledger.stats.misfits) == (16, 168)
+    assert (len(same.ledger.rules.specs), same.ledger.stats.misfits) == (16, 168)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_pages_named_by_their_tokens_alone_are_not_believed(same: Follower) -> N
 def test_pairs_of_tokens_are_their_first_ones_and_the_token_after_them(same: Follower) -> None:
     pairs = [(a, a + 1) for a in PROMPT[:4]]
     same.apply(as_array([11], pairs, None, "GPU"))
-    assert (same.held(PROMPT), same.ledger.reusable.lookahead) == (4, 1)
+    assert (same.held(PROMPT), same.ledger.rules.lookahead) == (4, 1)
 
 
 def test_attention_groups_of_unknown_kind_are_not_believed(same: Follower) -> None:

@@ -38,7 +38,7 @@ def test_a_chunk_size_that_is_not_known_is_a_limit(engine: Follower) -> None:
     engine.apply(stored([1], PROMPT[:4], **FULL), stored([1], PROMPT[:4], **CHUNKED))
     assert limits_of(engine) == (limits.CHUNKED,)
     known = Follower(TokenBlockProcessor(4))
-    known.ledger.reusable.chunks(1, 8)
+    known.ledger.rules.chunks(1, 8)
     known.apply(stored([1], PROMPT[:4], **FULL), stored([1], PROMPT[:4], **CHUNKED))
     assert limits_of(known) == ()
 
@@ -218,7 +218,7 @@ def test_arrays_with_a_map_at_their_end_show_salts_and_adapters(engine: Follower
 
 
 def test_chunked_attention_alone_is_a_limit_until_full_attention_is_seen(engine: Follower) -> None:
-    engine.ledger.reusable.chunks(1, 8)
+    engine.ledger.rules.chunks(1, 8)
     engine.apply(stored([1], PROMPT[:4], **CHUNKED))
     assert limits_of(engine) == (limits.CHUNKED_ALONE,)
     engine.apply(stored([1], PROMPT[:4], **FULL))

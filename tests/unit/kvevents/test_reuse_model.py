@@ -71,7 +71,7 @@ class GroupedEngine:
     def prepare(self, follower: Follower) -> None:
         for number, kind in enumerate(self._kinds):
             if kind.name == CHUNKED:
-                follower.ledger.reusable.chunks(number, kind.span)
+                follower.ledger.rules.chunks(number, kind.span)
 
     def batch(self, *, is_first: bool) -> Iterator[dict[str, Any]]:
         if is_first:
@@ -235,9 +235,9 @@ class PagedEngine:
 
 def predicted(follower: Follower, salt: str | None, tokens: Tokens, unit: int) -> int:
     """The hit that the index shows."""
-    chain, reusable = follower.blocks.chain(tokens, salt=salt), follower.ledger.reusable
+    chain = follower.blocks.chain(tokens, salt=salt)
     count = follower.index.count(MODEL, chain).get(POD, 0)
-    rule = reusable.rule
+    rule = follower.ledger.rules.rule
     if rule is None:
         tail = chain.tail(count, unit)
         more = tail[0] if tail and POD in follower.index.count(MODEL, tail[1:]) else 0

@@ -16,8 +16,8 @@ from matrixinfer.kvevents.wire import (
     MalformedFrame,
     block_ids,
     decode,
-    has_bigrams,
     is_hash_of_tokens_alone,
+    pairs_of,
     plain,
     tokens_of,
 )
@@ -164,10 +164,13 @@ def test_blocks_named_by_pythons_hash_of_their_tokens_are_recognised() -> None:
     assert not is_hash_of_tokens_alone(only_stored(block_hashes=[12], token_ids=None))
 
 
-def test_pairs_of_tokens_are_recognised() -> None:
-    assert has_bigrams(only_stored(token_ids=[(1, 2), (2, 3)]))
-    assert not has_bigrams(only_stored(token_ids=TOKENS))
-    assert not has_bigrams(only_stored(token_ids=[]))
+def test_pairs_are_the_tokens_of_their_blocks_and_the_token_after_each() -> None:
+    pairs = [(1, 2), (2, 3), (3, 4), (4, 5)]
+    assert pairs_of(only_stored(token_ids=pairs, block_size=4)) == (token_bytes([1, 2, 3, 4]), [token_bytes([5])])
+    assert pairs_of(only_stored(token_ids=pairs, block_size=3)) is None
+    assert pairs_of(only_stored(token_ids=[(1, 2**32)] * 4, block_size=4)) is None
+    assert pairs_of(only_stored(token_ids=TOKENS)) is None
+    assert pairs_of(only_stored(token_ids=[])) is None
 
 
 def test_hashes_may_be_integers_of_64_bits_or_byte_strings() -> None:
@@ -256,7 +259,7 @@ def survive(payload: bytes) -> None:
     for event in batch.events:
         if isinstance(event, BlockStored):
             tokens_of(event)
-            has_bigrams(event)
+            pairs_of(event)
             is_hash_of_tokens_alone(event)
             block_ids(event.block_hashes)
 

@@ -14,7 +14,7 @@ from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.multimodal import with_media
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.outline import contents_of, expand, media_kwargs
+from matrixinfer.prompt.outline import Outline, contents_of, expand, media_kwargs
 from matrixinfer.prompt.requests import parse
 
 TEMPLATE = (
@@ -37,6 +37,16 @@ def test_media_with_equal_bytes_have_one_digest_and_others_differ() -> None:
     assert contents[0] == contents[2]
     assert len(set(contents)) == 3
     assert contents_of(chat(image(uuid="u"))) not in (contents_of(chat(image())), contents_of(chat(image(uuid="v"))))
+
+
+@pytest.mark.parametrize("alone", [{"image_url": None}, {"image_url": {"url": "https://x/a"}}], ids=["nil", "url"])
+def test_what_was_sent_with_a_uuid_is_found_by_the_uuid_alone(alone: dict[str, Any]) -> None:
+    sent, again = contents_of(chat(image(uuid="u"))), contents_of(chat({"type": "image_url", "uuid": "u", **alone}))
+    assert sent is not None
+    assert again is not None
+    names = Outline(ids=np.array([9], dtype=np.uint32), contents=sent).names_of(0)
+    assert names == (sent[0], again[0])
+    assert Outline(ids=np.array([9], dtype=np.uint32), contents=again).names_of(0) == again
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
 
 from matrixinfer.feedtools.capture import CaptureReport, check_capture
+from matrixinfer.sim.media import MediumRun
 from matrixinfer.sim.model import EngineModel, EngineRequest, Timing
 from matrixinfer.sim.prefix_cache import Adapter, PrefixCache
 
 Row = dict[str, Any]
+PLACEHOLDER = 151_655
 ADAPTERS = (Adapter(1, "french"), Adapter(2, "terse"))
 
 
@@ -26,7 +29,7 @@ class RecordingCache:
 
     def __init__(self, cache: PrefixCache[Any, Any], meta: Row) -> None:
         self._cache = cache
-        self._bodies: dict[int, tuple[Any, Row]] = {}
+        self._requests: dict[int, tuple[Any, Row]] = {}
         models = [{"id": "base", "parent": None}, *({"id": each.name, "parent": "base"} for each in ADAPTERS)]
         self.rows: list[Row] = [{"kind": "meta", "models": {"data": models}, **meta}]
         self._frames = self._lookups = 0
@@ -34,11 +37,13 @@ class RecordingCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def sequence(self, tokens: Any, salt: str | None, adapter: Adapter | None, extra_key: str | None) -> Any:
-        sequence = self._cache.sequence(tokens, salt, adapter, extra_key)
+    def sequence(
+        self, tokens: Any, salt: str | None, adapter: Adapter | None, extra_key: str | None, media: Sequence[MediumRun]
+    ) -> Any:
+        sequence = self._cache.sequence(tokens, salt, adapter, extra_key, media)
         fields = {"cache_salt": salt, "extra_key": extra_key, "model": adapter and adapter.name}
         body = {"model": "base", "n": 1} | {name: value for name, value in fields.items() if value is not None}
-        self._bodies[id(sequence)] = sequence, body
+        self._requests[id(sequence)] = sequence, {"body": body, "mm_features": [_feature(each) for each in media]}
         return sequence
 
     def lookup(self, sequence: Any) -> Any:
@@ -46,10 +51,8 @@ class RecordingCache:
         hit = self._cache.lookup(sequence)
         label = str(self._lookups)
         self._lookups += 1
-        _, body = self._bodies[id(sequence)]
-        self.rows.append(
-            {"kind": "request", "label": label, "body": body, "prompt_token_ids": sequence.tokens.tolist()}
-        )
+        _, request = self._requests[id(sequence)]
+        self.rows.append({"kind": "request", "label": label, **request, "prompt_token_ids": sequence.tokens.tolist()})
         usage = {"prompt_tokens_details": {"cached_tokens": hit.tokens}}
         self.rows.append({"kind": "response", "label": label, "status": 200, "usage": usage})
         return hit
@@ -78,6 +81,8 @@ class Shape:
     salts: float = 0.1
     adapters: float = 0.1
     extra_keys: float = 0.0
+    media: float = 0.0
+    """Share of prompts that get one more medium, and of those in which one is exchanged."""
 
 
 def record(cache: PrefixCache[Any, Any], *, seed: int, shape: Shape, meta: Row) -> list[Row]:
@@ -88,12 +93,12 @@ def record(cache: PrefixCache[Any, Any], *, seed: int, shape: Shape, meta: Row) 
         cast("Any", recording), Timing(), max_tokens=shape.chunk, max_sequences=4
     )
     vocabulary = [draw.randrange(150_000) for _ in range(shape.vocabulary)]
-    history: list[list[int]] = []
+    history: list[_Prompt] = []
     recording.take_events()
     for number in range(shape.requests):
-        ids = _prompt(draw, history, vocabulary, shape)
+        ids, media = prompt = _prompt(draw, history, vocabulary, shape)
         reply = [draw.choice(vocabulary) for _ in range(draw.choice([1, 2, 20, 2 * shape.unit]))]
-        history = [*history, ids, ids + reply][-40:]
+        history = [*history, prompt, _Prompt(ids + reply, media)][-40:]
         model.submit(
             EngineRequest(
                 id=number,
@@ -102,6 +107,7 @@ def record(cache: PrefixCache[Any, Any], *, seed: int, shape: Shape, meta: Row) 
                 salt=draw.choice(["a", "b"]) if draw.random() < shape.salts else None,
                 adapter=draw.choice(ADAPTERS) if draw.random() < shape.adapters else None,
                 extra_key=draw.choice(["x", "y"]) if draw.random() < shape.extra_keys else None,
+                media=media,
             )
         )
         for _ in range(draw.choice([0, 1, 2, 30])):
@@ -117,18 +123,37 @@ def record(cache: PrefixCache[Any, Any], *, seed: int, shape: Shape, meta: Row) 
     return recording.rows
 
 
-def _prompt(draw: random.Random, history: list[list[int]], vocabulary: list[int], shape: Shape) -> list[int]:
+class _Prompt(NamedTuple):
+    ids: list[int]
+    media: list[MediumRun]
+
+
+def _prompt(draw: random.Random, history: list[_Prompt], vocabulary: list[int], shape: Shape) -> _Prompt:
     ids: list[int] = []
+    media: list[MediumRun] = []
     if history and draw.random() < 0.8:
-        ids = list(draw.choice(history))
+        known = draw.choice(history)
+        ids, media = list(known.ids), list(known.media)
         cut = draw.random()
         if cut < 0.6:
             ids = ids[: draw.randrange(1, len(ids) + 1)]
         if cut < 0.3:
             ids = ids[: max(1, len(ids) // shape.unit) * shape.unit + draw.choice([0, 0, 1, 2])]
+    media = [each for each in media if each.start + each.length <= len(ids)]
+    if shape.media and draw.random() < shape.media:
+        length = draw.choice([1, 3, shape.unit, shape.longest // 4])
+        media.append(MediumRun(len(ids), length, draw.choice("xyz")))
+        ids += [PLACEHOLDER] * length
+    if media and draw.random() < shape.media:
+        at = draw.randrange(len(media))
+        media[at] = media[at]._replace(name=draw.choice("xyz"))
     if not ids or draw.random() < 0.6:
         ids = ids + [draw.choice(vocabulary) for _ in range(draw.randrange(1, shape.longest // 3))]
-    return ids[: shape.longest]
+    return _Prompt(ids[: shape.longest], [each for each in media if each.start < shape.longest])
+
+
+def _feature(medium: MediumRun) -> Row:
+    return {"identifier": medium.name, "offset": medium.start, "length": medium.length}
 
 
 def check(rows: list[Row], *, block_size: int | None = None) -> tuple[CaptureReport, Counter[str]]:

@@ -162,7 +162,9 @@ class EventReader:
     def _stored(self, event: BlockStored) -> None:
         assert len(event.token_ids) == len(event.block_hashes) * event.block_size
         parent = event.parent_block_hash
-        root = (((event.extra_keys or [None])[0] or (None,))[0], ())
+        salt = ((event.extra_keys or [None])[0] or (None,))[0]
+        assert salt is None or isinstance(salt, str)
+        root: tuple[str | None, tuple[int, ...]] = (salt, ())
         salt, tokens = root if parent is None else self._chains[parent]
         for i, block_hash in enumerate(event.block_hashes):
             tokens = (*tokens, *event.token_ids[i * event.block_size : (i + 1) * event.block_size])

@@ -40,9 +40,9 @@ class Asked:
                 yield expected, row["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def _predicted(self, row: Row) -> int:
-        reusable, tokens = self.follower.ledger.reusable, tuple(row["prompt_token_ids"])
+        rules, tokens = self.follower.ledger.rules, tuple(row["prompt_token_ids"])
         found = predicted(self.follower, row["body"].get("cache_salt"), tokens, self._layout.unit)
-        return max(0, found - reusable.drop) if reusable.rule is None else found
+        return max(0, found - rules.drop) if rules.rule is None else found
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -51,13 +51,13 @@ def test_once_the_drop_is_learnt_from_answers_every_hit_is_predicted(kind: str, 
     asked, drops = Asked([kind], seed), Drops()
     ledger, compared, wrong = asked.follower.ledger, 0, 0
     for expected, cached in asked:
-        if ledger.reusable.drop_is_settled:
+        if ledger.rules.drop_is_settled:
             assert expected == cached
             compared += cached > 0
         else:
             wrong += expected != cached
             drops.explains(POD, ledger, predicted=expected, cached=cached)
-    assert ledger.reusable.drop == SIZE
+    assert ledger.rules.drop == SIZE
     assert 3 <= wrong < 20
     assert compared > 15
 

@@ -32,8 +32,8 @@ def layout(attention: list[str], **more: Any) -> Layout:
     return Layout(groups=tuple(Group.parse(text, SIZE) for text in attention), **more)
 
 
-def recorded(layout: Layout, seed: int, **meta: Any) -> list[Row]:
-    shape = Shape(requests=160, longest=12 * SIZE, unit=layout.unit, chunk=max(64, 2 * layout.unit))
+def recorded(layout: Layout, seed: int, *, media: float = 0.0, **meta: Any) -> list[Row]:
+    shape = Shape(requests=160, longest=12 * SIZE, unit=layout.unit, chunk=max(64, 2 * layout.unit), media=media)
     blocks = 50 * sum(layout.unit // group.block_size for group in layout.groups)
     cache = PagedPrefixCache(blocks, SIZE, layout=layout)
     return record(cache, seed=seed, shape=shape, meta=meta)
@@ -65,6 +65,21 @@ def test_every_hit_is_predicted_where_blocks_are_known_to_be_dropped(kind: str) 
     dropping = layout((FULL_KINDS | SEVERAL)[kind], drop=True)
     groups = [{"eagle": number in dropping.dropping} for number in range(len(dropping.groups))]
     check_exact(recorded(dropping, seed=3, use_eagle=True, groups=groups))
+
+
+@pytest.mark.parametrize("kind", [*FULL_KINDS, *SEVERAL])
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_every_hit_is_predicted_with_media(kind: str, lookahead: int) -> None:
+    rows = recorded(layout((FULL_KINDS | SEVERAL)[kind], lookahead=lookahead), seed=4, media=0.4)
+    check_exact(rows)
+    assert sum(len(row.get("mm_features", ())) > 1 for row in rows) > 20
+
+
+@pytest.mark.parametrize("kind", [*FULL_KINDS, *SEVERAL])
+def test_every_hit_is_predicted_with_media_where_blocks_are_dropped(kind: str) -> None:
+    dropping = layout((FULL_KINDS | SEVERAL)[kind], drop=True)
+    groups = [{"eagle": number in dropping.dropping} for number in range(len(dropping.groups))]
+    check_exact(recorded(dropping, seed=5, media=0.4, use_eagle=True, groups=groups))
 
 
 @pytest.mark.parametrize("seed", range(2))

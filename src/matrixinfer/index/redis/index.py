@@ -30,7 +30,7 @@ class RedisIndex:
     Use as an async context manager. This process writes the blocks of a pod as long as it is the pod's writer; matches
     include the blocks of all writers. `max_age` and `lease_seconds` are in seconds, and `clock` returns Unix seconds.
     `state_of` and `is_known` are those of `BlockWriter`, `starts` and `endpoints` those of `BlockReader`. `redis_name`
-    returns a model's name in Redis. `watch` is told of every lookup; its context is the caller's.
+    returns a model's name in Redis. `watch` sees every lookup; its context is the caller's.
     """
 
     def __init__(
