@@ -31,6 +31,8 @@ _SETTLE_SECONDS = 2.0
 """Events of a request may come this long after its answer."""
 _MOST_WATCHED = 64
 """Requests that are watched at one endpoint."""
+_MOST_SEEN = 64
+"""Chains that are kept for one request: each new one is compared with all of them."""
 _MOST_SEEN_BYTES = 2 * 1024 * 1024
 """Chains that are kept for one request; with more it teaches nothing."""
 _SURE = 8
@@ -75,7 +77,7 @@ class Watched:
         if not begins(self.outline, chain):
             return
         self.seen = [each for each in self.seen if not _goes_on(chain, each)] + [chain]
-        if sum(len(each.tokens) for each in self.seen) > _MOST_SEEN_BYTES:
+        if len(self.seen) > _MOST_SEEN or sum(len(each.tokens) for each in self.seen) > _MOST_SEEN_BYTES:
             self.seen, self.is_lost = [], True
 
     def shown(self) -> list[Named]:

@@ -207,3 +207,14 @@ def test_a_name_is_never_that_of_another_image(data: st.DataObject) -> None:
         for content, name in truth.items():
             found = world.known([content, DOG])
             assert found is None or found == prompt([name, "hash-dog"])
+
+
+def test_the_chains_that_are_kept_of_a_request_are_bounded_in_number(world: World) -> None:
+    watched = world.watch()
+    for number in range(200):
+        SIZES[f"hash-{number}"] = 9
+        world.store(f"hash-{number}", "hash-dog")
+        assert len(watched.seen) <= 64
+        del SIZES[f"hash-{number}"]
+    world.close(watched, world.store("hash-cat", "hash-dog"))
+    assert world.known() is None
