@@ -61,7 +61,8 @@ async def test_a_healthy_fleet_has_no_problems(
 ) -> None:
     async with engine, SimEngine(FAST, tokenizer) as other:
         report = await doctor.check({"name": "a", "url": engine.url}, {"name": "b", "url": other.url}, models=[MODEL])
-        code, out, err = await doctor.run("--worker-urls", engine.url, other.url)
+        config = doctor.config({"name": "a", "url": engine.url}, {"name": "b", "url": other.url})
+        code, out, err = await doctor.run("--config", config)
     assert {finding["level"] for finding in report.findings} == {"ok"}, report.findings
     assert (report.code, report.summary["pods"], report.summary["ok"]) == (0, 2, len(report.findings))
     checks = [finding["check"] for finding in report.findings if finding["pod"] == "a"]

@@ -134,7 +134,14 @@ def tokens(pod: PodFacts) -> Iterator[Verdict]:
     elif pod.samples and not any(
         sample.compared or sample.gateway_error or sample.engine_error for sample in pod.samples
     ):
-        yield ok(f"token ids come from the engine's own /tokenize{_cost(pod)}")
+        words = f"token ids come from the engine's own /tokenize{_cost(pod)}"
+        if _asks_too_long(pod):
+            yield warning(
+                f"{words}; a decision waits {pod.wait_ms:g} ms, so most are made without token ids",
+                "set `tokenizer` of the model to its folder, or raise tokenization.waitMilliseconds",
+            )
+        else:
+            yield ok(words)
     if source is not None:
         yield from _refused(source)
 
@@ -153,6 +160,11 @@ def _refused(source: Source) -> Iterator[Verdict]:
             f"{source.reason}",
             "set `tokenizer` of the model, and `chatTemplate` to the engine's template, or leave chats to the engine",
         )
+
+
+def _asks_too_long(pod: PodFacts) -> bool:
+    median = None if pod.asking is None else pod.asking["p50_ms"]
+    return isinstance(median, float) and pod.wait_ms is not None and median > pod.wait_ms
 
 
 def _cost(pod: PodFacts) -> str:

@@ -110,6 +110,8 @@ class PodFacts:
     """Where the token ids of its model come from."""
     asking: Mapping[str, object] | None = None
     """What it costs to ask for token ids, as in `/debug/tokenizers`."""
+    wait_ms: float | None = None
+    """How long a decision waits for them."""
     feeds: Sequence[FeedFacts] = ()
     """The publishers that the gateway would follow."""
 

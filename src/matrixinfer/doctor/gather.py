@@ -165,6 +165,7 @@ class _PodGatherer:
             samples=compared,
             source=source,
             asking=self.remote.costs[configured].view() if configured in self.remote.costs else None,
+            wait_ms=self.config.tokenization.wait_milliseconds,
             feeds=feeds,
         )
 

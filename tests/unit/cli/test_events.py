@@ -100,10 +100,24 @@ def test_check_succeeds_when_every_hit_is_predicted(good: Path, capsys: pytest.C
 def test_check_names_each_difference(capture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "check", str(capture)]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"{capture}: 1 frame, 1 event, 2 requests: 1 mismatch",
+        f"{capture}: 1 frame, 1 event, 2 requests: 1 mismatch; 1 more request cannot be predicted",
         "  4 engine blocks cached at the end",
         "  embeds: cannot be predicted: more than tokens",
         "  wrong: predicted 16 cached tokens, the engine reported 4",
+    ]
+
+
+def test_check_says_how_many_requests_it_could_not_compare_and_why_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "capture.jsonl"
+    left_out = [row for number in range(5) for row in asked(f"e{number}", 0, prompt_embeds="x")]
+    file.write_text("\n".join(map(json.dumps, [STORED, *asked("right", 16), *left_out])))
+    assert main(["events", "check", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: 1 frame, 1 event, 1 request: every hit was predicted; 5 more requests cannot be predicted",
+        "  4 engine blocks cached at the end",
+        "  e0, e1, e2 and 2 more: cannot be predicted: more than tokens",
     ]
 
 

@@ -165,6 +165,14 @@ def test_token_blocks_that_are_larger_than_the_engines_get_a_comment(ours: int, 
     assert (found.level, found.message.endswith(words or f"blocks.size is {ours}")) == ("ok", True)
 
 
+@pytest.mark.parametrize(("wait", "level"), [(5.0, "warning"), (6.5, "ok")])
+def test_engines_that_tokenize_later_than_decisions_wait_are_a_problem(wait: float, level: str) -> None:
+    asking = {"answers": 9, "failures": 0, "p50_ms": 6.46, "p90_ms": 9.44}
+    pod = replace(POD, samples=(replace(SAMPLE, compared=False),), asking=asking, wait_ms=wait)
+    (found,) = [each for each in check_fleet(FleetFacts(pods=(pod,), models=())) if each.check == "tokens"]
+    assert (found.level, "most are made without token ids" in found.message) == (level, level == "warning")
+
+
 def test_an_endpoint_of_the_config_is_not_said_to_come_from_the_engine() -> None:
     pod = replace(POD, following="configured", reported_sources=())
     said = {finding.message for finding in check_fleet(FleetFacts(pods=(pod,), models=()))}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from matrixinfer.feedtools.capture import CaptureReport, Mismatch, PublisherRepo
 from matrixinfer.feedtools.capture_file import CaptureReader
 from matrixinfer.feedtools.describe import plural, shown, tallied
 from matrixinfer.feedtools.mutate import MUTATIONS
+
+LABELS_SHOWN = 3
+"""Requests named for each reason for which their hits cannot be predicted; `--json` names all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,16 +136,28 @@ def _lines(result: Result, mutation: str | None) -> list[str]:
     lines = [first + _verdict(report)]
     lines += ["the file is truncated: checked up to its last complete row"] * result.truncated
     lines += [_feed(publisher) for publisher in report.publishers]
-    lines += [f"{shown(label)}: cannot be predicted: {reason}" for label, reason in report.unsupported.items()]
+    lines += _unsupported(report)
     return lines + [_difference(mismatch) for mismatch in report.mismatches]
 
 
 def _verdict(report: CaptureReport) -> str:
+    left_out = f"; {plural(len(report.unsupported), 'more request')} cannot be predicted" if report.unsupported else ""
     if not report.requests:
-        return "no requests to compare"
+        return f"no requests to compare{left_out}"
     if report.mismatches:
-        return f"{len(report.mismatches)} mismatches" if len(report.mismatches) > 1 else "1 mismatch"
-    return "every hit was predicted"
+        return (f"{len(report.mismatches)} mismatches" if len(report.mismatches) > 1 else "1 mismatch") + left_out
+    return f"every hit was predicted{left_out}"
+
+
+def _unsupported(report: CaptureReport) -> Iterator[str]:
+    """The requests that cannot be predicted, a line for each reason."""
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for label, reason in report.unsupported.items():
+        by_reason[reason].append(shown(label))
+    for reason, labels in by_reason.items():
+        rest = len(labels) - LABELS_SHOWN
+        named = ", ".join(labels[:LABELS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+        yield f"{named}: cannot be predicted: {reason}"
 
 
 def _difference(mismatch: Mismatch) -> str:
