@@ -213,19 +213,20 @@ async def test_processes_that_serve_many_clients_and_a_gateway_that_begins_later
                 decision = await response.json()
             return [pod.get("trust") for pod in decision.get("pods", {}).values()] == ["exact"] * 2
 
-        async def go_on(addresses: Json, turn: int) -> None:
-            """All clients at a time say something of their own."""
-            for number, body in enumerate(bodies):
-                said = words(f"{turn} {number}", 300)["text"]
+        async def is_learnt(addresses: Json) -> bool:
+            """All clients at a time say something of their own, after which all is known."""
+            for body in bodies:
+                said = words(str(draw.random()), 300)["text"]
                 body["messages"] += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": said}]
             await asyncio.gather(*(request(session, addresses, body) for body in bodies))
+            await asyncio.sleep(SETTLED_SECONDS)
+            return await all_are_predicted(addresses)
 
+        draw = random.Random(1)
         async with gateway("--config", str(file)) as (_, addresses):
             await eventually(lambda: all_are_followed(addresses), pause=0.1)
             await asyncio.gather(*(request(session, addresses, body) for body in bodies))  # alike but for the images
-            await go_on(addresses, 1)
-            await eventually(lambda: all_are_predicted(addresses), pause=0.5)
+            await eventually(lambda: is_learnt(addresses))
         async with gateway("--config", str(file)) as (_, addresses):
             await eventually(lambda: all_are_followed(addresses), pause=0.1)
-            await go_on(addresses, 2)
-            await eventually(lambda: all_are_predicted(addresses), pause=0.5)
+            await eventually(lambda: is_learnt(addresses))
