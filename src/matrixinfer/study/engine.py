@@ -140,6 +140,12 @@ class Engine:
         return left
 
     @property
+    def decode_seconds(self) -> float:
+        """What the decoding requests add to the next step."""
+        timing, count = self.shape.timing, len(self._decoding)
+        return count * timing.decode_sequence + (timing.attention_pair + timing.decode_context) * self._contexts
+
+    @property
     def capacity(self) -> int:
         """The longest prompt and reply together, in tokens."""
         return self.pool.capacity * self.shape.block_size

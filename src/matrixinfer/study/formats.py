@@ -1,0 +1,186 @@
+"""Reads traces that others publish, into turns."""
+
+from __future__ import annotations
+
+import gzip
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from matrixinfer.errors import MatrixInferError
+from matrixinfer.study.trace import Alphabet, Trace, Turn, filled
+
+
+_NO_IDS = np.zeros(0, np.uint32)
+
+
+class TraceError(MatrixInferError):
+    """A trace cannot be read."""
+
+
+class _Hashed(msgspec.Struct):
+    """Mooncake's line, and what others add to it."""
+
+    timestamp: float
+    """Milliseconds."""
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+    session_id: str | None = None
+
+
+class _Agents(msgspec.Struct):
+    """One coding session: its requests as rows of `columns`, block ids as runs `[first, count]`."""
+
+    id: str
+    block_size: int
+    columns: list[str]
+    requests: list[list[Any]]
+    tool_tokens: int = 0
+    system_tokens: int = 0
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed with gzip. Raises `TraceError`."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield line
+    except (OSError, EOFError) as error:
+        raise TraceError(f"cannot read the trace {path}: {error}") from error
+
+
+def keys_of(path: Path) -> set[str]:
+    """The keys of the first line, by which a format is recognised. Raises `TraceError`."""
+    first = next(lines(path), None)
+    if first is None:
+        raise TraceError(f"the trace {path} is empty")
+    try:
+        return set(msgspec.json.decode(first, type=dict[str, msgspec.Raw]))
+    except msgspec.MsgspecError as error:
+        raise TraceError(f"{path}:1: expected a JSON object: {error}") from error
+
+
+def mooncake(path: Path, *, block_size: int = 512) -> Trace:
+    """Requests with arrival times and hashes of their prompts' blocks; those of one session follow each other in time.
+
+    Block ids name whole prefixes' last blocks. What engines generate is new content: the trace does not say what it was.
+    """
+    alphabet, rows = Alphabet(), list(_decoded(path, _Hashed))
+    rows.sort(key=lambda row: row.timestamp)
+    start = rows[0].timestamp if rows else 0.0
+    turns = []
+    for number, row in enumerate(rows):
+        if not row.input_length:
+            continue
+        known = alphabet.word(("block", each) for each in row.hash_ids[: row.input_length // block_size])
+        known += alphabet.new(row.input_length // block_size - len(known))
+        reply = max(1, row.output_length)
+        turns.append(
+            Turn(
+                session=row.session_id or f"request-{number}",
+                delay=(row.timestamp - start) / 1000,
+                prompt=row.input_length,
+                reply=reply,
+                letters=filled(known, row.input_length, reply, block_size, alphabet),
+            )
+        )
+    return Trace(name=_name(path), block_size=block_size, turns=turns, settings={"block_size": block_size})
+
+
+def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_interval: float = 10.0) -> Trace:
+    """Coding-agent sessions, each a main agent with sub-agents.
+
+    A session begins `start_interval` seconds after the one before it. A request is sent when the last request that had
+    ended before it in the recording has its answer, after the time that then passed, at most `max_think` seconds. Blocks
+    are read in groups of `block_size` tokens. The tools and the system prompt are the same in all sessions with as many
+    tokens of them. A reply is what the same agent's next prompt continues with.
+    """
+    alphabet = Alphabet()
+    turns: list[Turn] = []
+    for number, row in enumerate(_decoded(path, _Agents)):
+        _Session(row, number, block_size, max_think, number * start_interval, alphabet).read(turns)
+    settings = {"block_size": block_size, "max_think_s": max_think, "session_interval_s": start_interval}
+    return Trace(name=_name(path), block_size=block_size, turns=turns, settings=settings)
+
+
+class _Session:
+    """Turns the requests of one session into turns."""
+
+    def __init__(
+        self, row: _Agents, number: int, block_size: int, max_think: float, start: float, alphabet: Alphabet
+    ) -> None:
+        if block_size % row.block_size:
+            raise TraceError(f"session {row.id}: expected blocks of a multiple of {row.block_size} tokens")
+        self._row = row
+        self._number = number
+        self._block_size = block_size
+        self._group = block_size // row.block_size
+        self._max_think = max_think
+        self._start = start
+        self._alphabet = alphabet
+        most = max((run[0] + run[1] for request in row.requests for run in request[row.columns.index("hash_rle")]), default=0)
+        self._base = alphabet.new(most)[0] if most else 0
+        self._common = (row.tool_tokens + row.system_tokens) // block_size
+
+    def read(self, turns: list[Turn]) -> None:
+        """Append the session's turns."""
+        at = {name: position for position, name in enumerate(self._row.columns)}
+        try:
+            rows = [
+                (float(row[at["t"]]), str(row[at["agent"]]), int(row[at["in"]]), int(row[at["out"]]),
+                 float(row[at["api_time"]]), self._letters(row[at["hash_rle"]], str(row[at["agent"]]), int(row[at["in"]])))
+                for row in self._row.requests
+            ]  # fmt: skip
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TraceError(f"session {self._row.id}: expected rows of {self._row.columns}: {error!r}") from error
+        rows = sorted((row for row in rows if row[2] > 0), key=lambda row: row[0])
+        ends: list[tuple[float, int]] = []  # when each request ended, and its position
+        first = len(turns)
+        for number, (sent, agent, prompt, reply, seconds, letters) in enumerate(rows):
+            before = max((end for end in ends if end[0] <= sent), default=None)
+            delay = self._start + sent if before is None else min(sent - before[0], self._max_think)
+            later = next((row for row in rows[number + 1 :] if row[1] == agent), None)
+            continued = letters
+            if later is not None and later[5][: len(letters)] == letters:
+                continued = later[5]
+            turns.append(
+                Turn(
+                    session=self._row.id,
+                    delay=delay,
+                    after=None if before is None else before[1],
+                    prompt=prompt,
+                    reply=max(1, reply),
+                    letters=filled(continued, prompt, max(1, reply), self._block_size, self._alphabet),
+                )
+            )
+            ends.append((sent + seconds, first + number))
+
+    def _letters(self, runs: Sequence[Sequence[int]], agent: str, prompt: int) -> array[int]:
+        """The letters of a prompt's full blocks. An id stands for a block after all before it, so a group's last names it."""
+        ids = np.concatenate([np.arange(first, first + count, dtype=np.uint32) for first, count in runs] or [_NO_IDS])
+        last = ids[self._group - 1 :: self._group][: prompt // self._block_size] + np.uint32(self._base)
+        word = array("I", last.astype(np.uint32).tobytes())
+        if agent == "main":
+            shared = (self._row.tool_tokens, self._row.system_tokens)
+            for block in range(min(self._common, len(word))):
+                word[block] = self._alphabet.letter((*shared, block))
+        return word + self._alphabet.new(prompt // self._block_size - len(word))
+
+
+def _decoded(path: Path, kind: type[Any]) -> Iterator[Any]:
+    decoder = msgspec.json.Decoder(kind)
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            yield decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise TraceError(f"{path}:{number}: {error}") from error
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
