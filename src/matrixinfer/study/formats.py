@@ -134,7 +134,7 @@ class _Session:
         try:
             rows = [
                 (float(row[at["t"]]), str(row[at["agent"]]), int(row[at["in"]]), int(row[at["out"]]),
-                 float(row[at["api_time"]]), self._letters(row[at["hash_rle"]], str(row[at["agent"]]), int(row[at["in"]])))
+                 float(row[at["api_time"]] or 0), self._letters(row[at["hash_rle"]], str(row[at["agent"]]), int(row[at["in"]])))
                 for row in self._row.requests
             ]  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.embedded_index import Index
-from matrixinfer.routing.holdings import charge
+from matrixinfer.routing.holdings import Matches, charge
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.routing.sizing import Sizing
@@ -57,11 +57,19 @@ class Ticket(NamedTuple):
 
 
 class LetterCaches:
-    """Cache views in tokens: the events speak of blocks of one letter, which stands for `block_size` tokens."""
+    """Cache views in tokens: the events speak of blocks of one letter, which stands for `block_size` tokens.
+
+    Views are kept until something is applied to the feed of their pod.
+    """
 
     def __init__(self, caches: Caches, block_size: int) -> None:
         self._caches = caches
         self._block_size = block_size
+        self._views: dict[str, CacheView | None] = {}
+
+    def changed(self, name: str) -> None:
+        """Something has happened to the feed."""
+        self._views.pop(name, None)
 
     def rule_of(self, name: str) -> Rule | None:
         """Engines of one full-attention group have none."""
@@ -69,8 +77,13 @@ class LetterCaches:
 
     def of(self, name: str) -> CacheView | None:
         """The view, with the block size of the engine."""
+        if name in self._views:
+            return self._views[name]
         view = self._caches.of(name)
-        return None if view is None else msgspec.structs.replace(view, engine_block=self._block_size)
+        if view is not None:
+            view = msgspec.structs.replace(view, engine_block=self._block_size)
+        self._views[name] = view
+        return view
 
 
 class Gateway:
@@ -103,8 +116,8 @@ class Gateway:
         self._ongoing: dict[str, int] = {}  # tokens of the prompts in flight
         self._registry = PodRegistry((), (), PodWatchConfig(), clock)
         known = self._index.known
-        caches = LetterCaches(known.caches, block_size)
-        lookup = Lookup(self._registry, known.memory, caches)
+        self._caches = LetterCaches(known.caches, block_size)
+        lookup = Lookup(self._registry, known.memory, self._caches)
         self._load = LoadLedger(clock, config.pending_seconds)
         self._candidates = Candidates(
             self._registry, lookup, self._load, known.history, config.weights, Outliers(OutliersConfig(), clock)
@@ -123,10 +136,12 @@ class Gateway:
         self._registry.answered(pod)
         self._pods.add(pod)
         self._index.follow(pod, model=MODEL, can_replay=True)
+        self._caches.changed(pod)
         self._ask_if_wanted(pod)
 
     def leave(self, pod: str) -> None:
         """The pod has gone."""
+        self._caches.changed(pod)
         self._registry.leave(pod)
         self._pods.discard(pod)
         self._load.forget(pod)
@@ -136,11 +151,13 @@ class Gateway:
         """The engine does not answer any more."""
         for _ in range(PodWatchConfig().unhealthy_after_failures):
             self._registry.failed(pod)
+        self._caches.changed(pod)
         self._index.disconnected(pod)
 
     def up(self, pod: str) -> None:
         """The engine answers again."""
         self._registry.answered(pod)
+        self._caches.changed(pod)
         self._index.reconnected(pod)
         self._ask_if_wanted(pod)
 
@@ -160,6 +177,7 @@ class Gateway:
         while frames and frames[0].due <= now:
             _, pod, number, payload = frames.popleft()
             if pod in self._pods:
+                self._caches.changed(pod)
                 index.apply(pod, number, payload)
                 self._ask_if_wanted(pod)
 
@@ -168,6 +186,7 @@ class Gateway:
         self._asked.discard(pod)
         if pod not in self._pods:
             return
+        self._caches.changed(pod)
         wanted = self._index.wanted(pod)
         if wanted is not None and wanted.start >= start:
             self._index.replayed(wanted, [(number, payload) for number, payload in frames if number >= wanted.start])
@@ -203,7 +222,7 @@ class Gateway:
             body=b"",
             request=request,
             pods=[pod for pod in pods if pod.name not in without] or pods,
-            matches=known.match(MODEL, chain),
+            matches=Matches(blocks=known.memory.count(MODEL, chain), tails={}),
             base_model=MODEL,
             ids=None,
             tokenizer=None,

@@ -165,7 +165,7 @@ class Replay:
 
     def _arrived(self, number: int, now: float) -> None:
         turn = self.trace.turns[number]
-        job = Job(number, turn.session, turn.prompt, turn.reply, self.blocks.of(turn.letters), now)
+        job = Job(number, turn.session, turn.prompt, turn.reply, self.blocks.of_turn(number, turn), now)
         if all(turn.prompt + turn.reply > pod.engine.capacity for pod in self.pods.values()):
             self.too_long += 1
             self._over(number, now)

@@ -40,13 +40,12 @@ class Trace:
     settings: Mapping[str, object] = field(default_factory=dict)
     """What its reader was told, for the report."""
 
-    @property
-    def ideal_hit_rate(self) -> float:
+    def ideal_hit_rate(self, blocks: LetterBlocks) -> float:
         """Share of the prompt tokens that one cache without bounds would have, if the turns came in this order."""
         seen: set[int] = set()
-        blocks, hits, tokens = LetterBlocks(), 0, 0
-        for turn in self.turns:
-            hashes = blocks.of(turn.letters)
+        hits = tokens = 0
+        for number, turn in enumerate(self.turns):
+            hashes = blocks.of_turn(number, turn)
             full = (turn.prompt - 1) // self.block_size
             matched = next((at for at, key in enumerate(hashes[:full]) if key not in seen), min(full, len(hashes)))
             hits += matched * self.block_size
@@ -56,13 +55,24 @@ class Trace:
 
 
 class LetterBlocks(TokenBlockProcessor):
-    """Hashes blocks of one letter each as the gateway hashes blocks of tokens, and remembers what it has hashed."""
+    """Hashes blocks of one letter each as the gateway hashes blocks of tokens, and remembers what it has hashed.
 
-    __slots__ = ("_known",)
+    One instance serves all replays of one trace.
+    """
+
+    __slots__ = ("_known", "_turns")
 
     def __init__(self) -> None:
         super().__init__(1)
         self._known: dict[tuple[int | None, int], int] = {}
+        self._turns: dict[int, list[int]] = {}
+
+    def of_turn(self, number: int, turn: Turn) -> list[int]:
+        """The hashes of the blocks of the trace's turn `number`."""
+        hashes = self._turns.get(number)
+        if hashes is None:
+            hashes = self._turns[number] = self.of(turn.letters)
+        return hashes
 
     def of(self, letters: Sequence[int], parent: int | None = None) -> list[int]:
         """The hash of each letter after those before it."""
