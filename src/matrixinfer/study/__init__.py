@@ -1,1 +1,1 @@
-"""Replays of recorded and generated traffic in virtual time: what would a routing policy gain?"""
+"""Replays of recorded and generated traffic in virtual time, to compare routing policies."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
 from matrixinfer.pods.registry import EngineMetrics
@@ -91,7 +91,7 @@ class Baseline:
     def publish(self, frame: Frame) -> None:
         """No use is made of events."""
 
-    def replayed(self, pod: str, start: int, frames: Iterable[tuple[int, bytes]]) -> None:
+    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """No use is made of events."""
 
 
@@ -176,7 +176,7 @@ class Approximate(Baseline):
 
     def matched(self, job: Job, pod: str) -> int:
         """Prompt tokens that were sent to the pod before."""
-        sent, count = self._sent.get(pod, {}), 0
+        sent, count = self._sent.get(pod) or OrderedDict[int, None](), 0
         for key in job.hashes[: (job.prompt - 1) // self.block_size]:
             if key not in sent:
                 break
@@ -207,7 +207,7 @@ class ApproxPrefix(Approximate):
 
     def choose(self, job: Job, pods: Sequence[str]) -> str:
         """Choose the highest sum."""
-        longest = max(1, max(self.in_flight[pod] for pod in pods))
+        longest = max(1, *(self.in_flight[pod] for pod in pods))
         scores = {
             pod: 4 * self.matched(job, pod) / job.prompt + 3 * (1 - self.in_flight[pod] / longest) for pod in pods
         }

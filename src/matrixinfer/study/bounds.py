@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 from matrixinfer.pods.registry import EngineMetrics
 from matrixinfer.study.jobs import Frame, Job
@@ -58,7 +58,7 @@ class Oracle:
     def publish(self, frame: Frame) -> None:
         """The engines know."""
 
-    def replayed(self, pod: str, start: int, frames: Iterable[tuple[int, bytes]]) -> None:
+    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The engines know."""
 
 

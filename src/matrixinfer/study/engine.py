@@ -254,7 +254,7 @@ class Engine:
         """Do what some of the decoding requests need in this step. Returns the rest of its tokens; 0 after a preemption."""
         size, step, preempted = self.shape.block_size, self._step, False
         while self._special and self._special[0][0] == step:
-            _, number, version, run = heappop(self._special)
+            _, _, version, run = heappop(self._special)
             if version != run.versions:
                 continue
             self._advance(run)

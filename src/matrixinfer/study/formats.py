@@ -14,7 +14,6 @@ import numpy as np
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.study.trace import Alphabet, Trace, Turn, filled
 
-
 _NO_IDS = np.zeros(0, np.uint32)
 
 
@@ -66,31 +65,48 @@ def keys_of(path: Path) -> set[str]:
         raise TraceError(f"{path}:1: expected a JSON object: {error}") from error
 
 
-def mooncake(path: Path, *, block_size: int = 512) -> Trace:
-    """Requests with arrival times and hashes of their prompts' blocks; those of one session follow each other in time.
+def mooncake(path: Path, *, block_size: int | None = None) -> Trace:
+    """Requests with arrival times and hashes of their prompts' blocks. Raises `TraceError`.
 
-    Block ids name whole prefixes' last blocks. What engines generate is new content: the trace does not say what it was.
+    Block ids stand for a block after all before it. Requests of one session also wait for the answer before them. What
+    engines generate is new content: the trace does not say what it was. The block size is found from the lengths.
     """
-    alphabet, rows = Alphabet(), list(_decoded(path, _Hashed))
-    rows.sort(key=lambda row: row.timestamp)
+    rows: list[_Hashed] = sorted(_decoded(path, _Hashed), key=lambda row: row.timestamp)
+    size = block_size or _block_size(path, rows)
+    alphabet, turns = Alphabet(), list[Turn]()
+    last: dict[str, int] = {}
     start = rows[0].timestamp if rows else 0.0
-    turns = []
     for number, row in enumerate(rows):
-        if not row.input_length:
+        if row.input_length < 1:
             continue
-        known = alphabet.word(("block", each) for each in row.hash_ids[: row.input_length // block_size])
-        known += alphabet.new(row.input_length // block_size - len(known))
+        sent = (row.timestamp - start) / 1000
+        known = alphabet.word(row.hash_ids[: row.input_length // size])
+        known += alphabet.new(row.input_length // size - len(known))
         reply = max(1, row.output_length)
+        session = row.session_id or f"request-{number}"
+        after = last.get(session)
+        last[session] = len(turns)
         turns.append(
             Turn(
-                session=row.session_id or f"request-{number}",
-                delay=(row.timestamp - start) / 1000,
+                session=session,
+                delay=sent if after is None else 0.0,
+                after=after,
+                not_before=sent,
                 prompt=row.input_length,
                 reply=reply,
-                letters=filled(known, row.input_length, reply, block_size, alphabet),
+                letters=filled(known, row.input_length, reply, size, alphabet),
             )
         )
-    return Trace(name=_name(path), block_size=block_size, turns=turns, settings={"block_size": block_size})
+    return Trace(name=name_of(path), block_size=size, turns=turns, settings={"block_size": size})
+
+
+def _block_size(path: Path, rows: Sequence[_Hashed]) -> int:
+    """Tokens per block id, where the last id may be of a block that is not full."""
+    some = [row for row in rows[:1000] if row.hash_ids and row.input_length > 0]
+    for size in (16, 32, 64, 128, 256, 512, 1024, 2048):
+        if all(row.input_length // size <= len(row.hash_ids) <= -(-row.input_length // size) for row in some):
+            return size
+    raise TraceError(f"{path}: no block size fits the numbers of tokens and of block ids; name it with --block-tokens")
 
 
 def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_interval: float = 10.0) -> Trace:
@@ -106,7 +122,7 @@ def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_
     for number, row in enumerate(_decoded(path, _Agents)):
         _Session(row, number, block_size, max_think, number * start_interval, alphabet).read(turns)
     settings = {"block_size": block_size, "max_think_s": max_think, "session_interval_s": start_interval}
-    return Trace(name=_name(path), block_size=block_size, turns=turns, settings=settings)
+    return Trace(name=name_of(path), block_size=block_size, turns=turns, settings=settings)
 
 
 class _Session:
@@ -124,7 +140,9 @@ class _Session:
         self._max_think = max_think
         self._start = start
         self._alphabet = alphabet
-        most = max((run[0] + run[1] for request in row.requests for run in request[row.columns.index("hash_rle")]), default=0)
+        most = max(
+            (run[0] + run[1] for request in row.requests for run in request[row.columns.index("hash_rle")]), default=0
+        )
         self._base = alphabet.new(most)[0] if most else 0
         self._common = (row.tool_tokens + row.system_tokens) // block_size
 
@@ -182,5 +200,6 @@ def _decoded(path: Path, kind: type[Any]) -> Iterator[Any]:
             raise TraceError(f"{path}:{number}: {error}") from error
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
+    """The name of a trace: its file's, without suffixes."""
     return path.name.removesuffix(".gz").removesuffix(".jsonl")

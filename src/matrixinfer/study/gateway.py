@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -13,17 +13,18 @@ import msgspec
 from matrixinfer.blocks import BlockChain, SharedHashes
 from matrixinfer.config import OutliersConfig, PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.ends import Rule
+from matrixinfer.kvevents.subscription import HEARTBEAT_SECONDS
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.routing.candidates import Candidates
-from matrixinfer.routing.embedded_index import Index
+from matrixinfer.routing.embedded_index import Index, Replay
 from matrixinfer.routing.holdings import Matches, charge
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.routing.sizing import Sizing
-from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
+from matrixinfer.scheduler.framework import SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.study.jobs import Frame, Job
@@ -113,6 +114,8 @@ class Gateway:
         self._frames: deque[Frame] = deque()
         self._asked: set[str] = set()
         self._pods: set[str] = set()
+        self._heard: dict[str, float] = {}  # when each pod's last frame came, or it was asked
+        self._heartbeats: dict[str, Replay] = {}
         self._ongoing: dict[str, int] = {}  # tokens of the prompts in flight
         self._registry = PodRegistry((), (), PodWatchConfig(), clock)
         known = self._index.known
@@ -162,10 +165,21 @@ class Gateway:
         self._ask_if_wanted(pod)
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
-        """The pod's metrics were read."""
+        """The pod's metrics were read. If it has been silent for long, it is asked for its last frame."""
         self._registry.measured(pod, metrics)
+        now = metrics.read_at
+        if now - self._heard.setdefault(pod, now) >= HEARTBEAT_SECONDS:
+            self._heard[pod] = now
+            self.heartbeat(pod)
 
     # Events
+
+    def heartbeat(self, pod: str) -> None:
+        """Ask a silent pod whether its last frames were lost."""
+        beat = self._index.heartbeat(pod) if pod in self._pods and pod not in self._asked else None
+        if beat is not None:
+            self._heartbeats[pod] = beat
+            self._ask(pod, beat.start)
 
     def publish(self, frame: Frame) -> None:
         """A frame is on its way. Frames arrive in the order in which they are published."""
@@ -178,15 +192,19 @@ class Gateway:
             _, pod, number, payload = frames.popleft()
             if pod in self._pods:
                 self._caches.changed(pod)
+                self._heard[pod] = now
                 index.apply(pod, number, payload)
                 self._ask_if_wanted(pod)
 
-    def replayed(self, pod: str, start: int, frames: Iterable[tuple[int, bytes]]) -> None:
+    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The engine answers what it was asked for from number `start` on."""
         self._asked.discard(pod)
         if pod not in self._pods:
             return
         self._caches.changed(pod)
+        beat = self._heartbeats.pop(pod, None)
+        if beat is not None:
+            self._index.replayed(beat, [each for each in frames if each[0] >= beat.start])
         wanted = self._index.wanted(pod)
         if wanted is not None and wanted.start >= start:
             self._index.replayed(wanted, [(number, payload) for number, payload in frames if number >= wanted.start])
@@ -215,6 +233,8 @@ class Gateway:
             prefix=b"",
             session=job.session,
             now=now,
+            chunks=tuple(chain) if self._scheduler.reads_bytes else (),
+            chunk_ends=range(self._block_size, prompt + 1, self._block_size) if self._scheduler.reads_bytes else (),
         )
         _, pods = self._registry.resolve(MODEL)
         prepared = Prepared(
@@ -240,6 +260,10 @@ class Gateway:
         self._ongoing[chosen.name] = self._ongoing.get(chosen.name, 0) + prompt
         return chosen.name
 
+    def holds(self, hashes: Sequence[int]) -> dict[str, int]:
+        """How many blocks of a prompt each pod holds, by its events. Pods that hold none are absent."""
+        return self._index.known.memory.count(MODEL, hashes)
+
     def answered(self, job: Job) -> None:
         """The answer begins."""
         _ticket(job).charge.first_byte()
@@ -250,7 +274,9 @@ class Gateway:
         self._ongoing[job.pod] -= job.prompt
         ticket.charge.release()
         request = ticket.request
-        self._index.known.history.computed(job.pod, MODEL, request.chain, is_exact=ticket.is_exact)
+        self._index.known.history.computed(
+            job.pod, MODEL, request.chain, is_exact=ticket.is_exact, chunks=request.chunks
+        )
 
     def failed(self, job: Job) -> None:
         """The pod has not computed the prompt, or broke off."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from matrixinfer.pods.registry import EngineMetrics
@@ -27,7 +27,9 @@ class Job:
         "ticket",
     )
 
-    def __init__(self, number: int, session: str, prompt: int, reply: int, hashes: Sequence[int], arrived: float) -> None:
+    def __init__(
+        self, number: int, session: str, prompt: int, reply: int, hashes: Sequence[int], arrived: float
+    ) -> None:
         self.number = number
         """Position in the trace."""
         self.session = session
@@ -101,6 +103,6 @@ class Router(Protocol):
         """A frame of KV events is on its way to the gateway."""
         ...
 
-    def replayed(self, pod: str, start: int, frames: Iterable[tuple[int, bytes]]) -> None:
+    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The answer to a request for the events from `start` on."""
         ...

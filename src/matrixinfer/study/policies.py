@@ -39,9 +39,7 @@ def _seed(replay: Replay, gateway: int) -> int:
 def _baseline(kind: type[baselines.Baseline]) -> Callable[[Replay, int], Router]:
     def make(replay: Replay, gateway: int) -> Router:
         fleet = replay.fleet
-        return kind(
-            seed=_seed(replay, gateway), block_size=replay.trace.block_size, pod_tokens=fleet.pod_tokens
-        )
+        return kind(seed=_seed(replay, gateway), block_size=replay.trace.block_size, pod_tokens=fleet.pod_tokens)
 
     return make
 
@@ -77,7 +75,11 @@ def _all() -> dict[str, Policy]:
         Policy(name=name, summary=_summary(kind), make=_baseline(kind), publishes=False) for name, kind in first.items()
     ]
     found += [
-        Policy(name=name, summary=f"the profile `{name}` of this gateway", make=_gateway(with_policy(SchedulerConfig(), name)))
+        Policy(
+            name=name,
+            summary=f"the profile `{name}` of this gateway",
+            make=_gateway(with_policy(SchedulerConfig(), name)),
+        )
         for name in PROFILES
         if name not in first
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
@@ -18,7 +18,9 @@ KEPT_FRAMES = 10_000
 class Publisher:
     """One pod's. `letters_of` gives the letters of a request; `lost` is the share of frames that no gateway gets live."""
 
-    def __init__(self, pod: str, letters_of: Callable[[Any], Sequence[int]], *, delay: float, lost: float, seed: int) -> None:
+    def __init__(
+        self, pod: str, letters_of: Callable[[Any], list[int]], *, delay: float, lost: float, seed: int
+    ) -> None:
         self.pod = pod
         self._letters_of = letters_of
         self._delay = delay

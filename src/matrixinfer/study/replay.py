@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from matrixinfer.pods.registry import EngineMetrics
 from matrixinfer.study.engine import Engine, EngineShape, Run
@@ -21,7 +21,7 @@ from matrixinfer.study.faults import Fault
 from matrixinfer.study.jobs import Job, Router
 from matrixinfer.study.pool import Pool
 from matrixinfer.study.publisher import Publisher
-from matrixinfer.study.trace import LetterBlocks, Trace, Turn
+from matrixinfer.study.trace import LetterBlocks, Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,8 @@ class Sample:
     """Share of each pod's cache that running requests use."""
 
 
-class RouterOf(Protocol):
-    """Makes the router of a gateway."""
-
-    def __call__(self, replay: Replay, gateway: int) -> Router: ...
-
+RouterOf: TypeAlias = Callable[["Replay", int], Router]
+"""Makes the router of a gateway."""
 
 _Event: TypeAlias = tuple[float, int, Callable[[float], None]]
 
@@ -219,7 +216,8 @@ class Replay:
         self._open -= 1
         self._progress(len(self.trace.turns) - self._open)
         for after in self._next_of.pop(number, ()):
-            self._at(now + self.trace.turns[after].delay, self._arrival(after))
+            turn = self.trace.turns[after]
+            self._at(max(now + turn.delay, turn.not_before / self.fleet.rate_scale), self._arrival(after))
 
     # The fleet
 

@@ -29,16 +29,12 @@ class Rule:
     baseline: type[Baseline] = Baseline
 
 
-def lmetric(
-    request: SchedulingRequest, candidates: Sequence[Candidate], ongoing: Mapping[str, int]
-) -> Candidate:
+def lmetric(request: SchedulingRequest, candidates: Sequence[Candidate], ongoing: Mapping[str, int]) -> Candidate:
     """Tokens to prefill, queued ones and this prompt's misses, times the batch with this request."""
     return min(candidates, key=lambda pod: (_new_tokens(request, pod) + pod.queued_tokens) * (pod.load + 1))
 
 
-def dynamo_kv(
-    request: SchedulingRequest, candidates: Sequence[Candidate], ongoing: Mapping[str, int]
-) -> Candidate:
+def dynamo_kv(request: SchedulingRequest, candidates: Sequence[Candidate], ongoing: Mapping[str, int]) -> Candidate:
     """Blocks to prefill, queued ones and this prompt's misses, plus the active blocks, with this request's; both weigh 1."""
 
     def cost(pod: Candidate) -> float:

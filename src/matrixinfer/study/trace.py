@@ -22,6 +22,8 @@ class Turn:
     """Seconds between the end of the turn `after` and this request; from the start of the trace if there is none."""
     after: int | None = None
     """Position of the turn whose answer must be complete first."""
+    not_before: float = 0.0
+    """Seconds from the start of the trace before which it is not sent."""
     prompt: int
     """Tokens."""
     reply: int
