@@ -41,8 +41,8 @@ class Job:
         self.router = 0
         """Which of the gateways takes it."""
         self.pod = ""
-        self.predicted = 0
-        """Prompt tokens that its gateway expected to be cached."""
+        self.predicted: int | None = None
+        """Prompt tokens that its gateway predicted to be cached; None if it predicts nothing."""
         self.ticket: object = None
         """What its router holds for it."""
         self.cached = 0

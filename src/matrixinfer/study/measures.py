@@ -17,9 +17,10 @@ def measures(replay: Replay) -> dict[str, float | int | None]:
     first = np.array([job.first - job.arrived for job in jobs if job.first is not None])
     whole = np.array([job.ended - job.arrived for job in done if job.ended is not None])
     prompt = sum(job.prompt for job in jobs)
+    predicted = [job.predicted for job in jobs]
     results: dict[str, float | int | None] = {
         "hit_rate": _ratio(sum(job.cached for job in jobs), prompt),
-        "predicted_hit_rate": _ratio(sum(job.predicted for job in jobs), prompt),
+        "predicted_hit_rate": None if None in predicted else _ratio(sum(filter(None, predicted)), prompt),
         "ttft_mean_s": _rounded(first.mean()) if len(first) else None,
     }
     for percent in (50, 90, 99):

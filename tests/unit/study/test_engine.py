@@ -109,7 +109,7 @@ def by_engine(work: Workload, blocks: int, **shape: int) -> dict[str, Any]:
     return {"first": first, "last": last, "cached": cached, "cache": cache, "preemptions": engine.preemptions}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     ("blocks", "shape"),
     [
