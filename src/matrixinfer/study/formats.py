@@ -109,7 +109,7 @@ def _block_size(path: Path, rows: Sequence[_Hashed]) -> int:
     raise TraceError(f"{path}: no block size fits the numbers of tokens and of block ids; name it with --block-tokens")
 
 
-def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_interval: float = 10.0) -> Trace:
+def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_interval: float = 30.0) -> Trace:
     """Coding-agent sessions, each a main agent with sub-agents.
 
     A session begins `start_interval` seconds after the one before it. A request is sent when the last request that had

@@ -99,7 +99,7 @@ def test_agents_wait_for_what_had_ended_before_them_and_share_tools_and_system_p
     trace = agents(tmp_path, session, session)
     turns = trace.turns
     assert [(turn.after, turn.delay) for turn in turns[:4]] == [(None, 0.0), (0, 2.0), (0, 4.0), (1, 60.0)]
-    assert turns[4].delay == 10.0  # the next session
+    assert turns[4].delay == 30.0  # the next session
     assert shared(trace, 0, 2) == 4
     assert shared(trace, 0, 4) == 1  # 256 tokens of tools and system prompt
     assert shared(trace, 1, 5) == 0
