@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import Any
 
 from matrixinfer.sim.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, encode
@@ -19,7 +20,7 @@ class Publisher:
     """One pod's. `letters_of` gives the letters of a request; `lost` is the share of frames that no gateway gets live."""
 
     def __init__(
-        self, pod: str, letters_of: Callable[[Any], list[int]], *, delay: float, lost: float, seed: int
+        self, pod: str, letters_of: Callable[[Any, int, int], list[int]], *, delay: float, lost: float, seed: int
     ) -> None:
         self.pod = pod
         self._letters_of = letters_of
@@ -56,7 +57,8 @@ class Publisher:
 
     def since(self, start: int) -> list[tuple[int, bytes]]:
         """The frames from a number on, as far as they are kept."""
-        return [(number, payload) for number, payload in self._kept if number >= start]
+        found = list(takewhile(lambda each: each[0] >= start, reversed(self._kept)))
+        return found[::-1]
 
     def restart(self) -> None:
         """Another run of the engine: numbers begin again."""
@@ -68,7 +70,7 @@ class Publisher:
         return BlockStored(
             block_hashes=job.hashes[first:last],
             parent_block_hash=job.hashes[first - 1] if first else None,
-            token_ids=self._letters_of(job)[first:last],
+            token_ids=self._letters_of(job, first, last),
             block_size=1,
             extra_keys=[None] * (last - first),
         )

@@ -221,9 +221,9 @@ class Replay:
 
     # The fleet
 
-    def letters_of(self, job: Job) -> list[int]:
-        """The letters of a request, for its events."""
-        return list(self.trace.turns[job.number].letters)
+    def letters_of(self, job: Job, first: int, last: int) -> list[int]:
+        """The letters of a request's blocks [first, last), for its events."""
+        return list(self.trace.turns[job.number].letters[first:last])
 
     def _add_pod(self, number: int) -> Pod:
         fleet, name = self.fleet, f"pod-{number}"
@@ -262,6 +262,8 @@ class Replay:
         for pod in self.pods.values():
             if not pod.is_up or not pod.is_listed:
                 continue
+            if not self._publishes:
+                continue  # nobody reads them
             engine = pod.engine
             metrics = EngineMetrics(
                 running=engine.running,
