@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder --duratio
 UNIT := tests/unit tests/conformance
 TIMES ?= 10
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm check-engines check lint bench traces format lock clean
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm check-engines check lint bench traces study format lock clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -55,6 +55,9 @@ bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 
 traces: .venv/dev.stamp ## Token ids of public traces in the folder TRACES against transformers and tokenizers (half a minute)
 	MATRIXINFER_TRACES=$(TRACES) $(BIN)/pytest -rs tests/integration/test_traces.py
+
+study: .venv/dev.stamp ## Routing policies on the traces in the folder TRACES and on generated traffic (docs/evaluation.md; resumable)
+	$(BIN)/python -m matrixinfer.study.evaluate $(if $(TRACES),--traces $(TRACES)) --results .study --page docs/evaluation.md
 
 format: .venv/dev.stamp ## Format the code and mend what can be mended
 	$(BIN)/ruff format .

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matrixinfer import __version__
-from matrixinfer.blocks import TokenIds
 from matrixinfer.cli.arguments import (
     Subparsers,
     at_least_one,
@@ -26,16 +22,12 @@ from matrixinfer.cli.arguments import (
     share,
 )
 from matrixinfer.cli.terminal import Rows, standard_output
-from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError
-from matrixinfer.prompt.manager import TokenizerManager
-from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.requests import parse
-from matrixinfer.study import formats, generators, presets
-from matrixinfer.study.conversations import Message, conversations
+from matrixinfer.study import generators, presets
 from matrixinfer.study.faults import Fault
 from matrixinfer.study.plots import plot
 from matrixinfer.study.policies import POLICIES, chosen
+from matrixinfer.study.reading import read
 from matrixinfer.study.replay import Fleet
 from matrixinfer.study.runs import Outcome, replay_all
 from matrixinfer.study.trace import LetterBlocks, Trace
@@ -155,47 +147,16 @@ def _check(trace: Trace, fleet: Fleet) -> None:
 
 
 def _read(text: str, args: argparse.Namespace) -> Trace:
-    path = Path(text)
-    if not path.exists():
+    if not Path(text).exists():
         return generators.generate(text, seed=args.seed)
-    size = {} if args.block_tokens is None else {"block_size": args.block_tokens}
-    keys = formats.keys_of(path)
-    if "hash_ids" in keys:
-        return formats.mooncake(path, **size)
-    if "requests" in keys:
-        return formats.agents(path, **size)
-    if "messages" in keys:
-        with ExitStack() as stack:
-            return conversations(path, _tokenizer(args, stack), seed=args.seed, **size)
-    raise formats.TraceError(
-        f"{path}: unknown format: expected lines with `hash_ids`, with `requests` or with `messages`, "
-        f"found {', '.join(f'`{key}`' for key in sorted(keys))}"
+    tokenizer = args.tokenizer or packaged_tokenizer()
+    return read(
+        Path(text),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        chat_template=args.chat_template,
+        block_size=args.block_tokens,
+        seed=args.seed,
     )
-
-
-def _tokenizer(
-    args: argparse.Namespace, stack: ExitStack
-) -> Callable[[Sequence[Message], Sequence[Any] | None], TokenIds]:
-    folder = args.tokenizer or packaged_tokenizer()
-    if folder is None:
-        raise ConfigError(
-            "--tokenizer", "conversations are text: name the folder of a tokenizer, or install the extra `demo`"
-        )
-    model = ModelConfig(name="model", tokenizer=str(folder), chat_template=args.chat_template)
-    runner = stack.enter_context(asyncio.Runner())
-    tokenizers = TokenizerManager([model], TokenizationConfig(timeout_seconds=60.0), None)
-    runner.run(tokenizers.__aenter__())
-    stack.callback(lambda: runner.run(tokenizers.__aexit__(None, None, None)))
-
-    def tokenize(messages: Sequence[Message], tools: Sequence[Any] | None) -> TokenIds:
-        is_answered = bool(messages) and messages[-1].get("role") == "assistant"
-        body = {"model": "model", "messages": messages, "add_generation_prompt": not is_answered}
-        if tools:
-            body["tools"] = tools
-        prompt = parse(CHAT_PATH, msgspec.json.encode(body))
-        return runner.run(tokenizers.tokenize(prompt, model="model", engines=())).tokens.ids
-
-    return tokenize
 
 
 def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str, object]:

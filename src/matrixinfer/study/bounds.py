@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from matrixinfer.pods.registry import EngineMetrics
@@ -10,26 +11,41 @@ from matrixinfer.study.replay import Pod, Replay
 
 
 class Oracle:
-    """Chooses the pod with the least `cost`, in seconds until the first token; the fewest requests decide between equals."""
+    """Chooses the pod with the least `cost`, in seconds, counted in milliseconds.
+
+    The cost is the time until the first token, and the time to compute again what the prompt pushes out of the cache, if a
+    request that has not come yet needs it. Between equals the fewest requests decide, and then the least work so far.
+    """
 
     def __init__(self, replay: Replay, gateway: int) -> None:
         self._replay = replay
+        self._needed: Counter[int] = Counter()
+        """How many of the requests to come have each block."""
+        for number, turn in enumerate(replay.trace.turns):
+            self._needed.update(self._blocks_of(turn.prompt, replay.blocks.of_turn(number, turn)))
 
     def cost(self, pod: Pod, job: Job) -> float:
-        """How long the request would wait there."""
+        """What the request would cost there."""
         engine, timing = pod.engine, pod.engine.shape.timing
-        hit = engine.pool.count(job.hashes[: (job.prompt - 1) // engine.shape.block_size])
-        tokens = engine.uncomputed_tokens + job.prompt - hit * engine.shape.block_size
+        tokens = engine.work_with(job.prompt, job.hashes)
         # Decoding requests take a part of every step until the prompt is computed.
         steps = -(-tokens // (engine.shape.max_tokens - min(engine.running, engine.shape.max_sequences)))
         decoding = timing.step + engine.decode_seconds
-        return (steps * decoding + tokens * timing.prefill_token) * engine.slowness
+        lost = sum(self._needed[key] > 0 for key in engine.pool.pushed_out(tokens // engine.shape.block_size))
+        again = lost * engine.shape.block_size * timing.prefill_token
+        return (steps * decoding + tokens * timing.prefill_token + again) * engine.slowness
 
     def route(self, job: Job, without: Collection[str] = ()) -> str:
         """Choose the least cost."""
+        if job.pod == "":
+            self._needed.subtract(self._blocks_of(job.prompt, job.hashes))
         pods = [pod for pod in self._replay.pods.values() if pod.is_listed and pod.is_up]
         pods = [pod for pod in pods if pod.name not in without] or pods or list(self._replay.pods.values())
-        return min(pods, key=lambda pod: (self.cost(pod, job), pod.engine.running)).name
+        costs = {pod.name: round(self.cost(pod, job), 3) for pod in pods}
+        return min(pods, key=lambda pod: (costs[pod.name], pod.engine.running, pod.engine.busy_seconds)).name
+
+    def _blocks_of(self, prompt: int, hashes: Sequence[int]) -> Sequence[int]:
+        return hashes[: prompt // self._replay.trace.block_size]
 
     def answered(self, job: Job) -> None:
         """The engines know."""
@@ -63,8 +79,8 @@ class Oracle:
 
 
 class EarliestToken(Oracle):
-    """The earliest first token of this request, without regard to later ones."""
+    """With a cache for each pod."""
 
 
 class LeastWork(Oracle):
-    """The same: with one cache of all pods every hit is found everywhere, and only queues differ."""
+    """With one cache of all pods every hit is found everywhere, and only queues differ."""

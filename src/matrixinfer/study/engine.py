@@ -128,15 +128,19 @@ class Engine:
         """Share of blocks in use by running requests."""
         return 1 - self.pool.free / self.pool.capacity
 
-    @property
-    def uncomputed_tokens(self) -> int:
-        """Prompt tokens that the running and waiting requests still need, if the cache stays as it is."""
-        size, pool = self.shape.block_size, self.pool
+    def work_with(self, prompt: int, hashes: Sequence[int]) -> int:
+        """Prompt tokens to compute until a request that came now would have its first, if nothing is evicted before."""
+        size, cached = self.shape.block_size, self.pool.cached
         run = self._prefilling
-        left = 0 if run is None else run.length - run.computed
-        for each in self.waiting:
-            hit = pool.count(each.hashes[: (each.length - 1) // size])
-            left += each.length - hit * size
+        left, coming = 0, set[int]()
+        if run is not None:
+            left = run.length - run.computed
+            coming.update(run.hashes[: run.length // size])
+        for length, keys in (*((each.length, each.hashes) for each in self.waiting), (prompt, hashes)):
+            most = (length - 1) // size
+            hit = next((at for at in range(most) if keys[at] not in cached and keys[at] not in coming), most)
+            left += length - hit * size
+            coming.update(keys[: length // size])
         return left
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +110,31 @@ def _block_size(path: Path, rows: Sequence[_Hashed]) -> int:
     raise TraceError(f"{path}: no block size fits the numbers of tokens and of block ids; name it with --block-tokens")
 
 
-def agents(path: Path, *, block_size: int = 256, max_think: float = 60.0, start_interval: float = 30.0) -> Trace:
+def agents(
+    path: Path,
+    *,
+    block_size: int = 256,
+    max_think: float = 60.0,
+    start_interval: float = 30.0,
+    most_sessions: int | None = None,
+) -> Trace:
     """Coding-agent sessions, each a main agent with sub-agents.
 
     A session begins `start_interval` seconds after the one before it. A request is sent when the last request that had
     ended before it in the recording has its answer, after the time that then passed, at most `max_think` seconds. Blocks
     are read in groups of `block_size` tokens. The tools and the system prompt are the same in all sessions with as many
-    tokens of them. A reply is what the same agent's next prompt continues with.
+    tokens of them. Only the first `most_sessions` are read. A reply is what the same agent's next prompt continues with.
     """
     alphabet = Alphabet()
     turns: list[Turn] = []
-    for number, row in enumerate(_decoded(path, _Agents)):
+    for number, row in enumerate(islice(_decoded(path, _Agents), most_sessions)):
         _Session(row, number, block_size, max_think, number * start_interval, alphabet).read(turns)
-    settings = {"block_size": block_size, "max_think_s": max_think, "session_interval_s": start_interval}
+    settings = {
+        "block_size": block_size,
+        "max_think_s": max_think,
+        "session_interval_s": start_interval,
+        "most_sessions": most_sessions,
+    }
     return Trace(name=name_of(path), block_size=block_size, turns=turns, settings=settings)
 
 
@@ -131,7 +144,9 @@ class _Session:
     def __init__(
         self, row: _Agents, number: int, block_size: int, max_think: float, start: float, alphabet: Alphabet
     ) -> None:
-        if block_size % row.block_size:
+        if "hash_rle" not in row.columns:
+            raise TraceError(f"session {row.id}: expected a column `hash_rle`, found {row.columns}")
+        if row.block_size < 1 or block_size % row.block_size:
             raise TraceError(f"session {row.id}: expected blocks of a multiple of {row.block_size} tokens")
         self._row = row
         self._number = number

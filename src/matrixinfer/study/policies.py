@@ -103,7 +103,7 @@ def _all() -> dict[str, Policy]:
         ),
         Policy(
             name="clairvoyant",
-            summary="knows each engine's cache and queue, and takes the earliest first token",
+            summary="knows each engine's cache and queue and the requests to come; decides one by one",
             make=bounds.EarliestToken,
             publishes=False,
         ),

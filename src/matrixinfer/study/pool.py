@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 
 class Pool:
@@ -50,6 +51,10 @@ class Pool:
                 break
             count += 1
         return count
+
+    def pushed_out(self, count: int) -> list[int]:
+        """The hashes that would be evicted if `count` blocks were taken now."""
+        return [key for block in islice(self._free, count) if (key := self._keys[block]) is not None]
 
     def idle(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` no running request uses."""
