@@ -64,6 +64,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "--gateways", type=at_least_one, default=1, metavar="G", help="gateways that share the requests at random"
     )
     parser.add_argument(
+        "--gossip", action="store_true", help="let gateways tell each other what they have in flight, as with Redis"
+    )
+    parser.add_argument(
         "--rate-scale", type=duration, default=1.0, metavar="X", help="let arrivals come X times as fast"
     )
     parser.add_argument("--seed", type=integer, default=0, metavar="S", help="seed of all draws (default: %(default)s)")
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
             pods=args.pods,
             pod_tokens=args.kv_tokens_per_pod or engine.kv_tokens,
             gateways=args.gateways,
+            gossip=args.gossip,
             rate_scale=args.rate_scale,
             event_delay=args.event_delay,
             event_loss=args.event_loss,
@@ -166,6 +170,7 @@ def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str,
         "pods": fleet.pods,
         "kv_tokens_per_pod": fleet.pod_tokens,
         "gateways": fleet.gateways,
+        "gossip": fleet.gossip,
         "rate_scale": fleet.rate_scale,
         "seed": fleet.seed,
         "event_delay_s": fleet.event_delay,

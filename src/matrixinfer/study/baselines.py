@@ -91,6 +91,12 @@ class Baseline:
     def publish(self, frame: Frame) -> None:
         """No use is made of events."""
 
+    def say(self, now: float) -> bytes | None:
+        """Nothing."""
+
+    def hear(self, message: bytes) -> None:
+        """Baselines do not talk."""
+
     def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """No use is made of events."""
 

@@ -74,6 +74,12 @@ class Oracle:
     def publish(self, frame: Frame) -> None:
         """The engines know."""
 
+    def say(self, now: float) -> bytes | None:
+        """Nothing."""
+
+    def hear(self, message: bytes) -> None:
+        """There is nothing to tell."""
+
     def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The engines know."""
 

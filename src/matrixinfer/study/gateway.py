@@ -31,6 +31,9 @@ from matrixinfer.study.jobs import Frame, Job
 from matrixinfer.study.rivals import Pick
 from matrixinfer.study.trace import LetterBlocks
 from matrixinfer.traffic.load import Charge, LoadLedger
+from matrixinfer.traffic.peers.announcements import Announcements
+from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.peers.message import Load, decode
 from matrixinfer.trust.cache_views import Caches, CacheView
 
 MODEL = "model"
@@ -96,6 +99,7 @@ class Gateway:
     def __init__(
         self,
         *,
+        name: str,
         config: SchedulerConfig,
         blocks: LetterBlocks,
         block_size: int,
@@ -122,8 +126,18 @@ class Gateway:
         self._caches = LetterCaches(known.caches, block_size)
         lookup = Lookup(self._registry, known.memory, self._caches)
         self._load = LoadLedger(clock, config.pending_seconds)
+        self._peers = PeerLoads()
+        self._announcements = Announcements(name)
+        self._load.subscribe(self._announcements.add_in_flight)
+        known.history.subscribe(self._announcements.add_computed)
         self._candidates = Candidates(
-            self._registry, lookup, self._load, known.history, config.weights, Outliers(OutliersConfig(), clock)
+            self._registry,
+            lookup,
+            self._load,
+            known.history,
+            config.weights,
+            Outliers(OutliersConfig(), clock),
+            self._peers,
         )
         plugins = discover()
         generator = random.Random(seed)  # noqa: S311  # breaks ties
@@ -215,6 +229,26 @@ class Gateway:
         if wanted is not None and pod not in self._asked:
             self._asked.add(pod)
             self._ask(pod, wanted.start)
+
+    # Other gateways
+
+    def say(self, now: float) -> bytes | None:
+        """The gateway's load, and the prompts that it has sent lately."""
+        return self._announcements.message({pod: Load(*each) for pod, each in self._load.loads().items()}, now)
+
+    def hear(self, message: bytes) -> None:
+        """Count what another gateway has sent."""
+        said = decode(message)
+        self._peers.update(said.gateway, said.load, self._clock())
+        for sent in said.sent:
+            view = self._caches.of(sent.endpoint)
+            if view is None:
+                continue
+            self._load.add_pending(sent.endpoint, sent.model, sent.blocks)
+            if sent.computed and (sent.by_bytes or view.trust != "exact"):
+                self._index.known.history.record_reported(
+                    sent.endpoint, sent.model, sent.blocks, by_bytes=sent.by_bytes
+                )
 
     # Requests
 

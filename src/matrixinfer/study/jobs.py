@@ -103,6 +103,14 @@ class Router(Protocol):
         """A frame of KV events is on its way to the gateway."""
         ...
 
+    def say(self, now: float) -> bytes | None:
+        """What the gateway has to say to the others; None for nothing."""
+        ...
+
+    def hear(self, message: bytes) -> None:
+        """What another gateway has said."""
+        ...
+
     def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The answer to a request for the events from `start` on."""
         ...

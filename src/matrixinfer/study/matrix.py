@@ -34,6 +34,7 @@ class Condition:
     cache: float = 0.5
     """The caches of all pods together, as a share of the trace's distinct tokens."""
     gateways: int = 1
+    gossip: bool = False
     event_loss: float = 0.0
     faults: Sequence[str] = ()
     """As `Fault.parse` reads them, where `T` stands for a third of the trace's time."""
@@ -45,6 +46,7 @@ CONDITIONS: Sequence[Condition] = (
     Condition(name="large caches", summary="caches for twice as much", cache=2.0),
     Condition(name="2 gateways", summary="requests go to one of two at random", gateways=2),
     Condition(name="4 gateways", summary="requests go to one of four at random", gateways=4),
+    Condition(name="4 that talk", summary="the same, and they tell each other their load", gateways=4, gossip=True),
     Condition(
         name="engine restart", summary="pod 0 is down for 30 s and has lost its cache", faults=("restart@T:0:30",)
     ),
@@ -100,6 +102,7 @@ def fleet(trace: Trace, shape: EngineShape, needs: Demand, condition: Condition,
         pods=pods,
         pod_tokens=max(tokens, 2 * needs.longest + 2 * trace.block_size),
         gateways=condition.gateways,
+        gossip=condition.gossip,
         event_loss=condition.event_loss,
         faults=[Fault.parse(text.replace("@T", f"@{third}")) for text in condition.faults],
         seed=seed,

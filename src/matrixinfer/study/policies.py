@@ -47,6 +47,7 @@ def _baseline(kind: type[baselines.Baseline]) -> Callable[[Replay, int], Router]
 def _gateway(config: SchedulerConfig, pick: rivals.Pick | None = None) -> Callable[[Replay, int], Router]:
     def make(replay: Replay, gateway: int) -> Router:
         return Gateway(
+            name=f"gateway-{gateway}",
             config=config,
             blocks=replay.blocks,
             block_size=replay.trace.block_size,

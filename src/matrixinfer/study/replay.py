@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from matrixinfer.study.jobs import Job, Router
 from matrixinfer.study.pool import Pool
 from matrixinfer.study.publisher import Publisher
 from matrixinfer.study.trace import LetterBlocks, Trace
+from matrixinfer.traffic.peers.link import INTERVAL_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Fleet:
     pod_tokens: int = 1_000_000
     """Tokens that one pod's KV cache holds."""
     gateways: int = 1
+    gossip: bool = False
+    """Gateways tell each other what they have in flight, as they do over a shared Redis."""
     rate_scale: float = 1.0
     """Arrivals come so many times as fast. Times between an answer and the next turn stay."""
     event_delay: float = 0.01
@@ -135,6 +139,8 @@ class Replay:
             if fault.kind != "small":
                 self._at(fault.at, self._fault(fault))
         self._at(0.0, self._scrape)
+        if self.fleet.gossip and self.fleet.gateways > 1:
+            self._at(INTERVAL_SECONDS, self._talk)
         events = self._events
         while events and self._open:
             self.now, _, act = heappop(events)
@@ -283,6 +289,15 @@ class Replay:
         )
         self._at(now + self.fleet.scrape_interval, self._scrape)
 
+    def _talk(self, now: float) -> None:
+        routers = self._routers
+        for speaker in routers:
+            message = speaker.say(now)
+            if message is not None:
+                others = [router for router in routers if router is not speaker]
+                self._at(now + self.fleet.event_delay, partial(_hear, others, message))
+        self._at(now + INTERVAL_SECONDS, self._talk)
+
     # Faults
 
     def _fault(self, fault: Fault) -> Callable[[float], None]:
@@ -351,3 +366,8 @@ class Replay:
             if job.ended is None:
                 job.router = -1
         self._routers = [self._new_router(number) for number in range(self.fleet.gateways)]
+
+
+def _hear(routers: Sequence[Router], message: bytes, _: float) -> None:
+    for router in routers:
+        router.hear(message)

@@ -39,6 +39,7 @@ def held(run: Replay) -> dict[str, set[int]]:
     [
         ({}, []),
         ({"gateways": 3}, []),
+        ({"gateways": 3, "gossip": True}, ["restart@6:1:3"]),
         ({"event_loss": 0.2, "gateways": 2}, []),
         ({"event_delay": 0.5}, ["reset@5:1", "slow@3:2:4", "small@0:0:0.3"]),
         ({"gateways": 2}, ["restart@6:1:3"]),
@@ -80,6 +81,18 @@ def test_every_policy_answers_every_request_and_repeats_itself(policy: str) -> N
     hits = first.results["hit_rate"]
     assert hits is not None
     assert 0 <= hits <= trace.ideal_hit_rate(LetterBlocks()) + 1e-4
+
+
+def test_gateways_that_talk_know_what_the_others_have_in_flight() -> None:
+    letters = Alphabet()
+    trace = of(*(turn(letters, 4000, 100, delay=n * 0.3) for n in range(30)))
+    waits = []
+    for gossip in (False, True):
+        done = run(trace, fleet(trace, gateways=3, gossip=gossip, scrape_interval=100.0), "kv_aware")
+        waits.append(measures(done)["ttft_mean_s"])
+    assert waits[0] is not None
+    assert waits[1] is not None
+    assert waits[1] < waits[0]
 
 
 def test_another_seed_draws_another_route() -> None:
