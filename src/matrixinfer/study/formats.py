@@ -128,7 +128,10 @@ def agents(
     alphabet = Alphabet()
     turns: list[Turn] = []
     for number, row in enumerate(islice(_decoded(path, _Agents), most_sessions)):
-        _Session(row, number, block_size, max_think, number * start_interval, alphabet).read(turns)
+        try:
+            _Session(row, number, block_size, max_think, number * start_interval, alphabet).read(turns)
+        except OverflowError as error:
+            raise TraceError(f"{path}: session {row.id}: {error}") from error
     settings = {
         "block_size": block_size,
         "max_think_s": max_think,
@@ -155,10 +158,7 @@ class _Session:
         self._max_think = max_think
         self._start = start
         self._alphabet = alphabet
-        most = max(
-            (run[0] + run[1] for request in row.requests for run in request[row.columns.index("hash_rle")]), default=0
-        )
-        self._base = alphabet.new(most)[0] if most else 0
+        self._base = alphabet.reserve(_most(row))
         self._common = (row.tool_tokens + row.system_tokens) // block_size
 
     def read(self, turns: list[Turn]) -> None:
@@ -196,7 +196,11 @@ class _Session:
 
     def _letters(self, runs: Sequence[Sequence[int]], agent: str, prompt: int) -> array[int]:
         """The letters of a prompt's full blocks. An id stands for a block after all before it, so a group's last names it."""
-        ids = np.concatenate([np.arange(first, first + count, dtype=np.uint32) for first, count in runs] or [_NO_IDS])
+        parts, missing = [_NO_IDS], prompt // self._row.block_size
+        for first, count in runs:
+            parts.append(np.arange(first, first + min(count, missing), dtype=np.uint32))
+            missing -= len(parts[-1])
+        ids = np.concatenate(parts)
         last = ids[self._group - 1 :: self._group][: prompt // self._block_size] + np.uint32(self._base)
         word = array("I", last.astype(np.uint32).tobytes())
         if agent == "main":
@@ -204,6 +208,15 @@ class _Session:
             for block in range(min(self._common, len(word))):
                 word[block] = self._alphabet.letter((*shared, block))
         return word + self._alphabet.new(prompt // self._block_size - len(word))
+
+
+def _most(row: _Agents) -> int:
+    """One more than the largest block id of a session."""
+    at = row.columns.index("hash_rle")
+    try:
+        return max((int(first) + int(count) for request in row.requests for first, count in request[at]), default=0)
+    except (IndexError, TypeError, ValueError) as error:
+        raise TraceError(f"session {row.id}: expected runs [first, count] in `hash_rle`: {error!r}") from error
 
 
 def _decoded(path: Path, kind: type[Any]) -> Iterator[Any]:

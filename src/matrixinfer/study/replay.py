@@ -65,6 +65,9 @@ class Sample:
 RouterOf: TypeAlias = Callable[["Replay", int], Router]
 """Makes the router of a gateway."""
 
+_RETRY_SECONDS = 1.0
+_MOST_ATTEMPTS = 600
+
 _Event: TypeAlias = tuple[float, int, Callable[[float], None]]
 
 
@@ -108,7 +111,7 @@ class Replay:
         self.jobs: list[Job] = []
         self.too_long = 0
         self.broken_off = 0
-        """Requests whose pod went down after their first token."""
+        """Requests whose pod went down after their first token, or that no pod could take for ten minutes."""
         self.samples: list[Sample] = []
         self._publishes = publishes
         self._shared = Pool(fleet.pods * fleet.pod_tokens // fleet.shape.block_size) if shares_cache else None
@@ -176,17 +179,19 @@ class Replay:
         self.jobs.append(job)
         self._send(job, now)
 
-    def _send(self, job: Job, now: float) -> None:
-        without = [
-            name for name, pod in self.pods.items() if not pod.is_up or job.prompt + job.reply > pod.engine.capacity
-        ]
-        job.router = self._rng.randrange(len(self._routers)) if len(self._routers) > 1 else 0
-        job.pod = self._routers[job.router].route(job, without)
-        pod = self.pods[job.pod]
-        if not pod.is_up or not pod.is_listed:
-            self._routers[job.router].failed(job)
-            self._at(now + 1.0, lambda later: self._send(job, later))  # nobody is there: try again
+    def _send(self, job: Job, now: float, attempt: int = 1) -> None:
+        whole = job.prompt + job.reply
+        able = {name for name, pod in self.pods.items() if pod.is_up and pod.is_listed and whole <= pod.engine.capacity}
+        if not able:
+            if attempt < _MOST_ATTEMPTS:
+                self._at(now + _RETRY_SECONDS, lambda later: self._send(job, later, attempt + 1))
+                return
+            self.broken_off += 1
+            self._over(job.number, now)
             return
+        job.router = self._rng.randrange(len(self._routers)) if len(self._routers) > 1 else 0
+        job.pod = self._routers[job.router].route(job, [name for name in self.pods if name not in able])
+        pod = self.pods[job.pod]
         pod.engine.submit(Run(job, job.prompt, job.reply, job.hashes), now)
         if pod.engine.ends_at == math.inf:
             pod.engine.start(now)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from matrixinfer.blocks import TokenBlockProcessor
 
+_LETTERS = 1 << 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
@@ -116,8 +118,15 @@ class Alphabet:
 
     def new(self, count: int) -> array[int]:
         """Letters that nothing else has."""
+        first = self.reserve(count)
+        return array("I", range(first, first + count))
+
+    def reserve(self, count: int) -> int:
+        """The first of `count` letters that nothing else has. Raises `OverflowError` when there are not so many."""
         first, self._next = self._next, self._next + count
-        return array("I", range(first, self._next))
+        if self._next > _LETTERS:
+            raise OverflowError("too many different blocks")
+        return first
 
 
 def filled(letters: Sequence[int], prompt: int, reply: int, block_size: int, alphabet: Alphabet) -> array[int]:

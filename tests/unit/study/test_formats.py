@@ -111,6 +111,12 @@ def test_a_reply_is_what_the_agents_next_prompt_continues_with(tmp_path: Path) -
     assert list(first.letters) == list(second.letters[:3])
 
 
+@pytest.mark.parametrize("runs", [[[1, 10**13]], [["x", 2]], [[1]], None])
+def test_sessions_that_cannot_be_read_are_named(tmp_path: Path, runs: Any) -> None:
+    with pytest.raises(formats.TraceError, match="session s0"):
+        agents(tmp_path, [(0.0, "main", 512, 10, 1.0, runs)])
+
+
 def test_files_may_be_compressed_and_bad_lines_are_named(tmp_path: Path) -> None:
     plain = written(tmp_path / "m.jsonl", row(0, 64, range(4)))
     packed = tmp_path / "m.jsonl.gz"

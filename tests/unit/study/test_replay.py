@@ -170,6 +170,20 @@ def test_a_restart_sends_what_had_no_token_elsewhere_and_breaks_off_the_rest() -
     assert done.jobs[2].first > 1.05
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "kv_aware", "clairvoyant", "session_hash"])
+def test_without_a_pod_that_can_take_it_a_request_waits_and_in_the_end_is_given_up(policy: str) -> None:
+    letters = Alphabet()
+    trace = of(turn(letters, 9000, delay=2.0))
+    faults = [Fault.parse(text) for text in ("small@0:0:0.3", "restart@1:1:30")]
+    waited = run(trace, fleet(trace, pods=2, faults=faults), policy)
+    assert waited.jobs[0].pod == "pod-1"
+    assert waited.jobs[0].first is not None
+    assert waited.jobs[0].first > 31
+    gone = run(trace, fleet(trace, pods=2, faults=[Fault.parse("leave@1:0"), Fault.parse("leave@1:1")]), policy)
+    assert gone.broken_off == 1
+    assert gone.now == pytest.approx(601, abs=2)
+
+
 def test_a_slow_pod_takes_longer_in_proportion() -> None:
     letters = Alphabet()
     trace = of(turn(letters, 5000, 20, delay=1.0))
