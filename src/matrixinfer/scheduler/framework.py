@@ -186,6 +186,8 @@ class Scores:
 
     values: Sequence[float]
     note: str | None = None
+    expected_ms: Sequence[float] | None = None
+    """One estimated time per candidate, if that is what the values are made of. It is shown to people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +216,8 @@ class Decision:
     """Milliseconds spent in each plugin."""
     notes: Sequence[str] = field(default_factory=tuple)
     """What the decision had to do without, for people."""
+    expected_ms: Mapping[str, float] = field(default_factory=dict)
+    """Candidate's name to the milliseconds that a scorer expects there; empty if none does."""
 
     @property
     def chosen(self) -> Candidate:

@@ -216,10 +216,10 @@ class Charge:
         "_queued_tokens",
         "_released",
         "awaits_first_byte",
-        "expected_seconds",
         "sent_at",
         "streams",
         "tokens_until_first_byte",
+        "work",
     )
 
     def __init__(
@@ -241,10 +241,10 @@ class Charge:
         self._released = False
         self.streams = streams
         self.sent_at = sent_at
-        self.expected_seconds = 0.0
-        """How long the prompt was expected to take when it was sent."""
+        self.work = 0.0
+        """Tokens that the pod had to compute when it was sent: its own, and those ahead of it."""
         self.tokens_until_first_byte = 0.0
-        """Tokens that the pod had to compute for it then, with those ahead of it; 0 if the time it takes shows nothing."""
+        """The same; 0 if the time that it takes shows nothing."""
         self.awaits_first_byte = True
         """True until the answer begins."""
 

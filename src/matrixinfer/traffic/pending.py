@@ -20,9 +20,11 @@ class Pending:
 
     @property
     def empty(self) -> bool:
+        """Whether no block is left."""
         return not self._held and not self._fading
 
     def add(self, blocks: list[int]) -> None:
+        """Add the blocks of one request, in the order of its prompt."""
         held = self._held
         for block in blocks:
             held[block] = held.get(block, 0) + 1
@@ -69,6 +71,7 @@ class Pending:
         return next((n for n in range(count, 0, -1) if ends.count(hashes[start + n - 1 : start + n], 0, now)), 0)
 
     def count(self, hashes: Sequence[int], start: int, now: float) -> int:
+        """How many consecutive blocks from position `start` on are pending; reads `hashes` only as far as needed."""
         fading = self._fading if self._until > now else {}
         if not self._held and not fading:
             return 0

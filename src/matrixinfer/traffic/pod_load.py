@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 READING_SECONDS = 0.1
 """How far the moment that a reading of an engine's gauges describes may be from when it was read."""
 _CHANGES_KEPT = 128
-_LEAST_EXPECTED_SECONDS = 0.1
+_LEAST_EXPECTED_SECONDS = 0.25
+_PATIENCE = 1.5
+"""An answer is overdue after this many times the time that was expected."""
 _MOST_SLOWED = 20.0
 
 
@@ -73,12 +75,11 @@ class PodLoad:
             return
         rate = self.speed.rate(now)
         ahead = self._seconds(now, rate)[0] if self.queued_tokens else 0.0
-        charge.expected_seconds = ahead + tokens / rate
-        charge.tokens_until_first_byte = ahead * rate + tokens
+        charge.work = charge.tokens_until_first_byte = ahead * rate + tokens
         self.queued_tokens += tokens
         self._waiting[charge] = None
         if not charge.streams:  # its first byte comes after its last token
-            self._assumed.append((now + charge.expected_seconds, charge))
+            self._assumed.append((now + charge.work / rate, charge))
 
     def computed(self, charge: Charge, tokens: int) -> None:
         """A request's prompt is computed, or no longer wanted."""
@@ -108,14 +109,14 @@ class PodLoad:
     def _seconds(self, now: float, rate: float) -> tuple[float, float]:
         """Seconds until all queued tokens are computed, and by how much the pod is slower than it was.
 
-        The request that has waited longest is being computed. If it takes longer than expected, so will the others.
+        The request that has waited longest is being computed. If it takes much longer than expected, so will the others.
         """
         total = self.queued_tokens / rate
         head = next(iter(self._waiting), None)
         if head is None:
             return total, 1.0
-        waited, expected = now - head.sent_at, max(head.expected_seconds, _LEAST_EXPECTED_SECONDS)
-        if waited <= expected or not head.streams:
-            return max(0.0, total - waited), 1.0
-        slowed = min(waited / expected, _MOST_SLOWED)
+        waited, expected = now - head.sent_at, max(head.work / rate, _LEAST_EXPECTED_SECONDS)
+        if waited <= _PATIENCE * expected or not head.streams:
+            return max(0.0, total - min(waited, expected)), 1.0
+        slowed = min(waited / (_PATIENCE * expected), _MOST_SLOWED)
         return max(total, expected) * slowed - expected, slowed

@@ -38,7 +38,7 @@ def both(name: str) -> PluginArgs:
             "$.scheduler.plugins.Score.enabled[1]",
             (
                 "did you mean `kvcache-aware`?",
-                "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
+                "bounded-load, expected-ttft, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
             ),
         ),
         (

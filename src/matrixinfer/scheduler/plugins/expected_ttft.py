@@ -1,0 +1,126 @@
+"""`expected-ttft`: prefers pods whose answer begins soonest, as estimated in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, NamedTuple
+
+from msgspec import Meta
+
+from matrixinfer.config import Count, Section, described
+from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
+
+_UNKNOWN_RATE = 8_000.0
+"""Tokens per second where nobody measures it; only the scale of the estimate depends on it, not its order."""
+_LEAST_REUSE = 0.1
+"""The share of what a cache evicts that is needed again, however long it keeps blocks: an estimate has no certainty."""
+_TIE_MS = 1.0
+"""What a full cache costs against an empty one, so that equal pods are told apart by their footprints."""
+
+
+class Cost(NamedTuple):
+    """What one request costs at one pod, in milliseconds."""
+
+    queue: float
+    """Until the prompts before it are computed."""
+    prefill: float
+    """To compute the part of its prompt that is not cached."""
+    decode: float
+    """By which the requests that are in flight there delay it, and it delays them."""
+    eviction: float
+    """To compute again what it pushes out of the cache, as far as that will be needed again."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.queue + self.prefill + self.decode + self.eviction
+
+
+class ExpectedTtft(Plugin):
+    """Scores by the estimated time to the first token, and by what the request costs the others at that pod.
+
+    `expected = queue + prefill + decode + eviction`, in milliseconds. The queue is what the requests in flight there still
+    have to compute; prefill is the part of this prompt that is not cached; both at the rate that the pod's answers have
+    shown. Each request in flight counts as `requestTokens` more. Tokens that the prompt pushes out of a full cache count
+    by how likely they are needed again: one half if the cache keeps a block for `reuseSeconds`, more if it keeps it for a
+    shorter time, and never less than a tenth. A pod with room evicts nothing.
+
+    So a hit is worth a wait, but only as long as computing it elsewhere takes: when the queue before a hot prefix is longer
+    than that, the prefix is computed at a second pod, and both serve it from then on.
+
+    `score = 100 − 50 × excess / scaleMs` while the excess over the least expected time is up to `scaleMs`, so that
+    differences in milliseconds stay what they are in the sum with other scorers; beyond that it approaches 0.
+    """
+
+    name: ClassVar[str] = "expected-ttft"
+
+    class Args(Section, frozen=True):
+        """What requests cost besides their prompts, and the scale of the score."""
+
+        request_tokens: Annotated[
+            int,
+            Meta(ge=0),
+            described("How much one request at a pod costs a new one while it decodes, in tokens of prefill."),
+        ] = 128
+        stall_share: Annotated[
+            float,
+            Meta(ge=0, le=10),
+            described(
+                "How much the prefill counts again for each request in flight at the pod, which it delays. 0 ignores "
+                "them."
+            ),
+        ] = 0.02
+        reuse_seconds: Annotated[
+            float,
+            Meta(gt=0, le=86_400),
+            described("A cache that keeps blocks for this long loses half of what it evicts to requests that need it."),
+        ] = 60.0
+        scale_ms: Annotated[
+            Count, described("Milliseconds above the least expected time at which the score is 50.")
+        ] = 10_000
+
+    def __init__(self, args: Args, services: Services) -> None:
+        self._request_tokens = args.request_tokens
+        self._stall_share = args.stall_share
+        self._reuse_seconds = args.reuse_seconds
+        self._scale = float(args.scale_ms)
+
+    def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
+        costs = [self._milliseconds(request, pod) for pod in candidates]
+        least, scale = min(costs, default=0.0), self._scale
+        values = [
+            100.0 - 50.0 * (cost - least) / scale if cost - least <= scale else 50.0 * scale / (cost - least)
+            for cost in costs
+        ]
+        return Scores(values=values, expected_ms=costs)
+
+    def cost(self, request: SchedulingRequest, pod: Candidate) -> Cost:
+        """What the request costs at a pod."""
+        rate = (pod.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
+        load = pod.load
+        queue = pod.queued_tokens / rate if pod.queue_seconds is None else pod.queue_seconds * 1e3
+        waiting = min(pod.waiting, pod.foreign) if pod.waiting and pod.foreign else 0
+        uncached = max(0.0, request.whole_tokens - pod.credit * request.block_size) + request.other_tokens
+        prefill = uncached / rate
+        return Cost(
+            queue=queue + waiting * self._request_tokens / rate,
+            prefill=prefill,
+            decode=load * self._request_tokens / rate + prefill * self._stall_share * load,
+            eviction=self._eviction(pod, uncached) / rate,
+        )
+
+    def _milliseconds(self, request: SchedulingRequest, pod: Candidate) -> float:
+        fullness = 0.0
+        if pod.held_tokens and pod.cache_tokens:
+            fullness = min(1.0, pod.held_tokens / pod.cache_tokens)
+        return self.cost(request, pod).total + _TIE_MS * fullness
+
+    def _eviction(self, pod: Candidate, tokens: float) -> float:
+        """Tokens that must be computed again because `tokens` new ones push them out."""
+        if pod.cache_tokens is None or pod.held_tokens is None:
+            return 0.0
+        evicted = min(tokens - (pod.cache_tokens - pod.held_tokens), pod.held_tokens)
+        if evicted <= 0.0:
+            return 0.0
+        kept_seconds = pod.held_tokens / pod.evicted_per_second if pod.evicted_per_second > 0.0 else float("inf")
+        return evicted * max(_LEAST_REUSE, 1.0 / (1.0 + kept_seconds / self._reuse_seconds))
