@@ -166,12 +166,15 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
+    is_timed = any(pod.get("expected_ms") is not None for pod in decision["pods"].values())
     is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
     table = Rows(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
         *(("recent_chunks",) if decision["chunks"] else ()),
         *(("reuse",) if is_scaled else ()),
-        *("credit", "in_flight", "waiting"),
+        *("credit", "in_flight", "foreign", "running", "waiting", "metrics_age_s"),
+        *("queue_ms", "held_tokens", "cache_tokens"),
+        *(("expected_ms",) if is_timed else ()),
         *(*scorers, "total", ""),
     )
     for name, pod in decision["pods"].items():
@@ -185,7 +188,9 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
             *((f"{pod['reuse']:g}",) if is_scaled else ()),
             f"{pod['credit']:g}",
             str(pod["in_flight"]),
-            _shown(pod["waiting"]),
+            *(_shown(pod.get(field)) for field in ("foreign", "running", "waiting", "metrics_age_s")),
+            *(_shown(pod.get(field)) for field in ("queue_ms", "held_tokens", "cache_tokens")),
+            *((_shown(pod.get("expected_ms")),) if is_timed else ()),
             *(_shown(pod["scores"].get(scorer)) for scorer in scorers),
             _shown(pod["total"]),
             "chosen" if name == decision["chosen"] else pod["filtered"] or "",

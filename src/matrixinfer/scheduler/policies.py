@@ -18,7 +18,7 @@ POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
     {
         "kv_aware": PluginsConfig(),
         "expected_ttft": PluginsConfig(
-            filter=PluginStage(enabled=(PluginRef(name="least-request"),)),
+            filter=PluginStage(enabled=(PluginRef(name="least-request"), PluginRef(name="expected-ttft"))),
             score=PluginStage(
                 enabled=(PluginRef(name="expected-ttft"), PluginRef(name="session-affinity", weight=0.01))
             ),

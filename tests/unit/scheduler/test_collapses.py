@@ -24,6 +24,27 @@ def test_a_universal_prefix_is_replicated_and_does_not_pile_up() -> None:
     assert all(each.cached >= 64 for each in fleet.sent[-100:])
 
 
+def test_a_very_long_universal_prefix_does_not_draw_every_request_to_one_pod() -> None:
+    """100,000 tokens take twelve seconds elsewhere, the rest of each prompt a moment; answers take twenty."""
+    fleet, shared = Fleet(POLICY, equal(4)), new_blocks(800)
+    fleet.ask(0.0, Asked(chain=shared))
+    for at in poisson(6.0, 60.0):
+        fleet.ask(20.0 + at, Asked(chain=[*shared, *new_blocks(1)], decode_seconds=20.0))
+    shares: list[float] = []
+
+    def look() -> None:
+        there = [engine.active + len(engine.queue) for engine in fleet.engines.values()]
+        if sum(there) >= 64:
+            shares.append(max(there) / sum(there))
+
+    for second in range(20, 80):
+        fleet.at(second, look)
+    fleet.run()
+    assert shares
+    assert max(shares) < 1.8 / 4
+    assert fleet.mean_ttft() < 2.0
+
+
 def test_a_hot_prefix_is_computed_at_a_second_pod_once_queueing_costs_more() -> None:
     fleet, shared = Fleet(POLICY, equal(2)), new_blocks(32)
     fleet.ask(0.0, Asked(chain=shared))

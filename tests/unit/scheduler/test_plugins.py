@@ -332,7 +332,11 @@ class TestSessionAffinity:
         scores = [plugin.score(request(session=name, now=3.0), candidates).values[0] for name in "abc"]
         assert scores == [100.0, 0.0, 100.0]
         send(plugin, request(session="d", now=100.0), candidates, candidates[0])
-        assert len(plugin._last) == 1
+        assert [plugin.score(request(session=name, now=3.0), candidates).values[0] for name in "acd"] == [
+            0.0,
+            0.0,
+            100.0,
+        ]
 
 
 class TestLoad:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, ClassVar, NamedTuple
 
 from msgspec import Meta
 
 from matrixinfer.config import Count, Section, described
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
+from matrixinfer.scheduler.plugins.bounded_load import bound
 
 _UNKNOWN_RATE = 8_000.0
 """Tokens per second where nobody measures it; only the scale of the estimate depends on it, not its order."""
@@ -50,6 +52,10 @@ class ExpectedTtft(Plugin):
 
     `score = 100 − 50 × excess / scaleMs` while the excess over the least expected time is up to `scaleMs`, so that
     differences in milliseconds stay what they are in the sum with other scorers; beyond that it approaches 0.
+
+    As a filter, it removes pods that would have more than `loadFactor` times their fair share of all requests, if those are
+    more than `minLoad`: a hit on a very long prefix must not draw every request to one pod, however long it takes to
+    compute elsewhere.
     """
 
     name: ClassVar[str] = "expected-ttft"
@@ -75,6 +81,12 @@ class ExpectedTtft(Plugin):
             Meta(gt=0, le=86_400),
             described("A cache that keeps blocks for this long loses half of what it evicts to requests that need it."),
         ] = 60.0
+        load_factor: Annotated[
+            float,
+            Meta(ge=1, le=1000),
+            described("The most requests that a pod may have, in multiples of its fair share."),
+        ] = 1.5
+        min_load: Annotated[Count, described("Requests that a pod may always have.")] = 16
         scale_ms: Annotated[
             Count, described("Milliseconds above the least expected time at which the score is 50.")
         ] = 10_000
@@ -83,7 +95,16 @@ class ExpectedTtft(Plugin):
         self._request_tokens = args.request_tokens
         self._stall_share = args.stall_share
         self._reuse_seconds = args.reuse_seconds
+        self._load_factor = Fraction(str(args.load_factor))
+        self._min_load = args.min_load
         self._scale = float(args.scale_ms)
+
+    def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[str | None]:
+        loads = [pod.load for pod in candidates]
+        if max(loads, default=0) < self._min_load:
+            return [None] * len(loads)
+        limit = bound(sum(loads), len(loads), factor=self._load_factor, min_in_flight=self._min_load)
+        return [f"{n + 1} requests with this one, the bound is {limit}" if n >= limit else None for n in loads]
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
         costs = [self._milliseconds(request, pod) for pod in candidates]
