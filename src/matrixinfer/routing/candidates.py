@@ -83,7 +83,25 @@ class Candidates:
         now, read = request.now, published or metrics
         own_in_flight, own_tokens, queue_seconds, rate = load.view(name, now)
         running, waiting = (engine.running, engine.waiting) if engine else (None, None)
-        footprint = None if cache is None else cache.footprint
+        seen = self._observed.of(name)
+        foreign = None
+        if read is not None and running is not None:
+            if seen.read_at == read.read_at and now < seen.again_at:
+                foreign = seen.foreign
+            else:
+                foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
+        if now < seen.due:
+            condition = seen.condition
+        else:
+            condition = self._observed.condition(
+                name,
+                now,
+                rate=rate,
+                footprint=None if cache is None else cache.footprint,
+                reported=None if metrics is None else metrics.cache_tokens,
+            )
+        if others.queued_tokens:
+            queue_seconds += others.queued_tokens / rate
         return Candidate(
             name=name,
             url=endpoint.pod.url,
@@ -91,16 +109,9 @@ class Candidates:
             in_flight=own_in_flight + others.in_flight,
             queued_tokens=own_tokens + others.queued_tokens,
             peers_in_flight=others.in_flight,
-            foreign=None
-            if read is None or running is None
-            else self._observed.foreign(name, running + (waiting or 0), read.read_at, now),
-            queue_seconds=queue_seconds + others.queued_tokens / rate,
-            prefill_rate=rate,
-            held_tokens=None if footprint is None else footprint.held_tokens,
-            cache_tokens=None
-            if footprint is None
-            else footprint.capacity(None if metrics is None else metrics.cache_tokens),
-            evicted_per_second=0.0 if footprint is None else self._observed.turnover(name, footprint, now),
+            foreign=foreign,
+            queue_seconds=queue_seconds,
+            condition=condition,
             running=running,
             waiting=waiting,
             cache_usage=engine.cache_usage if engine else None,

@@ -139,10 +139,10 @@ class Record:
             "metrics_age_s": _rounded(candidate.metrics_age, 3),
             "queued_tokens": candidate.queued_tokens,
             "queue_ms": None if candidate.queue_seconds is None else round(candidate.queue_seconds * 1e3, 1),
-            "prefill_tokens_per_second": _rounded(candidate.prefill_rate, 1),
-            "held_tokens": candidate.held_tokens,
-            "cache_tokens": candidate.cache_tokens,
-            "evicted_tokens_per_second": round(candidate.evicted_per_second, 1),
+            "prefill_tokens_per_second": _rounded(candidate.condition.prefill_rate, 1),
+            "held_tokens": candidate.condition.held_tokens,
+            "cache_tokens": candidate.condition.cache_tokens,
+            "evicted_tokens_per_second": round(candidate.condition.evicted_per_second, 1),
             "expected_ms": _rounded(self.expected_ms.get(name), 1),
         }
 

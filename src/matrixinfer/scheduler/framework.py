@@ -62,6 +62,22 @@ class SchedulingRequest:
         return (self.prompt_tokens or 0) + self.unknown_tokens
 
 
+class Condition(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How fast an endpoint is, and how full its cache. None means unknown."""
+
+    prefill_rate: float | None = None
+    """Prompt tokens that it computes per second, as its answers have shown."""
+    held_tokens: int | None = None
+    """Tokens that its cache holds, in use or not."""
+    cache_tokens: int | None = None
+    """Tokens that its cache can hold."""
+    evicted_per_second: float = 0.0
+    """Tokens that its cache has evicted per second lately."""
+
+
+UNKNOWN = Condition()
+
+
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One endpoint, which is a pod or a data-parallel rank of it, at the moment of the decision.
 
@@ -85,14 +101,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     count is unknown, or when it was taken."""
     queue_seconds: float | None = None
     """Estimated time until the prompts of the requests in flight there are computed; None if nobody estimates it."""
-    prefill_rate: float | None = None
-    """Prompt tokens that the pod computes per second, as answers have shown; None if nobody measures it."""
-    held_tokens: int | None = None
-    """Tokens that its cache holds, in use or not; None if that is unknown."""
-    cache_tokens: int | None = None
-    """Tokens that its cache can hold; None if that is unknown."""
-    evicted_per_second: float = 0.0
-    """Tokens that its cache has evicted per second lately."""
+    condition: Condition = UNKNOWN
+    """How fast it is and how full its cache, as observed within the last moments."""
     running: int | None = None
     waiting: int | None = None
     cache_usage: float | None = None

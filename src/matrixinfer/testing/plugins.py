@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from matrixinfer.config import PluginArgs, PluginRef, PluginsConfig, PluginStage, SchedulerConfig, Section, convert
 from matrixinfer.scheduler.framework import (
     Candidate,
+    Condition,
     Decision,
     Filter,
     Picker,
@@ -40,6 +41,13 @@ _STAGES: tuple[tuple[str, type], ...] = (
 
 _counts = st.integers(0, 10_000)
 _maybe_counts = st.none() | _counts
+_conditions = st.builds(
+    Condition,
+    prefill_rate=st.none() | st.floats(1, 1e6),
+    held_tokens=_maybe_counts,
+    cache_tokens=_maybe_counts,
+    evicted_per_second=st.floats(0, 1e6),
+)
 _candidates = st.lists(
     st.builds(
         Candidate,
@@ -49,10 +57,7 @@ _candidates = st.lists(
         queued_tokens=_counts,
         foreign=_maybe_counts,
         queue_seconds=st.none() | st.floats(0, 1e4),
-        prefill_rate=st.none() | st.floats(1, 1e6),
-        held_tokens=_maybe_counts,
-        cache_tokens=_maybe_counts,
-        evicted_per_second=st.floats(0, 1e6),
+        condition=_conditions,
         running=_maybe_counts,
         waiting=_maybe_counts,
         cache_usage=st.none() | st.floats(-0.1, 1.1),

@@ -116,8 +116,9 @@ class LoadLedger:
 
     def view(self, pod: str, now: float) -> View:
         """The load of `pod` now, with the time that its queue will take."""
-        load = self._pods.get(pod)
-        return self._load(pod).view(now) if load is None else load.view(now)
+        load = self._pods.get(pod) or self._load(pod)
+        known = load.known
+        return known if known is not None and now < load.known_until else load.view(now)
 
     def most_in_flight(self, pod: str, at: float) -> int:
         """The most requests that were in flight at `pod` around a time, at which its engine's gauges were read."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 READING_SECONDS = 0.1
 """How far the moment that a reading of an engine's gauges describes may be from when it was read."""
 _CHANGES_KEPT = 128
+_KNOWN_SECONDS = 1.0
 _LEAST_EXPECTED_SECONDS = 0.25
 _PATIENCE = 1.5
 """An answer is overdue after this many times the time that was expected."""
@@ -56,7 +57,7 @@ class Counts:
 class PodLoad:
     """Totals over one pod's open charges, and its speed. Every `now` is in seconds and must not decrease."""
 
-    __slots__ = ("_assumed", "_waiting", "counts", "in_flight", "queued_tokens", "speed")
+    __slots__ = ("_assumed", "_waiting", "counts", "in_flight", "known", "known_until", "queued_tokens", "speed")
 
     def __init__(self, speed: Speed) -> None:
         self.in_flight = 0
@@ -64,12 +65,16 @@ class PodLoad:
         self.speed = speed
         self.counts = Counts()
         """Requests in flight over time."""
+        self.known: View | None = None
+        """The view while nothing is queued, so that it need not be made for every decision; valid until `known_until`."""
+        self.known_until = float("-inf")
         self._waiting: dict[Charge, None] = {}  # await their first byte, in the order in which they were sent
         self._assumed: deque[tuple[float, Charge]] = deque()
 
     def began(self, charge: Charge, tokens: int, now: float) -> None:
         """A request is sent, with so many tokens to compute."""
         self.in_flight += 1
+        self.known_until = float("-inf")
         self.counts.changed(now, self.in_flight)
         if not tokens:
             return
@@ -89,6 +94,7 @@ class PodLoad:
     def ended(self, now: float) -> None:
         """A request is over."""
         self.in_flight -= 1
+        self.known_until = float("-inf")
         self.counts.changed(now, self.in_flight)
 
     def view(self, now: float) -> View:
@@ -97,7 +103,8 @@ class PodLoad:
             self._assume(now)
         rate = self.speed.rate(now)
         if not self.queued_tokens:
-            return View(self.in_flight, 0, 0.0, rate)
+            self.known, self.known_until = View(self.in_flight, 0, 0.0, rate), now + _KNOWN_SECONDS
+            return self.known
         seconds, slowed = self._seconds(now, rate)
         return View(self.in_flight, self.queued_tokens, seconds, rate / slowed)
 

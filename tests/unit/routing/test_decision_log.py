@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from matrixinfer.routing.decision_log import PODS_KEPT, DecisionLog, Record, record
-from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.framework import Candidate, Condition, Decision, SchedulingRequest
 
 
 def decision(request_id: str = "r", *, pods: int = 2, filtered: int = 0) -> Decision:
@@ -65,10 +65,7 @@ def test_a_record_carries_what_the_decision_used() -> None:
         foreign=3,
         queued_tokens=900,
         queue_seconds=0.45678,
-        prefill_rate=2_000.04,
-        held_tokens=90_000,
-        cache_tokens=100_000,
-        evicted_per_second=12.34,
+        condition=Condition(prefill_rate=2_000.04, held_tokens=90_000, cache_tokens=100_000, evicted_per_second=12.34),
         running=4,
         waiting=1,
         metrics_age=0.25049,

@@ -4,6 +4,7 @@ import pytest
 
 from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.routing.observed import HALF_LIFE_SECONDS, Observed
+from matrixinfer.scheduler.framework import Condition
 from matrixinfer.traffic.load import Charge, LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load
@@ -63,13 +64,32 @@ def test_requests_of_peers_are_not_those_of_strangers_even_if_reported_after_the
 
 def test_the_turnover_is_what_is_evicted_per_second_and_fades() -> None:
     world, footprint = World(), Footprint()
-    assert world.observed.turnover("a", footprint, 100.0) == 0.0
+
+    def turnover(now: float) -> float:
+        return world.observed.condition("a", now, rate=1.0, footprint=footprint, reported=None).evicted_per_second
+
+    assert turnover(100.0) == 0.0
     for second in range(1, 600):
         footprint.evicted_tokens += 500
-        rate = world.observed.turnover("a", footprint, 100.0 + second)
+        rate = turnover(100.0 + second)
     assert rate == pytest.approx(500, rel=0.01)
-    assert world.observed.turnover("a", footprint, 699.5) == rate  # once a second is enough
-    faded = world.observed.turnover("a", footprint, 699.0 + HALF_LIFE_SECONDS)
-    assert faded == pytest.approx(250, rel=0.05)
+    assert turnover(699.5) == rate  # once a second is enough
+    assert turnover(699.0 + HALF_LIFE_SECONDS) == pytest.approx(250, rel=0.05)
     world.observed.forget("a")
-    assert world.observed.turnover("a", footprint, 800.0) == 0.0
+    assert turnover(800.0) == 0.0
+
+
+def test_a_condition_is_as_known_within_the_last_moment() -> None:
+    world, footprint = World(), Footprint()
+
+    def condition(now: float) -> Condition:
+        return world.observed.condition("a", now, rate=2_000.0, footprint=footprint, reported=400)
+
+    footprint.holds(100)
+    expected = Condition(prefill_rate=2_000.0, held_tokens=100, cache_tokens=400)
+    assert condition(100.0) == expected
+    footprint.holds(200)
+    assert condition(100.05) == expected
+    assert condition(100.2).held_tokens == 200
+    unknown = world.observed.condition("b", 100.0, rate=2_000.0, footprint=None, reported=400)
+    assert unknown == Condition(prefill_rate=2_000.0)

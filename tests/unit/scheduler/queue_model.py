@@ -104,10 +104,9 @@ class Fleet:
             queued_tokens=queued,
             foreign=0,
             queue_seconds=seconds,
-            prefill_rate=rate,
-            held_tokens=footprint.held_tokens,
-            cache_tokens=footprint.capacity(engine.capacity * BLOCK),
-            evicted_per_second=self.observed.turnover(name, footprint, self.now),
+            condition=self.observed.condition(
+                name, self.now, rate=rate, footprint=footprint, reported=engine.capacity * BLOCK
+            ),
             trust="exact",
             engine_block=BLOCK,
             matched_blocks=matched,

@@ -49,7 +49,7 @@ def both(name: str) -> PluginArgs:
         (
             profile(filters=("random",)),
             "$.scheduler.plugins.Filter.enabled[0]",
-            ("cannot run at stage Filter; expected one of: bounded-load, least-request",),
+            ("cannot run at stage Filter; expected one of: bounded-load, expected-ttft, least-request",),
         ),
         (
             profile(listeners=("random",)),

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from msgspec import Meta
 
 from matrixinfer.config import Count, Section, described
-from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
+from matrixinfer.scheduler.framework import Candidate, Condition, Plugin, SchedulingRequest, Scores, Services
 from matrixinfer.scheduler.plugins.bounded_load import bound
 
 _UNKNOWN_RATE = 8_000.0
@@ -117,7 +117,7 @@ class ExpectedTtft(Plugin):
 
     def cost(self, request: SchedulingRequest, pod: Candidate) -> Cost:
         """What the request costs at a pod."""
-        rate = (pod.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
+        rate = (pod.condition.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
         load = pod.load
         queue = pod.queued_tokens / rate if pod.queue_seconds is None else pod.queue_seconds * 1e3
         waiting = min(pod.waiting, pod.foreign) if pod.waiting and pod.foreign else 0
@@ -127,21 +127,21 @@ class ExpectedTtft(Plugin):
             queue=queue + waiting * self._request_tokens / rate,
             prefill=prefill,
             decode=load * self._request_tokens / rate + prefill * self._stall_share * load,
-            eviction=self._eviction(pod, uncached) / rate,
+            eviction=self._eviction(pod.condition, uncached) / rate,
         )
 
     def _milliseconds(self, request: SchedulingRequest, pod: Candidate) -> float:
-        fullness = 0.0
-        if pod.held_tokens and pod.cache_tokens:
-            fullness = min(1.0, pod.held_tokens / pod.cache_tokens)
+        cache, fullness = pod.condition, 0.0
+        if cache.held_tokens and cache.cache_tokens:
+            fullness = min(1.0, cache.held_tokens / cache.cache_tokens)
         return self.cost(request, pod).total + _TIE_MS * fullness
 
-    def _eviction(self, pod: Candidate, tokens: float) -> float:
+    def _eviction(self, cache: Condition, tokens: float) -> float:
         """Tokens that must be computed again because `tokens` new ones push them out."""
-        if pod.cache_tokens is None or pod.held_tokens is None:
+        if cache.cache_tokens is None or cache.held_tokens is None:
             return 0.0
-        evicted = min(tokens - (pod.cache_tokens - pod.held_tokens), pod.held_tokens)
+        evicted = min(tokens - (cache.cache_tokens - cache.held_tokens), cache.held_tokens)
         if evicted <= 0.0:
             return 0.0
-        kept_seconds = pod.held_tokens / pod.evicted_per_second if pod.evicted_per_second > 0.0 else float("inf")
+        kept_seconds = cache.held_tokens / cache.evicted_per_second if cache.evicted_per_second > 0.0 else float("inf")
         return evicted * max(_LEAST_REUSE, 1.0 / (1.0 + kept_seconds / self._reuse_seconds))

@@ -32,7 +32,10 @@ class LeastRequest(Plugin):
         limit = self._max_waiting
         return [
             f"{waiting} requests waiting, the limit is {limit}"
-            if pod.metrics_age is not None and (waiting := pod.queue_length) is not None and waiting >= limit
+            if pod.waiting is not None
+            and pod.waiting >= limit
+            and pod.metrics_age is not None
+            and (waiting := pod.queue_length or 0) >= limit
             else None
             for pod in candidates
         ]
