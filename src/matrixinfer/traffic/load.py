@@ -100,6 +100,10 @@ class LoadLedger:
         pending.add(blocks)
         self._fade(pending, blocks)
 
+    def now(self) -> float:
+        """The time, in seconds."""
+        return self._clock()
+
     def in_flight(self, pod: str) -> int:
         """Number of requests in flight at `pod`."""
         load = self._pods.get(pod)
@@ -146,11 +150,6 @@ class LoadLedger:
         count = pending.count(hashes, start, self._clock())
         return pending.ends_within(hashes, start, count, self._clock()) if whole_prompts else count
 
-    def measured(self, load: PodLoad, charge: Charge) -> None:
-        """The answer to a request begins now, which shows how fast its pod is."""
-        now = self._clock()
-        load.speed.observe(charge.tokens_until_first_byte, now - charge.sent_at, now, is_whole=not charge.streams)
-
     def forget(self, pod: str) -> None:
         """Delete all data of `pod`, which has gone. Charges that are still open there no longer count."""
         self._pods.pop(pod, None)
@@ -169,8 +168,7 @@ class LoadLedger:
             load = self._pods[pod] = PodLoad(self._speeds.new())
         return load
 
-    def _release(self, load: PodLoad, pending: Pending | None, blocks: list[int], *, computed: bool) -> None:
-        load.ended(self._clock())
+    def _release(self, pending: Pending | None, blocks: list[int], *, computed: bool) -> None:
         if pending is None:
             return
         if computed:
@@ -220,7 +218,6 @@ class Charge:
         "sent_at",
         "streams",
         "tokens_until_first_byte",
-        "work",
     )
 
     def __init__(
@@ -242,22 +239,23 @@ class Charge:
         self._released = False
         self.streams = streams
         self.sent_at = sent_at
-        self.work = 0.0
-        """Tokens that the pod had to compute when it was sent: its own, and those ahead of it."""
         self.tokens_until_first_byte = 0.0
-        """The same; 0 if the time that it takes shows nothing."""
+        """Tokens that the pod had to compute when it was sent, its own and those ahead of it; 0 if the time that it takes
+        shows nothing."""
         self.awaits_first_byte = True
         """True until the answer begins."""
 
     def first_byte(self) -> None:
         """Record that the answer has begun, so the prompt has been computed."""
+        now = self._ledger.now()
         if self.awaits_first_byte and self.tokens_until_first_byte:
-            self._ledger.measured(self._load, self)
-        self._computed()
+            seconds = now - self.sent_at
+            self._load.speed.observe(self.tokens_until_first_byte, seconds, now, is_whole=not self.streams)
+        self._computed(now)
 
-    def assume_computed(self) -> None:
+    def assume_computed(self, now: float) -> None:
         """The prompt must have been computed by now, but the answer begins only when all of it is generated."""
-        self._load.computed(self, self._queued_tokens)
+        self._load.computed(self, self._queued_tokens, now)
         self._queued_tokens = 0
 
     def untimed(self) -> None:
@@ -272,13 +270,15 @@ class Charge:
         """End the charge of a request whose prompt the pod did not compute: its blocks stop being pending at once."""
         self._end(computed=False)
 
-    def _computed(self) -> None:
-        self.assume_computed()
+    def _computed(self, now: float) -> None:
+        self.assume_computed(now)
         self.awaits_first_byte = False
 
     def _end(self, *, computed: bool) -> None:
         if self._released:
             return
         self._released = True
-        self._computed()
-        self._ledger._release(self._load, self._pending, self._blocks, computed=computed)  # noqa: SLF001
+        now = self._ledger.now()
+        self._computed(now)
+        self._load.ended(now)
+        self._ledger._release(self._pending, self._blocks, computed=computed)  # noqa: SLF001

@@ -57,7 +57,17 @@ class Counts:
 class PodLoad:
     """Totals over one pod's open charges, and its speed. Every `now` is in seconds and must not decrease."""
 
-    __slots__ = ("_assumed", "_waiting", "counts", "in_flight", "known", "known_until", "queued_tokens", "speed")
+    __slots__ = (
+        "_assumed",
+        "_head_since",
+        "_waiting",
+        "counts",
+        "in_flight",
+        "known",
+        "known_until",
+        "queued_tokens",
+        "speed",
+    )
 
     def __init__(self, speed: Speed) -> None:
         self.in_flight = 0
@@ -68,7 +78,10 @@ class PodLoad:
         self.known: View | None = None
         """The view while nothing is queued, so that it need not be made for every decision; valid until `known_until`."""
         self.known_until = float("-inf")
-        self._waiting: dict[Charge, None] = {}  # await their first byte, in the order in which they were sent
+        self._waiting: dict[Charge, int] = {}
+        """The requests that await their first byte, in the order in which they were sent, and their tokens."""
+        self._head_since = 0.0
+        """When the pod began to compute the first of those."""
         self._assumed: deque[tuple[float, Charge]] = deque()
 
     def began(self, charge: Charge, tokens: int, now: float) -> None:
@@ -80,15 +93,19 @@ class PodLoad:
             return
         rate = self.speed.rate(now)
         ahead = self._seconds(now, rate)[0] if self.queued_tokens else 0.0
-        charge.work = charge.tokens_until_first_byte = ahead * rate + tokens
+        charge.tokens_until_first_byte = ahead * rate + tokens
         self.queued_tokens += tokens
-        self._waiting[charge] = None
+        if not self._waiting:
+            self._head_since = now
+        self._waiting[charge] = tokens
         if not charge.streams:  # its first byte comes after its last token
-            self._assumed.append((now + charge.work / rate, charge))
+            self._assumed.append((now + ahead + tokens / rate, charge))
 
-    def computed(self, charge: Charge, tokens: int) -> None:
+    def computed(self, charge: Charge, tokens: int, now: float) -> None:
         """A request's prompt is computed, or no longer wanted."""
         self.queued_tokens -= tokens
+        if next(iter(self._waiting), None) is charge:
+            self._head_since = now
         self._waiting.pop(charge, None)
 
     def ended(self, now: float) -> None:
@@ -111,19 +128,21 @@ class PodLoad:
     def _assume(self, now: float) -> None:
         """Take the prompts of answers that are not streamed as computed once that was expected."""
         while self._assumed and (self._assumed[0][0] <= now or not self._assumed[0][1].awaits_first_byte):
-            self._assumed.popleft()[1].assume_computed()
+            self._assumed.popleft()[1].assume_computed(now)
 
     def _seconds(self, now: float, rate: float) -> tuple[float, float]:
         """Seconds until all queued tokens are computed, and by how much the pod is slower than it was.
 
-        The request that has waited longest is being computed. If it takes much longer than expected, so will the others.
+        The request that has waited longest is being computed, since the one before it was. If it takes much longer than
+        expected, so will the others.
         """
         total = self.queued_tokens / rate
         head = next(iter(self._waiting), None)
         if head is None:
             return total, 1.0
-        waited, expected = now - head.sent_at, max(head.work / rate, _LEAST_EXPECTED_SECONDS)
-        if waited <= _PATIENCE * expected or not head.streams:
-            return max(0.0, total - min(waited, expected)), 1.0
-        slowed = min(waited / (_PATIENCE * expected), _MOST_SLOWED)
-        return max(total, expected) * slowed - expected, slowed
+        passed, own = now - self._head_since, self._waiting[head] / rate
+        expected = max(own, _LEAST_EXPECTED_SECONDS)
+        if passed <= _PATIENCE * expected or not head.streams:
+            return total - min(passed, own), 1.0
+        slowed = min(passed / (_PATIENCE * expected), _MOST_SLOWED)
+        return max(total, expected) * slowed - own, slowed
