@@ -17,6 +17,9 @@ LEAST_TOKENS = 256
 """With fewer tokens to compute, the time shows the pod's overhead."""
 HALF_LIFE_SECONDS = 60.0
 """Without samples, the difference from the fleet halves in this time."""
+NOISE = 0.2
+"""Pods whose rates differ from the fleet's by less than this share are taken to be as fast: else the one that happened to
+look a little faster would get every request that could go anywhere."""
 _REFRESH_SECONDS = 1.0
 _KNOWN_AFTER = 4
 """Samples after which one more counts for at most a factor of e."""
@@ -75,7 +78,10 @@ class Speed:
     def rate(self, now: float) -> float:
         """Prompt tokens that the pod computes per second."""
         if now >= self._stale_at:
-            self._rate, self._stale_at = exp(self._log(now)), now + _REFRESH_SECONDS
+            fleet, own = self._fleet.value, self._log(now)
+            beyond = max(0.0, abs(own - fleet) - NOISE)
+            self._rate = exp(fleet + (beyond if own > fleet else -beyond))
+            self._stale_at = now + _REFRESH_SECONDS
         return self._rate
 
     def observe(self, tokens: float, seconds: float, now: float, *, is_whole: bool = False) -> None:

@@ -166,7 +166,7 @@ def test_first_turns_go_where_they_push_out_least() -> None:
         full.store(chain)
     full.footprint.evicted_tokens = 1_000
     for number in range(8):
-        fleet.ask(1.0 + number, Asked(chain=new_blocks(32), decode_seconds=0.5, label="first"))
+        fleet.ask(1.0 + 2.0 * number, Asked(chain=new_blocks(32), decode_seconds=0.5, label="first"))
     fleet.run()
     assert fleet.spread("first") == {"roomy": 8}
     assert all(full.held(chain) == 32 for chain in going_on)

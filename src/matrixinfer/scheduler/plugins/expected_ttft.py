@@ -75,7 +75,7 @@ class ExpectedTtft(Plugin):
                 "How much the prefill counts again for each request in flight at the pod, which it delays. 0 ignores "
                 "them."
             ),
-        ] = 0.02
+        ] = 0.3
         reuse_seconds: Annotated[
             float,
             Meta(gt=0, le=86_400),
