@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -18,24 +18,6 @@ _LEAST_REUSE = 0.1
 """The share of what a cache evicts that is needed again, however long it keeps blocks: an estimate has no certainty."""
 _TIE_MS = 1.0
 """What a full cache costs against an empty one, so that equal pods are told apart by their footprints."""
-
-
-class Cost(NamedTuple):
-    """What one request costs at one pod, in milliseconds."""
-
-    queue: float
-    """Until the prompts before it are computed."""
-    prefill: float
-    """To compute the part of its prompt that is not cached."""
-    decode: float
-    """By which the requests that are in flight there delay it, and it delays them."""
-    eviction: float
-    """To compute again what it pushes out of the cache, as far as that will be needed again."""
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.queue + self.prefill + self.decode + self.eviction
 
 
 class ExpectedTtft(Plugin):
@@ -107,7 +89,7 @@ class ExpectedTtft(Plugin):
         return [f"{n + 1} requests with this one, the bound is {limit}" if n >= limit else None for n in loads]
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
-        costs = [self._milliseconds(request, pod) for pod in candidates]
+        costs = self._milliseconds(request, candidates)
         least, scale = min(costs, default=0.0), self._scale
         values = [
             100.0 - 50.0 * (cost - least) / scale if cost - least <= scale else 50.0 * scale / (cost - least)
@@ -115,33 +97,30 @@ class ExpectedTtft(Plugin):
         ]
         return Scores(values=values, expected_ms=costs)
 
-    def cost(self, request: SchedulingRequest, pod: Candidate) -> Cost:
-        """What the request costs at a pod."""
-        rate = (pod.condition.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
-        load = pod.load
-        queue = pod.queued_tokens / rate if pod.queue_seconds is None else pod.queue_seconds * 1e3
-        waiting = min(pod.waiting, pod.foreign) if pod.waiting and pod.foreign else 0
-        uncached = max(0.0, request.whole_tokens - pod.credit * request.block_size) + request.other_tokens
-        prefill = uncached / rate
-        return Cost(
-            queue=queue + waiting * self._request_tokens / rate,
-            prefill=prefill,
-            decode=load * self._request_tokens / rate + prefill * self._stall_share * load,
-            eviction=self._eviction(pod.condition, uncached) / rate,
-        )
+    def _milliseconds(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> list[float]:
+        """What the request costs at each pod. One loop, because there may be hundreds of them."""
+        prompt, others, size = request.whole_tokens, request.other_tokens, request.block_size
+        per_request, stall, costs = self._request_tokens, self._stall_share, list[float]()
+        for pod in candidates:
+            cache, load, queue = pod.condition, pod.load, pod.queue_seconds
+            rate = (cache.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
+            uncached = prompt - pod.credit * size
+            uncached = others + uncached if uncached > 0.0 else others
+            prefill = uncached / rate
+            cost = pod.queued_tokens / rate if queue is None else queue * 1e3
+            cost += prefill + load * (per_request / rate + prefill * stall)
+            if pod.foreign and pod.waiting:
+                cost += min(pod.waiting, pod.foreign) * per_request / rate
+            if cache.held_tokens and cache.cache_tokens:
+                cost += _TIE_MS * min(1.0, cache.held_tokens / cache.cache_tokens)
+                if uncached > cache.cache_tokens - cache.held_tokens:
+                    cost += self._evicted(cache, uncached) / rate
+            costs.append(cost)
+        return costs
 
-    def _milliseconds(self, request: SchedulingRequest, pod: Candidate) -> float:
-        cache, fullness = pod.condition, 0.0
-        if cache.held_tokens and cache.cache_tokens:
-            fullness = min(1.0, cache.held_tokens / cache.cache_tokens)
-        return self.cost(request, pod).total + _TIE_MS * fullness
-
-    def _eviction(self, cache: Condition, tokens: float) -> float:
+    def _evicted(self, cache: Condition, tokens: float) -> float:
         """Tokens that must be computed again because `tokens` new ones push them out."""
-        if cache.cache_tokens is None or cache.held_tokens is None:
-            return 0.0
-        evicted = min(tokens - (cache.cache_tokens - cache.held_tokens), cache.held_tokens)
-        if evicted <= 0.0:
-            return 0.0
-        kept_seconds = cache.held_tokens / cache.evicted_per_second if cache.evicted_per_second > 0.0 else float("inf")
+        held = cache.held_tokens or 0
+        evicted = min(tokens - ((cache.cache_tokens or 0) - held), held)
+        kept_seconds = held / cache.evicted_per_second if cache.evicted_per_second > 0.0 else float("inf")
         return evicted * max(_LEAST_REUSE, 1.0 / (1.0 + kept_seconds / self._reuse_seconds))
