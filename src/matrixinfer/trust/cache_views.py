@@ -9,6 +9,7 @@ import msgspec
 
 from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust.levels import trust
@@ -34,6 +35,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
     by_pod: bool = False
     """Its writer may not tell ranks apart: what the index lists under the pod's name counts for each of its ranks."""
+    footprint: Footprint | None = None
+    """How full it is, as known now; None where another process follows its events."""
 
 
 class Caches(Protocol):
@@ -81,6 +84,7 @@ class FeedCaches:
             hides_salts=ledger.hides_salts,
             rule=rule,
             drop=0 if rule is not None else ledger.reusable.drop,
+            footprint=ledger.footprint,
         )
 
 
