@@ -13,6 +13,7 @@ import msgspec
 from matrixinfer.blocks import BlockChain, SharedHashes
 from matrixinfer.config import OutliersConfig, PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.ends import Rule
+from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.kvevents.subscription import HEARTBEAT_SECONDS
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
@@ -85,9 +86,21 @@ class LetterCaches:
             return self._views[name]
         view = self._caches.of(name)
         if view is not None:
-            view = msgspec.structs.replace(view, engine_block=self._block_size)
+            view = msgspec.structs.replace(
+                view, engine_block=self._block_size, footprint=_scaled(view.footprint, self._block_size)
+            )
         self._views[name] = view
         return view
+
+
+def _scaled(footprint: Footprint | None, block_size: int) -> Footprint | None:
+    if footprint is None:
+        return None
+    scaled = Footprint()
+    scaled.held_tokens = footprint.held_tokens * block_size
+    scaled.most_tokens = footprint.most_tokens * block_size
+    scaled.evicted_tokens = footprint.evicted_tokens * block_size
+    return scaled
 
 
 class Gateway:
@@ -162,6 +175,7 @@ class Gateway:
         self._registry.leave(pod)
         self._pods.discard(pod)
         self._load.forget(pod)
+        self._candidates.forget(pod)
         self._index.forget(pod)
 
     def down(self, pod: str) -> None:

@@ -282,6 +282,7 @@ class Replay:
                 cache_usage=engine.usage,
                 read_at=now,
                 block_size=self.fleet.shape.block_size,
+                cache_tokens=engine.capacity,
             )
             for router in self._routers:
                 router.measured(pod.name, metrics)
