@@ -23,6 +23,8 @@ USUAL = "usual"
 _BUSY = 0.5
 """How busy the pods are meant to be, if every hit were found."""
 _PODS = (4, 16)
+_LEAST_PROMPTS = 6
+"""A cache holds at least so many of the longest requests: a smaller one would show preemptions, and little else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ def fleet(trace: Trace, shape: EngineShape, needs: Demand, condition: Condition,
     return Fleet(
         shape=shape,
         pods=pods,
-        pod_tokens=max(tokens, 2 * needs.longest + 2 * trace.block_size),
+        pod_tokens=max(tokens, _LEAST_PROMPTS * needs.longest),
         gateways=condition.gateways,
         gossip=condition.gossip,
         event_loss=condition.event_loss,

@@ -28,6 +28,7 @@ class Publisher:
         self._lost = lost
         self._rng = random.Random(seed)  # noqa: S311  # a simulation
         self._number = 0
+        self._is_first_run = True
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT_FRAMES)
 
     def frame(self, changes: Iterable[Stored | int], now: float) -> Frame | None:
@@ -51,9 +52,9 @@ class Publisher:
         return self._frame([AllBlocksCleared()], now)
 
     @property
-    def published(self) -> int:
-        """Frames since the engine started."""
-        return self._number
+    def is_untouched(self) -> bool:
+        """Whether it has never published anything."""
+        return self._is_first_run and not self._number
 
     def since(self, start: int) -> list[tuple[int, bytes]]:
         """The frames from a number on, as far as they are kept."""
@@ -62,6 +63,7 @@ class Publisher:
 
     def restart(self) -> None:
         """Another run of the engine: numbers begin again."""
+        self._is_first_run = False
         self._number = 0
         self._kept.clear()
 

@@ -266,7 +266,7 @@ class Replay:
             self._routers[gateway].replayed(pod, start, frames)
 
         publisher = self.pods[pod].publisher
-        is_new = publisher is None or not publisher.published
+        is_new = publisher is None or publisher.is_untouched
         self._at(self.now + (0.0 if is_new else self.fleet.replay_delay), answer)
 
     def _scrape(self, now: float) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,16 @@ def test_equal_arguments_give_equal_output(capsys: pytest.CaptureFixture[str]) -
     args = (SMALL, "--policies", "power_of_two", "--gateways", "2", "--fault", "restart@2:1:3", "--event-loss", "0.1")
     assert replayed(capsys, *args, "--seed", "3") == replayed(capsys, *args, "--seed", "3")
     assert replayed(capsys, *args, "--seed", "3") != replayed(capsys, *args, "--seed", "4")
+
+
+def test_the_seed_of_hashes_changes_nothing() -> None:
+    args = [sys.executable, "-m", "matrixinfer", "replay", SMALL, "--json", "--gateways", "2", "--gossip"]
+    args += ["--policies", "kv_aware,lmetric,approx_prefix,clairvoyant", "--fault", "restart@2:1:3"]
+    shown = [
+        subprocess.run(args, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert shown[0] == shown[1]
 
 
 def test_several_traces_are_several_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
