@@ -35,6 +35,7 @@ _WHERE_KNOWN = (
     "expected_ms",
 )
 """Columns that are shown if they say something about any pod."""
+_SHOWN_WITH = {"metrics_age_s": "running"}
 
 
 class CannotExplain(MatrixInferError):
@@ -177,7 +178,8 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
-    used = [field for field in _WHERE_KNOWN if any(pod.get(field) for pod in decision["pods"].values())]
+    pods = decision["pods"].values()
+    used = [field for field in _WHERE_KNOWN if any(pod.get(_SHOWN_WITH.get(field, field)) for pod in pods)]
     is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
     table = Rows(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
