@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-header --no-annotate --upgrade --extra demo
-EXTRAS := --extra harmony --extra mistral --extra tiktoken
+EXTRAS := --extra harmony --extra mistral --extra study --extra tiktoken
 
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm
@@ -18,7 +18,7 @@ TIMES ?= 10
 SECONDS ?= 600
 INDEX ?= memory
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench traces format \
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench traces study format \
   lock clean
 .NOTPARALLEL:
 
@@ -65,6 +65,9 @@ bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 
 traces: .venv/dev.stamp ## Token ids of public traces in the folder TRACES against transformers and tokenizers (half a minute)
 	MATRIXINFER_TRACES=$(TRACES) $(BIN)/pytest -rs tests/integration/test_traces.py
+
+study: .venv/dev.stamp ## Routing policies on the traces in the folder TRACES and on generated traffic (docs/evaluation.md; resumable)
+	$(BIN)/python -m matrixinfer.study.evaluate $(if $(TRACES),--traces $(TRACES)) --results .study --page docs/evaluation.md
 
 format: .venv/dev.stamp ## Format the code and mend what can be mended
 	$(BIN)/ruff format .

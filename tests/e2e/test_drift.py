@@ -47,6 +47,8 @@ async def test_a_pod_whose_answers_report_fewer_hits_is_indexed_again(tokenizer:
         for number in range(2, 2 + RUN):
             await gateway.post(COMPLETIONS, body(number))
         feed = gateway.service.engines.subscriber.feeds["pod-0"]
+        counted = gateway.service.metrics.registry.get_sample_value
+        await eventually(lambda: counted("matrixinfer_kv_resyncs_total", {"pod": "pod-0"}) == 1)
         await eventually(lambda: feed.state.value == "complete" and len(feed.ledger) > 2)
         assert await predicted(gateway, 9) == 0
         assert await predicted(gateway, 1) == 256

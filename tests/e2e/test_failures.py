@@ -206,6 +206,7 @@ async def test_false_blocks_left_by_hits_reported_as_stored_are_purged(
     tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "_FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(drift, "SETTLE_SECONDS", 0.0)
     old = [[number] * (BLOCK + 1) for number in range(14)]  # hits of one block are taken for copies
     fresh = [[number] * (4 * BLOCK + 1) for number in range(100, 115)]
     async with fleet(tokenizer, replace(ENGINE, num_blocks=60), pods=1, scheduler=SCHEDULER) as target:

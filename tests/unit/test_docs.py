@@ -31,7 +31,7 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
-from matrixinfer.config import PluginRef, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.config import PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
@@ -149,7 +149,7 @@ def test_prose_is_wrapped(page: Path) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_shipped_profile_is_built_and_bounds_load(policy: str) -> None:
-    assert PluginRef(name="bounded-load") in POLICIES[policy].filter.enabled
+    assert {"bounded-load", "expected-ttft"} & {plugin.name for plugin in POLICIES[policy].filter.enabled}
     build_scheduler(with_policy(SchedulerConfig(), policy))
 
 

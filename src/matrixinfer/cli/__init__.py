@@ -14,7 +14,20 @@ from typing import NoReturn, TextIO
 from matrixinfer import __version__
 from matrixinfer.errors import ConfigError, MatrixInferError
 
-COMMANDS = ("serve", "agent", "index", "explain", "doctor", "engine", "demo", "events", "render", "tokenize", "config")
+COMMANDS = (
+    "serve",
+    "agent",
+    "index",
+    "explain",
+    "doctor",
+    "engine",
+    "demo",
+    "events",
+    "render",
+    "tokenize",
+    "config",
+    "replay",
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -24,6 +24,18 @@ from matrixinfer.prompt.openai import CHAT_PATH
 TIMEOUT_SECONDS = 10.0
 COMPLETIONS_HINT = " (--body is taken for a chat; for a body with a `prompt`, add --path /v1/completions)"
 Json = Mapping[str, Any]
+_WHERE_KNOWN = (
+    "running",
+    "foreign",
+    "metrics_age_s",
+    "queue_ms",
+    "held_tokens",
+    "cache_tokens",
+    "evicted_tokens_per_second",
+    "expected_ms",
+)
+"""Columns that are shown if they say something about any pod."""
+_SHOWN_WITH = {"metrics_age_s": "running"}
 
 
 class CannotExplain(MatrixInferError):
@@ -182,12 +194,15 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
+    pods = decision["pods"].values()
+    used = [field for field in _WHERE_KNOWN if any(pod.get(_SHOWN_WITH.get(field, field)) for pod in pods)]
     is_scaled = any(pod["reuse"] < 1 for pod in decision["pods"].values())
     table = Rows(
         *("pod", "trust", "matched_blocks", "pending_blocks", "recent_blocks"),
         *(("recent_chunks",) if decision["chunks"] else ()),
         *(("reuse",) if is_scaled else ()),
         *("credit", "in_flight", "waiting"),
+        *used,
         *(*scorers, "total", ""),
     )
     for name, pod in decision["pods"].items():
@@ -202,6 +217,7 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
             f"{pod['credit']:g}",
             str(pod["in_flight"]),
             _shown(pod["waiting"]),
+            *(_shown(pod.get(field)) for field in used),
             *(_shown(pod["scores"].get(scorer)) for scorer in scorers),
             _shown(pod["total"]),
             "chosen" if name == decision["chosen"] else pod["filtered"] or "",

@@ -14,7 +14,19 @@ REQUEST_ID = "x-request-id"
 POD = "x-matrixinfer-pod"
 SERVER = "matrixinfer"
 """Answers that name no server say this, and no version."""
-SESSION = "x-session-id"
+SESSIONS = (
+    "x-session-id",
+    "x-claude-code-session-id",
+    "session-id",
+    "session_id",
+    "x-session-affinity",
+    "x-dynamo-session-id",
+    "x-litellm-session-id",
+)
+"""What clients name a session by, in the order in which they are believed: plain clients, Claude Code, Codex (two
+spellings), OpenCode, and clients of other routers."""
+AGENT = "x-claude-code-agent-id"
+"""A sub-agent of the session, whose conversation is another one."""
 RANK = "x-data-parallel-rank"
 
 _HOP_BY_HOP = (
@@ -45,9 +57,17 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 
 def session_id(headers: Mapping[str, str]) -> str | None:
-    """The client's session id, if it sends one of sane length."""
-    given = headers.get(SESSION)
-    return given if given and len(given) <= _MAX_SESSION_CHARS else None
+    """What the client calls the conversation, if it sends a name of sane length."""
+    for name in SESSIONS:
+        given = headers.get(name)
+        if given:
+            break
+    else:
+        return None
+    agent = headers.get(AGENT)
+    if agent:
+        given = f"{given}/{agent}"
+    return given if len(given) <= _MAX_SESSION_CHARS else None
 
 
 def to_pod(headers: MultiMapping[str], identity: str, rank: int | None) -> CIMultiDict[str]:

@@ -16,6 +16,7 @@ from matrixinfer.blocks import token_bytes
 from matrixinfer.kvevents.counts import LedgerStats, UntrustedEvents
 from matrixinfer.kvevents.engine_blocks import EngineBlocks
 from matrixinfer.kvevents.fine import Pieces
+from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.kvevents.forest import Forest
 from matrixinfer.kvevents.grouping import Grouping
 from matrixinfer.kvevents.groups import kind_of
@@ -62,6 +63,7 @@ class EventReader:
         self.block_size: int | None = None
         """Tokens per engine block, the largest if they differ; None before the first."""
         self.layout = Layout()
+        self.footprint = Footprint()
         self.grouping = Grouping(reusable, self.forests, reach, stats=stats, limits=limits)
         self.pages = Pages()
         self._pieces = Pieces()
@@ -102,6 +104,7 @@ class EventReader:
         self._unevicted.clear()
         self._limits.clear()
         self._blocks.orphans.clear()
+        self.footprint.holds(0)
 
     def clear_device(self) -> None:
         """The engine published a reset. One of the device need not reach the slower tiers, which keep their blocks."""
@@ -121,6 +124,7 @@ class EventReader:
         self._tiers.reset()
         self._reusable.reset()
         self._unevicted.reset()
+        self.footprint.reset()
         self._limits.reset()
         self.grouping.reset()
         self.layout.reset()
@@ -133,10 +137,15 @@ class EventReader:
 
     def settle(self) -> None:
         """A batch is over."""
+        self.footprint.holds(self._held_tokens())
         if self._rules.rule is not None:
             self.grouping.settle()
             if len(self.forests) > 1 and any(forest.tier != DEVICE for forest in self.forests.values()):
                 self._limits.note(SLOWER_TIERS, lasting=True)
+
+    def _held_tokens(self) -> int:
+        blocks = [len(forest) for forest in self.forests.values() if forest.tier == DEVICE]
+        return max(blocks, default=0) * (self.block_size or 0)
 
     # Stored
 
@@ -278,6 +287,8 @@ class EventReader:
     def evict(self, at: tuple[str | None, int | None], hashes: Sequence[EngineHash]) -> None:
         """The engine published that blocks left a medium and group."""
         place = self.layout.place(*at)
+        if tier_of(place[0]) == DEVICE and place[1] == (self._reusable.primary or 0):
+            self.footprint.evicted_tokens += len(hashes) * (self.block_size or 0)
         if place[0] != "GPU" and self._unevicted.evicts(place):
             self._limits.drop(store_only(place[0]))
         self._remove(place, hashes, at[0])

@@ -83,6 +83,7 @@ class Ledger:
             stats=self.stats,
             limits=self._limits,
         )
+        self.footprint = self._reader.footprint
         # Plain attributes, because every decision reads them of every endpoint.
         self.block_size: int | None = None
         """Tokens per engine block, the largest if they differ: matches are rounded down to it. None before the first."""

@@ -109,11 +109,13 @@ class Supports:
         self._index.forget(self._pod)
 
     def watch(self, model: str, names: Sequence[int]) -> Watch:
-        """Begin to watch a run of token blocks that are supported. End with `unwatch`.
+        """Begin to watch a run of token blocks. Those that have lost their support already do not count. End with `unwatch`.
 
         No block of a run is supported without those before it, so it is enough to look at the last one that is left.
         """
-        watch = Watch(model, names)
+        watch, counts = Watch(model, names), self._counts.get(model, {})
+        while watch.left and names[watch.left - 1] not in counts:
+            watch.left -= 1
         if watch.left:
             self._watches.setdefault((model, names[-1]), []).append(watch)
         return watch

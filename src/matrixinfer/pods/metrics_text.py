@@ -21,11 +21,13 @@ _LOADED = (b"vllm:external_prefix_cache_hits_total",)
 _PREFIX_QUERIES = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
 _CACHE = re.compile(rb"\n(?:vllm|sglang):cache_config_info\{([^\n]*)")
 _BLOCK_SIZE = re.compile(rb'\b(?:block|page)_size="([1-9]\d{0,8})"')
+_BLOCK_COUNT = re.compile(rb'\bnum_gpu_blocks="([1-9]\d{0,11})"')
 _PREFIX_CACHING = re.compile(rb'\benable_prefix_caching="(True|False)"')
 _RANK = re.compile(rb'[{,](?:engine|dp_rank)="(\d{1,4})"')
 """The label of data-parallel ranks in vLLM and in SGLang."""
 _Sample = tuple[int | None, float]
 """Rank and value."""
+_CACHE_TOKENS = (b"sglang:max_total_num_tokens",)
 _PAGE_SIZE = (b"sglang:page_size",)
 _SLEEP_STATE = b"vllm:engine_sleep_state"
 _SLEEP_LABEL = re.compile(rb'[{,]sleep_state="([a-z_]+)"')
@@ -52,6 +54,8 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
     cache = _CACHE.search(text)
     block_size = _BLOCK_SIZE.search(cache[1]) if cache else None
     caching = _PREFIX_CACHING.search(cache[1]) if cache else None
+    blocks = _BLOCK_COUNT.search(cache[1]) if cache else None
+    held = [round(value) for _, value in _values(text, _CACHE_TOKENS) if value >= 1]
     pages = [round(value) for _, value in _values(text, _PAGE_SIZE) if value >= 1]
     return EngineMetrics(
         running=whole.running,
@@ -61,6 +65,7 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
         prefix_hits=whole.prefix_hits,
         prefix_queries=whole.prefix_queries,
         block_size=int(block_size[1]) if block_size else max(pages, default=None),
+        cache_tokens=int(blocks[1]) * int(block_size[1]) if blocks and block_size else max(held, default=None),
         prefix_caching=caching[1] == b"True" if caching else None,
         sleep=_sleep(text),
         started_at=max((value for _, value in _samples(text, _START_TIME) if value > 0), default=None),

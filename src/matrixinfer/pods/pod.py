@@ -35,6 +35,8 @@ class EngineMetrics:
     """Prompt tokens looked up in the engine's cache since it started."""
     block_size: int | None = None
     """Tokens per block of the engine's cache."""
+    cache_tokens: int | None = None
+    """Tokens that the cache of the engine, or of each of its ranks, can hold."""
     prefix_caching: bool | None = None
     """Whether the engine reuses the blocks of earlier prompts (prefix caching)."""
     sleep: Sleep | None = None

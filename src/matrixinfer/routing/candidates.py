@@ -10,6 +10,7 @@ from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
 from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
+from matrixinfer.routing.observed import Observed
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.traffic.history import RoutingHistory
@@ -40,6 +41,11 @@ class Candidates:
         self._outliers = outliers
         self._peers = PeerLoads() if peers is None else peers
         self._reuse = reuse
+        self._observed = Observed(load, self._peers)
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint has gone."""
+        self._observed.forget(endpoint)
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
@@ -78,17 +84,42 @@ class Candidates:
         engine_block = None if cache is None else cache.engine_block
         if engine_block is None and metrics is not None:
             engine_block = metrics.block_size
+        now, read = request.now, published or metrics
+        own_in_flight, own_tokens, queue_seconds, rate = load.view(name, now)
+        running, waiting = (engine.running, engine.waiting) if engine else (None, None)
+        seen = self._observed.of(name)
+        foreign = None
+        if read is not None and running is not None:
+            if seen.read_at == read.read_at and now < seen.again_at:
+                foreign = seen.foreign
+            else:
+                foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
+        if now < seen.due:
+            condition = seen.condition
+        else:
+            condition = self._observed.condition(
+                name,
+                now,
+                rate=rate,
+                footprint=None if cache is None else cache.footprint,
+                reported=None if metrics is None else metrics.cache_tokens,
+            )
+        if others.queued_tokens:
+            queue_seconds += others.queued_tokens / rate
         return Candidate(
             name=name,
             url=endpoint.pod.url,
             rank=endpoint.rank,
-            in_flight=load.in_flight(name) + others.in_flight,
-            queued_tokens=load.queued_tokens(name) + others.queued_tokens,
+            in_flight=own_in_flight + others.in_flight,
+            queued_tokens=own_tokens + others.queued_tokens,
             peers_in_flight=others.in_flight,
-            running=engine.running if engine else None,
-            waiting=engine.waiting if engine else None,
+            foreign=foreign,
+            queue_seconds=queue_seconds,
+            condition=condition,
+            running=running,
+            waiting=waiting,
             cache_usage=engine.cache_usage if engine else None,
-            metrics_age=request.now - read.read_at if (read := published or metrics) else None,
+            metrics_age=None if read is None else now - read.read_at,
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=engine_block,

@@ -40,6 +40,8 @@ class Record:
     scores: Mapping[str, Mapping[str, float]]
     """Scorer name to endpoint to score, before weights."""
     totals: Mapping[str, float]
+    expected_ms: Mapping[str, float]
+    """Endpoint to the milliseconds that a scorer expects until its answer begins, with what the request costs others."""
     filtered: Mapping[str, str]
     limits: Mapping[str, Sequence[str]]
     """What the events of endpoints that are not `exact` cannot tell, in words."""
@@ -134,8 +136,17 @@ class Record:
             "reuse": round(candidate.reuse, 3),
             "in_flight": candidate.in_flight,
             "peers_in_flight": candidate.peers_in_flight,
+            "foreign": candidate.foreign,
+            "running": candidate.running,
             "waiting": candidate.waiting,
-            "metrics_age_s": candidate.metrics_age,
+            "metrics_age_s": _rounded(candidate.metrics_age, 3),
+            "queued_tokens": candidate.queued_tokens,
+            "queue_ms": None if candidate.queue_seconds is None else round(candidate.queue_seconds * 1e3, 1),
+            "prefill_tokens_per_second": _rounded(candidate.condition.prefill_rate, 1),
+            "held_tokens": candidate.condition.held_tokens,
+            "cache_tokens": candidate.condition.cache_tokens,
+            "evicted_tokens_per_second": round(candidate.condition.evicted_per_second, 1),
+            "expected_ms": _rounded(self.expected_ms.get(name), 1),
         }
 
 
@@ -171,6 +182,7 @@ def record(
         kept=kept,
         scores={scorer: _of(scores, names) for scorer, scores in decision.scores.items()},
         totals=_of(decision.totals, names),
+        expected_ms=_of(decision.expected_ms, names),
         filtered={name: reason for name in names if (reason := decision.filtered.get(name)) is not None},
         limits={each.name: limits_of(each.name) for each in kept if each.trust != "exact"},
         notes=(*notes, *decision.notes),
@@ -181,6 +193,10 @@ def record(
 
 def _of(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     return {name: values[name] for name in names if name in values}
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 class DecisionLog:

@@ -167,4 +167,5 @@ def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -
         start=candidate.matched_blocks or 0,
         queued_tokens=max(0, request.whole_tokens - predicted - candidate.guessed_tokens) + request.other_tokens,
         chunks=request.chunks,
+        streams=request.streams,
     )

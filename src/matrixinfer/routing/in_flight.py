@@ -114,6 +114,7 @@ class InFlight:
         self._record.learned(late.request, endpoint if is_predicted else None)
         if endpoint is not None and not self._is_over:
             self._charge = charge_at(endpoint)
+            self._charge.untimed()
             if self.computed:
                 self._charge.first_byte()
         return endpoint is not None

@@ -150,6 +150,7 @@ class Preparer:
                 chain=chain,
                 prefix=prefix,
                 session=session,
+                streams=prompt.stream,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,
                 other_tokens=sizing.other_tokens,

@@ -93,6 +93,7 @@ class Router:
         """An endpoint has gone: drop what was counted and remembered about it."""
         self._load.forget(endpoint)
         self._history.forget(endpoint)
+        self._candidates.forget(endpoint)
         self._outliers.forget(endpoint)
         self._auditor.forget(endpoint)
         self._metrics.forget_pod(endpoint)

@@ -23,7 +23,8 @@ from matrixinfer.routing import arguments
 from matrixinfer.routing.embedded_index import Index
 from matrixinfer.routing.embedded_lookup import Tokens
 from matrixinfer.routing.holdings import Matches, charge, holdings, match_at
-from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest, Services
+from matrixinfer.routing.observed import Observed
+from matrixinfer.scheduler.framework import UNKNOWN, Candidate, Decision, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.policies import POLICIES, with_policy
@@ -31,6 +32,7 @@ from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.traffic.byte_chunks import cut
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
+from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.prompt_sizes import Rates
 
 
@@ -60,6 +62,7 @@ class Selector:
         self._max_blocks = max(1, scheduler.max_prefix_tokens // self._known.blocks.block_size)
         self._scheduler = Scheduler(scheduler, Services(clock=clock, rng=generator), plugins, broken=plugins.broken)
         self._load = LoadLedger(clock, scheduler.pending_seconds)
+        self._observed = Observed(self._load, PeerLoads())
         self._accounts = _Accounts(self._load, self._known.history)
         self._clock = clock
 
@@ -84,8 +87,8 @@ class Selector:
 
         `token_ids` are those that the engine computes, chat template applied; None routes by load, and by where the
         beginning of `prefix` (the prompt's bytes, as the client sent them) was sent lately. A candidate is a name,
-        or a `Candidate` with what the caller knows: its engine metrics, and in `in_flight` and `queued_tokens` the load
-        that this selector has not charged. The selector fills in what it and the index know, which is nothing for a
+        or a `Candidate` with what the caller knows: its engine metrics with their age, and in `in_flight` and
+        `queued_tokens` the load that this selector has not charged. The selector fills in what it and the index know, which is nothing for a
         name that the index does not follow. `model` is the name under which `Index.follow` has it, or an
         adapter's. `salt` is the request's cache salt; `session` is for plugins.
 
@@ -126,6 +129,7 @@ class Selector:
     def forget(self, pod: str) -> None:
         """Forget a pod that has gone, here and in the index."""
         self._accounts.forget(pod)
+        self._observed.forget(pod)
         self._index.forget(pod)
 
     def _bytes(self, prefix: bytes, salt: str | None, known: int | None) -> tuple[Sequence[int], int, Sequence[int]]:
@@ -143,11 +147,21 @@ class Selector:
         trust, pending, recent, credit, chunks, guessed = holdings(
             name, request, match, load, self._known.history, self._weights
         )
-        cache = match.cache
+        cache, now = match.cache, request.now
+        in_flight, queued_tokens, seconds, rate = load.view(name, now)
+        condition = base.condition
+        if condition == UNKNOWN:
+            footprint = None if cache is None else cache.footprint
+            condition = self._observed.condition(name, now, rate=rate, footprint=footprint, reported=None)
+        else:
+            rate = condition.prefill_rate or rate
         return msgspec.structs.replace(
             base,
-            in_flight=base.in_flight + load.in_flight(name),
-            queued_tokens=base.queued_tokens + load.queued_tokens(name),
+            in_flight=base.in_flight + in_flight,
+            queued_tokens=base.queued_tokens + queued_tokens,
+            foreign=self._foreign(base, now),
+            queue_seconds=seconds + (base.queued_tokens / rate if base.queue_seconds is None else base.queue_seconds),
+            condition=condition,
             feed=None if cache is None else cache.feed,
             trust=trust,
             engine_block=base.engine_block if cache is None or cache.engine_block is None else cache.engine_block,
@@ -161,6 +175,13 @@ class Selector:
             recent_chunks=chunks,
             guessed_tokens=guessed,
         )
+
+    def _foreign(self, base: Candidate, now: float) -> int | None:
+        """Requests there that neither the caller nor this selector knows."""
+        if base.foreign is not None or base.running is None or base.metrics_age is None:
+            return base.foreign
+        counted = base.running + (base.waiting or 0)
+        return max(0, self._observed.foreign(base.name, counted, now - base.metrics_age, now) - base.in_flight)
 
 
 class InFlight:

@@ -43,6 +43,8 @@ class SchedulingRequest:
     """The first 64 KiB of the prompt as the client sent it (text, or messages as JSON)."""
     session: str | None = None
     """The client's session id, if it sends one."""
+    streams: bool = True
+    """Whether the answer begins as soon as the prompt is computed."""
     now: float = 0.0
     """Seconds on the monotonic clock."""
     unknown_tokens: int = 0
@@ -58,6 +60,22 @@ class SchedulingRequest:
     def whole_tokens(self) -> int:
         """Tokens of the prompt: those that are known, and an estimate of the others."""
         return (self.prompt_tokens or 0) + self.unknown_tokens
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How fast an endpoint is, and how full its cache. None means unknown."""
+
+    prefill_rate: float | None = None
+    """Prompt tokens that it computes per second, as its answers have shown."""
+    held_tokens: int | None = None
+    """Tokens that its cache holds, in use or not."""
+    cache_tokens: int | None = None
+    """Tokens that its cache can hold."""
+    evicted_per_second: float = 0.0
+    """Tokens that its cache has evicted per second lately."""
+
+
+UNKNOWN = Condition()
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -78,6 +96,13 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Prompt tokens of those requests that the pod still has to compute, as far as the gateways know."""
     peers_in_flight: int = 0
     """How many of `in_flight` belong to other gateways."""
+    foreign: int | None = None
+    """Requests there that neither this gateway nor those that it hears have sent, by the engine's own count; None if that
+    count is unknown, or when it was taken."""
+    queue_seconds: float | None = None
+    """Estimated time until the prompts of the requests in flight there are computed; None if nobody estimates it."""
+    condition: Condition = UNKNOWN
+    """How fast it is and how full its cache, as observed within the last moments."""
     running: int | None = None
     waiting: int | None = None
     cache_usage: float | None = None
@@ -147,9 +172,22 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def load(self) -> int:
-        """Requests at the endpoint: what the gateways count, or what the engine counts, if others send to it as well."""
+        """Requests at the endpoint now: those that the gateways count, and those of others.
+
+        The engine's own count is from the past, so what is known to have ended since must not be taken from it. Where
+        nobody has told the two apart (`foreign`), it is the larger of both counts.
+        """
+        if self.foreign is not None:
+            return self.in_flight + self.foreign
         engine = (self.running or 0) + (self.waiting or 0)
         return engine if engine > self.in_flight else self.in_flight  # noqa: FURB136  # twice as fast as max() here
+
+    @property
+    def queue_length(self) -> int | None:
+        """Requests that wait in the engine's queue, as it last reported, but no more than are there now; None if unknown."""
+        if self.waiting is None or self.foreign is None:
+            return self.waiting
+        return min(self.waiting, self.in_flight + self.foreign)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +196,8 @@ class Scores:
 
     values: Sequence[float]
     note: str | None = None
+    expected_ms: Sequence[float] | None = None
+    """One estimated time per candidate, if that is what the values are made of. It is shown to people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +226,8 @@ class Decision:
     """Milliseconds spent in each plugin."""
     notes: Sequence[str] = field(default_factory=tuple)
     """What the decision had to do without, for people."""
+    expected_ms: Mapping[str, float] = field(default_factory=dict)
+    """Candidate's name to the milliseconds that a scorer expects there; empty if none does."""
 
     @property
     def chosen(self) -> Candidate:

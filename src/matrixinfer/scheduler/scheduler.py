@@ -100,12 +100,15 @@ class Scheduler:
         names = [pod.name for pod in pods]
         totals = [0.0] * len(pods)
         scores: dict[str, Mapping[str, float]] = {}
+        expected_ms: Mapping[str, float] = {}
         for name, weight, scorer in self._profile.scorers:
             answer = attempts.run("Score", name, _score, scorer, request, pods)
             if answer is None:
                 continue
             scores[name] = dict(zip(names, answer.values, strict=True))
             totals = [total + weight * value for total, value in zip(totals, answer.values, strict=True)]
+            if answer.expected_ms is not None:
+                expected_ms = dict(zip(names, answer.expected_ms, strict=True))
             if answer.note is not None:
                 attempts.notes.append(f"{name}: {answer.note}")
         name, picker = self._profile.picker
@@ -121,6 +124,7 @@ class Scheduler:
             totals=dict(zip(names, totals, strict=True)),
             timings_ms=attempts.timings_ms,
             notes=tuple(attempts.notes),
+            expected_ms=expected_ms,
         )
 
     def _filter(
@@ -216,7 +220,12 @@ def _score(plugin: Scorer, request: SchedulingRequest, pods: Pods) -> Scores:
         raise PluginError("returned a score that is not between 0 and 100")
     if not (answer.note is None or isinstance(answer.note, str)):
         raise PluginError("returned a note that is neither text nor None")
-    return Scores(values=values, note=None if answer.note is None else f"{answer.note}")
+    expected = answer.expected_ms
+    if expected is not None:
+        expected = list(map(float, _one_each(expected, pods, "expected times")))
+        if not math.isfinite(sum(expected)):
+            raise PluginError("returned an expected time that is not finite")
+    return Scores(values=values, note=None if answer.note is None else f"{answer.note}", expected_ms=expected)
 
 
 def _pick(plugin: Picker, request: SchedulingRequest, pods: Pods, totals: Sequence[float]) -> list[int]:

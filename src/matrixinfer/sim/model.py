@@ -31,6 +31,8 @@ class Timing:
     """For each sequence that gets one more token."""
     attention_pair: float = 0.0
     """For each pair of a computed token and a token before it."""
+    decode_context: float = 0.0
+    """For each token before the one that a decoding sequence gets: its keys and values are read."""
     load_block: float = 0.00005
     """For each block that is loaded from the CPU tier."""
 
@@ -272,12 +274,13 @@ class EngineModel(Generic[S, H]):
         self._full = False
 
     def _duration(self, batch: list[_Work[S]]) -> float:
-        prefill = decode = loads = 0
+        prefill = decode = loads = contexts = 0
         pairs = 0.0
         for run, count, loaded in batch:
             loads += loaded
             if run.generated and count == 1:
                 decode += 1
+                contexts += run.computed
             else:
                 prefill += count
             pairs += count * (run.computed + count / 2)
@@ -287,5 +290,6 @@ class EngineModel(Generic[S, H]):
             + prefill * timing.prefill_token
             + decode * timing.decode_sequence
             + pairs * timing.attention_pair
+            + contexts * timing.decode_context
             + loads * timing.load_block
         )

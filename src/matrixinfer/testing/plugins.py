@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from matrixinfer.config import PluginArgs, PluginRef, PluginsConfig, PluginStage, SchedulerConfig, Section, convert
 from matrixinfer.scheduler.framework import (
     Candidate,
+    Condition,
     Decision,
     Filter,
     Picker,
@@ -40,6 +41,13 @@ _STAGES: tuple[tuple[str, type], ...] = (
 
 _counts = st.integers(0, 10_000)
 _maybe_counts = st.none() | _counts
+_conditions = st.builds(
+    Condition,
+    prefill_rate=st.none() | st.floats(1, 1e6),
+    held_tokens=_maybe_counts,
+    cache_tokens=_maybe_counts,
+    evicted_per_second=st.floats(0, 1e6),
+)
 _candidates = st.lists(
     st.builds(
         Candidate,
@@ -47,6 +55,9 @@ _candidates = st.lists(
         url=st.just("http://pod"),
         in_flight=_counts,
         queued_tokens=_counts,
+        foreign=_maybe_counts,
+        queue_seconds=st.none() | st.floats(0, 1e4),
+        condition=_conditions,
         running=_maybe_counts,
         waiting=_maybe_counts,
         cache_usage=st.none() | st.floats(-0.1, 1.1),
@@ -70,6 +81,7 @@ _requests = st.builds(
     chain=st.lists(st.integers(0, 2**63 - 1), max_size=20).map(tuple),
     prefix=st.sampled_from([b"", b"short", b"x" * 600, b"y" * 2000]),
     session=st.none() | st.just("s"),
+    streams=st.booleans(),
     now=st.floats(0, 1e6),
     unknown_tokens=_counts,
     other_tokens=_counts,

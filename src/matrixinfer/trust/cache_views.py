@@ -9,6 +9,7 @@ import msgspec
 
 from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.pods.registry import Pod
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust import reasons
@@ -35,6 +36,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
     by_pod: bool = False
     """Its writer may not tell ranks apart: what the index lists under the pod's name counts for each of its ranks."""
+    footprint: Footprint | None = None
+    """How full it is, as known now; None where another process follows its events."""
 
 
 class Caches(Protocol):
@@ -102,6 +105,7 @@ class FeedCaches:
             hides_salts=ledger.hides_salts,
             rule=rule,
             drop=0 if rule is not None else ledger.rules.drop,
+            footprint=ledger.footprint,
         )
 
 

@@ -2,7 +2,8 @@
 
 **By answers.** Where an answer reports how many prompt tokens the engine found in its cache, that is compared with the
 prediction: between its value when the pod was chosen and when the answer began, as blocks evicted while the request
-waited are no fault. Fewer means that the index claims blocks that are not there: an engine lost them without an event,
+waited are no fault. The events of those evictions may come after the answer, so fewer is judged `SETTLE_SECONDS` later,
+and the reports after it wait for that. Fewer means that the index claims blocks that are not there: an engine lost them without an event,
 or events were lost unnoticed. After `RUN` such answers in a row the endpoint's blocks are cleared and its history is
 replayed; if that does not help, they are cleared and built up from live events alone. Every further attempt waits twice
 as long, and the endpoint is doubted meanwhile. More than predicted is no fault: requests of other gateways, or blocks
@@ -23,6 +24,7 @@ between. While the engine has not yet counted even the prompts of those requests
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
@@ -38,6 +40,8 @@ Window: TypeAlias = Literal["covered", "short", "uncounted"]
 RUN = 3
 """Answers in a row with fewer cached tokens than predicted after which an endpoint is indexed again; and requests in a
 row that stored nothing after which it is doubted."""
+SETTLE_SECONDS = 1.0
+"""Time that the events of an eviction may take, from the end of the answer that reports less for it."""
 STORED_WITHIN_SECONDS = 5.0
 """Time that events may take to report a prompt's blocks, from the end of its answer."""
 WINDOW_SECONDS = 5.0
@@ -45,6 +49,7 @@ WINDOW_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 600.0
 _MAX_PREDICTED = 10_000
+_MAX_UNSETTLED = 256
 _HEALS = 2
 """Times that an endpoint is indexed again, by replay and from live events, before its reuse is taken for what it is."""
 
@@ -66,6 +71,15 @@ class Lookups(NamedTuple):
     queries: int | None
 
 
+class _Report(NamedTuple):
+    """An answer's report that is judged later. `least` gives what is left of the prediction then, and is called once."""
+
+    due: float
+    least: Callable[[], int]
+    most: int
+    found: int
+
+
 @dataclass(slots=True)
 class _Endpoint:
     reports: bool = False
@@ -80,6 +94,8 @@ class _Endpoint:
     pause: float = _FIRST_PAUSE_SECONDS
     replays: bool = True
     """Whether the next attempt replays its history; every second one does."""
+    unsettled: deque[_Report] = field(default_factory=deque)
+    """Reports that are judged later, in the order in which they came; at most `_MAX_UNSETTLED`."""
     awaited: Callable[[], bool] | None = None
     """Returns whether a block that a request must have stored is indexed; called from `awaited_until` on."""
     awaited_until: float = 0.0
@@ -129,6 +145,8 @@ class Drift:
         endpoint = self._endpoints.get(name)
         if endpoint is None:
             return False
+        if endpoint.unsettled:
+            self._settle_due(name, endpoint)
         if endpoint.awaited is not None and self._clock() >= endpoint.awaited_until:
             self._settle(name, endpoint, is_stored=endpoint.awaited())
         return (endpoint.streak >= RUN and not endpoint.is_partial) or endpoint.missed >= RUN
@@ -155,15 +173,11 @@ class Drift:
 
         The index predicted `most` tokens when the endpoint was chosen, and `least` when the answer began.
         """
-        endpoint = self._of(name)
-        if cached is None and not endpoint.reports:
-            return
-        endpoint.reports = True
-        found = cached or 0
-        outcome = _outcome(least, most, found)
-        self._metrics.drift(name, outcome, min(max(found, least), most), found)
-        self._observe(name, endpoint, least, found)
-        self._count(name, endpoint, is_fewer=outcome == "fewer", found=found)
+        self._take(name, lambda: least, most=most, cached=cached, is_settled=True)
+
+    def suspected(self, name: str, *, least: Callable[[], int], most: int, cached: int | None) -> None:
+        """Like `reported`, but `least` says later what is left of the prediction. It is called exactly once."""
+        self._take(name, least, most=most, cached=cached, is_settled=False)
 
     def began(self, name: str, *, sent_at: float, least: int, tokens: int) -> None:
         """An answer begins whose request must have found `least` of its `tokens` in the cache."""
@@ -174,6 +188,7 @@ class Drift:
     def measured(self, name: str, counted: Lookups, *, began_at: float) -> None:
         """The engine's counters since its start were read, between `began_at` and now."""
         endpoint, now = self._of(name), self._clock()
+        self._settle_due(name, endpoint)
         before = endpoint.counted
         if before is not None and counted.hits >= before.hits:
             if began_at < endpoint.counted_at + WINDOW_SECONDS:
@@ -200,7 +215,37 @@ class Drift:
 
     def forget(self, name: str) -> None:
         """The endpoint has gone."""
-        self._endpoints.pop(name, None)
+        endpoint = self._endpoints.pop(name, None)
+        for report in () if endpoint is None else endpoint.unsettled:
+            report.least()
+
+    def _take(self, name: str, least: Callable[[], int], *, most: int, cached: int | None, is_settled: bool) -> None:
+        endpoint = self._of(name)
+        if cached is None and not endpoint.reports:
+            least()
+            return
+        endpoint.reports = True
+        self._settle_due(name, endpoint)
+        report = _Report(self._clock() + SETTLE_SECONDS, least, most, cached or 0)
+        if is_settled and not endpoint.unsettled:
+            self._judge(name, endpoint, report)
+            return
+        endpoint.unsettled.append(report)
+        self._settle_due(name, endpoint)
+        if len(endpoint.unsettled) > _MAX_UNSETTLED:
+            self._judge(name, endpoint, endpoint.unsettled.popleft())
+
+    def _settle_due(self, name: str, endpoint: _Endpoint) -> None:
+        now = self._clock()
+        while endpoint.unsettled and endpoint.unsettled[0].due <= now:
+            self._judge(name, endpoint, endpoint.unsettled.popleft())
+
+    def _judge(self, name: str, endpoint: _Endpoint, report: _Report) -> None:
+        least, most, found = report.least(), report.most, report.found
+        outcome = _outcome(least, most, found)
+        self._metrics.drift(name, outcome, min(max(found, least), most), found)
+        self._observe(name, endpoint, least, found)
+        self._count(name, endpoint, is_fewer=outcome == "fewer", found=found)
 
     def _observe(self, name: str, endpoint: _Endpoint, least: int, found: int) -> None:
         reuse, was_short = endpoint.reuse, endpoint.reuse.is_short

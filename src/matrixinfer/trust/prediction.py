@@ -2,6 +2,10 @@
 
 A prediction can shrink between the decision and the answer: what is evicted while the request waits is no fault of the
 index. So the blocks that it rests on are watched until the first byte, and drift is judged between both values.
+
+The event of such an eviction may come after the first byte, together with those of the blocks that the request itself
+computed again. So an answer that reports less goes on being watched for a short time before it counts against the
+index (`Drift.suspected`). While a request runs, its engine evicts no block that the request found.
 """
 
 from __future__ import annotations
@@ -97,26 +101,39 @@ class Prediction:
 
     def first_byte(self) -> None:
         """The answer begins: blocks evicted before now were not there to be found, even if they are stored again."""
-        if self._watch is not None and self._watch.left < len(self._matched):
-            left = self._watch.left * self._token_block - self._dropped
-            self._at_first_byte = min(self.tokens, max(0, left))
-        self._unwatch()
+        self._at_first_byte = self._left()
         self._drift.began(self._endpoint, sent_at=self._sent_at, least=self._at_first_byte, tokens=self._prompt_tokens)
 
     def reported(self, cached: int | None) -> None:
         """The answer reports `cached` tokens; None if it does not say how many."""
         if cached is not None and self._at_first_byte == self.tokens and self._explains(self.tokens, cached):
             return
-        self._drift.reported(self._endpoint, least=self._at_first_byte, most=self.tokens, cached=cached)
+        watch, self._watch = self._watch, None
+        least, most = self._at_first_byte, self.tokens
+        if watch is not None and (cached or 0) < least:
+            self._drift.suspected(self._endpoint, least=lambda: min(least, self._end(watch)), most=most, cached=cached)
+            return
+        self._end(watch)
+        self._drift.reported(self._endpoint, least=least, most=most, cached=cached)
 
     def end(self, *, computed: bool) -> None:
         """The request is over, or goes to another endpoint. `computed`: this one has computed the prompt."""
-        self._unwatch()
+        watch, self._watch = self._watch, None
+        self._end(watch)
         stores, supports, model = self._stores, self._supports, self._model
         if computed and stores is not None:
             self._drift.awaits(self._endpoint, lambda: supports.held(model, (stores,)) > 0)
 
-    def _unwatch(self) -> None:
-        if self._watch is not None:
-            self._supports.unwatch(self._watch)
-            self._watch = None
+    def _left(self, watch: Watch | None = None) -> int:
+        """Tokens of the predicted hit whose blocks have been there since the request was sent."""
+        watch = watch or self._watch
+        if watch is None or watch.left >= len(self._matched):
+            return self.tokens
+        return min(self.tokens, max(0, watch.left * self._token_block - self._dropped))
+
+    def _end(self, watch: Watch | None) -> int:
+        """End a watch. Returns what is left of the predicted hit."""
+        if watch is None:
+            return self.tokens
+        self._supports.unwatch(watch)
+        return self._left(watch)

@@ -50,11 +50,9 @@ def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[
     assert row.strip().startswith(plain(name))
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_explain_prints_ids_pods_and_models_as_they_are(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pod = {
+def candidate_view(scorer: str = "s", **fields: Any) -> dict[str, Any]:
+    """A pod in a decision, as the admin listener reports it."""
+    return {
         "trust": "exact",
         "matched_blocks": 1,
         "pending_blocks": 0,
@@ -64,13 +62,17 @@ def test_explain_prints_ids_pods_and_models_as_they_are(
         "credit": 1.0,
         "in_flight": 0,
         "waiting": None,
-        "scores": {name: 1.0},
+        "scores": {scorer: 1.0},
         "total": 1.0,
         "filtered": None,
         "tiers": [],
+        **fields,
     }
-    reported = {"attempts": [name], "status": 200, "cached_tokens": 1, "prompt_tokens": 2}
-    decision = {
+
+
+def decision_view(name: str, pods: dict[str, Any]) -> dict[str, Any]:
+    """A decision, as the admin listener reports it."""
+    return {
         "id": name,
         "at": 0.0,
         "path": "/v1",
@@ -78,16 +80,23 @@ def test_explain_prints_ids_pods_and_models_as_they_are(
         "tokens": 1,
         "blocks": 1,
         "chosen": name,
-        "candidates": 1,
+        "candidates": len(pods),
         "predicted_hit_tokens": 1,
         "guessed_hit_tokens": 0,
         "unknown_tokens": 0,
         "other_tokens": 0,
         "chunks": 0,
-        "pods": {name: pod},
+        "pods": pods,
         "notes": [name],
-        "reported": reported,
+        "reported": {"attempts": [name], "status": 200, "cached_tokens": 1, "prompt_tokens": 2},
     }
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_explain_prints_ids_pods_and_models_as_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decision = decision_view(name, {name: candidate_view(scorer=name)})
 
     async def answer(_: object) -> dict[str, Any]:
         return {"decisions": [decision]}
@@ -143,3 +152,32 @@ def test_explain_finds_pods_by_the_name_with_the_clusters_domain(monkeypatch: py
     with pytest.raises(explain.CannotExplain):
         asyncio.run(explain._ask(arguments))  # noqa: SLF001 - the request that it makes
     assert asked == [{"limit": "1", "pod": "a.ns"}]
+
+
+def test_explain_shows_what_a_decision_used_where_anything_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {
+        "running": 4,
+        "foreign": 3,
+        "metrics_age_s": 0.25,
+        "queue_ms": 456.8,
+        "held_tokens": 90_000,
+        "cache_tokens": 100_000,
+        "evicted_tokens_per_second": 0.0,
+        "expected_ms": 512.3,
+    }
+    pods = {name: candidate_view(**fields) for name, fields in (("a", known), ("b", dict.fromkeys(known)))}
+
+    async def answer(_: object) -> dict[str, Any]:
+        return {"decisions": [decision_view("a", pods)]}
+
+    monkeypatch.setattr(explain, "_ask", answer)
+    assert main(["explain", "x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, first, second = (line.split() for line in lines[-4:-1])
+    shown = [name for name in known if name != "evicted_tokens_per_second"]
+    assert head[head.index("waiting") + 1 :][: len(shown)] == shown
+    at = head.index("running")
+    assert first[at : at + len(shown)] == ["4", "3", "0.2", "456.8", "90000", "100000", "512.3"]
+    assert second[at : at + len(shown)] == ["-"] * len(shown)

@@ -75,3 +75,14 @@ def test_a_session_id_of_insane_length_is_none() -> None:
     assert headers.session_id({"x-session-id": ""}) is None
     assert headers.session_id({"x-session-id": "s" * 256}) == "s" * 256
     assert headers.session_id({"x-session-id": "s" * 257}) is None
+    assert headers.session_id({"x-session-id": "s" * 200, "x-claude-code-agent-id": "a" * 200}) is None
+
+
+@pytest.mark.parametrize("name", headers.SESSIONS)
+def test_sessions_are_known_by_the_headers_of_agents_and_routers(name: str) -> None:
+    given = CIMultiDict({name.title(): "s1"})
+    assert headers.session_id(given) == "s1"
+    given["X-Session-ID"] = "s2"
+    assert headers.session_id(given) == "s2"
+    given["X-Claude-Code-Agent-Id"] = "a1"
+    assert headers.session_id(given) == "s2/a1"

@@ -122,6 +122,30 @@ def test_load_that_the_caller_knows_of_is_added() -> None:
     assert (seen.running, seen.waiting, seen.cache_usage, seen.engine_block) == (7, 1, 0.5, 64)
 
 
+def test_requests_that_ended_since_the_engine_was_read_do_not_count() -> None:
+    fleet = Fleet()
+    sent = fleet.selector.charge(fleet.selector.select(PROMPT, ["a"], model="m"))
+    fleet.clock.advance(1.0)
+    read = candidate("a", running=3, waiting=0, metrics_age=0.0)
+    assert (fleet.selector.select(PROMPT, [read], model="m").chosen.load) == 3
+    fleet.clock.advance(0.5)
+    sent.finish()
+    later = candidate("a", running=3, waiting=0, metrics_age=0.5)
+    seen = fleet.selector.select(PROMPT, [later], model="m").chosen
+    assert (seen.foreign, seen.load) == (2, 2)
+
+
+def test_the_selector_estimates_queues_and_speeds() -> None:
+    fleet = Fleet()
+    sent = fleet.selector.charge(fleet.selector.select(PROMPT, ["x"], model="m"))
+    fleet.clock.advance(2.0)
+    sent.first_byte()
+    with fleet.selector.charge(fleet.selector.select(PROMPT, ["y"], model="m")):
+        seen = fleet.selector.select(PROMPT, ["y"], model="m", dry_run=True).chosen
+    assert seen.condition.prefill_rate == pytest.approx(len(PROMPT) / 2.0)
+    assert seen.queue_seconds == pytest.approx(2.0)
+
+
 def test_a_pod_without_events_is_known_by_what_was_sent_to_it() -> None:
     fleet = Fleet()
     decision = fleet.selector.select(PROMPT, ["x"], model="m")
@@ -202,7 +226,9 @@ def test_the_configuration_has_the_keys_of_the_gateway() -> None:
 
 def test_wrong_values_are_named() -> None:
     index = Index(block_size=16)
-    with pytest.raises(ConfigError, match="unknown policy `fastest`; there are: cache_aware, kv_aware"):
+    with pytest.raises(
+        ConfigError, match="unknown policy `fastest`; there are: cache_aware, cached_share, expected_ttft, kv_aware"
+    ):
         Selector(index, policy="fastest")
     with pytest.raises(ConfigError, match=r"\$\.scheduler\.pendingSecond"):
         Selector(index, config={"pendingSecond": 1})

@@ -196,7 +196,9 @@ vllm:prefix_cache_hits_created{engine="0",model_name="tiny"} 1.7e+09
 vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blocks="100"} 1.0
 """
     metrics = parse_metrics(text, read_at=0.0)
-    assert (metrics.prefix_hits, metrics.block_size) == (100, 32)
+    assert (metrics.prefix_hits, metrics.block_size, metrics.cache_tokens) == (100, 32, 3_200)
+    assert parse_metrics(b'sglang:max_total_num_tokens{dp_rank="0"} 4096\n', read_at=0.0).cache_tokens == 4_096
+    assert parse_metrics(text.replace(b'"100"', b'"None"'), read_at=0.0).cache_tokens is None
     assert {rank: each.prefix_hits for rank, each in metrics.ranks.items()} == {0: 96, 1: 4}
     loaded = b'vllm:external_prefix_cache_hits_total{engine="1"} 32.0\n'
     looked_up = b'vllm:prefix_cache_queries_total{engine="0"} 200\nvllm:prefix_cache_queries_total{engine="1"} 50\n'

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from matrixinfer.routing.decision_log import PODS_KEPT, DecisionLog, Record, record
-from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.framework import Candidate, Condition, Decision, SchedulingRequest
 
 
 def decision(request_id: str = "r", *, pods: int = 2, filtered: int = 0) -> Decision:
@@ -53,6 +55,41 @@ def test_a_record_says_why_and_what_came_of_it() -> None:
     assert (pods["p1"]["trust"], pods["p1"]["credit"], pods["p1"]["in_flight"]) == ("exact", 1, 1)
     assert view["notes"] == ["degraded", "a note"]
     assert view["timings_ms"] == {"parse": 0.5, "kvcache-aware": 0.01}
+
+
+def test_a_record_carries_what_the_decision_used() -> None:
+    pod = Candidate(
+        name="a",
+        url="",
+        in_flight=2,
+        foreign=3,
+        queued_tokens=900,
+        queue_seconds=0.45678,
+        condition=Condition(prefill_rate=2_000.04, held_tokens=90_000, cache_tokens=100_000, evicted_per_second=12.34),
+        running=4,
+        waiting=1,
+        metrics_age=0.25049,
+    )
+    made = replace(decision(), candidates=[pod], ranked=[pod], expected_ms={"a": 512.34, "gone": 1.0})
+    kept = record(made, "/", [], {})
+    assert kept.expected_ms == {"a": 512.34}
+    pods = kept.view()["pods"]
+    assert isinstance(pods, dict)
+    shown = {
+        "in_flight": 2,
+        "foreign": 3,
+        "running": 4,
+        "waiting": 1,
+        "metrics_age_s": 0.25,
+        "queued_tokens": 900,
+        "queue_ms": 456.8,
+        "prefill_tokens_per_second": 2_000.0,
+        "held_tokens": 90_000,
+        "cache_tokens": 100_000,
+        "evicted_tokens_per_second": 12.3,
+        "expected_ms": 512.3,
+    }
+    assert {key: pods["a"][key] for key in shown} == shown
 
 
 def test_the_best_of_many_pods_are_kept() -> None:

@@ -72,6 +72,7 @@ class World(Gateway):
         request.usage(tokens, cached)
         await self.requests.finish(request)
         self.clock.now += 10
+        self.parts.drift.doubts("a")  # what the answer says is judged when its events have come
 
     def body(self, tokens: int) -> bytes:
         return json.dumps({"model": MODEL, "prompt": PROMPT[:tokens]}).encode()

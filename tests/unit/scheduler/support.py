@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matrixinfer.config import PluginArgs, PluginRef, PluginsConfig, PluginStage, SchedulerConfig
-from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Services
+from matrixinfer.scheduler.framework import Candidate, Condition, Plugin, SchedulingRequest, Services
 from matrixinfer.scheduler.plugins import BUILT_IN
 from matrixinfer.scheduler.scheduler import Scheduler
 
@@ -62,7 +62,9 @@ def request(**fields: Any) -> SchedulingRequest:
 
 
 def pod(name: str, **fields: Any) -> Candidate:
-    return Candidate(name=name, url=f"http://{name}", **fields)
+    """A candidate. The fields of its condition are given like its own."""
+    parts = {field: fields.pop(field) for field in Condition.__struct_fields__ if field in fields}
+    return Candidate(name=name, url=f"http://{name}", condition=Condition(**parts), **fields)
 
 
 def pods(count: int, **fields: Any) -> list[Candidate]:

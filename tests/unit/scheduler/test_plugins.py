@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matrixinfer.config import convert
+from matrixinfer.config import Section, convert
 from matrixinfer.scheduler.framework import Candidate, Decision, Filter, PostSchedule, SchedulingRequest, Scorer, Scores
 from matrixinfer.scheduler.plugins import BUILT_IN
 from matrixinfer.scheduler.plugins.bounded_load import bound
@@ -225,3 +225,129 @@ class TestPrefixCache:
     def test_asks_for_the_bytes_of_every_prompt(self) -> None:
         assert scheduler(profile(scorers=("prefix-cache",))).reads_bytes
         assert not scheduler(profile(scorers=("kvcache-aware",))).reads_bytes
+
+
+class TestExpectedTtft:
+    """Prompts of 4,000 tokens at 8,000 tokens per second: half a second."""
+
+    ASKED = request(prompt_tokens=4_000, block_size=100, chain=tuple(range(40)))
+    RATE: ClassVar[dict[str, Any]] = {"prefill_rate": 8_000.0, "queue_seconds": 0.0}
+
+    def expected(self, *candidates: Candidate, **args: Any) -> list[float]:
+        times = score("expected-ttft", candidates, self.ASKED, **args).expected_ms
+        assert times is not None
+        return list(times)
+
+    def test_adds_up_queue_and_what_is_not_cached_at_the_rate_of_each_pod(self) -> None:
+        times = self.expected(
+            pod("cold", **self.RATE),
+            pod("warm", matched_blocks=30, **self.RATE),
+            pod("pending", matched_blocks=10, pending_blocks=20, **self.RATE),
+            pod("slow", prefill_rate=1_000.0, queue_seconds=0.0),
+            pod("busy", prefill_rate=8_000.0, queue_seconds=2.0),
+            pod("unknown", queued_tokens=800),
+        )
+        assert times == pytest.approx([500.0, 125.0, 125.0, 4_000.0, 2_500.0, 600.0])
+
+    def test_each_request_in_flight_costs_some_tokens_and_is_delayed_itself(self) -> None:
+        times = self.expected(pod("a", in_flight=10, **self.RATE), requestTokens=80, stallShare=0.1)
+        assert times == pytest.approx([500.0 + 10 * 10.0 + 10 * 0.1 * 500.0])
+
+    def test_requests_of_others_that_wait_are_a_queue(self) -> None:
+        one = self.expected(pod("a", foreign=5, running=1, waiting=4, metrics_age=0.1, **self.RATE), stallShare=0)
+        assert one == pytest.approx([500.0 + (5 + 4) * 16.0])
+
+    def test_a_full_cache_costs_what_is_pushed_out_and_needed_again(self) -> None:
+        full = {"held_tokens": 100_000, "cache_tokens": 100_000, **self.RATE}
+        times = self.expected(
+            pod("room", held_tokens=90_000, cache_tokens=100_000, **self.RATE),
+            pod("half", held_tokens=98_000, cache_tokens=100_000, evicted_per_second=1e9, **self.RATE),
+            pod("idle", **full),
+            pod("turning-over", evicted_per_second=100_000 / 60, **full),
+            pod("thrashing", evicted_per_second=1e9, **full),
+            pod("unknown", held_tokens=100_000, **self.RATE),
+        )
+        assert times == pytest.approx([500.9, 750.98, 551.0, 751.0, 1_001.0, 500.0], abs=0.1)
+
+    def test_equal_pods_are_told_apart_by_their_footprint(self) -> None:
+        pods = [pod(str(n), held_tokens=n, cache_tokens=100_000, **self.RATE) for n in (30_000, 10_000, 20_000)]
+        values = score("expected-ttft", pods, self.ASKED).values
+        assert values.index(max(values)) == 1
+
+    def test_scores_keep_differences_in_milliseconds_and_never_end(self) -> None:
+        waits = [0.0, 0.001, 5.0, 10.0, 20.0, 1_000.0]
+        values = score(
+            "expected-ttft", [pod(f"{wait}", prefill_rate=8_000.0, queue_seconds=wait) for wait in waits], self.ASKED
+        ).values
+        assert values == pytest.approx([100.0, 99.995, 75.0, 50.0, 25.0, 0.5])
+
+    def test_an_answer_with_a_time_that_is_no_number_is_refused(self) -> None:
+        class Endless:
+            name: ClassVar[str] = "endless"
+            Args: ClassVar[type[Section]] = BUILT_IN["random"].Args
+
+            def __init__(self, args: Section, services: object) -> None: ...
+
+            def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Scores:
+                return Scores(values=[1.0] * len(candidates), expected_ms=[float("nan")] * len(candidates))
+
+        made = scheduler(profile(scorers=["endless"]), Endless)
+        decision = made.schedule(request(), pods(2))
+        assert (made.rejected["endless"], decision.expected_ms) == (1, {})
+
+
+class TestSessionAffinity:
+    def after(self, *, chosen: str = "pod-1", at: float = 0.0, **args: Any) -> Any:
+        plugin = make("session-affinity", **args)
+        candidates = pods(3)
+        asked = request(session="s", now=at)
+        send(plugin, asked, candidates, next(each for each in candidates if each.name == chosen))
+        return plugin
+
+    def test_prefers_the_pod_of_the_last_request_of_a_session(self) -> None:
+        plugin = self.after()
+        assert plugin.score(request(session="s"), pods(3)).values == [0.0, 100.0, 0.0]
+        for other in (request(), request(session="t"), request(session="s", model="other")):
+            assert plugin.score(other, pods(3)).values == [0.0] * 3
+        assert plugin.score(request(session="s"), [pod("new")]).values == [0.0]
+
+    def test_ends_with_time(self) -> None:
+        plugin = self.after(ttlSeconds=60)
+        assert plugin.score(request(session="s", now=59.0), pods(3)).values[1] == 100.0
+        assert plugin.score(request(session="s", now=60.0), pods(3)).values[1] == 0.0
+
+    def test_does_not_count_at_an_overloaded_pod(self) -> None:
+        plugin = self.after(maxLoad=2)
+        loads = [pod("pod-0", in_flight=2), pod("pod-1", in_flight=8), pod("pod-2", in_flight=2)]
+        assert plugin.score(request(session="s"), loads).values[1] == 100.0  # a few requests are no overload
+        loads[1] = pod("pod-1", in_flight=30)
+        answer = plugin.score(request(session="s"), loads)
+        assert (answer.values[1], answer.note) == (0.0, "the session's pod pod-1 has 30 requests, the limit is 22.7")
+
+    def test_keeps_the_sessions_used_last_and_none_that_have_ended(self) -> None:
+        plugin = make("session-affinity", maxSessions=2, ttlSeconds=60)
+        candidates = pods(2)
+        for name, now in (("a", 0.0), ("b", 1.0), ("a", 2.0), ("c", 3.0)):
+            send(plugin, request(session=name, now=now), candidates, candidates[0])
+        scores = [plugin.score(request(session=name, now=3.0), candidates).values[0] for name in "abc"]
+        assert scores == [100.0, 0.0, 100.0]
+        send(plugin, request(session="d", now=100.0), candidates, candidates[0])
+        assert [plugin.score(request(session=name, now=3.0), candidates).values[0] for name in "acd"] == [
+            0.0,
+            0.0,
+            100.0,
+        ]
+
+
+class TestLoad:
+    """`Candidate.load`."""
+
+    def test_what_has_ended_since_the_engine_was_read_does_not_count(self) -> None:
+        assert pod("a", in_flight=1, foreign=0, running=5, waiting=3).load == 1
+        assert pod("a", in_flight=1, foreign=3, running=5, waiting=3).load == 4
+        assert pod("a", in_flight=1, running=5, waiting=3).load == 8  # nobody has told them apart
+
+    def test_no_more_requests_wait_than_are_there(self) -> None:
+        assert removed("least-request", [pod("a", in_flight=2, foreign=1, waiting=30, metrics_age=0.9)]) == []
+        assert removed("least-request", [pod("a", in_flight=2, foreign=9, waiting=30, metrics_age=0.9)]) == ["a"]
+        assert removed("least-request", [pod("a", in_flight=2, waiting=30, metrics_age=0.9)]) == ["a"]

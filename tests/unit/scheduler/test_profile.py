@@ -38,7 +38,7 @@ def both(name: str) -> PluginArgs:
             "$.scheduler.plugins.Score.enabled[1]",
             (
                 "did you mean `kvcache-aware`?",
-                "bounded-load, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
+                "bounded-load, expected-ttft, gpu-cache-usage, kvcache-aware, least-prefill, least-request",
             ),
         ),
         (
@@ -49,7 +49,7 @@ def both(name: str) -> PluginArgs:
         (
             profile(filters=("random",)),
             "$.scheduler.plugins.Filter.enabled[0]",
-            ("cannot run at stage Filter; expected one of: bounded-load, least-request",),
+            ("cannot run at stage Filter; expected one of: bounded-load, expected-ttft, least-request",),
         ),
         (
             profile(listeners=("random",)),

@@ -6,7 +6,7 @@ from structlog.testing import capture_logs
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.supports import Supports
 from matrixinfer.telemetry.metrics import Metrics
-from matrixinfer.trust.drift import RUN, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Lookups
+from matrixinfer.trust.drift import RUN, SETTLE_SECONDS, STORED_WITHIN_SECONDS, WINDOW_SECONDS, Drift, Lookups
 from matrixinfer.trust.prediction import Prediction
 
 
@@ -24,6 +24,11 @@ class World:
     def report(self, *cached: int | None, least: int = 64, name: str = "a") -> None:
         for each in cached:
             self.drift.reported(name, least=least, most=64, cached=each)
+
+    def settle(self) -> None:
+        """Let the events come that an answer with fewer cached tokens waits for."""
+        self.now += SETTLE_SECONDS
+        self.drift.doubts("a")
 
     def count(self, result: str) -> float:
         return self.metrics.registry.get_sample_value("matrixinfer_drift_total", {"pod": "a", "result": result}) or 0
@@ -153,9 +158,11 @@ def test_a_prediction_is_what_is_left_of_it_when_the_answer_begins(
     else:
         supports.remove("m", removed)
     prediction.first_byte()
-    supports.clear()  # too late to matter
+    if result != "fewer":
+        supports.clear()  # too late to matter
     prediction.reported(cached)
     prediction.end(computed=True)
+    world.settle()
     assert world.count(result) == 1
 
 
@@ -187,6 +194,7 @@ def test_a_block_evicted_meanwhile_is_not_there_to_be_found_even_if_it_comes_bac
     prediction.first_byte()
     prediction.reported(cached)
     prediction.end(computed=True)
+    world.settle()
     assert world.count(result) == 1
     assert not supports.watched
 
@@ -201,7 +209,64 @@ def test_a_request_that_stores_again_what_was_evicted_under_it_is_no_drift() -> 
         prediction.first_byte()
         prediction.reported(16)
         prediction.end(computed=True)
+        world.settle()
     assert (world.resyncs, world.drift.reuse("a")) == ([], 1.0)
+
+
+def test_an_eviction_whose_event_comes_after_the_answer_is_no_drift() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    for _ in range(3 * RUN):
+        prediction = prediction_of(world, supports)
+        prediction.first_byte()
+        prediction.reported(16)
+        prediction.end(computed=True)
+        supports.remove("m", [2, 3])
+        supports.add("m", [2, 3], 1)
+        world.settle()
+    assert (world.count("evicted"), world.count("fewer")) == (3 * RUN, 0)
+    assert (world.resyncs, world.drift.reuse("a"), supports.watched) == ([], 1.0, 0)
+
+
+def test_what_was_evicted_before_the_request_was_sent_is_not_predicted() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2], None)
+    prediction = prediction_of(world, supports)
+    prediction.first_byte()
+    prediction.reported(32)
+    assert world.count("evicted") == 1
+
+
+def test_reports_are_judged_in_the_order_in_which_they_came() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    for cached in (16, 48, 16, 16):
+        prediction = prediction_of(world, supports)
+        prediction.first_byte()
+        prediction.reported(cached)
+        prediction.end(computed=True)
+    assert world.count("exact") == world.count("fewer") == 0
+    world.settle()
+    assert (world.count("exact"), world.count("fewer")) == (1, 3)
+    assert world.resyncs == []  # never three in a row
+
+
+def test_reports_that_wait_are_bounded_and_end_with_the_endpoint() -> None:
+    world, supports = World(), Supports("a", MemoryIndex())
+    supports.add("m", [1, 2, 3], None)
+    for _ in range(300):
+        prediction = prediction_of(world, supports)
+        prediction.first_byte()
+        prediction.reported(48)
+        prediction.end(computed=True)
+    for _ in range(300):
+        prediction = prediction_of(world, supports)
+        prediction.first_byte()
+        prediction.reported(16)
+        prediction.end(computed=True)
+    assert world.count("fewer") == 300 - 256
+    world.drift.forget("a")
+    assert supports.watched == 0
 
 
 def test_answers_scale_what_is_predicted_and_the_share_recovers() -> None:

@@ -31,8 +31,11 @@ class LeastRequest(Plugin):
         """Keep pods without fresh metrics."""
         limit = self._max_waiting
         return [
-            f"{pod.waiting} requests waiting, the limit is {limit}"
-            if pod.waiting is not None and pod.waiting >= limit and pod.metrics_age is not None
+            f"{waiting} requests waiting, the limit is {limit}"
+            if pod.waiting is not None
+            and pod.waiting >= limit
+            and pod.metrics_age is not None
+            and (waiting := pod.queue_length or 0) >= limit
             else None
             for pod in candidates
         ]

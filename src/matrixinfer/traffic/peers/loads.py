@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from matrixinfer.traffic.peers.message import Load
+from matrixinfer.traffic.pod_load import READING_SECONDS, Counts
 
 SILENT_SECONDS = 3.0
 """A gateway that has not published for this long is considered gone."""
 MAX_PEERS = 64
+LATE_SECONDS = 0.5
+"""A report may be so old when it comes."""
+_MAX_ENDPOINTS = 10_000
 
 
 class PeerLoads:
@@ -19,6 +23,7 @@ class PeerLoads:
             str, tuple[float, Mapping[str, Load]]
         ] = {}  # peer -> time of its last report, and the report; oldest first
         self._totals: dict[str, Load] = {}
+        self._counts: dict[str, Counts] = {}  # requests in flight over time
 
     def update(self, peer: str, load: Mapping[str, Load], now: float) -> bool:
         """Replace the load of a peer. Returns False, and ignores the peer, if there are `MAX_PEERS` others."""
@@ -30,12 +35,18 @@ class PeerLoads:
             self._add(before[1], -1)
         self._add(load, 1)
         self._peers[peer] = now, load
+        self._note(load if before is None else {**before[1], **load}, now)
         return True
 
     def totals(self, now: float) -> Mapping[str, Load]:
         """The total load of all peers at each endpoint; endpoints without load are absent."""
         self._forget_silent(now)
         return self._totals
+
+    def most_in_flight(self, name: str, at: float) -> int:
+        """The most requests that peers are known to have had in flight at an endpoint around a time."""
+        counts = self._counts.get(name)
+        return 0 if counts is None else counts.most(at - READING_SECONDS, at + LATE_SECONDS)
 
     def count(self, now: float) -> int:
         """How many peers have published lately."""
@@ -49,6 +60,13 @@ class PeerLoads:
                 return
             del self._peers[peer]
             self._add(load, -1)
+            self._note(load, now)
+
+    def _note(self, names: Iterable[str], now: float) -> None:
+        if len(self._counts) > _MAX_ENDPOINTS:
+            self._counts = {name: each for name, each in self._counts.items() if name in self._totals}
+        for name in names:
+            self._counts.setdefault(name, Counts()).changed(now, self._totals.get(name, _NONE).in_flight)
 
     def _add(self, load: Mapping[str, Load], sign: int) -> None:
         totals = self._totals

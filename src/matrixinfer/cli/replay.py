@@ -1,0 +1,261 @@
+"""`matrixinfer replay`: compares routing policies on recorded or generated traffic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from matrixinfer import __version__
+from matrixinfer.cli.arguments import (
+    Subparsers,
+    at_least_one,
+    duration,
+    integer,
+    packaged_tokenizer,
+    seconds_or_zero,
+    share,
+)
+from matrixinfer.cli.terminal import Rows, standard_output
+from matrixinfer.errors import ConfigError
+from matrixinfer.study import generators, presets
+from matrixinfer.study.faults import Fault
+from matrixinfer.study.plots import plot
+from matrixinfer.study.policies import POLICIES, chosen
+from matrixinfer.study.reading import read
+from matrixinfer.study.replay import Fleet
+from matrixinfer.study.runs import Outcome, replay_all
+from matrixinfer.study.trace import LetterBlocks, Trace
+
+_DEFAULT_POLICIES = "round_robin,least_request,session_sticky,prefix_hash,lmetric,kv_aware,pooled"
+_COLUMNS = ("hit_rate", "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_s", "imbalance")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "replay",
+        help="replay recorded traffic on a simulated fleet, and compare routing policies",
+        description="Replay traffic in virtual time: the gateway's own index, feeds and scheduler against a model of the "
+        "engine. A TRACE is a file, or the name of a generator. See docs/replay.md.",
+    )
+    parser.add_argument(
+        "traces",
+        nargs="*",
+        metavar="TRACE",
+        help="JSON lines, also with .gz: requests with hash_ids (Mooncake), coding-agent sessions, or conversations with "
+        "messages; or a generator, NAME or NAME:KEY=VALUE,…",
+    )
+    parser.add_argument("--list", action="store_true", help="print the policies, engines and generators")
+    parser.add_argument("--pods", type=at_least_one, default=8, help="number of engines (default: %(default)s)")
+    parser.add_argument(
+        "--kv-tokens-per-pod", type=at_least_one, metavar="T", help="size of each KV cache (default: the engine's)"
+    )
+    parser.add_argument(
+        "--policies", default=_DEFAULT_POLICIES, metavar="A,B,…", help="policies to compare (default: %(default)s)"
+    )
+    parser.add_argument("--engine", default=presets.DEFAULT, metavar="NAME", help="engine (default: %(default)s)")
+    parser.add_argument(
+        "--gateways", type=at_least_one, default=1, metavar="G", help="gateways that share the requests at random"
+    )
+    parser.add_argument(
+        "--gossip", action="store_true", help="let gateways tell each other what they have in flight, as with Redis"
+    )
+    parser.add_argument(
+        "--rate-scale", type=duration, default=1.0, metavar="X", help="let arrivals come X times as fast"
+    )
+    parser.add_argument("--seed", type=integer, default=0, metavar="S", help="seed of all draws (default: %(default)s)")
+    parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND@SECONDS[:POD[:VALUE]]",
+        help="restart (down for VALUE seconds), reset, join, leave, slow (VALUE times), small (a share VALUE of the cache "
+        "from the start), or forget (all gateways restart); may be repeated",
+    )
+    parser.add_argument(
+        "--event-delay",
+        type=seconds_or_zero,
+        default=0.01,
+        metavar="SECONDS",
+        help="time from an engine's step until a gateway has applied its events (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--event-loss", type=share, default=0.0, metavar="SHARE", help="share of event batches that are lost"
+    )
+    parser.add_argument(
+        "--block-tokens", type=at_least_one, metavar="N", help="tokens per block (default: the trace's)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer of conversations (default: that of the extra `demo`)"
+    )
+    parser.add_argument("--chat-template", metavar="TEMPLATE", default="chatml", help="Jinja file, or `chatml`")
+    parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="policies to replay at the same time")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each trace")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write plots to DIR, in a folder for each trace")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay all traces. Raises `ConfigError` and `TraceError`."""
+    if args.list:
+        _list()
+        return 0
+    if not args.traces:
+        raise ConfigError("TRACE", "expected a file or the name of a generator; --list prints the generators")
+    policies = chosen(args.policies)
+    engine = presets.preset(args.engine)
+    faults = [Fault.parse(text) for text in args.fault]
+    for text in args.traces:
+        trace = _read(text, args)
+        fleet = Fleet(
+            shape=engine.shape(trace.block_size),
+            pods=args.pods,
+            pod_tokens=args.kv_tokens_per_pod or engine.kv_tokens,
+            gateways=args.gateways,
+            gossip=args.gossip,
+            rate_scale=args.rate_scale,
+            event_delay=args.event_delay,
+            event_loss=args.event_loss,
+            faults=faults,
+            seed=args.seed,
+        )
+        _check(trace, fleet)
+        with _Shown(trace, [policy.name for policy in policies]) as shown:
+            done = {each.policy: each for each in replay_all(trace, fleet, policies, jobs=args.jobs, progress=shown.at)}
+        outcomes = [done[policy.name] for policy in policies]
+        settings = _settings(args, trace, fleet)
+        if args.json:
+            _print_json(trace, settings, outcomes)
+        else:
+            _print_table(trace, settings, outcomes)
+        if args.plot is not None:
+            files = plot(outcomes, args.plot / _folder(trace.name), trace.name)
+            print(f"plots: {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
+def _check(trace: Trace, fleet: Fleet) -> None:
+    if not trace.turns:
+        raise ConfigError("TRACE", f"`{trace.name}` has no request with a prompt")
+    if fleet.pod_tokens < trace.block_size:
+        raise ConfigError("--kv-tokens-per-pod", f"expected at least one block of {trace.block_size} tokens")
+    for fault in fleet.faults:
+        if fault.kind != "join" and fault.pod >= fleet.pods:
+            raise ConfigError("--fault", f"there is no pod {fault.pod}; the pods are 0 to {fleet.pods - 1}")
+
+
+def _read(text: str, args: argparse.Namespace) -> Trace:
+    if not Path(text).exists():
+        return generators.generate(text, seed=args.seed)
+    tokenizer = args.tokenizer or packaged_tokenizer()
+    return read(
+        Path(text),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        chat_template=args.chat_template,
+        block_size=args.block_tokens,
+        seed=args.seed,
+    )
+
+
+def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str, object]:
+    return {
+        "version": __version__,
+        "engine": args.engine,
+        "pods": fleet.pods,
+        "kv_tokens_per_pod": fleet.pod_tokens,
+        "gateways": fleet.gateways,
+        "gossip": fleet.gossip,
+        "rate_scale": fleet.rate_scale,
+        "seed": fleet.seed,
+        "event_delay_s": fleet.event_delay,
+        "event_loss": fleet.event_loss,
+        "faults": args.fault,
+        "requests": len(trace.turns),
+        "ideal_hit_rate": round(trace.ideal_hit_rate(LetterBlocks()), 4),
+        "trace": dict(trace.settings),
+    }
+
+
+def _print_json(trace: Trace, settings: dict[str, object], outcomes: Sequence[Outcome]) -> None:
+    line = {
+        "trace": trace.name,
+        "settings": settings,
+        "results": {outcome.policy: outcome.results for outcome in outcomes},
+    }
+    print(msgspec.json.encode(line).decode())
+
+
+def _print_table(trace: Trace, settings: dict[str, object], outcomes: Sequence[Outcome]) -> None:
+    terminal = standard_output()
+    terminal.print(
+        f"{trace.name}: {settings['requests']} requests, {settings['pods']} pods of {settings['kv_tokens_per_pod']} KV tokens "
+        f"({settings['engine']}), ideal hit rate {settings['ideal_hit_rate']}"
+    )
+    rows = Rows("policy", *_COLUMNS)
+    for outcome in outcomes:
+        rows.add_row(outcome.policy, *(_cell(outcome.results[column]) for column in _COLUMNS))
+    terminal.print(rows)
+    rejected = outcomes[0].results["too_long"] if outcomes else 0
+    if rejected:
+        terminal.print(f"{rejected} requests are longer than the KV cache of a pod, and were left out")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _list() -> None:
+    terminal = standard_output()
+    policies = Rows("policy", "summary", "source")
+    for policy in POLICIES.values():
+        policies.add_row(policy.name, policy.summary, policy.source or "")
+    terminal.print(policies)
+    engines = Rows("engine", "summary")
+    for name, preset in presets.presets().items():
+        engines.add_row(name, preset.summary)
+    terminal.print("", engines)
+    makers = Rows("generator", "summary", "parameters")
+    for name, generator in generators.GENERATORS.items():
+        makers.add_row(
+            name, generator.summary, ", ".join(f"{key}={value:g}" for key, value in generator.defaults.items())
+        )
+    terminal.print("", makers)
+
+
+def _folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+class _Shown:
+    """Progress bars on standard error, if that is a terminal."""
+
+    def __init__(self, trace: Trace, policies: Sequence[str]) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+        )
+        self._total = len(trace.turns)
+        self._tasks = {name: self._progress.add_task(name, total=self._total) for name in policies}
+        self._every = max(1, self._total // 200)
+
+    def __enter__(self) -> _Shown:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def at(self, policy: str, done: int) -> None:
+        """So many requests of a policy are over."""
+        if done % self._every == 0 or done == self._total:
+            self._progress.update(self._tasks[policy], completed=done)

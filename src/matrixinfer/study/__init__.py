@@ -1,0 +1,1 @@
+"""Replays of recorded and generated traffic in virtual time, to compare routing policies."""
