@@ -287,7 +287,7 @@ class EventReader:
     def evict(self, at: tuple[str | None, int | None], hashes: Sequence[EngineHash]) -> None:
         """The engine published that blocks left a medium and group."""
         place = self.layout.place(*at)
-        if tier_of(place[0]) == DEVICE and place[1] == (self._reusable.primary or 0):
+        if tier_of(place[0]) == DEVICE and place[1] == (self._rules.primary or 0):
             self.footprint.evicted_tokens += len(hashes) * (self.block_size or 0)
         if place[0] != "GPU" and self._unevicted.evicts(place):
             self._limits.drop(store_only(place[0]))

@@ -80,6 +80,10 @@ class LetterCaches:
         """Engines of one full-attention group have none."""
         return self._caches.rule_of(name)
 
+    def limits_of(self, name: str) -> Sequence[str]:
+        """The words of its feed."""
+        return self._caches.limits_of(name)
+
     def of(self, name: str) -> CacheView | None:
         """The view, with the block size of the engine."""
         if name in self._views:

@@ -90,7 +90,12 @@ class LetterBlocks(TokenBlockProcessor):
             out.append(parent)
         return out
 
-    def hashes(self, data: bytes | bytearray | memoryview, parent: int | None = None) -> list[int]:
+    def hashes(
+        self,
+        data: bytes | bytearray | memoryview[int],
+        parent: int | None = None,
+        media: Sequence[tuple[int, str]] = (),
+    ) -> list[int]:
         """The hashes of the letters in `data`, four bytes each."""
         letters = array("I", bytes(data))
         letters.byteswap()
