@@ -111,9 +111,15 @@ async def test_a_request_that_kills_an_engine_on_a_kept_connection_still_counts_
 
     async with raw_pod(mortal("a")) as a, raw_pod(mortal("b")) as b, raw_pod(mortal("c")) as c, rig(a, b, c) as gateway:
         assert await outcome(gateway) == (200, "a")
+        registry = gateway.router.registry
+        registry.failed("a")
+        registry.failed("a")
+        registry.failed("a")
+        assert await outcome(gateway) == (200, "b")
+        registry.answered("a")
         async with gateway.post(b'{"model": "tiny", "messages": "kill"}') as response:
             assert response.status == 502
-    # Twice at a: its connection might have been closed for idleness. Then one other pod, and no more.
+    # Twice at a: its connection might have been closed for idleness. Then one other pod, once, and no more.
     assert received == ["a", "a", "b"]
 
 

@@ -161,7 +161,7 @@ class Proxy:
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
         moves = not is_last and retry.may_send_again
         with _UnlessDown(in_flight) if moves else _ALWAYS:
-            answer = _Answer(exchange, await self._open(exchange, body), body.adds_usage)
+            answer = _Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body.adds_usage)
             try:
                 status, is_probe = answer.upstream.status, in_flight.is_probe
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
@@ -184,14 +184,14 @@ class Proxy:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
 
-    async def _open(self, exchange: Exchange, body: PodBody) -> PodAnswer:
+    async def _open(self, exchange: Exchange, body: PodBody, *, once: bool) -> PodAnswer:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
-        return await self._upstream.post(pod.url, request.rel_url.raw_path_qs, body.bytes, sent_headers)
+        return await self._upstream.post(pod.url, request.rel_url.raw_path_qs, body.bytes, sent_headers, once=once)
 
     async def _refuse(self, answer: _Answer) -> NoReturn:
         """Keep the answer for the case that no other pod answers, unless it is too long."""

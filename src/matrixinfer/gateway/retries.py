@@ -38,6 +38,11 @@ class Retry:
         """Pods that received the request and did not answer it."""
 
     @property
+    def was_sent(self) -> bool:
+        """Whether a pod has received the request and not answered it."""
+        return self._sent > 0
+
+    @property
     def may_send_again(self) -> bool:
         """Whether another pod may get the request if the present one, which has received it, does not answer."""
         return self._sent < self._config.after_send

@@ -30,14 +30,18 @@ class Upstream:
         self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
-    async def post(self, url: str, target: str, body: bytes, headers: CIMultiDict[str]) -> PodAnswer:
+    async def post(
+        self, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
+    ) -> PodAnswer:
         """The answer of the pod at `url`, whose headers have come; `target` is a path with its query.
+
+        With `once` the pod gets the request once, on a new connection: it may be one that breaks engines.
 
         Raises `AttemptFailed`, and `Overloaded` when this process is short of something.
         """
         origin = origin_of(url)
         head = _head(origin, target, headers, len(body))
-        connection = self._pool.reuse(origin)
+        connection = None if once else self._pool.reuse(origin)
         if connection is not None:
             try:
                 return await connection.send(head, body, silence=self._silence)

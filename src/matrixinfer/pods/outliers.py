@@ -3,7 +3,8 @@
 Health checks ask the engine's HTTP server; an engine whose GPU has failed still passes them. So the answers to requests
 count as well, as in Envoy's outlier detection: an endpoint that fails several times in a row, or too large a share of
 its last requests, is ejected. Ejections grow longer each time, up to a bound, and shorter again after good behaviour.
-After one, a single request is let through as a probe: its outcome readmits the endpoint or ejects it again.
+After one, a single request is let through as a probe: its outcome readmits the endpoint or ejects it again. Where that
+takes long, another probe follows after the time of the ejection.
 
     admitted ──failures──> ejected ──time──> half_open ──probe succeeds──> admitted
                               ^──────probe fails──────┘
@@ -53,7 +54,8 @@ class _Endpoint:
     """None unless it is ejected or half open."""
     readmitted_at: float = 0.0
     reason: str = ""
-    probing: bool = False
+    probing_until: float = 0.0
+    """When another probe may follow the last one: that may be a request whose answer takes minutes."""
     busy_until: float = 0.0
     busy: int = 0
     """Busy answers in a row."""
@@ -99,7 +101,7 @@ class Outliers:
             endpoint = self._endpoints.get(name)
             if endpoint is None:
                 continue
-            if endpoint.ejected_until is not None and (now < endpoint.ejected_until or endpoint.probing):
+            if endpoint.ejected_until is not None and now < max(endpoint.ejected_until, endpoint.probing_until):
                 ejected.append((endpoint.ejected_until, name))
             elif now < endpoint.busy_until:
                 busy.append((endpoint.busy_until, name))
@@ -114,10 +116,10 @@ class Outliers:
         """A request goes to the endpoint. Returns True if it is the probe of a half-open one."""
         if name not in self._endpoints or self.state(name) != "half_open":
             return False
-        endpoint = self._endpoints[name]
-        if endpoint.probing:
+        endpoint, now = self._endpoints[name], self._clock()
+        if now < endpoint.probing_until:
             return False
-        endpoint.probing = True
+        endpoint.probing_until = now + endpoint.length
         return True
 
     def succeeded(self, name: str, *, probe: bool = False) -> None:
@@ -167,7 +169,7 @@ class Outliers:
         """The probe ended without an outcome, such as when its client went away."""
         endpoint = self._endpoints.get(name)
         if endpoint is not None:
-            endpoint.probing = False
+            endpoint.probing_until = 0.0
 
     def forget(self, name: str) -> None:
         """The endpoint has gone, or another engine has taken its place."""
@@ -183,7 +185,9 @@ class Outliers:
             return f"busy, for {endpoint.busy_until - now:.1f} s more"
         if now < endpoint.ejected_until:
             return f"ejected for {endpoint.ejected_until - now:.1f} s more ({endpoint.reason})"
-        return f"half open: {'waiting for its probe' if endpoint.probing else 'the next request is its probe'}"
+        return (
+            f"half open: {'waiting for its probe' if now < endpoint.probing_until else 'the next request is its probe'}"
+        )
 
     def _eject(self, name: str, endpoint: _Endpoint, reason: str) -> None:
         now, config = self._clock(), self._config
@@ -196,13 +200,13 @@ class Outliers:
         )
         endpoint.ejections += 1
         endpoint.ejected_until = now + endpoint.length
-        endpoint.reason, endpoint.probing, endpoint.streak = reason, False, 0
+        endpoint.reason, endpoint.probing_until, endpoint.streak = reason, 0.0, 0
         endpoint.outcomes.clear()
         if self._watch is not None:
             self._watch.ejected(name, reason, endpoint.length)
 
     def _readmit(self, name: str, endpoint: _Endpoint) -> None:
-        endpoint.ejected_until, endpoint.probing = None, False
+        endpoint.ejected_until, endpoint.probing_until = None, 0.0
         endpoint.readmitted_at = self._clock()
         if self._watch is not None:
             self._watch.readmitted(name)

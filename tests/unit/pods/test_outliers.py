@@ -213,3 +213,17 @@ def test_a_share_of_zero_turns_ejection_off() -> None:
     fleet = Fleet(max_ejected_share=0.0)
     fleet.fail("a", 50)
     assert fleet.outliers.withheld(PODS) == {}
+
+
+def test_a_probe_that_takes_long_does_not_keep_the_endpoint_out() -> None:
+    fleet = Fleet()
+    fleet.fail("a", 3)
+    fleet.now += 5.0
+    assert fleet.outliers.started("a")
+    fleet.now += 4.9
+    assert not fleet.outliers.started("a")
+    assert "waiting for its probe" in fleet.outliers.withheld(PODS)["a"]
+    fleet.now += 0.2
+    assert fleet.outliers.withheld(PODS) == {}
+    fleet.probe("a", succeeds=True)
+    assert fleet.outliers.state("a") == "admitted"
