@@ -17,7 +17,7 @@ import aiohttp
 from matrixinfer.tasks import cancel_and_wait
 from tests.soak.clients import Client, Tally
 from tests.soak.fleet import Fleet, Gateway, descriptors, fleet, resident_bytes
-from tests.soak.report import MORE_DESCRIPTORS, MORE_TASKS, Result, Sample
+from tests.soak.report import MORE_TASKS, Result, Sample
 
 WATCH_SECONDS = 2.0
 REST_SECONDS = 30.0
@@ -137,14 +137,14 @@ async def _at_rest(there: Fleet, gateway: Gateway, result: Result, number: int) 
             tasks=int(seen.get("loop_tasks", 0)),
             in_flight=int(seen.get("in_flight", 0)),
         )
-        if time.monotonic() > ends or (sample.in_flight == 0 and _is_back(sample, before)):
+        if time.monotonic() > ends or (sample.in_flight == 0 and _is_back(sample, before, result.more_descriptors)):
             return sample
         await asyncio.sleep(0.5)
 
 
-def _is_back(sample: Sample, before: Sample | None) -> bool:
+def _is_back(sample: Sample, before: Sample | None, more_descriptors: int) -> bool:
     return before is None or (
-        sample.tasks <= before.tasks + MORE_TASKS and sample.descriptors <= before.descriptors + MORE_DESCRIPTORS
+        sample.tasks <= before.tasks + MORE_TASKS and sample.descriptors <= before.descriptors + more_descriptors
     )
 
 
