@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from matrixinfer.errors import Overloaded, TokenizeError
@@ -32,7 +32,7 @@ class Workers:
         self._limit = limit
         self._seconds = seconds
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=name)
-        self._jobs: dict[Future[Any], Effort] = {}
+        self._jobs: dict[asyncio.Future[Any], Effort] = {}
 
     def __len__(self) -> int:
         """Jobs that wait or run, also those that nobody waits for any more."""
@@ -49,17 +49,23 @@ class Workers:
                 effort.check()
                 return work(*args, **kwargs)
 
-        future = self._threads.submit(job)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, job)
         self._jobs[future] = effort
-        future.add_done_callback(lambda done: self._jobs.pop(done, None))
+        future.add_done_callback(self._ended)
         try:
             # Not cancelled with its caller: a job counts until a thread has dropped it.
-            return await asyncio.shield(asyncio.wrap_future(future))
+            await asyncio.wait((future,))
+            return future.result()
         except asyncio.CancelledError:
             effort.stop()
             raise
         finally:
             del future  # its exception has this frame in its traceback: a cycle, which would keep what was decoded
+
+    def _ended(self, job: asyncio.Future[Any]) -> None:
+        del self._jobs[job]
+        if not job.cancelled():
+            job.exception()  # if its caller has gone, nobody else asks for it
 
     def close(self) -> None:
         """End all jobs, without waiting for them."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 
@@ -122,3 +123,15 @@ def test_threads_can_take_and_give_at_once() -> None:
     for each in threads:
         each.join()
     assert memory.used == 0
+
+
+async def test_how_work_ended_that_nobody_waits_for_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    lanes, running = Lanes(limit=4, seconds=60), threading.Event()
+    job = asyncio.create_task(lanes.tokenize(True, until_stopped, running))
+    await asyncio.to_thread(running.wait, 10)
+    job.cancel()
+    await eventually(lambda: len(lanes) == 0)
+    del job
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+    lanes.close()
