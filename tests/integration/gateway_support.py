@@ -34,10 +34,10 @@ from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.server import Gateway
-from matrixinfer.gateway.session import MAX_FIELD_BYTES
 from matrixinfer.gateway.upstream import upstream
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.session import MAX_FIELD_BYTES
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router

@@ -12,7 +12,7 @@ import uvloop
 from aiohttp import web
 
 from matrixinfer.gateway.listener import Listener
-from matrixinfer.gateway.session import client_session
+from matrixinfer.pods.session import client_session
 from tests.integration.gateway_support import LOOPBACK
 
 

@@ -14,11 +14,11 @@ from aiohttp import web
 
 from matrixinfer.app.served import served_models
 from matrixinfer.config import PodConfig, PodWatchConfig
-from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.pods.session import client_session
 from matrixinfer.pods.watcher import PodWatcher
 from tests.integration.gateway_support import FOREVER, nowhere, pod
 from tests.ports import free_port

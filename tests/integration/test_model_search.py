@@ -15,10 +15,10 @@ from aiohttp import web
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import Config, ModelConfig, PodConfig, PodWatchConfig
-from matrixinfer.gateway.session import client_session
 from matrixinfer.pods import model_search
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.session import client_session
 from matrixinfer.pods.watcher import PodWatcher
 from tests.integration.gateway_support import FOREVER, LOOPBACK, pod
 from tests.waiting import DEADLINE_SECONDS, eventually

@@ -21,13 +21,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from matrixinfer.config import LimitsConfig, PodConfig, PodWatchConfig
 from matrixinfer.errors import IndexUnavailable, Overloaded, TokenizeError
-from matrixinfer.gateway.session import client_session
 from matrixinfer.gateway.upstream import upstream
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.store import unavailable
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.engine_api import EngineApi, OutOfResources
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.session import client_session
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.telemetry.metrics import Metrics

@@ -15,14 +15,15 @@ from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.app.unserved import UnservedModels
 from matrixinfer.config import Config, PodConfig, bare_pod
-from matrixinfer.gateway.session import client_session
 from matrixinfer.index.redis.dry_run import DryRunIndex
-from matrixinfer.kvevents.feed import FeedState, PodFeed
+from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
+from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.pods.session import client_session
 from matrixinfer.pods.watcher import PodWatcher
 from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
@@ -36,7 +37,6 @@ OTHERS_SECONDS = 0.5
 """How long it waits for the others once a pod has answered."""
 _EMPTY = ("weights_offloaded", "discard_all")
 """Kinds of sleep without a KV cache."""
-_SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Otherwise batches are on their way, and the next reading of the metrics comes after them."""
 
 
@@ -202,7 +202,7 @@ class Engines:
         """The engine has given its KV cache away, which its events say only once it is awake and computes again."""
         for endpoint in pod.endpoints:
             feed = self.feeds.get(endpoint.name)
-            if feed is not None and feed.state in _SETTLED and len(feed.ledger):
+            if feed is not None and feed.state in SETTLED and len(feed.ledger):
                 self._resync(endpoint.name, replay=False)
             if self._history is not None:
                 self._history.forget(endpoint.name)

@@ -16,8 +16,8 @@ from matrixinfer.cli import json_lines
 from matrixinfer.cli.arguments import Subparsers
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
-from matrixinfer.gateway.session import client_session
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
+from matrixinfer.pods.session import client_session
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Prompt, first_difference
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager

@@ -20,11 +20,11 @@ from matrixinfer.doctor.event_listener import EventListener, check_replay, liste
 from matrixinfer.doctor.facts import FeedFacts, FleetFacts, Following, PodFacts, ProbeFacts
 from matrixinfer.doctor.probe import Prober
 from matrixinfer.doctor.redis_facts import gather_redis_facts
-from matrixinfer.gateway.session import client_session
 from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, OutOfResources, parse_models
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
+from matrixinfer.pods.session import client_session
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager

@@ -140,7 +140,6 @@ class PodConnection(asyncio.Protocol):
             raise
 
     async def read_some(self, answer: PodAnswer) -> bytes:
-        """`PodAnswer.readany`."""
         while self._answer is answer:
             if self._pieces:
                 return self._take()
@@ -153,14 +152,12 @@ class PodConnection(asyncio.Protocol):
         return b""
 
     def limit_silence(self, answer: PodAnswer, seconds: float) -> None:
-        """`PodAnswer.limit_silence`."""
         if self._answer is answer and not self._is_complete:
             self._silence = seconds
             if not self._is_paused:
                 self._expect()
 
     def abandon(self, answer: PodAnswer) -> None:
-        """`PodAnswer.close`."""
         if self._answer is not answer:
             return
         if self._is_complete:
@@ -175,12 +172,10 @@ class PodConnection(asyncio.Protocol):
     # The transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is open."""
         self._transport = cast("asyncio.Transport", transport)
         self.is_open = True
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
         if not self._awaits or self._parser is None:
             self._close()  # nobody asked
             return
@@ -205,10 +200,10 @@ class PodConnection(asyncio.Protocol):
         """The pod sends nothing more; the transport closes itself."""
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is closed."""
         self.is_open = False
         self._transport = None
         self._parser = None  # they hold each other
+        self._stop_timer()
         if self._awaits and not self._is_complete:
             if self._ends_with_connection and error is None:
                 self._is_complete = True
@@ -236,7 +231,6 @@ class PodConnection(asyncio.Protocol):
         self._reason.clear()
 
     def on_status(self, reason: bytes) -> None:
-        """A part of the reason phrase."""
         self._reason.append(reason)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -247,7 +241,6 @@ class PodConnection(asyncio.Protocol):
                 raise ValueError("too many headers")
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
         if self._is_complete or self._parser is None:
             return
         status = self._parser.get_status_code()
@@ -272,7 +265,6 @@ class PodConnection(asyncio.Protocol):
         self._wake()
 
     def on_body(self, piece: bytes) -> None:
-        """A piece of the body."""
         if self._is_complete:
             return
         if self._answer is None:
@@ -386,9 +378,7 @@ class PodConnection(asyncio.Protocol):
 
     def _close(self) -> None:
         self.is_open = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         if self._transport is not None:
             self._transport.abort()
 
@@ -404,6 +394,11 @@ class PodConnection(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
             self._timer = self._loop.call_at(deadline, self._check_silence)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _check_silence(self) -> None:
         self._timer = None

@@ -17,8 +17,8 @@ from yarl import URL
 
 from matrixinfer.errors import Overloaded, shortage_in
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodConnection
-from matrixinfer.gateway.resolver import Resolver
-from matrixinfer.gateway.session import IDLE_SECONDS
+from matrixinfer.pods.resolver import Resolver
+from matrixinfer.pods.session import IDLE_SECONDS
 
 _STAGGER_SECONDS: Final = 0.25
 """Delay after which the next address of a host is tried as well (RFC 8305, 5)."""

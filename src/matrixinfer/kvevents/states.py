@@ -26,6 +26,10 @@ class FeedState(QuickEnum):
     """The engine's events do not say what it holds: nothing is indexed until it restarts."""
 
 
+SETTLED = (FeedState.COMPLETE, FeedState.PARTIAL)
+"""States in which what is indexed is true."""
+
+
 @dataclass(slots=True, kw_only=True)
 class FeedStats:
     """Counts since the feed began."""

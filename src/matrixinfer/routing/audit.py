@@ -14,6 +14,7 @@ import msgspec
 from matrixinfer.blocks import BlockChain, TokenBlockProcessor, TokenIds
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 from matrixinfer.kvevents.ledger import Ledger
+from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Prepared
@@ -26,7 +27,6 @@ from matrixinfer.trust.parity import Comparison, Parity
 from matrixinfer.trust.prediction import Prediction, Unwatched
 from matrixinfer.trust.sampling import Present, Sampling
 
-_PREDICTS = (FeedState.COMPLETE, FeedState.PARTIAL)
 """Feed states in which the index is meant to be right."""
 
 
@@ -233,7 +233,7 @@ class Auditor:
         self, prepared: Prepared, chosen: Candidate, feed: PodFeed | None
     ) -> tuple[MediaNames, Watched] | None:
         """Learn from the endpoint's events what it makes of the prompt's media."""
-        if prepared.outline is None or self._media is None or feed is None or feed.state not in _PREDICTS:
+        if prepared.outline is None or self._media is None or feed is None or feed.state not in SETTLED:
             return None
         model, salt = _model_at(feed, prepared), prepared.prompt.cache_salt
         if model != prepared.request.model or (salt and feed.ledger.hides_salts):
@@ -241,7 +241,7 @@ class Auditor:
         mark = _losses(feed)
 
         def is_whole() -> bool:
-            return self._feeds.get(chosen.name) is feed and feed.state in _PREDICTS and _losses(feed) == mark
+            return self._feeds.get(chosen.name) is feed and feed.state in SETTLED and _losses(feed) == mark
 
         watched = self._media.watch(chosen.name, feed.ledger, model, salt, prepared.outline, is_whole)
         return None if watched is None else (self._media, watched)
@@ -273,7 +273,7 @@ class Auditor:
         """Predict the hit where the index can and the answer may report it."""
         request, ledger = prepared.request, feed.ledger
         size, tokens, match = chosen.engine_block, request.prompt_tokens, chosen.matched_blocks
-        if size is None or match is None or not tokens or feed.state not in _PREDICTS:
+        if size is None or match is None or not tokens or feed.state not in SETTLED:
             return None
         if not prepared.prompt.reads_cache or (prepared.prompt.cache_salt and ledger.hides_salts):
             return None

@@ -15,7 +15,7 @@ from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.peers.loads import NO_LOAD, PeerLoads
 from matrixinfer.traffic.peers.message import Load
 
 
@@ -55,7 +55,7 @@ class Candidates:
         withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
         return [
             self._candidate(
-                endpoint, prepared, matches, others.get(endpoint.name, _NO_LOAD), withheld.get(endpoint.name)
+                endpoint, prepared, matches, others.get(endpoint.name, NO_LOAD), withheld.get(endpoint.name)
             )
             for endpoint in endpoints
         ]
@@ -135,6 +135,3 @@ class Candidates:
             guessed_tokens=guessed,
             reuse=self._reuse(name),
         )
-
-
-_NO_LOAD = Load(0, 0)

@@ -7,11 +7,10 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
-from matrixinfer.pods.registry import EngineMetrics
-from matrixinfer.study.jobs import Frame, Job
+from matrixinfer.study.jobs import Job, Router
 
 
-class Baseline:
+class Baseline(Router):
     """Counts what it has sent where; subclasses choose among the pods that answer."""
 
     def __init__(self, *, seed: int, block_size: int, pod_tokens: int) -> None:
@@ -84,21 +83,6 @@ class Baseline:
         """A pod answers again."""
         self._pods.append(pod)
         self._pods.sort()
-
-    def measured(self, pod: str, metrics: EngineMetrics) -> None:
-        """No use is made of metrics."""
-
-    def publish(self, frame: Frame) -> None:
-        """No use is made of events."""
-
-    def say(self, now: float) -> bytes | None:
-        """Nothing."""
-
-    def hear(self, message: bytes) -> None:
-        """Baselines do not talk."""
-
-    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
-        """No use is made of events."""
 
 
 class Random(Baseline):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from matrixinfer.pods.registry import EngineMetrics
-from matrixinfer.study.jobs import Frame, Job
+from matrixinfer.study.jobs import Job, Router
 from matrixinfer.study.replay import Pod, Replay
 
 
-class Oracle:
+class Oracle(Router):
     """Chooses the pod with the least `cost`, in seconds, counted in milliseconds.
 
     The cost is the time until the first token, and the time to compute again what the prompt pushes out of the cache, if a
@@ -46,42 +45,6 @@ class Oracle:
 
     def _blocks_of(self, prompt: int, hashes: Sequence[int]) -> Sequence[int]:
         return hashes[: prompt // self._replay.trace.block_size]
-
-    def answered(self, job: Job) -> None:
-        """The engines know."""
-
-    def ended(self, job: Job) -> None:
-        """The engines know."""
-
-    def failed(self, job: Job) -> None:
-        """The engines know."""
-
-    def join(self, pod: str) -> None:
-        """The fleet knows."""
-
-    def leave(self, pod: str) -> None:
-        """The fleet knows."""
-
-    def down(self, pod: str) -> None:
-        """The fleet knows."""
-
-    def up(self, pod: str) -> None:
-        """The fleet knows."""
-
-    def measured(self, pod: str, metrics: EngineMetrics) -> None:
-        """The engines know."""
-
-    def publish(self, frame: Frame) -> None:
-        """The engines know."""
-
-    def say(self, now: float) -> bytes | None:
-        """Nothing."""
-
-    def hear(self, message: bytes) -> None:
-        """There is nothing to tell."""
-
-    def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
-        """The engines know."""
 
 
 class EarliestToken(Oracle):

@@ -28,7 +28,7 @@ from matrixinfer.routing.sizing import Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.study.jobs import Frame, Job
+from matrixinfer.study.jobs import Frame, Job, Router
 from matrixinfer.study.rivals import Pick
 from matrixinfer.study.trace import LetterBlocks
 from matrixinfer.traffic.load import Charge, LoadLedger
@@ -107,7 +107,7 @@ def _scaled(footprint: Footprint | None, block_size: int) -> Footprint | None:
     return scaled
 
 
-class Gateway:
+class Gateway(Router):
     """Decides by `pick`, which gets a request and its candidates; None stands for the scheduler with `config`.
 
     Frames and readings of metrics come in from outside, at the virtual time of `clock`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from matrixinfer.pods.registry import EngineMetrics
 
@@ -60,57 +60,49 @@ class Frame(NamedTuple):
     payload: bytes
 
 
-class Router(Protocol):
-    """Chooses pods. One instance stands for one gateway: it knows what it has sent itself, and what it is told here."""
+class Router:
+    """Chooses pods. One instance stands for one gateway: it knows what it has sent itself, and what it is told here.
+
+    Of what it is told, it takes no notice unless a subclass does.
+    """
 
     def route(self, job: Job, without: Collection[str] = ()) -> str:
         """Choose a pod, other than those in `without` if there is one, and count the request there."""
-        ...
+        raise NotImplementedError
 
     def answered(self, job: Job) -> None:
         """The answer of `job.pod` begins."""
-        ...
 
     def ended(self, job: Job) -> None:
         """The answer is complete."""
-        ...
 
     def failed(self, job: Job) -> None:
         """The pod went down before the end of the answer."""
-        ...
 
     def join(self, pod: str) -> None:
         """A pod with an empty cache joins the fleet."""
-        ...
 
     def leave(self, pod: str) -> None:
         """A pod leaves the fleet; requests there still end."""
-        ...
 
     def down(self, pod: str) -> None:
         """A pod does not answer any more."""
-        ...
 
     def up(self, pod: str) -> None:
         """A pod that was down answers again, with an empty cache."""
-        ...
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
         """The metrics of a pod's engine were read."""
-        ...
 
     def publish(self, frame: Frame) -> None:
         """A frame of KV events is on its way to the gateway."""
-        ...
 
     def say(self, now: float) -> bytes | None:
         """What the gateway has to say to the others; None for nothing."""
-        ...
+        return None
 
     def hear(self, message: bytes) -> None:
         """What another gateway has said."""
-        ...
 
     def replayed(self, pod: str, start: int, frames: Sequence[tuple[int, bytes]]) -> None:
         """The answer to a request for the events from `start` on."""
-        ...

@@ -225,6 +225,7 @@ class PluginConformance:
         return decision
 
     def _settings(self, share: float) -> settings:
+        self._plugin()  # what it lacks needs no example, and no time to find the smallest one
         return settings(max_examples=max(1, int(self.max_examples * share)), deadline=None)
 
 

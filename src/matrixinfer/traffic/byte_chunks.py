@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal, NamedTuple, TypeAlias
 
+from matrixinfer.blocks.names import TOP_BIT_CLEARED
+
 Kind: TypeAlias = Literal["image", "audio", "video"]
 
 CHUNK_BYTES = 512
 MOST_CHUNKS = 8192
 """Chunks of one prompt: 4 MiB of text. Further bytes are counted, but not recognised."""
 
-_TOP_BIT_CLEARED = (1 << 63) - 1
 
 _MEDIUM = re.compile(
     rb'"(image_url|audio_url|video_url|input_audio|image_embeds|audio_embeds|video_embeds|source|file_data)"\s*:\s*'
@@ -106,7 +107,7 @@ class _Cutter:
             state = sha256(self._parent)
             state.update(self._view[self.start : end])
             self._parent = state.digest()[:8]
-            self.hashes.append(int.from_bytes(self._parent, "big") & _TOP_BIT_CLEARED)
+            self.hashes.append(int.from_bytes(self._parent, "big") & TOP_BIT_CLEARED)
             self.ends.append(self.text)
             self.kinds.append(kind)
         self.start = end

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from matrixinfer.traffic.peers.message import Load
 from matrixinfer.traffic.pod_load import READING_SECONDS, Counts
 
+NO_LOAD = Load(0, 0)
 SILENT_SECONDS = 3.0
 """A gateway that has not published for this long is considered gone."""
 MAX_PEERS = 64
@@ -66,15 +67,12 @@ class PeerLoads:
         if len(self._counts) > _MAX_ENDPOINTS:
             self._counts = {name: each for name, each in self._counts.items() if name in self._totals}
         for name in names:
-            self._counts.setdefault(name, Counts()).changed(now, self._totals.get(name, _NONE).in_flight)
+            self._counts.setdefault(name, Counts()).changed(now, self._totals.get(name, NO_LOAD).in_flight)
 
     def _add(self, load: Mapping[str, Load], sign: int) -> None:
         totals = self._totals
         for name, each in load.items():
-            before = totals.pop(name, _NONE)
+            before = totals.pop(name, NO_LOAD)
             total = Load(before.in_flight + sign * each.in_flight, before.queued_tokens + sign * each.queued_tokens)
             if total.in_flight or total.queued_tokens:
                 totals[name] = total
-
-
-_NONE = Load(0, 0)

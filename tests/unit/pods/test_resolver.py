@@ -6,8 +6,8 @@ import socket
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from matrixinfer.gateway import resolver
-from matrixinfer.gateway.resolver import Resolver
+from matrixinfer.pods import resolver
+from matrixinfer.pods.resolver import Resolver
 
 
 class Names(AbstractResolver):

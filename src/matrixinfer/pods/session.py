@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from matrixinfer.gateway.resolver import Resolver
+from matrixinfer.pods.resolver import Resolver
 
 IDLE_SECONDS = 4.0
 """Idle connections are closed after this long, before the engines' server (uvicorn) closes them, after 5 s."""
