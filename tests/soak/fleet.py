@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +116,7 @@ class Fleet:
                     group.create_task(self._ail_store(self.store))
 
     async def _ail(self, pod: Pod) -> None:
-        kinds = (*FAULTS, "kill", "freeze") if pod.is_faulty else CHURN
-        pod.fault = self.random.choice(kinds)
+        pod.fault = self._deal((*FAULTS, "kill", "freeze") if pod.is_faulty else CHURN)
         self.struck[pod.fault] += 1
         seconds = self.random.uniform(0.5, LONGEST_SECONDS)
         match pod.fault:
@@ -136,6 +135,11 @@ class Fleet:
                 await self._set_mode(pod, mode)
         await asyncio.sleep(seconds)
         await self._mend(pod)
+
+    def _deal(self, kinds: Sequence[str]) -> str:
+        """One of the kinds that were inflicted least: a short soak has many of them, too."""
+        least = min(self.struck[kind] for kind in kinds)
+        return self.random.choice([kind for kind in kinds if self.struck[kind] == least])
 
     async def _mend(self, pod: Pod) -> None:
         fault = pod.fault
