@@ -23,6 +23,7 @@ from matrixinfer.app.collectors import (
     TokenSourceCollector,
 )
 from matrixinfer.app.engines import Engines
+from matrixinfer.app.fleet_setup import PodSources, pod_sources
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
@@ -30,13 +31,14 @@ from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.pods_admin import PodsAdmin
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import Upstream, upstream
 from matrixinfer.pods.outliers import Outliers
-from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
@@ -114,16 +116,20 @@ class Service:
             await stack.enter_async_context(tokenizers)
             self._finder = self._find_tokenizers(tokenizers, clock)
             self.router = self._router(tokenizers, clock)
+            self._upstream = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
             await self._open_peers(stack)
             self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
+            self.pods: PodSources = await stack.enter_async_context(
+                pod_sources(config.discovery, self, engines.registry, self.metrics, self._in_flight)
+            )
             await stack.enter_async_context(self._finder)
-            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            self.gateway = await stack.enter_async_context(self._gateway(connections))
+            self.gateway = await stack.enter_async_context(self._gateway(self._upstream))
             self._stack = stack.pop_all()
-        log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
+        pods = len(engines.registry.pods)
+        log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=pods)
         return self
 
     async def __aexit__(
@@ -146,7 +152,13 @@ class Service:
 
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
+        url = next((pod.url for pod in self.engines.registry.pods if pod.name == name), None)
         self.watching.leave(name)
+        if url is not None:
+            self._upstream.forget(url)
+
+    def _in_flight(self, pod: Pod) -> int:
+        return sum(self.load.in_flight(endpoint.name) for endpoint in pod.endpoints)
 
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
@@ -176,6 +188,7 @@ class Service:
                 self.outliers,
                 self.peer_loads,
                 reuse=engines.drift.reuse,
+                slow_start_seconds=self.config.discovery.slow_start_seconds,
             ),
             scheduler=self._scheduler,
             load=self.load,
@@ -258,11 +271,12 @@ class Service:
             self._tokenizer_views,
             unmatched=engines.setup.unmatched,
         )
+        pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public},
-            admin={**admin.routes(), **status},
+            admin={**admin.routes(), **pods_admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
         )

@@ -12,7 +12,7 @@ import uvloop
 from matrixinfer.app.agent import Agent
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.cli.running import run_until_stopped
-from matrixinfer.config import CLUSTER_SUFFIX, Config, RedisConfig, checked, load
+from matrixinfer.config import CLUSTER_SUFFIX, Config, DiscoveryConfig, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.telemetry.log import configure
@@ -73,7 +73,9 @@ def configuration(args: argparse.Namespace) -> Config:
                 "--pod", f"expected a pod of the config file ({', '.join(names) or 'it has none'}), got `{name}`"
             )
     pods = tuple(pod for pod in config.pods if not args.pod or pod.name in wanted)
-    if not pods:
+    if args.pod:
+        config = msgspec.structs.replace(config, discovery=DiscoveryConfig())  # those of the file, and no others
+    if not pods and not config.discovery.sources:
         raise ConfigError("$.pods", "expected at least one pod to follow, got none")
     return checked(msgspec.structs.replace(config, pods=pods, redis=config.redis or RedisConfig()))
 

@@ -6,7 +6,8 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 """
 
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
-from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
+from matrixinfer.config.discovery import DiscoveryConfig, DnsSource, FileSource, name_server
+from matrixinfer.config.reading import bare_pod, checked, checked_pods, load, parse, parse_pods, split_address
 from matrixinfer.config.scheduling import (
     BlocksConfig,
     PluginArgs,
@@ -42,8 +43,11 @@ __all__ = [
     "Config",
     "ConnectionsConfig",
     "Count",
+    "DiscoveryConfig",
+    "DnsSource",
     "DrainConfig",
     "DriftConfig",
+    "FileSource",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",
@@ -67,9 +71,12 @@ __all__ = [
     "WeightsConfig",
     "bare_pod",
     "checked",
+    "checked_pods",
     "convert",
     "described",
     "load",
+    "name_server",
     "parse",
+    "parse_pods",
     "split_address",
 ]

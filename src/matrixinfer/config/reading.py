@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from matrixinfer.config.base import convert
+from matrixinfer.config.discovery import MAX_PODS, absolute_paths, check_discovery
 from matrixinfer.config.normalise import (
     given_block_keys,
     with_aliases,
@@ -51,13 +52,40 @@ def load(path: Path) -> Config:
 
 def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
-    try:
-        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError("$", f"not valid YAML: {error}") from error
+    data = _plain(text)
     config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
     models = tuple(_absolute(model, base) for model in config.models)
-    return checked(msgspec.structs.replace(config, models=models), given_blocks=given_block_keys(data))
+    discovery = absolute_paths(config.discovery, base)
+    return checked(
+        msgspec.structs.replace(config, models=models, discovery=discovery), given_blocks=given_block_keys(data)
+    )
+
+
+def parse_pods(text: str) -> tuple[PodConfig, ...]:
+    """A YAML or JSON list of pods, checked as `pods` of the configuration is. Raises `ConfigError`."""
+    data = _plain(text)
+    if isinstance(data, dict) and data.keys() == {"pods"}:
+        data = data["pods"]
+    if not isinstance(data, list):
+        raise ConfigError(
+            "$.pods", f"expected a list of pods, got {'nothing' if data is None else type(data).__name__}"
+        )
+    return checked_pods(convert(data, tuple[PodConfig, ...], path="$.pods"))
+
+
+def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
+    """Pods that were given outside of the config file, checked and completed alike. Raises `ConfigError`."""
+    if len(pods) > MAX_PODS:
+        raise ConfigError("$.pods", f"expected at most {MAX_PODS} pods, got {len(pods)}")
+    _check_pods(pods)
+    return tuple(map(bare_pod, pods))
+
+
+def _plain(text: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError("$", f"not valid YAML: {error}") from error
 
 
 def split_address(address: str, *, path: str) -> tuple[str, int]:
@@ -102,12 +130,17 @@ def _check_names_and_addresses(config: Config) -> None:
                 raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
             seen[name] = f"$.models[{i}]"
     _check_names_in_redis(config.models)
-    pods: dict[str, str] = {}
-    for i, pod in enumerate(config.pods):
+    _check_pods(config.pods)
+    check_discovery(config.discovery)
+
+
+def _check_pods(pods: Sequence[PodConfig]) -> None:
+    taken: dict[str, str] = {}
+    for i, pod in enumerate(pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
-        if name in pods:
-            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {pods[name]}")
-        pods[name] = f"$.pods[{i}]"
+        if name in taken:
+            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {taken[name]}")
+        taken[name] = f"$.pods[{i}]"
         _check_url(pod.url, path=f"$.pods[{i}].url")
         if isinstance(pod.kv_events, KvEventsConfig):
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
+from matrixinfer.config.discovery import DiscoveryConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
@@ -437,6 +438,9 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    discovery: Annotated[DiscoveryConfig, described("Where further pods come from, and how pods come and go.")] = (
+        DiscoveryConfig()
+    )
     blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[

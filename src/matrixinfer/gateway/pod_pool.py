@@ -110,6 +110,11 @@ class PodPool:
                 connection.close()
         self._idle.clear()
 
+    def forget(self, origin: Origin) -> None:
+        """Close the idle connections to a pod that has gone."""
+        for _, connection in self._idle.pop(origin, ()):
+            connection.close()
+
     async def _open(self, loop: asyncio.AbstractEventLoop, origin: Origin) -> socket.socket:
         """A connected socket. A host's addresses are tried one after the other, each before the last has failed."""
         found = await self._resolver.resolve(origin.host, origin.port, socket.AF_UNSPEC)

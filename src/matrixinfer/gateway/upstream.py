@@ -58,6 +58,10 @@ class Upstream:
             # Perhaps the first connection broke because the request broke the engine.
             raise AttemptFailed(error.kind, was_sent=True) from error
 
+    def forget(self, url: str) -> None:
+        """A pod has gone: close the idle connections to it."""
+        self._pool.forget(origin_of(url))
+
 
 @contextmanager
 def upstream(
