@@ -29,6 +29,7 @@ from matrixinfer.app.collectors import (
 )
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.fleet_setup import DiscoveryCollector
+from matrixinfer.app.reload import ReloadCollector
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
@@ -189,9 +190,10 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(LogCollector(LogStream(sys.stderr)))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
-    metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    metrics.register(PluginCollector(lambda: build_scheduler(SchedulerConfig())))
     metrics.register(LoopWatch(time.monotonic))
     metrics.register(DiscoveryCollector())
+    metrics.register(ReloadCollector(None))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server
         source = (ROOT / "src" / "matrixinfer" / "app" / collector).read_text()

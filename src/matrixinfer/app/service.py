@@ -7,7 +7,9 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -24,15 +26,19 @@ from matrixinfer.app.collectors import (
 )
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.fleet_setup import PodSources, pod_sources
+from matrixinfer.app.live import Live
 from matrixinfer.app.peers_collector import PeersCollector
+from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.pods_admin import PodsAdmin
 from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.reload_admin import ReloadAdmin
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
@@ -77,10 +83,24 @@ log = structlog.get_logger(__name__)
 class Service:
     """A running gateway, from its configuration. Use as an async context manager; leaving it drains."""
 
-    def __init__(self, config: Config, log_stream: LogStream | None = None) -> None:
-        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics."""
+    def __init__(
+        self,
+        config: Config,
+        log_stream: LogStream | None = None,
+        *,
+        read: Callable[[], Config] | None = None,
+        config_file: Path | None = None,
+    ) -> None:
+        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics.
+
+        `read` reads the configuration again, which `config_file` is looked at for.
+        """
         self.config = config
         self._log_stream = log_stream
+        self._read = read
+        self._config_file = config_file
+        self._live: Live | None = None
+        self._reloader: Reloader | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -127,6 +147,7 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             self.gateway = await stack.enter_async_context(self._gateway(self._upstream))
+            await self._open_reloads(stack, plugins, watch)
             self._stack = stack.pop_all()
         pods = len(engines.registry.pods)
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=pods)
@@ -135,7 +156,7 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        drain = self.config.drain
+        drain = self.config.drain if self._live is None else self._live.config.drain
         log.info("gateway_stopping", delay_seconds=drain.delay_seconds, timeout_seconds=drain.timeout_seconds)
         try:
             return await self._stack.__aexit__(kind, error, trace)
@@ -145,6 +166,11 @@ class Service:
     def delay_drain(self) -> None:
         """When this ends, go on for `drain.delaySeconds` before it takes no more requests."""
         self.gateway.delay_drain()
+
+    def reload_soon(self) -> None:
+        """Read the configuration again. No effect before the start, and where it was not read from anywhere."""
+        if self._reloader is not None:
+            self._reloader.reload_soon()
 
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""
@@ -160,10 +186,37 @@ class Service:
     def _in_flight(self, pod: Pod) -> int:
         return sum(self.load.in_flight(endpoint.name) for endpoint in pod.endpoints)
 
+    async def _open_reloads(self, stack: AsyncExitStack, plugins: Installed, watch: PluginWatch) -> None:
+        """Read the configuration again when that is wanted, if it can be read."""
+        self._live = Live(
+            config=self.config,
+            scheduler=self._scheduler,
+            build=lambda config: build_scheduler(config, plugins, watch),
+            router=self.router,
+            sizer=self._sizer,
+            bodies=self._bodies,
+            proxy=self._proxy,
+            retries=self._retries,
+            gateway=self.gateway,
+            outliers=self.outliers,
+            watching=self.watching,
+            pods=self.pods,
+            pods_admin=self._pods_admin,
+        )
+        if self._read is not None:
+            reloader = Reloader(self.config, self._read, self._live.apply, file=self._config_file)
+            self._reloader = await stack.enter_async_context(reloader)
+        self.metrics.register(ReloadCollector(self._reloader))
+
+    async def _reload(self) -> Mapping[str, object]:
+        if self._reloader is None:
+            raise NoPodAvailable("The gateway is still starting.")
+        return asdict(await self._reloader.reload("admin"))
+
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
-        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
+        sizer = self._sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         media = MediaNames(clock)
         return Router(
             registry=engines.registry,
@@ -246,7 +299,7 @@ class Service:
         self.metrics.register(MemoryCollector(self._memory))
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
-        self.metrics.register(PluginCollector(self._scheduler))
+        self.metrics.register(PluginCollector(lambda: self._scheduler if self._live is None else self._live.scheduler))
 
     def _gateway(self, connections: Upstream) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
@@ -254,9 +307,9 @@ class Service:
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
-        retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
-        bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
+        retries = self._retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
+        proxy = self._proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
+        bodies = self._bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
         api = Api(self.router, proxy, metrics, bodies)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
@@ -271,12 +324,13 @@ class Service:
             self._tokenizer_views,
             unmatched=engines.setup.unmatched,
         )
-        pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
+        reload_admin = ReloadAdmin(None if self._read is None else self._reload)
+        pods_admin = self._pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public},
-            admin={**admin.routes(), **pods_admin.routes(), **status},
+            admin={**admin.routes(), **pods_admin.routes(), **reload_admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
         )

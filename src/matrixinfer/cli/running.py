@@ -16,11 +16,12 @@ async def run_until_stopped(
     path: str,
     on_started: Callable[[], object] = lambda: None,
     on_terminated: Callable[[], object] = lambda: None,
+    on_hangup: Callable[[], object] = lambda: None,
 ) -> None:
     """Keep `service` open until SIGTERM or SIGINT comes. A signal that comes while it starts ends the start.
 
     `on_terminated` is called before the service ends if the signal is SIGTERM: nobody waits at a terminal. A second
-    signal cancels what the service does to end well. SIGHUP is ignored. Raises `ConfigError` at `path` when the service
+    signal cancels what the service does to end well. SIGHUP calls `on_hangup`. Raises `ConfigError` at `path` when the service
     cannot listen.
     """
     stop = asyncio.Event()
@@ -35,7 +36,7 @@ async def run_until_stopped(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped, number)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
     try:
         async with AsyncExitStack() as stack:
             try:

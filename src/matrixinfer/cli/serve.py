@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from functools import partial
 
 import msgspec
 import uvloop
@@ -64,8 +65,16 @@ def run(args: argparse.Namespace) -> int:
     descriptors.raise_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
-    service = Service(config, log_stream)
-    uvloop.run(run_until_stopped(service, path="serve", on_started=gc.freeze, on_terminated=service.delay_drain))
+    service = Service(config, log_stream, read=partial(configuration, args), config_file=args.config)
+    uvloop.run(
+        run_until_stopped(
+            service,
+            path="serve",
+            on_started=gc.freeze,
+            on_terminated=service.delay_drain,
+            on_hangup=service.reload_soon,
+        )
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.discovery import DiscoveryConfig, DnsSource, FileSource, name_server
 from matrixinfer.config.reading import bare_pod, checked, checked_pods, load, parse, parse_pods, split_address
+from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.scheduling import (
     BlocksConfig,
     PluginArgs,
@@ -61,6 +62,7 @@ __all__ = [
     "PodConfig",
     "PodWatchConfig",
     "RedisConfig",
+    "ReloadConfig",
     "RetriesConfig",
     "SchedulerConfig",
     "Seconds",

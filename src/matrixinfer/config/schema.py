@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.discovery import DiscoveryConfig
+from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
@@ -463,4 +464,5 @@ class Config(Section, frozen=True):
     outliers: Annotated[OutliersConfig, described("Which endpoints get no requests because they fail them.")] = (
         OutliersConfig()
     )
+    reload: Annotated[ReloadConfig, described("When the config file is read again.")] = ReloadConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()

@@ -59,7 +59,7 @@ class PodPool:
     """
 
     def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None]) -> None:
-        self._connect_seconds = connect_seconds
+        self.connect_seconds = connect_seconds
         self._on_shortage = on_shortage
         self._resolver = Resolver()
         self._idle: dict[Origin, deque[tuple[float, PodConnection]]] = {}
@@ -81,7 +81,7 @@ class PodPool:
         """A new connection. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._connect_seconds):
+            async with asyncio.timeout(self.connect_seconds):
                 opened = await self._open(loop, origin)
                 _, connection = await loop.create_connection(
                     partial(PodConnection, loop, partial(self._keep, origin)),

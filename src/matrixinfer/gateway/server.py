@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from matrixinfer.config import Config, split_address
+from matrixinfer.config import Config, DrainConfig, split_address
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
 
@@ -84,6 +84,10 @@ class Gateway:
         self._draining.set()
         await asyncio.sleep(self._delay_seconds)
         await self._api.stop(self._drain.timeout_seconds)
+
+    def reconfigure(self, drain: DrainConfig) -> None:
+        """Drain in this way."""
+        self._drain = drain
 
     def delay_drain(self) -> None:
         """Let the drain begin with a delay, for balancers that must see first that this gateway is not ready any more."""

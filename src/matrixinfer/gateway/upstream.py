@@ -30,6 +30,11 @@ class Upstream:
         self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from the next request on."""
+        self._silence = limits.first_byte_timeout_seconds
+        self._pool.connect_seconds = limits.connect_timeout_seconds
+
     async def post(
         self, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
     ) -> PodAnswer:

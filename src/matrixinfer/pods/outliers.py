@@ -75,6 +75,10 @@ class Outliers:
         """Endpoints remembered."""
         return len(self._endpoints)
 
+    def reconfigure(self, config: OutliersConfig) -> None:
+        """Judge by these rules from now on; ejections that have begun last as long as they would have."""
+        self._config = config
+
     def state(self, name: str) -> State:
         """What the endpoint may get now."""
         endpoint = self._endpoints.get(name)

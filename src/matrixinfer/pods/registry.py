@@ -43,6 +43,10 @@ class PodRegistry:
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
 
+    def reconfigure(self, watch: PodWatchConfig) -> None:
+        """Judge health and age by this from now on."""
+        self._watch = watch
+
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
         if config.name in self._by_name:

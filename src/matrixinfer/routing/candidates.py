@@ -49,6 +49,11 @@ class Candidates:
         self._reuse = reuse
         self._observed = Observed(load, self._peers)
 
+    def reconfigure(self, weights: WeightsConfig, slow_start_seconds: float) -> None:
+        """Count so from the next decision on."""
+        self._weights = weights
+        self.slow_start_seconds = slow_start_seconds
+
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         self._observed.forget(endpoint)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
@@ -57,6 +58,11 @@ class Router:
         self._decisions = decisions
         self._metrics = metrics
         self._clock = clock
+
+    def reconfigure(self, scheduler: Scheduler, weights: WeightsConfig, slow_start_seconds: float) -> None:
+        """Decide in this way from the next decision on."""
+        self._scheduler = scheduler
+        self._candidates.reconfigure(weights, slow_start_seconds)
 
     @asynccontextmanager
     async def dispatch(
