@@ -30,6 +30,7 @@ from matrixinfer.app.live import Live
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.served import served_models
+from matrixinfer.app.systemd import Notifier
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
@@ -90,15 +91,17 @@ class Service:
         *,
         read: Callable[[], Config] | None = None,
         config_file: Path | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         """`log_stream` is where the process logs: lines that could not be written are counted in the metrics.
 
-        `read` reads the configuration again, which `config_file` is looked at for.
+        `read` reads the configuration again, which `config_file` is looked at for. `notifier` reports that.
         """
         self.config = config
         self._log_stream = log_stream
         self._read = read
         self._config_file = config_file
+        self._notifier = Notifier({}, 0) if notifier is None else notifier
         self._live: Live | None = None
         self._reloader: Reloader | None = None
         self._stack = AsyncExitStack()
@@ -204,7 +207,14 @@ class Service:
             pods_admin=self._pods_admin,
         )
         if self._read is not None:
-            reloader = Reloader(self.config, self._read, self._live.apply, file=self._config_file)
+            reloader = Reloader(
+                self.config,
+                self._read,
+                self._live.apply,
+                file=self._config_file,
+                on_begin=self._notifier.reloading,
+                on_end=self._notifier.ready,
+            )
             self._reloader = await stack.enter_async_context(reloader)
         self.metrics.register(ReloadCollector(self._reloader))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.agent import Agent
+from matrixinfer.app.systemd import Notifier
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.cli.running import run_until_stopped
 from matrixinfer.config import CLUSTER_SUFFIX, Config, DiscoveryConfig, RedisConfig, checked, load
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         listen=None if args.listen == "none" else args.listen,
         dry_run=DryRunIndex(_print_line) if args.dry_run else None,
     )
-    uvloop.run(run_until_stopped(agent, path="--listen"))
+    uvloop.run(run_until_stopped(agent, path="--listen", notifier=Notifier(os.environ, os.getpid())))
     return 0
 
 

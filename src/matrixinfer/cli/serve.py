@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from functools import partial
 
@@ -11,6 +12,7 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.service import Service
+from matrixinfer.app.systemd import Notifier
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
 from matrixinfer.cli.running import run_until_stopped
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     descriptors.raise_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
-    service = Service(config, log_stream, read=partial(configuration, args), config_file=args.config)
+    notifier = Notifier(os.environ, os.getpid())
+    service = Service(config, log_stream, notifier=notifier, read=partial(configuration, args), config_file=args.config)
     uvloop.run(
         run_until_stopped(
             service,
@@ -73,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             on_started=gc.freeze,
             on_terminated=service.delay_drain,
             on_hangup=service.reload_soon,
+            notifier=notifier,
         )
     )
     return 0
