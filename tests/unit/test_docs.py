@@ -31,6 +31,7 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.fleet_setup import DiscoveryCollector
 from matrixinfer.app.reload import ReloadCollector
 from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.workers.supervisor import WorkerCollector
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
 from matrixinfer.config import PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
@@ -194,6 +195,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(LoopWatch(time.monotonic))
     metrics.register(DiscoveryCollector())
     metrics.register(ReloadCollector(None))
+    metrics.register(WorkerCollector([]))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server
         source = (ROOT / "src" / "matrixinfer" / "app" / collector).read_text()

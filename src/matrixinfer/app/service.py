@@ -31,6 +31,7 @@ from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.served import served_models
 from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.workers.worker import MergedMetrics, Worker
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
@@ -68,8 +69,10 @@ from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.traffic.peers.channel import Channel, RedisChannel
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.peers.local import LocalChannel
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.media import MediaNames
@@ -92,16 +95,20 @@ class Service:
         read: Callable[[], Config] | None = None,
         config_file: Path | None = None,
         notifier: Notifier | None = None,
+        worker: Worker | None = None,
     ) -> None:
         """`log_stream` is where the process logs: lines that could not be written are counted in the metrics.
 
         `read` reads the configuration again, which `config_file` is looked at for. `notifier` reports that.
+        `worker` says what this process shares with others, if it is one of several.
         """
         self.config = config
         self._log_stream = log_stream
         self._read = read
         self._config_file = config_file
         self._notifier = Notifier({}, 0) if notifier is None else notifier
+        self._worker = worker
+        self._channel: Channel | None = None if worker is None else LocalChannel(worker.hub)
         self._live: Live | None = None
         self._reloader: Reloader | None = None
         self._stack = AsyncExitStack()
@@ -151,9 +158,14 @@ class Service:
             await stack.enter_async_context(self._finder)
             self.gateway = await stack.enter_async_context(self._gateway(self._upstream))
             await self._open_reloads(stack, plugins, watch)
+            if self._worker is not None:
+                self._worker.end_with_supervisor()
             self._stack = stack.pop_all()
         pods = len(engines.registry.pods)
-        log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=pods)
+        if self._worker is None:
+            log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=pods)
+        else:
+            log.info("worker_started", listen=self.gateway.url, pods=pods)
         return self
 
     async def __aexit__(
@@ -282,12 +294,20 @@ class Service:
         return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
 
     async def _open_peers(self, stack: AsyncExitStack) -> None:
-        """Share load with other gateways, if the configuration says so."""
-        store = self.engines.setup.store
-        if store is None or not store.config.share_load:
+        """Share load with other gateways and workers, if there may be any."""
+        store, channel = self.engines.setup.store, self._channel
+        if store is not None and store.config.share_load:
+            channel = RedisChannel(store)  # where the other workers are, too
+        if channel is None:
             return
-        trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
-        peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
+        peers = Peers(
+            channel,
+            loads=self.peer_loads,
+            load=self.load,
+            history=self._history,
+            trust_of=partial(_trust_of, self.engines.registry, self.engines.setup.caches),
+            outliers=self.outliers,
+        )
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
@@ -337,12 +357,15 @@ class Service:
         reload_admin = ReloadAdmin(None if self._read is None else self._reload)
         pods_admin = self._pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        if self._worker is not None and config.public_metrics:
+            public = {**public, "/metrics": {"GET": MergedMetrics(self._worker).expose}}
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public},
             admin={**admin.routes(), **pods_admin.routes(), **reload_admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
+            sockets=None if self._worker is None else self._worker.sockets(),
         )
 
 

@@ -421,6 +421,13 @@ class Config(Section, frozen=True):
     """The whole configuration."""
 
     listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=64)],
+        described(
+            "How many processes serve `listen`. Each follows the engines by itself and has an index of its own; limits on "
+            "memory, connections and retries are divided among them."
+        ),
+    ] = 1
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )

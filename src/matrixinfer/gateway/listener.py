@@ -40,7 +40,8 @@ log = structlog.get_logger(__name__)
 class Listener:
     """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: call `stop` first.
 
-    At most `max_connections` are open at a time; None sets no bound. Once `draining` is set, every answer ends its
+    At most `max_connections` are open at a time; None sets no bound. `bound` is a socket to listen on instead: that of an
+    address which other processes listen on, too, or a Unix socket. Once `draining` is set, every answer ends its
     connection. Built on aiohttp's low-level server, because an
     `Application` resolves, wraps and copies where one dictionary lookup will do.
     """
@@ -54,7 +55,9 @@ class Listener:
         *,
         connections: ConnectionsConfig | None = None,
         max_connections: int | None = None,
+        bound: socket.socket | None = None,
     ) -> None:
+        self._bound = bound
         self._host = host
         self._port = port
         self._routes = routes
@@ -75,7 +78,14 @@ class Listener:
             noted=Intervals(_NOTED_SECONDS, time.monotonic),
         )
         loop = asyncio.get_running_loop()
-        self._listening = await loop.create_server(self._server, self._host, self._port, backlog=_BACKLOG)
+        bound = self._bound
+        if bound is None:
+            self._listening = await loop.create_server(self._server, self._host, self._port, backlog=_BACKLOG)
+        elif bound.family == socket.AF_UNIX:
+            self._listening = await loop.create_unix_server(self._server, sock=bound, backlog=_BACKLOG)
+            return self
+        else:
+            self._listening = await loop.create_server(self._server, sock=bound, backlog=_BACKLOG)
         self._port = self._listening.sockets[0].getsockname()[1]
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,7 @@ from matrixinfer.gateway.listener import Listener, Routes
 class Gateway:
     """Serves while its context is open. Leaving it drains; leaving it with an error cancels what is in flight.
 
+    With `sockets`, that of the API and that of the admin listener, these are served instead of the configured addresses.
     `draining` is set when the drain begins: handlers then say so, and answers end their connections.
     """
 
@@ -26,6 +28,7 @@ class Gateway:
         admin: Routes,
         draining: asyncio.Event,
         max_connections: int | None = None,
+        sockets: tuple[socket.socket, socket.socket] | None = None,
     ) -> None:
         self._drain = config.drain
         self._draining = draining
@@ -36,9 +39,12 @@ class Gateway:
             draining,
             connections=config.connections,
             max_connections=max_connections,
+            bound=None if sockets is None else sockets[0],
         )
         self._admin: Listener | None = None
-        if config.admin is not None:
+        if sockets is not None:
+            self._admin = Listener("worker", 0, admin, draining, connections=config.connections, bound=sockets[1])
+        elif config.admin is not None:
             self._admin = Listener(
                 *split_address(config.admin, path="$.admin"),
                 guarded(admin, config.admin_names),

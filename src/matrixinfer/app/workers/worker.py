@@ -1,0 +1,138 @@
+"""What a worker shares with its supervisor: the socket that it serves, and a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from matrixinfer.config import Config, checked, convert
+from matrixinfer.gateway.errors import error_response
+
+VARIABLE: Final = "MATRIXINFER_WORKER"
+"""The environment variable by which a worker knows that it is one."""
+MERGED_SECONDS: Final = 10.0
+"""Deadline for the metrics of all workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """The private folder of a supervisor and its workers."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration in effect, with its secrets."""
+        return self.path / "config.json"
+
+    @property
+    def hub(self) -> Path:
+        """The socket over which workers share loads and ejections."""
+        return self.path / "hub"
+
+    @property
+    def front(self) -> Path:
+        """The socket at which the supervisor answers its workers."""
+        return self.path / "front"
+
+    def admin(self, number: int) -> Path:
+        """The socket of a worker's admin listener."""
+        return self.path / f"worker-{number}"
+
+
+class _Passed(msgspec.Struct, frozen=True):
+    """What the environment variable says."""
+
+    number: int
+    listen: int
+    alive: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One of several processes."""
+
+    number: int
+    """From 1 on; a replacement has the number of the one that died."""
+    listen: int
+    """File descriptor of the listening socket that all share."""
+    alive: int
+    """File descriptor of a pipe that ends with the supervisor."""
+    folder: Folder
+
+    @property
+    def hub(self) -> Path:
+        """The socket over which workers share loads and ejections."""
+        return self.folder.hub
+
+    def configuration(self) -> Config:
+        """The configuration in effect. Raises `ConfigError`."""
+        return checked(convert(msgspec.json.decode(self.folder.config.read_bytes()), Config, path="$"))
+
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        """The socket of the API, and a new one for the admin listener."""
+        path = self.folder.admin(self.number)
+        path.unlink(missing_ok=True)  # of the worker that died
+        admin = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        admin.bind(str(path))
+        return socket.socket(fileno=os.dup(self.listen)), admin
+
+    def end_with_supervisor(self) -> None:
+        """Drain when the supervisor has gone, as if it had sent a signal. Call it on the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(self.alive)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        loop.add_reader(self.alive, ended)
+
+
+def passed_on(worker: Worker) -> str:
+    """The value of the environment variable."""
+    passed = _Passed(worker.number, worker.listen, worker.alive, str(worker.folder.path))
+    return msgspec.json.encode(passed).decode()
+
+
+def from_environment(environment: Mapping[str, str]) -> Worker | None:
+    """The worker that this process is; None if it is none."""
+    value = environment.get(VARIABLE)
+    if value is None:
+        return None
+    passed = msgspec.json.decode(value, type=_Passed)
+    return Worker(
+        number=passed.number, listen=passed.listen, alive=passed.alive, folder=Folder(path=Path(passed.folder))
+    )
+
+
+class MergedMetrics:
+    """Answers `/metrics` at a worker's API with those of all workers."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._path = str(worker.folder.front)
+
+    async def expose(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Prometheus metrics."""
+        with suppress(aiohttp.ClientError, OSError):
+            connector = aiohttp.UnixConnector(self._path)
+            timeout = aiohttp.ClientTimeout(total=MERGED_SECONDS)
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.get("http://front/metrics") as answer,
+            ):
+                if answer.status == 200:
+                    headers = {"Content-Type": answer.headers["Content-Type"]}
+                    return web.Response(body=await answer.read(), headers=headers)
+        return error_response(503, "The metrics of all workers cannot be read now.")
