@@ -160,12 +160,10 @@ async def test_what_operators_change_holds_at_every_worker_and_at_a_new_one(tmp_
         await eventually(holds, pause=0.1)
         for victim in fleet.children():  # one after the other, until both are new
             os.kill(victim, signal.SIGKILL)
-            await eventually(
-                lambda victim=victim: victim not in fleet.children() and len(fleet.children()) == 2, pause=0.1
-            )
 
-            async def all_serve() -> bool:
-                return await fleet.metric("matrixinfer_workers") == 2
+            async def all_serve(victim: int = victim) -> bool:
+                is_replaced = victim not in fleet.children() and len(fleet.children()) == 2
+                return is_replaced and await fleet.metric("matrixinfer_workers") == 2
 
             await eventually(all_serve, pause=0.1)
         await eventually(holds, pause=0.1)

@@ -35,6 +35,10 @@ class Channel(Protocol):
         """Listen while the context is open."""
         ...
 
+    def close(self) -> None:
+        """Publish no more."""
+        ...
+
 
 class RedisChannel:
     """A channel of the shared Redis or Valkey. Listening occupies one connection of `store`."""
@@ -79,3 +83,6 @@ class RedisChannel:
         finally:
             with suppress(IndexUnavailable):
                 await self._store.ask(channel.aclose())
+
+    def close(self) -> None:
+        """The connections are the store's."""

@@ -83,6 +83,7 @@ class Peers:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            stack.callback(self._channel.close)
             for name, work in (("publish", self._publish), ("listen", self._listen)):
                 task = asyncio.create_task(self._supervised(work), name=f"peers-{name}")
                 stack.push_async_callback(cancel_and_wait, task)

@@ -70,7 +70,7 @@ async def test_a_hub_that_ends_is_noticed_and_its_successor_found(tmp_path: Path
         listening = channel.listen()
         receive = await listening.__aenter__()
         await channel.ready()
-    with pytest.raises(OSError, match="gone|reset"):
+    with pytest.raises(OSError, match=r"gone|reset"):
         await receive(DEADLINE_SECONDS)
     await listening.__aexit__(None, None, None)
     path.unlink(missing_ok=True)
