@@ -56,6 +56,7 @@ class Hub:
         try:
             if await reader.readexactly(1) == _LISTEN:
                 self._listeners.add(writer)
+                writer.write(_LISTEN)
                 await reader.read(1)  # until it goes
             else:
                 while True:
@@ -80,6 +81,7 @@ class LocalChannel:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: asyncio.StreamWriter | None = None
+        self._lock = asyncio.Lock()
 
     @property
     def where(self) -> str:
@@ -87,23 +89,37 @@ class LocalChannel:
         return str(self._path)
 
     async def ready(self) -> None:
-        """Connect."""
-        if self._writer is not None:
-            self._writer.close()
-        _, self._writer = await self._connect(_PUBLISH)
+        """Connect, if that is not done."""
+        await self._open()
+
+    async def _open(self) -> asyncio.StreamWriter:
+        async with self._lock:  # whoever publishes and whoever listens come at the same time
+            if self._writer is None or self._writer.is_closing():
+                _, self._writer = await self._connect(_PUBLISH)
+            return self._writer
 
     async def publish(self, message: bytes) -> None:
         """Publish a message. Raises `OSError` when the hub has gone."""
-        if self._writer is None or self._writer.is_closing():
-            await self.ready()
-        assert self._writer is not None  # noqa: S101 - `ready` has set it
-        self._writer.write(_LENGTH.pack(len(message)) + message)
-        await self._writer.drain()
+        writer = await self._open()
+        try:
+            writer.write(_LENGTH.pack(len(message)) + message)
+            await writer.drain()
+        except OSError:
+            writer.close()
+            raise
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[Receive]:
         """Listen while the context is open."""
         reader, writer = await self._connect(_LISTEN)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await reader.readexactly(1)  # from now on, no message is missed
+        except BaseException as error:
+            writer.close()
+            if isinstance(error, EOFError):
+                raise ConnectionResetError("the hub has gone") from error
+            raise
         coming: asyncio.Task[bytes] | None = None
 
         async def receive(seconds: float) -> bytes | None:
