@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import aiohttp
 import msgspec
 
 from bench.peers.routers import Router
-from bench.prompts import chat, prose
+from bench.prompts import MODEL, prose
 from matrixinfer.prompt.openai import CHAT_PATH
 
 _TURN_CHARS = 1_500
@@ -38,20 +40,28 @@ class Load:
         return self.requests * max(1, self.chunks)
 
     def bodies(self, seed: int) -> Iterator[bytes]:
-        """The bodies of a round, in the order in which they are sent."""
-        made = 0
-        while made < self.requests:
-            dialogue = prose(seed * 10_000 + made, self.turns * 2 * _TURN_CHARS)
-            first = chat(self.kib, seed * 10_000 + made, stream=self.chunks > 0, max_tokens=max(1, self.chunks))
-            body = msgspec.json.decode(first)
+        """The bodies of a round, in the order in which they are sent. A quarter of each is the same for all."""
+        draw = random.Random(seed)
+        system = {"role": "system", "content": prose(0, self.kib * 256)}
+        for _ in range(0, self.requests, self.turns):
+            messages = [system, {"role": "user", "content": _text(draw, self.kib * 768)}]
             for turn in range(self.turns):
                 if turn:
-                    start = turn * 2 * _TURN_CHARS
-                    for role, at in (("assistant", start), ("user", start + _TURN_CHARS // 2)):
-                        text = dialogue[at : at + _TURN_CHARS // 2]
-                        body["messages"].append({"role": role, "content": text})
-                yield msgspec.json.encode(body)
-                made += 1
+                    messages.append({"role": "assistant", "content": _text(draw, _TURN_CHARS // 2)})
+                    messages.append({"role": "user", "content": _text(draw, _TURN_CHARS // 2)})
+                body = {"model": MODEL, "messages": messages, "stream": self.chunks > 0}
+                yield msgspec.json.encode(body | {"max_tokens": max(1, self.chunks)})
+
+
+def _text(draw: random.Random, length: int) -> str:
+    """Real words in an order that nobody has seen."""
+    words = _words()
+    return " ".join(draw.choices(words, k=length // 6 + 1)).ljust(length)[:length]
+
+
+@cache
+def _words() -> list[str]:
+    return prose(0, 200_000).split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

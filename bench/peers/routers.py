@@ -98,7 +98,12 @@ class Router:
 
 @contextmanager
 def running(
-    name: str, folder: Path, engines: Sequence[str], command: Callable[[Path, int, Sequence[str]], list[str]]
+    name: str,
+    folder: Path,
+    engines: Sequence[str],
+    command: Callable[[Path, int, Sequence[str]], list[str]],
+    *,
+    model: str = MODEL,
 ) -> Iterator[Router]:
     """A router in front of `engines` until the context ends. Raises `RuntimeError` when it does not start."""
     port = free_port()
@@ -106,16 +111,16 @@ def running(
     with log.open("wb") as out, subprocess.Popen(command(folder, port, engines), stdout=out, stderr=out) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            if not uvloop.run(_answers(process, url)):
+            if not uvloop.run(_answers(process, url, model)):
                 raise RuntimeError(f"{name} did not answer within {_START_SECONDS:g} s: see {log}")
             yield Router(name=name, url=url, pid=process.pid)
         finally:
             _stop(process)
 
 
-async def _answers(process: subprocess.Popen[bytes], url: str) -> bool:
+async def _answers(process: subprocess.Popen[bytes], url: str, model: str) -> bool:
     """Whether it answers a chat before its time is up."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     deadline = time.monotonic() + _START_SECONDS
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while time.monotonic() < deadline and process.poll() is None:
