@@ -211,6 +211,8 @@ class InFlight:
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
         self._is_over = True
+        if self.prepared.late is not None:
+            self.prepared = self.prepared.without_body()  # the token ids, when they come, find this object
         self._blame.close()
         self._end_probe()
         try:
