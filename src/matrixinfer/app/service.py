@@ -93,7 +93,12 @@ class Service:
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
-        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
+        self.outliers = Outliers(
+            config.outliers,
+            clock,
+            OutlierLog(self.metrics),
+            can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
+        )
         self._parity = Parity(self.metrics, clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
         async with AsyncExitStack() as stack:

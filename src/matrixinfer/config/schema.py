@@ -364,7 +364,7 @@ class OutliersConfig(Section, frozen=True):
         Count,
         described(
             "Failures in a row after which an endpoint is ejected: server errors, broken connections, malformed answers "
-            "and timeouts. 429 and 503 count as busy, not as failures."
+            "and timeouts. 429 and 503 count as busy, not as failures, and failures that are the request's fault do not count."
         ),
     ] = 3
     failure_share: Annotated[

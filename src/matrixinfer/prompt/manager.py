@@ -279,7 +279,11 @@ class TokenizerManager:
 
     def _claim(self, prompt: Prompt, held: Held) -> None:
         """Take the memory of a prompt that has to wait, if it does not hold that already. Raises `TokenizeError`."""
-        if prompt.size > SMALL_BYTES and prompt.claim is None and not held.take(self._bounds.cost(prompt.prefix)):
+        if prompt.size > SMALL_BYTES and prompt.claim is None:
+            self._take(prompt, held)
+
+    def _take(self, prompt: Prompt, held: Held) -> None:
+        if not held.take(self._bounds.cost(prompt.prefix)):
             raise TokenizeError("other requests take the memory that it would need")
 
     def _is_slow(self, model: str) -> bool:
@@ -290,7 +294,7 @@ class TokenizerManager:
         if len(self._late) >= MAX_LATE:
             raise TokenizeError(f"engines have not sent the token ids of {MAX_LATE} earlier prompts yet")
         seconds = self._patience(model)
-        asking = asyncio.create_task(self._tokenize(prompt, model, engines))
+        asking = asyncio.create_task(self._tokenize(self._outlasting(prompt), model, engines))
         try:
             await asyncio.wait((asking,), timeout=seconds)
         except asyncio.CancelledError:
@@ -301,6 +305,14 @@ class TokenizerManager:
         self._late.add(asking)
         asking.add_done_callback(self._arrived)
         raise TokensLate(f"the engine did not send them within {seconds * 1e3:g} ms", asking, self._follow)
+
+    def _outlasting(self, prompt: Prompt) -> Prompt:
+        """A prompt that may outlast its request: without a view into the body, and with the memory that it takes itself."""
+        claim = prompt.claim
+        if claim is None:
+            claim = self._memory.hold()
+            self._take(prompt, claim)
+        return replace(prompt, prefix=b"", claim=claim)
 
     def _patience(self, model: str) -> float:
         """Seconds to wait for an engine's answer; 0 if almost all of its last answers took longer than the limit."""
