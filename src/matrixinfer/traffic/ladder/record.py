@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+
+import msgspec
 
 from matrixinfer.traffic.ladder.reuse import ReuseTracker, Visit
 from matrixinfer.traffic.ladder.rungs import Ladder, flat, of
@@ -20,8 +21,7 @@ _MOST_ADAPTERS = 1_024
 _MASK = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A request whose prompt was computed, as far as the ladder needs it. All hits are in prompt tokens."""
 
     model: str
@@ -34,8 +34,12 @@ class Ended:
     hashes: Sequence[int]
     """Of the prompt's full blocks."""
     block_size: int
+    usable: int
+    """The most that an engine can reuse of it."""
+    held: int
+    """What the pod holds that was predicted to reuse most."""
     best: int
-    """The most that any pod was predicted to hold."""
+    """What it was predicted to reuse: less, if its engine reuses less than it holds."""
     predicted: int
     """What the chosen pod was predicted to hold."""
     why_other: str = "scored"
@@ -141,12 +145,13 @@ class LadderLog:
 
     def _look(self, tally: Tally, request: Ended, now: float) -> None:
         size, known = request.block_size, request.prompt_tokens
-        usable = max(0, known - 1) // size
+        usable = request.usable // size
         stop = min(usable, len(request.hashes))
-        start = min(stop, -(-request.best // size))
+        start = min(stop, -(-request.held // size))
         beyond, cut = (stop - start) * size, (usable - stop) * size
         tally.add(f"{LOST}not_looked_up", cut)
-        tally.add(f"{LOST}ends", max(0, known - request.best - beyond - cut))
+        tally.add(f"{LOST}reuses_less", request.held - request.best)
+        tally.add(f"{LOST}ends", known - request.held - beyond - cut)
         tracker, mask = self._tracker(request)
         if tracker is None:
             tally.add(f"{LOST}unsampled", beyond)

@@ -123,6 +123,18 @@ CAUSES = (
         is_sampled=True,
     ),
     Cause(
+        name="kind",
+        rung="perfect",
+        words="engines of this kind (sliding windows, Mamba) reuse a prompt only up to certain ends of earlier ones",
+        is_sampled=True,
+    ),
+    Cause(
+        name="reuses_less",
+        rung="perfect",
+        words="the pod holds them, but its answers have lately reported less than its events promise",
+        remedy="run `matrixinfer doctor`, and see matrixinfer_kv_reuse",
+    ),
+    Cause(
         name="capacity_unknown",
         rung="perfect",
         words="no pod had them, and it is unknown whether the caches could have kept them",

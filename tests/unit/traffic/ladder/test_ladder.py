@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from matrixinfer.traffic.ladder.record import PERIOD_SECONDS, Ended, LadderLog
 from matrixinfer.traffic.ladder.reuse import ALL
@@ -35,6 +35,8 @@ def ended(clock: Clock, blocks: list[int], **changes: object) -> Ended:
         prompt_tokens=len(blocks) * SIZE + 1,
         hashes=blocks,
         block_size=SIZE,
+        usable=len(blocks) * SIZE,
+        held=0,
         best=0,
         predicted=0,
         decided_at=clock.now - 0.5,
@@ -43,7 +45,9 @@ def ended(clock: Clock, blocks: list[int], **changes: object) -> Ended:
         pods=2,
         why_gone=lambda _: "dropped",
     )
-    return replace(request, **changes)  # type: ignore[arg-type]
+    request = replace(request, **changes)  # type: ignore[arg-type]
+    usable = max(request.prompt_tokens - 1, 0) // SIZE * SIZE
+    return replace(request, usable=max(usable, request.best), held=max(request.held, request.best))
 
 
 def run(*requests: Callable[[Clock], Ended]) -> Ladder:
