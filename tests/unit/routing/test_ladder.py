@@ -7,6 +7,7 @@ import time
 import pytest
 
 from matrixinfer.pods.registry import EngineMetrics
+from matrixinfer.sim.events import EventBatch, encode
 from matrixinfer.traffic.peers.message import Load
 
 from .test_router import TOKENS, World, request
@@ -15,7 +16,7 @@ from .test_router import TOKENS, World, request
 def exact(world: World) -> World:
     """With feeds that say all that is cached."""
     for feed in world.feeds.values():
-        feed.replay_ended()
+        feed.live(0, encode(EventBatch(ts=0.0, events=[])))
     return world
 
 
