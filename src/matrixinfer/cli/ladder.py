@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from matrixinfer.cli.terminal import Rows, Terminal
 from matrixinfer.feedtools.describe import plural
+from matrixinfer.traffic.ladder.rungs import Ladder, RungName
 
 Json = Mapping[str, Any]
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -48,6 +49,19 @@ def print_ladder(console: Terminal, ladder: Json) -> None:
         console.print()
         console.print("Where the rest went:")
     _print_losses(console, shown)
+
+
+def print_ladders(console: Terminal, ladders: Mapping[str, Ladder]) -> None:
+    """Print the shares of several ladders as a table, and the largest losses of each that anything can be done about."""
+    table = Rows("policy", *get_args(RungName), "largest losses")
+    for name, ladder in ladders.items():
+        losses = sorted(
+            (loss for rung in ladder.rungs for loss in rung.losses if loss.remedy), key=lambda each: -each.share
+        )
+        largest = ", ".join(f"{each.name} {_percent(each.share)}" for each in losses[:2] if each.share >= _LEAST_SHARE)
+        shares = ["-" if rung.share is None else _percent(rung.share) for rung in ladder.rungs]
+        table.add_row(name, *shares, largest or "-")
+    console.print("", table)
 
 
 def _print_losses(console: Terminal, losses: Sequence[Json]) -> None:

@@ -100,12 +100,38 @@ class LadderLog:
             self._compare(tally, request)
         self._look(tally, request, now)
 
+    def serves(self, model: str, base_model: str) -> tuple[ReuseTracker | None, int]:
+        """From now on, what engines store of a model counts. `base_model` is the one whose caches it uses.
+
+        Returns its tracker, None if there are too many models, and what tells its blocks from those of others there.
+        """
+        known = self._bases.get(model)
+        if known is None:
+            if len(self._bases) >= _MOST_ADAPTERS:
+                self._bases.clear()
+            is_base = model == base_model
+            mask = 0 if is_base else int.from_bytes(sha256(model.encode()).digest()[:8], "big") & _MASK
+            known = self._bases[model] = base_model, mask
+        base, mask = known
+        tracker = self._trackers.get(base)
+        if tracker is None and len(self._trackers) < _MOST_MODELS:
+            tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
+        return tracker, mask
+
     def stored(self, model: str, endpoint: str, hashes: Sequence[int]) -> None:
         """An endpoint's events say that it has stored blocks of a model that was asked for."""
         base = self._bases.get(model)
         tracker = None if base is None else self._trackers.get(base[0])
         if base is not None and tracker is not None:
             tracker.introduce(hashes, mask=base[1], now=self._clock(), endpoint=endpoint)
+
+    def touched(self, request: Ended, hashes: Sequence[int]) -> None:
+        """A request has used these blocks until now, too: those of its prompt, and of its reply where that is known."""
+        tracker, mask = self.serves(request.model, request.base_model)
+        if tracker is not None:
+            tracker.visit(
+                hashes, 0, 0, mask=mask, since=request.decided_at, now=self._clock(), endpoint=request.endpoint
+            )
 
     def emptied(self, endpoint: str) -> None:
         """An endpoint has lost all blocks, or what is known about them."""
@@ -133,14 +159,6 @@ class LadderLog:
         self._roll(self._clock())
         return self._counted
 
-    def touched(self, request: Ended, hashes: Sequence[int]) -> None:
-        """A request has used these blocks until now, too: those of its prompt, and of its reply where that is known."""
-        tracker, mask = self._tracker(request)
-        if tracker is not None:
-            tracker.visit(
-                hashes, 0, 0, mask=mask, since=request.decided_at, now=self._clock(), endpoint=request.endpoint
-            )
-
     # Within
 
     def _look(self, tally: Tally, request: Ended, now: float) -> None:
@@ -152,7 +170,7 @@ class LadderLog:
         tally.add(f"{LOST}not_looked_up", cut)
         tally.add(f"{LOST}reuses_less", request.held - request.best)
         tally.add(f"{LOST}ends", known - request.held - beyond - cut)
-        tracker, mask = self._tracker(request)
+        tracker, mask = self.serves(request.model, request.base_model)
         if tracker is None:
             tally.add(f"{LOST}unsampled", beyond)
             return
@@ -176,21 +194,6 @@ class LadderLog:
         tally.add("reported_predicted", request.predicted)
         tally.add("reported", request.reported)
         tally.add("reported_fewer" if less > 0 else "reported_more", abs(less))
-
-    def _tracker(self, request: Ended) -> tuple[ReuseTracker | None, int]:
-        known = self._bases.get(request.model)
-        if known is None:
-            if len(self._bases) >= _MOST_ADAPTERS:
-                self._bases.clear()
-            mask = 0
-            if request.model != request.base_model:
-                mask = int.from_bytes(sha256(request.model.encode()).digest()[:8], "big") & _MASK
-            known = self._bases[request.model] = request.base_model, mask
-        base, mask = known
-        tracker = self._trackers.get(base)
-        if tracker is None and len(self._trackers) < _MOST_MODELS:
-            tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
-        return tracker, mask
 
     def _tally(self, now: float) -> Tally:
         """That of the current period."""

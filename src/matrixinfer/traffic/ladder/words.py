@@ -166,10 +166,17 @@ CAUSES = (
         remedy="a profile that weighs the cache more helps: the default does, round robin and random do not look at it",
     ),
     Cause(
+        name="unheard",
+        rung="predicted",
+        words="a pod held them, but its events had not come to the gateway yet, or were lost",
+        remedy="see that events come quickly and that engines offer a replay endpoint; gateways that share a Redis also hear "
+        "of each other's requests",
+    ),
+    Cause(
         name="fewer",
         rung="reported",
         words="engines reused less than predicted",
-        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total",
+        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits",
     ),
 )
 
