@@ -15,10 +15,13 @@ from matrixinfer import __version__
 from matrixinfer.cli.arguments import Subparsers, at_least_one
 from matrixinfer.cli.fleet_arguments import add_fleet, add_traces, fleet_of, trace_of, traces_of
 from matrixinfer.cli.terminal import Rows, standard_output
+from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
 from matrixinfer.study.plots import plot
 from matrixinfer.study.policies import POLICIES, chosen
 from matrixinfer.study.replay import Fleet
+from matrixinfer.study.report.advice import ladder
+from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.runs import Outcome, replay_all
 from matrixinfer.study.trace import LetterBlocks, Trace
 
@@ -43,6 +46,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="policies to replay at the same time")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each trace")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write plots to DIR, in a folder for each trace")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page that says what to do, with plots, to the HTML file FILE",
+    )
     parser.set_defaults(run=run)
 
 
@@ -52,24 +61,34 @@ def run(args: argparse.Namespace) -> int:
         _list()
         return 0
     policies = chosen(args.policies)
+    if args.report is not None and not args.report.resolve().parent.is_dir():
+        raise ConfigError("--report", f"there is no folder {args.report.resolve().parent}")
+    chapters = []
     for text in traces_of(args):
         trace = trace_of(text, args)
         fleet = fleet_of(trace, args)
         with _Shown(trace, [policy.name for policy in policies]) as shown:
             done = {each.policy: each for each in replay_all(trace, fleet, policies, jobs=args.jobs, progress=shown.at)}
         outcomes = [done[policy.name] for policy in policies]
-        settings = _settings(args, trace, fleet)
+        ideal = trace.ideal_hit_rate(LetterBlocks())
+        settings = _settings(args, trace, fleet, ideal)
         if args.json:
             _print_json(trace, settings, outcomes)
         else:
             _print_table(trace, settings, outcomes)
         if args.plot is not None:
-            files = plot(outcomes, args.plot / _folder(trace.name), trace.name)
+            steps = ladder({each.policy: each.results for each in outcomes}, ideal)
+            files = plot(outcomes, args.plot / _folder(trace.name), trace.name, steps)
             print(f"plots: {', '.join(map(str, files))}", file=sys.stderr)
+        if args.report is not None:
+            chapters.append(Chapter(trace=trace.name, settings=settings, ideal=ideal, outcomes=outcomes))
+    if args.report is not None:
+        args.report.write_text(page(chapters), encoding="utf-8")
+        print(f"report: {args.report}", file=sys.stderr)
     return 0
 
 
-def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str, object]:
+def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet, ideal: float) -> dict[str, object]:
     return {
         "version": __version__,
         "engine": args.engine,
@@ -83,7 +102,7 @@ def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str,
         "event_loss": fleet.event_loss,
         "faults": args.fault,
         "requests": len(trace.turns),
-        "ideal_hit_rate": round(trace.ideal_hit_rate(LetterBlocks()), 4),
+        "ideal_hit_rate": round(ideal, 4),
         "trace": dict(trace.settings),
     }
 
