@@ -144,7 +144,7 @@ def _summary(ranked: Sequence[str], best: str, results: Mapping[str, Results]) -
     behind = regret(results, best)
     if behind is not None:
         left = max(0.0, 1 - 1 / behind)
-        text += f" The better bound is {left:.0%} below: that is about what routing could still gain."
+        text += f" The better bound is {left:.0%} below: no rule can gain more than about that."
     if best in _OURS and best != DEFAULT:
         text += f" Set it with `matrixinfer serve --policy {best}`."
     return text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -22,6 +22,8 @@ _WINDOWS = 40
 _COLUMNS = 120
 """Cells of a heat map in a row."""
 _SIZE = 1000
+_MOST_TIMES = 2
+"""An axis is at most so many times as long as the chosen policy needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def first_tokens(outcomes: Sequence[Outcome], colours: Sequence[int], bold: str)
 
 def hits_over_time(outcomes: Sequence[Outcome], colours: Sequence[int], bold: str) -> str:
     """The share of the prompt tokens that were cached, by arrival."""
-    end = max((each[0] for outcome in outcomes for each in outcome.requests), default=0.0) or 1.0
+    end = _end({outcome.policy: [each[0] for each in outcome.requests[-1:]] for outcome in outcomes}, bold)
     edges = np.linspace(0, end, _WINDOWS + 1)
     rates: list[list[tuple[float, float]]] = []
     for outcome in outcomes:
@@ -96,15 +98,23 @@ def hits_over_time(outcomes: Sequence[Outcome], colours: Sequence[int], bold: st
     return _plot(lines, Axis(title="arrival", marks=marks), up, label="hit rate, share of prompt tokens")
 
 
-def load_maps(outcomes: Sequence[Outcome]) -> str:
+def load_maps(outcomes: Sequence[Outcome], bold: str) -> str:
     """For each policy, requests at each pod over time: a row is a pod, darker is more."""
-    most = max((max(each.requests, default=0) for outcome in outcomes for each in outcome.samples), default=0) or 1
+    end = _end({outcome.policy: [each.at for each in outcome.samples[-1:]] for outcome in outcomes}, bold)
+    highest = {
+        outcome.policy: max((max(each.requests, default=0) for each in outcome.samples), default=0)
+        for outcome in outcomes
+    }
+    most = max(highest.values())
+    is_cut = most > _MOST_TIMES * max(1, highest[bold])
+    most = _MOST_TIMES * max(1, highest[bold]) if is_cut else max(1, most)
     maps = []
     for outcome in outcomes:
         pods = max((len(each.requests) for each in outcome.samples), default=1)
-        grid = np.zeros((pods, max(1, min(_COLUMNS, len(outcome.samples)))))
-        for number, sample in enumerate(outcome.samples):
-            column = number * grid.shape[1] // len(outcome.samples)
+        shown = [sample for sample in outcome.samples if sample.at <= end]
+        grid = np.zeros((pods, max(1, min(_COLUMNS, *(len(each.samples) for each in outcomes)))))
+        for sample in shown:
+            column = min(int(sample.at / end * grid.shape[1]), grid.shape[1] - 1)
             for pod, requests in enumerate(sample.requests):
                 grid[pod, column] = max(grid[pod, column], requests)
         name = escape(outcome.policy)
@@ -114,8 +124,14 @@ def load_maps(outcomes: Sequence[Outcome]) -> str:
             f'style="height:{max(40, min(160, pods * 10))}px"></figure>'
         )
     scale = _image(np.linspace(0, 1, 32)[None, :])
-    legend = f'<p class="scale"><span>0</span><img alt="" src="{scale}"><span>{most} requests at a pod</span></p>'
+    legend = f'<p class="scale"><span>0</span><img alt="" src="{scale}"><span>{most} requests at a pod{" or more" if is_cut else ""}</span></p>'
     return f'<div class="maps">{"".join(maps)}</div>{legend}'
+
+
+def _end(ends: Mapping[str, Sequence[float]], bold: str) -> float:
+    """When a time axis ends: with the last policy, unless one takes so long that all others would be a sliver."""
+    of_chosen = max(ends.get(bold, ()), default=0.0)
+    return min(max((max(each, default=0.0) for each in ends.values()), default=0.0), _MOST_TIMES * of_chosen) or 1.0
 
 
 def ladder(steps: Sequence[Step]) -> str:

@@ -96,7 +96,7 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     yield charts.first_tokens(chapter.outcomes, colours, best)
     yield f"<h3>Hits over time</h3>{legend}{charts.hits_over_time(chapter.outcomes, colours, best)}"
     yield '<h3>Load of each pod</h3><p class="note">A row is a pod, time runs to the right.</p>'
-    yield charts.load_maps(chapter.outcomes)
+    yield charts.load_maps(chapter.outcomes, best)
     yield "</section>"
 
 

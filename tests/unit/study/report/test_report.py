@@ -36,7 +36,7 @@ def results(time: float | None, hit: float = 0.5, **more: float | None) -> Resul
         "broken_off": 0,
         "preemptions": 0,
     }
-    return {**usual, **more}  # type: ignore[dict-item]
+    return {**usual, **more}
 
 
 def titles(advice: Advice) -> list[str]:
@@ -153,7 +153,7 @@ def test_another_ladder_takes_the_place_of_that_of_the_results() -> None:
 def test_heat_maps_show_each_pod_over_time_in_bounded_size() -> None:
     found = chapter("random").outcomes[0]
     many = Outcome(policy="p", results=found.results, requests=(), samples=list(found.samples) * 400)
-    assert len(load_maps([many])) < 20_000
+    assert len(load_maps([many], "p")) < 20_000
 
 
 def test_the_image_is_a_png_with_these_pixels() -> None:
