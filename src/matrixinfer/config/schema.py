@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
@@ -460,3 +461,4 @@ class Config(Section, frozen=True):
         OutliersConfig()
     )
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
+    access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None

@@ -58,6 +58,14 @@ class Exchange:
     in_flight: InFlight
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
+    first_byte_at: float | None = None
+    """When the first byte of the answer came."""
+    output_tokens: int | None = None
+    """Tokens of the answer, if it reports them."""
+    counts_events: bool = False
+    """Whether somebody wants to know `stream_events`."""
+    stream_events: int = 0
+    """Server-sent events of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +233,8 @@ class Proxy:
         tail = usage.Tail() if answer.may_report else None
         stripper = usage.UsageStripper() if answer.is_stripped else None
         while chunk:
+            if exchange.counts_events:
+                exchange.stream_events += chunk.count(b"data:")
             if tail is not None:
                 tail.add(chunk)
             if stripper is not None:
@@ -282,7 +292,8 @@ class Proxy:
     def _first_byte(self, answer: _Answer) -> None:
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte()
-        self._metrics.first_byte(time.monotonic() - answer.exchange.started)
+        answer.exchange.first_byte_at = now = time.monotonic()
+        self._metrics.first_byte(now - answer.exchange.started)
 
 
 class _UnlessDown:
@@ -315,6 +326,7 @@ def _count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
     if counted is not None:
+        exchange.output_tokens = counted.output
         exchange.in_flight.usage(counted.prompt, counted.cached)
 
 

@@ -87,6 +87,11 @@ class InFlight:
         return self._record.cached
 
     @property
+    def record(self) -> Record:
+        """What is kept of the decision, and of what came of it."""
+        return self._record
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
