@@ -24,6 +24,7 @@ from aiohttp.http import HttpVersion11, StreamWriter
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -56,6 +57,8 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
+    is_authenticated: bool = False
+    """Whether the gateway knows who the client is: its credentials are not for the pod."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
     first_byte_at: float | None = None
@@ -108,7 +111,9 @@ class Proxy:
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
+        credentials: Credentials,
     ) -> None:
+        self._credentials = credentials
         self._upstream = upstream
         self._retries = retries
         self._rewriter = rewriter
@@ -208,6 +213,7 @@ class Proxy:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
+        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
