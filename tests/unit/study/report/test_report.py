@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +19,7 @@ from matrixinfer.study.report.advice import Advice, Results, Step, advise, chose
 from matrixinfer.study.report.charts import load_maps
 from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.report.png import png
-from matrixinfer.study.runs import Outcome, replay_all
+from matrixinfer.study.runs import replay_all
 
 
 def results(time: float | None, hit: float = 0.5, **more: float | None) -> Results:
@@ -152,7 +153,7 @@ def test_another_ladder_takes_the_place_of_that_of_the_results() -> None:
 
 def test_heat_maps_show_each_pod_over_time_in_bounded_size() -> None:
     found = chapter("random").outcomes[0]
-    many = Outcome(policy="p", results=found.results, requests=(), samples=list(found.samples) * 400)
+    many = replace(found, policy="p", requests=(), samples=list(found.samples) * 400)
     assert len(load_maps([many], "p")) < 20_000
 
 
