@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matrixinfer.app.engines import Watching
 from matrixinfer.app.fleet_setup import PodSources
 from matrixinfer.config import Config, SchedulerConfig
+from matrixinfer.config.engine_keys import key_places
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.pods_admin import PodsAdmin
 from matrixinfer.gateway.proxy import Proxy
@@ -44,6 +45,8 @@ class Live:
         What can fail comes first. If anything fails all the same, what was in effect before is again.
         """
         before, scheduler = self.config, self.scheduler
+        for key in key_places(config):
+            key.read()
         new = scheduler if config.scheduler == before.scheduler else self.build(config.scheduler)
         try:
             await self._set(config, new)

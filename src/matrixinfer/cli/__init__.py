@@ -29,6 +29,7 @@ COMMANDS = (
     "init",
     "completion",
     "replay",
+    "tune",
 )
 
 

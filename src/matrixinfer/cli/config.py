@@ -93,7 +93,7 @@ def _check_listed(file: Path, where: str) -> None:
         print(f"warning: {where}: {file} does not exist yet", file=sys.stderr)
         return
     try:
-        parse_pods(file.read_text(encoding="utf-8"))
+        parse_pods(file.read_text(encoding="utf-8"), base=file.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, f"cannot read {file}: {error}") from error
     except ConfigError as error:

@@ -5,8 +5,10 @@ fields. An unknown key or a bad value raises `ConfigError` with the key's path, 
 valid name (`complaints`). Settings with more than one spelling are brought into one form (`normalise`).
 """
 
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.discovery import DiscoveryConfig, DnsSource, FileSource, name_server
+from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reading import bare_pod, checked, checked_pods, load, parse, parse_pods, split_address
 from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.scheduling import (
@@ -40,6 +42,7 @@ from matrixinfer.config.schema import (
 
 __all__ = [
     "CLUSTER_SUFFIX",
+    "AccessLogConfig",
     "BlocksConfig",
     "Config",
     "ConnectionsConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "DnsSource",
     "DrainConfig",
     "DriftConfig",
+    "EngineKeysConfig",
     "FileSource",
     "IndexConfig",
     "KvEventsConfig",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,6 +14,7 @@ import yaml
 
 from matrixinfer.config.base import convert
 from matrixinfer.config.discovery import MAX_PODS, absolute_paths, check_discovery
+from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
 from matrixinfer.config.normalise import (
     given_block_keys,
     with_aliases,
@@ -22,6 +23,7 @@ from matrixinfer.config.normalise import (
     without_aliases,
 )
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
+from matrixinfer.config.secrets import place
 from matrixinfer.errors import ConfigError
 
 
@@ -54,15 +56,21 @@ def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
     data = _plain(text)
     config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
-    models = tuple(_absolute(model, base) for model in config.models)
-    discovery = absolute_paths(config.discovery, base)
-    return checked(
-        msgspec.structs.replace(config, models=models, discovery=discovery), given_blocks=given_block_keys(data)
+    config = msgspec.structs.replace(
+        config,
+        models=tuple(_absolute(model, base) for model in config.models),
+        pods=tuple(_with_key_file(pod, base) for pod in config.pods),
+        engine_keys=_with_key_file(config.engine_keys, base),
+        discovery=absolute_paths(config.discovery, base),
     )
+    return checked(config, given_blocks=given_block_keys(data))
 
 
-def parse_pods(text: str) -> tuple[PodConfig, ...]:
-    """A YAML or JSON list of pods, checked as `pods` of the configuration is. Raises `ConfigError`."""
+def parse_pods(text: str, *, base: Path) -> tuple[PodConfig, ...]:
+    """A YAML or JSON list of pods, checked as `pods` of the configuration is. `base` is as for `parse`.
+
+    Raises `ConfigError`.
+    """
     data = _plain(text)
     if isinstance(data, dict) and data.keys() == {"pods"}:
         data = data["pods"]
@@ -70,7 +78,8 @@ def parse_pods(text: str) -> tuple[PodConfig, ...]:
         raise ConfigError(
             "$.pods", f"expected a list of pods, got {'nothing' if data is None else type(data).__name__}"
         )
-    return checked_pods(convert(data, tuple[PodConfig, ...], path="$.pods"))
+    pods = convert(data, tuple[PodConfig, ...], path="$.pods")
+    return checked_pods(tuple(_with_key_file(pod, base) for pod in pods))
 
 
 def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
@@ -78,6 +87,8 @@ def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
     if len(pods) > MAX_PODS:
         raise ConfigError("$.pods", f"expected at most {MAX_PODS} pods, got {len(pods)}")
     _check_pods(pods)
+    for i, pod in enumerate(pods):
+        place(pod.api_key_file, pod.api_key_env, f"$.pods[{i}].apiKey")
     return tuple(map(bare_pod, pods))
 
 
@@ -105,6 +116,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     scheduler = with_shipped_arguments(config.scheduler)
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
+    key_places(config)
     return msgspec.structs.replace(
         config,
         blocks=blocks,
@@ -214,11 +226,21 @@ def _check_url(url: str, *, path: str) -> None:
         raise ConfigError(
             path,
             "expected a URL without a user name and password: it shows in logs, metrics and answers. "
-            "Let clients send their `Authorization` header, which engines get unchanged",
+            "Name the engine's key with `apiKeyFile` or `apiKeyEnv`",
         )
     bare = url.rstrip("/")
     if bare.endswith("/v1"):
         raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")
+
+
+_Keyed = TypeVar("_Keyed", ModelConfig, PodConfig, EngineKeysConfig)
+
+
+def _with_key_file(section: _Keyed, base: Path) -> _Keyed:
+    """The section with the absolute path of its key's file."""
+    if section.api_key_file is None:
+        return section
+    return msgspec.structs.replace(section, api_key_file=str((base / section.api_key_file).resolve()))
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
@@ -227,7 +249,7 @@ def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
 
     template = model.chat_template
     return msgspec.structs.replace(
-        model,
+        _with_key_file(model, base),
         tokenizer=resolve(model.tokenizer),
         chat_template=template if template == "chatml" else resolve(template),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"(password|secret|token|api_?key|passphrase|salt)s?$", re.IGNORECASE)
+_SECRET = re.compile(r"(password|secret|token|api_?key|passphrase|salt)s?$|^key$", re.IGNORECASE)
 """Names of keys whose values are not shown. Names of files and of variables that hold a secret end otherwise."""
 
 

@@ -40,6 +40,7 @@ class PodsAdmin:
         """Add the pod in the body, in the form of `pods[]`, or change it."""
         try:
             (pod,) = checked_pods([convert(await _body(request), PodConfig, path="$")])
+            _refuse_key(pod)
             result = self._fleet.add(pod)
         except ConfigError as error:
             return error_response(400, str(error).replace("$.pods[0]", "$"), param=error.path.removeprefix("$."))
@@ -75,6 +76,12 @@ class PodsAdmin:
         if not self._fleet.drain(name, seconds):
             return _unknown(name)
         return json_response({"name": name, "result": "draining", "seconds": seconds}, status=202)
+
+
+def _refuse_key(pod: PodConfig) -> None:
+    """Whoever reaches the admin listener must not have files and variables of this machine sent to any address."""
+    if pod.api_key_file is not None or pod.api_key_env is not None:
+        raise ConfigError("$", "expected no key: name it in the config file, at the pod's model or in `engineKeys`")
 
 
 async def _body(request: web.BaseRequest) -> object:

@@ -67,7 +67,7 @@ LISTED = '[{"name": "a", "url": "http://a:1/"}, {"name": "b", "url": "http://b:1
     [LISTED, f'{{"pods": {LISTED}}}', "- {name: a, url: 'http://a:1'}\n- {name: b, url: 'http://b:1', kvEvents: none}"],
 )
 def test_a_list_of_pods_is_read_in_the_form_of_the_config_file(text: str) -> None:
-    pods = parse_pods(text)
+    pods = parse_pods(text, base=Path())
     assert [(pod.name, pod.url, pod.kv_events) for pod in pods] == [
         ("a", "http://a:1", "discover"),
         ("b", "http://b:1", "none"),
@@ -89,9 +89,9 @@ def test_a_list_of_pods_is_read_in_the_form_of_the_config_file(text: str) -> Non
 )
 def test_a_bad_list_is_refused_with_the_path_of_its_fault(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse_pods(text)
+        parse_pods(text, base=Path())
     assert str(error.value).startswith(complaint)
 
 
 def test_an_empty_list_is_a_list() -> None:
-    assert parse_pods("[]") == ()
+    assert parse_pods("[]", base=Path()) == ()

@@ -78,8 +78,14 @@ class Worker:
         return self.folder.hub
 
     def configuration(self) -> Config:
-        """The configuration in effect. Raises `ConfigError`."""
-        return checked(convert(msgspec.json.decode(self.folder.config.read_bytes()), Config, path="$"))
+        """The configuration in effect, with an access log of its own. Raises `ConfigError`."""
+        config = checked(convert(msgspec.json.decode(self.folder.config.read_bytes()), Config, path="$"))
+        log = config.access_log
+        if log is None or log.path == "-":
+            return config
+        path = Path(log.path)
+        own = str(path.with_name(f"{path.stem}-{self.number}{path.suffix}"))
+        return msgspec.structs.replace(config, access_log=msgspec.structs.replace(log, path=own))
 
     def sockets(self) -> tuple[socket.socket, socket.socket]:
         """The socket of the API, and a new one for the admin listener."""

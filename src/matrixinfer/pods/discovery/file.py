@@ -33,7 +33,7 @@ class FilePods:
                 content = await asyncio.to_thread(self._read)  # a file system that hangs only keeps the last list
                 if content != known:
                     known = content = await self._settled(content)
-                    publish(parse_pods(content.decode()))
+                    publish(parse_pods(content.decode(), base=self._path.parent))
             except OSError as error:
                 known = None
                 fail(f"cannot read {self._path}: {error.strerror or error}")
