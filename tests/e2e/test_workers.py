@@ -113,7 +113,11 @@ async def test_workers_share_the_port_and_one_admin_listener_shows_all_of_them(t
         assert stamps == sorted(stamps, reverse=True)
         assert (await fleet.get("/ready"))[0] == 200
         assert (await fleet.get("/debug/pods"))[0] == 200
-        assert await fleet.metric("matrixinfer_peers") == 1  # they hear each other
+
+        async def hear_each_other() -> bool:
+            return await fleet.metric("matrixinfer_peers") == 1
+
+        await eventually(hear_each_other, pause=0.1)
 
 
 async def test_the_death_of_a_worker_costs_only_its_own_requests(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.served import served_models
 from matrixinfer.app.systemd import Notifier
-from matrixinfer.app.workers.worker import MergedMetrics, Worker
+from matrixinfer.app.workers.worker import MergedMetrics, Sockets, Worker
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
@@ -395,6 +395,7 @@ class Service:
             config,
             api={**api.routes(), **models.routes(), **public},
             admin={
+                **({} if self._worker is None else Sockets(self._worker, lambda: self.gateway).routes()),
                 **admin.routes(),
                 **LadderPage(self.ladder.since).routes(),
                 **pods_admin.routes(),

@@ -67,6 +67,7 @@ class Listener:
         self._tasks: set[asyncio.Task[object]] = set()
         self._server: Server | None = None
         self._listening: asyncio.Server | None = None
+        self._adopted: dict[int, asyncio.Server] = {}
 
     async def __aenter__(self) -> Self:
         """Listen. Raises `OSError` when the address is taken."""
@@ -99,13 +100,32 @@ class Listener:
         """Base URL, with the port in use."""
         return f"http://[{self._host}]:{self._port}" if ":" in self._host else f"http://{self._host}:{self._port}"
 
+    async def adopt(self, key: int, bound: socket.socket) -> None:
+        """Accept connections of another socket as well, until `release`. No effect once it stops."""
+        if self._server is None or key in self._adopted:
+            bound.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._adopted[key] = await loop.create_server(self._server, sock=bound, backlog=_BACKLOG)
+
+    def release(self, key: int) -> None:
+        """Leave further connections of an adopted socket to others."""
+        adopted = self._adopted.pop(key, None)
+        if adopted is not None:
+            adopted.close()
+
     async def stop(self, grace: float) -> None:
         """Stop accepting, close idle connections now and busy ones after their answer, at most `grace` seconds later."""
         server, listening = self._server, self._listening
         if server is None or listening is None:
             return
         self._server = self._listening = None
+        for key, adopted in tuple(self._adopted.items()):
+            _refuse(adopted)
+            self.release(key)
         waiting = _waiting(listening)
+        if self._bound is not None:
+            _refuse(listening)
         listening.close()
         loop = asyncio.get_running_loop()
         for connection in waiting:
@@ -177,6 +197,13 @@ class Listener:
         return next(
             (each for prefix, each in self._routes.items() if prefix.endswith("/") and path.startswith(prefix)), None
         )
+
+
+def _refuse(listening: asyncio.Server) -> None:
+    """Let nobody connect any more, although other processes have this socket, too."""
+    for listener in listening.sockets:
+        with socket.socket(fileno=os.dup(listener.fileno())) as own, suppress(OSError):
+            own.shutdown(socket.SHUT_RDWR)
 
 
 def _waiting(listening: asyncio.Server) -> list[socket.socket]:

@@ -91,6 +91,14 @@ class Gateway:
         await asyncio.sleep(self._delay_seconds)
         await self._api.stop(self._drain.timeout_seconds)
 
+    async def adopt(self, key: int, bound: socket.socket) -> None:
+        """Serve the API on another socket as well, until `release`."""
+        await self._api.adopt(key, bound)
+
+    def release(self, key: int) -> None:
+        """Accept no more connections there."""
+        self._api.release(key)
+
     def reconfigure(self, drain: DrainConfig) -> None:
         """Drain in this way."""
         self._drain = drain

@@ -40,10 +40,17 @@ class Answer:
 
 
 class WorkerProcess:
-    """Keeps one worker running. `on_ready` is called whenever it serves, at first and after each start that follows."""
+    """Keeps one worker running. `on_ready` is called whenever it begins to serve, `on_died` when it ends unasked."""
 
     def __init__(
-        self, number: int, listen: int, alive: int, folder: Folder, on_ready: Callable[[WorkerProcess], None]
+        self,
+        number: int,
+        listens: tuple[int, ...],
+        alive: int,
+        folder: Folder,
+        *,
+        on_ready: Callable[[WorkerProcess], None],
+        on_died: Callable[[WorkerProcess], None],
     ) -> None:
         self.number = number
         self.is_ready = asyncio.Event()
@@ -53,8 +60,9 @@ class WorkerProcess:
         self.gone: dict[Key, float] = {}
         """What its processes that have died had counted, as far as it was ever asked."""
         self._seen: Families | None = None
-        self._worker = Worker(number=number, listen=listen, alive=alive, folder=folder)
+        self._worker = Worker(number=number, listens=listens, alive=alive, folder=folder)
         self._on_ready = on_ready
+        self._on_died = on_died
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = False
         self._client: aiohttp.ClientSession | None = None
@@ -72,6 +80,7 @@ class WorkerProcess:
             rest = 0.0 if lasted > SOON_SECONDS else min(MAX_REST_SECONDS, 2 * rest or 0.1)
             log.warning("worker_died", worker=self.number, exit_code=self.exit_code, lasted_seconds=round(lasted, 1))
             self.restarts += 1
+            self._on_died(self)
             await asyncio.sleep(rest)
 
     def signal(self, number: signal.Signals) -> None:
@@ -106,7 +115,7 @@ class WorkerProcess:
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "matrixinfer", "serve"),
             env={**environment, VARIABLE: passed_on(self._worker)},
-            pass_fds=(self._worker.listen, self._worker.alive),
+            pass_fds=(*self._worker.listens, self._worker.alive),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
         )

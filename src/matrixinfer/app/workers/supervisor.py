@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.systemd import Notifier
 from matrixinfer.app.workers.front import Front
 from matrixinfer.app.workers.process import WorkerProcess
-from matrixinfer.app.workers.worker import Folder
+from matrixinfer.app.workers.worker import SOCKETS_PATH, Folder
 from matrixinfer.config import Config, split_address
 from matrixinfer.errors import ConfigError
 from matrixinfer.gateway.guard import guarded
@@ -48,7 +48,8 @@ log = structlog.get_logger(__name__)
 class Supervisor:
     """A gateway of several processes. Use as an async context manager; leaving it drains all of them.
 
-    The listening socket is the supervisor's, and shared: connections that nobody has accepted yet outlive a worker.
+    Each worker has a listening socket of its own, so that the kernel deals out connections evenly, and the supervisor and
+    the others have it, too: when a worker dies, another one serves its socket until it is replaced.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Supervisor:
         self._has_started = False
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._told: set[asyncio.Task[None]] = set()
+        self._told: set[asyncio.Task[object]] = set()
 
     async def __aenter__(self) -> Self:
         """Start the workers. Raises `ConfigError` when one cannot start, and `OSError` when an address is taken."""
@@ -73,7 +74,9 @@ class Supervisor:
             stack.callback(shutil.rmtree, path, ignore_errors=True)
             self._folder = Folder(path=path)
             self._write(self.config)
-            self._socket = stack.enter_context(_listening(self.config.listen))
+            self._sockets = _listening(self.config.listen, self.config.workers)
+            for each in self._sockets:
+                stack.enter_context(each)
             await stack.enter_async_context(Hub(self._folder.hub))
             self._start_workers(stack)
             reloader = Reloader(
@@ -91,7 +94,7 @@ class Supervisor:
             admin = await self._open_admin(stack)
             self._has_started = True
             self._stack = stack.pop_all()
-        host, port = self._socket.getsockname()[:2]
+        host, port = self._sockets[0].getsockname()[:2]
         listen = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("gateway_started", listen=listen, admin=admin, workers=len(self.workers))
         return self
@@ -105,7 +108,8 @@ class Supervisor:
         self._draining.set()
         try:
             if kind is None:
-                self._socket.close()  # the workers still have it
+                for each in self._sockets:
+                    each.close()  # the workers still have them
                 await self._end(delay + drain.timeout_seconds + GRACE_SECONDS)
         except asyncio.CancelledError:
             await self._end(CUT_SECONDS)
@@ -124,11 +128,12 @@ class Supervisor:
             self._reloader.reload_soon()
 
     def _start_workers(self, stack: AsyncExitStack) -> None:
+        listens = tuple(each.fileno() for each in self._sockets)
         alive, own = os.pipe()
         stack.callback(os.close, own)
         stack.callback(os.close, alive)
         for number in range(1, self.config.workers + 1):
-            worker = WorkerProcess(number, self._socket.fileno(), alive, self._folder, self._ready)
+            worker = WorkerProcess(number, listens, alive, self._folder, on_ready=self._ready, on_died=self._died)
             self.workers.append(worker)
             task = asyncio.create_task(worker.keep(), name=f"worker {number}")
             self._tasks.append(task)
@@ -155,9 +160,21 @@ class Supervisor:
         """A worker serves. If it replaces one that died, tell it what operators have changed."""
         if self._has_started:
             log.info("worker_replaced", worker=worker.number)
-            task = asyncio.create_task(self._front.tell(worker), name=f"tell worker {worker.number}")
-            self._told.add(task)
-            task.add_done_callback(self._told.discard)
+            self._begin(self._front.tell(worker))
+        for other in self.workers:
+            if other is not worker:
+                self._begin(other.ask("DELETE", f"{SOCKETS_PATH}/{worker.number}"))
+
+    def _died(self, worker: WorkerProcess) -> None:
+        """A worker has died: another one serves its socket meanwhile."""
+        other = next((each for each in self.workers if each.is_ready.is_set()), None)
+        if other is not None:
+            self._begin(other.ask("POST", f"{SOCKETS_PATH}/{worker.number}"))
+
+    def _begin(self, work: Coroutine[object, object, object]) -> None:
+        task = asyncio.create_task(work)
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
 
     def _front_listener(self) -> Listener:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -239,18 +256,27 @@ def share_of(config: Config) -> Config:
     )
 
 
-def _listening(address: str) -> socket.socket:
-    """The socket of the API. Raises `OSError`."""
+def _listening(address: str, count: int) -> list[socket.socket]:
+    """Sockets of the API, one per worker. Raises `OSError`."""
     host, port = split_address(address, path="$.listen")
     family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
         0
     ]
-    listening = socket.socket(family, kind, protocol)
+    found: list[socket.socket] = []
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(where)
-        listening.listen(_BACKLOG)
+        with socket.socket(family, kind, protocol) as probe:  # others of this user could share the address unnoticed
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            where = probe.getsockname()
+        for _ in range(count):
+            each = socket.socket(family, kind, protocol)
+            found.append(each)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            each.bind(where)
+            each.listen(_BACKLOG)
     except BaseException:
-        listening.close()
+        for each in found:
+            each.close()
         raise
-    return listening
+    return found

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ from aiohttp import web
 
 from matrixinfer.config import Config, checked, convert
 from matrixinfer.gateway.errors import error_response
+from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.server import Gateway
 
 VARIABLE: Final = "MATRIXINFER_WORKER"
 """The environment variable by which a worker knows that it is one."""
+SOCKETS_PATH: Final = "/worker/sockets"
 MERGED_SECONDS: Final = 10.0
 """Deadline for the metrics of all workers."""
 
@@ -55,7 +58,7 @@ class _Passed(msgspec.Struct, frozen=True):
     """What the environment variable says."""
 
     number: int
-    listen: int
+    listens: list[int]
     alive: int
     folder: str
 
@@ -66,8 +69,8 @@ class Worker:
 
     number: int
     """From 1 on; a replacement has the number of the one that died."""
-    listen: int
-    """File descriptor of the listening socket that all share."""
+    listens: tuple[int, ...]
+    """File descriptors of the listening sockets of all workers, in the order of their numbers."""
     alive: int
     """File descriptor of a pipe that ends with the supervisor."""
     folder: Folder
@@ -93,7 +96,11 @@ class Worker:
         path.unlink(missing_ok=True)  # of the worker that died
         admin = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         admin.bind(str(path))
-        return socket.socket(fileno=os.dup(self.listen)), admin
+        return self.socket_of(self.number), admin
+
+    def socket_of(self, number: int) -> socket.socket:
+        """The listening socket of a worker."""
+        return socket.socket(fileno=os.dup(self.listens[number - 1]))
 
     def end_with_supervisor(self) -> None:
         """Drain when the supervisor has gone, as if it had sent a signal. Call it on the event loop."""
@@ -108,7 +115,7 @@ class Worker:
 
 def passed_on(worker: Worker) -> str:
     """The value of the environment variable."""
-    passed = _Passed(worker.number, worker.listen, worker.alive, str(worker.folder.path))
+    passed = _Passed(worker.number, list(worker.listens), worker.alive, str(worker.folder.path))
     return msgspec.json.encode(passed).decode()
 
 
@@ -119,8 +126,37 @@ def from_environment(environment: Mapping[str, str]) -> Worker | None:
         return None
     passed = msgspec.json.decode(value, type=_Passed)
     return Worker(
-        number=passed.number, listen=passed.listen, alive=passed.alive, folder=Folder(path=Path(passed.folder))
+        number=passed.number,
+        listens=tuple(passed.listens),
+        alive=passed.alive,
+        folder=Folder(path=Path(passed.folder)),
     )
+
+
+class Sockets:
+    """`/worker/sockets/N`: the supervisor lets this worker serve the socket of one that has died, until that is replaced."""
+
+    def __init__(self, worker: Worker, gateway: Callable[[], Gateway]) -> None:
+        self._worker = worker
+        self._gateway = gateway
+
+    def routes(self) -> Routes:
+        """Paths of a worker's own admin listener."""
+        return {f"{SOCKETS_PATH}/": {"POST": self.adopt, "DELETE": self.release}}
+
+    async def adopt(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Accept connections for another worker."""
+        number = self._number(request)
+        await self._gateway().adopt(number, self._worker.socket_of(number))
+        return web.Response(status=204)
+
+    async def release(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Leave further connections to it; those that were accepted stay."""
+        self._gateway().release(self._number(request))
+        return web.Response(status=204)
+
+    def _number(self, request: web.BaseRequest) -> int:
+        return int(request.rel_url.raw_path.rpartition("/")[2])
 
 
 class MergedMetrics:
