@@ -32,7 +32,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     unknown_tokens: int = 0
     """About so many more were in the request."""
     hashes: Sequence[int]
-    """Of the prompt's full blocks."""
+    """Of the full blocks of the prompt, and of its reply where that is known."""
     block_size: int
     usable: int
     """The most that an engine can reuse of it."""
@@ -124,14 +124,6 @@ class LadderLog:
         tracker = None if base is None else self._trackers.get(base[0])
         if base is not None and tracker is not None:
             tracker.introduce(hashes, mask=base[1], now=self._clock(), endpoint=endpoint)
-
-    def touched(self, request: Ended, hashes: Sequence[int]) -> None:
-        """A request has used these blocks until now, too: those of its prompt, and of its reply where that is known."""
-        tracker, mask = self.serves(request.model, request.base_model)
-        if tracker is not None:
-            tracker.visit(
-                hashes, 0, 0, mask=mask, since=request.decided_at, now=self._clock(), endpoint=request.endpoint
-            )
 
     def emptied(self, endpoint: str) -> None:
         """An endpoint has lost all blocks, or what is known about them."""

@@ -89,7 +89,8 @@ class ReuseTracker:
         apart that share caches.
         """
         limit, known, rate = self._limit, self._known, self.rate
-        sampled = [(at, key) for at, each in enumerate(hashes) if (key := each ^ mask) < limit]
+        keys = [each ^ mask for each in hashes] if mask else hashes
+        sampled = [(at, key) for at, key in enumerate(keys) if key < limit]
         if not sampled:
             return Found(0, (), rate, len(known))
         before: dict[Visit, int] = {}
