@@ -78,7 +78,7 @@ def _remarks(ladder: Json) -> list[str]:
     share = reported["of_tokens"] / ladder["prompt_tokens"]
     remarks = []
     if not ladder["reported_requests"]:
-        remarks.append("reported: no answer said how many tokens were cached (vLLM: --enable-prompt-tokens-details)")
+        remarks.append("reported: no answer said how many tokens were cached (see drift.injectUsage)")
     elif share < 0.9995:
         remarks.append(f"reported: of the requests whose answers say it, {_percent(share)} of the prompt tokens")
     if ladder["error_share"] is None:

@@ -83,7 +83,16 @@ def test_the_table_names_policies_and_columns_and_plots_are_written(
     args = ["replay", SMALL, "--policies", "random,kv_aware", "--pods", "2", "--plot", str(tmp_path)]
     assert main(args) == 0
     shown = capsys.readouterr().out
-    for word in ("capacity", "predicted", "largest losses", "hit_rate", "ttft_p90_s", "random", "kv_aware", "ideal hit rate"):
+    for word in (
+        "capacity",
+        "predicted",
+        "largest losses",
+        "hit_rate",
+        "ttft_p90_s",
+        "random",
+        "kv_aware",
+        "ideal hit rate",
+    ):
         assert word in shown
     written = sorted(path.name for path in tmp_path.glob("*/*.png"))
     assert written == ["hits.png", "load.png", "ttft.png"]

@@ -87,7 +87,7 @@ def of(tally: Tally) -> Ladder:
     """The ladder of what was counted."""
     losses = lost(tally)
     prompt = round(tally["prompt"])
-    facts = Facts(tally.capacity, tally.pods, tally.excess)
+    facts = Facts(tally.capacity, tally.pods, tally.excess, tally.rate < 1.0)
     by_rung = {
         rung: _losses([each for each in CAUSES if each.rung == rung], losses, prompt, facts)
         for rung in get_args(RungName)
@@ -163,7 +163,7 @@ def _loss(cause: Cause, name: str, tokens: float, of_tokens: int, facts: Facts) 
         name=name,
         tokens=round(tokens),
         share=round(tokens / of_tokens, 4) if of_tokens else 0.0,
-        is_estimate=cause.is_sampled,
+        is_estimate=cause.is_sampled and (facts.is_sampled or cause.rung != "ideal"),
         cause=cause.words.format(detail),
         remedy=remedy_of(cause, tokens, facts),
     )

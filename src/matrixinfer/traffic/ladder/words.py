@@ -21,6 +21,8 @@ class Facts(NamedTuple):
     pods: int
     excess: Mapping[int, float]
     """As `Tally.excess`."""
+    is_sampled: bool
+    """Whether some blocks were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +148,12 @@ CAUSES = (
         rung="predicted",
         words="they were on another pod, which was busier than the chosen one",
         remedy="often right, as waiting costs more than computing; with more pods, or more copies of hot prefixes, it is rarer",
+    ),
+    Cause(
+        name="overloaded",
+        rung="predicted",
+        words="they were on another pod, which the filter `{}` had removed because of its load",
+        remedy="often right, as waiting costs more than computing; more pods, or a looser bound of the filter, make it rarer",
     ),
     Cause(
         name="filtered",
