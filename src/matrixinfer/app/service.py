@@ -99,7 +99,7 @@ class Service:
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)

@@ -18,6 +18,7 @@ KEPT_SECONDS = 86_400.0
 """A tally covers the first of these; tallies are kept for the second, and so are blocks that nobody uses."""
 _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
+_MOST_EMPTIED = 4_096
 _MASK = (1 << 63) - 1
 
 
@@ -61,18 +62,25 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class LadderLog:
     """The tallies of the last day by minute, and which blocks were used when, both within fixed bounds.
 
-    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model.
+    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, none without `tracks`: where a
+    block's hash does not depend on those before it, it does not say whether its prefix was seen before.
     """
 
     def __init__(
-        self, clock: Callable[[], float], *, most_blocks: int = 16_384, kept_seconds: float = KEPT_SECONDS
+        self,
+        clock: Callable[[], float],
+        *,
+        most_blocks: int = 16_384,
+        kept_seconds: float = KEPT_SECONDS,
+        tracks: bool = True,
     ) -> None:
+        self._tracks = tracks
         self._clock = clock
         self._kept_seconds = kept_seconds
         self._most_blocks = most_blocks
         self._trackers: dict[str, ReuseTracker] = {}  # by base model
         self._bases: dict[str, tuple[str, int]] = {}  # model -> base model and mask
-        self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks
+        self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks, the latest last
         self._tallies: deque[tuple[float, Tally]] = deque()  # by the start of the period
         self._is_open = False  # whether the last period is still to be counted
         self._counted: dict[str, float] = {}
@@ -103,7 +111,7 @@ class LadderLog:
     def serves(self, model: str, base_model: str) -> tuple[ReuseTracker | None, int]:
         """From now on, what engines store of a model counts. `base_model` is the one whose caches it uses.
 
-        Returns its tracker, None if there are too many models, and what tells its blocks from those of others there.
+        Returns its tracker, None if there is none or too many models, and what tells its blocks from those of others there.
         """
         known = self._bases.get(model)
         if known is None:
@@ -114,7 +122,7 @@ class LadderLog:
             known = self._bases[model] = base_model, mask
         base, mask = known
         tracker = self._trackers.get(base)
-        if tracker is None and len(self._trackers) < _MOST_MODELS:
+        if tracker is None and self._tracks and len(self._trackers) < _MOST_MODELS:
             tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
         return tracker, mask
 
@@ -126,12 +134,11 @@ class LadderLog:
             tracker.introduce(hashes, mask=base[1], now=self._clock(), endpoint=endpoint)
 
     def emptied(self, endpoint: str) -> None:
-        """An endpoint has lost all blocks, or what is known about them."""
-        self._emptied[endpoint] = self._clock()
-
-    def forget(self, endpoint: str) -> None:
-        """An endpoint has gone."""
+        """An endpoint has lost all blocks, or what is known about them, or has gone."""
         self._emptied.pop(endpoint, None)
+        if len(self._emptied) >= _MOST_EMPTIED:
+            del self._emptied[next(iter(self._emptied))]
+        self._emptied[endpoint] = self._clock()
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""

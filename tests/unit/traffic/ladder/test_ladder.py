@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.traffic.ladder.record import PERIOD_SECONDS, Ended, LadderLog
 from matrixinfer.traffic.ladder.reuse import ALL
 from matrixinfer.traffic.ladder.rungs import Ladder, Loss, Rung
+from matrixinfer.traffic.ladder.words import CAUSES
 
 SIZE = 16
 BLOCKS = [number * 7_919 + 1 for number in range(64)]
@@ -252,3 +256,32 @@ def test_the_sampled_ladder_is_within_its_stated_error_of_the_exact_one(seed: in
         assert one is not None
         assert other is not None
         assert abs(one - other) <= estimated.error_share
+
+
+def test_a_pod_of_the_same_name_that_comes_back_is_told_from_the_one_that_left() -> None:
+    clock = Clock()
+    log = LadderLog(clock)
+    watched = WatchedIndex(MemoryIndex(), log)
+    log.ended(ended(clock, BLOCKS[:4]))
+    clock.now += 5
+    watched.forget("pod-0")
+    for number in range(5_000):
+        watched.clear(f"other-{number % 50}")
+        watched.clear("pod-0~host")
+    clock.now += 5
+    log.ended(ended(clock, BLOCKS[:4]))
+    assert losses(log.since(60))["emptied"] == 64
+
+
+def test_hashes_that_do_not_name_a_prefix_prove_nothing() -> None:
+    clock = Clock()
+    log = LadderLog(clock, tracks=False)
+    for _ in range(2):
+        log.ended(ended(clock, BLOCKS[:4]))
+    assert losses(log.since(60)) == {"unsampled": 128, "ends": 2}
+
+
+def test_every_cause_is_explained() -> None:
+    docs = Path(__file__).parents[4] / "docs"
+    pages = (docs / "troubleshooting.md").read_text() + (docs / "replay.md").read_text()
+    assert [cause.name for cause in CAUSES if f"`{cause.name}`" not in pages] == []
