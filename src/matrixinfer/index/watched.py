@@ -18,6 +18,8 @@ class Watch(Protocol):
 
     def emptied(self, endpoint: str) -> None: ...
 
+    def forget(self, endpoint: str) -> None: ...
+
 
 class WatchedIndex:
     """A `BlockIndex` that passes everything on to `index`, and tells `watch` what endpoints store and lose."""
@@ -46,7 +48,7 @@ class WatchedIndex:
     def forget(self, pod: str) -> None:
         self._index.forget(pod)
         if _PART not in pod:
-            self._watch.emptied(pod)
+            self._watch.forget(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
         return await self._index.match(model, hashes)

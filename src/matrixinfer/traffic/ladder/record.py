@@ -18,7 +18,7 @@ KEPT_SECONDS = 86_400.0
 """A tally covers the first of these; tallies are kept for the second, and so are blocks that nobody uses."""
 _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
-_MOST_EMPTIED = 4_096
+_MOST_LEFT = 256
 _MASK = (1 << 63) - 1
 
 
@@ -80,7 +80,8 @@ class LadderLog:
         self._most_blocks = most_blocks
         self._trackers: dict[str, ReuseTracker] = {}  # by base model
         self._bases: dict[str, tuple[str, int]] = {}  # model -> base model and mask
-        self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks, the latest last
+        self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks
+        self._left: dict[str, float] = {}  # endpoint -> when it went, the latest last
         self._tallies: deque[tuple[float, Tally]] = deque()  # by the start of the period
         self._is_open = False  # whether the last period is still to be counted
         self._counted: dict[str, float] = {}
@@ -134,11 +135,16 @@ class LadderLog:
             tracker.introduce(hashes, mask=base[1], now=self._clock(), endpoint=endpoint)
 
     def emptied(self, endpoint: str) -> None:
-        """An endpoint has lost all blocks, or what is known about them, or has gone."""
-        self._emptied.pop(endpoint, None)
-        if len(self._emptied) >= _MOST_EMPTIED:
-            del self._emptied[next(iter(self._emptied))]
+        """An endpoint has lost all blocks, or what is known about them."""
         self._emptied[endpoint] = self._clock()
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint has gone. One of its name may come back, without its blocks."""
+        self._emptied.pop(endpoint, None)
+        self._left.pop(endpoint, None)
+        if len(self._left) >= _MOST_LEFT:
+            del self._left[next(iter(self._left))]
+        self._left[endpoint] = self._clock()
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
@@ -180,9 +186,8 @@ class LadderLog:
 
     def _why(self, request: Ended, last: Visit) -> str:
         """Why no pod has blocks that the caches could have kept since their last visit."""
-        if self._emptied.get(last.endpoint, -1.0) >= last.at:
-            return "emptied"
-        return request.why_gone(last.endpoint)
+        at = max(self._emptied.get(last.endpoint, last.at), self._left.get(last.endpoint, last.at))
+        return "emptied" if at > last.at else request.why_gone(last.endpoint)
 
     def _compare(self, tally: Tally, request: Ended) -> None:
         if request.reported is None:

@@ -267,6 +267,7 @@ def test_a_pod_of_the_same_name_that_comes_back_is_told_from_the_one_that_left()
     watched.forget("pod-0")
     for number in range(5_000):
         watched.clear(f"other-{number % 50}")
+        watched.forget(f"other-{number % 50}")
         watched.clear("pod-0~host")
     clock.now += 5
     log.ended(ended(clock, BLOCKS[:4]))
