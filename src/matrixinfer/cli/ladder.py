@@ -31,7 +31,7 @@ def print_ladder(console: Terminal, ladder: Json) -> None:
         console.print("no request has ended in that time")
         return
     console.print(f"{plural(ladder['requests'], 'request')} with {ladder['prompt_tokens']:,} prompt tokens")
-    table = Rows("rung", "share", "tokens", "meaning")
+    table = Rows("name", "share", "tokens", "meaning")
     for rung in ladder["rungs"]:
         about = "about " if rung["is_estimate"] else ""
         table.add_row(
@@ -61,7 +61,7 @@ def print_ladders(console: Terminal, ladders: Mapping[str, Ladder]) -> None:
         largest = ", ".join(f"{each.name} {_percent(each.share)}" for each in losses[:2] if each.share >= _LEAST_SHARE)
         shares = ["-" if rung.share is None else _percent(rung.share) for rung in ladder.rungs]
         table.add_row(name, *shares, largest or "-")
-    console.print("", table)
+    console.print(table)
 
 
 def _print_losses(console: Terminal, losses: Sequence[Json]) -> None:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 
+from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.traffic.ladder.record import PERIOD_SECONDS, Ended, LadderLog
@@ -286,3 +288,27 @@ def test_every_cause_is_explained() -> None:
     docs = Path(__file__).parents[4] / "docs"
     pages = (docs / "troubleshooting.md").read_text() + (docs / "replay.md").read_text()
     assert [cause.name for cause in CAUSES if f"`{cause.name}`" not in pages] == []
+
+
+def test_counters_never_fall_and_add_up() -> None:
+    clock = Clock()
+    log = LadderLog(clock, most_blocks=40)
+    registry = CollectorRegistry()
+    registry.register(LadderCollector(log))
+    rng, before = random.Random(3), dict[str, float]()
+    for _ in range(200):
+        clock.now += 7.0
+        blocks = BLOCKS[: rng.randint(0, 60)]
+        log.ended(ended(clock, blocks, capacity=600, reported=rng.choice((None, 0))))
+        now = dict(log.counters())
+        assert all(now[name] >= tokens for name, tokens in before.items())
+        before = now
+
+    def sample(name: str, **labels: str) -> float:
+        return registry.get_sample_value(f"matrixinfer_ladder_{name}_total", labels) or 0.0
+
+    rungs = [sample("tokens", rung=name) for name in ("prompt", "ideal", "capacity", "perfect", "predicted")]
+    assert rungs == sorted(rungs, reverse=True)
+    causes = [cause.name for cause in CAUSES if cause.rung != "reported"]
+    assert rungs[0] - rungs[-1] == pytest.approx(sum(sample("lost_tokens", cause=name) for name in causes))
+    assert sample("reported_tokens", kind="prompt") > 0
