@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from matrixinfer.cli.terminal import Rows, Terminal
 from matrixinfer.feedtools.describe import plural
+from matrixinfer.traffic.ladder.record import KEPT_SECONDS
 from matrixinfer.traffic.ladder.rungs import Ladder, RungName
 
 Json = Mapping[str, Any]
@@ -22,7 +23,10 @@ def since(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,6})([smhd]?)", text)
     if found is None or not int(found[1]):
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 15m, 1h or 1d, got `{text}`")
-    return int(found[1]) * _UNITS[found[2]]
+    seconds = int(found[1]) * _UNITS[found[2]]
+    if seconds > KEPT_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected at most 1d, as the gateway keeps no more, got `{text}`")
+    return seconds
 
 
 def print_ladder(console: Terminal, ladder: Json) -> None:

@@ -76,3 +76,9 @@ def test_times_have_units(text: str, seconds: int) -> None:
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a time such as"):
         since(text)
+
+
+@pytest.mark.parametrize("text", ["2d", "25h", "999999"])
+def test_no_more_is_promised_than_is_kept(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected at most 1d"):
+        since(text)

@@ -185,7 +185,8 @@ CAUSES = (
         name="fewer",
         rung="reported",
         words="engines reused less than predicted",
-        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits",
+        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits, "
+        "or within the scheduler.pendingSeconds for which they count as cached in any case",
     ),
 )
 
