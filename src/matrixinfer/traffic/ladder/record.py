@@ -168,10 +168,10 @@ class LadderLog:
 
     def _look(self, tally: Tally, request: Ended, now: float) -> None:
         size, known = request.block_size, request.prompt_tokens
-        usable = request.usable // size
-        stop = min(usable, len(request.hashes))
+        stop = min(request.usable // size, len(request.hashes))
         start = min(stop, -(-request.held // size))
-        beyond, cut = (stop - start) * size, (usable - stop) * size
+        beyond = (stop - start) * size
+        cut = max(0, request.usable // size * size - max(stop * size, request.held))
         tally.add(f"{LOST}not_looked_up", cut)
         tally.add(f"{LOST}reuses_less", request.held - request.best)
         tally.add(f"{LOST}ends", known - request.held - beyond - cut)
