@@ -192,11 +192,13 @@ class LadderLog:
     def _compare(self, tally: Tally, request: Ended) -> None:
         if request.reported is None:
             return
-        less = request.predicted - request.reported
+        whole = request.prompt_tokens + request.unknown_tokens
+        reported = min(request.reported, whole)  # the engine may count more tokens than we
+        less = request.predicted - reported
         tally.add("reported_requests", 1)
-        tally.add("reported_prompt", request.prompt_tokens)
+        tally.add("reported_prompt", whole)
         tally.add("reported_predicted", request.predicted)
-        tally.add("reported", request.reported)
+        tally.add("reported", reported)
         tally.add("reported_fewer" if less > 0 else "reported_more", abs(less))
 
     def _tally(self, now: float) -> Tally:
