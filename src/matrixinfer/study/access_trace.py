@@ -106,22 +106,21 @@ class _Chains:
         self._before: dict[Hashable, Hashable | None] = {}
 
     def of(self, entry: AccessEntry) -> tuple[list[Hashable], bool]:
-        """The blocks of a prompt, with its model; and whether the beginning is known, and not only that there was one."""
+        """The blocks of a prompt, with its model; and whether the beginning is known, and not only that there was one.
+
+        Prompts to several models may begin with the same tokens, and a line leaves out what any of them has brought.
+        """
         known = self._before
-        last: Hashable | None = None
-        is_whole = True
-        if entry.after is not None:
-            last = (entry.model, entry.after)
-            if last not in known:
-                is_whole = False
-                self._invent(last, entry.shared_blocks)
+        last: Hashable | None = entry.after
+        is_whole = last is None or last in known
+        if last is not None and not is_whole:
+            self._invent(last, entry.shared_blocks)
         for each in entry.blocks:
-            key = (entry.model, each)
-            known.setdefault(key, last)
-            last = key
-        chain = []
+            known.setdefault(each, last)
+            last = each
+        chain: list[Hashable] = []
         while last is not None:
-            chain.append(last)
+            chain.append((entry.model, last))
             last = known[last]
         return chain[::-1], is_whole
 

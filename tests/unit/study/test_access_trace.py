@@ -123,9 +123,14 @@ def test_a_prompt_without_blocks_shares_nothing_and_a_reply_without_length_has_t
 
 
 def test_models_do_not_share_blocks(tmp_path: Path) -> None:
-    trace = access_log(written(tmp_path / "a", entry(0, [1]), entry(1, [1], model="other")))
-    first, second = hashes(trace)
+    file = written(
+        tmp_path / "a", entry(0, [1, 2]), entry(1, [1, 2, 3], model="other"), entry(2, [1, 2, 4], model="other")
+    )
+    trace = access_log(file)
+    first, second, third = hashes(trace)
     assert first[0] != second[0]
+    assert second[:2] == third[:2]
+    assert (trace.settings["models"], trace.settings["without_beginning"]) == (2, 0)
 
 
 def test_blocks_can_be_read_in_larger_ones(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ class Pretended:
         scale = known.get("least-prefill.scaleTokens", 4096)
         return base * (1 + 0.1 * abs(math.log2(scale / 8192))) if setting.profile == "cached_share" else base
 
-    def search(self, seeds: int = 5) -> Found:
-        return Search(self, PLUGINS, left=lambda: max(0.0, self.left), seeds=seeds).run()
+    def search(self, seeds: int = 5, at_once: int = 1) -> Found:
+        return Search(self, PLUGINS, left=lambda: max(0.0, self.left), seeds=seeds, at_once=at_once).run()
 
 
 def test_the_best_profile_is_found_and_its_numbers_after_it() -> None:
@@ -106,6 +106,12 @@ def test_the_best_profile_is_found_and_its_numbers_after_it() -> None:
     assert found.is_complete
     assert {seed for _, seed in fleet.asked} == set(range(6))
     assert {name for name, _ in fleet.asked} >= set(POLICIES)
+
+
+def test_several_at_once_find_the_same() -> None:
+    one, four = Pretended().search(), Pretended().search(at_once=4)
+    assert [each.setting.name for each in one.tried] == [each.setting.name for each in four.tried]
+    assert one.finalists == four.finalists
 
 
 def test_changes_without_effect_take_no_place_among_the_finalists() -> None:
