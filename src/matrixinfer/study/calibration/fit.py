@@ -12,6 +12,8 @@ import numpy.typing as npt
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.study.presets import Times
 
+_ALIKE = 256
+"""Contexts are alike that differ by fewer tokens per request."""
 FEWEST_LENGTHS = 3
 """Different prompt lengths that a fit needs; and batches of 1 and of more."""
 
@@ -61,8 +63,9 @@ def fit(prefills: Sequence[Prefill], decodes: Sequence[Decode], *, max_tokens: i
             f"too little was measured: expected {FEWEST_LENGTHS} lengths of prompts, one request alone and several together; "
             "found " + f"{len(first)} lengths and batches of {', '.join(map(str, sorted(batches))) or 'none'}"
         )
-    rows = [[1.0, each.batch, each.context] for each in decodes]
-    step, sequence, context = _solve(rows, [each.seconds for each in decodes])
+    paces = _by_batch(decodes)
+    rows = [[1.0, each.batch, each.context] for each in paces]
+    step, sequence, context = _solve(rows, [each.seconds for each in paces])
     steps = [-(-tokens // max_tokens) for tokens, _ in first]
     rows = [[1.0, tokens, tokens * tokens / 2] for tokens, _ in first]
     rest = [max(1e-6, seconds - step * count) for (_, seconds), count in zip(first, steps, strict=True)]
@@ -82,11 +85,21 @@ def fit(prefills: Sequence[Prefill], decodes: Sequence[Decode], *, max_tokens: i
             ),
             (
                 abs(step + sequence * each.batch + context * each.context - each.seconds) / each.seconds
-                for each in decodes
+                for each in paces
             ),
         )
     )
     return Fit(times=times, overhead=overhead, typical_error=errors[len(errors) // 2], worst_error=errors[-1])
+
+
+def _by_batch(decodes: Sequence[Decode]) -> list[Decode]:
+    """The faster half of the measurements of each batch and context, for the same reason as below."""
+    alike: dict[tuple[int, int], list[Decode]] = {}
+    for each in decodes:
+        alike.setdefault((each.batch, round(each.context / each.batch / _ALIKE)), []).append(each)
+    return [
+        each for group in alike.values() for each in sorted(group, key=lambda each: each.seconds)[: -(-len(group) // 2)]
+    ]
 
 
 def _by_length(prefills: Sequence[Prefill]) -> list[tuple[int, float]]:

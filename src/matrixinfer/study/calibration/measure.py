@@ -187,28 +187,37 @@ class _Sender:
 
 
 async def _tokens(stream: aiohttp.StreamReader) -> list[tuple[float, int]]:
+    """When something came, and how many tokens there were by then. Several tokens may come together."""
     seen: list[tuple[float, int]] = []
-    count = 0
-    async for line in stream:
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-            continue
-        try:
-            chunk = msgspec.json.decode(line[6:], type=_Chunk)
-        except UNREADABLE as error:
-            raise CalibrationError(f"expected chunks of a completion: {error}") from error
-        if not chunk.choices:
-            continue
-        told = None if chunk.usage is None else chunk.usage.completion_tokens
-        count = count + 1 if told is None else told
-        if count:
-            seen.append((time.monotonic(), count))
+    count, rest = 0, b""
+    async for data in stream.iter_any():
+        now, before = time.monotonic(), count
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            count = _counted(line, count)
+        if count > before:
+            seen.append((now, count))
     if not seen:
         raise CalibrationError("the engine generated no token")
     return seen
 
 
+def _counted(line: bytes, count: int) -> int:
+    """Tokens after a line of the stream, which has brought one more unless it says how many there are."""
+    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+        return count
+    try:
+        chunk = msgspec.json.decode(line[6:], type=_Chunk)
+    except UNREADABLE as error:
+        raise CalibrationError(f"expected chunks of a completion: {error}") from error
+    if not chunk.choices:
+        return count
+    told = None if chunk.usage is None else chunk.usage.completion_tokens
+    return count + 1 if told is None else told
+
+
 def between_tokens(streams: Sequence[Sequence[tuple[float, int]]], prompt: int) -> Decode | None:
-    """The time between two tokens while all streams generate; None if that was too short.
+    """The time between two tokens while all streams generate; None if too few came one by one.
 
     Before the last one begins, and after the first one ends, steps compute something else.
     """

@@ -57,7 +57,7 @@ class Plan:
         return max(task.requests for task in self.tasks)
 
 
-def plan(limits: Limits, *, longest: int = 8192, most_together: int = 32, reply: int = 48, repeats: int = 4) -> Plan:
+def plan(limits: Limits, *, longest: int = 8192, most_together: int = 32, reply: int = 128, repeats: int = 4) -> Plan:
     """Plan for an engine. Raises `CalibrationError` if it takes too short prompts."""
     top = min(longest, limits.context - reply, int(_CACHE_SHARE * (limits.cache_tokens or limits.context)))
     lengths = [length for length in _LENGTHS if length <= top]
@@ -67,7 +67,9 @@ def plan(limits: Limits, *, longest: int = 8192, most_together: int = 32, reply:
     tasks = [Task(requests=1, prompt=_SHORT, reply=reply)]
     for _ in range(repeats):
         tasks += [Task(requests=1, prompt=length, reply=1) for length in lengths]
-    tasks += _decodes([each for each in _BATCHES if each <= min(most_together, limits.max_sequences)], top, room, reply)
+    batches = [each for each in _BATCHES if each <= min(most_together, limits.max_sequences)]
+    for _ in range(max(1, repeats // 2)):
+        tasks += _decodes(batches, top, room, reply)
     return Plan(tasks=tasks)
 
 
