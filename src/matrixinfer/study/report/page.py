@@ -14,11 +14,9 @@ from matrixinfer.study.report.advice import (
     BOUNDS,
     Point,
     Results,
-    Step,
     advise,
     chosen,
     contenders,
-    ladder,
     percent,
     regret,
     seconds,
@@ -38,13 +36,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chapter:
-    """One trace, as it was replayed by each policy. `steps` replaces the ladder that the results give."""
+    """One trace, as it was replayed by each policy."""
 
     trace: str
     settings: Mapping[str, object]
-    ideal: float
     outcomes: Sequence[Outcome]
-    steps: Sequence[Step] | None = None
 
 
 def page(chapters: Sequence[Chapter]) -> str:
@@ -75,7 +71,8 @@ _NOTE = (
 
 def _chapter(chapter: Chapter) -> Iterator[str]:
     results = {outcome.policy: outcome.results for outcome in chapter.outcomes}
-    advice = advise(results, chapter.ideal)
+    ladders = {outcome.policy: outcome.ladder for outcome in chapter.outcomes}
+    advice = advise(results, ladders)
     settings = chapter.settings
     yield (
         f'<section><p class="trace">{escape(chapter.trace)}: {settings["requests"]} requests, {settings["pods"]} pods of '
@@ -89,9 +86,8 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     colours = _colours(chapter.outcomes, best)
     legend = _legend(chapter.outcomes, colours, best)
     yield f"<h3>The policies</h3>{_table(results, colours, best)}"
-    steps = chapter.steps or ladder(results, chapter.ideal)
     yield f'<h3>Where prompt tokens are lost</h3><p class="note">Of all prompt tokens, with {escape(best)}.</p>'
-    yield charts.ladder(steps)
+    yield charts.ladder(ladders[best].rungs)
     yield f"<h3>How long users wait for the first token</h3>{legend}"
     yield charts.first_tokens(chapter.outcomes, colours, best)
     yield f"<h3>Hits over time</h3>{legend}{charts.hits_over_time(chapter.outcomes, colours, best)}"
