@@ -116,6 +116,14 @@ async def test_entries_are_written_while_it_runs_and_at_the_end(tmp_path: Path) 
     ]
 
 
+async def test_text_is_written_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    async with AccessLog(AccessLogConfig(path=str(path), format="text")) as access_log:
+        access_log.add(entry(1, [5, 6]))
+        access_log.add(entry(2))
+    assert [line.split()[1:4] for line in path.read_text().splitlines()] == [["200", "answered", "/v1/x"]] * 2
+
+
 async def test_what_cannot_be_written_is_counted_and_the_rest_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()

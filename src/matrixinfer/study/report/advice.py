@@ -110,6 +110,8 @@ def _summary(ranked: Sequence[str], best: str, results: Mapping[str, Results]) -
     if behind is not None:
         left = max(0.0, 1 - 1 / behind)
         text += f" The better bound is {left:.0%} below: no rule can gain more than about that."
+    if best in _OURS and time > _value(results[ranked[0]], "ttft_mean_s") * (1 + _LARGE):
+        text += " `matrixinfer tune` looks for settings that fit this traffic better."
     if best in _OURS and best != DEFAULT:
         text += f" Set it with `matrixinfer serve --policy {best}`."
     return text

@@ -6,6 +6,7 @@ Everything is drawn in the page's own colours, so that it follows a light or dar
 from __future__ import annotations
 
 import math
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,8 +144,8 @@ def ladder(rungs: Sequence[Rung]) -> str:
     for rung in rungs:
         for loss in rung.losses:
             if loss.share >= _LEAST_LOSS:
-                remedy = f"<br>{escape(loss.remedy)}" if loss.remedy else ""
-                rows.append(f'<li class="loss"><em>−{percent(loss.share)}</em> {escape(loss.cause)}{remedy}</li>')
+                remedy = f"<br>→ {marked(loss.remedy)}" if loss.remedy else ""
+                rows.append(f'<li class="loss"><em>−{percent(loss.share)}</em> {marked(loss.cause)}{remedy}</li>')
         share = before if rung.share is None else rung.share
         lost = max(0.0, before - share)
         rows.append(
@@ -155,6 +156,11 @@ def ladder(rungs: Sequence[Rung]) -> str:
         )
         before = min(before, share)
     return f'<ol class="ladder">{"".join(rows)}</ol>'
+
+
+def marked(text: str) -> str:
+    """Text for the page, with what is in backticks as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _plot(lines: Sequence[Line], across: Axis, up: Axis, *, label: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -77,7 +76,7 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     yield (
         f'<section><p class="trace">{escape(chapter.trace)}: {settings["requests"]} requests, {settings["pods"]} pods of '
         f"{settings['kv_tokens_per_pod']:,} KV tokens, engine {escape(str(settings['engine']))}</p>"
-        f'<h2>{escape(advice.headline)}</h2><p class="lead">{_text(advice.summary)}</p>{_points(advice.points)}'
+        f'<h2>{escape(advice.headline)}</h2><p class="lead">{charts.marked(advice.summary)}</p>{_points(advice.points)}'
     )
     if not contenders(results):
         yield "</section>"
@@ -98,17 +97,12 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
 
 def _points(points: Sequence[Point]) -> str:
     shown = "".join(
-        f"<div><h4>{escape(each.title)}</h4><p>{_text(each.text)}</p>"
-        + (f"<p>{_text(each.remedy)}</p>" if each.remedy else "")
+        f"<div><h4>{escape(each.title)}</h4><p>{charts.marked(each.text)}</p>"
+        + (f"<p>{charts.marked(each.remedy)}</p>" if each.remedy else "")
         + "</div>"
         for each in points
     )
     return f'<div class="points">{shown}</div>' if shown else ""
-
-
-def _text(text: str) -> str:
-    """Escaped, with what is in backticks as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _colours(outcomes: Sequence[Outcome], best: str) -> list[int]:

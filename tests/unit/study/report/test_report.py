@@ -107,6 +107,7 @@ def test_the_default_is_kept_unless_another_profile_is_clearly_faster() -> None:
 
 def test_a_rival_that_is_faster_is_named() -> None:
     advice = advised({"kv_aware": results(1.0), "lmetric": results(0.8)})
+    assert "`matrixinfer tune` looks for" in advice.summary
     assert advice.headline == "Keep the default profile, kv_aware, though lmetric is 20% faster here"
     assert advised({"random": results(1.0)}).headline.startswith("random is fastest; no profile")
     assert advised({"kv_aware": results(None)}).headline == "No policy has a result"
@@ -137,7 +138,7 @@ def test_the_ladder_shows_each_rung_with_its_losses_and_what_is_unknown() -> Non
     shown = drawn_ladder(ladder(ideal=0.7, capacity=None, perfect=0.41, predicted=0.4099).rungs)
     assert [name in shown for name in get_args(RungName)] == [True] * 5
     assert "unknown" in shown
-    assert "−30.0%</em> lost at &lt;ideal&gt;<br>more for ideal" in shown
+    assert "−30.0%</em> lost at &lt;ideal&gt;<br>→ more for ideal" in shown
     assert "lost at &lt;predicted&gt;" not in shown  # too little to show
 
 
