@@ -31,6 +31,7 @@ from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
@@ -99,7 +100,12 @@ class Service:
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
-        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
+        self.outliers = Outliers(
+            config.outliers,
+            clock,
+            OutlierLog(self.metrics),
+            can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
+        )
         self._parity = Parity(self.metrics, clock)
         self.ladder = LadderLog(clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
@@ -257,7 +263,8 @@ class Service:
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
         api = Api(self.router, proxy, metrics, bodies, request_log)
         models = Models(engines.registry, engines.find_model)

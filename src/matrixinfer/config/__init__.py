@@ -7,6 +7,7 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 
 from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
+from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
 from matrixinfer.config.scheduling import (
     BlocksConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "Count",
     "DrainConfig",
     "DriftConfig",
+    "EngineKeysConfig",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",

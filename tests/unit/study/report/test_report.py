@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import get_args
 
@@ -21,7 +22,7 @@ from matrixinfer.study.report.charts import ladder as drawn_ladder
 from matrixinfer.study.report.charts import load_maps
 from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.report.png import png
-from matrixinfer.study.runs import Outcome, replay_all
+from matrixinfer.study.runs import replay_all
 from matrixinfer.traffic.ladder.rungs import Ladder, Loss, Rung, RungName
 
 
@@ -193,9 +194,7 @@ def test_the_page_is_whole_and_loads_nothing(names: str) -> None:
 
 def test_heat_maps_show_each_pod_over_time_in_bounded_size() -> None:
     found = chapter("random").outcomes[0]
-    many = Outcome(
-        policy="p", results=found.results, requests=(), ladder=found.ladder, samples=list(found.samples) * 400
-    )
+    many = replace(found, policy="p", requests=(), samples=list(found.samples) * 400)
     assert len(load_maps([many], "p")) < 20_000
 
 
