@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,8 +33,8 @@ TOLERANCE = 0.35
 
 
 @asynccontextmanager
-async def engine(tokenizer: LocalTokenizer) -> AsyncIterator[SimEngine]:
-    async with SimEngine(CONFIG, tokenizer) as running:
+async def engine(tokenizer: LocalTokenizer, *, api_key: str | None = None) -> AsyncIterator[SimEngine]:
+    async with SimEngine(dataclasses.replace(CONFIG, api_key=api_key), tokenizer) as running:
         yield running
 
 
@@ -64,12 +65,16 @@ async def test_the_time_is_bounded_and_an_early_end_is_said(tokenizer: LocalToke
 
 
 async def test_the_command_writes_a_preset_and_leaves_an_engine_alone_that_serves(
-    tokenizer: LocalTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer: LocalTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "engine.yaml"
-    async with engine(tokenizer) as running:
+    monkeypatch.setenv("ENGINE_KEY", "secret-key")
+    async with engine(tokenizer, api_key="secret-key") as running:
         command = ["calibrate", "--engine", f"{running.url}/v1", "--longest", "512", "--together", "2"]
         command += ["--max-num-batched-tokens", "512", "--output", str(file), "--minutes", "5"]
+        assert await asyncio.to_thread(main, command) == 2
+        assert "answered 401: name the engine's key" in capsys.readouterr().err
+        command += ["--engine-api-key-env", "ENGINE_KEY"]
         assert await asyncio.to_thread(main, command) == 0
         said = capsys.readouterr().err
         assert "(m) will get" in said
@@ -77,7 +82,8 @@ async def test_the_command_writes_a_preset_and_leaves_an_engine_alone_that_serve
         written = preset(str(file))
         assert (written.kv_tokens, written.block_size, written.max_tokens) == (32_000, 16, 512)
         assert written.timing.step > 0
-        async with aiohttp.ClientSession(running.url) as session:
+        headers = {"Authorization": "Bearer secret-key"}
+        async with aiohttp.ClientSession(running.url, headers=headers) as session:
             body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 2_000, "stream": True}
             async with session.post("/v1/completions", data=msgspec.json.encode(body)) as response:
                 await response.content.readany()

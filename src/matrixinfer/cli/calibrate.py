@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from matrixinfer.cli.arguments import Subparsers, at_least_one, duration
+from matrixinfer.cli.arguments import Subparsers, add_engine_key, at_least_one, duration, engine_key
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.session import client_session
 from matrixinfer.study.calibration.fit import CalibrationError, fit
@@ -58,6 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--kv-tokens", type=at_least_one, metavar="TOKENS", help="size of the KV cache (default: as the engine reports)"
     )
+    add_engine_key(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask, also while the engine serves others")
     parser.add_argument("--json", action="store_true", help="print the preset as JSON")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the preset to FILE")
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    async with client_session() as session:
+    key = engine_key(args)
+    async with client_session(lambda _: key) as session:
         engine = await look(session, args.engine.rstrip("/").removesuffix("/v1"))
         kv_tokens, block_size = args.kv_tokens or engine.metrics.cache_tokens, engine.metrics.block_size
         if kv_tokens is None:

@@ -235,6 +235,10 @@ def between_tokens(streams: Sequence[Sequence[tuple[float, int]]], prompt: int) 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
     async with session.get(url) as response:
+        if response.status in (401, 403):
+            raise CalibrationError(
+                f"{url} answered {response.status}: name the engine's key with --engine-api-key-file"
+            )
         if response.status != 200:
             raise CalibrationError(f"{url} answered {response.status}")
         return await response.read()
