@@ -163,7 +163,7 @@ class Search:
         )
         ranked = [each for each in ranked if each.searched < math.inf]
         of_profile: dict[str, int] = {}
-        reached: set[float] = set()
+        reached = {default.searched}
         chosen: list[Tried] = []
         for each in ranked:
             profile = each.setting.profile
