@@ -28,7 +28,7 @@ from .gateway_support import nowhere
 
 TIMING = Timing(step=0.03, prefill_token=0.0004, decode_sequence=0.004)
 CONFIG = SimEngineConfig(model="m", num_blocks=2_000, max_batched_tokens=512, timing=TIMING)
-TOLERANCE = 0.35
+TOLERANCE = 0.5
 """Machines that run these tests are busy, which adds to what is measured."""
 
 
@@ -54,7 +54,7 @@ async def test_the_times_of_an_engine_are_found(tokenizer: LocalTokenizer) -> No
     assert times.decode_sequence == pytest.approx(TIMING.decode_sequence, rel=TOLERANCE)
 
 
-async def test_the_time_is_bounded_and_an_early_end_is_said(tokenizer: LocalTokenizer) -> None:
+async def test_the_time_is_bounded_and_an_early_end_is_reported(tokenizer: LocalTokenizer) -> None:
     async with engine(tokenizer) as running, client_session() as session:
         seen = await look(session, running.url)
         found = await measure(session, seen, plan(seen.limits(16)), seconds=0.5)

@@ -120,6 +120,10 @@ def _print_table(trace: Trace, settings: dict[str, object], outcomes: Sequence[O
         f"{trace.name}: {settings['requests']} requests, {settings['pods']} pods of {settings['kv_tokens_per_pod']} KV tokens "
         f"({settings['engine']}), ideal hit rate {settings['ideal_hit_rate']}"
     )
+    recorded = trace.settings.get("recorded")
+    if isinstance(recorded, dict):
+        shown = ", ".join(f"{name} {_cell(value)}" for name, value in recorded.items())
+        terminal.print(f"as recorded: {shown}")
     rows = Rows("policy", *_COLUMNS)
     for outcome in outcomes:
         rows.add_row(outcome.policy, *(_cell(outcome.results[column]) for column in _COLUMNS))

@@ -76,6 +76,7 @@ def access_log(path: Path, *, block_size: int | None = None) -> Trace:
         "without_blocks": left.without_blocks,
         "without_beginning": left.without_beginning,
         "without_output": left.without_output,
+        "recorded": _recorded(requests),
     }
     return Trace(name=name_of(path), block_size=size, turns=_turns(requests, size, alphabet), settings=settings)
 
@@ -183,6 +184,21 @@ def _continuations(requests: Sequence[_Request]) -> list[_Request | None]:
         if each.chain:
             waiting.setdefault(each.chain[-1], []).append(number)
     return found
+
+
+def _recorded(requests: Sequence[_Request]) -> dict[str, float | None]:
+    """What engines reported and clients waited for, to compare a replay with.
+
+    Hits are those of answers that report them, times those of streamed answers: others have no first token.
+    """
+    reporting = [each for each in requests if each.entry.cached_tokens is not None]
+    prompt = sum(each.prompt for each in reporting)
+    waits = sorted(each.entry.ms["first_byte"] / 1000 for each in requests if each.entry.stream_events)
+    return {
+        "hit_rate": round(sum(each.entry.cached_tokens or 0 for each in reporting) / prompt, 4) if prompt else None,
+        "ttft_mean_s": float(f"{sum(waits) / len(waits):.4g}") if waits else None,
+        "ttft_p90_s": float(f"{waits[int(len(waits) * 0.9)]:.4g}") if waits else None,
+    }
 
 
 def _reply(entry: AccessEntry) -> int | None:

@@ -147,3 +147,16 @@ def test_blocks_can_be_read_in_larger_ones(tmp_path: Path) -> None:
 def test_a_log_in_which_nothing_was_computed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no request in it was computed"):
         access_log(written(tmp_path / "a", entry(2, outcome="refused", status=429)))
+
+
+def test_what_was_recorded_is_kept_to_compare_with(tmp_path: Path) -> None:
+    file = written(
+        tmp_path / "a",
+        entry(0, [1], prompt=100, cached_tokens=0, stream_events=9),
+        entry(1, [1], prompt=100, cached_tokens=80, stream_events=9, ms={"first_byte": 300.0, "total": 900.0}),
+        entry(2, [1], prompt=500, ms={"first_byte": 9000.0, "total": 9000.0}),
+    )
+    recorded = {"hit_rate": 0.4, "ttft_mean_s": 0.2, "ttft_p90_s": 0.3}
+    assert access_log(file).settings["recorded"] == recorded
+    file = written(tmp_path / "b", entry(0, [1]))
+    assert access_log(file).settings["recorded"] == dict.fromkeys(recorded)

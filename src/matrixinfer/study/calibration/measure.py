@@ -212,8 +212,8 @@ def _counted(line: bytes, count: int) -> int:
         raise CalibrationError(f"expected chunks of a completion: {error}") from error
     if not chunk.choices:
         return count
-    told = None if chunk.usage is None else chunk.usage.completion_tokens
-    return count + 1 if told is None else told
+    reported = None if chunk.usage is None else chunk.usage.completion_tokens
+    return count + 1 if reported is None else reported
 
 
 def between_tokens(streams: Sequence[Sequence[tuple[float, int]]], prompt: int) -> Decode | None:
