@@ -75,7 +75,7 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     settings = chapter.settings
     yield (
         f'<section><p class="trace">{escape(chapter.trace)}: {settings["requests"]} requests, {settings["pods"]} pods of '
-        f"{settings['kv_tokens_per_pod']:,} KV tokens, engine {escape(str(settings['engine']))}</p>"
+        f"{settings['kv_tokens_per_pod']:,} KV tokens, engine {escape(str(settings['engine']))}{_recorded(settings)}</p>"
         f'<h2>{escape(advice.headline)}</h2><p class="lead">{charts.marked(advice.summary)}</p>{_points(advice.points)}'
     )
     if not contenders(results):
@@ -93,6 +93,18 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     yield '<h3>Load of each pod</h3><p class="note">A row is a pod, time runs to the right.</p>'
     yield charts.load_maps(chapter.outcomes, best)
     yield "</section>"
+
+
+def _recorded(settings: Mapping[str, object]) -> str:
+    """What an access log itself says, to compare the replay with."""
+    trace = settings.get("trace")
+    recorded = trace.get("recorded") if isinstance(trace, Mapping) else None
+    if not isinstance(recorded, Mapping):
+        return ""
+    return (
+        f"<br>As recorded: hit rate {percent(recorded['hit_rate'])}, mean time to first token "
+        f"{seconds(recorded['ttft_mean_s'])}"
+    )
 
 
 def _points(points: Sequence[Point]) -> str:

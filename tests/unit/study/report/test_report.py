@@ -192,6 +192,14 @@ def test_the_page_is_whole_and_loads_nothing(names: str) -> None:
     assert "nan" not in text.lower().replace("finance", "")
 
 
+def test_what_an_access_log_recorded_is_shown_to_compare_with() -> None:
+    one = chapter("kv_aware")
+    assert "As recorded" not in page([one])
+    recorded = {"hit_rate": 0.4, "ttft_mean_s": 0.25, "ttft_p90_s": None}
+    logged = replace(one, settings={**one.settings, "trace": {"recorded": recorded}})
+    assert "As recorded: hit rate 40.0%, mean time to first token 250 ms" in page([logged])
+
+
 def test_heat_maps_show_each_pod_over_time_in_bounded_size() -> None:
     found = chapter("random").outcomes[0]
     many = replace(found, policy="p", requests=(), samples=list(found.samples) * 400)
