@@ -93,17 +93,17 @@ def titles(advice: Advice) -> list[str]:
 
 def test_the_default_is_kept_unless_another_profile_is_clearly_faster() -> None:
     others = {"round_robin": results(2.0), "pooled": results(0.8, 0.52)}
-    same = {"kv_aware": results(1.01), "expected_ttft": results(1.0), **others}
+    same = {"kv_aware": results(1.01), "cached_share": results(1.0), **others}
     assert chosen(same) == "kv_aware"
     advice = advised(same)
     assert advice.headline == "Keep the default profile, kv_aware"
     assert "50% less than with round_robin (2.00 s)" in advice.summary
     assert "is 21% below" in advice.summary
     assert titles(advice) == ["The caches are large enough", "Routing finds what is there"]
-    faster = {"kv_aware": results(1.2), "expected_ttft": results(1.0), **others}
+    faster = {"kv_aware": results(1.2), "cached_share": results(1.0), **others}
     advice = advised(faster)
-    assert advice.headline == "Use the profile expected_ttft"
-    assert "`matrixinfer serve --policy expected_ttft`" in advice.summary
+    assert advice.headline == "Use the profile cached_share"
+    assert "`matrixinfer serve --policy cached_share`" in advice.summary
 
 
 def test_a_rival_that_is_faster_is_named() -> None:
