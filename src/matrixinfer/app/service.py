@@ -13,8 +13,8 @@ from typing import Self
 
 import structlog
 
+from matrixinfer.app.access_log import open_access_log
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -58,7 +58,6 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -134,7 +133,7 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            request_log = await self._open_access_log(stack)
+            request_log = await open_access_log(config, self.metrics, stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
             self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
             self._stack = stack.pop_all()
@@ -233,15 +232,6 @@ class Service:
         trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
-
-    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
-        """The access log, if the configuration names one."""
-        config = self.config.access_log
-        if config is None:
-            return None
-        sink = await stack.enter_async_context(AccessLog(config))
-        self.metrics.register(AccessLogCollector(sink))
-        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
 
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {

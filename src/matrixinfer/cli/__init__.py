@@ -28,6 +28,7 @@ COMMANDS = (
     "config",
     "replay",
     "tune",
+    "calibrate",
 )
 
 
