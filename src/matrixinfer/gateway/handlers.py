@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import Bodies
@@ -31,17 +32,16 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
 
-CLIENT_GONE = 499
-"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
-
-
 log = structlog.get_logger(__name__)
 
 
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies) -> None:
+    def __init__(
+        self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies, gate: Gate | None = None
+    ) -> None:
+        self._gate = gate
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -59,12 +59,17 @@ class Api:
         pod: str | None = None
         code = 500
         held = self._bodies.hold()
+        ticket: Ticket | None = None
         try:
+            if self._gate is not None:
+                ticket = self._gate.ticket(await self._gate.identify(request.headers))
             body = await self._bodies.read(request, held)
             path, session = request.rel_url.raw_path, headers.session_id(request.headers)
-            async with self._router.dispatch(path, body, request_id=identity, session=session) as in_flight:
+            async with self._router.dispatch(
+                path, body, request_id=identity, session=session, ticket=ticket
+            ) as in_flight:
                 model = in_flight.decision.request.model
-                exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
+                exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight, ticket=ticket)
                 response = await self._proxy.forward(exchange)
                 code, pod = response.status, in_flight.pod.name
         except MatrixInferError as error:
@@ -78,6 +83,8 @@ class Api:
             raise
         finally:
             held.release()
+            if ticket is not None:
+                ticket.close(code)
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+from matrixinfer.access.gate import Demand, Ticket
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
@@ -60,11 +61,20 @@ class Router:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None, ticket: Ticket | None = None
     ) -> AsyncIterator[InFlight]:
-        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`."""
+        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
+
+        With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that.
+        """
         started = self._clock()
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session)
+        salt = None if ticket is None or not ticket.isolates else ticket.salt
+        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, salt=salt)
+        if ticket is not None:
+            waits_from = self._clock()
+            if await ticket.admit(self._demand(prepared)):
+                prepared = await self._preparer.again(prepared)
+            started += self._clock() - waits_from
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request.decision, self._clock() - started)
@@ -125,6 +135,16 @@ class Router:
             audit=audit,
             record=kept,
         )
+
+    def _demand(self, prepared: Prepared) -> Demand:
+        """What a request asks for, and how much of it the endpoint that holds most of it should find in its cache."""
+        request = prepared.request
+        held = 0
+        if prepared.matches is not None and not prepared.is_approximate and request.prompt_tokens:
+            most = max(prepared.matches.blocks.values(), default=0) * request.block_size
+            held = min(most, request.prompt_tokens - 1)
+        tokens = request.whole_tokens + request.other_tokens
+        return Demand(prepared.prompt.model, tokens, held, prepared.body)
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
         """Count the request at an endpoint, with the blocks that it brings there."""

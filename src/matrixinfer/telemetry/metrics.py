@@ -17,6 +17,9 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 UNKNOWN_MODEL = "unknown"
 """Label of requests whose model was not found, whatever name they gave."""
 
+OTHER_TENANTS = "other"
+_MAX_TENANTS = 1000
+
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _DECISION_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -133,6 +136,21 @@ class Metrics:
         self._predicted_hits = self._plain_counter(
             "predicted_hit_tokens", "Prompt tokens that were predicted to be in the chosen pod's cache."
         )
+        self._refused = self._counter(
+            "access_refused", "Requests refused before they were routed, by reason.", "reason"
+        )
+        self._tenant_tokens = self._counter(
+            "tenant_tokens",
+            "Tokens that engines reported for a tenant's requests; `cached` is a part of `input`.",
+            "tenant",
+            "kind",
+        )
+        self._tenants: set[str] = set()
+        self._limits_degraded = Gauge(
+            "matrixinfer_limits_degraded",
+            "1 while each gateway counts on its own what keys use, because Redis does not answer.",
+            registry=self.registry,
+        )
         self._of_pods: tuple[_Children[Counter] | _Children[Gauge], ...] = (
             self._in_flight,
             self._upstream_errors,
@@ -163,6 +181,23 @@ class Metrics:
         """A request ended. `model` is None if it was not found."""
         self._requests[model or UNKNOWN_MODEL, str(code)].inc()
         self._duration.observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """A request was refused because of who sent it, or how much was sent."""
+        self._refused[reason,].inc()
+
+    def limits_degraded(self, is_degraded: bool) -> None:
+        """From now on each gateway counts on its own, or all together again."""
+        self._limits_degraded.set(is_degraded)
+
+    def tenant_used(self, tenant: str, input_tokens: int, cached_tokens: int | None, output_tokens: int | None) -> None:
+        """An engine has reported what a tenant's request has used. Tenants beyond the first thousand share a label."""
+        if tenant not in self._tenants:
+            if len(self._tenants) >= _MAX_TENANTS:
+                tenant = OTHER_TENANTS
+            self._tenants.add(tenant)
+        for kind, count in (("input", input_tokens), ("cached", cached_tokens or 0), ("output", output_tokens or 0)):
+            self._tenant_tokens[tenant, kind].inc(count)
 
     def first_byte(self, seconds: float) -> None:
         """The first byte of a response arrived, `seconds` after its request."""
