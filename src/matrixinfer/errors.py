@@ -183,7 +183,14 @@ class KeysUnavailable(RoutingError):
 
 
 class Overloaded(RoutingError):
-    """This process has no room for another request now: no memory set aside for bodies, or no file descriptor."""
+    """This process has no room for another request now: no memory for bodies, no file descriptor, no place in the queue.
+
+    `retry_after` is when there may be, in seconds; None if that is not known.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class PodUnreachable(RoutingError):

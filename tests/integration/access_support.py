@@ -44,6 +44,11 @@ class Client:
             is_json = "json" in response.headers.get("content-type", "")
             return Answer(response.status, response.headers, await response.json() if is_json else text)
 
+    async def metric(self, series: str) -> float:
+        """A value of the gateway's metrics; 0 for a series that is not there."""
+        lines = (await self.get("/metrics")).body.splitlines()
+        return next((float(line.removeprefix(series)) for line in lines if line.startswith(f"{series} ")), 0.0)
+
     async def get(self, path: str, key: str | None = None, **headers: str) -> Answer:
         given = dict(headers) | ({} if key is None else {"Authorization": f"Bearer {key}"})
         async with self.session.get(self.service.gateway.url + path, headers=given) as response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from matrixinfer.app.service import Service
 from matrixinfer.config import parse
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from tests.integration.access_support import CHAT, key_file
 from tests.integration.doctor_support import FAST
@@ -71,7 +73,12 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    tokenizer: LocalTokenizer, folder: Path, flavor: Literal["vllm", "sglang"] = "vllm", pods: int = 2
+    tokenizer: LocalTokenizer,
+    folder: Path,
+    flavor: Literal["vllm", "sglang"] = "vllm",
+    pods: int = 2,
+    timing: Timing = FAST.timing,
+    more: str = "",
 ) -> AsyncIterator[Rig]:
     key_file(
         folder,
@@ -82,10 +89,10 @@ async def rig(
         ],
     )
     async with AsyncExitStack() as stack:
-        config = replace(FAST, flavor=flavor, cache_report=True)
+        config = replace(FAST, flavor=flavor, cache_report=True, timing=timing)
         engines = [await stack.enter_async_context(SimEngine(config, tokenizer)) for _ in range(pods)]
         named = ", ".join(f'{{name: p{i}, url: "{engine.url}"}}' for i, engine in enumerate(engines))
-        service = Service(parse(CONFIG % (FOLDER, named), base=folder))
+        service = Service(parse(CONFIG % (FOLDER, named) + more, base=folder))
         await stack.enter_async_context(service)
         yield Rig(service, await stack.enter_async_context(aiohttp.ClientSession()), engines)
 
@@ -93,6 +100,21 @@ async def rig(
 @pytest.fixture(autouse=True)
 def secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SALTS", "0123456789abcdef0123456789abcdef")
+
+
+async def test_a_request_that_has_waited_is_decided_by_what_is_cached_then(
+    tokenizer: LocalTokenizer, tmp_path: Path
+) -> None:
+    slow = Timing(step=0.02, prefill_token=0, decode_sequence=0)
+    queue = "admission: {maxConcurrentRequests: 1}\n"
+    async with rig(tokenizer, tmp_path, timing=slow, more=queue) as fleet:
+        first = asyncio.create_task(fleet.cached("sk-alice", max_tokens=50))
+        await eventually(lambda: any(engine.stats.running for engine in fleet.engines))
+        second = asyncio.create_task(fleet.cached("sk-alice"))
+        assert await first == 0
+        hit = await second
+        assert hit > 500
+        assert await fleet.predicted() == hit
 
 
 @pytest.mark.parametrize("flavor", ["vllm", "sglang"])

@@ -15,7 +15,7 @@ from matrixinfer.access.limits import Limits, Reservation
 from matrixinfer.access.quota import NOTHING, Amounts
 from matrixinfer.access.salts import Salts
 from matrixinfer.errors import UNREADABLE, LimitExceeded, MatrixInferError, RequestError
-from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.access_metrics import AccessMetrics
 
 ASSUMED_OUTPUT_TOKENS = 512
 """What a request that does not bound its answer is taken to generate, until the engine reports it."""
@@ -45,6 +45,11 @@ class Used(NamedTuple):
     cached_tokens: int | None
     output_tokens: int | None
 
+    @property
+    def computed(self) -> int:
+        """Tokens that the engine has computed or generated."""
+        return max(0, self.input_tokens - (self.cached_tokens or 0)) + (self.output_tokens or 0)
+
 
 class Place(Protocol):
     """A request's place among those that are admitted."""
@@ -54,16 +59,16 @@ class Place(Protocol):
         """Whether the request had to wait for it."""
         ...
 
-    def leave(self) -> None:
-        """The request has ended."""
+    def leave(self, cost: int | None) -> None:
+        """The request has ended, and has cost so many tokens; None if that is not known."""
         ...
 
 
 class Queue(Protocol):
     """Where requests wait for their turn."""
 
-    async def enter(self, tenant: str, tokens: int) -> Place:
-        """Wait for a place for a request of so many tokens. Raises `Overloaded`."""
+    async def enter(self, tenant: str, cost: int) -> Place:
+        """Wait for a place for a request that costs so many tokens. Raises `Overloaded`."""
         ...
 
 
@@ -80,7 +85,7 @@ class Rules:
 class Gate:
     """Hands out a ticket to each request."""
 
-    def __init__(self, rules: Rules, metrics: Metrics) -> None:
+    def __init__(self, rules: Rules, metrics: AccessMetrics) -> None:
         self._rules = rules
         self._metrics = metrics
 
@@ -112,7 +117,7 @@ class Ticket:
         "headers",
     )
 
-    def __init__(self, rules: Rules, metrics: Metrics, caller: Caller | None) -> None:
+    def __init__(self, rules: Rules, metrics: AccessMetrics, caller: Caller | None) -> None:
         self._rules = rules
         self._metrics = metrics
         self._caller = caller
@@ -154,8 +159,8 @@ class Ticket:
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            tokens = demand.input_tokens + _output_tokens(demand.body)
-            self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, tokens)
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + _output_tokens(demand.body)
+            self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited
 
@@ -170,7 +175,7 @@ class Ticket:
     def close(self, code: int) -> None:
         """The request has ended with that status; 499 if its client has gone."""
         if self._place is not None:
-            self._place.leave()
+            self._place.leave(self._used and self._used.computed)
             self._place = None
         reservation, self._reservation = self._reservation, None
         if reservation is not None and self._rules.limits is not None:

@@ -125,7 +125,7 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            gate = await stack.enter_async_context(access_gate(config, self.metrics, engines.setup.store))
+            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
             self.gateway = await stack.enter_async_context(self._gateway(connections, gate))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))

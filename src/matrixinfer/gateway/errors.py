@@ -6,6 +6,7 @@ The OpenAI API has `{"error": {"message", "type", "param", "code"}}`, Anthropic'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -98,7 +99,8 @@ def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Resp
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if status == 503:
-        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        known = error.retry_after if isinstance(error, Overloaded) else None
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS if known is None else math.ceil(known))
     if status in (408, 413, 415):
         # The rest of the body is not read, so this connection cannot be used again.
         response.force_close()

@@ -29,7 +29,7 @@ class Room:
     def __init__(self) -> None:
         self.limits = Limits(now=lambda: 1000.0)
         self.metrics = Metrics()
-        self.gate = Gate(Rules(limits=self.limits), self.metrics)
+        self.gate = Gate(Rules(limits=self.limits), self.metrics.access)
 
     async def ticket(self, **asked: Any) -> Ticket:
         ticket = self.gate.ticket(CALLER)
@@ -165,6 +165,6 @@ async def test_a_limit_that_is_used_up_says_when_there_is_more() -> None:
 
 def test_salts_need_a_tenant() -> None:
     salts = Salts("s" * 32)
-    gate = Gate(Rules(salts=salts), Metrics())
+    gate = Gate(Rules(salts=salts), Metrics().access)
     assert gate.ticket(CALLER).salt("mine") == salts.of("lab", "mine")
     assert (gate.ticket(None).isolates, gate.ticket(None).salt("mine")) == (False, "mine")
