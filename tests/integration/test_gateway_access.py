@@ -86,6 +86,8 @@ async def test_a_key_has_its_models(folder: Path) -> None:
         assert (await client.post("sk-alice")).status == 200
         refused = await client.post("sk-alice", model="big")
         assert (refused.status, refused.body["error"]["code"]) == (403, "model_not_allowed")
+        unknown = await client.post("sk-alice", model="no-such-model")  # nothing tells which others there are
+        assert unknown.body["error"]["code"] == refused.body["error"]["code"]
         refused = await client.post("sk-alice", path=MESSAGES, model="big")
         assert (refused.status, refused.body["error"]["type"]) == (403, "permission_error")
         assert (await client.post("sk-bob", model="big")).status == 200

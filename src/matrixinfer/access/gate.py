@@ -14,7 +14,7 @@ from matrixinfer.access.identity import Identifier
 from matrixinfer.access.limits import Limits, Reservation
 from matrixinfer.access.quota import NOTHING, Amounts
 from matrixinfer.access.salts import Salts
-from matrixinfer.errors import UNREADABLE, LimitExceeded, MatrixInferError, RequestError
+from matrixinfer.errors import UNREADABLE, Forbidden, LimitExceeded, MatrixInferError, RequestError
 from matrixinfer.telemetry.access_metrics import AccessMetrics
 
 ASSUMED_OUTPUT_TOKENS = 512
@@ -30,12 +30,17 @@ TOO_MANY = 429
 class Demand(NamedTuple):
     """What a request asks for, as far as it is known before it is sent."""
 
-    model: str
-    """As the client named it."""
     input_tokens: int
     cached_tokens: int
     """Of these, what the endpoint that holds most of the prompt is predicted to find in its cache."""
+    generates: bool
+    """Whether the engine generates text, and not only reads the prompt."""
     body: bytes
+
+    @property
+    def output_tokens(self) -> int:
+        """The most that the engine may generate, by the request's own word."""
+        return _output_tokens(self.body) if self.generates else 0
 
 
 class Used(NamedTuple):
@@ -44,6 +49,7 @@ class Used(NamedTuple):
     input_tokens: int
     cached_tokens: int | None
     output_tokens: int | None
+    """None if nothing is generated, as for embeddings."""
 
     @property
     def computed(self) -> int:
@@ -150,16 +156,26 @@ class Ticket:
             return own
         return self._rules.salts.of(self._caller.tenant, own)
 
+    def check_model(self, model: str) -> None:
+        """Raises `Forbidden` if the caller may not ask for a model, whether there is one of that name or not."""
+        if self._caller is None:
+            return
+        try:
+            self._caller.check_model(model)
+        except Forbidden:
+            self._metrics.refused("model")
+            raise
+
     async def admit(self, demand: Demand) -> bool:
         """Wait until the request may be sent. Returns whether that took a while, so that things may have changed.
 
-        Raises `Forbidden`, `LimitExceeded` and `Overloaded`.
+        Raises `LimitExceeded` and `Overloaded`.
         """
         caller = self._caller
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            cost = max(0, demand.input_tokens - demand.cached_tokens) + _output_tokens(demand.body)
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + demand.output_tokens
             self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited
@@ -185,21 +201,18 @@ class Ticket:
             self._used = None
 
     async def _reserve(self, caller: Caller, demand: Demand) -> None:
+        if self._rules.limits is None:
+            return
+        amounts = Amounts(
+            requests=1,
+            input_tokens=demand.input_tokens,
+            output_tokens=0 if caller.quota.output_tokens is None else demand.output_tokens,
+            uncached_tokens=max(0, demand.input_tokens - demand.cached_tokens),
+        )
         try:
-            caller.check_model(demand.model)
-            if self._rules.limits is not None:
-                amounts = Amounts(
-                    requests=1,
-                    input_tokens=demand.input_tokens,
-                    output_tokens=0 if caller.quota.output_tokens is None else _output_tokens(demand.body),
-                    uncached_tokens=max(0, demand.input_tokens - demand.cached_tokens),
-                )
-                self._reservation = await self._rules.limits.reserve(caller, amounts)
+            self._reservation = await self._rules.limits.reserve(caller, amounts)
         except LimitExceeded as error:
             self._metrics.refused(f"limit_{error.kind}")
-            raise
-        except RequestError:
-            self._metrics.refused("model")
             raise
         if self._reservation is not None:
             self.headers = self._reservation.headers
@@ -215,7 +228,7 @@ class Ticket:
         return Amounts(
             requests=taken.requests,
             input_tokens=used.input_tokens,
-            output_tokens=taken.output_tokens if used.output_tokens is None else used.output_tokens,
+            output_tokens=used.output_tokens or 0,
             uncached_tokens=max(0, used.input_tokens - cached),
         )
 

@@ -26,6 +26,8 @@ from matrixinfer.errors import IndexUnavailable, LimitExceeded
 from matrixinfer.index.redis.circuit import Circuit
 from matrixinfer.tasks import cancel_and_wait
 
+FAILURES = 3
+"""After so many failures in a row each gateway counts on its own for a while; before, only for the request at hand."""
 RENEW_SECONDS = LEASE_SECONDS / 3
 RETRY_SECONDS = 0.5
 MAX_UNSETTLED = 100_000
@@ -75,7 +77,7 @@ class Limits:
         self._on_degraded = on_degraded
         self._now = now
         self._ledger = Ledger()
-        self._circuit = Circuit(clock, failures=1)
+        self._circuit = Circuit(clock, failures=FAILURES)
         self.is_degraded = False
         """Whether each gateway counts on its own, because Redis does not answer."""
         self._unsettled: deque[tuple[Reservation, Amounts]] = deque(maxlen=MAX_UNSETTLED)
@@ -159,7 +161,8 @@ class Limits:
                 found = await self._shared.reserve(caller.account, caller.quota, amounts, request)
         except (IndexUnavailable, TimeoutError) as error:
             self._circuit.failed()
-            self._degrade(str(error) or "no answer in time")
+            if self._circuit.state != "closed":
+                self._degrade(str(error) or "no answer in time")
             return None
         except BaseException:
             self._circuit.abandoned()

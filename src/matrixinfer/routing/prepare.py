@@ -13,6 +13,7 @@ from enum import Enum
 
 import msgspec
 
+from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
@@ -119,25 +120,27 @@ class Preparer:
         *,
         request_id: str,
         session: str | None = None,
-        salt: Callable[[str | None], str | None] | None = None,
+        ticket: Ticket | None = None,
     ) -> Prepared:
         """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it.
 
-        `salt` gives the cache salt of the request, from the one that its client asked for.
+        `ticket` says which models it may ask for, and which cache salt keeps its tenant apart.
         """
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body)
             if not prompt.names_model:
                 prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
+            if ticket is not None:
+                ticket.check_model(prompt.model)
             try:
                 model, pods = self._registry.resolve(prompt.model)
             except (UnknownModel, NoPodAvailable):
                 if self._find_model is None or not await self._find_model(prompt.model):
                     raise
                 model, pods = self._registry.resolve(prompt.model)
-            if salt is not None:
-                prompt, body = salted(prompt, body, salt(prompt.cache_salt))
+            if ticket is not None and ticket.isolates:
+                prompt, body = salted(prompt, body, ticket.salt(prompt.cache_salt))
                 pods = isolating(pods, path)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)

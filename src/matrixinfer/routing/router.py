@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from matrixinfer.access.gate import Demand, Ticket
+from matrixinfer.access.gate import Ticket
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.demand import demand_of
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.prepare import Prepared, Preparer
@@ -68,11 +69,10 @@ class Router:
         With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that.
         """
         started = self._clock()
-        salt = None if ticket is None or not ticket.isolates else ticket.salt
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, salt=salt)
+        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, ticket=ticket)
         if ticket is not None:
             waits_from = self._clock()
-            if await ticket.admit(self._demand(prepared)):
+            if await ticket.admit(demand_of(prepared)):
                 prepared = await self._preparer.again(prepared)
             started += self._clock() - waits_from
         request = self._decide(prepared, path)
@@ -135,16 +135,6 @@ class Router:
             audit=audit,
             record=kept,
         )
-
-    def _demand(self, prepared: Prepared) -> Demand:
-        """What a request asks for, and how much of it the endpoint that holds most of it should find in its cache."""
-        request = prepared.request
-        held = 0
-        if prepared.matches is not None and not prepared.is_approximate and request.prompt_tokens:
-            most = max(prepared.matches.blocks.values(), default=0) * request.block_size
-            held = min(most, request.prompt_tokens - 1)
-        tokens = request.whole_tokens + request.other_tokens
-        return Demand(prepared.prompt.model, tokens, held, prepared.body)
 
     def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
         """Count the request at an endpoint, with the blocks that it brings there."""

@@ -19,8 +19,8 @@ CALLER = Caller(name="a", tenant="lab", account="key:a", models=frozenset({"smal
 TAKEN = Amounts(requests=1, input_tokens=100, output_tokens=50, uncached_tokens=40)
 
 
-def demand(model: str = "small", tokens: int = 100, cached: int = 60, **body: Any) -> Demand:
-    return Demand(model, tokens, cached, json.dumps({"max_tokens": 50} | body).encode())
+def demand(tokens: int = 100, cached: int = 60, *, generates: bool = True, **body: Any) -> Demand:
+    return Demand(tokens, cached, generates, json.dumps({"max_tokens": 50} | body).encode())
 
 
 class Room:
@@ -64,7 +64,7 @@ async def test_what_a_request_may_use_is_taken_until_it_ends() -> None:
     [
         (Used(120, 80, 7), Amounts(1, 120, 7, 40)),
         (Used(120, None, 7), Amounts(1, 120, 7, 120)),
-        (Used(120, 80, None), Amounts(1, 120, 50, 40)),
+        (Used(120, 80, None), Amounts(1, 120, 0, 40)),  # nothing is generated, as for embeddings
     ],
 )
 async def test_what_the_engine_reports_counts_in_the_end(reported: Used, expected: Amounts) -> None:
@@ -136,10 +136,17 @@ async def test_the_answer_that_a_request_allows_is_taken(body: dict[str, Any], t
     assert int(ticket.headers["x-ratelimit-remaining-output-tokens"]) == 1000 - taken
 
 
+async def test_what_generates_nothing_takes_no_output_tokens() -> None:
+    ticket = await Room().ticket(generates=False, max_tokens=None)
+    assert ticket.headers["x-ratelimit-remaining-output-tokens"] == "1000"
+
+
 async def test_refusals_say_why_and_when_to_come_again() -> None:
     room = Room()
+    room.gate.ticket(CALLER).check_model("small")
+    room.gate.ticket(None).check_model("large")
     with pytest.raises(Forbidden):
-        await room.ticket(model="large")
+        room.gate.ticket(CALLER).check_model("large")
     with pytest.raises(LimitExceeded, match="this request asks for 1001") as caught:
         await room.ticket(tokens=1001)
     assert (caught.value.kind, caught.value.headers["x-should-retry"]) == ("tokens", "false")
