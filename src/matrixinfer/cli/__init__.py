@@ -28,6 +28,7 @@ COMMANDS = (
     "config",
     "keys",
     "replay",
+    "tune",
 )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from matrixinfer.config.access import AccessConfig
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.admission import AdmissionConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.engine_keys import EngineKeysConfig
@@ -389,7 +390,7 @@ class OutliersConfig(Section, frozen=True):
         Count,
         described(
             "Failures in a row after which an endpoint is ejected: server errors, broken connections, malformed answers "
-            "and timeouts. 429 and 503 count as busy, not as failures."
+            "and timeouts. 429 and 503 count as busy, not as failures, and failures that are the request's fault do not count."
         ),
     ] = 3
     failure_share: Annotated[
@@ -495,3 +496,4 @@ class Config(Section, frozen=True):
         OutliersConfig()
     )
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
+    access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None

@@ -21,7 +21,7 @@ _REPORT = re.compile(rb'"usage":\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Prompt tokens that the engine reports."""
+    """Tokens that the engine reports."""
 
     prompt: int
     cached: int | None
@@ -46,10 +46,10 @@ class _Report(msgspec.Struct):
     """The fields of OpenAI's completions and responses, and of Anthropic's messages, which count cached tokens apart."""
 
     prompt_tokens: _Tokens | None = None
-    completion_tokens: _Tokens | None = None
-    output_tokens: _Tokens | None = None
     prompt_tokens_details: _Details | None = None
+    completion_tokens: _Tokens | None = None
     input_tokens: _Tokens | None = None
+    output_tokens: _Tokens | None = None
     input_tokens_details: _Details | None = None
     cache_read_input_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
@@ -128,11 +128,8 @@ def usage(answer: bytes) -> Usage | None:
         return None
     if report.prompt_tokens is not None:
         details = report.prompt_tokens_details
-        return Usage(
-            prompt=report.prompt_tokens,
-            cached=None if details is None else details.cached_tokens,
-            output=report.completion_tokens,
-        )
+        cached = None if details is None else details.cached_tokens
+        return Usage(prompt=report.prompt_tokens, cached=cached, output=report.completion_tokens)
     if report.input_tokens is None:
         return None
     details, read = report.input_tokens_details, report.cache_read_input_tokens

@@ -48,8 +48,9 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_counts_are_read_from_every_kind_of_answer(name: str) -> None:
-    expected = Usage(prompt=7, cached=None) if name == "embeddings" else Usage(prompt=7, cached=4, output=2)
-    assert usage(ANSWERS[name]) == expected
+    assert usage(ANSWERS[name]) == (
+        Usage(prompt=7, cached=None) if name == "embeddings" else Usage(prompt=7, cached=4, output=2)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWERS if "stream" in name])
