@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,27 @@ async def test_too_many_are_answered_with_503_in_the_words_of_the_api(tmp_path: 
         assert (await first).status == 200
         engine.may_answer.release()
         assert (await client.post()).status == 200
+
+
+async def test_the_access_log_says_who_sent_a_request_and_how_long_it_waited(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "a", "key": "sk-a", "tenant": "lab"}])
+    file, engine = tmp_path / "access.jsonl", Held()
+    config = f"access: {{keysFile: keys.yaml}}\naccessLog: {{path: '{file}'}}\n"
+    async with gateway(config + ONE % (10, 600), engine, base=tmp_path) as client:
+        sending = [asyncio.create_task(client.post("sk-a")) for _ in range(2)]
+        await eventually(lambda: len(engine.bodies) == 1)
+        for _ in range(2):
+            engine.may_answer.release()
+        await asyncio.gather(*sending)
+        await client.post("sk-mallory")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line.get("tenant"), line.get("caller"), line.get("error")) for line in lines] == [
+        ("lab", "a", None),
+        ("lab", "a", None),
+        (None, None, "invalid_api_key"),
+    ]
+    assert ["queue" in line["ms"] for line in lines] == [False, True, False]
+    assert "sk-" not in file.read_text()
 
 
 async def test_who_waits_too_long_is_told_and_its_limit_given_back(tmp_path: Path) -> None:

@@ -136,6 +136,11 @@ class Ticket:
         """Headers of the answer: what is left of the caller's limits."""
 
     @property
+    def caller(self) -> Caller | None:
+        """Whose request it is, if that is known."""
+        return self._caller
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the engine should report what the request has used."""
         return self._caller is not None

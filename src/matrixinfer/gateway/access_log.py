@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from itertools import accumulate
 
+from matrixinfer.access.callers import Caller
 from matrixinfer.access.gate import CLIENT_GONE
 from matrixinfer.gateway.proxy import Exchange
 from matrixinfer.routing.in_flight import InFlight
@@ -33,6 +34,7 @@ class RequestLog:
         started: float,
         body_read: float | None,
         exchange: Exchange | None,
+        caller: Caller | None = None,
     ) -> None:
         """A request is over. Times are seconds on the monotonic clock; `error` is why the gateway refused it."""
         sink = self._sink
@@ -48,6 +50,8 @@ class RequestLog:
             outcome=outcome,
             status=code,
             error=error,
+            tenant=None if caller is None else caller.tenant,
+            caller=None if caller is None else caller.name,
             session=None if session is None else sink.name_of(session),
             sampled=is_sampled,
         )

@@ -116,6 +116,7 @@ class Api:
                     started=started,
                     body_read=body_read,
                     exchange=exchange,
+                    caller=None if ticket is None else ticket.caller,
                 )
         return response
 

@@ -191,13 +191,13 @@ class Preparer:
             late=late,
         )
 
-    async def again(self, prepared: Prepared) -> Prepared:
-        """The same request after it has waited: the pods and the matches of now."""
+    async def again(self, prepared: Prepared, *, waited: float) -> Prepared:
+        """The same request after it has `waited` so many seconds: the pods and the matches of now."""
         model, pods = self._registry.resolve(prepared.prompt.model)
         if model != prepared.request.model:
             raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
         steps = _Steps(self._clock)
-        steps.timings_ms.update(prepared.timings_ms)
+        steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
         steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
         matches, chain = None, prepared.request.chain
         if isinstance(chain, BlockChain):

@@ -76,7 +76,7 @@ class Router:
         if ticket is not None:
             waits_from = self._clock()
             if await ticket.admit(demand_of(prepared)):
-                prepared = await self._preparer.again(prepared)
+                prepared = await self._preparer.again(prepared, waited=self._clock() - waits_from)
             started += self._clock() - waits_from
         request = self._decide(prepared, path)
         try:
