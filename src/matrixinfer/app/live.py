@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.engines import Watching
 from matrixinfer.app.fleet_setup import PodSources
 from matrixinfer.config import Config, SchedulerConfig
-from matrixinfer.config.engine_keys import key_places
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.pods_admin import PodsAdmin
 from matrixinfer.gateway.proxy import Proxy
@@ -45,8 +45,7 @@ class Live:
         What can fail comes first. If anything fails all the same, what was in effect before is again.
         """
         before, scheduler = self.config, self.scheduler
-        for key in key_places(config):
-            key.read()
+        check_secrets(config)
         new = scheduler if config.scheduler == before.scheduler else self.build(config.scheduler)
         try:
             await self._set(config, new)

@@ -15,8 +15,10 @@ from typing import Self
 
 import structlog
 
+from matrixinfer.access.gate import Gate
+from matrixinfer.app.access_log import open_access_log
+from matrixinfer.app.access_setup import gate as access_gate
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -44,6 +46,7 @@ from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.pods_admin import PodsAdmin
+from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.reload_admin import ReloadAdmin
 from matrixinfer.gateway.retries import Retries
@@ -68,7 +71,6 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -140,7 +142,7 @@ class Service:
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         )
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
@@ -170,8 +172,9 @@ class Service:
                 pod_sources(config.discovery, self, engines.registry, self.metrics, self._in_flight)
             )
             await stack.enter_async_context(self._finder)
-            request_log = await self._open_access_log(stack)
-            self.gateway = await stack.enter_async_context(self._gateway(self._upstream, request_log))
+            request_log = await open_access_log(config, self.metrics, stack)
+            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
+            self.gateway = await stack.enter_async_context(self._gateway(self._upstream, request_log, gate))
             await self._open_reloads(stack, plugins, watch)
             if self._worker is not None:
                 self._worker.end_with_supervisor()
@@ -330,15 +333,6 @@ class Service:
         )
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
-    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
-        """The access log, if the configuration names one."""
-        config = self.config.access_log
-        if config is None:
-            return None
-        sink = await stack.enter_async_context(AccessLog(config))
-        self.metrics.register(AccessLogCollector(sink))
-        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
-
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
@@ -362,17 +356,18 @@ class Service:
         self.metrics.register(PluginCollector(lambda: self._scheduler if self._live is None else self._live.scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None, gate: Gate | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = self._retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        strips = () if config.access is None else config.access.strip_headers
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
         proxy = self._proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
         bodies = self._bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, request_log)
+        api = Api(self.router, proxy, metrics, bodies, request_log, gate)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
@@ -393,7 +388,7 @@ class Service:
             public = {**public, "/metrics": {"GET": MergedMetrics(self._worker).expose}}
         return Gateway(
             config,
-            api={**api.routes(), **models.routes(), **public},
+            api={**api.routes(), **protected(models.routes(), gate), **public},
             admin={
                 **({} if self._worker is None else Sockets(self._worker, lambda: self.gateway).routes()),
                 **admin.routes(),

@@ -28,8 +28,10 @@ COMMANDS = (
     "config",
     "init",
     "completion",
+    "keys",
     "replay",
     "tune",
+    "calibrate",
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.config_schema import config_schema
 from matrixinfer.app.service import build_scheduler
@@ -78,6 +79,7 @@ def run_check(args: argparse.Namespace) -> int:
 def _checked(file: Path, plugins: Installed) -> Config:
     """The config, after everything was built from it that `serve` would build."""
     config = load(file)
+    check_secrets(config)
     build_scheduler(config.scheduler, plugins)
     for i, source in enumerate(config.discovery.files):
         _check_listed(Path(source.path), f"$.discovery.files[{i}]")

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 SUMMED: Final = frozenset(
     f"matrixinfer_{name}"
     for name in (
+        "admission_requests",
         "in_flight",
         "index_bytes",
         "kept_entries",

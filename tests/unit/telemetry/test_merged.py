@@ -25,6 +25,7 @@ LARGEST = frozenset(
         "kv_lag_seconds",
         "kv_last_frame_timestamp_seconds",
         "kv_trust",
+        "limits_degraded",
         "loop_pause_seconds",
         "peers",
         "pod_asleep",
