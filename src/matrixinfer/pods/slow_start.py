@@ -28,14 +28,18 @@ def held_back(
 
     Nobody is held back where nobody has been there for longer; those that are `withheld` anyway do not count.
     """
-    since = {endpoint.name: endpoint.pod.up_since for endpoint in endpoints if endpoint.name not in withheld}
-    new = {name: now - up for name, up in since.items() if up is not None and now - up < seconds}
-    settled = [name for name in since if name not in new]
-    if not (new and settled):
+    since = now - seconds
+    new = [each for each in endpoints if each.pod.up_since is not None and each.pod.up_since > since]
+    if not new or len(new) == len(endpoints):  # before anything else, as this is part of decisions
+        return {}
+    names = {each.name for each in new}
+    settled = [each.name for each in endpoints if each.name not in names and each.name not in withheld]
+    if not settled:
         return {}
     average = sum(map(in_flight, settled)) / len(settled)
     held: dict[str, str] = {}
-    for name, age in new.items():
+    for name, up in ((each.name, each.pod.up_since or 0.0) for each in new if each.name not in withheld):
+        age = now - up
         bound = max(1, ceil(max(MIN_SHARE, age / seconds) * average))
         count = in_flight(name)
         if count >= bound:
