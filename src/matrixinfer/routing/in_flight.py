@@ -97,7 +97,7 @@ class InFlight:
     @property
     def needs_witness(self) -> bool:
         """Whether the request has failed, and its endpoint would be ejected if another one answered it."""
-        return bool(self._blame) and (self._blame.is_probe or self._outliers.is_due(self.pod.name))
+        return self._blame.needs_witness
 
     def following(self) -> Candidate | None:
         """The endpoint that gets the request if this one does not answer it; None if all have had it.
