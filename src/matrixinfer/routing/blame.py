@@ -16,14 +16,16 @@ class _Accused(NamedTuple):
 class Blame:
     """The endpoints that failed a request which may itself be to blame.
 
-    If another endpoint answers it, they are to blame; if two or more failed it and none has answered, the request is.
+    If another endpoint answers it, they are to blame; if two or more failed it and none has answered, the request is. In
+    the same way, if two or more answered 429 and none anything else, that is a limit on the client and not on them.
     """
 
-    __slots__ = ("_accused", "_outliers")
+    __slots__ = ("_accused", "_limited", "_outliers")
 
     def __init__(self, outliers: Outliers) -> None:
         self._outliers = outliers
         self._accused: list[_Accused] = []
+        self._limited: list[str] = []
 
     def __bool__(self) -> bool:
         """Whether an endpoint is accused."""
@@ -41,6 +43,10 @@ class Blame:
         self._outliers.doubted(endpoint, reason, probe=is_probe)
         self._accused.append(_Accused(endpoint, reason, is_probe))
 
+    def limited(self, endpoint: str) -> None:
+        """The endpoint answered 429, and counts as busy."""
+        self._limited.append(endpoint)
+
     def moved(self) -> None:
         """Another endpoint gets the request."""
         for each in self._accused:
@@ -51,6 +57,7 @@ class Blame:
         for each in self._accused:
             self._outliers.blamed(each.endpoint, each.reason, probe=each.is_probe)
         self._accused.clear()
+        self._limited.clear()
 
     def void(self) -> None:
         """The request is to blame."""
@@ -65,3 +72,6 @@ class Blame:
         for each in self._accused:
             self._outliers.unchecked(each.endpoint)
         self._accused.clear()
+        for endpoint in self._limited if len(self._limited) > 1 else ():
+            self._outliers.not_busy(endpoint)
+        self._limited.clear()

@@ -202,3 +202,12 @@ def test_where_no_other_endpoint_may_be_asked_every_failure_counts() -> None:
     for _ in range(3):
         outliers.doubted("a", "500")
     assert outliers.state("a") == "ejected"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "busy"),
+    [(["429"], 1), (["429", "429"], 0), (["429", "429", "200"], 2), (["503", "503"], 2), (["429", "503"], 2)],
+)
+async def test_a_limit_on_the_client_makes_no_endpoint_busy(world: World, outcomes: list[str], busy: int) -> None:
+    await send(world, *outcomes)
+    assert sorted(states(world).values()) == ["admitted"] * (3 - busy) + ["busy"] * busy
