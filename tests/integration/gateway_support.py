@@ -28,6 +28,7 @@ from matrixinfer.config import (
 )
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
@@ -256,6 +257,7 @@ async def rig(
             metrics,
             limits,
             draining,
+            Credentials(lambda _: None, always=False),
         )
         status = Status(registry, metrics, draining).routes()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))

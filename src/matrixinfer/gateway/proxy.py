@@ -24,6 +24,7 @@ from aiohttp.http import HttpVersion11, StreamWriter
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -56,8 +57,18 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
+    is_authenticated: bool = False
+    """Whether the gateway knows who the client is: its credentials are not for the pod."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
+    first_byte_at: float | None = None
+    """When the first byte of the answer came."""
+    output_tokens: int | None = None
+    """Tokens of the answer, if it reports them."""
+    counts_events: bool = False
+    """Whether somebody wants to know `stream_events`."""
+    stream_events: int = 0
+    """Server-sent events of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +111,9 @@ class Proxy:
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
+        credentials: Credentials,
     ) -> None:
+        self._credentials = credentials
         self._upstream = upstream
         self._retries = retries
         self._rewriter = rewriter
@@ -200,6 +213,7 @@ class Proxy:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
+        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
@@ -225,6 +239,8 @@ class Proxy:
         tail = usage.Tail() if answer.may_report else None
         stripper = usage.UsageStripper() if answer.is_stripped else None
         while chunk:
+            if exchange.counts_events:
+                exchange.stream_events += chunk.count(b"data:")
             if tail is not None:
                 tail.add(chunk)
             if stripper is not None:
@@ -282,7 +298,8 @@ class Proxy:
     def _first_byte(self, answer: _Answer) -> None:
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte()
-        self._metrics.first_byte(time.monotonic() - answer.exchange.started)
+        answer.exchange.first_byte_at = now = time.monotonic()
+        self._metrics.first_byte(now - answer.exchange.started)
 
 
 class _UnlessDown:
@@ -315,6 +332,7 @@ def _count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
     if counted is not None:
+        exchange.output_tokens = counted.output
         exchange.in_flight.usage(counted.prompt, counted.cached)
 
 

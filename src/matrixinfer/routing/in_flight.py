@@ -83,6 +83,16 @@ class InFlight:
         return self._is_over
 
     @property
+    def cached(self) -> int | None:
+        """Prompt tokens that the engine reused; None if its answer does not report them."""
+        return self._record.cached
+
+    @property
+    def record(self) -> Record:
+        """What is kept of the decision, and of what came of it."""
+        return self._record
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
