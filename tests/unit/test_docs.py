@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from matrixinfer.app.access_log import AccessLogCollector
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     FeedCollector,
     IndexCollector,
     KeptCollector,
