@@ -26,11 +26,11 @@ def test_a_fleet_holds_its_share_of_the_trace_and_its_longest_request() -> None:
     needs = demand(trace, shape)
     for condition in CONDITIONS:
         on = fleet(trace, shape, needs, condition)
-        least = 6 * needs.longest * on.pods
+        least = 3 * needs.longest * on.pods
         assert on.pod_tokens * on.pods == pytest.approx(max(condition.cache * needs.distinct_tokens, least), rel=0.01)
         assert all(0 < fault.at < needs.seconds for fault in on.faults if fault.kind in ("restart", "forget"))
     large = next(each for each in CONDITIONS if each.name == "large caches")
-    assert fleet(trace, shape, needs, large).pod_tokens > 6 * needs.longest
+    assert fleet(trace, shape, needs, large).pod_tokens > 3 * needs.longest
 
 
 def test_regret_is_against_the_best_policy_that_is_no_bound() -> None:
@@ -81,7 +81,7 @@ def test_results_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch: py
         "--jobs",
         "1",
     ]
-    monkeypatch.setattr(evaluate, "GENERATORS", {})
+    monkeypatch.setattr(evaluate, "GENERATED", ())
     assert evaluate.main(args) == 0
     first = (tmp_path / "page.md").read_text()
     kept = sorted((tmp_path / "kept").iterdir())
