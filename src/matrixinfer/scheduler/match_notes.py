@@ -27,7 +27,10 @@ def what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
     unknown = [pod.matched_blocks for pod in candidates].count(None)
     if unknown:
         notes.append(f"the index could not say what {unknown} of {len(candidates)} pods hold")
+    trusts = [pod.trust for pod in candidates]
     for trust in ("partial", "stale"):
+        if trust not in trusts:
+            continue
         doubtful = sum(pod.matched_blocks is not None and pod.trust == trust for pod in candidates)
         if doubtful:
             notes.append(f"what the index says of {doubtful} of {len(candidates)} pods is {trust}")

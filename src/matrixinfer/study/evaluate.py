@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from hashlib import sha256
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ import msgspec
 from matrixinfer import __version__
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.study import presets
+from matrixinfer.study.charts import charts
 from matrixinfer.study.generators import generate
 from matrixinfer.study.matrix import COMPARED, CONDITIONS, Cell, Condition, Demand, demand, fleet
 from matrixinfer.study.page import page
@@ -76,12 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells[label], abouts[label] = found, about
             print(f"{label}: done, {len(cells)} of {len(names)} traces", file=sys.stderr, flush=True)
     order = sorted(cells)
-    text = page([cell for name in order for cell in cells[name]], {name: abouts[name] for name in order}, args.engine)
-    if args.page is None:
-        sys.stdout.write(text)
-    else:
-        args.page.write_text(text, encoding="utf-8")
+    _write(args.page, [cell for name in order for cell in cells[name]], {n: abouts[n] for n in order}, args.engine)
     return 0
+
+
+def _write(file: Path | None, cells: Sequence[Cell], abouts: Mapping[str, str], engine: str) -> None:
+    """Write the page, and its plots into a folder of its name, where `reading.md` may hold what people say about it."""
+    if file is None:
+        sys.stdout.write(page(cells, abouts, engine))
+        return
+    folder = file.with_suffix("")
+    words = folder / "reading.md"
+    reading = words.read_text(encoding="utf-8") if words.exists() else ""
+    plots = [f"{folder.name}/{path.name}" for path in charts(cells, folder)]
+    file.write_text(page(cells, abouts, engine, reading=reading, plots=plots), encoding="utf-8")
 
 
 def _files(folder: Path | None) -> list[str]:

@@ -19,7 +19,8 @@ _LEFT_OUT = ("random", "least_load", "cache_aware", "longest_match", "power_of_t
 """Policies that others cover, and one that breaks down wherever there is load."""
 COMPARED: Sequence[str] = [name for name in POLICIES if name not in (*_LEFT_OUT, *BOUNDS)] + list(BOUNDS)
 OURS: Sequence[str] = [name for name in PROFILES if name in COMPARED and name != "round_robin"]
-MOST: Sequence[str] = ("session_sticky", "prefix_hash", "sglang_cache_aware", "lmetric", *OURS)
+DEFAULT = "kv_aware"
+MOST: Sequence[str] = ("session_sticky", "prefix_hash", "sglang_cache_aware", "lmetric", DEFAULT)
 """What is compared where something happens to the fleet."""
 USUAL = "usual"
 _BUSY = 0.5

@@ -44,8 +44,10 @@ def test_the_page_says_where_our_profiles_lose_and_to_whom() -> None:
     cells = [cell("kv_aware", 3.0, hits=0.4), cell("lmetric", 2.0, hits=0.7), cell("pooled", 1.0)]
     cells += [cell(name, 2.0, condition="2 gateways") for name in ("kv_aware", "lmetric", "pooled")]
     text = page(cells, {"t": "7 requests."}, "e")
-    assert f"| kv_aware | t | {USUAL} | 1.50 | lmetric | 0.400, 0.700 |" in text
+    assert f"| t | {USUAL} | 1.50 | lmetric | 0.400, 0.700 |" in text
     assert "| **kv_aware** | 1.225 | 1.50 |" in text
+    assert "- `kv_aware` is best, or within 5 % of the best, in mean time to first token in 1 of 2 cells," in text
+    assert f"- Its worst cell is t, {USUAL}: 1.50 times the best." in text
     assert "### t\n\n7 requests.\n" in text
     assert "| lmetric | 0.500 / 2 |" in text
     assert [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")] == []

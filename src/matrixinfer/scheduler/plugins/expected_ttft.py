@@ -12,7 +12,7 @@ from matrixinfer.config import Count, Section, described
 from matrixinfer.scheduler.framework import Candidate, Condition, Plugin, SchedulingRequest, Scores, Services
 from matrixinfer.scheduler.match_notes import match_note
 from matrixinfer.scheduler.plugins.bounded_load import bound
-from matrixinfer.scheduler.prefill import prefill_work
+from matrixinfer.scheduler.prefill import ATTENTION_TOKENS
 
 _UNKNOWN_RATE = 8_000.0
 """Tokens per second where nobody measures it; only the scale of the estimate depends on it, not its order."""
@@ -116,20 +116,23 @@ class ExpectedTtft(Plugin):
         """What the request costs at each pod. One loop, because there may be hundreds of them."""
         prompt, others, size = request.whole_tokens, request.other_tokens, request.block_size
         per_request, stall, wait, costs = self._request_tokens, self._stall_share, self._wait_share, list[float]()
+        whole, attention = prompt + others, 1.0 / ATTENTION_TOKENS
         for pod in candidates:
-            cache, load, queue = pod.condition, pod.load, pod.queue_seconds
+            cache, queue, foreign = pod.condition, pod.queue_seconds, pod.foreign
+            load = pod.load if foreign is None else pod.in_flight + foreign
             rate = (cache.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
             uncached = prompt - pod.credit * size
             uncached = others + uncached if uncached > 0.0 else others
-            prefill = prefill_work(uncached, prompt + others) / rate
+            # `prefill_work`, without a call
+            prefill = uncached * (1.0 + (whole - 0.5 * uncached) * attention) / rate
             waiting = pod.queued_tokens / rate if queue is None else queue * 1e3
             cost = waiting + prefill
             if load:
                 cost += load * (per_request / rate + prefill * stall + waiting * wait)
-            if pod.foreign and pod.waiting:
-                cost += min(pod.waiting, pod.foreign) * per_request / rate
+            if foreign and pod.waiting:
+                cost += min(pod.waiting, foreign) * per_request / rate
             if cache.held_tokens and cache.cache_tokens:
-                cost += _TIE_MS * min(1.0, cache.held_tokens / cache.cache_tokens)
+                cost += _TIE_MS * cache.held_tokens / cache.cache_tokens
                 if uncached > cache.cache_tokens - cache.held_tokens:
                     cost += self._evicted(cache, uncached) / rate
             costs.append(cost)
