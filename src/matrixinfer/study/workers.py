@@ -10,10 +10,11 @@ from threading import Thread
 
 def workers(count: int) -> ProcessPoolExecutor:
     """A pool of processes. Each ends as soon as this process does: an executor whose process is killed ends none of them."""
-    return ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent)
+    return ProcessPoolExecutor(count, get_context("spawn"), initializer=end_with_parent)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when the one that started it does. For the start of a process of a pool."""
     Thread(target=_wait_for_parent, daemon=True).start()
 
 
