@@ -10,7 +10,7 @@ import numpy as np
 
 from matrixinfer.study.matrix import BOUNDS, DEFAULT, MOST, OURS, Cell, geometric_mean, grouped, regrets
 
-_DPI = 90
+_DPI = 75
 
 
 def charts(cells: Sequence[Cell], folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ class ExpectedTtft(Plugin):
     flight there still have to compute; prefill is the part of this prompt that is not cached; both at the rate that the
     pod's answers have shown. Each request in flight counts as `requestTokens` more. Tokens that the prompt pushes out of a
     full cache count by how likely they are needed again: one half if the cache keeps a block for `reuseSeconds`, more if it
-    keeps it for a shorter time, and never less than a tenth. A pod with room evicts nothing.
+    keeps it for a shorter time, and never less than three tenths. A pod with room evicts nothing.
 
     Requests in flight stand for those that will come to the same pod: the next turns of their conversations, and others
     with their prefixes. Each of them waits for what is computed there, so for each request in flight the prefill counts
