@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from matrixinfer.study import evaluate, matrix
+from matrixinfer.study.charts import charts
 from matrixinfer.study.matrix import BOUNDS, CONDITIONS, OURS, USUAL, Cell, demand, fleet, geometric_mean, regrets
 from matrixinfer.study.page import page
 from matrixinfer.study.policies import POLICIES
@@ -51,6 +52,18 @@ def test_the_page_says_where_our_profiles_lose_and_to_whom() -> None:
     assert "### t\n\n7 requests.\n" in text
     assert "| lmetric | 0.500 / 2 |" in text
     assert [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_the_charts_show_every_cell_and_stay_small(tmp_path: Path) -> None:
+    cells = [
+        cell(policy, 1.0 + number, trace=trace, condition=condition)
+        for trace in ("s", "t")
+        for condition in (USUAL, "2 gateways")
+        for number, policy in enumerate(("kv_aware", "lmetric"))
+    ]
+    files = charts(cells, tmp_path / "plots")
+    assert [file.name for file in files] == ["policies.png", "cells.png"]
+    assert all(1_000 < file.stat().st_size < 100_000 for file in files)
 
 
 def test_every_policy_that_is_compared_exists_and_the_bounds_come_last() -> None:
