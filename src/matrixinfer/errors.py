@@ -7,6 +7,7 @@ MatrixInferError
 ├── RequestError             the client's fault
 │   ├── InvalidRequest         malformed or missing fields
 │   ├── UnknownModel           no pod serves the model, and it is not configured
+│   ├── UnknownResponse        no pod stores the response
 │   ├── PayloadTooLarge        the body exceeds the limit
 │   ├── UnsupportedBody        the body is compressed
 │   └── BodyTimeout            the body did not arrive in time
@@ -131,6 +132,10 @@ class InvalidRequest(RequestError):
 
 class UnknownModel(RequestError):
     """No pod serves the requested model, and it is not configured."""
+
+
+class UnknownResponse(RequestError):
+    """No pod is known to store the response that the request is about."""
 
 
 class PayloadTooLarge(RequestError):

@@ -235,6 +235,10 @@ class Watching:
             self._follower(pod)
         self._watcher.watch(pod)
 
+    def ask_again(self, name: str) -> None:
+        """A pod may serve other adapters by now: ask it soon."""
+        self._watcher.ask_again(name)
+
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
         pod = self._registry.leave(name)

@@ -28,15 +28,19 @@ from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import Upstream, upstream
+from matrixinfer.pods.engine_api import EngineApi
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.response_search import WAIT_SECONDS, ResponseSearch
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
@@ -45,10 +49,12 @@ from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.destinations import Destinations
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
 from matrixinfer.routing.sizing import Sizer
+from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -91,6 +97,7 @@ class Service:
         self._memory = Memory(config.limits.memory_bytes)
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
+        self._stored = StoredResponses()
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
@@ -164,7 +171,7 @@ class Service:
                 sizer,
                 media=media,
                 max_prefix_tokens=config.max_prefix_tokens,
-                find_model=engines.find_model,
+                destinations=Destinations(engines.registry, engines.find_model, self._find_response()),
                 clock=clock,
             ),
             candidates=Candidates(
@@ -185,6 +192,13 @@ class Service:
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
+        )
+
+    def _find_response(self) -> FindResponse:
+        """Finds the engine that stores a response."""
+        engines = self.engines
+        return FindResponse(
+            self._stored, ResponseSearch(EngineApi(engines.session, WAIT_SECONDS), lambda: engines.registry.pods)
         )
 
     def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
@@ -223,6 +237,7 @@ class Service:
             "drift_endpoints": self.engines.drift.__len__,
             "outlier_endpoints": self.outliers.__len__,
             "parity_samples": self._parity.sampling.__len__,
+            "stored_responses": self._stored.__len__,
             "late_prompts": lambda: tokenizers.late,
             "working_prompts": lambda: tokenizers.working,
         }
@@ -242,9 +257,13 @@ class Service:
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
+        proxy = Proxy(
+            connections, retries, rewriter, metrics, config.limits, draining, config.api.sse_keep_alive_seconds
+        )
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies)
+        api = Api(self.router, proxy, metrics, bodies, self._stored)
+        fan_out = FanOut(engines.registry, connections, bodies, config.limits, self.watching.ask_again)
+        passing = Passing(config.api.paths, api.dispatch, fan_out)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
@@ -261,7 +280,7 @@ class Service:
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
-            api={**api.routes(), **models.routes(), **public},
+            api={**api.routes(), **models.routes(), **public, **passing.routes()},
             admin={**admin.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

@@ -5,6 +5,7 @@ fields. An unknown key or a bad value raises `ConfigError` with the key's path, 
 valid name (`complaints`). Settings with more than one spelling are brought into one form (`normalise`).
 """
 
+from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
 from matrixinfer.config.scheduling import (
@@ -38,9 +39,13 @@ from matrixinfer.config.schema import (
 
 __all__ = [
     "CLUSTER_SUFFIX",
+    "ENGINE_PATHS",
+    "OTHER_METHODS",
+    "ApiConfig",
     "BlocksConfig",
     "Config",
     "ConnectionsConfig",
+    "CorsConfig",
     "Count",
     "DrainConfig",
     "DriftConfig",

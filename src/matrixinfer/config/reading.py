@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from matrixinfer.config.api import check_api
 from matrixinfer.config.base import convert
 from matrixinfer.config.normalise import (
     given_block_keys,
@@ -77,6 +78,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     scheduler = with_shipped_arguments(config.scheduler)
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
+    check_api(config.api)
     return msgspec.structs.replace(
         config,
         blocks=blocks,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
@@ -451,6 +452,7 @@ class Config(Section, frozen=True):
     drift: Annotated[
         DriftConfig, described("How hits that engines report are compared with what the index predicted.")
     ] = DriftConfig()
+    api: Annotated[ApiConfig, described("What clients may use, and how they are answered.")] = ApiConfig()
     limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     connections: Annotated[ConnectionsConfig, described("Limits on clients' connections.")] = ConnectionsConfig()

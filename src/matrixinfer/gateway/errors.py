@@ -22,6 +22,7 @@ from matrixinfer.errors import (
     PodUnreachable,
     RequestError,
     UnknownModel,
+    UnknownResponse,
     UnsupportedBody,
 )
 
@@ -30,6 +31,7 @@ RETRY_AFTER_SECONDS = 1
 _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
     UnknownModel: (404, "model_not_found"),
+    UnknownResponse: (404, "response_not_found"),
     BodyTimeout: (408, "request_timeout"),
     PayloadTooLarge: (413, "request_too_large"),
     UnsupportedBody: (415, "unsupported_encoding"),

@@ -15,18 +15,22 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
-from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.response_ids import ResponseId
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.requests import READERS
+from matrixinfer.prompt.requests import READERS, Reader
+from matrixinfer.prompt.responses import RESPONSES_PATH
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
@@ -41,7 +45,15 @@ log = structlog.get_logger(__name__)
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies) -> None:
+    def __init__(
+        self,
+        router: Router,
+        proxy: Proxy,
+        metrics: Metrics,
+        bodies: Bodies,
+        stored: StoredResponses | None = None,
+    ) -> None:
+        self._stored = StoredResponses() if stored is None else stored
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -53,6 +65,10 @@ class Api:
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Dispatch a request with a prompt, and pass its answer on."""
+        return await self.dispatch(request)
+
+    async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
+        """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""
         started = time.monotonic()
         identity = headers.request_id(request.headers)
         model: str | None = None
@@ -60,11 +76,13 @@ class Api:
         code = 500
         held = self._bodies.hold()
         try:
-            body = await self._bodies.read(request, held)
+            body = await self._bodies.read(request, held, is_text=read is None)
             path, session = request.rel_url.raw_path, headers.session_id(request.headers)
-            async with self._router.dispatch(path, body, request_id=identity, session=session) as in_flight:
+            async with self._router.dispatch(path, body, request_id=identity, session=session, read=read) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
+                if path == RESPONSES_PATH:
+                    exchange.response_id = ResponseId(self._stored.remember)
                 response = await self._proxy.forward(exchange)
                 code, pod = response.status, in_flight.pod.name
         except MatrixInferError as error:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -18,7 +19,9 @@ from matrixinfer.config import ConnectionsConfig
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.connection import Server
+from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.gateway.heads import ClientRequest
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.telemetry.intervals import Intervals
 
@@ -54,7 +57,9 @@ class Listener:
         *,
         connections: ConnectionsConfig | None = None,
         max_connections: int | None = None,
+        cors: Cors | None = None,
     ) -> None:
+        self._cors = cors
         self._host = host
         self._port = port
         self._routes = routes
@@ -128,6 +133,8 @@ class Listener:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        if self._cors is not None and isinstance(request, ClientRequest):
+            request.decorate = partial(self._cors.decorate, request, is_preflight=request.method == "OPTIONS")
         try:
             response = await self._dispatch(request)
         except MatrixInferError as error:
@@ -156,6 +163,9 @@ class Listener:
             return error_response(404, f"Invalid URL ({method} {path}).", anthropic=_is_anthropic(request))
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
+            preflight = None if self._cors is None else self._cors.preflight(request, methods)
+            if preflight is not None:
+                return preflight
             allowed = ", ".join(methods)
             return error_response(
                 405, f"Use {allowed} with {path}.", headers={"Allow": allowed}, anthropic=_is_anthropic(request)

@@ -10,11 +10,9 @@ away the task is cancelled, which closes the pod's connection whatever it is wai
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, cast
 
@@ -23,7 +21,9 @@ from aiohttp.http import HttpVersion11, StreamWriter
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
-from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway import headers
+from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
+from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -34,7 +34,6 @@ from matrixinfer.telemetry.metrics import Metrics
 _MAX_REFUSAL_BYTES = 64 * 1024
 """A refusal whose body is longer, or of unknown length, is not kept while other pods are tried."""
 
-
 _ALWAYS = nullcontext()
 
 
@@ -44,48 +43,6 @@ class _Refused(Exception):
     def __init__(self, response: web.StreamResponse | None, status: int) -> None:
         super().__init__(str(status))
         self.response = response
-
-
-@dataclass(slots=True, kw_only=True)
-class Exchange:
-    """A client's request and where it was dispatched to."""
-
-    request: web.BaseRequest
-    id: str
-    started: float
-    """Seconds on the monotonic clock."""
-    in_flight: InFlight
-    has_begun: bool = False
-    """Whether the client has got the first byte of a streamed answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A pod's answer, whose headers have come."""
-
-    exchange: Exchange
-    upstream: PodAnswer
-    adds_usage: bool
-    """The gateway asked for a usage report that the client must not see."""
-
-    @property
-    def length(self) -> int | None:
-        """Bytes of the body as the client gets it; None when that is not known beforehand."""
-        return None if self.is_stripped else self.upstream.content_length
-
-    @property
-    def is_stripped(self) -> bool:
-        """Whether the usage report that the gateway asked for is taken out of the stream."""
-        return self._is_plain and self.adds_usage and self.upstream.content_type == "text/event-stream"
-
-    @property
-    def may_report(self) -> bool:
-        """Whether the answer may report how many prompt tokens there were, and somebody wants to know."""
-        return self._is_plain and self.exchange.in_flight.wants_usage
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.upstream.status == 200 and "Content-Encoding" not in self.upstream.headers
 
 
 class Proxy:
@@ -99,7 +56,9 @@ class Proxy:
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
+        keep_alive_seconds: float | None = None,
     ) -> None:
+        self._keep_alive_seconds = keep_alive_seconds
         self._upstream = upstream
         self._retries = retries
         self._rewriter = rewriter
@@ -121,7 +80,7 @@ class Proxy:
             if not scope.expired():
                 raise
             if exchange.has_begun:
-                _cut(exchange.request)
+                cut(exchange.request)
             within = f"{self._limits.request_timeout_seconds:g} s"
             raise self._silent(exchange, f"no whole answer within {within}") from error
 
@@ -161,81 +120,111 @@ class Proxy:
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
         moves = not is_last and retry.may_send_again
         with _UnlessDown(in_flight) if moves else _ALWAYS:
-            answer = _Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body.adds_usage)
+            answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status, is_probe = answer.upstream.status, in_flight.is_probe
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
                 if not is_last and retry.after_status(status, is_probe=is_probe):
                     await self._refuse(answer)
-                length = answer.length
+                length = None if answer.is_stripped else answer.upstream.content_length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
-                first = await (answer.upstream.read() if is_whole else answer.upstream.readany())
+                first = await (answer.upstream.read() if is_whole else self._first(answer))
             except BaseException:
                 answer.upstream.close()
                 raise
         try:
-            self._first_byte(answer)
-            if not is_whole:
+            if first is not None:
+                self._first_byte(answer)
+            if first is None or not is_whole:
                 return await self._stream(answer, first)
-            if answer.may_report:
-                _count(exchange, first)
-            return self._response(answer, first)
+            passage = Passage(answer)
+            first = passage.change(first)
+            return self._response(answer, first + passage.end())
         finally:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
+
+    async def _first(self, answer: Answer) -> bytes | None:
+        """The first bytes of a stream; None if its pod is silent for so long that the client needs a sign of life."""
+        if self._keep_alive_seconds is None or not answer.is_events:
+            return await answer.upstream.readany()
+        return await read_within(self._keep_alive_seconds, answer.upstream.readany)
 
     async def _open(self, exchange: Exchange, body: PodBody, *, once: bool) -> PodAnswer:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
-        if body.adds_usage:
-            sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
+        if body.adds_usage or body.renamed is not None:
+            sent_headers["accept-encoding"] = "identity"  # a compressed answer could not be changed
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
-        return await self._upstream.post(pod.url, request.rel_url.raw_path_qs, body.bytes, sent_headers, once=once)
+        target = request.rel_url.raw_path_qs
+        return await self._upstream.send(request.method, pod.url, target, body.bytes, sent_headers, once=once)
 
-    async def _refuse(self, answer: _Answer) -> NoReturn:
+    async def _refuse(self, answer: Answer) -> NoReturn:
         """Keep the answer for the case that no other pod answers, unless it is too long."""
         length, kept = answer.upstream.content_length, None
         if length is not None and length <= _MAX_REFUSAL_BYTES:
             kept = self._response(answer, await answer.upstream.read())
         raise _Refused(kept, answer.upstream.status)
 
-    async def _stream(self, answer: _Answer, chunk: bytes) -> web.StreamResponse:
-        """Pass on an answer that begins with `chunk`; the rest is written as it is read."""
-        exchange, pod = answer.exchange, answer.exchange.in_flight.pod
+    async def _stream(self, answer: Answer, chunk: bytes | None) -> web.StreamResponse:
+        """Pass on an answer that begins with `chunk`; the rest is written as it is read.
+
+        None stands for a pod that is still silent: the answer begins with a comment, and can go to no other pod.
+        """
+        exchange, has_first = answer.exchange, chunk is not None
         request = exchange.request
         response = self._response(answer, None)
-        answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
+        if has_first:
+            answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
         exchange.has_begun = True
         writer = cast("StreamWriter", await response.prepare(request))
         protocol = request.protocol
-        readany = answer.upstream.readany
-        tail = usage.Tail() if answer.may_report else None
-        stripper = usage.UsageStripper() if answer.is_stripped else None
+
+        async def write(data: bytes) -> None:
+            await writer.write(data, drain=False)
+            if protocol.writing_paused:
+                await self._drain(exchange, writer)
+
+        keep_alive = None
+        if self._keep_alive_seconds is not None and answer.is_events:
+            keep_alive = KeepAlive(self._keep_alive_seconds, answer.upstream.readany, write)
+        read = answer.upstream.readany if keep_alive is None else keep_alive.read
+        if chunk is None:
+            await write(COMMENT)
+            chunk = await self._next(answer, read, has_first=False)
+            self._first_byte(answer)
+            answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
+        passage = Passage(answer)
         while chunk:
-            if tail is not None:
-                tail.add(chunk)
-            if stripper is not None:
-                chunk = stripper.strip(chunk)
+            chunk = passage.change(chunk)
             if chunk:
                 await writer.write(chunk, drain=False)
             if protocol.writing_paused:
                 await self._drain(exchange, writer)
-            try:
-                chunk = await readany()
-            except AttemptFailed as error:
-                _cut(request)
-                if error.kind == "timeout":
-                    raise self._silent(exchange, f"nothing for {self._limits.idle_timeout_seconds:g} s") from error
-                self._metrics.upstream_error(pod.name, "broken")
-                exchange.in_flight.broke("broken")
-                raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
-        if tail is not None:
-            _count(exchange, bytes(tail))
-        if stripper is not None and (chunk := stripper.rest()):
-            await writer.write(chunk, drain=False)
+            if keep_alive is not None:
+                keep_alive.passed(chunk)
+            chunk = await self._next(answer, read)
+        if rest := passage.end():
+            await writer.write(rest, drain=False)
         await response.write_eof()
         return response
+
+    async def _next(self, answer: Answer, read: Callable[[], Awaitable[bytes]], *, has_first: bool = True) -> bytes:
+        """The next bytes of a stream; nothing at its end. If its pod fails, the client's connection is cut."""
+        exchange = answer.exchange
+        try:
+            return await read()
+        except AttemptFailed as error:
+            cut(exchange.request)
+            if error.kind == "timeout":
+                limits = self._limits
+                seconds = limits.idle_timeout_seconds if has_first else limits.first_byte_timeout_seconds
+                raise self._silent(exchange, f"nothing for {seconds:g} s") from error
+            pod = exchange.in_flight.pod.name
+            self._metrics.upstream_error(pod, "broken")
+            exchange.in_flight.broke("broken")
+            raise PodUnreachable(f"Pod {pod} broke off its answer.") from error
 
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
         """Wait until the client has read what was written. A client that reads nothing for too long is cut off."""
@@ -243,15 +232,15 @@ class Proxy:
             async with asyncio.timeout(self._limits.idle_timeout_seconds):
                 await writer.drain()
         except TimeoutError as error:
-            _cut(exchange.request)
+            cut(exchange.request)
             raise ConnectionResetError("the client stopped reading") from error
 
-    def _response(self, answer: _Answer, body: bytes | None) -> web.StreamResponse:
+    def _response(self, answer: Answer, body: bytes | None) -> web.StreamResponse:
         """The response to the client, not yet started: with its whole body, or to be streamed."""
         exchange, upstream = answer.exchange, answer.upstream
         passed = headers.to_client(upstream.headers, exchange.id, exchange.in_flight.pod.name)
         status, reason, length = upstream.status, upstream.reason, answer.length
-        if length is None:
+        if length is None or (body is not None and len(body) != length):
             passed.popall("content-length", None)
         response: web.StreamResponse
         if body is None and length is None and exchange.request.version < HttpVersion11:
@@ -265,7 +254,7 @@ class Proxy:
             response.force_close()
         return response
 
-    def _first_byte(self, answer: _Answer) -> None:
+    def _first_byte(self, answer: Answer) -> None:
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte()
         self._metrics.first_byte(time.monotonic() - answer.exchange.started)
@@ -302,25 +291,3 @@ class _UnlessDown:
         # Whoever else cancels the task at the same time means to end it, and not this attempt alone.
         if self._is_down and self._task is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
             raise AttemptFailed("went_down", was_sent=True) from error
-
-
-def _count(exchange: Exchange, answer: bytes) -> None:
-    """Pass on the usage that an answer reports at its end, if it does."""
-    counted = usage.usage(answer)
-    if counted is not None:
-        exchange.in_flight.usage(counted.prompt, counted.cached)
-
-
-def _cut(request: web.BaseRequest) -> None:
-    """Close a client's connection so that what it received cannot pass for a complete answer."""
-    transport = request.transport
-    if transport is None:
-        return
-    if request.version < HttpVersion11:
-        # The end of the connection would mark the end of the answer: reset it instead.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
-    elif request.protocol.writing_paused:
-        transport.abort()
-    else:
-        transport.close()

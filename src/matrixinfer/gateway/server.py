@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from matrixinfer.config import Config, split_address
+from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
 
@@ -36,6 +37,7 @@ class Gateway:
             draining,
             connections=config.connections,
             max_connections=max_connections,
+            cors=None if config.api.cors is None else Cors(config.api.cors),
         )
         self._admin: Listener | None = None
         if config.admin is not None:

@@ -21,6 +21,9 @@ from matrixinfer.telemetry.metrics import Metrics
 MAX_WHOLE_BYTES = 1024 * 1024
 """Answers up to this size are passed on at once, longer ones piece by piece."""
 
+_WITHOUT_BODY = ("GET", "DELETE")
+"""Methods whose requests have no body as a rule (RFC 9110, 9.3)."""
+
 
 class Upstream:
     """Sends requests to pods, on connections that are kept."""
@@ -30,8 +33,8 @@ class Upstream:
         self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
-    async def post(
-        self, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
+    async def send(
+        self, method: str, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
     ) -> PodAnswer:
         """The answer of the pod at `url`, whose headers have come; `target` is a path with its query.
 
@@ -40,7 +43,7 @@ class Upstream:
         Raises `AttemptFailed`, and `Overloaded` when this process is short of something.
         """
         origin = origin_of(url)
-        head = _head(origin, target, headers, len(body))
+        head = _head(method, origin, target, headers, len(body))
         connection = None if once else self._pool.reuse(origin)
         if connection is not None:
             try:
@@ -73,11 +76,13 @@ def upstream(
         pool.close()
 
 
-def _head(origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
+def _head(method: str, origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
     """The head of a request. Raises `ValueError` if a header would add a line to it."""
-    lines = [f"POST {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
+    lines = [f"{method} {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += [f"content-length: {length}", "", ""]
+    if length or method not in _WITHOUT_BODY:
+        lines.append(f"content-length: {length}")
+    lines += ["", ""]
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
         raise ValueError("a header contains the end of a line")

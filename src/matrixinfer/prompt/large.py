@@ -218,7 +218,7 @@ def _unread(path: str, body: bytes, skimmed: _Skimmed, why: str) -> Prompt:
     """A request of which only the bytes of its prompt are known."""
     sent = (skimmed.tools, skimmed.system, skimmed.messages, skimmed.prompt, skimmed.input, skimmed.query)
     is_one = skimmed.messages != fields.NULL or path == RESPONSES_PATH
-    return fields.prompt(
+    prompt = fields.prompt(
         path,
         fields.decode(_SHARED, body),
         len(body),
@@ -227,6 +227,15 @@ def _unread(path: str, body: bytes, skimmed: _Skimmed, why: str) -> Prompt:
         inexact=why,
         counted=is_one,
     )
+    previous = skimmed.previous_response_id
+    return prompt if previous == fields.NULL else replace(prompt, response_id=_text(previous))
+
+
+def _text(value: Raw) -> str | None:
+    try:
+        return msgspec.json.decode(value, type=str)
+    except UNREADABLE:
+        return None
 
 
 def _restored(prefix: bytes | memoryview, without: bytes, sent: Raw) -> bytes | memoryview:

@@ -7,18 +7,20 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import msgspec
 
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
-from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
+from matrixinfer.errors import IndexUnavailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
+from matrixinfer.prompt.requests import Reader
+from matrixinfer.routing.destinations import Destinations
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
@@ -81,10 +83,7 @@ class Prepared:
 
 
 class Preparer:
-    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt.
-
-    `find_model` asks engines for a model that none has reported, and returns whether one serves it.
-    """
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class Preparer:
         *,
         media: MediaNames | None = None,
         max_prefix_tokens: int,
-        find_model: Callable[[str], Awaitable[bool]] | None = None,
+        destinations: Destinations | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -108,25 +107,20 @@ class Preparer:
         self._sizer = sizer
         self._media = media
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
-        self._find_model = find_model
+        self._destinations = destinations or Destinations(registry)
         self._clock = clock
 
-    async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
-        """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
+    async def prepare(
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None, read: Reader | None = None
+    ) -> Prepared:
+        """Prepare a request that came to `path`; `read` reads a body that brings no prompt. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
         steps = _Steps(self._clock)
         with steps.step("parse"):
-            prompt = await self._tokenizers.read(path, body)
-            if not prompt.names_model:
-                prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
-            try:
-                model, pods = self._registry.resolve(prompt.model)
-            except (UnknownModel, NoPodAvailable):
-                if self._find_model is None or not await self._find_model(prompt.model):
-                    raise
-                model, pods = self._registry.resolve(prompt.model)
+            prompt = await self._tokenizers.read(path, body, read)
+            prompt, model, pods = await self._destinations.of(prompt)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
-        tokenized = await self._tokenize(prompt, configured, pods, steps)
+        tokenized = None if prompt.opaque else await self._tokenize(prompt, configured, pods, steps)
         late: TokensLate | None = None
         if isinstance(tokenized, TokensLate):
             late, tokenized = tokenized, None
@@ -228,7 +222,7 @@ class Preparer:
             return chain, await self._match(prompt, model, pods, chain, steps)
 
     async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
-        if not self._sizer.needs_bytes(tokenized):
+        if prompt.opaque or not self._sizer.needs_bytes(tokenized):
             return self._sizer.plain(prompt, model)
         with steps.step("bytes"):
             return await self._sizer.cut(prompt, model, tokenized)

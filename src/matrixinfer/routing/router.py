@@ -15,6 +15,7 @@ from functools import partial
 
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, record
@@ -60,11 +61,14 @@ class Router:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None, read: Reader | None = None
     ) -> AsyncIterator[InFlight]:
-        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`."""
+        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
+
+        `read` reads a body that brings no prompt.
+        """
         started = self._clock()
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session)
+        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, read=read)
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request.decision, self._clock() - started)
@@ -109,7 +113,8 @@ class Router:
         notes = list(prepared.degraded.values())
         kept = record(decision, path, notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
         self._decisions.add(kept)
-        charged = self._charge(prepared.request, decision.chosen)
+        charge_at = partial(self._charge, prepared.request, is_timed=not prepared.prompt.opaque)
+        charged = charge_at(decision.chosen)
         try:
             audit = self._auditor.open(prepared, decision.chosen)
         except BaseException:
@@ -121,14 +126,17 @@ class Router:
             registry=self._registry,
             outliers=self._outliers,
             charge=charged,
-            charge_at=partial(self._charge, prepared.request),
+            charge_at=charge_at,
             audit=audit,
             record=kept,
         )
 
-    def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
-        """Count the request at an endpoint, with the blocks that it brings there."""
-        return charge(self._load, request, pod)
+    def _charge(self, request: SchedulingRequest, pod: Candidate, *, is_timed: bool = True) -> Charge:
+        """Count the request at an endpoint, with the blocks that it brings there. `is_timed`: it computes a prompt."""
+        charged = charge(self._load, request, pod)
+        if not is_timed:
+            charged.untimed()
+        return charged
 
     def _learned(self, request: InFlight, late: Prepared) -> None:
         """The token ids have come after the decision: put them into the accounts, wherever the request is by now."""

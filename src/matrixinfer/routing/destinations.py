@@ -1,0 +1,72 @@
+"""Where a request may go: the model that it means, and the pods that serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from matrixinfer.errors import NoPodAvailable, Overloaded, UnknownModel, UnknownResponse
+from matrixinfer.pods.registry import Pod, PodRegistry
+from matrixinfer.prompt.base import Prompt
+
+
+class Destination(NamedTuple):
+    """The request, with the model that it means, and where it may go."""
+
+    prompt: Prompt
+    model: str
+    """The index's name of the model."""
+    pods: Sequence[Pod]
+
+
+class Destinations:
+    """Finds the pods of requests.
+
+    `find_model` asks engines for a model that none has reported, and returns whether one serves it. `find_response`
+    finds the pod that stores a response.
+    """
+
+    def __init__(
+        self,
+        registry: PodRegistry,
+        find_model: Callable[[str], Awaitable[bool]] | None = None,
+        find_response: Callable[[str], Awaitable[str | None]] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._find_model = find_model
+        self._find_response = find_response
+
+    async def of(self, prompt: Prompt) -> Destination:
+        """Where a request may go. Raises `RequestError`, and `NoPodAvailable` when no pod serves its model."""
+        keeper = None if prompt.response_id is None else await self._keeper(prompt, prompt.response_id)
+        if prompt.response_id is not None and prompt.opaque:
+            if keeper is None:
+                raise UnknownResponse(f"No pod stores the response `{prompt.response_id[:200]}`.")
+            return Destination(prompt, keeper.base_model or "", [keeper])
+        if not prompt.names_model:
+            prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
+        model, pods = await self._serving(prompt.model)
+        # Without the beginning of the conversation the others could only refuse.
+        return Destination(prompt, model, [keeper] if keeper is not None and keeper in pods else pods)
+
+    async def _serving(self, name: str) -> tuple[str, Sequence[Pod]]:
+        try:
+            return self._registry.resolve(name)
+        except (UnknownModel, NoPodAvailable):
+            if self._find_model is None or not await self._find_model(name):
+                raise
+            return self._registry.resolve(name)
+
+    async def _keeper(self, prompt: Prompt, response_id: str) -> Pod | None:
+        """The pod that stores a response; None if no pod is known to."""
+        if self._find_response is None:
+            return None
+        try:
+            name = await self._find_response(response_id)
+        except Overloaded:
+            if prompt.opaque:
+                raise
+            return None
+        return None if name is None else next((pod for pod in self._registry.pods if pod.name == name), None)
