@@ -64,7 +64,7 @@ class SglangMetrics:
         """Record a request's end."""
         kind = str(streamed)
         self._prompt.labels(*self._shared, kind).inc(exchange.prompt_tokens)
-        self._reply.labels(*self._shared, kind).inc(len(exchange.reply.ids))
+        self._reply.labels(*self._shared, kind).inc(exchange.generated)
         self._requests.labels(*self._shared, kind).inc()
         if cached_tokens:
             self._cached.labels(*self._shared, "device").inc(cached_tokens)
