@@ -144,7 +144,14 @@ class FakeRouter:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None, read: Reader | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        read: Reader | None = None,
+        headers: object = None,
     ) -> AsyncIterator[FakeInFlight]:
         try:
             requested = msgspec.json.decode(body)["model"] if read is None else read(path, body).model or "tiny"
@@ -167,7 +174,7 @@ class FakeRouter:
         self.sought.append(name)
         return self.registry.is_served(name)
 
-    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+    async def explain(self, path: str, body: bytes, **_: object) -> dict[str, object]:
         return {"path": path, "length": len(body)}
 
     @property

@@ -53,6 +53,7 @@ from matrixinfer.routing.destinations import Destinations
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.routes import Routes
 from matrixinfer.routing.sizing import Sizer
 from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
@@ -171,7 +172,9 @@ class Service:
                 sizer,
                 media=media,
                 max_prefix_tokens=config.max_prefix_tokens,
-                destinations=Destinations(engines.registry, engines.find_model, self._find_response()),
+                destinations=Destinations(
+                    engines.registry, engines.find_model, self._find_response(), routes=Routes(self.config.routes)
+                ),
                 clock=clock,
             ),
             candidates=Candidates(
@@ -264,7 +267,7 @@ class Service:
         api = Api(self.router, proxy, metrics, bodies, self._stored)
         fan_out = FanOut(engines.registry, connections, bodies, config.limits, self.watching.ask_again)
         passing = Passing(config.api.paths, api.dispatch, fan_out)
-        models = Models(engines.registry, engines.find_model)
+        models = Models(engines.registry, engines.find_model, Routes(config.routes).names())
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
             self.router,

@@ -8,6 +8,7 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
+from matrixinfer.config.routes import RouteConfig, RouteTarget
 from matrixinfer.config.scheduling import (
     BlocksConfig,
     PluginArgs,
@@ -63,6 +64,8 @@ __all__ = [
     "PodWatchConfig",
     "RedisConfig",
     "RetriesConfig",
+    "RouteConfig",
+    "RouteTarget",
     "SchedulerConfig",
     "Seconds",
     "Section",

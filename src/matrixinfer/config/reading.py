@@ -21,6 +21,7 @@ from matrixinfer.config.normalise import (
     with_shipped_arguments,
     without_aliases,
 )
+from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.errors import ConfigError
 
@@ -79,6 +80,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
     check_api(config.api)
+    check_routes(config.routes)
     return msgspec.structs.replace(
         config,
         blocks=blocks,

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
+from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
@@ -438,6 +439,10 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    routes: Annotated[
+        tuple[RouteConfig, ...],
+        described("Which model, and which pods, requests for a name get. Without a route it is the one of that name."),
+    ] = ()
     blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[

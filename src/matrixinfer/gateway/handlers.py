@@ -78,7 +78,9 @@ class Api:
         try:
             body = await self._bodies.read(request, held, is_text=read is None)
             path, session = request.rel_url.raw_path, headers.session_id(request.headers)
-            async with self._router.dispatch(path, body, request_id=identity, session=session, read=read) as in_flight:
+            async with self._router.dispatch(
+                path, body, request_id=identity, session=session, read=read, headers=request.headers
+            ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
                 if path == RESPONSES_PATH:
@@ -186,7 +188,8 @@ class Admin:
         path = request.rel_url.query.get("path", CHAT_PATH)
         with self._bodies.hold() as held:
             body = await self._bodies.read(request, held)
-            return json_response(await self._router.explain(path, body))
+            session = headers.session_id(request.headers)
+            return json_response(await self._router.explain(path, body, session=session, headers=request.headers))
 
     async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""

@@ -95,6 +95,8 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     """What the canary judges together; see `request_class`."""
     asked: str | None = None
     """The model that the client asked for, where a route has replaced it by `model`."""
+    user: str | None = None
+    """Whom the client names as the user behind the request."""
     names_model: bool = True
     """False when the body names no model."""
     opaque: bool = False

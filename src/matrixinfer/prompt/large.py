@@ -84,6 +84,9 @@ class _Skimmed(Struct, kw_only=True, omit_defaults=True):
     output_config: Raw = fields.NULL
     instructions: Raw = fields.NULL
     previous_response_id: Raw = fields.NULL
+    user: Raw = fields.NULL
+    safety_identifier: Raw = fields.NULL
+    metadata: Raw = fields.NULL
     previous_input_messages: Raw = fields.NULL
     truncation: Raw = fields.NULL
     max_tokens_per_query: Raw = fields.NULL

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -10,6 +11,9 @@ import msgspec
 from matrixinfer.errors import NoPodAvailable, Overloaded, UnknownModel, UnknownResponse
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.routing.routes import Route, Routes
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Destination(NamedTuple):
@@ -19,6 +23,8 @@ class Destination(NamedTuple):
     model: str
     """The index's name of the model."""
     pods: Sequence[Pod]
+    route: Route | None = None
+    """The route that it takes, if one fits."""
 
 
 class Destinations:
@@ -33,13 +39,24 @@ class Destinations:
         registry: PodRegistry,
         find_model: Callable[[str], Awaitable[bool]] | None = None,
         find_response: Callable[[str], Awaitable[str | None]] | None = None,
+        routes: Routes | None = None,
     ) -> None:
+        self._routes = routes or Routes(())
         self._registry = registry
         self._find_model = find_model
         self._find_response = find_response
 
-    async def of(self, prompt: Prompt) -> Destination:
-        """Where a request may go. Raises `RequestError`, and `NoPodAvailable` when no pod serves its model."""
+    async def of(
+        self,
+        prompt: Prompt,
+        request_id: str = "",
+        session: str | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> Destination:
+        """Where a request may go. Raises `RequestError`, and `NoPodAvailable` when no pod serves its model.
+
+        `headers` decide between routes, and the session or else the request's user sticks to its target.
+        """
         keeper = None if prompt.response_id is None else await self._keeper(prompt, prompt.response_id)
         if prompt.response_id is not None and prompt.opaque:
             if keeper is None:
@@ -47,9 +64,27 @@ class Destinations:
             return Destination(prompt, keeper.base_model or "", [keeper])
         if not prompt.names_model:
             prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
+        route = self._route(prompt, request_id, session, headers) if self._routes else None
+        if route is not None and route.model != prompt.model:
+            prompt = msgspec.structs.replace(prompt, model=route.model, asked=prompt.model)
         model, pods = await self._serving(prompt.model)
+        if route is not None and not (pods := [pod for pod in pods if route.allows(pod.name)]):
+            raise NoPodAvailable(f"No pod of the route {route.name} serves the model now.")
         # Without the beginning of the conversation the others could only refuse.
-        return Destination(prompt, model, [keeper] if keeper is not None and keeper in pods else pods)
+        return Destination(prompt, model, [keeper] if keeper is not None and keeper in pods else pods, route)
+
+    def _route(self, prompt: Prompt, request_id: str, session: str | None, headers: Mapping[str, str]) -> Route | None:
+        return self._routes.choose(
+            prompt.model, headers, key=session or prompt.user, otherwise=request_id, is_available=self._is_available
+        )
+
+    def _is_available(self, route: Route) -> bool:
+        """Whether a pod can take requests of that route now."""
+        try:
+            _, pods = self._registry.resolve(route.model)
+        except (UnknownModel, NoPodAvailable):
+            return False
+        return any(pod.healthy and route.allows(pod.name) for pod in pods)
 
     async def _serving(self, name: str) -> tuple[str, Sequence[Pod]]:
         try:

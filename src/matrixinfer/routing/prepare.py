@@ -20,8 +20,9 @@ from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
-from matrixinfer.routing.destinations import Destinations
+from matrixinfer.routing.destinations import NO_HEADERS, Destinations
 from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.routing.routes import Route
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.media import MediaNames
@@ -72,8 +73,15 @@ class Prepared:
     """Milliseconds of each step."""
     outline: Outline | None = None
     """The prompt's outline, where what the engine makes of its media is still to be learnt."""
+    route: Route | None = None
+    """The route that it takes, if one fits."""
     late: TokensLate | None = None
     """Passes on the token ids that were not there in time."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the decision says about it in words."""
+        return [*([] if self.route is None else [self.route.note]), *self.degraded.values()]
 
     @property
     def is_approximate(self) -> bool:
@@ -111,13 +119,21 @@ class Preparer:
         self._clock = clock
 
     async def prepare(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None, read: Reader | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        read: Reader | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> Prepared:
         """Prepare a request that came to `path`; `read` reads a body that brings no prompt. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body, read)
-            prompt, model, pods = await self._destinations.of(prompt)
+            destination = await self._destinations.of(prompt, request_id, session, headers)
+            prompt, model, pods = destination.prompt, destination.model, destination.pods
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = None if prompt.opaque else await self._tokenize(prompt, configured, pods, steps)
@@ -144,6 +160,7 @@ class Preparer:
                 chain=chain,
                 prefix=prefix,
                 session=session,
+                adapter=None if base_model == model else model,
                 streams=prompt.stream,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,
@@ -161,6 +178,7 @@ class Preparer:
             timings_ms=steps.timings_ms,
             outline=outline,
             late=late,
+            route=destination.route,
         )
 
     def follow(self, prepared: Prepared, use: Callable[[Prepared], None]) -> None:

@@ -9,7 +9,7 @@ nothing awaits, so the next request sees this one.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -19,6 +19,7 @@ from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.prepare import Prepared, Preparer
@@ -61,14 +62,23 @@ class Router:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None, read: Reader | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        read: Reader | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> AsyncIterator[InFlight]:
         """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
 
         `read` reads a body that brings no prompt.
         """
         started = self._clock()
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, read=read)
+        prepared = await self._preparer.prepare(
+            path, body, request_id=request_id, session=session, read=read, headers=headers
+        )
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request.decision, self._clock() - started)
@@ -78,16 +88,18 @@ class Router:
         finally:
             self._close(request)
 
-    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+    async def explain(
+        self, path: str, body: bytes, *, session: str | None = None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> dict[str, object]:
         """What `dispatch` would decide now, as JSON-able data. Changes nothing; raises the same errors."""
-        prepared = await self._preparer.prepare(path, body, request_id="dry-run")
+        prepared = await self._preparer.prepare(path, body, request_id="dry-run", session=session, headers=headers)
         started = self._clock()
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared), dry_run=True)
         timings_ms = {**prepared.timings_ms, "schedule": (self._clock() - started) * 1000}
         return record(
             decision,
             path,
-            list(prepared.degraded.values()),
+            prepared.notes,
             timings_ms,
             pods=None,
             limits_of=self._candidates.limits_of,
@@ -110,8 +122,7 @@ class Router:
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
-        notes = list(prepared.degraded.values())
-        kept = record(decision, path, notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
+        kept = record(decision, path, prepared.notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
         self._decisions.add(kept)
         charge_at = partial(self._charge, prepared.request, is_timed=not prepared.prompt.opaque)
         charged = charge_at(decision.chosen)
@@ -173,6 +184,8 @@ class Router:
     def _observe(self, prepared: Prepared, decision: Decision, seconds: float) -> None:
         request, chosen = prepared.request, decision.chosen
         self._metrics.decided(chosen.name, seconds, prepared.timings_ms)
+        if prepared.route is not None:
+            self._metrics.route_taken(prepared.route.name, prepared.route.label)
         for reason in prepared.degraded:
             self._metrics.degraded(reason.value)
         if request.prompt_tokens is not None:

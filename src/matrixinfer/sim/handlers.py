@@ -139,6 +139,7 @@ class EngineHandlers:
             )
 
         with ExitStack() as stack:
+            stack.enter_context(self._metrics.adapter(None if adapter is None else adapter.name))
             tickets = [stack.enter_context(rank.driver.request(work(reply))) for reply in replies]
             if prompt.stream:
                 streamed = await self._stream(request, exchange, tickets, rank, received_at)

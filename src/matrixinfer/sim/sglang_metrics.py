@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -59,6 +60,10 @@ class SglangMetrics:
     def first_token(self, _rank: EngineRank, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""
         self._first_token.labels(*self._shared).observe(seconds)
+
+    def adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """SGLang does not say which adapters run."""
+        return nullcontext()
 
     def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
         """Record a request's end."""
