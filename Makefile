@@ -18,7 +18,7 @@ TIMES ?= 10
 SECONDS ?= 600
 INDEX ?= memory
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench traces study format \
+.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench bench-peers head-to-head traces study format \
   lock clean
 .NOTPARALLEL:
 
@@ -63,6 +63,13 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 	$(BIN)/python -m bench
 
+bench-peers: .venv/dev.stamp ## The same load through vllm-router, sglang-router and smg, which it installs into .peers (ten minutes)
+	$(BIN)/python -m bench.peers
+
+head-to-head: .venv/dev.stamp ## Other routers and ours in front of two real vLLM engines, undisturbed and disturbed (two hours; installs vLLM)
+	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
+	$(BIN)/python -m bench.head_to_head --vllm $(VLLM) --vllm-dir $(VLLM_DIR)
+
 traces: .venv/dev.stamp ## Token ids of public traces in the folder TRACES against transformers and tokenizers (half a minute)
 	MATRIXINFER_TRACES=$(TRACES) $(BIN)/pytest -rs tests/integration/test_traces.py
 
@@ -77,7 +84,7 @@ lock: .venv/dev.stamp ## Pin the newest requirements
 	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 
-clean: ## Remove what the targets made, but for the engines in .vllm and .engines
+clean: ## Remove what the targets made, but for the engines in .vllm and .engines, and .peers
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/dev.stamp: requirements/data.txt

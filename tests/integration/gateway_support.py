@@ -29,6 +29,7 @@ from matrixinfer.config import (
 )
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
@@ -82,12 +83,17 @@ class FakeInFlight:
     registry: PodRegistry
     reports: list[str] = field(default_factory=list)
     wants_usage: bool = True
-    is_probe: bool = False
+    needs_witness: bool = False
 
     def __post_init__(self) -> None:
         self.pod = self.decision.chosen
+        self.tried = [self.pod.name]
+
+    def following(self) -> Candidate | None:
+        return next((each for each in self.decision.attempts if each.name not in self.tried), None)
 
     def move(self, pod: Candidate) -> None:
+        self.tried.append(pod.name)
         self.reports.append(f"move {pod.name}")
         self.pod = pod
 
@@ -101,6 +107,9 @@ class FakeInFlight:
         self.reports.append(f"failed {self.pod.name}")
         if kind.startswith("connect"):
             self.registry.failed(self.pod.name)
+
+    def timed_out(self) -> None:
+        self.reports.append(f"timed_out {self.pod.name}")
 
     def broke(self, kind: str) -> None:
         self.reports.append(f"broke {self.pod.name}")
@@ -258,6 +267,7 @@ async def rig(
         pool = stack.enter_context(upstream(limits, metrics))
         retries = retries or RetriesConfig(jitter_seconds=0.0)
         budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
+        credentials = Credentials(lambda _: None, always=False)
         proxy = Proxy(
             pool,
             Retries(retries, budget, random.Random(1)),
@@ -265,12 +275,13 @@ async def rig(
             metrics,
             limits,
             draining,
+            credentials,
             config.api.sse_keep_alive_seconds,
         )
         status = Status(registry, metrics, draining).routes()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))
-        handlers = Api(cast("Router", router), proxy, metrics, bodies, router.stored)
-        fan_out = FanOut(registry, pool, bodies, limits, router.changed.append)
+        handlers = Api(cast("Router", router), proxy, metrics, bodies, stored=router.stored)
+        fan_out = FanOut(registry, pool, bodies, limits, credentials, changed=router.changed.append)
         api = {**handlers.routes(), **Passing(config.api.paths, handlers.dispatch, fan_out).routes()}
         models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))

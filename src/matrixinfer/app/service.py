@@ -14,6 +14,7 @@ from typing import Self
 import structlog
 
 from matrixinfer.app.collectors import (
+    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -23,13 +24,17 @@ from matrixinfer.app.collectors import (
     TokenSourceCollector,
 )
 from matrixinfer.app.engines import Engines
+from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.gateway import descriptors
+from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.proxy import Proxy
@@ -50,6 +55,7 @@ from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.destinations import Destinations
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
@@ -59,12 +65,14 @@ from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
@@ -101,9 +109,15 @@ class Service:
         self._stored = StoredResponses()
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
-        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
+        self.outliers = Outliers(
+            config.outliers,
+            clock,
+            OutlierLog(self.metrics),
+            can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
+        )
         self._parity = Parity(self.metrics, clock)
-        self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
+        self.ladder = LadderLog(clock)
+        self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
             self._remote = RemoteTokenizer(
@@ -128,8 +142,9 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
+            request_log = await self._open_access_log(stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            self.gateway = await stack.enter_async_context(self._gateway(connections))
+            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -194,15 +209,19 @@ class Service:
             auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer, media),
             decisions=self.decisions,
             metrics=self.metrics,
+            ladder=LadderRecorder(self.ladder, clock, has_rule=self._has_rule),
             clock=clock,
         )
+
+    def _has_rule(self, endpoint: str) -> bool:
+        """Whether an endpoint's engine does not reuse every prefix that it holds."""
+        return self.engines.setup.caches.rule_of(endpoint) is not None
 
     def _find_response(self) -> FindResponse:
         """Finds the engine that stores a response."""
         engines = self.engines
-        return FindResponse(
-            self._stored, ResponseSearch(EngineApi(engines.session, WAIT_SECONDS), lambda: engines.registry.pods)
-        )
+        api = EngineApi(engines.session, WAIT_SECONDS)
+        return FindResponse(self._stored, ResponseSearch(api, lambda: engines.registry.pods))
 
     def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
         engines, config = self.engines, self.config
@@ -231,6 +250,15 @@ class Service:
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
+    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
+        """The access log, if the configuration names one."""
+        config = self.config.access_log
+        if config is None:
+            return None
+        sink = await stack.enter_async_context(AccessLog(config))
+        self.metrics.register(AccessLogCollector(sink))
+        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
+
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
@@ -239,6 +267,7 @@ class Service:
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "outlier_endpoints": self.outliers.__len__,
+            "ladder_blocks": self.ladder.__len__,
             "parity_samples": self._parity.sampling.__len__,
             "stored_responses": self._stored.__len__,
             "late_prompts": lambda: tokenizers.late,
@@ -252,20 +281,31 @@ class Service:
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
+        self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
         proxy = Proxy(
-            connections, retries, rewriter, metrics, config.limits, draining, config.api.sse_keep_alive_seconds
+            connections,
+            retries,
+            rewriter,
+            metrics,
+            config.limits,
+            draining,
+            credentials,
+            config.api.sse_keep_alive_seconds,
         )
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, self._stored)
-        fan_out = FanOut(engines.registry, connections, bodies, config.limits, self.watching.ask_again)
+        api = Api(self.router, proxy, metrics, bodies, request_log, self._stored)
+        fan_out = FanOut(
+            engines.registry, connections, bodies, config.limits, credentials, changed=self.watching.ask_again
+        )
         passing = Passing(config.api.paths, api.dispatch, fan_out)
         models = Models(engines.registry, engines.find_model, Routes(config.routes).names())
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
@@ -284,7 +324,7 @@ class Service:
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public, **passing.routes()},
-            admin={**admin.routes(), **status},
+            admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
         )

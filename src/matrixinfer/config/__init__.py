@@ -5,8 +5,10 @@ fields. An unknown key or a bad value raises `ConfigError` with the key's path, 
 valid name (`complaints`). Settings with more than one spelling are brought into one form (`normalise`).
 """
 
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
+from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
 from matrixinfer.config.routes import RouteConfig, RouteTarget
 from matrixinfer.config.scheduling import (
@@ -42,6 +44,7 @@ __all__ = [
     "CLUSTER_SUFFIX",
     "ENGINE_PATHS",
     "OTHER_METHODS",
+    "AccessLogConfig",
     "ApiConfig",
     "BlocksConfig",
     "Config",
@@ -50,6 +53,7 @@ __all__ = [
     "Count",
     "DrainConfig",
     "DriftConfig",
+    "EngineKeysConfig",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",

@@ -29,8 +29,18 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
+    is_authenticated: bool = False
+    """Whether the gateway knows who the client is: its credentials are not for the pod."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
+    first_byte_at: float | None = None
+    """When the first byte of the answer came."""
+    output_tokens: int | None = None
+    """Tokens of the answer, if it reports them."""
+    counts_events: bool = False
+    """Whether somebody wants to know `stream_events`."""
+    stream_events: int = 0
+    """Server-sent events of the answer."""
     response_id: ResponseId | None = None
     """Learns which pod stores the response that the answer is, where engines store them."""
 
@@ -81,10 +91,11 @@ class Answer:
 class Passage:
     """What happens to an answer on its way to the client: it is read for what it reports, and changed."""
 
-    __slots__ = ("_changes", "_exchange", "_pod", "_response_id", "_tail")
+    __slots__ = ("_changes", "_exchange", "_is_whole", "_pod", "_response_id", "_tail")
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, *, is_whole: bool) -> None:
         self._exchange = answer.exchange
+        self._is_whole = is_whole
         self._pod = answer.exchange.in_flight.pod.pod
         self._response_id = answer.exchange.response_id if answer.upstream.status == 200 else None
         self._tail = usage.Tail() if answer.may_report else None
@@ -93,6 +104,8 @@ class Passage:
 
     def change(self, chunk: bytes) -> bytes:
         """What the client gets of these bytes so far."""
+        if self._exchange.counts_events and not self._is_whole:
+            self._exchange.stream_events += chunk.count(b"data:")
         if self._tail is not None:
             self._tail.add(chunk)
         if self._response_id is not None:
@@ -115,6 +128,7 @@ def count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
     if counted is not None:
+        exchange.output_tokens = counted.output
         exchange.in_flight.usage(counted.prompt, counted.cached)
 
 

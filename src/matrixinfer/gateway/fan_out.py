@@ -13,6 +13,7 @@ from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import UNREADABLE, MatrixInferError, NoPodAvailable
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.pod import Pod
@@ -32,12 +33,15 @@ class FanOut:
         upstream: Upstream,
         bodies: Bodies,
         limits: LimitsConfig,
+        credentials: Credentials,
+        *,
         changed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._upstream = upstream
         self._bodies = bodies
         self._limits = limits
+        self._credentials = credentials
         self._changed = changed
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -75,6 +79,7 @@ class FanOut:
 
     async def _ask(self, pod: Pod, request: web.BaseRequest, body: bytes, identity: str) -> tuple[int | None, object]:
         sent = headers.to_pod(request.headers, identity, None)
+        self._credentials.apply(sent, pod.url, is_authenticated=False)
         sent["accept-encoding"] = "identity"
         try:
             async with asyncio.timeout(self._limits.request_timeout_seconds):

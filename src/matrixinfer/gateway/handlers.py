@@ -15,9 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
+from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
 from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
-from matrixinfer.gateway.errors import response_to
+from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.response_ids import ResponseId
@@ -35,10 +36,6 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
 
-CLIENT_GONE = 499
-"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
-
-
 log = structlog.get_logger(__name__)
 
 
@@ -51,6 +48,7 @@ class Api:
         proxy: Proxy,
         metrics: Metrics,
         bodies: Bodies,
+        request_log: RequestLog | None = None,
         stored: StoredResponses | None = None,
     ) -> None:
         self._stored = StoredResponses() if stored is None else stored
@@ -58,6 +56,7 @@ class Api:
         self._proxy = proxy
         self._metrics = metrics
         self._bodies = bodies
+        self._request_log = request_log
 
     def routes(self) -> Routes:
         """Paths of the API."""
@@ -73,16 +72,26 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code = 500
+        code, reason = 500, None
+        exchange: Exchange | None = None
+        body_read: float | None = None
+        session = headers.session_id(request.headers)
         held = self._bodies.hold()
         try:
             body = await self._bodies.read(request, held, is_text=read is None)
-            path, session = request.rel_url.raw_path, headers.session_id(request.headers)
+            body_read = time.monotonic()
+            path = request.rel_url.raw_path
             async with self._router.dispatch(
                 path, body, request_id=identity, session=session, read=read, headers=request.headers
             ) as in_flight:
                 model = in_flight.decision.request.model
-                exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
+                exchange = Exchange(
+                    request=request,
+                    id=identity,
+                    started=started,
+                    in_flight=in_flight,
+                    counts_events=self._request_log is not None,
+                )
                 if path == RESPONSES_PATH:
                     exchange.response_id = ResponseId(self._stored.remember)
                 response = await self._proxy.forward(exchange)
@@ -90,7 +99,7 @@ class Api:
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
-            code = response.status
+            code, reason = response.status, code_of(error)
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
@@ -101,6 +110,17 @@ class Api:
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
+            if self._request_log is not None:
+                self._request_log.ended(
+                    identity=identity,
+                    path=request.path,
+                    session=session,
+                    code=code,
+                    error=reason,
+                    started=started,
+                    body_read=body_read,
+                    exchange=exchange,
+                )
         return response
 
 

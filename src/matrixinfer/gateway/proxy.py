@@ -23,17 +23,20 @@ from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Upstream
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.metrics import Metrics
 
 _MAX_REFUSAL_BYTES = 64 * 1024
 """A refusal whose body is longer, or of unknown length, is not kept while other pods are tried."""
 
+_FIRST_ERROR = 400
 _ALWAYS = nullcontext()
 
 
@@ -56,8 +59,10 @@ class Proxy:
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
+        credentials: Credentials,
         keep_alive_seconds: float | None = None,
     ) -> None:
+        self._credentials = credentials
         self._keep_alive_seconds = keep_alive_seconds
         self._upstream = upstream
         self._retries = retries
@@ -79,52 +84,56 @@ class Proxy:
         except TimeoutError as error:
             if not scope.expired():
                 raise
+            self._metrics.upstream_error(exchange.in_flight.pod.name, "timeout")
             if exchange.has_begun:
-                cut(exchange.request)
+                cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
+            else:
+                exchange.in_flight.timed_out()
             within = f"{self._limits.request_timeout_seconds:g} s"
-            raise self._silent(exchange, f"no whole answer within {within}") from error
+            raise PodTimeout(f"Pod {exchange.in_flight.pod.name} sent no whole answer within {within}.") from error
 
     async def _try_pods(self, exchange: Exchange) -> web.StreamResponse:
         in_flight, retry = exchange.in_flight, self._retries.begin()
-        pods = in_flight.decision.attempts[: self._limits.max_attempts]
         refusal: web.StreamResponse | None = None
         tried: list[str] = []
         kind = ""
-        for pod in pods:
+        pod: Candidate | None = in_flight.pod
+        while pod is not None:
             if tried:
                 self._metrics.retry(kind)
                 await retry.pause()
                 in_flight.move(pod)
             tried.append(pod.name)
-            is_last = len(tried) == len(pods)
+            may_move = len(tried) < self._limits.max_attempts
             try:
                 with self._metrics.at(pod.name):
-                    return await self._attempt(exchange, retry, is_last=is_last)
+                    return await self._attempt(exchange, retry, may_move=may_move)
             except _Refused as error:
                 kind, refusal = str(error), error.response
             except AttemptFailed as error:
                 kind = error.kind
                 self._metrics.upstream_error(pod.name, kind)
                 in_flight.failed(kind)
-                if not is_last and not retry.after_failure(error):
+                if not may_move or in_flight.following() is None or not retry.after_failure(error):
                     break
+            pod = in_flight.following()
         if refusal is not None:
             return refusal
         if kind == "timeout":
             raise PodTimeout(f"Pod {tried[-1]} sent nothing for {self._limits.first_byte_timeout_seconds:g} s.")
         raise PodUnreachable(f"No pod answered (tried {', '.join(tried)}; last failure: {kind}).")
 
-    async def _attempt(self, exchange: Exchange, retry: Retry, *, is_last: bool) -> web.StreamResponse:
+    async def _attempt(self, exchange: Exchange, retry: Retry, *, may_move: bool) -> web.StreamResponse:
         in_flight = exchange.in_flight
         chosen, prepared = in_flight.pod, in_flight.prepared
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
-        moves = not is_last and retry.may_send_again
+        moves = may_move and retry.may_send_again and in_flight.following() is not None
         with _UnlessDown(in_flight) if moves else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
-                status, is_probe = answer.upstream.status, in_flight.is_probe
+                status = answer.upstream.status
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
-                if not is_last and retry.after_status(status, is_probe=is_probe):
+                if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
                 length = None if answer.is_stripped else answer.upstream.content_length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
@@ -137,7 +146,7 @@ class Proxy:
                 self._first_byte(answer)
             if first is None or not is_whole:
                 return await self._stream(answer, first)
-            passage = Passage(answer)
+            passage = Passage(answer, is_whole=True)
             first = passage.change(first)
             return self._response(answer, first + passage.end())
         finally:
@@ -150,10 +159,18 @@ class Proxy:
             return await answer.upstream.readany()
         return await read_within(self._keep_alive_seconds, answer.upstream.readany)
 
+    @staticmethod
+    def _may_refuse(in_flight: InFlight, retry: Retry, status: int) -> bool:
+        """Whether the answer is not passed on, as another endpoint may have a better one."""
+        if in_flight.following() is None:
+            return False
+        return retry.after_status(status, needs_witness=in_flight.needs_witness)
+
     async def _open(self, exchange: Exchange, body: PodBody, *, once: bool) -> PodAnswer:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
+        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
         if body.adds_usage or body.renamed is not None:
             sent_headers["accept-encoding"] = "identity"  # a compressed answer could not be changed
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
@@ -195,7 +212,7 @@ class Proxy:
             chunk = await self._next(answer, read, has_first=False)
             self._first_byte(answer)
             answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
-        passage = Passage(answer)
+        passage = Passage(answer, is_whole=False)
         while chunk:
             chunk = passage.change(chunk)
             if chunk:
@@ -217,13 +234,13 @@ class Proxy:
             return await read()
         except AttemptFailed as error:
             cut(exchange.request)
-            if error.kind == "timeout":
+            pod, kind = exchange.in_flight.pod.name, "timeout" if error.kind == "timeout" else "broken"
+            self._metrics.upstream_error(pod, kind)
+            exchange.in_flight.broke(kind)
+            if kind == "timeout":
                 limits = self._limits
                 seconds = limits.idle_timeout_seconds if has_first else limits.first_byte_timeout_seconds
-                raise self._silent(exchange, f"nothing for {seconds:g} s") from error
-            pod = exchange.in_flight.pod.name
-            self._metrics.upstream_error(pod, "broken")
-            exchange.in_flight.broke("broken")
+                raise PodTimeout(f"Pod {pod} sent nothing for {seconds:g} s.") from error
             raise PodUnreachable(f"Pod {pod} broke off its answer.") from error
 
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
@@ -257,14 +274,8 @@ class Proxy:
     def _first_byte(self, answer: Answer) -> None:
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte()
-        self._metrics.first_byte(time.monotonic() - answer.exchange.started)
-
-    def _silent(self, exchange: Exchange, what: str) -> PodTimeout:
-        """The answer has begun, or was due, and its pod sent `what`."""
-        pod = exchange.in_flight.pod.name
-        self._metrics.upstream_error(pod, "timeout")
-        exchange.in_flight.broke("timeout")
-        return PodTimeout(f"Pod {pod} sent {what}.")
+        answer.exchange.first_byte_at = now = time.monotonic()
+        self._metrics.first_byte(now - answer.exchange.started)
 
 
 class _UnlessDown:

@@ -22,6 +22,7 @@ from matrixinfer.routing.decision_log import DecisionLog, record
 from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.prepare import Prepared, Preparer
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -46,6 +47,7 @@ class Router:
         auditor: Auditor,
         decisions: DecisionLog,
         metrics: Metrics,
+        ladder: LadderRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -58,6 +60,7 @@ class Router:
         self._auditor = auditor
         self._decisions = decisions
         self._metrics = metrics
+        self._ladder = ladder
         self._clock = clock
 
     @asynccontextmanager
@@ -119,6 +122,8 @@ class Router:
         served = self._registry.names()
         self._auditor.keep_models(served)
         self._metrics.keep_models(served)
+        if self._ladder is not None:
+            self._ladder.keep_models(served)
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
@@ -176,6 +181,8 @@ class Router:
         try:
             request.close()
             self._remember(request)
+            if self._ladder is not None:
+                self._ladder.ended(request)
         finally:
             for each in request.tried:
                 if not self._registry.has(each.pod, each.name):
