@@ -143,7 +143,7 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             request_log = await self._open_access_log(stack)
-            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
+            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages, engines.tls.at))
             self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))

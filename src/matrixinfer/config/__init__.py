@@ -39,6 +39,7 @@ from matrixinfer.config.schema import (
     TlsConfig,
     TokenizationConfig,
 )
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 __all__ = [
     "CLUSTER_SUFFIX",
@@ -54,9 +55,11 @@ __all__ = [
     "DrainConfig",
     "DriftConfig",
     "EngineKeysConfig",
+    "EngineTlsConfig",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",
+    "ListenerTlsConfig",
     "LogConfig",
     "ModelConfig",
     "OutliersConfig",

@@ -24,6 +24,7 @@ from matrixinfer.config.normalise import (
 )
 from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
+from matrixinfer.config.tls import check_tls, with_base
 from matrixinfer.errors import ConfigError
 
 
@@ -62,8 +63,11 @@ def parse(text: str, *, base: Path) -> Config:
     config = msgspec.structs.replace(
         config,
         models=tuple(_absolute(model, base) for model in config.models),
-        pods=tuple(_with_key_file(pod, base) for pod in config.pods),
+        pods=tuple(_with_files(pod, base) for pod in config.pods),
         engine_keys=_with_key_file(config.engine_keys, base),
+        tls=with_base(config.tls, base),
+        admin_tls=with_base(config.admin_tls, base),
+        engine_tls=with_base(config.engine_tls, base),
     )
     return checked(config, given_blocks=given_block_keys(data))
 
@@ -88,6 +92,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     check_api(config.api)
     check_routes(config.routes)
     key_places(config)
+    check_tls(config)
     return msgspec.structs.replace(
         config,
         blocks=blocks,
@@ -207,6 +212,10 @@ def _with_key_file(section: _Keyed, base: Path) -> _Keyed:
     if section.api_key_file is None:
         return section
     return msgspec.structs.replace(section, api_key_file=str((base / section.api_key_file).resolve()))
+
+
+def _with_files(pod: PodConfig, base: Path) -> PodConfig:
+    return msgspec.structs.replace(_with_key_file(pod, base), tls=with_base(pod.tls, base))
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:

@@ -13,6 +13,7 @@ from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
 """A suffix that some writers append to a pod's name and others leave out."""
@@ -115,6 +116,7 @@ class PodConfig(Section, frozen=True):
         ),
     ] = None
     api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
+    tls: Annotated[EngineTlsConfig | None, described("TLS to this engine. By default that of `engineTls`.")] = None
 
 
 class IndexConfig(Section, frozen=True):
@@ -455,6 +457,14 @@ class Config(Section, frozen=True):
             "answered with 403, so that a web page cannot reach it through a name of its own."
         ),
     ] = ()
+    tls: Annotated[ListenerTlsConfig | None, described("TLS of the API. `null` serves plain HTTP.")] = None
+    admin_tls: Annotated[ListenerTlsConfig | None, described("TLS of the admin listener.")] = None
+    engine_tls: Annotated[
+        EngineTlsConfig | None,
+        described(
+            "TLS to engines with `https` URLs whose pod has none of its own. `null` trusts what the system trusts."
+        ),
+    ] = None
     public_metrics: Annotated[
         bool, described("Whether `/metrics` is served at `listen` as well, and not at `admin` alone.")
     ] = True

@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
-from matrixinfer.gateway.pod_pool import Origin, PodPool, origin_of
+from matrixinfer.gateway.pod_pool import Origin, PodPool, TrustAt, origin_of, system_trust
 from matrixinfer.telemetry.metrics import Metrics
 
 MAX_WHOLE_BYTES = 1024 * 1024
@@ -67,9 +67,13 @@ def upstream(
     limits: LimitsConfig,
     metrics: Metrics,
     on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+    trust_at: TrustAt | None = None,
 ) -> Iterator[Upstream]:
-    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod."""
-    pool = PodPool(limits.connect_timeout_seconds, on_shortage)
+    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod.
+
+    `trust_at` says how to reach the pod at a host and port by TLS.
+    """
+    pool = PodPool(limits.connect_timeout_seconds, on_shortage, trust_at or system_trust)
     try:
         yield Upstream(pool, limits, metrics)
     finally:
