@@ -134,7 +134,7 @@ async def test_requests_for_an_adapter_prefer_the_pod_that_has_it_loaded(tokeniz
     scorers = (PluginRef(name="lora-affinity", weight=10.0), PluginRef(name="least-request"))
     plugins = PluginsConfig(score=PluginStage(enabled=scorers))
     watch = PodWatchConfig(scrape_interval_seconds=0.05)
-    more = {"scheduler": SchedulerConfig(plugins=plugins), "pod_watch": watch, "routes": ()}
+    more: dict[str, Any] = {"scheduler": SchedulerConfig(plugins=plugins), "pod_watch": watch, "routes": ()}
     async with routed(tokenizer, engine, engine, engine, **more) as target:
         _, poets = await ask(target, chat("poet"))
 

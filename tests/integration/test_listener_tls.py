@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -59,8 +60,8 @@ def made(tmp_path: Path) -> tuple[trustme.CA, str, Files]:
     return ca, ca_file, Files(tmp_path, "server").write(ca.issue_cert(HOST))
 
 
-def config(files: Files, **more: object) -> ListenerTlsConfig:
-    return ListenerTlsConfig(  # type: ignore[arg-type]
+def config(files: Files, **more: Any) -> ListenerTlsConfig:
+    return ListenerTlsConfig(
         **{"cert_file": files.cert_file, "key_file": files.key_file, "reload_seconds": 0.05, **more}
     )
 

@@ -36,6 +36,7 @@ from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.openapi import OpenApi
 from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
@@ -321,9 +322,10 @@ class Service:
             unmatched=engines.setup.unmatched,
         )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        served = {**api.routes(), **models.routes(), **public, **passing.routes()}
         return Gateway(
             config,
-            api={**api.routes(), **models.routes(), **public, **passing.routes()},
+            api={**served, **OpenApi(served).routes()},
             admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
