@@ -132,7 +132,7 @@ class FakeRewriter:
 
     adds_usage: bool = False
 
-    def body_for(self, pod: str, prompt: None, body: bytes, rank: int | None) -> PodBody:
+    def body_for(self, pod: str, prompt: None, body: bytes, rank: int | None, *, adds_usage: bool) -> PodBody:
         return PodBody(body, self.adds_usage, rank)
 
 
@@ -159,6 +159,7 @@ class FakeRouter:
         *,
         request_id: str,
         session: str | None = None,
+        ticket: None = None,
         read: Reader | None = None,
         headers: object = None,
     ) -> AsyncIterator[FakeInFlight]:

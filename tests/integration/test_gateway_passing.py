@@ -165,7 +165,7 @@ async def test_which_pod_made_a_response_is_remembered_whole_or_streamed() -> No
         async with pod(engine) as url, rig(url) as gateway:
             async with gateway.post(path="/v1/responses") as response:
                 await response.read()
-            assert gateway.router.stored.pod_of(name) == "a"
+            assert gateway.router.stored.keeper_of(name) == ("a", None)
             assert len(gateway.router.stored) == 1
 
 

@@ -13,8 +13,10 @@ from typing import Self
 
 import structlog
 
+from matrixinfer.access.gate import Gate
+from matrixinfer.app.access_log import open_access_log
+from matrixinfer.app.access_setup import gate as access_gate
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -38,6 +40,7 @@ from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.openapi import OpenApi
 from matrixinfer.gateway.passing import Passing
+from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
@@ -66,7 +69,6 @@ from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -117,7 +119,7 @@ class Service:
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         )
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
@@ -143,9 +145,10 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            request_log = await self._open_access_log(stack)
+            request_log = await open_access_log(config, self.metrics, stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages, engines.tls.at))
-            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
+            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
+            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -251,15 +254,6 @@ class Service:
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
-    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
-        """The access log, if the configuration names one."""
-        config = self.config.access_log
-        if config is None:
-            return None
-        sink = await stack.enter_async_context(AccessLog(config))
-        self.metrics.register(AccessLogCollector(sink))
-        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
-
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
@@ -284,14 +278,15 @@ class Service:
         self.metrics.register(PluginCollector(self._scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None, gate: Gate | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        strips = () if config.access is None else config.access.strip_headers
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
         proxy = Proxy(
             connections,
             retries,
@@ -303,11 +298,11 @@ class Service:
             config.api.sse_keep_alive_seconds,
         )
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, request_log, self._stored)
+        api = Api(self.router, proxy, metrics, bodies, request_log, gate, self._stored)
         fan_out = FanOut(
             engines.registry, connections, bodies, config.limits, credentials, changed=self.watching.ask_again
         )
-        passing = Passing(config.api.paths, api.dispatch, fan_out)
+        passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
         models = Models(engines.registry, engines.find_model, Routes(config.routes).names())
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
@@ -322,7 +317,7 @@ class Service:
             unmatched=engines.setup.unmatched,
         )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
-        served = {**api.routes(), **models.routes(), **public, **passing.routes()}
+        served = {**api.routes(), **protected(models.routes(), gate), **public, **passing.routes()}
         return Gateway(
             config,
             api={**served, **OpenApi(served).routes()},

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
+from matrixinfer.access.gate import Ticket, Used
 from matrixinfer.gateway import usage
 from matrixinfer.gateway.model_names import Renamer
 from matrixinfer.gateway.pod_connection import PodAnswer
@@ -29,8 +30,8 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
-    is_authenticated: bool = False
-    """Whether the gateway knows who the client is: its credentials are not for the pod."""
+    ticket: Ticket | None = None
+    """What the request was promised; None where everybody may send anything."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
     first_byte_at: float | None = None
@@ -81,7 +82,10 @@ class Answer:
     @property
     def may_report(self) -> bool:
         """Whether the answer may report how many prompt tokens there were, and somebody wants to know."""
-        return self._is_plain and self.exchange.in_flight.wants_usage
+        if not self._is_plain:
+            return False
+        ticket = self.exchange.ticket
+        return self.exchange.in_flight.wants_usage or (ticket is not None and ticket.wants_usage)
 
     @property
     def _is_plain(self) -> bool:
@@ -127,9 +131,13 @@ class Passage:
 def count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
-    if counted is not None:
-        exchange.output_tokens = counted.output
+    if counted is None:
+        return
+    exchange.output_tokens = counted.output
+    if exchange.in_flight.wants_usage:
         exchange.in_flight.usage(counted.prompt, counted.cached)
+    if exchange.ticket is not None:
+        exchange.ticket.used(Used(counted.prompt, counted.cached, counted.output))
 
 
 def cut(request: web.BaseRequest) -> None:

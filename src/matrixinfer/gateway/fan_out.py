@@ -15,6 +15,7 @@ from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.errors import response_to
+from matrixinfer.gateway.protected import caller_of
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.pod import Pod
 from matrixinfer.pods.registry import PodRegistry
@@ -79,7 +80,7 @@ class FanOut:
 
     async def _ask(self, pod: Pod, request: web.BaseRequest, body: bytes, identity: str) -> tuple[int | None, object]:
         sent = headers.to_pod(request.headers, identity, None)
-        self._credentials.apply(sent, pod.url, is_authenticated=False)
+        self._credentials.apply(sent, pod.url, is_authenticated=caller_of(request) is not None)
         sent["accept-encoding"] = "identity"
         try:
             async with asyncio.timeout(self._limits.request_timeout_seconds):

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -13,9 +14,10 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
+from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import code_of, response_to
@@ -49,8 +51,10 @@ class Api:
         metrics: Metrics,
         bodies: Bodies,
         request_log: RequestLog | None = None,
+        gate: Gate | None = None,
         stored: StoredResponses | None = None,
     ) -> None:
+        self._gate = gate
         self._stored = StoredResponses() if stored is None else stored
         self._router = router
         self._proxy = proxy
@@ -72,17 +76,27 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code, reason = 500, None
+        code = 500
+        reason: str | None = "internal"
         exchange: Exchange | None = None
         body_read: float | None = None
         session = headers.session_id(request.headers)
         held = self._bodies.hold()
+        ticket: Ticket | None = None
         try:
+            if self._gate is not None:
+                ticket = self._gate.ticket(await self._gate.identify(request.headers))
             body = await self._bodies.read(request, held, is_text=read is None)
             body_read = time.monotonic()
             path = request.rel_url.raw_path
             async with self._router.dispatch(
-                path, body, request_id=identity, session=session, read=read, headers=request.headers
+                path,
+                body,
+                request_id=identity,
+                session=session,
+                ticket=ticket,
+                read=read,
+                headers=request.headers,
             ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(
@@ -90,12 +104,14 @@ class Api:
                     id=identity,
                     started=started,
                     in_flight=in_flight,
+                    ticket=ticket,
                     counts_events=self._request_log is not None,
                 )
                 if path == RESPONSES_PATH:
-                    exchange.response_id = ResponseId(self._stored.remember)
+                    tenant = None if ticket is None else ticket.tenant
+                    exchange.response_id = ResponseId(partial(self._stored.remember, tenant=tenant))
                 response = await self._proxy.forward(exchange)
-                code, pod = response.status, in_flight.pod.name
+                code, reason, pod = response.status, None, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
@@ -103,10 +119,12 @@ class Api:
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
-            code = CLIENT_GONE
+            code, reason = CLIENT_GONE, None
             raise
         finally:
             held.release()
+            if ticket is not None:
+                ticket.close(code)
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
@@ -120,6 +138,7 @@ class Api:
                     started=started,
                     body_read=body_read,
                     exchange=exchange,
+                    caller=None if ticket is None else ticket.caller,
                 )
         return response
 

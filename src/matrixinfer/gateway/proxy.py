@@ -126,7 +126,8 @@ class Proxy:
     async def _attempt(self, exchange: Exchange, retry: Retry, *, may_move: bool) -> web.StreamResponse:
         in_flight = exchange.in_flight
         chosen, prepared = in_flight.pod, in_flight.prepared
-        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
+        adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
+        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank, adds_usage=adds_usage)
         moves = may_move and retry.may_send_again and in_flight.following() is not None
         with _UnlessDown(in_flight) if moves else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
@@ -170,7 +171,9 @@ class Proxy:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
-        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
+        self._credentials.apply(
+            sent_headers, pod.url, is_authenticated=exchange.ticket is not None and exchange.ticket.is_authenticated
+        )
         if body.adds_usage or body.renamed is not None:
             sent_headers["accept-encoding"] = "identity"  # a compressed answer could not be changed
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
@@ -256,6 +259,8 @@ class Proxy:
         """The response to the client, not yet started: with its whole body, or to be streamed."""
         exchange, upstream = answer.exchange, answer.upstream
         passed = headers.to_client(upstream.headers, exchange.id, exchange.in_flight.pod.name)
+        if exchange.ticket is not None:
+            passed.update(exchange.ticket.headers)
         status, reason, length = upstream.status, upstream.reason, answer.length
         if length is None or (body is not None and len(body) != length):
             passed.popall("content-length", None)
@@ -274,6 +279,8 @@ class Proxy:
     def _first_byte(self, answer: Answer) -> None:
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte()
+            if answer.exchange.ticket is not None:
+                answer.exchange.ticket.served()
         answer.exchange.first_byte_at = now = time.monotonic()
         self._metrics.first_byte(now - answer.exchange.started)
 

@@ -44,8 +44,12 @@ class BodyRewriter:
         self._registry = registry
         self._adds_usage = adds_usage
 
-    def body_for(self, pod: str, prompt: Prompt, body: bytes, rank: int | None = None) -> PodBody:
+    def body_for(
+        self, pod: str, prompt: Prompt, body: bytes, rank: int | None = None, *, adds_usage: bool = False
+    ) -> PodBody:
         """The body for the pod of that name, or a rank of it; `body` itself when nothing must differ.
+
+        With `adds_usage` this stream is made to report its usage.
 
         Raises `InvalidRequest` if a field must differ in a body whose fields cannot be read: `prompt` was read from it,
         but keys that routing does not need need not be UTF-8.
@@ -54,16 +58,17 @@ class BodyRewriter:
         pinned = position if position is not None and self._registry.engine_of(pod) == "sglang" else None
         name, asked = self._registry.name_at(pod, prompt.model), prompt.asked or prompt.model
         renamed = (self._registry.spellings(pod, name), asked) if prompt.names_model and name != asked else None
-        return self._named(name, prompt, body, pinned)._replace(rank=position, renamed=renamed)
+        named = self._named(name, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
+        return named._replace(rank=position, renamed=renamed)
 
-    def _named(self, name: str, prompt: Prompt, body: bytes, pinned: int | None) -> PodBody:
+    def _named(self, name: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
         asked = prompt.asked or prompt.model
         if prompt.opaque:
             is_known = name == asked or not prompt.names_model
             return PodBody(body if is_known else opaque.with_model(body, name), adds_usage=False)
         if not prompt.names_model:
             body, asked = with_model(body, name), name
-        may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
+        may_add = adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         try:

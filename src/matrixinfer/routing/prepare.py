@@ -13,16 +13,17 @@ from enum import Enum
 
 import msgspec
 
+from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
-from matrixinfer.errors import IndexUnavailable, TokenizeError
+from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
-from matrixinfer.routing.destinations import NO_HEADERS, Destinations
+from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destinations, Way
+from matrixinfer.routing.isolation import is_salted, isolating, salted
 from matrixinfer.routing.lookup import Lookup, Matches
-from matrixinfer.routing.routes import Route
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.trust.media import MediaNames
@@ -53,7 +54,7 @@ class Prepared:
 
     prompt: Prompt
     body: bytes
-    """As the client sent it."""
+    """As the client sent it, but for a salt that keeps its tenant apart."""
     request: SchedulingRequest
     pods: Sequence[Pod]
     """Those that serve the model."""
@@ -73,8 +74,8 @@ class Prepared:
     """Milliseconds of each step."""
     outline: Outline | None = None
     """The prompt's outline, where what the engine makes of its media is still to be learnt."""
-    route: Route | None = None
-    """The route that it takes, if one fits."""
+    way: Way = ANYWHERE
+    """What decided about the pods that may get it."""
     late: TokensLate | None = None
     """Passes on the token ids that were not there in time."""
 
@@ -85,7 +86,7 @@ class Prepared:
     @property
     def notes(self) -> Sequence[str]:
         """What the decision says about it in words."""
-        return [*([] if self.route is None else [self.route.note]), *self.degraded.values()]
+        return [*([] if self.way.route is None else [self.way.route.note]), *self.degraded.values()]
 
     @property
     def is_approximate(self) -> bool:
@@ -131,13 +132,21 @@ class Preparer:
         session: str | None = None,
         read: Reader | None = None,
         headers: Mapping[str, str] = NO_HEADERS,
+        ticket: Ticket | None = None,
     ) -> Prepared:
-        """Prepare a request that came to `path`; `read` reads a body that brings no prompt. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
+        """Prepare a request that came to `path`; `read` reads a body that brings no prompt.
+
+        Raises `RequestError`, and `NoPodAvailable` when no pod serves it. `headers` may decide its route. `ticket` says
+        which models it may ask for, and which cache salt keeps its tenant apart.
+        """
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body, read)
-            destination = await self._destinations.of(prompt, request_id, session, headers)
-            prompt, model, pods = destination.prompt, destination.model, destination.pods
+            destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
+            prompt, model, pods, way = destination
+            if ticket is not None and ticket.isolates and is_salted(prompt, body):
+                prompt, body = salted(prompt, body, ticket.salt(prompt.cache_salt))
+                pods, way = isolating(pods, path), way._replace(isolates=True)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = None if prompt.opaque else await self._tokenize(prompt, configured, pods, steps)
@@ -182,7 +191,30 @@ class Preparer:
             timings_ms=steps.timings_ms,
             outline=outline,
             late=late,
-            route=destination.route,
+            way=way,
+        )
+
+    async def again(self, prepared: Prepared, *, waited: float) -> Prepared:
+        """The same request after it has `waited` so many seconds: the pods and the matches of now."""
+        model, pods = self._destinations.again(prepared.prompt, prepared.way)
+        if model != prepared.request.model:
+            raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
+        if prepared.way.isolates:
+            pods = isolating(pods, prepared.prompt.path)
+        steps = _Steps(self._clock)
+        steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
+        steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
+        matches, chain = None, prepared.request.chain
+        if isinstance(chain, BlockChain):
+            with steps.step("match"):
+                matches = await self._match(prepared.prompt, model, pods, chain, steps)
+        return replace(
+            prepared,
+            pods=pods,
+            matches=matches,
+            request=replace(prepared.request, now=self._clock()),
+            degraded=steps.degraded,
+            timings_ms=steps.timings_ms,
         )
 
     def follow(self, prepared: Prepared, use: Callable[[Prepared], None]) -> None:

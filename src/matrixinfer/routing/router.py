@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
+from matrixinfer.access.gate import Ticket
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.demand import demand_of
 from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
@@ -71,17 +73,24 @@ class Router:
         *,
         request_id: str,
         session: str | None = None,
+        ticket: Ticket | None = None,
         read: Reader | None = None,
         headers: Mapping[str, str] = NO_HEADERS,
     ) -> AsyncIterator[InFlight]:
         """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
 
-        `read` reads a body that brings no prompt.
+        With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that. `read`
+        reads a body that brings no prompt; `headers` may decide the route.
         """
         started = self._clock()
         prepared = await self._preparer.prepare(
-            path, body, request_id=request_id, session=session, read=read, headers=headers
+            path, body, request_id=request_id, session=session, ticket=ticket, read=read, headers=headers
         )
+        if ticket is not None:
+            waits_from = self._clock()
+            if await ticket.admit(demand_of(prepared)):
+                prepared = await self._preparer.again(prepared, waited=self._clock() - waits_from)
+            started += self._clock() - waits_from
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request.decision, self._clock() - started)
@@ -191,8 +200,8 @@ class Router:
     def _observe(self, prepared: Prepared, decision: Decision, seconds: float) -> None:
         request, chosen = prepared.request, decision.chosen
         self._metrics.decided(chosen.name, seconds, prepared.timings_ms)
-        if prepared.route is not None:
-            self._metrics.route_taken(prepared.route.name, prepared.route.label)
+        if prepared.way.route is not None:
+            self._metrics.route_taken(prepared.way.route.name, prepared.way.route.label)
         for reason in prepared.degraded:
             self._metrics.degraded(reason.value)
         if request.prompt_tokens is not None:

@@ -14,24 +14,24 @@ class StoredResponses:
 
     def __init__(self, most: int = MOST_KEPT) -> None:
         self._most = most
-        self._pods: OrderedDict[str, str] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._pods)
+        return len(self._kept)
 
-    def remember(self, response_id: str, pod: str) -> None:
-        """A pod has answered with this response."""
-        self._pods[response_id] = pod
-        self._pods.move_to_end(response_id)
-        if len(self._pods) > self._most:
-            self._pods.popitem(last=False)
+    def remember(self, response_id: str, pod: str, tenant: str | None = None) -> None:
+        """A pod has answered a request of a tenant with this response; None for a tenant that is not known."""
+        self._kept[response_id] = pod, tenant
+        self._kept.move_to_end(response_id)
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
 
-    def pod_of(self, response_id: str) -> str | None:
-        """The pod that stores a response; None if that is not known."""
-        pod = self._pods.get(response_id)
-        if pod is not None:
-            self._pods.move_to_end(response_id)
-        return pod
+    def keeper_of(self, response_id: str) -> tuple[str, str | None] | None:
+        """The pod that stores a response, and the tenant whose it is; None if that is not known."""
+        kept = self._kept.get(response_id)
+        if kept is not None:
+            self._kept.move_to_end(response_id)
+        return kept
 
 
 class FindResponse:
@@ -41,9 +41,13 @@ class FindResponse:
         self._stored = stored
         self._search = search
 
-    async def __call__(self, response_id: str) -> str | None:
-        """The name of the pod that stores it; None if none is known to."""
-        pod = self._stored.pod_of(response_id)
-        if pod is None and (pod := await self._search(response_id)) is not None:
-            self._stored.remember(response_id, pod)
-        return pod
+    async def __call__(self, response_id: str, tenant: str | None = None) -> str | None:
+        """The name of the pod that stores it; None if none is known to, or if it is another tenant's."""
+        kept = self._stored.keeper_of(response_id)
+        if kept is not None:
+            pod, owner = kept
+            return pod if tenant is None or owner is None or owner == tenant else None
+        found = await self._search(response_id)
+        if found is not None:
+            self._stored.remember(response_id, found)
+        return found

@@ -24,7 +24,7 @@ def registry() -> PodRegistry:
 
 
 async def pods_of(previous: str | None, known: dict[str, str]) -> list[str]:
-    async def find(name: str) -> str | None:
+    async def find(name: str, tenant: str | None) -> str | None:
         return known.get(name)
 
     body = b'{"model":"m","input":"x"%s}' % (
@@ -46,7 +46,7 @@ async def test_a_pod_that_does_not_serve_the_model_or_has_gone_is_not_chosen() -
 
 
 async def test_a_request_about_a_stored_response_goes_to_its_pod_or_nowhere() -> None:
-    async def find(name: str) -> str | None:
+    async def find(name: str, tenant: str | None) -> str | None:
         return {"r1": "c"}.get(name)
 
     destinations = Destinations(registry(), find_response=find)
@@ -57,7 +57,7 @@ async def test_a_request_about_a_stored_response_goes_to_its_pod_or_nowhere() ->
 
 
 async def test_a_search_that_is_refused_refuses_only_requests_about_the_response() -> None:
-    async def find(name: str) -> str | None:
+    async def find(name: str, tenant: str | None) -> str | None:
         raise Overloaded("too many")
 
     destinations = Destinations(registry(), find_response=find)
@@ -83,6 +83,6 @@ def test_only_so_many_responses_are_remembered_and_the_longest_unused_goes_first
     stored = StoredResponses(2)
     stored.remember("r1", "a")
     stored.remember("r2", "b")
-    assert stored.pod_of("r1") == "a"
+    assert stored.keeper_of("r1") == ("a", None)
     stored.remember("r3", "c")
-    assert (stored.pod_of("r2"), stored.pod_of("r1"), stored.pod_of("r3"), len(stored)) == (None, "a", "c", 2)
+    assert (stored.keeper_of("r2"), stored.keeper_of("r3"), len(stored)) == (None, ("c", None), 2)
