@@ -10,6 +10,7 @@ MatrixInferError
 │   ├── Forbidden              a key that may not do this
 │   ├── LimitExceeded          a key that has used up what it may use
 │   ├── UnknownModel           no pod serves the model, and it is not configured
+│   ├── UnknownResponse        no pod stores the response
 │   ├── PayloadTooLarge        the body exceeds the limit
 │   ├── UnsupportedBody        the body is compressed
 │   └── BodyTimeout            the body did not arrive in time
@@ -157,6 +158,10 @@ class LimitExceeded(RequestError):
 
 class UnknownModel(RequestError):
     """No pod serves the requested model, and it is not configured."""
+
+
+class UnknownResponse(RequestError):
+    """No pod is known to store the response that the request is about."""
 
 
 class PayloadTooLarge(RequestError):

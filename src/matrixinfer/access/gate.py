@@ -141,6 +141,11 @@ class Ticket:
         return self._caller
 
     @property
+    def tenant(self) -> str | None:
+        """Whose tenant's request it is, if that is known."""
+        return None if self._caller is None else self._caller.tenant
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the engine should report what the request has used."""
         return self._caller is not None

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from matrixinfer.access.callers import Caller
 from matrixinfer.access.gate import CLIENT_GONE
-from matrixinfer.gateway.proxy import Exchange
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.access_entry import HASH_MASK, AccessEntry, Outcome
 from matrixinfer.telemetry.access_log import AccessLog

@@ -136,6 +136,8 @@ class Connection(RequestHandler):
         """The client sends nothing more. Keep the connection if it waits for an answer that has not begun."""
         if not self._awaits_answer or not self._knows_interim or not self._body.is_eof():
             return None
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return None  # TLS ends both ways at once
         if len(self._messages) > 1:
             return None
         self._close = True  # after the answer
@@ -193,7 +195,8 @@ class Connection(RequestHandler):
             b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n%s\r\n%s"
             % (status, len(body), fields, body)
         )
-        transport.write_eof()
+        if transport.can_write_eof():
+            transport.write_eof()
         self._close = True  # what still comes is dropped
         self._closing = self._loop.call_later(LINGER_SECONDS, self.force_close)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import msgspec
 
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt import opaque
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.fields import decode
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
@@ -28,6 +30,8 @@ class PodBody(NamedTuple):
     """It asks for a usage report that the client did not ask for, and must not see."""
     rank: int | None = None
     """The data-parallel rank to ask for, as the engine's API counts; None where the engine is to choose."""
+    renamed: tuple[Collection[str], str] | None = None
+    """The names by which the engine may answer, and the one that the client asked for, where they differ."""
 
 
 class BodyRewriter:
@@ -52,24 +56,29 @@ class BodyRewriter:
         """
         position = None if rank is None else self._registry.position(pod, rank)
         pinned = position if position is not None and self._registry.engine_of(pod) == "sglang" else None
-        named = self._named(pod, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
-        return named._replace(rank=position)
+        name, asked = self._registry.name_at(pod, prompt.model), prompt.asked or prompt.model
+        renamed = (self._registry.spellings(pod, name), asked) if prompt.names_model and name != asked else None
+        named = self._named(name, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
+        return named._replace(rank=position, renamed=renamed)
 
-    def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
-        name = self._registry.name_at(pod, prompt.model)
+    def _named(self, name: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
+        asked = prompt.asked or prompt.model
+        if prompt.opaque:
+            is_known = name == asked or not prompt.names_model
+            return PodBody(body if is_known else opaque.with_model(body, name), adds_usage=False)
         if not prompt.names_model:
-            body, prompt = with_model(body, name), msgspec.structs.replace(prompt, model=name)
+            body, asked = with_model(body, name), name
         may_add = adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
-        if not may_add and name == prompt.model:
+        if not may_add and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         try:
             fields = decode(_FIELDS, body)
         except InvalidRequest:
-            if name != prompt.model:
+            if name != asked:
                 raise
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         options = _with_usage(fields.get("stream_options")) if may_add else None
-        if options is None and name == prompt.model:
+        if options is None and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         if options is not None:
             fields["stream_options"] = options

@@ -196,6 +196,13 @@ class PodRegistry:
             return requested
         return self._configured.get(requested, requested)
 
+    def spellings(self, pod: str, name: str) -> tuple[str, ...]:
+        """The names by which a pod may answer a request that it gets under `name`."""
+        state = self._by_name.get(pod)
+        served = None if state is None else state.served
+        own = served is not None and name in served.aliases and served.base_model != name
+        return (name, served.base_model) if served is not None and own else (name,)
+
     def engine_of(self, pod: str) -> EngineKind | None:
         """The kind of engine of a pod; None if it is not known."""
         state = self._by_name.get(pod)

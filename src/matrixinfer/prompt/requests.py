@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
@@ -11,7 +12,9 @@ from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
 from matrixinfer.prompt.large import Claim, may_be_ids, may_hold_media, read_large
 
-READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
+Reader: TypeAlias = Callable[[str, bytes], Prompt]
+
+READERS: Mapping[str, Reader] = MappingProxyType(
     {
         openai.CHAT_PATH: openai.chat,
         openai.COMPLETIONS_PATH: openai.completion,

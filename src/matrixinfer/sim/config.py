@@ -23,6 +23,8 @@ class SimEngineConfig:
     """Names that requests may use; the first is the engine's own. Empty: the name of the model."""
     loras: tuple[str, ...] = ()
     """Names of LoRA adapters. Each has its own blocks."""
+    max_loras: int = 4
+    """How many adapters fit on the device at a time; all of them work at once here."""
     data_parallel_size: int = 1
     """Number of ranks. Each has its own cache."""
     block_size: int = 16
