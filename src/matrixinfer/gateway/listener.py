@@ -93,9 +93,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         where = {"sock": _for_both(self._port)} if self._host == _ANY else {"host": self._host, "port": self._port}
         try:
-            self._listening = await loop.create_server(
-                self._server, backlog=_BACKLOG, **where, **self._tls_options()
-            )
+            self._listening = await loop.create_server(self._server, backlog=_BACKLOG, **where, **self._tls_options())
         except BaseException:
             await self._stack.aclose()
             raise
