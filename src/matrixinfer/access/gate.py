@@ -225,6 +225,8 @@ class Ticket:
     def _settled(self, taken: Amounts, code: int) -> Amounts:
         """What the request counts for in the end: what failed for no fault of the client counts nothing."""
         used = self._used
+        if code >= 500:
+            return NOTHING
         if used is None:  # nothing was computed, or how much was not said
             if self._was_served or (code == CLIENT_GONE and self._is_admitted):
                 return taken
