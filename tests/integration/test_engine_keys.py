@@ -121,7 +121,7 @@ async def test_two_models_are_never_mixed_when_engines_do_not_say_what_they_serv
     async with gateway(text % ("", ""), *engines, base=tmp_path) as client:
         status, answer, _ = await client.post("alpha", KEY)
         assert (status, answer["error"]["code"]) == (503, "no_pod_available")
-        assert "2 have not said what they serve" in answer["error"]["message"]
+        assert "2 do not say what they serve (they may require an API key)" in answer["error"]["message"]
     engines = [engine(tokenizer, "alpha"), engine(tokenizer, "beta")]
     async with gateway(text % (", model: alpha", ", model: beta"), *engines, base=tmp_path) as client:
         for model, expected in (("alpha", "a"), ("beta", "b")):
