@@ -14,9 +14,9 @@ from typing import Self
 import structlog
 
 from matrixinfer.access.gate import Gate
+from matrixinfer.app.access_log import open_access_log
 from matrixinfer.app.access_setup import gate as access_gate
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -61,7 +61,6 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -111,7 +110,7 @@ class Service:
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         )
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
@@ -137,7 +136,7 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            request_log = await self._open_access_log(stack)
+            request_log = await open_access_log(config, self.metrics, stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
             gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
             self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
@@ -237,15 +236,6 @@ class Service:
         trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
-
-    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
-        """The access log, if the configuration names one."""
-        config = self.config.access_log
-        if config is None:
-            return None
-        sink = await stack.enter_async_context(AccessLog(config))
-        self.metrics.register(AccessLogCollector(sink))
-        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
 
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {

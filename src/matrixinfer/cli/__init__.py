@@ -29,6 +29,7 @@ COMMANDS = (
     "keys",
     "replay",
     "tune",
+    "calibrate",
 )
 
 

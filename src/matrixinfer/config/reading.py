@@ -60,6 +60,7 @@ def parse(text: str, *, base: Path) -> Config:
         models=tuple(_absolute(model, base) for model in config.models),
         pods=tuple(_with_key_file(pod, base) for pod in config.pods),
         engine_keys=_with_key_file(config.engine_keys, base),
+        access_log=None if config.access_log is None else config.access_log.located(base),
         access=config.access and with_absolute_files(config.access, base),
     )
     return checked(config, given_blocks=given_block_keys(data))
@@ -91,6 +92,8 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
     key_places(config)
+    if config.access_log is not None:
+        config.access_log.key_place()
     check_access(config)
     return msgspec.structs.replace(
         config,

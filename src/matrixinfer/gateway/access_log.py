@@ -77,7 +77,7 @@ class RequestLog:
         entry.predicted_hit_tokens = _predicted(in_flight)
         entry.output_tokens = exchange.output_tokens
         entry.stream_events = exchange.stream_events or None
-        if self._sink.config.blocks and request.chain:
+        if in_flight.computed and self._sink.config.blocks and request.chain:
             entry.block_size = request.block_size
             entry.blocks = self._hashes(request.chain[: self._sink.config.max_blocks])
 

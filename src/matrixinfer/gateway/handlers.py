@@ -65,7 +65,8 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code, reason = 500, None
+        code = 500
+        reason: str | None = "internal"
         exchange: Exchange | None = None
         body_read: float | None = None
         session = headers.session_id(request.headers)
@@ -89,7 +90,7 @@ class Api:
                     counts_events=self._request_log is not None,
                 )
                 response = await self._proxy.forward(exchange)
-                code, pod = response.status, in_flight.pod.name
+                code, reason, pod = response.status, None, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
@@ -97,7 +98,7 @@ class Api:
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
-            code = CLIENT_GONE
+            code, reason = CLIENT_GONE, None
             raise
         finally:
             held.release()

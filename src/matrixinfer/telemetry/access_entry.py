@@ -78,7 +78,7 @@ class WrittenBlocks:
         while shared and chain[shared - 1] not in known:
             shared -= 1
         if shared:
-            entry.shared_blocks, entry.after, entry.blocks = shared, chain[shared - 1], chain[shared:]
+            entry.shared_blocks, entry.after, entry.blocks = shared, chain[shared - 1], chain[shared:] or ()
         if len(known) + len(entry.blocks) > self._most:
             known.clear()
         known.update(chain if not known else entry.blocks)
