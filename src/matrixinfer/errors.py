@@ -51,6 +51,7 @@ MatrixInferError
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
 ├── ProbeFailed              doctor.probe: an engine did not compute a probe
 ├── TraceError               study.formats: a file is no trace that can be replayed
+├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 └── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request
 
 zmq.ZMQError
