@@ -53,6 +53,7 @@ MatrixInferError
 ├── ProbeFailed              doctor.probe: an engine did not compute a probe
 ├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 ├── TraceError               study.formats: a file is no trace that can be replayed
+├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 └── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request
 
 zmq.ZMQError

@@ -9,7 +9,7 @@ import pytest
 
 from matrixinfer.config import AccessLogConfig
 from matrixinfer.gateway.access_log import RequestLog
-from matrixinfer.gateway.proxy import Exchange
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.access_entry import AccessEntry
 from matrixinfer.telemetry.access_log import AccessLog
