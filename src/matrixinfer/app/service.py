@@ -13,7 +13,9 @@ from typing import Self
 
 import structlog
 
+from matrixinfer.access.gate import Gate
 from matrixinfer.app.access_log import open_access_log
+from matrixinfer.app.access_setup import gate as access_gate
 from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
@@ -35,6 +37,7 @@ from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
@@ -107,7 +110,7 @@ class Service:
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         )
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
@@ -135,7 +138,8 @@ class Service:
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
+            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
+            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -256,17 +260,18 @@ class Service:
         self.metrics.register(PluginCollector(self._scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None, gate: Gate | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        strips = () if config.access is None else config.access.strip_headers
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
         proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, request_log)
+        api = Api(self.router, proxy, metrics, bodies, request_log, gate)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
@@ -283,7 +288,7 @@ class Service:
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
-            api={**api.routes(), **models.routes(), **public},
+            api={**api.routes(), **protected(models.routes(), gate), **public},
             admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

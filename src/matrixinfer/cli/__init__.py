@@ -26,6 +26,7 @@ COMMANDS = (
     "render",
     "tokenize",
     "config",
+    "keys",
     "replay",
     "tune",
     "calibrate",

@@ -106,9 +106,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_comparison(summaries, engines=args.engines)
         terminal = standard_output()
-        terminal.print("", "Why no hit? What became of the prompt tokens, routed both ways, and then kv_aware in full:")
+        terminal.print()
+        terminal.print("Why no hit? The share of prompt tokens that each rung leaves, routed both ways:")
         print_ladders(terminal, ladders)
         terminal.print()
+        terminal.print(f"{_POLICIES[-1]} in full:")
         print_ladder(terminal, msgspec.to_builtins(ladders[_POLICIES[-1]]))
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 

@@ -128,6 +128,7 @@ def _print_table(trace: Trace, settings: dict[str, object], outcomes: Sequence[O
     for outcome in outcomes:
         rows.add_row(outcome.policy, *(_cell(outcome.results[column]) for column in _COLUMNS))
     terminal.print(rows)
+    terminal.print()
     print_ladders(terminal, {outcome.policy: outcome.ladder for outcome in outcomes})
     rejected = outcomes[0].results["too_long"] if outcomes else 0
     if rejected:

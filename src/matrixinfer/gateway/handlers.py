@@ -13,9 +13,10 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
+from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
@@ -39,8 +40,15 @@ class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
     def __init__(
-        self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies, request_log: RequestLog | None = None
+        self,
+        router: Router,
+        proxy: Proxy,
+        metrics: Metrics,
+        bodies: Bodies,
+        request_log: RequestLog | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        self._gate = gate
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -63,11 +71,14 @@ class Api:
         body_read: float | None = None
         session = headers.session_id(request.headers)
         held = self._bodies.hold()
+        ticket: Ticket | None = None
         try:
+            if self._gate is not None:
+                ticket = self._gate.ticket(await self._gate.identify(request.headers))
             body = await self._bodies.read(request, held)
             body_read = time.monotonic()
             async with self._router.dispatch(
-                request.rel_url.raw_path, body, request_id=identity, session=session
+                request.rel_url.raw_path, body, request_id=identity, session=session, ticket=ticket
             ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(
@@ -75,6 +86,7 @@ class Api:
                     id=identity,
                     started=started,
                     in_flight=in_flight,
+                    ticket=ticket,
                     counts_events=self._request_log is not None,
                 )
                 response = await self._proxy.forward(exchange)
@@ -90,6 +102,8 @@ class Api:
             raise
         finally:
             held.release()
+            if ticket is not None:
+                ticket.close(code)
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
@@ -103,6 +117,7 @@ class Api:
                     started=started,
                     body_read=body_read,
                     exchange=exchange,
+                    caller=None if ticket is None else ticket.caller,
                 )
         return response
 

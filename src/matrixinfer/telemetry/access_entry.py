@@ -25,6 +25,9 @@ class AccessEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int
     error: str | None = None
     """The gateway's own reason, as in the error that it answered with."""
+    tenant: str | None = None
+    caller: str | None = None
+    """The name of the key, or the token's subject, with which it was sent."""
     model: str | None = None
     pod: str | None = None
     """The endpoint that had the request last."""

@@ -16,6 +16,8 @@ from matrixinfer.traffic.ladder.tally import LOST, Tally, lost
 from matrixinfer.traffic.ladder.words import CAUSES, Cause, Facts, remedy_of
 
 RungName: TypeAlias = Literal["ideal", "capacity", "perfect", "predicted", "reported"]
+_NEGLIGIBLE = 0.01
+"""The rung `capacity` is known if the size of the caches was for all but this share of the tokens, or for most that were lost."""
 _SURE = 1.96
 """Standard errors within which an estimate lies 95 times of 100."""
 
@@ -96,7 +98,8 @@ def of(tally: Tally) -> Ladder:
     rungs, left = [], tally["prompt"]
     for name, found in by_rung.items():
         left -= sum(losses.get(loss.name, 0.0) for loss in found)
-        is_known = name != "capacity" or losses.get("capacity_unknown", 0.0) <= losses.get("evicted", 0.0)
+        unknown = losses.get("capacity_unknown", 0.0)
+        is_known = name != "capacity" or unknown <= max(losses.get("evicted", 0.0), _NEGLIGIBLE * prompt)
         is_estimate = tally.rate < 1.0 or name == "capacity"
         rungs.append(_rung(name, left if is_known else None, prompt, found, is_estimate and name in _SAMPLED))
     rungs.append(_reported(tally, facts))

@@ -63,7 +63,8 @@ CAUSES = (
     Cause(
         name="unsampled",
         rung="ideal",
-        words="too few blocks were sampled to say whether they were seen before, or too many models are served",
+        words="it is unknown whether they were seen before: too few blocks were sampled, more than 16 models are served, or "
+        "blocks are hashed by the scheme `block`",
         remedy="look at a longer time with --since",
     ),
     Cause(
@@ -112,7 +113,7 @@ CAUSES = (
     Cause(
         name="index",
         rung="perfect",
-        words="the index was not asked or not believed when a pod was chosen",
+        words="the index did not answer, or was not believed because token ids have differed, when a pod was chosen",
         remedy="see matrixinfer_degraded_total for the reason",
         is_sampled=True,
     ),
@@ -184,7 +185,8 @@ CAUSES = (
         name="fewer",
         rung="reported",
         words="engines reused less than predicted",
-        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits",
+        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits, "
+        "or within the scheduler.pendingSeconds for which they count as cached in any case",
     ),
 )
 
