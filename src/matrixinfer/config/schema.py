@@ -10,11 +10,14 @@ from msgspec import Meta
 from matrixinfer.config.access import AccessConfig
 from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.admission import AdmissionConfig
+from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.discovery import DiscoveryConfig
 from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reload import ReloadConfig
+from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
 """A suffix that some writers append to a pod's name and others leave out."""
@@ -117,6 +120,7 @@ class PodConfig(Section, frozen=True):
         ),
     ] = None
     api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
+    tls: Annotated[EngineTlsConfig | None, described("TLS to this engine. By default that of `engineTls`.")] = None
 
 
 class IndexConfig(Section, frozen=True):
@@ -446,7 +450,9 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True):
     """The whole configuration."""
 
-    listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    listen: Annotated[
+        str, described("Address of the API: `host:port`. Port 0 takes a free port; `[::]` stands for IPv4 as well.")
+    ] = "127.0.0.1:8080"
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=64)],
         described(
@@ -464,6 +470,14 @@ class Config(Section, frozen=True):
             "answered with 403, so that a web page cannot reach it through a name of its own."
         ),
     ] = ()
+    tls: Annotated[ListenerTlsConfig | None, described("TLS of the API. `null` serves plain HTTP.")] = None
+    admin_tls: Annotated[ListenerTlsConfig | None, described("TLS of the admin listener.")] = None
+    engine_tls: Annotated[
+        EngineTlsConfig | None,
+        described(
+            "TLS to engines with `https` URLs whose pod has none of its own. `null` trusts what the system trusts."
+        ),
+    ] = None
     public_metrics: Annotated[
         bool, described("Whether `/metrics` is served at `listen` as well, and not at `admin` alone.")
     ] = True
@@ -475,6 +489,10 @@ class Config(Section, frozen=True):
     discovery: Annotated[DiscoveryConfig, described("Where further pods come from, and how pods come and go.")] = (
         DiscoveryConfig()
     )
+    routes: Annotated[
+        tuple[RouteConfig, ...],
+        described("Which model, and which pods, requests for a name get. Without a route it is the one of that name."),
+    ] = ()
     engine_keys: Annotated[EngineKeysConfig, described("The API key of engines whose pod and model name none.")] = (
         EngineKeysConfig()
     )
@@ -499,6 +517,7 @@ class Config(Section, frozen=True):
     drift: Annotated[
         DriftConfig, described("How hits that engines report are compared with what the index predicted.")
     ] = DriftConfig()
+    api: Annotated[ApiConfig, described("What clients may use, and how they are answered.")] = ApiConfig()
     limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     connections: Annotated[ConnectionsConfig, described("Limits on clients' connections.")] = ConnectionsConfig()

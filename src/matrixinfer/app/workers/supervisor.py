@@ -32,6 +32,7 @@ from matrixinfer.errors import ConfigError
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Listener
+from matrixinfer.gateway.tls import ListenerTls
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.peers.local import Hub
 
@@ -95,7 +96,8 @@ class Supervisor:
             self._has_started = True
             self._stack = stack.pop_all()
         host, port = self._sockets[0].getsockname()[:2]
-        listen = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self.config.tls is None else "https"
+        listen = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         log.info("gateway_started", listen=listen, admin=admin, workers=len(self.workers))
         return self
 
@@ -186,7 +188,8 @@ class Supervisor:
             return None
         routes = guarded(self._front.routes(), self.config.admin_names)
         address = split_address(self.config.admin, path="$.admin")
-        listener = Listener(*address, routes, self._draining, connections=self.config.connections)
+        tls = None if self.config.admin_tls is None else ListenerTls(self.config.admin_tls, "$.adminTls")
+        listener = Listener(*address, routes, self._draining, connections=self.config.connections, tls=tls)
         return (await stack.enter_async_context(listener)).url
 
     def _write(self, config: Config) -> None:
@@ -271,12 +274,12 @@ def _listening(address: str, count: int) -> list[socket.socket]:
     ]
     found: list[socket.socket] = []
     try:
-        with socket.socket(family, kind, protocol) as probe:  # others of this user could share the address unnoticed
+        with _socket(family, kind, protocol) as probe:  # others of this user could share the address unnoticed
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
             where = probe.getsockname()
         for _ in range(count):
-            each = socket.socket(family, kind, protocol)
+            each = _socket(family, kind, protocol)
             found.append(each)
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -287,3 +290,11 @@ def _listening(address: str, count: int) -> list[socket.socket]:
             each.close()
         raise
     return found
+
+
+def _socket(family: int, kind: int, protocol: int) -> socket.socket:
+    """A socket, which takes IPv4 as well if it is one of IPv6 and the system can."""
+    made = socket.socket(family, kind, protocol)
+    if family == socket.AF_INET6 and socket.has_dualstack_ipv6():
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return made
