@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import MutableMapping
 from types import TracebackType
@@ -24,17 +25,24 @@ _LIBRARY_SECONDS = 10.0
 
 
 class LogStream:
-    """Writes to `stream`, and counts what cannot be written."""
+    """Writes to `stream`, each line in one piece, as other processes may write there too. Counts what cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._begun = threading.local()
         self.dropped = 0
         """Lines that could not be written."""
 
     def write(self, text: str) -> int:
-        """Write `text`, if that is possible."""
+        """Write `text`, if that is possible, once its line is complete."""
+        line = getattr(self._begun, "line", "") + text
+        if not text.endswith("\n"):
+            self._begun.line = line
+            return len(text)
+        self._begun.line = ""
         try:
-            return self._stream.write(text)
+            self._stream.write(line)
+            return len(text)
         except (OSError, ValueError):  # the latter: the stream has been closed
             self.dropped += 1
             return 0

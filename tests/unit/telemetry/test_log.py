@@ -3,14 +3,15 @@ from __future__ import annotations
 import io
 import json
 import logging
-from typing import Literal
+import threading
+from typing import ClassVar, Literal
 
 import pytest
 import structlog
 
 from matrixinfer.config import LogConfig
 from matrixinfer.errors import InvalidRequest
-from matrixinfer.telemetry.log import configure
+from matrixinfer.telemetry.log import LogStream, configure
 
 
 def test_json_lines_go_to_standard_error_from_the_level_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +103,21 @@ def test_the_console_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     configure(LogConfig(level="debug", format="console"))
     structlog.get_logger("test").debug("pod_up", pod="a")
     assert "pod_up" in capsys.readouterr().err
+
+
+def test_a_line_is_written_in_one_piece_whatever_others_write_meanwhile() -> None:
+    class Stream(io.StringIO):
+        pieces: ClassVar[list[str]] = []
+
+        def write(self, text: str) -> int:
+            self.pieces.append(text)
+            return len(text)
+
+    stream = LogStream(Stream())
+    print("one", file=stream)
+    stream.write("ha")
+    other = threading.Thread(target=lambda: print("other", file=stream))
+    other.start()
+    other.join()
+    stream.write("lf\n")
+    assert Stream.pieces == ["one\n", "other\n", "half\n"]
