@@ -448,7 +448,9 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True):
     """The whole configuration."""
 
-    listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    listen: Annotated[
+        str, described("Address of the API: `host:port`. Port 0 takes a free port; `[::]` stands for IPv4 as well.")
+    ] = "127.0.0.1:8080"
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )

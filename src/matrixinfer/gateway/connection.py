@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import structlog
 from aiohttp import web
 from aiohttp.http import HttpVersion11
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
@@ -165,6 +165,8 @@ class Connection(RequestHandler):
             log.warning("request_malformed", kind=kind)
         if isinstance(exc, LineTooLong):
             response = error_response(431, f"A header or the target of the request exceeds {MAX_LINE_BYTES} bytes.")
+        elif isinstance(exc, BadHttpMessage) and exc.message.startswith("Too many headers"):
+            response = error_response(431, f"The request has more than {MAX_HEADERS} headers.")
         else:
             response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
         response.headers["Server"] = headers.SERVER

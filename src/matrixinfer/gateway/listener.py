@@ -36,6 +36,8 @@ CANCEL_SECONDS = 5.0
 _BEGIN_SECONDS = 0.5
 """How long a new connection's first request is waited for when the listener stops."""
 _BACKLOG = 1024
+_ANY = "::"
+"""Stands for all addresses, of IPv4 as well."""
 _NOTED_SECONDS = 10.0
 """How often a kind of bad connection is logged."""
 
@@ -89,10 +91,9 @@ class Listener:
             noted=Intervals(_NOTED_SECONDS, time.monotonic),
         )
         loop = asyncio.get_running_loop()
+        where = {"sock": _for_both(self._port)} if self._host == _ANY else {"host": self._host, "port": self._port}
         try:
-            self._listening = await loop.create_server(
-                self._server, self._host, self._port, backlog=_BACKLOG, **self._tls_options()
-            )
+            self._listening = await loop.create_server(self._server, backlog=_BACKLOG, **where, **self._tls_options())
         except BaseException:
             await self._stack.aclose()
             raise
@@ -220,6 +221,12 @@ class Listener:
         return next(
             (each for prefix, each in self._routes.items() if prefix.endswith("/") and path.startswith(prefix)), None
         )
+
+
+def _for_both(port: int) -> socket.socket:
+    """A socket that takes connections over IPv6 and IPv4. Raises `OSError`."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server((_ANY, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=both)
 
 
 def _waiting(listening: asyncio.Server) -> list[socket.socket]:

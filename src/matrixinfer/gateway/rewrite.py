@@ -18,6 +18,7 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+_ASKED = b'{"include_usage":true}'
 _RANK_FIELDS = ("routed_dp_rank", "data_parallel_rank")
 """SGLang's field that pins a request to a data-parallel rank, and the older name of it."""
 
@@ -71,6 +72,8 @@ class BodyRewriter:
         may_add = adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
+        if may_add and name == prompt.model and b"stream_options" not in body:
+            return PodBody(pin_rank(_with_field(body, "stream_options", _ASKED), pinned), adds_usage=True)
         try:
             fields = decode(_FIELDS, body)
         except InvalidRequest:
@@ -91,8 +94,13 @@ def with_model(body: bytes, model: str) -> bytes:
 
     The field comes last: of equal keys, readers of JSON take the last one, and the client's may be null.
     """
+    return _with_field(body, "model", msgspec.json.encode(model))
+
+
+def _with_field(body: bytes, field: str, value: bytes) -> bytes:
+    """A JSON object with one more field at its end, and otherwise the client's own bytes."""
     fields = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
-    return b'%b%b"model":%b}' % (fields, b"" if fields.endswith(b"{") else b",", msgspec.json.encode(model))
+    return b'%b%b"%b":%b}' % (fields, b"" if fields.endswith(b"{") else b",", field.encode(), value)
 
 
 def pin_rank(body: bytes, rank: int | None) -> bytes:

@@ -43,7 +43,8 @@ def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim 
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
     if len(body) <= LARGE_BYTES:
         return reader(path, body)
-    if not may_be_ids(body) and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
+    is_plain = len(body) <= bounds.max_bytes and not may_be_ids(body)
+    if is_plain and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
         try:
             if claim(bounds.cost(body)):
                 return reader(path, body)

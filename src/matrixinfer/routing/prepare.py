@@ -6,6 +6,7 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
+from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
@@ -145,7 +147,11 @@ class Preparer:
             destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
             prompt, model, pods, way = destination
             if ticket is not None and ticket.isolates and is_salted(prompt, body):
-                prompt, body = salted(prompt, body, ticket.salt(prompt.cache_salt))
+                salt = ticket.salt(prompt.cache_salt)
+                is_large = len(body) > LARGE_BYTES
+                prompt, body = (
+                    await asyncio.to_thread(salted, prompt, body, salt) if is_large else salted(prompt, body, salt)
+                )
                 pods, way = isolating(pods, path), way._replace(isolates=True)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
