@@ -71,6 +71,11 @@ class Proxy:
         self._limits = limits
         self._draining = draining
 
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from the next request on."""
+        self._limits = limits
+        self._upstream.reconfigure(limits)
+
     async def forward(self, exchange: Exchange) -> web.StreamResponse:
         """Answer the client from the best pod that can be reached, within the request's time limit.
 
