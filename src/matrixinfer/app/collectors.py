@@ -18,7 +18,6 @@ from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.trust.levels import trust_in
 
@@ -95,20 +94,6 @@ class LogCollector(Collector):
         yield CounterMetricFamily(
             "matrixinfer_log_lines_dropped", "Log lines that could not be written.", value=self._stream.dropped
         )
-
-
-class AccessLogCollector(Collector):
-    """Lines of the access log."""
-
-    def __init__(self, access_log: AccessLog) -> None:
-        self._log = access_log
-
-    def collect(self) -> Iterator[Metric]:
-        """Read the parts now."""
-        lines = CounterMetricFamily("matrixinfer_access_log_lines", "Lines of the access log.", labels=["outcome"])
-        lines.add_metric(["written"], self._log.written)
-        lines.add_metric(["dropped"], self._log.dropped)
-        yield lines
 
 
 class TokenCacheCollector(Collector):
@@ -286,7 +271,7 @@ def _frames(feeds: _Feeds) -> Iterator[Metric]:
 class PluginCollector(Collector):
     """Plugins that failed or were slow."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Callable[[], Scheduler]) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Metric]:
@@ -297,8 +282,9 @@ class PluginCollector(Collector):
         slow = CounterMetricFamily(
             "matrixinfer_plugin_slow", "Calls of a plugin that took longer than slowPluginSeconds.", labels=["plugin"]
         )
-        for plugin, count in self._scheduler.rejected.items():
+        scheduler = self._scheduler()
+        for plugin, count in scheduler.rejected.items():
             rejected.add_metric([plugin], count)
-        for plugin, count in self._scheduler.slow.items():
+        for plugin, count in scheduler.slow.items():
             slow.add_metric([plugin], count)
         yield from (rejected, slow)

@@ -14,7 +14,7 @@ from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.app.unserved import UnservedModels
-from matrixinfer.config import Config, PodConfig, bare_pod
+from matrixinfer.config import Config, PodConfig, PodWatchConfig, bare_pod
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.kvevents.feed import PodFeed
@@ -23,6 +23,7 @@ from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.engine_keys import EngineKeys
+from matrixinfer.pods.engine_tls import EngineTls
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.session import client_session
@@ -64,6 +65,7 @@ class Engines:
         self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.keys = EngineKeys(config, self.registry)
+        self.tls = EngineTls(config, self.registry)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
         self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
@@ -98,7 +100,10 @@ class Engines:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.keys)
-            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self.keys.for_url))
+            await stack.enter_async_context(self.tls)
+            self.session: aiohttp.ClientSession = await stack.enter_async_context(
+                client_session(self.keys.for_url, self.tls.for_url)
+            )
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)
@@ -234,12 +239,21 @@ class Watching:
         self._loads = loads
         self._on_models_changed = on_models_changed
 
+    def reconfigure(self, watch: PodWatchConfig) -> None:
+        """Watch pods in this way from now on."""
+        self._registry.reconfigure(watch)
+        self._watcher.reconfigure(watch)
+
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""
         pod = self._registry.join(bare_pod(config))
         if pod.kv_sources is not None:  # it may never report more
             self._follower(pod)
         self._watcher.watch(pod)
+
+    def ask_again(self, name: str) -> None:
+        """A pod may serve other adapters by now: ask it soon."""
+        self._watcher.ask_again(name)
 
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""

@@ -7,10 +7,17 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from matrixinfer.config.access import AccessConfig
 from matrixinfer.config.access_log import AccessLogConfig
+from matrixinfer.config.admission import AdmissionConfig
+from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
+from matrixinfer.config.discovery import DiscoveryConfig
 from matrixinfer.config.engine_keys import EngineKeysConfig
+from matrixinfer.config.reload import ReloadConfig
+from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
 """A suffix that some writers append to a pod's name and others leave out."""
@@ -113,6 +120,7 @@ class PodConfig(Section, frozen=True):
         ),
     ] = None
     api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
+    tls: Annotated[EngineTlsConfig | None, described("TLS to this engine. By default that of `engineTls`.")] = None
 
 
 class IndexConfig(Section, frozen=True):
@@ -442,7 +450,16 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True):
     """The whole configuration."""
 
-    listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    listen: Annotated[
+        str, described("Address of the API: `host:port`. Port 0 takes a free port; `[::]` stands for IPv4 as well.")
+    ] = "127.0.0.1:8080"
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=64)],
+        described(
+            "How many processes serve `listen`. Each follows the engines by itself and has an index of its own; limits on "
+            "memory, connections and retries are divided among them."
+        ),
+    ] = 1
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )
@@ -453,6 +470,14 @@ class Config(Section, frozen=True):
             "answered with 403, so that a web page cannot reach it through a name of its own."
         ),
     ] = ()
+    tls: Annotated[ListenerTlsConfig | None, described("TLS of the API. `null` serves plain HTTP.")] = None
+    admin_tls: Annotated[ListenerTlsConfig | None, described("TLS of the admin listener.")] = None
+    engine_tls: Annotated[
+        EngineTlsConfig | None,
+        described(
+            "TLS to engines with `https` URLs whose pod has none of its own. `null` trusts what the system trusts."
+        ),
+    ] = None
     public_metrics: Annotated[
         bool, described("Whether `/metrics` is served at `listen` as well, and not at `admin` alone.")
     ] = True
@@ -461,9 +486,23 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    discovery: Annotated[DiscoveryConfig, described("Where further pods come from, and how pods come and go.")] = (
+        DiscoveryConfig()
+    )
+    routes: Annotated[
+        tuple[RouteConfig, ...],
+        described("Which model, and which pods, requests for a name get. Without a route it is the one of that name."),
+    ] = ()
     engine_keys: Annotated[EngineKeysConfig, described("The API key of engines whose pod and model name none.")] = (
         EngineKeysConfig()
     )
+    access: Annotated[
+        AccessConfig | None, described("Who may use the gateway. By default everybody who reaches it may.")
+    ] = None
+    admission: Annotated[
+        AdmissionConfig | None,
+        described("How many requests are sent to engines at a time. By default as many as come."),
+    ] = None
     blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[
@@ -478,6 +517,7 @@ class Config(Section, frozen=True):
     drift: Annotated[
         DriftConfig, described("How hits that engines report are compared with what the index predicted.")
     ] = DriftConfig()
+    api: Annotated[ApiConfig, described("What clients may use, and how they are answered.")] = ApiConfig()
     limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     connections: Annotated[ConnectionsConfig, described("Limits on clients' connections.")] = ConnectionsConfig()
@@ -486,5 +526,6 @@ class Config(Section, frozen=True):
     outliers: Annotated[OutliersConfig, described("Which endpoints get no requests because they fail them.")] = (
         OutliersConfig()
     )
+    reload: Annotated[ReloadConfig, described("When the config file is read again.")] = ReloadConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
     access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from itertools import accumulate
 
-from matrixinfer.gateway.proxy import Exchange
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.gate import CLIENT_GONE
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.access_entry import HASH_MASK, AccessEntry, Outcome
 from matrixinfer.telemetry.access_log import AccessLog
 
-CLIENT_GONE = 499
-"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
@@ -34,6 +34,7 @@ class RequestLog:
         started: float,
         body_read: float | None,
         exchange: Exchange | None,
+        caller: Caller | None = None,
     ) -> None:
         """A request is over. Times are seconds on the monotonic clock; `error` is why the gateway refused it."""
         sink = self._sink
@@ -49,6 +50,8 @@ class RequestLog:
             outcome=outcome,
             status=code,
             error=error,
+            tenant=None if caller is None else caller.tenant,
+            caller=None if caller is None else caller.name,
             session=None if session is None else sink.name_of(session),
             sampled=is_sampled,
         )
@@ -74,7 +77,7 @@ class RequestLog:
         entry.predicted_hit_tokens = _predicted(in_flight)
         entry.output_tokens = exchange.output_tokens
         entry.stream_events = exchange.stream_events or None
-        if self._sink.config.blocks and request.chain:
+        if in_flight.computed and self._sink.config.blocks and request.chain:
             entry.block_size = request.block_size
             entry.blocks = self._hashes(request.chain[: self._sink.config.max_blocks])
 
@@ -93,11 +96,14 @@ def _outcome(code: int, error: str | None, exchange: Exchange | None) -> Outcome
 
 
 def _predicted(in_flight: InFlight) -> int | None:
-    """The hit predicted where the request was computed; None if the token ids came too late to predict one."""
-    late, asked = in_flight.record.late, in_flight.decision.request
+    """The hit predicted where the request was computed; None if token ids or matches were not there to predict one."""
+    late, asked, pod = in_flight.record.late, in_flight.decision.request, in_flight.pod
     if late is not None:
         return late["predicted_hit_tokens"]
-    return None if asked.prompt_tokens is None else in_flight.pod.predicted_hit(asked.prompt_tokens, asked.block_size)
+    if asked.prompt_tokens is None:
+        return None
+    hit = pod.predicted_hit(asked.prompt_tokens, asked.block_size)
+    return None if pod.matched_blocks is None and not hit else hit
 
 
 def _ms(seconds: float) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -13,21 +14,26 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
+from matrixinfer.gateway.access_log import RequestLog
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
-from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.response_ids import ResponseId
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.requests import READERS
+from matrixinfer.prompt.requests import READERS, Reader
+from matrixinfer.prompt.responses import RESPONSES_PATH
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
@@ -39,8 +45,17 @@ class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
     def __init__(
-        self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies, request_log: RequestLog | None = None
+        self,
+        router: Router,
+        proxy: Proxy,
+        metrics: Metrics,
+        bodies: Bodies,
+        request_log: RequestLog | None = None,
+        gate: Gate | None = None,
+        stored: StoredResponses | None = None,
     ) -> None:
+        self._gate = gate
+        self._stored = StoredResponses() if stored is None else stored
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -53,20 +68,35 @@ class Api:
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Dispatch a request with a prompt, and pass its answer on."""
+        return await self.dispatch(request)
+
+    async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
+        """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""
         started = time.monotonic()
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code, reason = 500, None
+        code = 500
+        reason: str | None = "internal"
         exchange: Exchange | None = None
         body_read: float | None = None
         session = headers.session_id(request.headers)
         held = self._bodies.hold()
+        ticket: Ticket | None = None
         try:
-            body = await self._bodies.read(request, held)
+            if self._gate is not None:
+                ticket = self._gate.ticket(await self._gate.identify(request.headers))
+            body = await self._bodies.read(request, held, is_text=read is None)
             body_read = time.monotonic()
+            path = request.rel_url.raw_path
             async with self._router.dispatch(
-                request.rel_url.raw_path, body, request_id=identity, session=session
+                path,
+                body,
+                request_id=identity,
+                session=session,
+                ticket=ticket,
+                read=read,
+                headers=request.headers,
             ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(
@@ -74,10 +104,14 @@ class Api:
                     id=identity,
                     started=started,
                     in_flight=in_flight,
+                    ticket=ticket,
                     counts_events=self._request_log is not None,
                 )
+                if path == RESPONSES_PATH:
+                    tenant = None if ticket is None else ticket.tenant
+                    exchange.response_id = ResponseId(partial(self._stored.remember, tenant=tenant))
                 response = await self._proxy.forward(exchange)
-                code, pod = response.status, in_flight.pod.name
+                code, reason, pod = response.status, None, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
@@ -85,10 +119,12 @@ class Api:
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
-            code = CLIENT_GONE
+            code, reason = CLIENT_GONE, None
             raise
         finally:
             held.release()
+            if ticket is not None:
+                ticket.close(code)
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
@@ -102,6 +138,7 @@ class Api:
                     started=started,
                     body_read=body_read,
                     exchange=exchange,
+                    caller=None if ticket is None else ticket.caller,
                 )
         return response
 
@@ -190,7 +227,8 @@ class Admin:
         path = request.rel_url.query.get("path", CHAT_PATH)
         with self._bodies.hold() as held:
             body = await self._bodies.read(request, held)
-            return json_response(await self._router.explain(path, body))
+            session = headers.session_id(request.headers)
+            return json_response(await self._router.explain(path, body, session=session, headers=request.headers))
 
     async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""

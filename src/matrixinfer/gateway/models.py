@@ -14,6 +14,7 @@ from aiohttp import web
 from matrixinfer.errors import InvalidRequest, MatrixInferError, UnknownModel
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.protected import caller_of
 from matrixinfer.pods.model_cards import ServedModel, openai_view
 from matrixinfer.pods.registry import PodRegistry
 
@@ -22,9 +23,18 @@ _PAGE, _LARGEST_PAGE = 20, 1000
 
 
 class Models:
-    """The models of all pods. `find` asks engines for a model that none has reported."""
+    """The models of all pods. `find` asks engines for a model that none has reported.
 
-    def __init__(self, registry: PodRegistry, find: Callable[[str], Awaitable[bool]]) -> None:
+    `routed` are the names of routes, with the models that requests for them may get.
+    """
+
+    def __init__(
+        self,
+        registry: PodRegistry,
+        find: Callable[[str], Awaitable[bool]],
+        routed: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._routed = routed or {}
         self._registry = registry
         self._find = find
 
@@ -34,7 +44,8 @@ class Models:
 
     async def list(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every model that a pod serves."""
-        models = self._registry.models()
+        caller = caller_of(request)
+        models = [each for each in self._models() if caller is None or caller.may_use(each.name)]
         if not _is_anthropic(request):
             return _json({"object": "list", "data": [openai_view(model) for model in models]})
         try:
@@ -46,9 +57,11 @@ class Models:
         """One model. Engines are asked again for one that none of them has reported."""
         anthropic = _is_anthropic(request)
         name = unquote(request.rel_url.raw_path.removeprefix(f"{PATH}/"))
-        model = self._model(name)
-        if model is None and name and await self._find(name):
+        caller, model = caller_of(request), None
+        if caller is None or caller.may_use(name):
             model = self._model(name)
+            if model is None and name and await self._find(name):
+                model = self._model(name)
         if model is None:
             return response_to(
                 UnknownModel(f"The model `{name[:200]}` does not exist.", param="model"), anthropic=anthropic
@@ -56,7 +69,16 @@ class Models:
         return _json(_anthropic_view(model) if anthropic else openai_view(model))
 
     def _model(self, name: str) -> ServedModel | None:
-        return next((model for model in self._registry.models() if model.name == name), None)
+        return next((model for model in self._models() if model.name == name), None)
+
+    def _models(self) -> Sequence[ServedModel]:
+        """What is served under its own name, and under those of routes; a route shows its first model that is served."""
+        served = {model.name: model for model in self._registry.models()}
+        for name, targets in self._routed.items():
+            target = next((served[each] for each in targets if each in served), None)
+            if target is not None:
+                served[name] = msgspec.structs.replace(target, name=name)
+        return [served[name] for name in sorted(served)]
 
 
 def _is_anthropic(request: web.BaseRequest) -> bool:

@@ -27,7 +27,7 @@ class Usage:
     cached: int | None
     """Tokens that it found in its cache; None if it does not say. vLLM leaves out a count of 0."""
     output: int | None = None
-    """Tokens of the answer."""
+    """Tokens that it generated; None if it does not say."""
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
@@ -90,7 +90,7 @@ class UsageStripper:
     def __init__(self) -> None:
         self._held = b""
 
-    def strip(self, chunk: bytes) -> bytes:
+    def change(self, chunk: bytes) -> bytes:
         """The bytes that can be passed on so far, possibly none."""
         data = self._held + chunk
         passed, start = [], 0

@@ -43,6 +43,10 @@ class EngineMetrics:
     """How the engine sleeps; None if it is awake or does not say."""
     started_at: float | None = None
     """When the engine's process started, in Unix seconds on its clock."""
+    adapters: tuple[str, ...] | None = None
+    """The adapters that it used last, the latest first, as many as it has on its device; None if it does not say."""
+    most_adapters: int = 0
+    """How many adapters it can have on its device."""
     boot: BootMarks = field(default_factory=BootMarks)
     """What shows that the engine has restarted."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)
@@ -115,6 +119,10 @@ class Pod:
     """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
     """True once the pod has left the registry: no more requests are sent there."""
+    draining: bool = False
+    """True while it gets no more requests because it will leave."""
+    up_since: float | None = None
+    """When it was last found to answer after it did not, in seconds on the registry's clock."""
     when_down: dict[Callable[[], None], None] = field(default_factory=dict)
     """What to call when it is declared down, in order."""
     endpoints: Sequence[Endpoint] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from matrixinfer.study.engine import Engine
@@ -11,7 +11,7 @@ from matrixinfer.study.jobs import Job, Router
 from matrixinfer.traffic.ladder.record import Ended, LadderLog
 from matrixinfer.traffic.ladder.rungs import Ladder
 
-_MOST_BLOCKS = 1 << 16
+_MOST_BLOCKS = 1 << 13
 """Traces with more different blocks are sampled."""
 
 
@@ -47,14 +47,14 @@ class ReplayLadder:
         """A request has been sent to `job.pod`; nothing else has happened since."""
         now, size = self._clock(), self._block_size
         usable = (job.prompt - 1) // size
-        held = self._held(job.hashes, usable)
-        best = max(held, key=held.__getitem__)
-        predicted = held.get(job.pod, 0) * size if job.predicted is None else job.predicted
-        most = max(held[best] * size, predicted)
+        held = min(self._pods[job.pod].engine.pool.count(job.hashes), usable)
+        best, blocks = self._best(job, held, usable)
+        predicted = held * size if job.predicted is None else job.predicted
+        most = max(blocks * size, predicted)
         why = self._why_other(job, router, best, most) if most > predicted else "scored"
         pools = {id(pod.engine.pool): pod.engine.capacity for pod in self._pods.values() if pod.is_listed}
-        self._sent[job.number] = _Sent(now, most, predicted, why, sum(pools.values()), len(held))
-        self._log.stored(MODEL, job.pod, job.hashes[: job.prompt // size])
+        self._sent[job.number] = _Sent(now, most, predicted, why, sum(pools.values()), len(pools))
+        self._log.stored(MODEL, job.pod, job.hashes[most // size : job.prompt // size])
 
     def ended(self, job: Job) -> None:
         """The answer is complete."""
@@ -64,7 +64,7 @@ class ReplayLadder:
             model=MODEL,
             base_model=MODEL,
             prompt_tokens=job.prompt,
-            hashes=job.hashes[: job.prompt // size],
+            hashes=job.hashes,
             block_size=size,
             usable=max((job.prompt - 1) // size * size, sent.best),
             held=sent.best,
@@ -79,7 +79,6 @@ class ReplayLadder:
             why_gone=self._why_gone,
         )
         self._log.ended(request)
-        self._log.touched(request, job.hashes)
 
     def emptied(self, pod: str) -> None:
         """A pod has lost its cache."""
@@ -89,17 +88,16 @@ class ReplayLadder:
         """Of all requests that have ended."""
         return self._log.since(float("inf"))
 
-    def _held(self, hashes: Sequence[int], usable: int) -> dict[str, int]:
-        """How many usable blocks of a prompt each pod has that takes requests."""
-        counts: dict[int, int] = {}
-        held: dict[str, int] = {}
+    def _best(self, job: Job, held: int, usable: int) -> tuple[str, int]:
+        """Which pod holds most usable blocks of a prompt, and how many, where `job.pod` holds `held`."""
+        best, most = job.pod, held
         for name, pod in self._pods.items():
-            if pod.is_up and pod.is_listed:
-                pool = pod.engine.pool
-                if id(pool) not in counts:
-                    counts[id(pool)] = min(pool.count(hashes), usable)
-                held[name] = counts[id(pool)]
-        return held
+            pool = pod.engine.pool
+            if most < usable and pod.is_up and pod.is_listed and job.hashes[most] in pool.cached:
+                count = min(pool.count(job.hashes), usable)
+                if count > most:
+                    best, most = name, count
+        return best, most
 
     def _why_other(self, job: Job, router: Router, best: str, tokens: int) -> str:
         """Why a request went to a pod that is predicted to reuse less: the name of a cause."""
