@@ -22,10 +22,12 @@ from matrixinfer.app.collectors import (
     TokenCacheCollector,
     TokenSourceCollector,
 )
+from matrixinfer.app.dashboard_setup import dashboard
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.dashboard.history import History
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
@@ -91,6 +93,7 @@ class Service:
         self._memory = Memory(config.limits.memory_bytes)
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
+        self.traffic = History(clock)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
@@ -185,6 +188,7 @@ class Service:
             decisions=self.decisions,
             metrics=self.metrics,
             clock=clock,
+            watch=None if self.config.admin is None else self.traffic,
         )
 
     def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
@@ -258,11 +262,21 @@ class Service:
             self._tokenizer_views,
             unmatched=engines.setup.unmatched,
         )
+        pages = dashboard(
+            config,
+            engines,
+            history=self.traffic,
+            outliers=self.outliers,
+            load=self.load,
+            decisions=self.decisions,
+            draining=draining,
+            api=lambda: self.gateway.url,
+        )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public},
-            admin={**admin.routes(), **status},
+            admin={**admin.routes(), **pages.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
         )

@@ -266,9 +266,10 @@ class Proxy:
         return response
 
     def _first_byte(self, answer: _Answer) -> None:
+        seconds = time.monotonic() - answer.exchange.started
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
-            answer.exchange.in_flight.first_byte()
-        self._metrics.first_byte(time.monotonic() - answer.exchange.started)
+            answer.exchange.in_flight.first_byte(seconds)
+        self._metrics.first_byte(seconds)
 
     def _silent(self, exchange: Exchange, what: str) -> PodTimeout:
         """The answer has begun, or was due, and its pod sent `what`."""

@@ -74,6 +74,11 @@ class InFlight:
         return self._is_over
 
     @property
+    def record(self) -> Record:
+        """What is kept of the decision and its outcome."""
+        return self._record
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
@@ -146,9 +151,11 @@ class InFlight:
             return  # its first byte is still to come
         self.is_probe = False
 
-    def first_byte(self) -> None:
-        """The prompt has been computed: its blocks are at the endpoint now."""
+    def first_byte(self, seconds: float | None = None) -> None:
+        """The prompt has been computed: its blocks are at the endpoint now. `seconds` have passed since the request."""
         self.computed = True
+        if seconds is not None:
+            self._record.first_byte(seconds)
         self._succeeded()
         self._charge.first_byte()
         self._audit.first_byte()
@@ -160,7 +167,7 @@ class InFlight:
 
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
-        self._is_over = True
+        self._is_over = self._record.is_over = True
         self._end_probe()
         try:
             if self.computed:

@@ -17,11 +17,11 @@ from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
-from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.decision_log import DecisionLog, DecisionWatch, record
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.prepare import Prepared, Preparer
-from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
@@ -45,7 +45,9 @@ class Router:
         decisions: DecisionLog,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        watch: DecisionWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._registry = registry
         self._preparer = preparer
         self._candidates = candidates
@@ -67,7 +69,7 @@ class Router:
         prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session)
         request = self._decide(prepared, path)
         try:
-            self._observe(prepared, request.decision, self._clock() - started)
+            self._observe(prepared, request, self._clock() - started)
             if prepared.late is not None:
                 self._preparer.follow(prepared, partial(self._learned, request))
             yield request
@@ -97,6 +99,8 @@ class Router:
         self._outliers.forget(endpoint)
         self._auditor.forget(endpoint)
         self._metrics.forget_pod(endpoint)
+        if self._watch is not None:
+            self._watch.forget(endpoint)
 
     def keep_models(self) -> None:
         """Forget the models that no pod serves any more."""
@@ -157,14 +161,19 @@ class Router:
         try:
             request.close()
             self._remember(request)
+            if self._watch is not None:
+                self._watch.ended(request.record)
         finally:
             for each in request.tried:
                 if not self._registry.has(each.pod, each.name):
                     self.forget(each.name)
 
-    def _observe(self, prepared: Prepared, decision: Decision, seconds: float) -> None:
-        request, chosen = prepared.request, decision.chosen
+    def _observe(self, prepared: Prepared, in_flight: InFlight, seconds: float) -> None:
+        request, decision = prepared.request, in_flight.decision
+        chosen = decision.chosen
         self._metrics.decided(chosen.name, seconds, prepared.timings_ms)
+        if self._watch is not None:
+            self._watch.decided(in_flight.record, decision)
         for reason in prepared.degraded:
             self._metrics.degraded(reason.value)
         if request.prompt_tokens is not None:
