@@ -118,13 +118,20 @@ async def gateway(engine: str, policy: str) -> AsyncIterator[str]:
         yield service.gateway.url
 
 
-def _service(engine: str, policy: str) -> Service:
-    """A gateway with four pods that are the same engine."""
+@asynccontextmanager
+async def dashboard(engine: str, pods: str) -> AsyncIterator[str]:
+    """The gateway with so many pods, and the URL of its admin listener after that of its API."""
+    async with _service(engine, "kv_aware", pods=int(pods), admin="127.0.0.1:0") as service:
+        yield f"{service.gateway.url} {service.gateway.admin_url}"
+
+
+def _service(engine: str, policy: str, *, pods: int = 4, admin: str | None = None) -> Service:
+    """A gateway whose pods are all the same engine."""
     config = Config(
         listen="127.0.0.1:0",
-        admin=None,
+        admin=admin,
         models=(ModelConfig(name=MODEL, tokenizer=str(tokenizer_path()), chat_template="chatml"),),
-        pods=tuple(PodConfig(name=f"pod-{i}", url=engine, kv_events="none") for i in range(4)),
+        pods=tuple(PodConfig(name=f"pod-{i}", url=engine, kv_events="none") for i in range(pods)),
         scheduler=with_policy(SchedulerConfig(), policy),
     )
     configure(LogConfig(level="warning"))  # requests are logged at a lower level, so this costs as much as the default
@@ -157,6 +164,7 @@ async def main(kind: str, *arguments: str) -> None:
         "bare": bare,
         "deciding": deciding,
         "gateway": gateway,
+        "dashboard": dashboard,
     }
     async with kinds[kind](*arguments) as url:
         print(url, flush=True)
