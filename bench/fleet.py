@@ -20,6 +20,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
@@ -29,6 +30,7 @@ from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.trust.cache_views import FeedCaches
 from matrixinfer.trust.drift import Drift
@@ -77,6 +79,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
         auditor=Auditor(feeds, parity, drift, lookup, blocks, sizer),
         decisions=DecisionLog(config.decisions_kept),
         metrics=metrics,
+        ladder=LadderRecorder(LadderLog(clock), clock),
         clock=clock,
     )
     return Fleet(router=router, blocks=blocks, index=index, scheduler=scheduling, pods=names)

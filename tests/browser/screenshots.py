@@ -49,8 +49,11 @@ async def take(folder: Path, name: str, url: str, *, theme: Literal["light", "da
             await page.locator("#dialog table").wait_for()
         if name == "fleet-200":
             await page.get_by_role("button", name="requests").click()
+        if name == "ladder":
+            await page.locator("#ladder").scroll_into_view_if_needed()
         path = folder / f"{name}.png"
-        await page.screenshot(path=path)
+        target = page.locator(".columns") if name == "ladder" else page
+        await target.screenshot(path=path)
         Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB {' '.join(shown.errors)}")
 
@@ -60,6 +63,7 @@ async def main(folder: Path) -> None:
         await take(folder, "dashboard", url, theme="light", width=1280, height=1120)
         await take(folder, "dashboard-dark", url, theme="dark", width=1280, height=900)
         await take(folder, "decision", url, theme="light", width=1100, height=620)
+        await take(folder, "ladder", url, theme="light", width=1280, height=900)
         await take(folder, "dashboard-narrow", url, theme="light", width=390, height=844)
     async with lively(200, per_minute=240) as url:
         await take(folder, "fleet-200", url, theme="light", width=1280, height=900)

@@ -6,19 +6,17 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import pytest
-from aiohttp import web
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Page, expect
 
-from matrixinfer.gateway.listener import Handler
 from matrixinfer.tasks import cancel_and_wait
 from tests.browser.chromium import BINARY, MISSING, Window, window
-from tests.browser.world import HISTORY_MISSING, World, json_of
+from tests.browser.world import HISTORY_MISSING, World
 from tests.waiting import DEADLINE_SECONDS
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason=MISSING)
@@ -33,12 +31,11 @@ async def dashboard(
     world: World,
     *,
     traffic: bool = False,
-    more: Mapping[str, Mapping[str, Handler]] | None = None,
     theme: Literal["light", "dark"] = "light",
     width: int = 1440,
 ) -> AsyncIterator[Window]:
     """The open page. Whatever happens there, nothing is complained about, and the layout stays where it is."""
-    async with world.served(more) as url, window(width=width, theme=theme) as shown:
+    async with world.served() as url, window(width=width, theme=theme) as shown:
         task = asyncio.create_task(world.live()) if traffic else None
         try:
             await shown.page.goto(f"{url}/dashboard")
@@ -254,18 +251,19 @@ async def test_the_doctor_is_asked_and_its_findings_are_shown() -> None:
         assert await complaints(page) == []
 
 
-async def test_the_ladder_is_shown_where_the_gateway_has_one() -> None:
-    async def ladder(_: web.BaseRequest) -> web.StreamResponse:
-        rung = {"name": "capacity", "tokens": 31_000, "share": 0.31, "cause": "the fleet evicts", "remedy": "add pods"}
-        unknown = {"name": "ideal", "tokens": None, "share": None, "cause": None, "remedy": None}
-        return web.Response(body=json_of({"rungs": [unknown, rung]}), headers={"Content-Type": "application/json"})
-
-    async with dashboard(World(1), more={"/debug/ladder": {"GET": ladder}}) as shown:
-        items = shown.page.locator("#rungs li")
-        await expect(items).to_have_count(2)
-        await expect(items.nth(0)).to_contain_text("unknown")
-        await expect(items.nth(1)).to_contain_text("31.0 %")
-        await expect(items.nth(1)).to_contain_text("add pods")
+async def test_the_ladder_says_where_tokens_were_lost_and_what_helps() -> None:
+    world = World(2, seconds_ago=600.0)
+    world.hour()
+    world.tally.add("sampled:evicted", 0.2 * world.tally["prompt"])
+    rungs = {each.name: each for each in world.ladder().rungs}
+    async with dashboard(world) as shown:
+        items = shown.page.locator("#rungs > li")
+        await expect(items).to_have_count(5)
+        share = rungs["predicted"].share
+        assert share is not None
+        await expect(items.nth(3)).to_contain_text(f"{share * 100:.1f} %")
+        await expect(items.nth(1)).to_contain_text("the fleet's caches are too small")
+        await expect(items.nth(1)).to_contain_text("more KV tokens")
         assert await complaints(shown.page) == []
 
 

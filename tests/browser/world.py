@@ -6,12 +6,10 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-import msgspec
+from typing import cast
 
 from matrixinfer.config import Config, LimitsConfig, ModelConfig, OutliersConfig, PodConfig, PodWatchConfig
 from matrixinfer.config.endpoint_names import EndpointName
@@ -23,7 +21,8 @@ from matrixinfer.dashboard.pages import Dashboard
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.handlers import Admin
-from matrixinfer.gateway.listener import Handler, Listener
+from matrixinfer.gateway.ladder_page import LadderPage
+from matrixinfer.gateway.listener import Listener
 from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.pods.engine_kind import EngineFacts
@@ -35,6 +34,8 @@ from matrixinfer.routing.router import Router
 from matrixinfer.scheduler.framework import Candidate, Condition, Decision, SchedulingRequest, Trust
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.ladder.rungs import Ladder, of
+from matrixinfer.traffic.ladder.tally import Tally, excess_step
 from matrixinfer.traffic.load import Charge, LoadLedger
 from matrixinfer.trust.cache_views import CacheView, FeedReports
 from matrixinfer.trust.parity import Parity
@@ -108,6 +109,9 @@ class World:
         self.history = History(self.clock)
         self.decisions = DecisionLog(1_000)
         self.held: dict[str, dict[int, None]] = {}
+        self.seen: dict[int, None] = {}
+        """Every block that was ever in a prompt."""
+        self.tally = Tally(sums={"reported_requests": 0.0}, pods=pods, capacity=pods * CACHE_TOKENS)
         self.going: deque[tuple[Record, Charge]] = deque()
         self.doctor: tuple[str, ...] = ("cat",)
         self.draining = asyncio.Event()
@@ -183,6 +187,7 @@ class World:
         self.recent = {each: count * 0.97 for each, count in self.recent.items()}
         self.recent[name] = self.recent.get(name, 0.0) + 1.0
         charge = self.load.charge(name, talk.model, hashes=(), start=0, queued_tokens=talk.tokens - hit)
+        self._count(talk, decision, hit)
         held = self.held.setdefault(name, {})
         for each in reversed(talk.chain):
             held.pop(each, None)
@@ -209,6 +214,26 @@ class World:
             charge.cancel()
         made.is_over = True
         self.history.ended(made)
+
+    def _count(self, talk: Conversation, decision: Decision, hit: int) -> None:
+        """What became of the prompt's tokens, for the ladder. Whatever was seen and is nowhere was evicted here."""
+        best = max(each.predicted_hit(talk.tokens, BLOCK) for each in decision.candidates)
+        seen = 0
+        while seen < len(talk.chain) and talk.chain[seen] in self.seen:
+            seen += 1
+        evicted = max(0, seen * BLOCK - best)
+        counts = {"requests": 1, "prompt": talk.tokens, "beyond": talk.tokens - best, "sampled": talk.tokens - best}
+        counts |= {"sampled_blocks": len(talk.chain), "sampled:evicted": evicted, "lost:busier": best - hit}
+        counts |= {"reported_requests": 1, "reported_prompt": talk.tokens, "reported_predicted": hit, "reported": hit}
+        for key, tokens in counts.items():
+            self.tally.add(key, tokens)
+        if evicted:
+            step = excess_step(200_000)
+            self.tally.excess[step] = self.tally.excess.get(step, 0.0) + evicted
+        self.seen.update(dict.fromkeys(talk.chain))
+
+    def ladder(self) -> Ladder:
+        return of(self.tally)
 
     def _decide(self, talk: Conversation, identity: str) -> Decision:
         request = SchedulingRequest(
@@ -274,9 +299,9 @@ class World:
             await asyncio.sleep(every)
 
     @asynccontextmanager
-    async def served(self, more: Mapping[str, Mapping[str, Handler]] | None = None) -> AsyncIterator[str]:
+    async def served(self) -> AsyncIterator[str]:
         """The admin listener; its base URL."""
-        about = About(version="1.2.3", api="http://127.0.0.1:8080", decisions_kept=1_000, ladder=bool(more))
+        about = About(version="1.2.3", api="http://127.0.0.1:8080", decisions_kept=1_000)
         fleet = Fleet(self.registry, self.caches, self.outliers, self.load, self.history)
         live = Live(fleet, self.history, self.decisions, lambda: about, self.clock, self.wall)
         pages = Dashboard(live, Examination(lambda: self.config, command=self.doctor), self.draining)
@@ -291,11 +316,7 @@ class World:
             Parity(metrics, time.monotonic),
             bodies,
         )
-        routes = {**admin.routes(), **pages.routes(), **(more or {})}
+        routes = {**admin.routes(), **pages.routes(), **LadderPage(lambda _: self.ladder()).routes()}
         async with Listener("127.0.0.1", 0, guarded(routes, ()), self.draining) as listener:
             yield listener.url
             self.draining.set()  # as a gateway does: streams end by themselves
-
-
-def json_of(data: Any) -> bytes:
-    return msgspec.json.encode(data)

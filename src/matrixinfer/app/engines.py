@@ -16,6 +16,7 @@ from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.app.unserved import UnservedModels
 from matrixinfer.config import Config, PodConfig, bare_pod
 from matrixinfer.index.redis.dry_run import DryRunIndex
+from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
@@ -29,6 +30,7 @@ from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.shortages import Shortages
 from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.trust.drift import Drift, Lookups
 
 FIRST_LOOK_SECONDS = 5.0
@@ -54,6 +56,7 @@ class Engines:
         *,
         history: RoutingHistory | None = None,
         dry_run: DryRunIndex | None = None,
+        ladder: LadderLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocks = token_blocks(config.blocks)
@@ -71,7 +74,7 @@ class Engines:
             reuses_less=self.drift.reuses_less,
         )
         self.subscriber = Subscriber(
-            index=dry_run or self.setup.index,
+            index=dry_run or (self.setup.index if ladder is None else WatchedIndex(self.setup.index, ladder)),
             blocks=self.blocks,
             history=history,
             feeds=self.feeds,

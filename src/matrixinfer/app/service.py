@@ -24,6 +24,7 @@ from matrixinfer.app.collectors import (
 )
 from matrixinfer.app.dashboard_setup import dashboard
 from matrixinfer.app.engines import Engines
+from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.peers_collector import PeersCollector
 from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
@@ -31,6 +32,7 @@ from matrixinfer.dashboard.history import History
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
@@ -47,6 +49,7 @@ from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
@@ -60,6 +63,7 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.telemetry.outlier_log import OutlierLog
 from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
@@ -98,7 +102,8 @@ class Service:
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
         self._parity = Parity(self.metrics, clock)
-        self.engines = engines = Engines(config, self.metrics, history=self._history, clock=clock)
+        self.ladder = LadderLog(clock)
+        self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
             self._remote = RemoteTokenizer(
@@ -187,9 +192,14 @@ class Service:
             auditor=Auditor(engines.feeds, self._parity, engines.drift, lookup, engines.blocks, sizer, media),
             decisions=self.decisions,
             metrics=self.metrics,
+            ladder=LadderRecorder(self.ladder, clock, has_rule=self._has_rule),
             clock=clock,
             watch=None if self.config.admin is None else self.traffic,
         )
+
+    def _has_rule(self, endpoint: str) -> bool:
+        """Whether an endpoint's engine does not reuse every prefix that it holds."""
+        return self.engines.setup.caches.rule_of(endpoint) is not None
 
     def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
         engines, config = self.engines, self.config
@@ -226,6 +236,7 @@ class Service:
             "pending_blocks": self.load.__len__,
             "drift_endpoints": self.engines.drift.__len__,
             "outlier_endpoints": self.outliers.__len__,
+            "ladder_blocks": self.ladder.__len__,
             "parity_samples": self._parity.sampling.__len__,
             "late_prompts": lambda: tokenizers.late,
             "working_prompts": lambda: tokenizers.working,
@@ -238,6 +249,7 @@ class Service:
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
         self.metrics.register(PluginCollector(self._scheduler))
+        self.metrics.register(LadderCollector(self.ladder))
 
     def _gateway(self, connections: Upstream) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
@@ -276,7 +288,7 @@ class Service:
         return Gateway(
             config,
             api={**api.routes(), **models.routes(), **public},
-            admin={**admin.routes(), **pages.routes(), **status},
+            admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **pages.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
         )

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
+from matrixinfer.cli.ladder import print_ladder, since
 from matrixinfer.cli.terminal import Rows, Terminal
 from matrixinfer.config import CLUSTER_SUFFIX
 from matrixinfer.errors import MatrixInferError, client_error
@@ -49,7 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="show why requests went to their pods",
         description="Ask a running gateway for its last decisions, for the decision on one request, or for the decision "
         "that it would make on a request body now. Shows for each pod the matched blocks, trust, load and scores, the "
-        "predicted hit, and the hit that the engine reported.",
+        "predicted hit, and the hit that the engine reported. With --ladder: why prompt tokens were not found in a cache.",
     )
     parser.add_argument(
         "id", nargs="?", metavar="ID", help="the x-request-id of a response (default: list the last decisions)"
@@ -73,6 +74,17 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--path", default=CHAT_PATH, metavar="PATH", help="the API path that --body is for (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="show what became of all prompt tokens: seen before, kept, matched, chosen, reused; and how to lose fewer",
+    )
+    parser.add_argument(
+        "--since",
+        type=since,
+        metavar="TIME",
+        help="how far back --ladder looks, such as 15m, 1h or 1d, at most a day (default: 1h)",
+    )
     parser.add_argument("--json", action="store_true", help="print the gateway's answer as JSON")
     parser.set_defaults(run=run)
 
@@ -81,12 +93,18 @@ def run(args: argparse.Namespace) -> int:
     """Ask the gateway and print its answer. Raises `CannotExplain`."""
     if args.id is not None and args.body is not None:
         raise CannotExplain("expected the ID of a past request or --body FILE, got both")
+    if args.ladder and not (args.id is args.body is args.pod is None):
+        raise CannotExplain("--ladder is about all requests: leave ID, --body and --pod out")
+    if args.since is not None and not args.ladder:
+        raise CannotExplain("--since is only for --ladder")
     answer = asyncio.run(_ask(args))
     if args.json:
         print(json.dumps(answer, indent=2))
         return 0
     console = Terminal()
-    if args.body is not None or args.id is not None:
+    if args.ladder:
+        print_ladder(console, answer["ladder"])
+    elif args.body is not None or args.id is not None:
         for number, decision in enumerate([answer] if args.body is not None else answer["decisions"]):
             if number:
                 console.print()
@@ -103,6 +121,9 @@ async def _ask(args: argparse.Namespace) -> Any:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     try:
         async with aiohttp.ClientSession(base.rstrip("/"), timeout=timeout) as session:
+            if args.ladder:
+                async with session.get("/debug/ladder", params={"since": str(args.since or 3_600)}) as response:
+                    return await _answer(response)
             if args.body is not None:
                 body = await asyncio.to_thread(_read, args.body)
                 async with session.post("/debug/route", params={"path": args.path}, data=body) as response:

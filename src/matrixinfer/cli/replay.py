@@ -21,6 +21,7 @@ from matrixinfer.cli.arguments import (
     seconds_or_zero,
     share,
 )
+from matrixinfer.cli.ladder import print_ladders
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
@@ -186,7 +187,7 @@ def _print_json(trace: Trace, settings: dict[str, object], outcomes: Sequence[Ou
     line = {
         "trace": trace.name,
         "settings": settings,
-        "results": {outcome.policy: outcome.results for outcome in outcomes},
+        "results": {outcome.policy: {**outcome.results, "ladder": outcome.ladder} for outcome in outcomes},
     }
     print(msgspec.json.encode(line).decode())
 
@@ -201,6 +202,7 @@ def _print_table(trace: Trace, settings: dict[str, object], outcomes: Sequence[O
     for outcome in outcomes:
         rows.add_row(outcome.policy, *(_cell(outcome.results[column]) for column in _COLUMNS))
     terminal.print(rows)
+    print_ladders(terminal, {outcome.policy: outcome.ladder for outcome in outcomes})
     rejected = outcomes[0].results["too_long"] if outcomes else 0
     if rejected:
         terminal.print(f"{rejected} requests are longer than the KV cache of a pod, and were left out")

@@ -31,8 +31,6 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     api: str
     """Base URL of the API."""
     decisions_kept: int
-    ladder: bool = False
-    """Whether `/debug/ladder` answers."""
     bucket_seconds: int = BUCKET_SECONDS
     buckets: int = BUCKETS
 

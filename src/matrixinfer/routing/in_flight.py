@@ -79,6 +79,11 @@ class InFlight:
         return self._record
 
     @property
+    def cached(self) -> int | None:
+        """Prompt tokens that the engine reused; None if its answer does not report them."""
+        return self._record.cached
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted

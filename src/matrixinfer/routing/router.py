@@ -20,6 +20,7 @@ from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, DecisionWatch, record
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.prepare import Prepared, Preparer
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -44,6 +45,7 @@ class Router:
         auditor: Auditor,
         decisions: DecisionLog,
         metrics: Metrics,
+        ladder: LadderRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
         watch: DecisionWatch | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class Router:
         self._auditor = auditor
         self._decisions = decisions
         self._metrics = metrics
+        self._ladder = ladder
         self._clock = clock
 
     @asynccontextmanager
@@ -107,6 +110,8 @@ class Router:
         served = self._registry.names()
         self._auditor.keep_models(served)
         self._metrics.keep_models(served)
+        if self._ladder is not None:
+            self._ladder.keep_models(served)
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
@@ -163,6 +168,8 @@ class Router:
             self._remember(request)
             if self._watch is not None:
                 self._watch.ended(request.record)
+            if self._ladder is not None:
+                self._ladder.ended(request)
         finally:
             for each in request.tried:
                 if not self._registry.has(each.pod, each.name):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 
 class Pool:
@@ -45,12 +45,7 @@ class Pool:
 
     def count(self, hashes: Sequence[int]) -> int:
         """How many blocks of a prompt are cached, consecutively from its start."""
-        cached, count = self.cached, 0
-        for key in hashes:
-            if key not in cached:
-                break
-            count += 1
-        return count
+        return len(list(takewhile(self.cached.__contains__, hashes)))
 
     def pushed_out(self, count: int) -> list[int]:
         """The hashes that would be evicted if `count` blocks were taken now."""

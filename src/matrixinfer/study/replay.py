@@ -20,6 +20,7 @@ from matrixinfer.pods.registry import EngineMetrics
 from matrixinfer.study.engine import Engine, EngineShape, Run
 from matrixinfer.study.faults import Fault
 from matrixinfer.study.jobs import Job, Router
+from matrixinfer.study.ladder import ReplayLadder
 from matrixinfer.study.pool import Pool
 from matrixinfer.study.publisher import Publisher
 from matrixinfer.study.trace import LetterBlocks, Trace
@@ -109,6 +110,7 @@ class Replay:
         self.now = 0.0
         self.pods: dict[str, Pod] = {}
         self.jobs: list[Job] = []
+        self.ladder = ReplayLadder(self.pods, trace.block_size, self.clock)
         self.too_long = 0
         self.broken_off = 0
         """Requests whose pod went down after their first token, or that no pod could take for ten minutes."""
@@ -191,6 +193,7 @@ class Replay:
             return
         job.router = self._rng.randrange(len(self._routers)) if len(self._routers) > 1 else 0
         job.pod = self._routers[job.router].route(job, [name for name in self.pods if name not in able])
+        self.ladder.sent(job, self._routers[job.router])
         pod = self.pods[job.pod]
         pod.engine.submit(Run(job, job.prompt, job.reply, job.hashes), now)
         if pod.engine.ends_at == math.inf:
@@ -217,6 +220,7 @@ class Replay:
             job.ended = now
             if job.router >= 0:
                 self._routers[job.router].ended(job)
+            self.ladder.ended(job)
             self._over(job.number, now)
         if pod.resets and not engine.running:
             self._reset(pod, now)
@@ -327,6 +331,7 @@ class Replay:
                 self._reset(pod, now)
         elif fault.kind == "leave":
             pod.is_listed = False
+            self.ladder.emptied(pod.name)
             for router in self._routers:
                 router.leave(pod.name)
         else:
@@ -334,6 +339,8 @@ class Replay:
 
     def _reset(self, pod: Pod, now: float) -> None:
         pod.resets = not pod.engine.reset()
+        if not pod.resets:
+            self.ladder.emptied(pod.name)
         frame = None if pod.resets or pod.publisher is None else pod.publisher.cleared(now)
         if frame is not None:
             for router in self._routers:
@@ -344,6 +351,7 @@ class Replay:
         pod.preemptions += pod.engine.preemptions
         pod.busy_seconds += pod.engine.busy_seconds
         pod.is_up, pod.scheduled = False, math.inf
+        self.ladder.emptied(pod.name)
         slowness, capacity = pod.engine.slowness, pod.engine.pool.capacity
         pod.engine = Engine(self.fleet.shape, self._shared or Pool(capacity), slowness=slowness)
         for router in self._routers:

@@ -13,6 +13,7 @@ from matrixinfer.study.measures import measures
 from matrixinfer.study.policies import POLICIES, Policy
 from matrixinfer.study.replay import Fleet, Replay, Sample
 from matrixinfer.study.trace import LetterBlocks, Trace
+from matrixinfer.traffic.ladder.rungs import Ladder
 
 _MOST_SAMPLES = 2_000
 
@@ -26,6 +27,8 @@ class Outcome:
     requests: Sequence[tuple[float, float, int, int]]
     """Of each request that got a first token: when it arrived, how long that took, its prompt's tokens, cached ones."""
     samples: Sequence[Sample]
+    ladder: Ladder
+    """Where prompt tokens were lost."""
 
 
 def replay(
@@ -60,6 +63,7 @@ def replay(
         requests=[
             (job.arrived, job.first - job.arrived, job.prompt, job.cached) for job in run.jobs if job.first is not None
         ],
+        ladder=run.ladder.result(),
         samples=run.samples[:: max(1, every)],
     )
 

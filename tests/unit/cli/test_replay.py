@@ -31,6 +31,9 @@ def test_json_has_the_trace_the_settings_and_the_results_of_each_policy(capsys: 
     for results in line["results"].values():
         assert {"hit_rate", "imbalance", *times} <= set(results)
         assert all(results[time] > 0 for time in times)
+        rungs = results["ladder"]["rungs"]
+        assert [rung["name"] for rung in rungs] == ["ideal", "capacity", "perfect", "predicted", "reported"]
+        assert rungs[-1]["share"] == results["hit_rate"]
     assert line["results"]["kv_aware"]["hit_rate"] > line["results"]["random"]["hit_rate"]
 
 
@@ -80,7 +83,16 @@ def test_the_table_names_policies_and_columns_and_plots_are_written(
     args = ["replay", SMALL, "--policies", "random,kv_aware", "--pods", "2", "--plot", str(tmp_path)]
     assert main(args) == 0
     shown = capsys.readouterr().out
-    for word in ("hit_rate", "ttft_p90_s", "random", "kv_aware", "ideal hit rate"):
+    for word in (
+        "capacity",
+        "predicted",
+        "largest losses",
+        "hit_rate",
+        "ttft_p90_s",
+        "random",
+        "kv_aware",
+        "ideal hit rate",
+    ):
         assert word in shown
     written = sorted(path.name for path in tmp_path.glob("*/*.png"))
     assert written == ["hits.png", "load.png", "ttft.png"]

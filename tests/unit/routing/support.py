@@ -20,6 +20,7 @@ from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
@@ -29,6 +30,7 @@ from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
+from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.trust.cache_views import FeedCaches, FeedReports
@@ -59,6 +61,7 @@ class Parts:
         self.parity = Parity(self.metrics, clock)
         self.resyncs: list[str] = []
         self.drift = Drift(self.metrics, self._resync, clock, self._reuses_less)
+        self.ladder = LadderLog(clock)
         self.decisions = DecisionLog(config.decisions_kept)
         caches = FeedCaches(self.feeds, self.drift.doubts)
         self.feed_reports = FeedReports(self.feeds, caches, self.drift.reuse)
@@ -98,6 +101,7 @@ class Parts:
             auditor=Auditor(self.feeds, self.parity, self.drift, lookup, self.blocks, sizer, self.media),
             decisions=self.decisions,
             metrics=self.metrics,
+            ladder=LadderRecorder(self.ladder, clock),
             clock=clock,
         )
 

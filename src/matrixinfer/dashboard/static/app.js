@@ -30,7 +30,6 @@ function take(view) {
     state.rows.clear();
     setText($("version"), view.about.version);
     parts.decisions.kept = view.about.decisions_kept;
-    if (view.about.ladder) ladder.start();
   }
   Object.assign(state, { at: view.at, up_s: view.up_s, hour: view.hour });
   for (const point of view.points) state.points.set(point.number, { ...point, t: view.at - point.ago_s });
@@ -85,6 +84,7 @@ function follow() {
     link("waiting", "Paused");
   } else {
     connect();
+    ladder.start();
   }
 }
 

@@ -1,0 +1,212 @@
+"""How far back each block of a prompt was last used, in blocks: an LRU stack, sampled by hash within a bound.
+
+A fixed share of the blocks, chosen by their hashes, stands for all of them, as in SHARDS (Waldspurger et al., FAST 2015): the
+distances between sampled blocks, divided by that share, estimate the distances between all. The share halves whenever the
+tracker is full. A request touches its blocks all at once, its last block first, as engines do when they free them, so one
+entry in the stack stands for all blocks that one request touched last. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ALL = 1 << 63
+"""Hashes are below this."""
+_FULL = 0.75
+"""A full tracker keeps at most this share of its blocks."""
+_ONE_VISIT_SECONDS = 0.1
+"""Blocks that an endpoint stores within this time are remembered together."""
+
+
+class Visit:
+    """The blocks that one request touched last, of those that no later request has touched."""
+
+    __slots__ = ("at", "blocks", "endpoint", "number")
+
+    def __init__(self, number: int, at: float, endpoint: str) -> None:
+        self.number = number
+        """Rises with time."""
+        self.at = at
+        self.endpoint = endpoint
+        """Where it was computed."""
+        self.blocks = 0
+
+
+class Reused(NamedTuple):
+    """Sampled blocks of a prompt that were last touched together. Their distances rise by one sampled block each."""
+
+    nearer: int
+    """Sampled blocks that were touched since the first of these was, without itself."""
+    blocks: int
+    last: Visit
+
+
+class Found(NamedTuple):
+    """The blocks of a prompt from a position on, in sampled blocks."""
+
+    blocks: int
+    """How many were sampled."""
+    reused: Sequence[Reused]
+    """Those that were seen before."""
+    rate: float
+    """Share of all blocks that are sampled."""
+    different: int
+    """How many sampled blocks are remembered."""
+
+
+class ReuseTracker:
+    """Remembers at most `most` blocks: those touched last, of the share that is sampled.
+
+    When it is full it forgets blocks that nobody has touched for `horizon` seconds, and halves the share if need be. Every
+    `now` is in seconds and must not decrease.
+    """
+
+    def __init__(self, most: int = 16_384, *, horizon: float = float("inf")) -> None:
+        self._most = most
+        self._horizon = horizon
+        self._limit = ALL
+        self._known: dict[int, tuple[Visit, float]] = {}  # block -> last touched by, first seen at
+        self._sums = _Sums(2 * most)
+        self._visits: dict[int, Visit] = {}  # by number, oldest first
+        self._next = 1
+
+    def __len__(self) -> int:
+        """Number of blocks remembered."""
+        return len(self._known)
+
+    @property
+    def rate(self) -> float:
+        """Share of all blocks that are sampled."""
+        return self._limit / ALL
+
+    def visit(
+        self, hashes: Sequence[int], start: int, stop: int, *, mask: int = 0, since: float, now: float, endpoint: str
+    ) -> Found:
+        """Look at the blocks of a prompt at the positions [start, stop), and touch all of `hashes`.
+
+        A block counts as seen if that was before `since`, when the request was decided. `mask` tells the blocks of models
+        apart that share caches.
+        """
+        limit, known, rate = self._limit, self._known, self.rate
+        keys = [each ^ mask for each in hashes] if mask else hashes
+        sampled = [(at, key) for at, key in enumerate(keys) if key < limit]
+        if not sampled:
+            return Found(0, (), rate, len(known))
+        before: dict[Visit, int] = {}
+        lost: dict[Visit, int] = {}
+        for at, key in sampled:
+            entry = known.get(key)
+            if entry is None:
+                continue
+            if at < start:
+                before[entry[0]] = before.get(entry[0], 0) + 1
+            elif at < stop and entry[1] < since:
+                lost[entry[0]] = lost.get(entry[0], 0) + 1
+        reused = [Reused(self._newer(last) + before.get(last, 0), count, last) for last, count in lost.items()]
+        self._touch([key for _, key in sampled], since, self._visit(now, endpoint))
+        return Found(sum(start <= at < stop for at, _ in sampled), reused, rate, len(known))
+
+    def introduce(self, hashes: Sequence[int], *, mask: int = 0, now: float, endpoint: str) -> None:
+        """An endpoint has stored blocks. Those that are new here, such as replies, are remembered as if touched now."""
+        limit, known = self._limit, self._known
+        new = [key for each in hashes if (key := each ^ mask) < limit and key not in known]
+        if new:
+            last = next(reversed(self._visits.values()), None)
+            is_recent = last is not None and last.endpoint == endpoint and now - last.at < _ONE_VISIT_SECONDS
+            self._touch(new, now, last if last is not None and is_recent else self._visit(now, endpoint))
+
+    def _visit(self, now: float, endpoint: str) -> Visit:
+        if self._next > self._sums.size:
+            self._renumber()
+        visit = Visit(self._next, now, endpoint)
+        self._next += 1
+        self._visits[visit.number] = visit
+        return visit
+
+    def _touch(self, keys: Sequence[int], seen: float, visit: Visit) -> None:
+        known, left = self._known, dict[Visit, int]()
+        for key in keys:
+            entry = known.get(key)
+            if entry is None:
+                known[key] = visit, seen
+                visit.blocks += 1
+            elif entry[0] is not visit:
+                last, first = entry
+                left[last] = left.get(last, 0) + 1
+                known[key] = visit, min(first, seen)
+                visit.blocks += 1
+        self._sums.put(visit.number, visit.blocks)
+        for last, count in left.items():
+            last.blocks -= count
+            self._sums.put(last.number, last.blocks)
+            if not last.blocks:
+                del self._visits[last.number]
+        if len(known) > self._most:
+            self._shrink(visit.at)
+
+    def _newer(self, visit: Visit) -> int:
+        """How many blocks were touched after a visit."""
+        return len(self._known) - self._sums.up_to(visit.number)
+
+    def _shrink(self, now: float) -> None:
+        """Forget blocks that are too old, then sample fewer; at last forget the oldest, in case hashes are not even."""
+        most, oldest = int(self._most * _FULL), now - self._horizon
+        self._known = {key: entry for key, entry in self._known.items() if entry[0].at >= oldest}
+        while len(self._known) > most and self._limit > 1:
+            self._limit //= 2
+            self._known = {key: entry for key, entry in self._known.items() if key < self._limit}
+        if len(self._known) > most:
+            by_age = sorted(self._known.items(), key=lambda each: each[1][0].number)
+            self._known = dict(by_age[-most:])
+        for visit in self._visits.values():
+            visit.blocks = 0
+        for visit, _ in self._known.values():
+            visit.blocks += 1
+        self._renumber()
+
+    def _renumber(self) -> None:
+        """Number the visits that still have blocks from 1 on, in their order."""
+        live = [visit for visit in self._visits.values() if visit.blocks]
+        self._visits = {}
+        for number, visit in enumerate(live, 1):
+            visit.number = number
+            self._visits[number] = visit
+        self._next = len(live) + 1
+        self._sums.fill([visit.blocks for visit in live])
+
+
+class _Sums:
+    """Numbers at the positions 1 to `size`, and their sums from the start (a Fenwick tree)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._values = [0] * (size + 1)
+        self._tree = [0] * (size + 1)
+
+    def put(self, position: int, value: int) -> None:
+        """Set one number."""
+        change = value - self._values[position]
+        self._values[position] = value
+        tree, size = self._tree, self.size
+        while position <= size:
+            tree[position] += change
+            position += position & -position
+
+    def up_to(self, position: int) -> int:
+        """Sum of the numbers at the positions 1 to `position`."""
+        tree, total = self._tree, 0
+        while position:
+            total += tree[position]
+            position &= position - 1
+        return total
+
+    def fill(self, values: Sequence[int]) -> None:
+        """Set the first numbers; the others are 0."""
+        rest = self.size - len(values)
+        self._values = [0, *values, *([0] * rest)]
+        self._tree = tree = list(self._values)
+        for position in range(1, self.size + 1):
+            above = position + (position & -position)
+            if above <= self.size:
+                tree[above] += tree[position]
