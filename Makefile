@@ -18,7 +18,8 @@ TIMES ?= 10
 SECONDS ?= 600
 INDEX ?= memory
 
-.PHONY: help demo screenshots chromium test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench traces study format \
+.PHONY: help demo demo-ui screenshots chromium test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench \
+  bench-peers head-to-head traces study format \
   lock clean
 .NOTPARALLEL:
 
@@ -27,6 +28,9 @@ help: ## Show the targets
 
 demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin against KV-aware routing
 	$(BIN)/matrixinfer demo
+
+demo-ui: .venv/run.stamp ## The same engines, kept running under conversations, with the dashboard to see
+	$(BIN)/matrixinfer demo --ui
 
 test: test-unit test-rest ## All tests
 
@@ -69,6 +73,13 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
 	$(BIN)/python -m bench
 
+bench-peers: .venv/dev.stamp ## The same load through vllm-router, sglang-router and smg, which it installs into .peers (ten minutes)
+	$(BIN)/python -m bench.peers
+
+head-to-head: .venv/dev.stamp ## Other routers and ours in front of two real vLLM engines, undisturbed and disturbed (two hours; installs vLLM)
+	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
+	$(BIN)/python -m bench.head_to_head --vllm $(VLLM) --vllm-dir $(VLLM_DIR)
+
 traces: .venv/dev.stamp ## Token ids of public traces in the folder TRACES against transformers and tokenizers (half a minute)
 	MATRIXINFER_TRACES=$(TRACES) $(BIN)/pytest -rs tests/integration/test_traces.py
 
@@ -83,7 +94,7 @@ lock: .venv/dev.stamp ## Pin the newest requirements
 	$(LOCK) $(EXTRAS) --group dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --group build --constraint requirements/dev.txt pyproject.toml -o requirements/run.txt
 
-clean: ## Remove what the targets made, but for the engines in .vllm and .engines
+clean: ## Remove what the targets made, but for the engines in .vllm and .engines, and .peers
 	rm -rf .venv dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/dev.stamp: requirements/data.txt

@@ -44,10 +44,10 @@ class _Server:
 def run(scale: Scale) -> Iterator[Figure]:
     """Per load: CPU time of the bare proxy, of a decision and of the gateway, and the gateway's share of its target."""
     with ExitStack() as stack:
-        upstream = _server(stack.enter_context(_process("upstream")))
-        processes = {"bare": stack.enter_context(_process("bare", upstream.url))}
+        upstream = _server(stack.enter_context(server_process("upstream")))
+        processes = {"bare": stack.enter_context(server_process("bare", upstream.url))}
         for kind, policy in product(("deciding", "gateway"), scale.policies):
-            processes[f"{kind} {policy}"] = stack.enter_context(_process(kind, upstream.url, policy))
+            processes[f"{kind} {policy}"] = stack.enter_context(server_process(kind, upstream.url, policy))
         servers = {name: _server(process) for name, process in processes.items()}
         for load in _loads(scale):
             costs = uvloop.run(_rounds(load, servers, scale.proxy_rounds))
@@ -116,17 +116,21 @@ async def _send(session: aiohttp.ClientSession, url: str, load: _Load, requests:
 
 
 @contextmanager
-def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def server_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A process of `bench.servers`, until the context ends."""
     command = [sys.executable, "-m", "bench.servers", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process  # leaving closes its standard input, which ends it
 
 
-def _server(process: subprocess.Popen[str]) -> _Server:
-    """Wait until the server in a process is ready."""
+def server_url(process: subprocess.Popen[str]) -> str:
+    """The URL of the server in a process, once it is ready."""
     assert process.stdout is not None
     url = process.stdout.readline().strip()
     if not url:
         raise RuntimeError(f"expected the URL of {process.args!r}, but it did not start")
-    return _Server(url=url, pid=process.pid)
+    return url
+
+
+def _server(process: subprocess.Popen[str]) -> _Server:
+    return _Server(url=server_url(process), pid=process.pid)

@@ -135,8 +135,14 @@ class World:
         finally:
             await cancel_and_wait(task)
 
-    async def ask(self, load: Load, *, stream: bool) -> None:
-        body = {"model": "m", "prompt": f"prompt {next(self.numbers)}", "stream": stream}
+    async def ejections(self) -> float:
+        """How often the gateway has ejected an endpoint."""
+        async with self.session.get(f"{self.admin}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("matrixinfer_ejections_total{"))
+
+    async def ask(self, load: Load, *, stream: bool, prompt: str = "prompt") -> None:
+        body = {"model": "m", "prompt": f"{prompt} {next(self.numbers)}", "stream": stream}
         load.sent += 1
         start = time.monotonic()
         try:

@@ -17,6 +17,8 @@ import sys
 OK = b'{"id":"x","object":"text_completion","choices":[{"index":0,"text":"ok","finish_reason":"stop"}]}'
 ERROR = b'{"error":{"message":"no","type":"server_error","param":null,"code":null}}'
 STATUSES = {"500": b"500 Internal Server Error", "503": b"503 Service Unavailable", "429": b"429 Too Many Requests"}
+CURSED = b"cursed"
+"""A prompt with this word is answered with 500 by every engine, whatever its mode."""
 CHUNKS = 10
 PAUSE_SECONDS = 0.02
 SLOW_SECONDS = 1.0
@@ -82,7 +84,9 @@ class Engine:
 
     async def generate(self, body: bytes, writer: asyncio.StreamWriter, mode: str) -> None:
         """Answer a prompt, as the mode says."""
-        if mode in STATUSES:
+        if CURSED in body:
+            writer.write(response(STATUSES["500"], ERROR))
+        elif mode in STATUSES:
             writer.write(response(STATUSES[mode], ERROR, b"Retry-After: 1\r\n" if mode != "500" else b""))
         elif mode == "reset":
             reset(writer)

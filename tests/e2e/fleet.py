@@ -16,6 +16,8 @@ import msgspec
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import (
+    AccessLogConfig,
+    BlocksConfig,
     Config,
     DriftConfig,
     IndexConfig,
@@ -165,6 +167,8 @@ async def gateway(
     drift: DriftConfig | None = None,
     index: IndexConfig | None = None,
     redis: RedisConfig | None = None,
+    blocks: BlocksConfig | None = None,
+    access_log: AccessLogConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """A gateway in front of engines that run."""
     config = msgspec.structs.replace(
@@ -173,6 +177,8 @@ async def gateway(
         drift=drift or DriftConfig(),
         index=index or IndexConfig(),
         redis=redis,
+        blocks=blocks or BlocksConfig(),
+        access_log=access_log,
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(checked(config)) as service, aiohttp.ClientSession(connector=connector) as session:

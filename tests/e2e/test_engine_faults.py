@@ -126,6 +126,31 @@ async def test_when_all_engines_are_down_requests_fail_at_once_and_then_succeed_
     await eventually(world.is_whole, pause=0.05)
 
 
+@pytest.mark.parametrize("pair", [("500", "500"), ("500", "reset"), ("garbage", "reset")], ids=" and ".join)
+async def test_two_engines_that_fail_alike_do_not_excuse_each_other(world: World, pair: tuple[str, str]) -> None:
+    left_out = await strike(world, pair, " and ".join(pair), "12 in flight", [])
+    assert left_out == {"e0", "e1"}
+
+
+async def test_a_client_whose_requests_fail_at_every_engine_ejects_none(world: World) -> None:
+    cursed, over, before = Load(), asyncio.Event(), await world.ejections()
+
+    async def attack() -> None:
+        while not over.is_set():
+            await world.ask(cursed, stream=False, prompt="cursed")
+
+    async with asyncio.TaskGroup() as group, world.loaded(6, stream=False) as load:
+        for _ in range(4):
+            group.create_task(attack())
+        await eventually(lambda: len(cursed.failed) > 100 and len(load.answered) > 100)
+        over.set()
+    assert {kind for _, kind in cursed.failed} == {"500"}
+    assert cursed.answered == []
+    assert load.failed == []
+    assert await world.ejections() == before
+    assert_none_lost(load)
+
+
 async def test_a_client_that_is_told_to_come_back_knows_when(world: World) -> None:
     for number in range(3):
         await world.inflict("503", number)

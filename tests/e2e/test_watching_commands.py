@@ -9,10 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import aiohttp
+
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from tests.ports import free_port
-from tests.waiting import DEADLINE_SECONDS
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .fleet import fleet
 
@@ -56,6 +58,24 @@ async def test_decisions_are_followed_until_ctrl_c(tokenizer: LocalTokenizer) ->
             assert shown[2] == pod
             assert shown[3] == str(answer["usage"]["prompt_tokens"])
             assert await stopped(following, signal.SIGINT) == 0
+
+
+async def test_the_demo_is_kept_running_for_the_dashboard() -> None:
+    admin = f"127.0.0.1:{free_port()}"
+    small = ("--engines", "2", "--conversations", "4", "--turns", "3")
+    async with running("demo", "--ui", "--admin", admin, *small) as demo, aiohttp.ClientSession() as session:
+        assert "2 simulated engines" in await line(demo)
+        assert (await line(demo)).strip() == f"http://{admin}/dashboard"
+
+        async def is_used() -> bool:
+            async with session.get(f"http://{admin}/debug/dashboard") as response:
+                hour = (await response.json())["hour"]
+            return bool(hour["requests"] > 12 and hour["reported_tokens"])  # the second set of conversations
+
+        await eventually(is_used, pause=0.5)
+        assert await stopped(demo, signal.SIGINT) == 0
+        assert demo.stderr is not None
+        assert await demo.stderr.read() == b""
 
 
 async def test_a_gateway_that_is_lost_ends_the_following() -> None:

@@ -28,6 +28,7 @@ from matrixinfer.config import (
 )
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.proxy import Proxy
@@ -77,12 +78,17 @@ class FakeInFlight:
     registry: PodRegistry
     reports: list[str] = field(default_factory=list)
     wants_usage: bool = True
-    is_probe: bool = False
+    needs_witness: bool = False
 
     def __post_init__(self) -> None:
         self.pod = self.decision.chosen
+        self.tried = [self.pod.name]
+
+    def following(self) -> Candidate | None:
+        return next((each for each in self.decision.attempts if each.name not in self.tried), None)
 
     def move(self, pod: Candidate) -> None:
+        self.tried.append(pod.name)
         self.reports.append(f"move {pod.name}")
         self.pod = pod
 
@@ -96,6 +102,9 @@ class FakeInFlight:
         self.reports.append(f"failed {self.pod.name}")
         if kind.startswith("connect"):
             self.registry.failed(self.pod.name)
+
+    def timed_out(self) -> None:
+        self.reports.append(f"timed_out {self.pod.name}")
 
     def broke(self, kind: str) -> None:
         self.reports.append(f"broke {self.pod.name}")
@@ -248,6 +257,7 @@ async def rig(
             metrics,
             limits,
             draining,
+            Credentials(lambda _: None, always=False),
         )
         status = Status(registry, metrics, draining).routes()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))

@@ -26,3 +26,12 @@ def test_a_part_runs_and_every_figure_is_a_number(part: str) -> None:
     assert all(math.isfinite(figure["value"]) for figure in figures)
     judged = [figure for figure in figures if figure["target"] is not None]
     assert all(figure["met"] is (figure["value"] <= figure["target"]) for figure in judged)
+
+
+def test_the_load_for_routers_runs_through_ours(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.peers", "--quick", "--json", "--ours-only", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert all(math.isfinite(figure["value"]) for figures in parts.values() for figure in figures)
+    assert {figure["case"] for figure in parts["CPU per request or chunk"]} >= {"2 KiB, new", "2 KiB, streamed chunk"}

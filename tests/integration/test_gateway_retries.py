@@ -171,7 +171,7 @@ async def test_a_stream_that_goes_on_for_too_long_is_cut() -> None:
         assert response.status == 200
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
-        await eventually(lambda: gateway.router.reports[-2:] == ["broke a", "closed"])
+        await eventually(lambda: gateway.router.reports[-2:] == ["first_byte", "closed"])
 
 
 async def test_an_answer_that_takes_longer_than_all_attempts_may_is_a_504() -> None:
@@ -182,3 +182,4 @@ async def test_an_answer_that_takes_longer_than_all_attempts_may_is_a_504() -> N
     limits = LimitsConfig(request_timeout_seconds=0.5)
     async with pod(slow) as url, rig(url, limits=limits) as gateway:
         assert (await outcome(gateway))[0] == 504
+        assert gateway.router.reports == ["timed_out a", "closed"]

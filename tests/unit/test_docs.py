@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from matrixinfer.app.collectors import (
+    AccessLogCollector,
     FeedCollector,
     IndexCollector,
     KeptCollector,
@@ -31,7 +32,7 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
-from matrixinfer.config import PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.config import AccessLogConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
@@ -39,6 +40,7 @@ from matrixinfer.prompt.memory import Memory
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES, with_policy
+from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
@@ -186,6 +188,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(KeptCollector({}))
     metrics.register(MemoryCollector(Memory(1)))
     metrics.register(LogCollector(LogStream(sys.stderr)))
+    metrics.register(AccessLogCollector(AccessLog(AccessLogConfig(path="-"))))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))

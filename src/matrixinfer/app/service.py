@@ -14,6 +14,7 @@ from typing import Self
 import structlog
 
 from matrixinfer.app.collectors import (
+    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -30,7 +31,9 @@ from matrixinfer.app.served import served_models
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.dashboard.history import History
 from matrixinfer.gateway import descriptors
+from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
@@ -57,6 +60,7 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
+from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -100,7 +104,12 @@ class Service:
         self.traffic = History(clock)
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
-        self.outliers = Outliers(config.outliers, clock, OutlierLog(self.metrics))
+        self.outliers = Outliers(
+            config.outliers,
+            clock,
+            OutlierLog(self.metrics),
+            can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
+        )
         self._parity = Parity(self.metrics, clock)
         self.ladder = LadderLog(clock)
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
@@ -128,8 +137,9 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
+            request_log = await self._open_access_log(stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            self.gateway = await stack.enter_async_context(self._gateway(connections))
+            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -228,6 +238,15 @@ class Service:
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
+    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
+        """The access log, if the configuration names one."""
+        config = self.config.access_log
+        if config is None:
+            return None
+        sink = await stack.enter_async_context(AccessLog(config))
+        self.metrics.register(AccessLogCollector(sink))
+        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
+
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
@@ -251,16 +270,17 @@ class Service:
         self.metrics.register(PluginCollector(self._scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining)
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies)
+        api = Api(self.router, proxy, metrics, bodies, request_log)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(

@@ -27,6 +27,7 @@ COMMANDS = (
     "tokenize",
     "config",
     "replay",
+    "tune",
 )
 
 

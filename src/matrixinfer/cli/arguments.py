@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from matrixinfer.config.secrets import Secret, place
+
 if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - argparse has no public name
 else:
@@ -65,6 +67,23 @@ def seconds_or_zero(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got `{text}`")
     return seconds
+
+
+def add_engine_key(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the API key of engines."""
+    parser.add_argument(
+        "--engine-api-key-file", type=Path, metavar="FILE", help="file with the API key that the engines require"
+    )
+    parser.add_argument(
+        "--engine-api-key-env", metavar="NAME", help="environment variable with the API key that the engines require"
+    )
+
+
+def engine_key(args: argparse.Namespace) -> Secret | None:
+    """The key that the arguments name. Raises `ConfigError`."""
+    file = args.engine_api_key_file
+    where = place(None if file is None else str(file), args.engine_api_key_env, "--engine-api-key")
+    return None if where is None else where.read()
 
 
 def packaged_tokenizer() -> Path | None:

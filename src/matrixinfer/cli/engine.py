@@ -77,6 +77,7 @@ def _add_api(add: _Add, defaults: SimEngineConfig) -> None:
         help="tokenizer folder or file (default: the one that the `demo` extra brings)",
     )
     add("--chat-template", metavar="TEMPLATE", help="Jinja file, or `chatml` (default: the tokenizer's own, or chatml)")
+    add("--api-key", metavar="KEY", help="the key that requests must carry (default: none is required)")
     add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     add("--port", type=port, default=8000, help="port of the API, 0 for any free one (default: %(default)s)")
 
@@ -344,6 +345,7 @@ def _config(args: argparse.Namespace) -> SimEngineConfig:
             load_block=args.load_seconds,
         ),
         tokenize_seconds=args.tokenize_seconds,
+        api_key=args.api_key,
         host=args.host,
         port=args.port,
         kv_port=args.kv_events_port,

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from matrixinfer.cli.arguments import CONFIG_HELP
+from matrixinfer.cli.arguments import CONFIG_HELP, add_engine_key
 from matrixinfer.config import Config, KvEventsConfig, ModelConfig, PodConfig, checked, load
 from matrixinfer.errors import ConfigError
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL=tcp://…",
         help="where the engine at URL replays past KV events; may be repeated",
     )
+    add_engine_key(parser)
     parser.add_argument(
         "--model", metavar="NAME", help="the name under which the engines serve their model; needs --tokenizer-path"
     )
@@ -68,6 +69,14 @@ def configuration(args: argparse.Namespace) -> Config:
         model = ModelConfig(name=args.model, tokenizer=str(args.tokenizer_path), chat_template=args.chat_template)
         others = tuple(other for other in config.models if other.name != model.name)
         config = msgspec.structs.replace(config, models=(*others, model))
+    if args.engine_api_key_file or args.engine_api_key_env:
+        file = args.engine_api_key_file
+        keys = msgspec.structs.replace(
+            config.engine_keys,
+            api_key_file=None if file is None else str(file.resolve()),
+            api_key_env=args.engine_api_key_env,
+        )
+        config = msgspec.structs.replace(config, engine_keys=keys)
     return checked(config)
 
 

@@ -12,24 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matrixinfer import __version__
-from matrixinfer.cli.arguments import (
-    Subparsers,
-    at_least_one,
-    duration,
-    integer,
-    packaged_tokenizer,
-    seconds_or_zero,
-    share,
-)
+from matrixinfer.cli.arguments import Subparsers, at_least_one
+from matrixinfer.cli.fleet_arguments import add_fleet, add_traces, fleet_of, trace_of, traces_of
 from matrixinfer.cli.ladder import print_ladders
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
-from matrixinfer.study.faults import Fault
 from matrixinfer.study.plots import plot
 from matrixinfer.study.policies import POLICIES, chosen
-from matrixinfer.study.reading import read
 from matrixinfer.study.replay import Fleet
+from matrixinfer.study.report.advice import ladder
+from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.runs import Outcome, replay_all
 from matrixinfer.study.trace import LetterBlocks, Trace
 
@@ -45,60 +38,21 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Replay traffic in virtual time: the gateway's own index, feeds and scheduler against a model of the "
         "engine. A TRACE is a file, or the name of a generator. See docs/replay.md.",
     )
-    parser.add_argument(
-        "traces",
-        nargs="*",
-        metavar="TRACE",
-        help="JSON lines, also with .gz: requests with hash_ids (Mooncake), coding-agent sessions, or conversations with "
-        "messages; or a generator, NAME or NAME:KEY=VALUE,…",
-    )
+    add_traces(parser)
     parser.add_argument("--list", action="store_true", help="print the policies, engines and generators")
-    parser.add_argument("--pods", type=at_least_one, default=8, help="number of engines (default: %(default)s)")
-    parser.add_argument(
-        "--kv-tokens-per-pod", type=at_least_one, metavar="T", help="size of each KV cache (default: the engine's)"
-    )
+    add_fleet(parser)
     parser.add_argument(
         "--policies", default=_DEFAULT_POLICIES, metavar="A,B,…", help="policies to compare (default: %(default)s)"
     )
-    parser.add_argument("--engine", default=presets.DEFAULT, metavar="NAME", help="engine (default: %(default)s)")
-    parser.add_argument(
-        "--gateways", type=at_least_one, default=1, metavar="G", help="gateways that share the requests at random"
-    )
-    parser.add_argument(
-        "--gossip", action="store_true", help="let gateways tell each other what they have in flight, as with Redis"
-    )
-    parser.add_argument(
-        "--rate-scale", type=duration, default=1.0, metavar="X", help="let arrivals come X times as fast"
-    )
-    parser.add_argument("--seed", type=integer, default=0, metavar="S", help="seed of all draws (default: %(default)s)")
-    parser.add_argument(
-        "--fault",
-        action="append",
-        default=[],
-        metavar="KIND@SECONDS[:POD[:VALUE]]",
-        help="restart (down for VALUE seconds), reset, join, leave, slow (VALUE times), small (a share VALUE of the cache "
-        "from the start), or forget (all gateways restart); may be repeated",
-    )
-    parser.add_argument(
-        "--event-delay",
-        type=seconds_or_zero,
-        default=0.01,
-        metavar="SECONDS",
-        help="time from an engine's step until a gateway has applied its events (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--event-loss", type=share, default=0.0, metavar="SHARE", help="share of event batches that are lost"
-    )
-    parser.add_argument(
-        "--block-tokens", type=at_least_one, metavar="N", help="tokens per block (default: the trace's)"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer of conversations (default: that of the extra `demo`)"
-    )
-    parser.add_argument("--chat-template", metavar="TEMPLATE", default="chatml", help="Jinja file, or `chatml`")
     parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="policies to replay at the same time")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each trace")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write plots to DIR, in a folder for each trace")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page that says what to do, with plots, to the HTML file FILE",
+    )
     parser.set_defaults(run=run)
 
 
@@ -107,64 +61,35 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         _list()
         return 0
-    if not args.traces:
-        raise ConfigError("TRACE", "expected a file or the name of a generator; --list prints the generators")
     policies = chosen(args.policies)
-    engine = presets.preset(args.engine)
-    faults = [Fault.parse(text) for text in args.fault]
-    for text in args.traces:
-        trace = _read(text, args)
-        fleet = Fleet(
-            shape=engine.shape(trace.block_size),
-            pods=args.pods,
-            pod_tokens=args.kv_tokens_per_pod or engine.kv_tokens,
-            gateways=args.gateways,
-            gossip=args.gossip,
-            rate_scale=args.rate_scale,
-            event_delay=args.event_delay,
-            event_loss=args.event_loss,
-            faults=faults,
-            seed=args.seed,
-        )
-        _check(trace, fleet)
+    if args.report is not None and not args.report.resolve().parent.is_dir():
+        raise ConfigError("--report", f"there is no folder {args.report.resolve().parent}")
+    chapters = []
+    for text in traces_of(args):
+        trace = trace_of(text, args)
+        fleet = fleet_of(trace, args)
         with _Shown(trace, [policy.name for policy in policies]) as shown:
             done = {each.policy: each for each in replay_all(trace, fleet, policies, jobs=args.jobs, progress=shown.at)}
         outcomes = [done[policy.name] for policy in policies]
-        settings = _settings(args, trace, fleet)
+        ideal = trace.ideal_hit_rate(LetterBlocks())
+        settings = _settings(args, trace, fleet, ideal)
         if args.json:
             _print_json(trace, settings, outcomes)
         else:
             _print_table(trace, settings, outcomes)
         if args.plot is not None:
-            files = plot(outcomes, args.plot / _folder(trace.name), trace.name)
+            steps = ladder({each.policy: each.results for each in outcomes}, ideal)
+            files = plot(outcomes, args.plot / _folder(trace.name), trace.name, steps)
             print(f"plots: {', '.join(map(str, files))}", file=sys.stderr)
+        if args.report is not None:
+            chapters.append(Chapter(trace=trace.name, settings=settings, ideal=ideal, outcomes=outcomes))
+    if args.report is not None:
+        args.report.write_text(page(chapters), encoding="utf-8")
+        print(f"report: {args.report}", file=sys.stderr)
     return 0
 
 
-def _check(trace: Trace, fleet: Fleet) -> None:
-    if not trace.turns:
-        raise ConfigError("TRACE", f"`{trace.name}` has no request with a prompt")
-    if fleet.pod_tokens < trace.block_size:
-        raise ConfigError("--kv-tokens-per-pod", f"expected at least one block of {trace.block_size} tokens")
-    for fault in fleet.faults:
-        if fault.kind != "join" and fault.pod >= fleet.pods:
-            raise ConfigError("--fault", f"there is no pod {fault.pod}; the pods are 0 to {fleet.pods - 1}")
-
-
-def _read(text: str, args: argparse.Namespace) -> Trace:
-    if not Path(text).exists():
-        return generators.generate(text, seed=args.seed)
-    tokenizer = args.tokenizer or packaged_tokenizer()
-    return read(
-        Path(text),
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        chat_template=args.chat_template,
-        block_size=args.block_tokens,
-        seed=args.seed,
-    )
-
-
-def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str, object]:
+def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet, ideal: float) -> dict[str, object]:
     return {
         "version": __version__,
         "engine": args.engine,
@@ -178,7 +103,7 @@ def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str,
         "event_loss": fleet.event_loss,
         "faults": args.fault,
         "requests": len(trace.turns),
-        "ideal_hit_rate": round(trace.ideal_hit_rate(LetterBlocks()), 4),
+        "ideal_hit_rate": round(ideal, 4),
         "trace": dict(trace.settings),
     }
 

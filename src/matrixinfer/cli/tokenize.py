@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from matrixinfer.cli import json_lines
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import Subparsers, add_engine_key, engine_key
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
@@ -76,6 +76,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="compare with the ids of the engine at URL, from its /tokenize; exit code 1 when any ids differ, 3 when none "
         "could be compared",
     )
+    add_engine_key(parser)
     parser.set_defaults(run=run)
 
 
@@ -97,7 +98,8 @@ async def _run(args: argparse.Namespace) -> int:
         tokenizers = await stack.enter_async_context(TokenizerManager([model], settings, None))
         comparison: _Comparison | None = None
         if args.compare is not None:
-            session = await stack.enter_async_context(client_session())
+            key = engine_key(args)
+            session = await stack.enter_async_context(client_session(lambda _: key))
             comparison = await _comparison(
                 args.compare, EngineApi(session, _TIMEOUT_SECONDS), RemoteTokenizer(session, rests=False)
             )

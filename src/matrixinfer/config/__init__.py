@@ -5,7 +5,9 @@ fields. An unknown key or a bad value raises `ConfigError` with the key's path, 
 valid name (`complaints`). Settings with more than one spelling are brought into one form (`normalise`).
 """
 
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
+from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
 from matrixinfer.config.scheduling import (
     BlocksConfig,
@@ -38,12 +40,14 @@ from matrixinfer.config.schema import (
 
 __all__ = [
     "CLUSTER_SUFFIX",
+    "AccessLogConfig",
     "BlocksConfig",
     "Config",
     "ConnectionsConfig",
     "Count",
     "DrainConfig",
     "DriftConfig",
+    "EngineKeysConfig",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",

@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 
 from matrixinfer.config.base import convert
+from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
 from matrixinfer.config.normalise import (
     given_block_keys,
     with_aliases,
@@ -56,8 +57,13 @@ def parse(text: str, *, base: Path) -> Config:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError("$", f"not valid YAML: {error}") from error
     config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
-    models = tuple(_absolute(model, base) for model in config.models)
-    return checked(msgspec.structs.replace(config, models=models), given_blocks=given_block_keys(data))
+    config = msgspec.structs.replace(
+        config,
+        models=tuple(_absolute(model, base) for model in config.models),
+        pods=tuple(_with_key_file(pod, base) for pod in config.pods),
+        engine_keys=_with_key_file(config.engine_keys, base),
+    )
+    return checked(config, given_blocks=given_block_keys(data))
 
 
 def split_address(address: str, *, path: str) -> tuple[str, int]:
@@ -77,6 +83,7 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     scheduler = with_shipped_arguments(config.scheduler)
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
+    key_places(config)
     return msgspec.structs.replace(
         config,
         blocks=blocks,
@@ -181,11 +188,21 @@ def _check_url(url: str, *, path: str) -> None:
         raise ConfigError(
             path,
             "expected a URL without a user name and password: it shows in logs, metrics and answers. "
-            "Let clients send their `Authorization` header, which engines get unchanged",
+            "Name the engine's key with `apiKeyFile` or `apiKeyEnv`",
         )
     bare = url.rstrip("/")
     if bare.endswith("/v1"):
         raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")
+
+
+_Keyed = TypeVar("_Keyed", ModelConfig, PodConfig, EngineKeysConfig)
+
+
+def _with_key_file(section: _Keyed, base: Path) -> _Keyed:
+    """The section with the absolute path of its key's file."""
+    if section.api_key_file is None:
+        return section
+    return msgspec.structs.replace(section, api_key_file=str((base / section.api_key_file).resolve()))
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
@@ -194,7 +211,7 @@ def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
 
     template = model.chat_template
     return msgspec.structs.replace(
-        model,
+        _with_key_file(model, base),
         tokenizer=resolve(model.tokenizer),
         chat_template=template if template == "chatml" else resolve(template),
     )

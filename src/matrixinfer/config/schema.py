@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
+from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
@@ -56,6 +58,13 @@ class ModelConfig(Section, frozen=True):
             "It is never guessed: a tokenizer without a template needs one here to tokenize chats locally."
         ),
     ] = None
+    api_key_file: Annotated[
+        str | None,
+        described(
+            "File with the API key that its engines require, relative to the config file, for pods that name none."
+        ),
+    ] = None
+    api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
 
 
 class KvEventsConfig(Section, frozen=True):
@@ -89,6 +98,21 @@ class PodConfig(Section, frozen=True):
             "Endpoints of its KV events. `discover` asks the engine (`/kv_event_sources`; SGLang: `/server_info`); `none` does not listen."
         ),
     ] = "discover"
+    model: Annotated[
+        str | None,
+        described(
+            "The engine's own name for its model, for engines that cannot be asked. Once the engine says what it serves, "
+            "that counts."
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None,
+        described(
+            "File with the API key that the engine requires (`--api-key`), relative to the config file. By default the key "
+            "of its model, else that of `engineKeys`."
+        ),
+    ] = None
+    api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
 
 
 class IndexConfig(Section, frozen=True):
@@ -364,7 +388,7 @@ class OutliersConfig(Section, frozen=True):
         Count,
         described(
             "Failures in a row after which an endpoint is ejected: server errors, broken connections, malformed answers "
-            "and timeouts. 429 and 503 count as busy, not as failures."
+            "and timeouts. 429 and 503 count as busy, not as failures, and failures that are the request's fault do not count."
         ),
     ] = 3
     failure_share: Annotated[
@@ -437,6 +461,9 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    engine_keys: Annotated[EngineKeysConfig, described("The API key of engines whose pod and model name none.")] = (
+        EngineKeysConfig()
+    )
     blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[
@@ -460,3 +487,4 @@ class Config(Section, frozen=True):
         OutliersConfig()
     )
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
+    access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None

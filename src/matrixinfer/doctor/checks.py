@@ -51,12 +51,16 @@ def _finding(pod: str | None, check: str, verdict: Verdict) -> Finding:
 def _model(pod: PodFacts, fleet: FleetFacts) -> Iterator[Verdict]:
     """Whether the pod serves a configured model."""
     configured = {name for model in fleet.models for name in (model.name, *model.aliases)}
-    if pod.served is None:
-        needs_key = pod.models_status in (401, 403)
+    if pod.models_status in (401, 403):
         yield warning(
-            f"the engine does not say which model it serves (HTTP {pod.models_status or 'error'} from /v1/models)"
-            + (": it requires an API key, and only clients' requests carry one" if needs_key else ""),
-            "configure its model under `models`; its adapters remain unknown",
+            f"the engine does not say which model it serves (HTTP {pod.models_status} from /v1/models): "
+            + ("it refuses the API key that is configured" if pod.has_key else "it requires an API key"),
+            "set `apiKeyFile` or `apiKeyEnv` of the pod to a key that the engine takes (`--api-key`)",
+        )
+    elif pod.served is None:
+        yield warning(
+            f"the engine does not say which model it serves (HTTP {pod.models_status or 'error'} from /v1/models)",
+            "set `model` of the pod; its adapters remain unknown",
         )
     elif configured and not pod.served.aliases & configured:
         near = difflib.get_close_matches(pod.served.base_model, sorted(configured), n=1)

@@ -94,6 +94,8 @@ class PodFacts:
     served: ServedNames | None = None
     models_status: int | None = None
     """HTTP status of `/v1/models`; None for a server error or no answer."""
+    has_key: bool = False
+    """Whether the gateway has an API key for it."""
     sources_status: int | None = None
     """HTTP status of `/kv_event_sources`; None for a server error or no answer."""
     reported_sources: Sequence[KvSource] = ()

@@ -22,6 +22,7 @@ from matrixinfer.doctor.probe import Prober
 from matrixinfer.doctor.redis_facts import gather_redis_facts
 from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, OutOfResources, parse_models
+from matrixinfer.pods.engine_keys import EngineKeys
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.session import client_session
@@ -58,7 +59,9 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
     blocks = token_blocks(config.blocks)
     registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=time.monotonic)
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(client_session())
+        keys = EngineKeys(config, registry)
+        keys.load()
+        session = await stack.enter_async_context(client_session(keys.for_url))
         remote = RemoteTokenizer(session, rests=False)
         tokenizers = await stack.enter_async_context(
             TokenizerManager(config.models, config.tokenization, remote, block_size=blocks.block_size)
@@ -78,6 +81,7 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
         )
         gatherer = _PodGatherer(
             config=config,
+            keys=keys,
             registry=registry,
             api=api,
             tokenizers=tokenizers,
@@ -114,6 +118,7 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
 @dataclass(frozen=True, kw_only=True)
 class _PodGatherer:
     config: Config
+    keys: EngineKeys
     registry: PodRegistry
     api: EngineApi
     tokenizers: TokenizerManager
@@ -156,6 +161,7 @@ class _PodGatherer:
             asleep=answers.metrics.sleep,
             served=pod.served,
             models_status=answers.models_status,
+            has_key=self.keys.of(pod) is not None,
             sources_status=answers.sources_status,
             reported_sources=answers.about.sources or (),
             ranks=pod.rank_count,

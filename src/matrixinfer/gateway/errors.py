@@ -65,6 +65,12 @@ def error_response(
     return response
 
 
+def code_of(error: MatrixInferError) -> str:
+    """One word for why a request failed: the `code` of OpenAI's errors, where it has one."""
+    _, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, "internal"))
+    return code or "invalid_request"
+
+
 def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Response:
     """The response to a request that raised `error`."""
     status, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, None))

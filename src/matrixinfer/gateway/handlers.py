@@ -15,8 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
+from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
 from matrixinfer.gateway.body import Bodies
-from matrixinfer.gateway.errors import response_to
+from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.proxy import Exchange, Proxy
 from matrixinfer.pods.load_reports import LoadReport
@@ -31,21 +32,20 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
 
-CLIENT_GONE = 499
-"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
-
-
 log = structlog.get_logger(__name__)
 
 
 class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
-    def __init__(self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies) -> None:
+    def __init__(
+        self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies, request_log: RequestLog | None = None
+    ) -> None:
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
         self._bodies = bodies
+        self._request_log = request_log
 
     def routes(self) -> Routes:
         """Paths of the API."""
@@ -57,20 +57,31 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code = 500
+        code, reason = 500, None
+        exchange: Exchange | None = None
+        body_read: float | None = None
+        session = headers.session_id(request.headers)
         held = self._bodies.hold()
         try:
             body = await self._bodies.read(request, held)
-            path, session = request.rel_url.raw_path, headers.session_id(request.headers)
-            async with self._router.dispatch(path, body, request_id=identity, session=session) as in_flight:
+            body_read = time.monotonic()
+            async with self._router.dispatch(
+                request.rel_url.raw_path, body, request_id=identity, session=session
+            ) as in_flight:
                 model = in_flight.decision.request.model
-                exchange = Exchange(request=request, id=identity, started=started, in_flight=in_flight)
+                exchange = Exchange(
+                    request=request,
+                    id=identity,
+                    started=started,
+                    in_flight=in_flight,
+                    counts_events=self._request_log is not None,
+                )
                 response = await self._proxy.forward(exchange)
                 code, pod = response.status, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
-            code = response.status
+            code, reason = response.status, code_of(error)
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
@@ -81,6 +92,17 @@ class Api:
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
+            if self._request_log is not None:
+                self._request_log.ended(
+                    identity=identity,
+                    path=request.path,
+                    session=session,
+                    code=code,
+                    error=reason,
+                    started=started,
+                    body_read=body_read,
+                    exchange=exchange,
+                )
         return response
 
 

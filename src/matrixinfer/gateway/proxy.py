@@ -24,17 +24,19 @@ from aiohttp.http import HttpVersion11, StreamWriter
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Upstream
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.telemetry.metrics import Metrics
 
 _MAX_REFUSAL_BYTES = 64 * 1024
 """A refusal whose body is longer, or of unknown length, is not kept while other pods are tried."""
 
-
+_FIRST_ERROR = 400
 _ALWAYS = nullcontext()
 
 
@@ -55,8 +57,18 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
+    is_authenticated: bool = False
+    """Whether the gateway knows who the client is: its credentials are not for the pod."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
+    first_byte_at: float | None = None
+    """When the first byte of the answer came."""
+    output_tokens: int | None = None
+    """Tokens of the answer, if it reports them."""
+    counts_events: bool = False
+    """Whether somebody wants to know `stream_events`."""
+    stream_events: int = 0
+    """Server-sent events of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,9 @@ class Proxy:
         metrics: Metrics,
         limits: LimitsConfig,
         draining: asyncio.Event,
+        credentials: Credentials,
     ) -> None:
+        self._credentials = credentials
         self._upstream = upstream
         self._retries = retries
         self._rewriter = rewriter
@@ -120,52 +134,56 @@ class Proxy:
         except TimeoutError as error:
             if not scope.expired():
                 raise
+            self._metrics.upstream_error(exchange.in_flight.pod.name, "timeout")
             if exchange.has_begun:
-                _cut(exchange.request)
+                _cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
+            else:
+                exchange.in_flight.timed_out()
             within = f"{self._limits.request_timeout_seconds:g} s"
-            raise self._silent(exchange, f"no whole answer within {within}") from error
+            raise PodTimeout(f"Pod {exchange.in_flight.pod.name} sent no whole answer within {within}.") from error
 
     async def _try_pods(self, exchange: Exchange) -> web.StreamResponse:
         in_flight, retry = exchange.in_flight, self._retries.begin()
-        pods = in_flight.decision.attempts[: self._limits.max_attempts]
         refusal: web.StreamResponse | None = None
         tried: list[str] = []
         kind = ""
-        for pod in pods:
+        pod: Candidate | None = in_flight.pod
+        while pod is not None:
             if tried:
                 self._metrics.retry(kind)
                 await retry.pause()
                 in_flight.move(pod)
             tried.append(pod.name)
-            is_last = len(tried) == len(pods)
+            may_move = len(tried) < self._limits.max_attempts
             try:
                 with self._metrics.at(pod.name):
-                    return await self._attempt(exchange, retry, is_last=is_last)
+                    return await self._attempt(exchange, retry, may_move=may_move)
             except _Refused as error:
                 kind, refusal = str(error), error.response
             except AttemptFailed as error:
                 kind = error.kind
                 self._metrics.upstream_error(pod.name, kind)
                 in_flight.failed(kind)
-                if not is_last and not retry.after_failure(error):
+                if not may_move or in_flight.following() is None or not retry.after_failure(error):
                     break
+            pod = in_flight.following()
         if refusal is not None:
             return refusal
         if kind == "timeout":
             raise PodTimeout(f"Pod {tried[-1]} sent nothing for {self._limits.first_byte_timeout_seconds:g} s.")
         raise PodUnreachable(f"No pod answered (tried {', '.join(tried)}; last failure: {kind}).")
 
-    async def _attempt(self, exchange: Exchange, retry: Retry, *, is_last: bool) -> web.StreamResponse:
+    async def _attempt(self, exchange: Exchange, retry: Retry, *, may_move: bool) -> web.StreamResponse:
         in_flight = exchange.in_flight
         chosen, prepared = in_flight.pod, in_flight.prepared
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
-        moves = not is_last and retry.may_send_again
+        moves = may_move and retry.may_send_again and in_flight.following() is not None
         with _UnlessDown(in_flight) if moves else _ALWAYS:
             answer = _Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body.adds_usage)
             try:
-                status, is_probe = answer.upstream.status, in_flight.is_probe
+                status = answer.upstream.status
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
-                if not is_last and retry.after_status(status, is_probe=is_probe):
+                if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
                 length = answer.length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
@@ -184,10 +202,18 @@ class Proxy:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
 
+    @staticmethod
+    def _may_refuse(in_flight: InFlight, retry: Retry, status: int) -> bool:
+        """Whether the answer is not passed on, as another endpoint may have a better one."""
+        if in_flight.following() is None:
+            return False
+        return retry.after_status(status, needs_witness=in_flight.needs_witness)
+
     async def _open(self, exchange: Exchange, body: PodBody, *, once: bool) -> PodAnswer:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
+        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
@@ -213,6 +239,8 @@ class Proxy:
         tail = usage.Tail() if answer.may_report else None
         stripper = usage.UsageStripper() if answer.is_stripped else None
         while chunk:
+            if exchange.counts_events:
+                exchange.stream_events += chunk.count(b"data:")
             if tail is not None:
                 tail.add(chunk)
             if stripper is not None:
@@ -225,10 +253,12 @@ class Proxy:
                 chunk = await readany()
             except AttemptFailed as error:
                 _cut(request)
-                if error.kind == "timeout":
-                    raise self._silent(exchange, f"nothing for {self._limits.idle_timeout_seconds:g} s") from error
-                self._metrics.upstream_error(pod.name, "broken")
-                exchange.in_flight.broke("broken")
+                kind = "timeout" if error.kind == "timeout" else "broken"
+                self._metrics.upstream_error(pod.name, kind)
+                exchange.in_flight.broke(kind)
+                if kind == "timeout":
+                    silence = f"{self._limits.idle_timeout_seconds:g} s"
+                    raise PodTimeout(f"Pod {pod.name} sent nothing for {silence}.") from error
                 raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
         if tail is not None:
             _count(exchange, bytes(tail))
@@ -266,17 +296,11 @@ class Proxy:
         return response
 
     def _first_byte(self, answer: _Answer) -> None:
-        seconds = time.monotonic() - answer.exchange.started
+        answer.exchange.first_byte_at = now = time.monotonic()
+        seconds = now - answer.exchange.started
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte(seconds)
         self._metrics.first_byte(seconds)
-
-    def _silent(self, exchange: Exchange, what: str) -> PodTimeout:
-        """The answer has begun, or was due, and its pod sent `what`."""
-        pod = exchange.in_flight.pod.name
-        self._metrics.upstream_error(pod, "timeout")
-        exchange.in_flight.broke("timeout")
-        return PodTimeout(f"Pod {pod} sent {what}.")
 
 
 class _UnlessDown:
@@ -309,6 +333,7 @@ def _count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
     if counted is not None:
+        exchange.output_tokens = counted.output
         exchange.in_flight.usage(counted.prompt, counted.cached)
 
 

@@ -56,13 +56,16 @@ class Retry:
         self._sent += 1
         return self._budget.take()
 
-    def after_status(self, status: int, *, is_probe: bool) -> bool:
+    def after_status(self, status: int, *, needs_witness: bool) -> bool:
         """Whether another pod gets the request instead of an answer with this status.
 
-        A server error of a probe is never the client's: the request was sent there to find out.
+        `needs_witness`: the pod has failed so often that another one's answer is to show whether the request is to blame.
         """
-        is_retried = status in self._config.statuses or (is_probe and status >= 500)
-        return is_retried and self._budget.take()
+        is_retried = status in self._config.statuses
+        if not (is_retried or needs_witness) or not self._budget.take():
+            return False
+        self._sent += not is_retried  # it may be what breaks engines
+        return True
 
     async def pause(self) -> None:
         """Wait for a random time, so that requests that fail together do not come back together."""

@@ -21,11 +21,13 @@ _REPORT = re.compile(rb'"usage":\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Prompt tokens that the engine reports."""
+    """Tokens that the engine reports."""
 
     prompt: int
     cached: int | None
     """Tokens that it found in its cache; None if it does not say. vLLM leaves out a count of 0."""
+    output: int | None = None
+    """Tokens of the answer."""
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
@@ -45,7 +47,9 @@ class _Report(msgspec.Struct):
 
     prompt_tokens: _Tokens | None = None
     prompt_tokens_details: _Details | None = None
+    completion_tokens: _Tokens | None = None
     input_tokens: _Tokens | None = None
+    output_tokens: _Tokens | None = None
     input_tokens_details: _Details | None = None
     cache_read_input_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
@@ -124,10 +128,12 @@ def usage(answer: bytes) -> Usage | None:
         return None
     if report.prompt_tokens is not None:
         details = report.prompt_tokens_details
-        return Usage(prompt=report.prompt_tokens, cached=None if details is None else details.cached_tokens)
+        cached = None if details is None else details.cached_tokens
+        return Usage(prompt=report.prompt_tokens, cached=cached, output=report.completion_tokens)
     if report.input_tokens is None:
         return None
     details, read = report.input_tokens_details, report.cache_read_input_tokens
     if details is not None:
-        return Usage(prompt=report.input_tokens, cached=details.cached_tokens)
-    return Usage(prompt=report.input_tokens + (read or 0) + (report.cache_creation_input_tokens or 0), cached=read)
+        return Usage(prompt=report.input_tokens, cached=details.cached_tokens, output=report.output_tokens)
+    prompt = report.input_tokens + (read or 0) + (report.cache_creation_input_tokens or 0)
+    return Usage(prompt=prompt, cached=read, output=report.output_tokens)

@@ -9,22 +9,27 @@ takes long, another probe follows after the time of the ejection.
     admitted ──failures──> ejected ──time──> half_open ──probe succeeds──> admitted
                               ^──────probe fails──────┘
 
+A server error or a broken connection may be the fault of the request, and a client that repeats such a request must not
+eject the fleet. So these failures are in doubt: they count, but no number of them ejects an endpoint until a request
+that failed there has been answered by another endpoint. If it fails there as well, all that is in doubt is void at both.
+
+    doubted ──enough──> checked, by another endpoint ──answers──> blamed: ejected
+                                                     └──fails───> voided
+
 An endpoint that answers that it is busy (429, 503) is not broken: it is left alone for as long as it asks.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 from matrixinfer.config import OutliersConfig
+from matrixinfer.pods.outcomes import Outcomes
 
-State: TypeAlias = Literal["admitted", "busy", "ejected", "half_open"]
+State: TypeAlias = Literal["admitted", "checked", "busy", "ejected", "half_open"]
 
-_MAX_OUTCOMES = 256
-"""The failure share is taken over at most this many of an endpoint's last requests."""
 _LONGEST_DOUBLING = 16
 
 
@@ -42,10 +47,9 @@ class Watch(Protocol):
 
 @dataclass(slots=True)
 class _Endpoint:
-    streak: int = 0
-    """Failures in a row."""
-    outcomes: deque[tuple[float, bool]] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
-    """When each of the last requests ended, and whether it failed."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    checked_until: float = 0.0
+    """Until when the answer of another endpoint is awaited."""
     ejections: int = 0
     """How often it was ejected lately; the next ejection lasts twice as long for each."""
     length: float = 0.0
@@ -62,14 +66,27 @@ class _Endpoint:
 
 
 class Outliers:
-    """Judges every endpoint by its outcomes. `clock` gives seconds and never goes back."""
+    """Judges every endpoint by its outcomes. `clock` gives seconds and never goes back.
 
-    def __init__(self, config: OutliersConfig, clock: Callable[[], float], watch: Watch | None = None) -> None:
+    `can_check`: a request that failed may be sent to another endpoint. Otherwise nothing is in doubt.
+    """
+
+    def __init__(
+        self,
+        config: OutliersConfig,
+        clock: Callable[[], float],
+        watch: Watch | None = None,
+        *,
+        can_check: bool = True,
+    ) -> None:
         self._config = config
         self._clock = clock
         self._watch = watch
+        self._can_check = can_check
         self._endpoints: dict[str, _Endpoint] = {}
         """Endpoints with a failure or a busy answer in their recent past. All others are admitted."""
+        self._computed: dict[str, float] = {}
+        """When each endpoint last began an answer."""
 
     def __len__(self) -> int:
         """Endpoints remembered."""
@@ -83,6 +100,8 @@ class Outliers:
         now = self._clock()
         if endpoint.ejected_until is not None:
             return "ejected" if now < endpoint.ejected_until else "half_open"
+        if now < endpoint.checked_until:
+            return "checked"
         return "busy" if now < endpoint.busy_until else "admitted"
 
     def withheld(self, names: Iterable[str]) -> Mapping[str, str]:
@@ -103,6 +122,8 @@ class Outliers:
                 continue
             if endpoint.ejected_until is not None and now < max(endpoint.ejected_until, endpoint.probing_until):
                 ejected.append((endpoint.ejected_until, name))
+            elif now < endpoint.checked_until:
+                ejected.append((endpoint.checked_until, name))
             elif now < endpoint.busy_until:
                 busy.append((endpoint.busy_until, name))
         most = min(-int(-self._config.max_ejected_share * len(names) // 1), len(names) - 1)
@@ -131,27 +152,90 @@ class Outliers:
             if probe:
                 self._readmit(name, endpoint)
             return  # the request was sent before the ejection
-        endpoint.streak = endpoint.busy = 0
-        endpoint.outcomes.append((self._clock(), False))
+        endpoint.busy = 0
+        endpoint.outcomes.answered(self._clock())
         if self._is_forgotten(endpoint):
             del self._endpoints[name]
 
+    def computed(self, name: str) -> None:
+        """The endpoint has begun an answer: its engine works."""
+        self._computed[name] = self._clock()
+
+    def has_computed(self, name: str, since: float) -> bool:
+        """Whether the endpoint has begun an answer since then, in seconds of `now`."""
+        return self._computed.get(name, since) > since
+
+    def now(self) -> float:
+        """Seconds on this clock."""
+        return self._clock()
+
     def failed(self, name: str, reason: str, *, probe: bool = False) -> None:
-        """The endpoint answered with a server error or not properly, or broke the connection, or was silent for too long."""
+        """The endpoint failed a request, and the request cannot be to blame."""
         endpoint = self._endpoints.setdefault(name, _Endpoint())
-        now = self._clock()
         if endpoint.ejected_until is not None:
             if probe:
                 self._eject(name, endpoint, f"its probe failed: {reason}")
             return
-        endpoint.streak += 1
-        endpoint.outcomes.append((now, True))
-        if endpoint.streak >= self._config.consecutive_failures:
-            self._eject(name, endpoint, f"{endpoint.streak} failures in a row, the last: {reason}")
+        endpoint.outcomes.failed(self._clock(), in_doubt=False)
+        self._eject_if_due(name, endpoint, reason)
+
+    def doubted(self, name: str, reason: str, *, probe: bool = False) -> None:
+        """The endpoint failed a request, which may itself be to blame: `blamed`, `voided` or `unchecked` follows."""
+        if not self._can_check:
+            self.failed(name, reason, probe=probe)
             return
-        recent = [is_failure for at, is_failure in endpoint.outcomes if now - at <= self._config.window_seconds]
-        if len(recent) >= self._config.min_requests and sum(recent) >= self._config.failure_share * len(recent):
-            self._eject(name, endpoint, f"{sum(recent)} of its last {len(recent)} requests failed, the last: {reason}")
+        endpoint = self._endpoints.setdefault(name, _Endpoint())
+        if endpoint.ejected_until is None:
+            endpoint.outcomes.failed(self._clock(), in_doubt=True)
+
+    def is_due(self, name: str) -> bool:
+        """Whether the endpoint has failed often enough to be ejected, but for the doubts."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None or endpoint.ejected_until is not None:
+            return False
+        return endpoint.outcomes.due(self._config, self._clock()) is not None
+
+    def checking(self, name: str) -> None:
+        """Another endpoint has got the request in doubt. Until it answers, a due endpoint gets no requests."""
+        if self._can_check and self.is_due(name):
+            self._endpoints[name].checked_until = self._clock() + self._config.eject_seconds
+
+    def blamed(self, name: str, reason: str, *, probe: bool = False) -> None:
+        """Another endpoint has answered the request that failed here."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None or not self._can_check:
+            return
+        endpoint.checked_until = 0.0
+        if endpoint.ejected_until is not None:
+            if probe:
+                self._eject(name, endpoint, f"its probe failed: {reason}")
+            return
+        if endpoint.outcomes.doubts:
+            endpoint.outcomes.doubts -= 1
+            self._eject_if_due(name, endpoint, reason)
+
+    def voided(self, name: str, *, probe: bool = False) -> None:
+        """The request failed at another endpoint as well: nothing that is in doubt counts any longer."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None or not self._can_check:
+            return
+        endpoint.checked_until = 0.0
+        if endpoint.ejected_until is not None:
+            if probe:
+                self.abandoned(name)
+            return
+        endpoint.outcomes.void()
+
+    def unchecked(self, name: str) -> None:
+        """No other endpoint has said whose fault it was: the doubt remains."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is not None:
+            endpoint.checked_until = 0.0
+
+    def failures(self, name: str) -> int:
+        """Requests that the endpoint failed since it last answered one, whoever was to blame."""
+        endpoint = self._endpoints.get(name)
+        return 0 if endpoint is None else endpoint.outcomes.failures
 
     def busy(self, name: str, *, retry_after: float | None, probe: bool = False) -> None:
         """The endpoint answered that it has too much to do, and perhaps for how many seconds it wants to be left alone."""
@@ -159,7 +243,7 @@ class Outliers:
         if probe:
             self._readmit(name, endpoint)
             endpoint = self._endpoints.setdefault(name, endpoint)
-        endpoint.streak = 0
+        endpoint.outcomes.streak = endpoint.outcomes.doubts = 0
         seconds = self._config.busy_seconds * 2 ** min(endpoint.busy, _LONGEST_DOUBLING)
         endpoint.busy += 1
         wanted = seconds if retry_after is None else retry_after
@@ -174,6 +258,7 @@ class Outliers:
     def forget(self, name: str) -> None:
         """The endpoint has gone, or another engine has taken its place."""
         self._endpoints.pop(name, None)
+        self._computed.pop(name, None)
 
     def reason(self, name: str) -> str | None:
         """Why the endpoint gets no requests, or only a probe, in words; None if it is admitted."""
@@ -181,6 +266,8 @@ class Outliers:
 
     def _words(self, name: str, now: float) -> str:
         endpoint = self._endpoints[name]
+        if endpoint.ejected_until is None and now < endpoint.checked_until:
+            return "failed too often: another endpoint has got the last request, which may be to blame"
         if endpoint.ejected_until is None:
             return f"busy, for {endpoint.busy_until - now:.1f} s more"
         if now < endpoint.ejected_until:
@@ -188,6 +275,11 @@ class Outliers:
         return (
             f"half open: {'waiting for its probe' if now < endpoint.probing_until else 'the next request is its probe'}"
         )
+
+    def _eject_if_due(self, name: str, endpoint: _Endpoint, reason: str) -> None:
+        due = endpoint.outcomes.due(self._config, self._clock())
+        if due is not None:
+            self._eject(name, endpoint, f"{due}, the last: {reason}")
 
     def _eject(self, name: str, endpoint: _Endpoint, reason: str) -> None:
         now, config = self._clock(), self._config
@@ -200,8 +292,8 @@ class Outliers:
         )
         endpoint.ejections += 1
         endpoint.ejected_until = now + endpoint.length
-        endpoint.reason, endpoint.probing_until, endpoint.streak = reason, 0.0, 0
-        endpoint.outcomes.clear()
+        endpoint.reason, endpoint.probing_until, endpoint.checked_until = reason, 0.0, 0.0
+        endpoint.outcomes.forgive()
         if self._watch is not None:
             self._watch.ejected(name, reason, endpoint.length)
 
@@ -216,4 +308,4 @@ class Outliers:
         now = self._clock()
         if now < endpoint.busy_until or now - endpoint.readmitted_at <= endpoint.length * endpoint.ejections:
             return False
-        return not any(failed and now - at <= self._config.window_seconds for at, failed in endpoint.outcomes)
+        return not endpoint.outcomes.has_failed_since(now - self._config.window_seconds)

@@ -97,7 +97,7 @@ class Pod:
 
     config: PodConfig
     served: ServedNames | None = None
-    """None until the engine has reported it."""
+    """None until the engine has reported it, unless the configuration says it."""
     facts: EngineFacts | None = None
     """None until the engine has reported them."""
     kv_sources: tuple[KvSource, ...] | None = None
@@ -121,6 +121,8 @@ class Pod:
     """The pod itself, or each data-parallel rank if it publishes events of several ranks."""
 
     def __post_init__(self) -> None:
+        if self.served is None and (model := self.config.model) is not None:
+            self.served = ServedNames(base_model=model, aliases=frozenset({model}), adapters={})
         self.name_endpoints()
 
     @property

@@ -39,6 +39,7 @@ class PodRegistry:
         self._watch = watch
         self.clock = clock
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
+        self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
 
     def join(self, config: PodConfig) -> Pod:
@@ -65,8 +66,8 @@ class PodRegistry:
     def resolve(self, requested: str) -> tuple[str, list[Pod]]:
         """The index's name of a model, and the pods that may serve it.
 
-        Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods. If no pod is known to serve a
-        configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
+        Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods. If no pod is known to serve the
+        only configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
         if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
         model now, but one may later.
         """
@@ -82,6 +83,10 @@ class PodRegistry:
                 )
             if not unidentified:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")
+            if not self._has_one_model:  # they may serve another one
+                raise NoPodAvailable(
+                    f"No pod is known to serve the model `{requested}`; {len(unidentified)} have not said what they serve."
+                )
             index_name, pods = name, unidentified
         healthy = [pod for pod in pods if pod.healthy]
         return index_name, [
@@ -135,7 +140,7 @@ class PodRegistry:
             if pod.served is not None:
                 found.update(dict.fromkeys(pod.served.aliases))
                 found.update(pod.served.adapters)
-        unidentified = any(pod.served is None for pod in self.pods)
+        unidentified = self._has_one_model and any(pod.served is None for pod in self.pods)
         for alias, name in self._configured.items():
             if name in found:
                 found.setdefault(alias, found[name])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
+from yarl import URL
 
+from matrixinfer.config.secrets import Secret
 from matrixinfer.pods.resolver import Resolver
 
 IDLE_SECONDS = 4.0
@@ -17,9 +19,22 @@ MAX_FIELD_BYTES = 64 * 1024
 
 
 @asynccontextmanager
-async def client_session() -> AsyncIterator[aiohttp.ClientSession]:
-    """A session that adds nothing to requests and removes nothing from responses. Each request has its own deadline."""
+async def client_session(
+    key_for: Callable[[URL], Secret | None] = lambda _: None,
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session that adds only the engine's key to requests, and removes nothing from responses.
+
+    Each request has its own deadline. `key_for` says which key the engine at a URL requires.
+    """
+
+    async def authorized(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        key = key_for(request.url)
+        if key is not None:
+            request.headers["Authorization"] = f"Bearer {key.reveal()}"
+        return await send(request)
+
     async with aiohttp.ClientSession(
+        middlewares=(authorized,),
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS, resolver=Resolver()),
         max_field_size=MAX_FIELD_BYTES,
         auto_decompress=False,

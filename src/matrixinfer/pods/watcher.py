@@ -26,6 +26,10 @@ SOON_SECONDS = 0.1
 """Pause before a poll that was asked for, so that several wishes are one poll."""
 RESTART_LOG_SECONDS = 60.0
 """Restarts of a pod are logged at most this often: behind one URL there may be several engines in turn."""
+WITHHELD = (
+    "it gets requests only if one model is configured; if it requires an API key, set `apiKeyFile` or `apiKeyEnv`, or name "
+    "its `model`"
+)
 
 log = structlog.get_logger(__name__)
 
@@ -273,4 +277,4 @@ class PodWatcher:
             return
         log.info("pod_came_up", pod=pod.name, model=pod.base_model)
         if pod.served is None:
-            log.warning("pod_models_withheld", pod=pod.name, note="it only gets requests for configured models")
+            log.warning("pod_models_withheld", pod=pod.name, note=WITHHELD)

@@ -101,8 +101,9 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     """Lives as long as the decoded content: the memory that it counts is given back with it."""
 
     def without_content(self) -> Prompt:
-        """The same without what was decoded, for the time until the answer ends."""
-        return replace(self, chat=None, text=None, prefix=b"", claim=None)
+        """The same without what was decoded, for the time until the answer ends. Only token ids remain."""
+        claim = None if self.token_ids is None else self.claim
+        return replace(self, chat=None, text=None, prefix=b"", claim=claim)
 
 
 class Tokens(Struct, frozen=True, kw_only=True, eq=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from matrixinfer.errors import TokenizeError
 
@@ -60,13 +61,23 @@ class Bounds:
         """The memory, in bytes, that the values in a body may take. Raises `TooMuch`."""
         cost = 0
         for start in range(0, len(body), _SLICE):
-            some = np.frombuffer(body, np.uint8, min(_SLICE, len(body) - start), start)
+            some = _bytes(body, start)
             cost += int(np.count_nonzero(some == _COMMA)) * _VALUE_COST
             cost += int(np.count_nonzero((some | _BIT) == _BRACE)) * _CONTAINER_COST
         most = self.max_bytes * _COST_PER_BYTE
         if cost > most:
             raise TooMuch(f"its JSON has so many values that decoding them could take more than {most} bytes")
         return cost
+
+
+def count_of(body: bytes | memoryview, byte: int) -> int:
+    """How often a byte occurs."""
+    return sum(int(np.count_nonzero(_bytes(body, start) == byte)) for start in range(0, len(body), _SLICE))
+
+
+def _bytes(body: bytes | memoryview, start: int) -> npt.NDArray[np.uint8]:
+    """The slice of a body that begins at `start`."""
+    return np.frombuffer(body, np.uint8, min(_SLICE, len(body) - start), start)
 
 
 DEFAULT_BOUNDS = Bounds(max_bytes=4 * 1024 * 1024, max_items=10_000)

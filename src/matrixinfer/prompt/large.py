@@ -22,7 +22,7 @@ from matrixinfer.errors import UNREADABLE
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.anthropic import COUNT_PATH
 from matrixinfer.prompt.base import Prompt, TokenId
-from matrixinfer.prompt.bounds import Bounds, TooMuch
+from matrixinfer.prompt.bounds import Bounds, TooMuch, count_of
 from matrixinfer.prompt.effort import check
 from matrixinfer.prompt.outline import LEFT_OUT, SOURCES
 from matrixinfer.prompt.responses import RESPONSES_PATH
@@ -31,6 +31,8 @@ Reader: TypeAlias = Callable[[str, bytes], Prompt]
 Claim: TypeAlias = Callable[[int], bool]
 
 _PIECE_BYTES = 64 * 1024
+_ID_BYTES = 4
+_COMMA = 0x2C
 _LONG_BYTES = 1024
 """Shorter values are kept, whatever they are."""
 _MEDIA = frozenset(
@@ -99,6 +101,7 @@ _IDS = msgspec.json.Decoder(list[TokenId])
 _LIST = msgspec.json.Decoder(list[Raw])
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 _MEDIUM = re.compile(rb'"(?:image|audio|video|input_audio|source|file|data)[a-z_]*"\s*:\s*(?:\{|"[^"]{1024})')
+_SENT_IDS = re.compile(rb'"(?:prompt|input)"\s*:\s*\[\s*\d')
 _FLAT_IDS = re.compile(rb"\s*\[\s*\d")
 _ESCAPE = re.compile(rb"\\")
 _LISTED = re.compile(rb"\s*\[")
@@ -112,6 +115,11 @@ def may_hold_media(body: bytes) -> bool:
     return _MEDIUM.search(body) is not None
 
 
+def may_be_ids(body: bytes) -> bool:
+    """Whether a prompt seems to be a list of token ids."""
+    return _SENT_IDS.search(body) is not None
+
+
 def read_large(read: Reader, path: str, body: bytes, bounds: Bounds, claim: Claim) -> Prompt:
     """Read a request with the reader of its API, or without its prompt if that has too much in it. Raises `InvalidRequest`.
 
@@ -119,7 +127,7 @@ def read_large(read: Reader, path: str, body: bytes, bounds: Bounds, claim: Clai
     """
     skimmed = fields.decode(_SKIMMED, body)
     try:
-        ids = _token_ids(skimmed, bounds)
+        ids = _token_ids(skimmed, bounds, claim)
         if ids is None:
             bounds.values(body)
             changed = _without_media(skimmed)
@@ -132,7 +140,7 @@ def read_large(read: Reader, path: str, body: bytes, bounds: Bounds, claim: Clai
         return _unread(path, body, skimmed, why)
     prompt = replace(read(path, reduced), size=len(reduced))
     if ids is not None:
-        return replace(prompt, token_ids=None if prompt.token_ids is None else ids.ids, **_prefix(bytes(ids.sent)))
+        return replace(prompt, token_ids=None if prompt.token_ids is None else ids.ids, **_prefix(memoryview(ids.sent)))
     for name, without in changed.items():
         prompt = replace(prompt, **_prefix(_restored(prompt.prefix, bytes(without), getattr(skimmed, name))))
     return prompt
@@ -149,7 +157,7 @@ class _SentIds(NamedTuple):
     ids: TokenIds
 
 
-def _token_ids(skimmed: _Skimmed, bounds: Bounds) -> _SentIds | None:
+def _token_ids(skimmed: _Skimmed, bounds: Bounds, claim: Claim) -> _SentIds | None:
     """The token ids of a prompt that is a long list of them, and the name of its field. Raises `TooMuch`."""
     for name in ("prompt", "input"):
         sent: Raw = getattr(skimmed, name)
@@ -157,15 +165,33 @@ def _token_ids(skimmed: _Skimmed, bounds: Bounds) -> _SentIds | None:
             continue
         if _size(sent) > bounds.max_id_bytes:
             raise TooMuch(f"the token ids are more than {bounds.max_id_bytes} bytes")
-        listed, ids, start = bytes(sent).strip()[1:-1], array("I"), 0
-        while start < len(listed):
+        count = count_of(memoryview(sent), _COMMA) + 1
+        _claimed(claim, count * _ID_BYTES)
+        ids, filled = np.empty(count, dtype=np.uint32), 0
+        for piece in _pieces(memoryview(sent)):
             check()
-            end = listed.find(b",", start + _PIECE_BYTES)
-            end = len(listed) if end < 0 else end
-            ids.extend(_IDS.decode(b"[%b]" % listed[start:end]))
-            start = end + 1
-        return _SentIds(name, sent, np.frombuffer(ids, dtype=np.uint32))
+            some = array("I", _IDS.decode(b"[%b]" % piece))
+            ids[filled : filled + len(some)] = some
+            filled += len(some)
+        return _SentIds(name, sent, ids)
     return None
+
+
+def _pieces(listed: memoryview) -> Iterator[bytes]:
+    """A JSON list of numbers in pieces, each a few numbers with commas between them."""
+    start, size, before = 0, _PIECE_BYTES, b"["
+    while start < len(listed):
+        piece = bytes(listed[start : start + size])
+        is_last = start + size >= len(listed)
+        end = len(piece) if is_last else piece.rfind(b",")
+        if end < 0:
+            size *= 2  # nothing but white space
+            continue
+        start, size = start + end + 1, _PIECE_BYTES
+        piece = piece[:end]
+        if before:
+            piece, before = piece.lstrip().removeprefix(before), b""
+        yield piece.rstrip().removesuffix(b"]") if is_last else piece
 
 
 def _without_media(skimmed: _Skimmed) -> dict[str, Raw]:

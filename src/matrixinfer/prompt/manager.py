@@ -16,6 +16,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from matrixinfer.blocks import TokenIds
 from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
@@ -185,7 +186,21 @@ class TokenizerManager:
             )
         if may_be_late and self._asks(prompt, model, engines):
             return await self._ask_briefly(prompt, model, engines)
-        return await self._tokenize(prompt, model, engines)
+        # What is done here and now needs no deadline.
+        tokenized = self._at_once(prompt, model, engines)
+        return tokenized or await self._tokenize(prompt, model, engines)
+
+    def _at_once(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized | None:
+        """Tokenize a short prompt as the engines' only dialect does; None where it must wait for a thread or an engine."""
+        tokenizer, dialects = self._local.get(model), _dialects(prompt, engines)
+        if tokenizer is None or len(dialects) != 1 or _sent_ids(prompt, dialects[0]) is not None:
+            return None
+        if _needs_engine(prompt, tokenizer, dialects[0]):
+            return None
+        tokens = self._run_here(model, tokenizer, prompt, dialects[0])
+        if tokens is None:
+            return None
+        return Tokenized(tokens=_truncated_by(dialects[0], tokens, prompt), source="local")
 
     def _asks(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> bool:
         """Whether an engine must be asked."""
@@ -204,8 +219,8 @@ class TokenizerManager:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
     async def _tokenize_for_all(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
-        dialects = [Dialect.VLLM] if prompt.chat is None and prompt.path != COMPLETIONS_PATH else dialects_of(engines)
-        first = await self._tokenize_for(prompt, model, engines, dialects[0] if dialects else Dialect.VLLM)
+        dialects = _dialects(prompt, engines)
+        first = await self._tokenize_for(prompt, model, engines, dialects[0])
         for other in dialects[1:]:
             ids = (await self._tokenize_for(prompt, model, engines, other)).tokens.ids
             if not np.array_equal(ids, first.tokens.ids):
@@ -216,17 +231,16 @@ class TokenizerManager:
 
     async def _tokenize_for(self, prompt: Prompt, model: str, engines: Sequence[Engine], dialect: Dialect) -> Tokenized:
         """Tokenize as the engines of one dialect do."""
-        sent = None if prompt.chat is None else prompt.chat.sent
-        if dialect.is_sglang and sent is not None and sent.input_ids is not None:
-            return Tokenized(tokens=Tokens(ids=sent.input_ids), source="request")
+        sent = _sent_ids(prompt, dialect)
+        if sent is not None:
+            return Tokenized(tokens=Tokens(ids=sent), source="request")
         tokenizer = self._local.get(model)
         if tokenizer is None or _needs_engine(prompt, tokenizer, dialect):
             speakers = [each for each in engines if dialect_of(each.engine, each.version) is dialect]
             tokenized = await self._ask(prompt, model, speakers)
         else:
             tokenized = Tokenized(tokens=await self._run(model, tokenizer, prompt, dialect), source="local")
-        # SGLang does not know the fields that ask for truncation.
-        return tokenized if dialect.is_sglang else replace(tokenized, tokens=_truncated(tokenized.tokens, prompt))
+        return replace(tokenized, tokens=_truncated_by(dialect, tokenized.tokens, prompt))
 
     def _load(self) -> dict[str, Tokenizer]:
         return {
@@ -242,23 +256,34 @@ class TokenizerManager:
 
     async def _run(self, model: str, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
         """Tokenize on the event loop if that is fast, else in a thread."""
-        items = _items(prompt)
-        if prompt.size <= tokenizer.inline_bytes and items <= _INLINE_ITEMS and not self._is_slow(model):
-            try:
-                with Effort(_INLINE_SECONDS):
-                    return tokenizer.tokenize(prompt, dialect)
-            except NeedsThread:
-                pass
-            except Abandoned:
-                self._slow[model] = self._clock() + _SLOW_SECONDS
-        is_long = prompt.size > LARGE_BYTES or items > _LONG_ITEMS
+        tokens = self._run_here(model, tokenizer, prompt, dialect)
+        if tokens is not None:
+            return tokens
+        is_long = prompt.size > LARGE_BYTES or _items(prompt) > _LONG_ITEMS
         with self._memory.hold() as held:
             self._claim(prompt, held)
             return await self._lanes.tokenize(is_long, tokenizer.tokenize, prompt, dialect)
 
+    def _run_here(self, model: str, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens | None:
+        """Tokenize on the event loop; None where that is not fast."""
+        if prompt.size > tokenizer.inline_bytes or _items(prompt) > _INLINE_ITEMS or self._is_slow(model):
+            return None
+        try:
+            with Effort(_INLINE_SECONDS):
+                return tokenizer.tokenize(prompt, dialect)
+        except NeedsThread:
+            return None
+        except Abandoned:
+            self._slow[model] = self._clock() + _SLOW_SECONDS
+            return None
+
     def _claim(self, prompt: Prompt, held: Held) -> None:
         """Take the memory of a prompt that has to wait, if it does not hold that already. Raises `TokenizeError`."""
-        if prompt.size > SMALL_BYTES and prompt.claim is None and not held.take(self._bounds.cost(prompt.prefix)):
+        if prompt.size > SMALL_BYTES and prompt.claim is None:
+            self._take(prompt, held)
+
+    def _take(self, prompt: Prompt, held: Held) -> None:
+        if not held.take(self._bounds.cost(prompt.prefix)):
             raise TokenizeError("other requests take the memory that it would need")
 
     def _is_slow(self, model: str) -> bool:
@@ -269,7 +294,7 @@ class TokenizerManager:
         if len(self._late) >= MAX_LATE:
             raise TokenizeError(f"engines have not sent the token ids of {MAX_LATE} earlier prompts yet")
         seconds = self._patience(model)
-        asking = asyncio.create_task(self._tokenize(prompt, model, engines))
+        asking = asyncio.create_task(self._tokenize(self._outlasting(prompt), model, engines))
         try:
             await asyncio.wait((asking,), timeout=seconds)
         except asyncio.CancelledError:
@@ -280,6 +305,14 @@ class TokenizerManager:
         self._late.add(asking)
         asking.add_done_callback(self._arrived)
         raise TokensLate(f"the engine did not send them within {seconds * 1e3:g} ms", asking, self._follow)
+
+    def _outlasting(self, prompt: Prompt) -> Prompt:
+        """A prompt that may outlast its request: without a view into the body, and with the memory that it takes itself."""
+        claim = prompt.claim
+        if claim is None:
+            claim = self._memory.hold()
+            self._take(prompt, claim)
+        return replace(prompt, prefix=b"", claim=claim)
 
     def _patience(self, model: str) -> float:
         """Seconds to wait for an engine's answer; 0 if almost all of its last answers took longer than the limit."""
@@ -315,6 +348,24 @@ def _needs_engine(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> boo
     if isinstance(tokenizer, loader.TextTokenizer):
         return tokenizer.asks_engine(prompt.chat, dialect)
     return prompt.chat.own_template and not dialect.is_sglang  # SGLang ignores a request's template
+
+
+def _dialects(prompt: Prompt, engines: Sequence[Engine]) -> Sequence[Dialect]:
+    """The dialects that the prompt must be rendered in, at least one."""
+    if prompt.chat is None and prompt.path != COMPLETIONS_PATH:
+        return (Dialect.VLLM,)
+    return dialects_of(engines) or (Dialect.VLLM,)
+
+
+def _sent_ids(prompt: Prompt, dialect: Dialect) -> TokenIds | None:
+    """The token ids that a chat brings with it: a field of SGLang's."""
+    sent = None if prompt.chat is None else prompt.chat.sent
+    return sent.input_ids if dialect.is_sglang and sent is not None else None
+
+
+def _truncated_by(dialect: Dialect, tokens: Tokens, prompt: Prompt) -> Tokens:
+    """As `_truncated`, but for SGLang, which does not know the fields that ask for it."""
+    return tokens if dialect.is_sglang else _truncated(tokens, prompt)
 
 
 def _truncated(tokens: Tokens, prompt: Prompt) -> Tokens:

@@ -9,7 +9,7 @@ from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
-from matrixinfer.prompt.large import Claim, may_hold_media, read_large
+from matrixinfer.prompt.large import Claim, may_be_ids, may_hold_media, read_large
 
 READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
     {
@@ -40,7 +40,7 @@ def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim 
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
     if len(body) <= LARGE_BYTES:
         return reader(path, body)
-    if len(body) <= MEDIA_BYTES or not may_hold_media(body):
+    if not may_be_ids(body) and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
         try:
             if claim(bounds.cost(body)):
                 return reader(path, body)

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Audit
+from matrixinfer.routing.blame import Blame
 from matrixinfer.routing.decision_log import Record
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.traffic.load import Charge
+
+_DOUBTFUL = ("disconnect", "protocol")
+"""Failures that a request may bring about at any engine."""
 
 
 class InFlight:
@@ -21,12 +25,14 @@ class InFlight:
 
     __slots__ = (
         "_audit",
+        "_blame",
         "_charge",
         "_charge_at",
         "_is_over",
         "_outliers",
         "_record",
         "_registry",
+        "_sent_at",
         "computed",
         "decision",
         "is_probe",
@@ -61,6 +67,8 @@ class InFlight:
         self._is_over = False
         self.is_probe = outliers.started(decision.chosen.name)
         """Whether this request finds out if an ejected endpoint works again, and has not done so yet."""
+        self._sent_at = outliers.now()
+        self._blame = Blame(outliers)
         self._registry = registry
         self._outliers = outliers
         self._charge = charge
@@ -74,14 +82,14 @@ class InFlight:
         return self._is_over
 
     @property
-    def record(self) -> Record:
-        """What is kept of the decision and its outcome."""
-        return self._record
-
-    @property
     def cached(self) -> int | None:
         """Prompt tokens that the engine reused; None if its answer does not report them."""
         return self._record.cached
+
+    @property
+    def record(self) -> Record:
+        """What is kept of the decision, and of what came of it."""
+        return self._record
 
     @property
     def wants_usage(self) -> bool:
@@ -96,8 +104,32 @@ class InFlight:
         """Undo `watch_down`."""
         self._registry.unwatch_down(pod, act)
 
+    @property
+    def needs_witness(self) -> bool:
+        """Whether the request has failed, and its endpoint would be ejected if another one answered it."""
+        return bool(self._blame) and (self._blame.is_probe or self._outliers.is_due(self.pod.name))
+
+    def following(self) -> Candidate | None:
+        """The endpoint that gets the request if this one does not answer it; None if all have had it.
+
+        If the request may be to blame, that is the endpoint whose answer says most: one that has not failed lately.
+        """
+        witness = self._witness() if self._blame else None
+        if witness is not None:
+            return witness
+        pods = {each.pod for each in self.tried}
+        return next((each for each in self.decision.attempts if each.pod not in pods), None)
+
+    def _witness(self) -> Candidate | None:
+        pods, names = {each.pod for each in self.tried}, {each.name for each in self.tried}
+        filtered = self.decision.filtered
+        ordered = (*self.decision.ranked, *(each for each in self.decision.candidates if each.name in filtered))
+        able = [each for each in ordered if each.name not in names and each.withheld is None]
+        return min(able, key=lambda each: (self._outliers.failures(each.name), each.pod in pods), default=None)
+
     def move(self, pod: Candidate) -> None:
         """Send the request to another endpoint."""
+        self._blame.moved()
         self._end_probe()
         self._charge.cancel()
         self._charge = self._charge_at(pod)
@@ -106,6 +138,7 @@ class InFlight:
         self.tried.append(pod)
         self.pod = pod
         self.is_probe = self._outliers.started(pod.name)
+        self._sent_at = self._outliers.now()
 
     def learned(
         self, late: Prepared, here: Callable[[], Candidate | None], charge_at: Callable[[Candidate], Charge]
@@ -134,7 +167,20 @@ class InFlight:
         self._record.failed()
         if kind.startswith("connect"):  # anything else may be the fault of this request
             self._registry.failed(self.pod.pod)
-        self.broke(kind)
+        if kind == "timeout":
+            self.timed_out()
+        elif kind in _DOUBTFUL:
+            self._accuse(kind)
+        else:
+            self.broke(kind)
+
+    def timed_out(self) -> None:
+        """Its endpoint did not begin an answer in time. One that is not streamed begins when it is complete.
+
+        Then the request is long, and the endpoint works, if it has begun other answers meanwhile.
+        """
+        if self.prepared.prompt.stream or not self._outliers.has_computed(self.pod.name, self._sent_at):
+            self.broke("timeout")
 
     def broke(self, kind: str) -> None:
         """Its endpoint failed the request, if only in the middle of the answer."""
@@ -149,8 +195,10 @@ class InFlight:
         if status in (429, 503):
             self._outliers.busy(self.pod.name, retry_after=retry_after, probe=self.is_probe)
         elif status >= 500:
-            self._outliers.failed(self.pod.name, str(status), probe=self.is_probe)
+            self._accuse(str(status))
+            return
         elif status >= 400:
+            self._blame.void()
             self._succeeded()
         else:
             return  # its first byte is still to come
@@ -161,6 +209,8 @@ class InFlight:
         self.computed = True
         if seconds is not None:
             self._record.first_byte(seconds)
+        self._blame.answered()
+        self._outliers.computed(self.pod.name)
         self._succeeded()
         self._charge.first_byte()
         self._audit.first_byte()
@@ -173,6 +223,9 @@ class InFlight:
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
         self._is_over = self._record.is_over = True
+        if self.prepared.late is not None:
+            self.prepared = self.prepared.without_body()  # the token ids, when they come, find this object
+        self._blame.close()
         self._end_probe()
         try:
             if self.computed:
@@ -181,6 +234,10 @@ class InFlight:
                 self._charge.cancel()
         finally:
             self._audit.close(computed=self.computed)
+
+    def _accuse(self, reason: str) -> None:
+        self._blame.accuse(self.pod.name, reason, is_probe=self.is_probe)
+        self.is_probe = False  # the verdict ends the probe
 
     def _succeeded(self) -> None:
         self._outliers.succeeded(self.pod.name, probe=self.is_probe)

@@ -73,6 +73,10 @@ class Prepared:
     late: TokensLate | None = None
     """Passes on the token ids that were not there in time."""
 
+    def without_body(self) -> Prepared:
+        """The same for what outlasts the request, whose body is then no longer counted."""
+        return replace(self, body=b"", late=None)
+
     @property
     def is_approximate(self) -> bool:
         """Whether matches mean nothing, so that the request is routed by what was sent where."""
@@ -195,8 +199,10 @@ class Preparer:
                 )
             )
 
-        if prepared.late is not None:
-            prepared.late.then(complete)
+        late = prepared.late
+        if late is not None:
+            prepared = prepared.without_body()
+            late.then(complete)
 
     async def _tokenize(
         self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
@@ -205,7 +211,7 @@ class Preparer:
             return await self._tokenizers.tokenize(prompt, model=model, engines=pods, may_be_late=True)
         except TokensLate as late:
             steps.degraded[Degraded.LATE] = f"token ids were not there in time: {late}"
-            return late
+            return late.with_traceback(None)  # whose frames hold the prompt and its body
         except TokenizeError as error:
             steps.degraded[Degraded.TOKENIZE] = f"not tokenized: {error}"
             return None

@@ -61,6 +61,8 @@ class SimEngineConfig:
     timing: Timing = field(default_factory=Timing)
     tokenize_seconds: float = 0.0
     """Time that `/tokenize` takes, besides tokenizing."""
+    api_key: str | None = field(default=None, repr=False)
+    """The key that requests must carry where the engine requires one. None: no key is required."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0

@@ -6,6 +6,7 @@ Replies are made up, with one choice per request. Only the first of a list of pr
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -67,7 +68,7 @@ class EngineHandlers:
 
     def application(self) -> web.Application:
         """The application with all paths."""
-        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[self._refusals])
+        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[self._guard, self._refusals])
         app.add_routes(self.routes())
         return app
 
@@ -138,6 +139,18 @@ class EngineHandlers:
                 seen = await ticket.wait(seen)
             self._metrics.finished(exchange, ticket.cached_tokens, streamed=False)
             return json_response(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
+
+    def is_open(self, path: str) -> bool:
+        """Whether a path needs no key. vLLM guards `/v1` alone."""
+        return not path.startswith("/v1")
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        key = self._config.api_key
+        given = request.headers.get("Authorization", "")
+        if key is None or self.is_open(request.path) or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            return await handler(request)
+        return json_response({"error": "Unauthorized"}, status=401)
 
     @web.middleware
     async def _refusals(self, request: web.Request, handler: _Handler) -> web.StreamResponse:

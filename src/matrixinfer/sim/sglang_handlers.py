@@ -42,6 +42,10 @@ class SglangHandlers(EngineHandlers):
             web.post("/flush_cache", self._reset),
         ]
 
+    def is_open(self, path: str) -> bool:
+        """SGLang guards everything but health and metrics."""
+        return path.startswith(("/health", "/metrics"))
+
     def namespace(self, prompt: Prompt, body: bytes) -> tuple[Adapter | None, str | None]:
         """The adapter of `model` (`base:adapter`) or `lora_path`, and the `extra_key`. Any other model is the served one."""
         options = api.decode(body, Options)

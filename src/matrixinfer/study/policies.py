@@ -60,6 +60,11 @@ def _gateway(config: SchedulerConfig, pick: rivals.Pick | None = None) -> Callab
     return make
 
 
+def profile(name: str, config: SchedulerConfig) -> Policy:
+    """A policy that decides by the scheduler with `config`."""
+    return Policy(name=name, summary="", make=_gateway(config))
+
+
 def _all() -> dict[str, Policy]:
     first = {
         "random": baselines.Random,

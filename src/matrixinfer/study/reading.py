@@ -16,7 +16,7 @@ from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.requests import parse
-from matrixinfer.study import formats
+from matrixinfer.study import access_trace, formats
 from matrixinfer.study.conversations import Message, Tokenize, conversations
 from matrixinfer.study.trace import Trace
 
@@ -36,6 +36,8 @@ def read(
     """Read a file in the format that its first line shows. Raises `TraceError`, and `ConfigError` without a tokenizer."""
     size = {} if block_size is None else {"block_size": block_size}
     keys = formats.keys_of(path)
+    if keys >= access_trace.KEYS:
+        return access_trace.access_log(path, block_size=block_size)
     if "hash_ids" in keys:
         return formats.mooncake(path, block_size=block_size)
     if "requests" in keys:
@@ -48,7 +50,7 @@ def read(
         with _tokenizing(tokenizer, chat_template) as tokenize:
             return conversations(path, tokenize, seed=seed, **size)
     raise formats.TraceError(
-        f"{path}: unknown format: expected lines with `hash_ids`, with `requests` or with `messages`, "
+        f"{path}: unknown format: expected lines with `hash_ids`, with `requests` or with `messages`, or an access log, "
         f"found {', '.join(f'`{key}`' for key in sorted(keys))}"
     )
 

@@ -81,6 +81,7 @@ def test_the_table_names_policies_and_columns_and_plots_are_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     args = ["replay", SMALL, "--policies", "random,kv_aware", "--pods", "2", "--plot", str(tmp_path)]
+    args += ["--report", str(tmp_path / "report.html")]
     assert main(args) == 0
     shown = capsys.readouterr().out
     for word in (
@@ -95,7 +96,8 @@ def test_the_table_names_policies_and_columns_and_plots_are_written(
     ):
         assert word in shown
     written = sorted(path.name for path in tmp_path.glob("*/*.png"))
-    assert written == ["hits.png", "load.png", "ttft.png"]
+    assert written == ["hits.png", "ladder.png", "load.png", "ttft.png"]
+    assert "kv_aware" in (tmp_path / "report.html").read_text()
     assert all(path.stat().st_size > 5_000 for path in tmp_path.glob("*/*.png"))
 
 
@@ -114,6 +116,7 @@ def test_the_list_names_policies_engines_and_generators(capsys: pytest.CaptureFi
         ([SMALL, "--engine", "abacus"], "unknown engine `abacus`"),
         ([SMALL, "--fault", "restart@3:9"], "there is no pod 9"),
         ([SMALL, "--fault", "melt@3"], "one of restart"),
+        ([SMALL, "--report", "/no/such/folder/r.html"], "there is no folder /no/such/folder"),
         ([SMALL, "--kv-tokens-per-pod", "3"], "at least one block of 16"),
     ],
 )

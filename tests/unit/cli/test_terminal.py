@@ -148,7 +148,7 @@ def test_explain_finds_pods_by_the_name_with_the_clusters_domain(monkeypatch: py
             raise OSError
 
     monkeypatch.setattr("aiohttp.ClientSession", Session)
-    arguments = argparse.Namespace(admin="h:1", body=None, id=None, last=1, pod="a.ns.svc.cluster.local")
+    arguments = argparse.Namespace(admin="h:1", body=None, id=None, last=1, pod="a.ns.svc.cluster.local", ladder=False)
     with pytest.raises(explain.CannotExplain):
         asyncio.run(explain._ask(arguments))  # noqa: SLF001 - the request that it makes
     assert asked == [{"limit": "1", "pod": "a.ns"}]

@@ -48,7 +48,9 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_counts_are_read_from_every_kind_of_answer(name: str) -> None:
-    assert usage(ANSWERS[name]) == Usage(prompt=7, cached=None if name == "embeddings" else 4)
+    assert usage(ANSWERS[name]) == (
+        Usage(prompt=7, cached=None) if name == "embeddings" else Usage(prompt=7, cached=4, output=2)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWERS if "stream" in name])
@@ -58,7 +60,7 @@ def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> Non
         tail = Tail()
         for start in range(0, len(answer), size):
             tail.add(answer[start : start + size])
-        assert usage(bytes(tail)) == Usage(prompt=7, cached=4)
+        assert usage(bytes(tail)) == Usage(prompt=7, cached=4, output=2)
         assert len(bytes(tail)) < 16 * 1024 + size
 
 

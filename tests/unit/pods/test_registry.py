@@ -59,6 +59,28 @@ def test_an_unidentified_pod_is_assumed_to_serve_configured_models_that_no_other
     assert resolve(fleet, "small") == ("tiny", ["a"])
 
 
+def test_an_unidentified_pod_may_serve_another_one_of_several_configured_models() -> None:
+    fleet = registry("a", "b", models=(ModelConfig(name="tiny"), ModelConfig(name="big")))
+    for known in (False, True):
+        if known:
+            fleet.learn("a", served=TINY)
+        with pytest.raises(NoPodAvailable, match="have not said what they serve"):
+            fleet.resolve("big")
+
+
+def test_a_pod_serves_the_model_that_its_configuration_names_until_it_says_something_else() -> None:
+    configs = [PodConfig(name="a", url="http://a", model="tiny"), PodConfig(name="b", url="http://b", model="big")]
+    models = (ModelConfig(name="tiny", aliases=("small",)), ModelConfig(name="big"))
+    fleet = PodRegistry(configs, models, PodWatchConfig(), clock=lambda: 0.0)
+    assert resolve(fleet, "small") == ("tiny", ["a"])
+    assert resolve(fleet, "big") == ("big", ["b"])
+    assert [model.name for model in fleet.models()] == ["big", "small", "tiny"]
+    fleet.learn("b", served=TINY)
+    assert resolve(fleet, "tiny") == ("tiny", ["a", "b"])
+    with pytest.raises(NoPodAvailable):
+        fleet.resolve("big")
+
+
 def test_endpoints_are_pods_or_their_ranks() -> None:
     fleet = registry("a", "b")
     fleet.learn("b", kv_sources=(KvSource(endpoint="tcp://b:1", rank=0), KvSource(endpoint="tcp://b:2", rank=1)))
@@ -124,8 +146,10 @@ def test_old_metrics_are_unknown() -> None:
 
 
 def test_the_list_of_models_contains_the_names_that_resolve() -> None:
+    alone = registry("a", models=(ModelConfig(name="tiny", aliases=("small",)),))
+    assert [model.name for model in alone.models()] == ["small", "tiny"]
     fleet = registry("a", "b", models=(ModelConfig(name="tiny", aliases=("small",)), ModelConfig(name="gone")))
-    assert [model.name for model in fleet.models()] == ["gone", "small", "tiny"]
+    assert fleet.models() == []
     fleet.learn("a", served=TINY)
     fleet.learn("b", served=BIG)
     models = fleet.models()

@@ -117,6 +117,37 @@ def test_long_token_ids_are_read_into_an_array() -> None:
     assert read("/v1/embeddings", input=ids).token_ids is not None
 
 
+@pytest.mark.parametrize("count", [140_000, 2_000_000])
+@pytest.mark.parametrize("number", [1, 150_000])
+def test_token_ids_claim_what_they_take(count: int, number: int) -> None:
+    body = json.dumps({"model": "m", "prompt": [number] * count}, separators=(",", ":")).encode()
+    claimed: list[int] = []
+
+    def claim(more: int) -> bool:
+        claimed.append(more)
+        return True
+
+    tracemalloc.start()
+    prompt = parse(TEXT, body, claim=claim)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert prompt.token_ids is not None
+    assert prompt.token_ids.nbytes == 4 * count
+    assert 4 * count <= sum(claimed) < 4 * count + 10_000
+    assert peak < sum(claimed) + MEGABYTE  # the piece that is being read
+    assert parse(TEXT, body, claim=lambda _: False).inexact is not None
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n" * 10, " " * 200_000])
+def test_token_ids_may_have_white_space_anywhere(between: str) -> None:
+    ids = list(range(50_000, 90_000))
+    comma = f"{between[:10]},{between[:10]}"
+    listed = f"[{between}{comma.join(map(str, ids))},{between}7{between}]"
+    prompt = parse(TEXT, b'{"model": "m", "prompt": %s}' % listed.encode())
+    assert prompt.token_ids is not None
+    assert prompt.token_ids.tolist() == [*ids, 7]
+
+
 @pytest.mark.parametrize("last", ['"x"', "-1", "4294967296", "[1]", "1.5"])
 def test_token_ids_among_which_is_something_else_stay_unread(last: str) -> None:
     body = b'{"model": "m", "prompt": [%s%s]}' % (b"1, " * 2_000_000, last.encode())

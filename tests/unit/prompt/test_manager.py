@@ -403,6 +403,45 @@ async def test_late_token_ids_are_passed_on_when_they_come() -> None:
         assert tokenizers.late == 0
 
 
+@pytest.mark.parametrize("size", [10, 100_000, 1_000_000])
+async def test_a_prompt_whose_token_ids_are_late_is_counted_until_they_come(size: int) -> None:
+    release, memory = asyncio.Event(), Memory(100_000_000)
+
+    async def answer(*_: Any, **__: Any) -> TokenIds:
+        await release.wait()
+        return np.array([7], dtype=np.uint32)
+
+    remote = FakeRemote(None)
+    remote.tokenize = answer  # type: ignore[method-assign]
+    async with manager(None, remote, memory, wait_milliseconds=0.0) as tokenizers:
+        body = json.dumps({"model": "m", "prompt": "x" * size}).encode()
+        prompt = await tokenizers.read(COMPLETIONS_PATH, body)
+        with pytest.raises(TokensLate):
+            await tokenizers.tokenize(prompt, model="m", engines=PODS, may_be_late=True)
+        del prompt
+        assert memory.used >= 8 * size
+        release.set()
+        await eventually(lambda: memory.used == 0)
+
+
+async def test_without_memory_no_token_ids_come_late() -> None:
+    memory = Memory(100_000)
+    async with manager(None, FakeRemote(None), memory, wait_milliseconds=0.0) as tokenizers:
+        with pytest.raises(TokenizeError, match="take the memory"):
+            await tokenizers.tokenize(text("x" * 20_000), model="m", engines=PODS, may_be_late=True)
+        assert (tokenizers.late, memory.used) == (0, 0)
+
+
+async def test_long_token_ids_are_counted_until_the_answer_ends() -> None:
+    memory = Memory(100_000_000)
+    async with manager(None, FakeRemote(None), memory) as tokenizers:
+        body = json.dumps({"model": "m", "prompt": [1] * 200_000}).encode()
+        kept = (await tokenizers.read(COMPLETIONS_PATH, body)).without_content()
+        assert memory.used >= 800_000
+        del kept
+        await eventually(lambda: memory.used == 0)
+
+
 async def test_who_uses_late_token_ids_may_fail(model: Path) -> None:
     async def use(_: Tokenized) -> None:
         raise RuntimeError

@@ -61,6 +61,7 @@ class World:
     blocks: TokenBlockProcessor = field(default_factory=lambda: TokenBlockProcessor(BLOCK))
     models: tuple[ModelConfig, ...] = (ModelConfig(name="m", aliases=("nice",)),)
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    tokenizers: TokenizerManager | None = None
 
     def __post_init__(self) -> None:
         configs = [PodConfig(name=name, url=f"http://{name}", kv_events="none") for name in "abc"]
@@ -74,7 +75,7 @@ class World:
             self.feeds[pod.name] = PodFeed(ledger, can_replay=False)
         self.parts = Parts(
             registry=self.registry,
-            tokenizers=TokenizerManager(self.models, TokenizationConfig(), None),
+            tokenizers=self.tokenizers or TokenizerManager(self.models, TokenizationConfig(), None),
             blocks=self.blocks,
             feeds=self.feeds,
             index=self.index,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matrixinfer import __version__
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import Subparsers, engine_key
 from matrixinfer.cli.events.sources import add_arguments, address, sources, until_stopped
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.errors import ConfigError
@@ -61,7 +61,7 @@ async def record(args: argparse.Namespace) -> None:
     """Record to the file. Raises `ConfigError`, `CannotListen` or `CaptureFileError`."""
     if args.output.is_file() and not args.force:
         raise ConfigError("--output", f"{args.output} exists: name another file, or add --force to overwrite it")
-    found = await sources(args.endpoints, args.replay)
+    found = await sources(args.endpoints, args.replay, engine_key(args))
     with CaptureWriter(args.output) as capture:
         recorder = _Recorder(capture, found, topic=args.topic, count=args.count)
         try:

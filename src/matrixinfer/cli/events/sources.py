@@ -9,12 +9,12 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
-import aiohttp
-
-from matrixinfer.cli.arguments import at_least_one, duration
+from matrixinfer.cli.arguments import add_engine_key, at_least_one, duration
 from matrixinfer.config import KvEventsConfig
+from matrixinfer.config.secrets import Secret
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
+from matrixinfer.pods.session import client_session
 
 _TIMEOUT_SECONDS = 5.0
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, unit: str) -> None:
     add = parser.add_argument
     add("--replay", action="append", default=[], type=_endpoint, metavar="ENDPOINT", help="where the engine replays "
         "past events; one per ENDPOINT, in the same order. Starts with the past events, and fills gaps")  # fmt: skip
+    add_engine_key(parser)
     add("--topic", help="accept only events with exactly this topic (default: every topic)")
     add("--count", type=at_least_one, metavar="N", help=f"stop after N {unit}")
     add("--seconds", type=duration, metavar="S", help="stop after S seconds")
@@ -36,10 +37,10 @@ def address(text: str) -> str:
     return _endpoint(text, expected="tcp://HOST:PORT, ipc://PATH, or an engine's URL such as http://HOST:PORT")
 
 
-async def sources(addresses: Sequence[str], replays: Sequence[str]) -> list[KvEventsConfig]:
+async def sources(addresses: Sequence[str], replays: Sequence[str], key: Secret | None = None) -> list[KvEventsConfig]:
     """The publishers to listen to. An engine's URL stands for the publishers that it reports, one per rank.
 
-    Raises `ConfigError`.
+    The engine is asked with `key`. Raises `ConfigError`.
     """
     if len(replays) > len(addresses) or (replays and any(map(_is_url, addresses))):
         raise ConfigError(
@@ -48,7 +49,7 @@ async def sources(addresses: Sequence[str], replays: Sequence[str]) -> list[KvEv
     found: list[KvEventsConfig] = []
     for number, where in enumerate(addresses):
         if _is_url(where):
-            found += await _published_by(where)
+            found += await _published_by(where, key)
         else:
             found.append(
                 KvEventsConfig(endpoint=where, replay_endpoint=replays[number] if number < len(replays) else None)
@@ -81,8 +82,8 @@ async def until_stopped(seconds: float | None) -> AsyncIterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _published_by(url: str) -> tuple[KvEventsConfig, ...]:
-    async with aiohttp.ClientSession() as session:
+async def _published_by(url: str, key: Secret | None) -> tuple[KvEventsConfig, ...]:
+    async with client_session(lambda _: key) as session:
         try:
             api = EngineApi(session, _TIMEOUT_SECONDS)
             served = await api.models(url)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from matrixinfer.cli.arguments import Subparsers
+from matrixinfer.cli.arguments import Subparsers, engine_key
 from matrixinfer.cli.events.sources import add_arguments, address, sources, until_stopped
 from matrixinfer.config import KvEventsConfig
 from matrixinfer.feedtools.describe import Line
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def tail(args: argparse.Namespace) -> None:
     """Print events, then the summaries. Raises `ConfigError` or `CannotListen`."""
-    printer = _Printer(args, await sources([args.endpoint], args.replay))
+    printer = _Printer(args, await sources([args.endpoint], args.replay, engine_key(args)))
     async with until_stopped(args.seconds):
         await printer.follow()
     printer.print_summaries()

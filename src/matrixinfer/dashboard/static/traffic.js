@@ -2,10 +2,12 @@
 
 import { $, bar, h, setText } from "./dom.js";
 import { Chart } from "./charts.js";
-import { axisMilliseconds, compact, count, duration, milliseconds, plural, quotient, roundShare, share } from "./format.js";
+import { axisMilliseconds, compact, count, duration, milliseconds, plural, quotient, roundShare, share, UNKNOWN } from "./format.js";
 
 const ESTIMATE = "Estimate; how it is computed stands below the charts";
 const SHOWN = 8;
+const HITS = "Share of prompt tokens that engines report to have found in their caches";
+const UNREPORTED = "No answer reports cached tokens: start vLLM with --enable-prompt-tokens-details; for streams, let clients ask for usage, or set drift.injectUsage";
 
 const rates = (sum) => ({
   reported: quotient(sum.reported_tokens, sum.reported_of),
@@ -22,7 +24,7 @@ const tile = (title, hint) => {
 export class Traffic {
   constructor() {
     this.tiles = {
-      hits: tile("Hit rate", "Share of prompt tokens that engines report to have found in their caches"),
+      hits: tile("Hit rate", HITS),
       ttft: tile("Time to first token", "From the request to the first byte of its answer, as the gateway measures it; within 10 %"),
       tokens: tile("Tokens saved", "Prompt tokens that engines report to have found in their caches"),
       prefill: tile("Prefill saved", "Estimate: tokens saved, divided by the speed at which each pod computes prompts"),
@@ -67,11 +69,15 @@ export class Traffic {
   #tiles(hour, state) {
     const { hits, ttft, tokens, prefill, requests } = this.tiles;
     const rate = rates(hour);
-    const answered = hour.reported_of + hour.silent_tokens;
-    write(hits, share(rate.reported), `predicted ${share(rate.predicted)}`, `estimate: round robin ${roundShare(rate.robin)}`);
+    const all = Math.max(hour.predicted_of, hour.reported_of + hour.silent_tokens);
+    const unreported = !hour.reported_of && hour.predicted_of > 0; // streams without usage, or engines that do not say
+    write(hits, share(unreported ? rate.predicted : rate.reported), unreported ? "predicted; no answer reports" : `predicted ${share(rate.predicted)}`, `estimate: round robin ${roundShare(rate.robin)}`);
+    hits.element.title = unreported ? UNREPORTED : HITS;
     write(ttft, milliseconds(hour.ttft_p50_ms), "half of all answers", `90 %: ${milliseconds(hour.ttft_p90_ms)}`);
-    write(tokens, compact(hour.reported_tokens), `of ${compact(hour.reported_of)} prompt tokens`, hour.silent_tokens ? `engines report on ${share(quotient(hour.reported_of, answered))}` : "as engines report");
-    write(prefill, duration(hour.saved_seconds), "of computing prompts", "an estimate");
+    const covered = quotient(hour.reported_of, all);
+    if (unreported) write(tokens, compact(hour.predicted_tokens), `of ${compact(hour.predicted_of)} prompt tokens`, "predicted; no answer reports");
+    else write(tokens, compact(hour.reported_tokens), `of ${compact(hour.reported_of)} prompt tokens`, covered !== null && covered < 0.995 ? `answers report on ${roundShare(covered)}` : "as engines report");
+    write(prefill, hour.reported_of ? duration(hour.saved_seconds) : UNKNOWN, "of computing prompts", unreported ? "no answer reports" : "an estimate");
     const last = [...state.points.values()].filter((each) => each.t > state.at - 60);
     const lately = last.reduce((sum, each) => sum + each.requests, 0) / Math.max(1, Math.min(60, state.up_s));
     write(requests, count(hour.requests), `${compactRate(lately)} per second now`, hour.errors ? `${count(hour.errors)} failed` : "none failed");

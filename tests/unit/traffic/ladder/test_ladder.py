@@ -45,7 +45,7 @@ def ended(clock: Clock, blocks: list[int], **changes: object) -> Ended:
         pods=2,
         why_gone=lambda _: "dropped",
     )
-    request = replace(request, **changes)  # type: ignore[arg-type]
+    request = replace(request, **changes)
     usable = max(request.prompt_tokens - 1, 0) // SIZE * SIZE
     return replace(request, usable=max(usable, request.best), held=max(request.held, request.best))
 

@@ -1,0 +1,1 @@
+"""A replay as one page for people who decide: what to do, and the figures behind it."""
