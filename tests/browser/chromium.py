@@ -24,8 +24,13 @@ _FLAGS = (
 )
 _SHIFTS = """
 window.shifts = 0;
+window.shifted = [];
 new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts += entry.value;
+  for (const entry of list.getEntries()) {
+    if (entry.hadRecentInput) continue;
+    window.shifts += entry.value;
+    for (const source of entry.sources) window.shifted.push(source.node?.id || source.node?.parentElement?.outerHTML.slice(0, 90));
+  }
 }).observe({type: "layout-shift", buffered: true});
 """
 
@@ -47,6 +52,10 @@ class Window:
     async def shifted(self) -> float:
         """How much the layout has shifted so far."""
         return float(await self.page.evaluate("window.shifts"))
+
+    async def shifting(self) -> list[str]:
+        """What has shifted, for a person who wonders."""
+        return [str(each) for each in await self.page.evaluate("window.shifted")]
 
 
 @asynccontextmanager

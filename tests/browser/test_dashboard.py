@@ -45,7 +45,7 @@ async def dashboard(
         finally:
             await cancel_and_wait(task)
         assert shown.errors == []
-        assert await shown.shifted() <= MOST_SHIFT
+        assert await shown.shifted() <= MOST_SHIFT, await shown.shifting()
         assert await shown.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -106,6 +106,19 @@ async def test_the_numbers_are_those_of_the_snapshot() -> None:
         await expect(shown.page.locator("#tiles")).to_contain_text(
             f"estimate: round robin {total.round_robin_tokens / total.round_robin_of * 100:.0f} %"
         )
+
+
+async def test_where_no_answer_reports_hits_what_was_predicted_is_shown_as_such() -> None:
+    world = World(2, seconds_ago=300.0, reports=False)
+    world.hour()
+    total = world.history.total()
+    async with dashboard(world) as shown:
+        tiles = shown.page.locator("#tiles")
+        predicted = f"{total.predicted_tokens / total.predicted_of * 100:.1f} %"
+        await expect(tiles.locator(".big").first).to_have_text(predicted)
+        await expect(tiles).to_contain_text("predicted; no answer reports")
+        await expect(tiles.locator(".tile").first).to_have_attribute("title", re.compile("drift.injectUsage"))
+        await expect(tiles.locator(".big").nth(3)).to_have_text("–")
 
 
 async def test_a_pod_dies_and_comes_back() -> None:

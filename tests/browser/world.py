@@ -89,11 +89,21 @@ class Conversation:
 
 
 class World:
-    """Pods `pod-0`, `pod-1`, …, and what happens to them. `seconds_ago`: how far in the past it begins."""
+    """Pods `pod-0`, `pod-1`, …, and what happens to them.
+
+    `seconds_ago`: how far in the past it begins. `reports`: whether answers report cached tokens.
+    """
 
     def __init__(
-        self, pods: int, *, names: Sequence[str] | None = None, seconds_ago: float = 0.0, seed: int = 1
+        self,
+        pods: int,
+        *,
+        names: Sequence[str] | None = None,
+        seconds_ago: float = 0.0,
+        seed: int = 1,
+        reports: bool = True,
     ) -> None:
+        self.reports = reports
         self.names = list(names or (f"pod-{number}.inference" for number in range(pods)))
         self.shift = -seconds_ago
         self.draw = random.Random(seed)
@@ -208,7 +218,8 @@ class World:
             made.answered(status)
         if status == 200:
             made.first_byte(0.018 + (tokens - hit) / PREFILL_RATE * self.draw.uniform(0.9, 1.5))
-            made.usage(tokens, hit)
+            if self.reports:
+                made.usage(tokens, hit)
             charge.release()
         else:
             charge.cancel()

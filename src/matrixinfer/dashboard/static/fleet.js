@@ -6,7 +6,7 @@ import { details, open } from "./dialog.js";
 
 const WORST = { down: 0, ejected: 1, probing: 2, busy: 3, asleep: 4, up: 5 };
 const TRUST = { none: 0, stale: 1, partial: 2, exact: 3 };
-const WORDS = { up: "up", busy: "busy", probing: "on probation", asleep: "asleep", ejected: "ejected", down: "down" };
+const WORDS = { up: "up", busy: "busy", probing: "probing", asleep: "asleep", ejected: "ejected", down: "down" };
 const MAP_FROM = 12;
 /** Endpoints from which on the map is shown. */
 
@@ -49,6 +49,7 @@ function nameCell(row, td) {
   let button = td.firstElementChild;
   if (!button) td.append((button = h("button", { type: "button", class: "link-button", onclick: () => openEndpoint(button.row) })));
   button.row = row;
+  setAttribute(button, "title", row.name);
   setText(button, row.name);
 }
 
@@ -68,6 +69,7 @@ export class Fleet {
     const none = !this.rows.length;
     $("no-pods").hidden = !none;
     $("fleet-scroll").hidden = none;
+    $("fleet-tools").hidden = none;
     if (none) setText($("no-pods"), "No pod is configured. Name your engines under pods in the configuration, or start the gateway with --worker-urls.");
     $("fleet-scroll").style.minHeight = `min(472px, ${(this.rows.length + 1) * 34 + 2}px)`; // also while few match
     this.#alert();

@@ -51,7 +51,7 @@ export class Traffic {
   show(state) {
     const { hour, about, at } = state;
     const spent = Math.min(state.up_s, about.buckets * about.bucket_seconds);
-    setText($("span"), `the last ${duration(spent)}`);
+    setText($("span"), `the last ${duration(Math.round(spent))}`);
     this.#tiles(hour, state);
     const points = [...state.points.values()].sort((a, b) => a.number - b.number);
     const range = [at - Math.max(120, spent), at];
@@ -63,7 +63,7 @@ export class Traffic {
     const idle = !hour.requests && !hour.round_robin_of;
     $("no-traffic").hidden = !idle;
     $("charts").hidden = idle;
-    if (idle) setText($("no-traffic"), `No request in the last ${duration(spent)}. Clients send them to ${about.api}/v1/chat/completions, as they would to an engine.`);
+    if (idle) setText($("no-traffic"), `No request in the last ${duration(Math.round(spent))}. Clients send them to ${about.api}/v1/chat/completions, as they would to an engine.`);
   }
 
   #tiles(hour, state) {
