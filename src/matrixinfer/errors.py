@@ -6,12 +6,16 @@ MatrixInferError
 ├── ConfigError              the configuration is wrong; fatal at start
 ├── RequestError             the client's fault
 │   ├── InvalidRequest         malformed or missing fields
+│   ├── Unauthenticated        no valid key or token
+│   ├── Forbidden              a key that may not do this
+│   ├── LimitExceeded          a key that has used up what it may use
 │   ├── UnknownModel           no pod serves the model, and it is not configured
 │   ├── PayloadTooLarge        the body exceeds the limit
 │   ├── UnsupportedBody        the body is compressed
 │   └── BodyTimeout            the body did not arrive in time
 ├── RoutingError             the request is fine, but no pod can take it
 │   ├── NoPodAvailable         no pod serves the model now
+│   ├── KeysUnavailable        the public keys that tokens are checked with cannot be read
 │   ├── Overloaded             this process has no room for another request
 │   ├── PodUnreachable         every pod that was tried refused or broke the connection
 │   └── PodTimeout             a pod did not answer in time
@@ -25,6 +29,9 @@ Errors that only one package and its direct callers handle are defined next to t
 MatrixInferError
 ├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
 ├── OutOfResources           pods.engine_api: this process cannot ask an engine, whatever that one would answer
+├── NotFetched               access.key_source: the keys of an identity provider cannot be read
+├── NoKeys                   access.tokens: a document has no public key that can be used
+├── UnknownKey               access.tokens: a token is signed with a key that is not at hand
 ├── MalformedFrame           kvevents.wire: a payload is not a batch of KV events
 ├── ImpossibleInput          kvevents.transitions: a feed met an input that cannot occur in its state; a bug
 ├── UntrustedEvents          kvevents.counts: the events do not determine what the engine holds
@@ -59,6 +66,7 @@ Exceptions with a leading underscore never leave their module and are not listed
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 
 import msgspec
 
@@ -130,6 +138,23 @@ class InvalidRequest(RequestError):
     """The request is malformed JSON, or has a missing field or a field of the wrong type."""
 
 
+class Unauthenticated(RequestError):
+    """The request has no valid API key or token."""
+
+
+class Forbidden(RequestError):
+    """The request's API key or token does not allow it."""
+
+
+class LimitExceeded(RequestError):
+    """The caller has used up what it may use. `headers` say how much that is, and when there is more."""
+
+    def __init__(self, message: str, *, kind: str, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.headers = headers
+
+
 class UnknownModel(RequestError):
     """No pod serves the requested model, and it is not configured."""
 
@@ -154,8 +179,19 @@ class NoPodAvailable(RoutingError):
     """No pod serves the requested model now."""
 
 
+class KeysUnavailable(RoutingError):
+    """The public keys that tokens are checked with cannot be read now."""
+
+
 class Overloaded(RoutingError):
-    """This process has no room for another request now: no memory set aside for bodies, or no file descriptor."""
+    """This process has no room for another request now: no memory for bodies, no file descriptor, no place in the queue.
+
+    `retry_after` is when there may be, in seconds; None if that is not known.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class PodUnreachable(RoutingError):

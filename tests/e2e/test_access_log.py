@@ -92,6 +92,10 @@ async def test_a_log_of_a_gateway_replays_as_it_was(tokenizer: LocalTokenizer, t
     assert str(shared[0]) + "," not in text
 
     trace = read(path, tokenizer=None)
+    recorded = trace.settings["recorded"]
+    assert isinstance(recorded, dict)
+    assert 0 < recorded["hit_rate"] < 1
+    assert recorded["ttft_mean_s"] > 0
     assert sum(turn.prompt for turn in trace.turns) == prompts
     assert {turn.reply for turn in trace.turns} == {8}
     shape = EngineShape(block_size=16, timing=ENGINE.timing)

@@ -13,7 +13,8 @@ def test_the_demo_shows_kv_aware_routing_ahead_of_round_robin() -> None:
         [sys.executable, "-m", "matrixinfer", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    policies = json.loads(done.stdout)["policies"]
+    shown = json.loads(done.stdout)
+    policies, ladders = shown["policies"], shown["ladders"]
     assert list(policies) == ["round_robin", "kv_aware"]
     for figures in policies.values():
         assert set(figures) == {
@@ -22,4 +23,10 @@ def test_the_demo_shows_kv_aware_routing_ahead_of_round_robin() -> None:
         assert figures["requests"] == sum(figures["pods"].values()) == 32
         assert figures["errors"] == 0
     assert policies["round_robin"]["ttft_ratio"] == 1
+    assert list(ladders) == ["round_robin", "kv_aware"]
+    for name, ladder in ladders.items():
+        shares = [rung["share"] for rung in ladder["rungs"]]
+        assert sorted(shares[:4], reverse=True) == shares[:4]
+        assert abs(shares[-1] - policies[name]["hit_rate"]) < 0.02
+        assert ladder["requests"] == ladder["reported_requests"] == 32
     assert policies["kv_aware"]["hit_rate"] > policies["round_robin"]["hit_rate"] + 0.1

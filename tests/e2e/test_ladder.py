@@ -135,6 +135,8 @@ async def test_a_gateway_without_requests_says_so_and_refuses_times_that_are_non
         assert await explain(gateway, "--ladder", "some-id") == 2
         assert await explain(gateway, "--since", "1h") == 2
         assert await gateway.metric('matrixinfer_ladder_tokens_total{rung="prompt"}') == 0.0
+        async with gateway.session.get(f"{gateway.service.gateway.admin_url}/debug/ladder?since=999999999") as response:
+            assert (await response.json())["since_seconds"] == 86_400
         for since in ("0", "x", "-1", "1.5", "", "9" * 10):
             url = f"{gateway.service.gateway.admin_url}/debug/ladder?since={since}"
             async with gateway.session.get(url) as response:

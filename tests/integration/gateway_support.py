@@ -127,7 +127,7 @@ class FakeRewriter:
 
     adds_usage: bool = False
 
-    def body_for(self, pod: str, prompt: None, body: bytes, rank: int | None) -> PodBody:
+    def body_for(self, pod: str, prompt: None, body: bytes, rank: int | None, *, adds_usage: bool) -> PodBody:
         return PodBody(body, self.adds_usage, rank)
 
 
@@ -145,7 +145,7 @@ class FakeRouter:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None, ticket: None = None
     ) -> AsyncIterator[FakeInFlight]:
         try:
             requested = msgspec.json.decode(body)["model"]

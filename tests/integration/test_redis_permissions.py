@@ -14,11 +14,16 @@ import aiohttp
 import msgspec
 import pytest
 
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.limits import Limits
+from matrixinfer.access.quota import Amounts
+from matrixinfer.access.shared import SharedLedger
 from matrixinfer.app.agent import Agent
 from matrixinfer.app.service import Service
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.cli import main
 from matrixinfer.config import Config, load
+from matrixinfer.config.access import QuotaConfig
 from matrixinfer.index.redis.reclaim import LOCK, Reclaimer
 from matrixinfer.index.redis.store import Store
 from matrixinfer.prompt.local import LocalTokenizer
@@ -26,7 +31,7 @@ from matrixinfer.sim.server import SimEngine
 from tests.e2e.fleet import TOKENIZER
 from tests.ports import free_port
 from tests.servers import Server, server
-from tests.waiting import eventually
+from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .doctor_support import FAST, DoctorCommand, DoctorReport, log_settings
 
@@ -72,6 +77,19 @@ def settings(engine: SimEngine, valkey: Server, user: str, **index: str) -> dict
             "shareLoad": user == "matrixinfer",
         },
     }
+
+
+async def test_limits_can_be_counted_together(valkey: Server) -> None:
+    config = valkey.config(username="matrixinfer", password="pw")
+    caller = Caller(name="a", tenant="a", account="a", quota=QuotaConfig(requests=5, concurrent_requests=5))
+    async with Store(config) as store, Limits(SharedLedger(store), deadline_seconds=DEADLINE_SECONDS) as limits:
+        taken = await limits.reserve(caller, Amounts(1, 10))
+        assert taken is not None
+        assert taken.is_shared
+        await SharedLedger(store).renew("a", [taken.request])
+        limits.settle(taken, Amounts(1, 5))
+        await eventually(lambda: not limits.unsettled)
+    assert refused(valkey) == []
 
 
 def refused(valkey: Server) -> list[tuple[str, str]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from matrixinfer.app.access_log import AccessLogCollector
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     FeedCollector,
     IndexCollector,
     KeptCollector,
@@ -29,6 +29,7 @@ from matrixinfer.app.collectors import (
     TokenSourceCollector,
 )
 from matrixinfer.app.config_reference import configuration_page
+from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
@@ -44,6 +45,7 @@ from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.traffic.ladder.record import LadderLog
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -192,6 +194,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    metrics.register(LadderCollector(LadderLog(time.monotonic)))
     metrics.register(LoopWatch(time.monotonic))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server

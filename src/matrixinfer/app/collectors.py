@@ -18,7 +18,6 @@ from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.source import Kind, Source
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.trust.levels import trust_in
 
@@ -95,20 +94,6 @@ class LogCollector(Collector):
         yield CounterMetricFamily(
             "matrixinfer_log_lines_dropped", "Log lines that could not be written.", value=self._stream.dropped
         )
-
-
-class AccessLogCollector(Collector):
-    """Lines of the access log."""
-
-    def __init__(self, access_log: AccessLog) -> None:
-        self._log = access_log
-
-    def collect(self) -> Iterator[Metric]:
-        """Read the parts now."""
-        lines = CounterMetricFamily("matrixinfer_access_log_lines", "Lines of the access log.", labels=["outcome"])
-        lines.add_metric(["written"], self._log.written)
-        lines.add_metric(["dropped"], self._log.dropped)
-        yield lines
 
 
 class TokenCacheCollector(Collector):

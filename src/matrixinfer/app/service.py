@@ -13,8 +13,10 @@ from typing import Self
 
 import structlog
 
+from matrixinfer.access.gate import Gate
+from matrixinfer.app.access_log import open_access_log
+from matrixinfer.app.access_setup import gate as access_gate
 from matrixinfer.app.collectors import (
-    AccessLogCollector,
     IndexCollector,
     KeptCollector,
     LogCollector,
@@ -37,6 +39,7 @@ from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
@@ -60,7 +63,6 @@ from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
-from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.metrics import Metrics
@@ -111,7 +113,7 @@ class Service:
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         )
         self._parity = Parity(self.metrics, clock)
-        self.ladder = LadderLog(clock)
+        self.ladder = LadderLog(clock, tracks=config.blocks.scheme == "prefix")
         self.engines = engines = Engines(config, self.metrics, history=self._history, ladder=self.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
@@ -137,9 +139,10 @@ class Service:
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
             await stack.enter_async_context(self._finder)
-            request_log = await self._open_access_log(stack)
+            request_log = await open_access_log(config, self.metrics, stack)
             connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
-            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log))
+            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
+            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
             self._stack = stack.pop_all()
         log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
         return self
@@ -238,15 +241,6 @@ class Service:
         peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
-    async def _open_access_log(self, stack: AsyncExitStack) -> RequestLog | None:
-        """The access log, if the configuration names one."""
-        config = self.config.access_log
-        if config is None:
-            return None
-        sink = await stack.enter_async_context(AccessLog(config))
-        self.metrics.register(AccessLogCollector(sink))
-        return RequestLog(sink, is_chained=self.config.blocks.scheme == "prefix")
-
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
@@ -270,17 +264,18 @@ class Service:
         self.metrics.register(PluginCollector(self._scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
-    def _gateway(self, connections: Upstream, request_log: RequestLog | None) -> Gateway:
+    def _gateway(self, connections: Upstream, request_log: RequestLog | None, gate: Gate | None) -> Gateway:
         engines, config, metrics = self.engines, self.config, self.metrics
         draining = asyncio.Event()
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
-        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always")
+        strips = () if config.access is None else config.access.strip_headers
+        credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
         proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, request_log)
+        api = Api(self.router, proxy, metrics, bodies, request_log, gate)
         models = Models(engines.registry, engines.find_model)
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
@@ -307,7 +302,7 @@ class Service:
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
         return Gateway(
             config,
-            api={**api.routes(), **models.routes(), **public},
+            api={**api.routes(), **protected(models.routes(), gate), **public},
             admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **pages.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

@@ -26,8 +26,10 @@ COMMANDS = (
     "render",
     "tokenize",
     "config",
+    "keys",
     "replay",
     "tune",
+    "calibrate",
 )
 
 

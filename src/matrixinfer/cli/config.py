@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
@@ -56,6 +57,7 @@ def run_check(args: argparse.Namespace) -> int:
 def _checked(file: Path, plugins: Installed) -> Config:
     """The config, after everything was built from it that `serve` would build."""
     config = load(file)
+    check_secrets(config)
     build_scheduler(config.scheduler, plugins)
     for i, model in enumerate(config.models):
         if model.tokenizer is not None:

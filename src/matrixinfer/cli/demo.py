@@ -22,6 +22,7 @@ from rich.table import Table
 from matrixinfer.app.service import Service
 from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one, integer, packaged_tokenizer
 from matrixinfer.cli.demo_ui import keep_running
+from matrixinfer.cli.ladder import print_ladder, print_ladders
 from matrixinfer.cli.terminal import standard_output
 from matrixinfer.config import (
     Config,
@@ -43,6 +44,8 @@ from matrixinfer.sim.server import SimEngine
 from matrixinfer.sim.stats import EngineStats
 from matrixinfer.sim.workload import Conversation, WorkloadShape, conversations
 from matrixinfer.telemetry.log import configure
+from matrixinfer.traffic.ladder.record import KEPT_SECONDS
+from matrixinfer.traffic.ladder.rungs import Ladder
 
 _MODEL = "demo"
 _BASELINE = "round_robin"
@@ -121,28 +124,38 @@ def run(args: argparse.Namespace) -> int:
     if args.ui:
         uvloop.run(_show(args))
         return 0
-    summaries = uvloop.run(_demo(args))
+    summaries, ladders = uvloop.run(_demo(args))
     if args.json:
-        print(json.dumps({"policies": summaries}, indent=2))
+        print(json.dumps({"policies": summaries, "ladders": msgspec.to_builtins(ladders)}, indent=2))
     else:
         print_comparison(summaries, engines=args.engines)
-        print("To watch it: matrixinfer demo --ui")
+        terminal = standard_output()
+        terminal.print()
+        terminal.print("Why no hit? The share of prompt tokens that each rung leaves, routed both ways:")
+        print_ladders(terminal, ladders)
+        terminal.print()
+        terminal.print(f"{_POLICIES[-1]} in full:")
+        print_ladder(terminal, msgspec.to_builtins(ladders[_POLICIES[-1]]))
+        terminal.print()
+        terminal.print("To watch it: matrixinfer demo --ui")
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 
 
-async def _demo(args: argparse.Namespace) -> dict[str, Summary]:
+async def _demo(args: argparse.Namespace) -> tuple[dict[str, Summary], dict[str, Ladder]]:
     shape = WorkloadShape(conversations=args.conversations, turns=args.turns, seed=args.seed)
     tokenizer = LocalTokenizer.load(_tokenizer_path(), "chatml")
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     plan = conversations(shape)
     summaries: dict[str, Summary] = {}
+    ladders: dict[str, Ladder] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for policy in _POLICIES:
             bar = progress.add_task(policy, total=args.conversations * args.turns)
-            summaries[policy] = await _measure(policy, args.engines, tokenizer, plan, partial(progress.advance, bar))
+            advance = partial(progress.advance, bar)
+            summaries[policy], ladders[policy] = await _measure(policy, args.engines, tokenizer, plan, advance)
     for summary in summaries.values():
         summary["ttft_ratio"] = _ratio(summaries[_BASELINE]["ttft_mean_ms"], summary["ttft_mean_ms"])
-    return summaries
+    return summaries, ladders
 
 
 async def _show(args: argparse.Namespace) -> None:
@@ -151,8 +164,7 @@ async def _show(args: argparse.Namespace) -> None:
     split_address(args.admin, path="--admin")
 
     def config_of(fleet: Sequence[SimEngine]) -> Config:
-        config = _gateway_config(_POLICIES[-1], fleet)
-        return msgspec.structs.replace(config, admin=args.admin, drift=DriftConfig(inject_usage=True))
+        return msgspec.structs.replace(_gateway_config(_POLICIES[-1], fleet), admin=args.admin)
 
     tokenizer = LocalTokenizer.load(_tokenizer_path(), "chatml")
     await keep_running(_ENGINE, args.engines, tokenizer, shape, config_of, standard_output())
@@ -164,7 +176,7 @@ async def _measure(
     tokenizer: LocalTokenizer,
     plan: Sequence[Conversation],
     advance: Callable[[], None],
-) -> Summary:
+) -> tuple[Summary, Ladder]:
     """Hold the conversations of `plan` on fresh engines behind a fresh gateway."""
     outcomes: list[Outcome] = []
 
@@ -186,7 +198,8 @@ async def _measure(
             on_outcome=on_outcome,
         )
         stats = [engine.stats for engine in fleet]
-    return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)])
+        ladder = service.ladder.since(KEPT_SECONDS)
+    return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)]), ladder
 
 
 def _gateway_config(policy: str, fleet: Sequence[SimEngine]) -> Config:
@@ -203,6 +216,7 @@ def _gateway_config(policy: str, fleet: Sequence[SimEngine]) -> Config:
             for i, engine in enumerate(fleet)
         ),
         scheduler=with_policy(SchedulerConfig(), policy),
+        drift=DriftConfig(inject_usage=True),
     )
 
 

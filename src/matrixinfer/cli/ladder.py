@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from matrixinfer.cli.terminal import Rows, Terminal
 from matrixinfer.feedtools.describe import plural
+from matrixinfer.traffic.ladder.record import KEPT_SECONDS
 from matrixinfer.traffic.ladder.rungs import Ladder, RungName
 
 Json = Mapping[str, Any]
@@ -22,7 +23,10 @@ def since(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,6})([smhd]?)", text)
     if found is None or not int(found[1]):
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 15m, 1h or 1d, got `{text}`")
-    return int(found[1]) * _UNITS[found[2]]
+    seconds = int(found[1]) * _UNITS[found[2]]
+    if seconds > KEPT_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected at most 1d, as the gateway keeps no more, got `{text}`")
+    return seconds
 
 
 def print_ladder(console: Terminal, ladder: Json) -> None:
@@ -31,7 +35,7 @@ def print_ladder(console: Terminal, ladder: Json) -> None:
         console.print("no request has ended in that time")
         return
     console.print(f"{plural(ladder['requests'], 'request')} with {ladder['prompt_tokens']:,} prompt tokens")
-    table = Rows("rung", "share", "tokens", "meaning")
+    table = Rows("name", "share", "tokens", "meaning")
     for rung in ladder["rungs"]:
         about = "about " if rung["is_estimate"] else ""
         table.add_row(
@@ -61,7 +65,7 @@ def print_ladders(console: Terminal, ladders: Mapping[str, Ladder]) -> None:
         largest = ", ".join(f"{each.name} {_percent(each.share)}" for each in losses[:2] if each.share >= _LEAST_SHARE)
         shares = ["-" if rung.share is None else _percent(rung.share) for rung in ladder.rungs]
         table.add_row(name, *shares, largest or "-")
-    console.print("", table)
+    console.print(table)
 
 
 def _print_losses(console: Terminal, losses: Sequence[Json]) -> None:
@@ -78,7 +82,7 @@ def _remarks(ladder: Json) -> list[str]:
     share = reported["of_tokens"] / ladder["prompt_tokens"]
     remarks = []
     if not ladder["reported_requests"]:
-        remarks.append("reported: no answer said how many tokens were cached (vLLM: --enable-prompt-tokens-details)")
+        remarks.append("reported: no answer said how many tokens were cached (see drift.injectUsage)")
     elif share < 0.9995:
         remarks.append(f"reported: of the requests whose answers say it, {_percent(share)} of the prompt tokens")
     if ladder["error_share"] is None:

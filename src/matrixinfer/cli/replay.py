@@ -21,7 +21,6 @@ from matrixinfer.study import generators, presets
 from matrixinfer.study.plots import plot
 from matrixinfer.study.policies import POLICIES, chosen
 from matrixinfer.study.replay import Fleet
-from matrixinfer.study.report.advice import ladder
 from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.runs import Outcome, replay_all
 from matrixinfer.study.trace import LetterBlocks, Trace
@@ -71,25 +70,23 @@ def run(args: argparse.Namespace) -> int:
         with _Shown(trace, [policy.name for policy in policies]) as shown:
             done = {each.policy: each for each in replay_all(trace, fleet, policies, jobs=args.jobs, progress=shown.at)}
         outcomes = [done[policy.name] for policy in policies]
-        ideal = trace.ideal_hit_rate(LetterBlocks())
-        settings = _settings(args, trace, fleet, ideal)
+        settings = _settings(args, trace, fleet)
         if args.json:
             _print_json(trace, settings, outcomes)
         else:
             _print_table(trace, settings, outcomes)
         if args.plot is not None:
-            steps = ladder({each.policy: each.results for each in outcomes}, ideal)
-            files = plot(outcomes, args.plot / _folder(trace.name), trace.name, steps)
+            files = plot(outcomes, args.plot / _folder(trace.name), trace.name)
             print(f"plots: {', '.join(map(str, files))}", file=sys.stderr)
         if args.report is not None:
-            chapters.append(Chapter(trace=trace.name, settings=settings, ideal=ideal, outcomes=outcomes))
+            chapters.append(Chapter(trace=trace.name, settings=settings, outcomes=outcomes))
     if args.report is not None:
         args.report.write_text(page(chapters), encoding="utf-8")
         print(f"report: {args.report}", file=sys.stderr)
     return 0
 
 
-def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet, ideal: float) -> dict[str, object]:
+def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet) -> dict[str, object]:
     return {
         "version": __version__,
         "engine": args.engine,
@@ -103,7 +100,7 @@ def _settings(args: argparse.Namespace, trace: Trace, fleet: Fleet, ideal: float
         "event_loss": fleet.event_loss,
         "faults": args.fault,
         "requests": len(trace.turns),
-        "ideal_hit_rate": round(ideal, 4),
+        "ideal_hit_rate": round(trace.ideal_hit_rate(LetterBlocks()), 4),
         "trace": dict(trace.settings),
     }
 
@@ -123,10 +120,15 @@ def _print_table(trace: Trace, settings: dict[str, object], outcomes: Sequence[O
         f"{trace.name}: {settings['requests']} requests, {settings['pods']} pods of {settings['kv_tokens_per_pod']} KV tokens "
         f"({settings['engine']}), ideal hit rate {settings['ideal_hit_rate']}"
     )
+    recorded = trace.settings.get("recorded")
+    if isinstance(recorded, dict):
+        shown = ", ".join(f"{name} {_cell(value)}" for name, value in recorded.items())
+        terminal.print(f"as recorded: {shown}")
     rows = Rows("policy", *_COLUMNS)
     for outcome in outcomes:
         rows.add_row(outcome.policy, *(_cell(outcome.results[column]) for column in _COLUMNS))
     terminal.print(rows)
+    terminal.print()
     print_ladders(terminal, {outcome.policy: outcome.ladder for outcome in outcomes})
     rejected = outcomes[0].results["too_long"] if outcomes else 0
     if rejected:

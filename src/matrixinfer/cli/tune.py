@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 discover(),
                 left=lambda: max(0.0, 1 - (time.monotonic() - began) / seconds),
                 seeds=args.seeds,
+                at_once=args.jobs,
                 stage=shown.stage,
             )
             found = search.run()

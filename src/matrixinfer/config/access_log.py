@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
+
 from matrixinfer.config.base import Count, Section, Share, described
+from matrixinfer.config.secrets import SecretPlace, place
+
+STANDARD_OUTPUT = "-"
 
 
 class AccessLogConfig(Section, frozen=True):
@@ -14,8 +19,8 @@ class AccessLogConfig(Section, frozen=True):
     path: Annotated[
         str,
         described(
-            "File that lines are appended to, in a folder that exists, or `-` for standard output. A file that was renamed "
-            "or removed is made again; no signal is needed."
+            "File that lines are appended to, relative to the config file, in a folder that exists; or `-` for standard "
+            "output. A file that was renamed or removed is made again; no signal is needed."
         ),
     ]
     format: Annotated[
@@ -37,18 +42,21 @@ class AccessLogConfig(Section, frozen=True):
         ),
     ] = True
     max_blocks: Annotated[Count, described("Blocks of a prompt, from its start, whose hashes are written.")] = 8192
-    key: Annotated[
+    key_file: Annotated[
         str | None,
         described(
-            "Secret with which session ids are hashed, so that the lines of several gateways can be joined. Never shown. By "
-            "default each process draws its own."
+            "File, relative to the config file, with a secret by which session ids are hashed, so that the lines of several "
+            "gateways can be joined. By default each process draws its own."
         ),
     ] = None
+    key_env: Annotated[str | None, described("Environment variable with that secret.")] = None
 
-    def __repr__(self) -> str:
-        """Show no key."""
-        return f"AccessLogConfig(path={self.path!r}, format={self.format!r}, sample={self.sample})"
+    def key_place(self) -> SecretPlace | None:
+        """Where the secret is; None if there is none. Raises `ConfigError` if two places are named."""
+        return place(self.key_file, self.key_env, "$.accessLog.key")
 
-    def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # pairs are all that Rich needs
-        """Show no key."""
-        yield from (("path", self.path), ("format", self.format), ("sample", self.sample))
+    def located(self, base: Path) -> AccessLogConfig:
+        """With paths that start from `base`."""
+        path = self.path if self.path == STANDARD_OUTPUT else str((base / self.path).resolve())
+        key_file = None if self.key_file is None else str((base / self.key_file).resolve())
+        return msgspec.structs.replace(self, path=path, key_file=key_file)

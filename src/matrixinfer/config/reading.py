@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from matrixinfer.config.access import check_access, with_absolute_files
 from matrixinfer.config.base import convert
 from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
 from matrixinfer.config.normalise import (
@@ -52,18 +53,25 @@ def load(path: Path) -> Config:
 
 def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
-    try:
-        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError("$", f"not valid YAML: {error}") from error
+    data = yaml_data(text)
     config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
     config = msgspec.structs.replace(
         config,
         models=tuple(_absolute(model, base) for model in config.models),
         pods=tuple(_with_key_file(pod, base) for pod in config.pods),
         engine_keys=_with_key_file(config.engine_keys, base),
+        access_log=None if config.access_log is None else config.access_log.located(base),
+        access=config.access and with_absolute_files(config.access, base),
     )
     return checked(config, given_blocks=given_block_keys(data))
+
+
+def yaml_data(text: str) -> Any:
+    """What a YAML document has, in which no key is given twice. Raises `ConfigError`."""
+    try:
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError("$", f"not valid YAML: {error}") from error
 
 
 def split_address(address: str, *, path: str) -> tuple[str, int]:
@@ -84,6 +92,9 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
     key_places(config)
+    if config.access_log is not None:
+        config.access_log.key_place()
+    check_access(config)
     return msgspec.structs.replace(
         config,
         blocks=blocks,
@@ -153,7 +164,8 @@ def _checked_redis(config: Config) -> RedisConfig | None:
             "$.index.leaseSeconds", f"expected at most `maxAgeSeconds`, which is {index.max_age_seconds:g}"
         )
     if redis is None:
-        needed = index.kind == "redis" or index.warm_start or index.writer == "gateway"
+        counts = config.access is not None and config.access.count_in == "redis"
+        needed = index.kind == "redis" or index.warm_start or index.writer == "gateway" or counts
         return _with_environment(RedisConfig(), os.environ) if needed else None
     for i, address in enumerate(redis.sentinels):
         split_address(address, path=f"$.redis.sentinels[{i}]")

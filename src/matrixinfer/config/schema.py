@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from matrixinfer.config.access import AccessConfig
 from matrixinfer.config.access_log import AccessLogConfig
+from matrixinfer.config.admission import AdmissionConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
@@ -464,6 +466,13 @@ class Config(Section, frozen=True):
     engine_keys: Annotated[EngineKeysConfig, described("The API key of engines whose pod and model name none.")] = (
         EngineKeysConfig()
     )
+    access: Annotated[
+        AccessConfig | None, described("Who may use the gateway. By default everybody who reaches it may.")
+    ] = None
+    admission: Annotated[
+        AdmissionConfig | None,
+        described("How many requests are sent to engines at a time. By default as many as come."),
+    ] = None
     blocks: Annotated[BlocksConfig, described("How prompts and caches are cut into blocks.")] = BlocksConfig()
     index: Annotated[IndexConfig, described("Which pod holds which block.")] = IndexConfig()
     redis: Annotated[

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from itertools import accumulate
 
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.gate import CLIENT_GONE
 from matrixinfer.gateway.proxy import Exchange
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.access_entry import HASH_MASK, AccessEntry, Outcome
 from matrixinfer.telemetry.access_log import AccessLog
 
-CLIENT_GONE = 499
-"""Status that counts requests whose client went away before the end of the answer (nginx's convention)."""
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
@@ -34,6 +34,7 @@ class RequestLog:
         started: float,
         body_read: float | None,
         exchange: Exchange | None,
+        caller: Caller | None = None,
     ) -> None:
         """A request is over. Times are seconds on the monotonic clock; `error` is why the gateway refused it."""
         sink = self._sink
@@ -49,6 +50,8 @@ class RequestLog:
             outcome=outcome,
             status=code,
             error=error,
+            tenant=None if caller is None else caller.tenant,
+            caller=None if caller is None else caller.name,
             session=None if session is None else sink.name_of(session),
             sampled=is_sampled,
         )
@@ -74,7 +77,7 @@ class RequestLog:
         entry.predicted_hit_tokens = _predicted(in_flight)
         entry.output_tokens = exchange.output_tokens
         entry.stream_events = exchange.stream_events or None
-        if self._sink.config.blocks and request.chain:
+        if in_flight.computed and self._sink.config.blocks and request.chain:
             entry.block_size = request.block_size
             entry.blocks = self._hashes(request.chain[: self._sink.config.max_blocks])
 

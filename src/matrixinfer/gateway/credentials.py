@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from multidict import CIMultiDict
 
@@ -16,15 +16,18 @@ class Credentials:
     """Replaces the credentials in the headers for a pod, where that must be.
 
     `key_at` says which key the pod with a base URL requires. With `always`, requests of clients that nobody has
-    authenticated carry it as well.
+    authenticated carry it as well. `strips` are further headers that no pod gets.
     """
 
-    def __init__(self, key_at: Callable[[str], Secret | None], *, always: bool) -> None:
+    def __init__(self, key_at: Callable[[str], Secret | None], *, always: bool, strips: Sequence[str] = ()) -> None:
+        self._strips = strips
         self._key_at = key_at
         self._always = always
 
     def apply(self, headers: CIMultiDict[str], url: str, *, is_authenticated: bool) -> None:
         """Change `headers`. What a client has proved its identity to the gateway with never reaches a pod."""
+        for name in self._strips:
+            headers.popall(name, None)
         key = self._key_at(url) if is_authenticated or self._always else None
         if key is None and not is_authenticated:
             return

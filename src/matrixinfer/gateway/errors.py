@@ -6,6 +6,7 @@ The OpenAI API has `{"error": {"message", "type", "param", "code"}}`, Anthropic'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -13,7 +14,10 @@ from aiohttp import web
 
 from matrixinfer.errors import (
     BodyTimeout,
+    Forbidden,
     InvalidRequest,
+    KeysUnavailable,
+    LimitExceeded,
     MatrixInferError,
     NoPodAvailable,
     Overloaded,
@@ -21,6 +25,7 @@ from matrixinfer.errors import (
     PodTimeout,
     PodUnreachable,
     RequestError,
+    Unauthenticated,
     UnknownModel,
     UnsupportedBody,
 )
@@ -29,17 +34,29 @@ RETRY_AFTER_SECONDS = 1
 
 _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
+    Unauthenticated: (401, "invalid_api_key"),
+    Forbidden: (403, "model_not_allowed"),
     UnknownModel: (404, "model_not_found"),
     BodyTimeout: (408, "request_timeout"),
     PayloadTooLarge: (413, "request_too_large"),
     UnsupportedBody: (415, "unsupported_encoding"),
+    LimitExceeded: (429, "rate_limit_exceeded"),
     PodUnreachable: (502, "pod_unreachable"),
     NoPodAvailable: (503, "no_pod_available"),
+    KeysUnavailable: (503, "keys_unavailable"),
     Overloaded: (503, "overloaded"),
     PodTimeout: (504, "pod_timeout"),
 }
 
-_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 """Error types of Anthropic's API that are more specific than `invalid_request_error` and `api_error`."""
 
 
@@ -51,14 +68,15 @@ def error_response(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
     anthropic: bool = False,
+    kind: str | None = None,
 ) -> web.Response:
-    """An error in the shape of OpenAI's or Anthropic's API; its `type` follows from the status."""
+    """An error in the shape of OpenAI's or Anthropic's API; its `type` follows from the status, or is OpenAI's `kind`."""
     body: dict[str, object]
     if anthropic:
-        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-        body = {"type": "error", "error": {"type": kind, "message": message}}
+        named = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        body = {"type": "error", "error": {"type": named, "message": message}}
     else:
-        kind = "invalid_request_error" if status < 500 else "server_error"
+        kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     response = web.Response(status=status, body=msgspec.json.encode(body), headers=headers)
     response.headers["Content-Type"] = "application/json"
@@ -74,14 +92,21 @@ def code_of(error: MatrixInferError) -> str:
 def response_to(error: MatrixInferError, *, anthropic: bool = False) -> web.Response:
     """The response to a request that raised `error`."""
     status, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, None))
-    if isinstance(error, RequestError):
+    if isinstance(error, LimitExceeded):
+        response = error_response(
+            status, error.message, code=code, kind=error.kind, headers=error.headers, anthropic=anthropic
+        )
+    elif isinstance(error, RequestError):
         response = error_response(status, error.message, code=code, param=error.param, anthropic=anthropic)
     elif status == 500:
         response = error_response(status, "Internal error.", anthropic=anthropic)
     else:
         response = error_response(status, str(error), code=code, anthropic=anthropic)
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if status == 503:
-        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        known = error.retry_after if isinstance(error, Overloaded) else None
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS if known is None else math.ceil(known))
     if status in (408, 413, 415):
         # The rest of the body is not read, so this connection cannot be used again.
         response.force_close()

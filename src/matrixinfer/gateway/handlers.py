@@ -13,9 +13,10 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.access_log import CLIENT_GONE, RequestLog
+from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
@@ -39,8 +40,15 @@ class Api:
     """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
 
     def __init__(
-        self, router: Router, proxy: Proxy, metrics: Metrics, bodies: Bodies, request_log: RequestLog | None = None
+        self,
+        router: Router,
+        proxy: Proxy,
+        metrics: Metrics,
+        bodies: Bodies,
+        request_log: RequestLog | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        self._gate = gate
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -57,16 +65,20 @@ class Api:
         identity = headers.request_id(request.headers)
         model: str | None = None
         pod: str | None = None
-        code, reason = 500, None
+        code = 500
+        reason: str | None = "internal"
         exchange: Exchange | None = None
         body_read: float | None = None
         session = headers.session_id(request.headers)
         held = self._bodies.hold()
+        ticket: Ticket | None = None
         try:
+            if self._gate is not None:
+                ticket = self._gate.ticket(await self._gate.identify(request.headers))
             body = await self._bodies.read(request, held)
             body_read = time.monotonic()
             async with self._router.dispatch(
-                request.rel_url.raw_path, body, request_id=identity, session=session
+                request.rel_url.raw_path, body, request_id=identity, session=session, ticket=ticket
             ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(
@@ -74,10 +86,11 @@ class Api:
                     id=identity,
                     started=started,
                     in_flight=in_flight,
+                    ticket=ticket,
                     counts_events=self._request_log is not None,
                 )
                 response = await self._proxy.forward(exchange)
-                code, pod = response.status, in_flight.pod.name
+                code, reason, pod = response.status, None, in_flight.pod.name
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
             response.headers[headers.REQUEST_ID] = identity
@@ -85,10 +98,12 @@ class Api:
             if not request.content.is_eof():
                 response.force_close()  # the rest of the body is not read
         except (asyncio.CancelledError, ConnectionError):
-            code = CLIENT_GONE
+            code, reason = CLIENT_GONE, None
             raise
         finally:
             held.release()
+            if ticket is not None:
+                ticket.close(code)
             seconds = time.monotonic() - started
             self._metrics.request(model, code, seconds)
             log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
@@ -102,6 +117,7 @@ class Api:
                     started=started,
                     body_read=body_read,
                     exchange=exchange,
+                    caller=None if ticket is None else ticket.caller,
                 )
         return response
 

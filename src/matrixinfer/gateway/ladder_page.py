@@ -10,6 +10,7 @@ from aiohttp import web
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.traffic.ladder.record import KEPT_SECONDS
 from matrixinfer.traffic.ladder.rungs import Ladder
 
 _DEFAULT_SECONDS = "3600"
@@ -26,10 +27,11 @@ class LadderPage:
         return {"/debug/ladder": {"GET": self.show}}
 
     async def show(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The ladder of the last `?since=` seconds."""
+        """The ladder of the last `?since=` seconds, a day at most."""
         since = request.rel_url.query.get("since", _DEFAULT_SECONDS)
         if not re.fullmatch(r"[0-9]{1,9}", since) or not int(since):
             raise InvalidRequest(
                 f"since: expected a number of seconds of up to 9 digits, got `{since[:20]}`", param="since"
             )
-        return json_response({"since_seconds": int(since), "ladder": self._since(float(since))})
+        seconds = min(int(since), int(KEPT_SECONDS))
+        return json_response({"since_seconds": seconds, "ladder": self._since(seconds)})

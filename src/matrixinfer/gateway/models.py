@@ -14,6 +14,7 @@ from aiohttp import web
 from matrixinfer.errors import InvalidRequest, MatrixInferError, UnknownModel
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.protected import caller_of
 from matrixinfer.pods.model_cards import ServedModel, openai_view
 from matrixinfer.pods.registry import PodRegistry
 
@@ -34,7 +35,8 @@ class Models:
 
     async def list(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every model that a pod serves."""
-        models = self._registry.models()
+        caller = caller_of(request)
+        models = [each for each in self._registry.models() if caller is None or caller.may_use(each.name)]
         if not _is_anthropic(request):
             return _json({"object": "list", "data": [openai_view(model) for model in models]})
         try:
@@ -46,9 +48,11 @@ class Models:
         """One model. Engines are asked again for one that none of them has reported."""
         anthropic = _is_anthropic(request)
         name = unquote(request.rel_url.raw_path.removeprefix(f"{PATH}/"))
-        model = self._model(name)
-        if model is None and name and await self._find(name):
+        caller, model = caller_of(request), None
+        if caller is None or caller.may_use(name):
             model = self._model(name)
+            if model is None and name and await self._find(name):
+                model = self._model(name)
         if model is None:
             return response_to(
                 UnknownModel(f"The model `{name[:200]}` does not exist.", param="model"), anthropic=anthropic

@@ -21,6 +21,7 @@ from typing import NoReturn, cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11, StreamWriter
 
+from matrixinfer.access.gate import Ticket, Used
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers, usage
@@ -57,8 +58,8 @@ class Exchange:
     started: float
     """Seconds on the monotonic clock."""
     in_flight: InFlight
-    is_authenticated: bool = False
-    """Whether the gateway knows who the client is: its credentials are not for the pod."""
+    ticket: Ticket | None = None
+    """What the request was promised; None where everybody may send anything."""
     has_begun: bool = False
     """Whether the client has got the first byte of a streamed answer."""
     first_byte_at: float | None = None
@@ -93,7 +94,10 @@ class _Answer:
     @property
     def may_report(self) -> bool:
         """Whether the answer may report how many prompt tokens there were, and somebody wants to know."""
-        return self._is_plain and self.exchange.in_flight.wants_usage
+        if not self._is_plain:
+            return False
+        ticket = self.exchange.ticket
+        return self.exchange.in_flight.wants_usage or (ticket is not None and ticket.wants_usage)
 
     @property
     def _is_plain(self) -> bool:
@@ -176,7 +180,8 @@ class Proxy:
     async def _attempt(self, exchange: Exchange, retry: Retry, *, may_move: bool) -> web.StreamResponse:
         in_flight = exchange.in_flight
         chosen, prepared = in_flight.pod, in_flight.prepared
-        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank)
+        adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
+        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank, adds_usage=adds_usage)
         moves = may_move and retry.may_send_again and in_flight.following() is not None
         with _UnlessDown(in_flight) if moves else _ALWAYS:
             answer = _Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body.adds_usage)
@@ -213,7 +218,9 @@ class Proxy:
         """Send the request and wait for the answer's headers. Raises `AttemptFailed`."""
         request, pod = exchange.request, exchange.in_flight.pod
         sent_headers = headers.to_pod(request.headers, exchange.id, body.rank)
-        self._credentials.apply(sent_headers, pod.url, is_authenticated=exchange.is_authenticated)
+        self._credentials.apply(
+            sent_headers, pod.url, is_authenticated=exchange.ticket is not None and exchange.ticket.is_authenticated
+        )
         if body.adds_usage:
             sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
@@ -280,6 +287,8 @@ class Proxy:
         """The response to the client, not yet started: with its whole body, or to be streamed."""
         exchange, upstream = answer.exchange, answer.upstream
         passed = headers.to_client(upstream.headers, exchange.id, exchange.in_flight.pod.name)
+        if exchange.ticket is not None:
+            passed.update(exchange.ticket.headers)
         status, reason, length = upstream.status, upstream.reason, answer.length
         if length is None:
             passed.popall("content-length", None)
@@ -300,6 +309,8 @@ class Proxy:
         seconds = now - answer.exchange.started
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
             answer.exchange.in_flight.first_byte(seconds)
+            if answer.exchange.ticket is not None:
+                answer.exchange.ticket.served()
         self._metrics.first_byte(seconds)
 
 
@@ -332,9 +343,13 @@ class _UnlessDown:
 def _count(exchange: Exchange, answer: bytes) -> None:
     """Pass on the usage that an answer reports at its end, if it does."""
     counted = usage.usage(answer)
-    if counted is not None:
-        exchange.output_tokens = counted.output
+    if counted is None:
+        return
+    exchange.output_tokens = counted.output
+    if exchange.in_flight.wants_usage:
         exchange.in_flight.usage(counted.prompt, counted.cached)
+    if exchange.ticket is not None:
+        exchange.ticket.used(Used(counted.prompt, counted.cached, counted.output))
 
 
 def _cut(request: web.BaseRequest) -> None:

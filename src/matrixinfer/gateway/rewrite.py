@@ -40,22 +40,26 @@ class BodyRewriter:
         self._registry = registry
         self._adds_usage = adds_usage
 
-    def body_for(self, pod: str, prompt: Prompt, body: bytes, rank: int | None = None) -> PodBody:
+    def body_for(
+        self, pod: str, prompt: Prompt, body: bytes, rank: int | None = None, *, adds_usage: bool = False
+    ) -> PodBody:
         """The body for the pod of that name, or a rank of it; `body` itself when nothing must differ.
+
+        With `adds_usage` this stream is made to report its usage.
 
         Raises `InvalidRequest` if a field must differ in a body whose fields cannot be read: `prompt` was read from it,
         but keys that routing does not need need not be UTF-8.
         """
         position = None if rank is None else self._registry.position(pod, rank)
         pinned = position if position is not None and self._registry.engine_of(pod) == "sglang" else None
-        named = self._named(pod, prompt, body, pinned)
+        named = self._named(pod, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
         return named._replace(rank=position)
 
-    def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None) -> PodBody:
+    def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
         name = self._registry.name_at(pod, prompt.model)
         if not prompt.names_model:
             body, prompt = with_model(body, name), msgspec.structs.replace(prompt, model=name)
-        may_add = self._adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
+        may_add = adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
         if not may_add and name == prompt.model:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         try:

@@ -27,7 +27,7 @@ class Usage:
     cached: int | None
     """Tokens that it found in its cache; None if it does not say. vLLM leaves out a count of 0."""
     output: int | None = None
-    """Tokens of the answer."""
+    """Tokens that it generated; None if it does not say."""
 
 
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')

@@ -47,7 +47,8 @@ class WatchedIndex:
 
     def forget(self, pod: str) -> None:
         self._index.forget(pod)
-        self._watch.forget(pod)
+        if _PART not in pod:
+            self._watch.forget(pod)
 
     async def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, int]:
         return await self._index.match(model, hashes)

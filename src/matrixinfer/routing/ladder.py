@@ -7,10 +7,15 @@ from collections.abc import Callable, Container, Sequence
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate, Decision
+from matrixinfer.scheduler.plugins.bounded_load import BoundedLoad
+from matrixinfer.scheduler.plugins.expected_ttft import ExpectedTtft
+from matrixinfer.scheduler.plugins.least_request import LeastRequest
 from matrixinfer.traffic.ladder.record import Ended, LadderLog
 
 _REFRESH_SECONDS = 1.0
 """The caches' sizes are added up so often at most."""
+_BY_LOAD = (BoundedLoad.name, ExpectedTtft.name, LeastRequest.name)
+"""Filters that remove endpoints for their load."""
 
 
 class LadderRecorder:
@@ -111,6 +116,9 @@ def _why_other(decision: Decision, best: Candidate) -> str:
     """Why the request did not go to the endpoint that held most of its prompt: the name of a cause."""
     chosen = decision.chosen
     if best.name in decision.filtered:
-        return "withheld" if best.withheld is not None else f"filtered:{decision.filtered[best.name].partition(':')[0]}"
+        if best.withheld is not None:
+            return "withheld"
+        plugin = decision.filtered[best.name].partition(":")[0]
+        return f"{'overloaded' if plugin in _BY_LOAD else 'filtered'}:{plugin}"
     is_busier = best.load > chosen.load or best.queued_tokens > chosen.queued_tokens
     return "busier" if is_busier else "scored"

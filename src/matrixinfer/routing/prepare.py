@@ -13,12 +13,14 @@ from enum import Enum
 
 import msgspec
 
+from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
+from matrixinfer.routing.isolation import isolating, salted
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
@@ -50,7 +52,7 @@ class Prepared:
 
     prompt: Prompt
     body: bytes
-    """As the client sent it."""
+    """As the client sent it, but for a salt that keeps its tenant apart."""
     request: SchedulingRequest
     pods: Sequence[Pod]
     """Those that serve the model."""
@@ -115,19 +117,35 @@ class Preparer:
         self._find_model = find_model
         self._clock = clock
 
-    async def prepare(self, path: str, body: bytes, *, request_id: str, session: str | None = None) -> Prepared:
-        """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it."""
+    async def prepare(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        ticket: Ticket | None = None,
+    ) -> Prepared:
+        """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it.
+
+        `ticket` says which models it may ask for, and which cache salt keeps its tenant apart.
+        """
         steps = _Steps(self._clock)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body)
             if not prompt.names_model:
                 prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
+            if ticket is not None:
+                ticket.check_model(prompt.model)
             try:
                 model, pods = self._registry.resolve(prompt.model)
             except (UnknownModel, NoPodAvailable):
                 if self._find_model is None or not await self._find_model(prompt.model):
                     raise
                 model, pods = self._registry.resolve(prompt.model)
+            if ticket is not None and ticket.isolates:
+                prompt, body = salted(prompt, body, ticket.salt(prompt.cache_salt))
+                pods = isolating(pods, path)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = await self._tokenize(prompt, configured, pods, steps)
@@ -171,6 +189,27 @@ class Preparer:
             timings_ms=steps.timings_ms,
             outline=outline,
             late=late,
+        )
+
+    async def again(self, prepared: Prepared, *, waited: float) -> Prepared:
+        """The same request after it has `waited` so many seconds: the pods and the matches of now."""
+        model, pods = self._registry.resolve(prepared.prompt.model)
+        if model != prepared.request.model:
+            raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
+        steps = _Steps(self._clock)
+        steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
+        steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
+        matches, chain = None, prepared.request.chain
+        if isinstance(chain, BlockChain):
+            with steps.step("match"):
+                matches = await self._match(prepared.prompt, model, pods, chain, steps)
+        return replace(
+            prepared,
+            pods=pods,
+            matches=matches,
+            request=replace(prepared.request, now=self._clock()),
+            degraded=steps.degraded,
+            timings_ms=steps.timings_ms,
         )
 
     def follow(self, prepared: Prepared, use: Callable[[Prepared], None]) -> None:

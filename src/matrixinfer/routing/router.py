@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+from matrixinfer.access.gate import Ticket
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, DecisionWatch, record
+from matrixinfer.routing.demand import demand_of
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.ladder import LadderRecorder
@@ -65,11 +67,19 @@ class Router:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None
+        self, path: str, body: bytes, *, request_id: str, session: str | None = None, ticket: Ticket | None = None
     ) -> AsyncIterator[InFlight]:
-        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`."""
+        """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
+
+        With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that.
+        """
         started = self._clock()
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session)
+        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, ticket=ticket)
+        if ticket is not None:
+            waits_from = self._clock()
+            if await ticket.admit(demand_of(prepared)):
+                prepared = await self._preparer.again(prepared, waited=self._clock() - waits_from)
+            started += self._clock() - waits_from
         request = self._decide(prepared, path)
         try:
             self._observe(prepared, request, self._clock() - started)

@@ -141,8 +141,8 @@ class EngineHandlers:
             return json_response(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
 
     def is_open(self, path: str) -> bool:
-        """Whether a path needs no key. vLLM guards `/v1` alone."""
-        return not path.startswith("/v1")
+        """Whether a path needs no key. vLLM guards its APIs alone."""
+        return not path.startswith(("/v1", "/v2", "/inference", "/cohere"))
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:

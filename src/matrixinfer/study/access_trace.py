@@ -23,7 +23,8 @@ class _Request:
 
     entry: AccessEntry
     prompt: int
-    chain: Sequence[Hashable]
+    chain: array[int]
+    """A letter for each block whose hash is known."""
 
     @property
     def ended(self) -> float:
@@ -54,8 +55,8 @@ def access_log(path: Path, *, block_size: int | None = None) -> Trace:
     time that then passed; others come when they came. What a reply said is known where a later prompt continues with it.
     Lines may be of several gateways, and in any order, but for those of one gateway.
     """
-    left = _Left()
-    requests = sorted(_requests(path, left), key=lambda each: each.entry.at)
+    left, alphabet = _Left(), Alphabet()
+    requests = sorted(_requests(path, left, alphabet), key=lambda each: each.entry.at)
     sizes = {each.entry.block_size for each in requests if each.entry.block_size is not None}
     if not requests:
         raise TraceError(f"{path}: no request in it was computed by a pod")
@@ -75,11 +76,12 @@ def access_log(path: Path, *, block_size: int | None = None) -> Trace:
         "without_blocks": left.without_blocks,
         "without_beginning": left.without_beginning,
         "without_output": left.without_output,
+        "recorded": _recorded(requests),
     }
-    return Trace(name=name_of(path), block_size=size, turns=_turns(requests, size), settings=settings)
+    return Trace(name=name_of(path), block_size=size, turns=_turns(requests, size, alphabet), settings=settings)
 
 
-def _requests(path: Path, left: _Left) -> Iterator[_Request]:
+def _requests(path: Path, left: _Left, alphabet: Alphabet) -> Iterator[_Request]:
     chains = _Chains()
     decoder = msgspec.json.Decoder(AccessEntry)
     for line in lines(path):
@@ -96,7 +98,8 @@ def _requests(path: Path, left: _Left) -> Iterator[_Request]:
         left.without_blocks += not chain
         left.without_beginning += not is_whole
         left.without_output += entry.output_tokens is None and entry.stream_events is None
-        yield _Request(entry=entry, prompt=entry.prompt_tokens, chain=chain)
+        entry.blocks = ()  # the letters take a tenth of the memory
+        yield _Request(entry=entry, prompt=entry.prompt_tokens, chain=alphabet.word(chain))
 
 
 class _Chains:
@@ -106,22 +109,21 @@ class _Chains:
         self._before: dict[Hashable, Hashable | None] = {}
 
     def of(self, entry: AccessEntry) -> tuple[list[Hashable], bool]:
-        """The blocks of a prompt, with its model; and whether the beginning is known, and not only that there was one."""
+        """The blocks of a prompt, with its model; and whether the beginning is known, and not only that there was one.
+
+        Prompts to several models may begin with the same tokens, and a line leaves out what any of them has brought.
+        """
         known = self._before
-        last: Hashable | None = None
-        is_whole = True
-        if entry.after is not None:
-            last = (entry.model, entry.after)
-            if last not in known:
-                is_whole = False
-                self._invent(last, entry.shared_blocks)
+        last: Hashable | None = entry.after
+        is_whole = last is None or last in known
+        if last is not None and not is_whole:
+            self._invent(last, entry.shared_blocks)
         for each in entry.blocks:
-            key = (entry.model, each)
-            known.setdefault(key, last)
-            last = key
-        chain = []
+            known.setdefault(each, last)
+            last = each
+        chain: list[Hashable] = []
         while last is not None:
-            chain.append(last)
+            chain.append((entry.model, last))
             last = known[last]
         return chain[::-1], is_whole
 
@@ -134,8 +136,7 @@ class _Chains:
         self._before[last] = before
 
 
-def _turns(requests: Sequence[_Request], size: int) -> list[Turn]:
-    alphabet = Alphabet()
+def _turns(requests: Sequence[_Request], size: int, alphabet: Alphabet) -> list[Turn]:
     continued = _continuations(requests)
     reply = _median([length for each in requests if (length := _reply(each.entry)) is not None])
     start = requests[0].entry.at
@@ -148,13 +149,12 @@ def _turns(requests: Sequence[_Request], size: int) -> list[Turn]:
         after = max(ended, key=lambda one: requests[one].ended, default=None)
         earlier.append(number)
         length = _reply(entry) or reply
-        chain = each.chain[: each.prompt // size]
-        known = alphabet.word(chain)
-        later = continued[number]
-        if later is not None and len(chain) == each.prompt // size:
-            known = alphabet.word(later.chain)
-        elif len(chain) < each.prompt // size:
-            known = _padded(known, each.prompt // size, alphabet)
+        full, later = each.prompt // size, continued[number]
+        known = each.chain[:full]
+        if later is not None and len(known) == full:
+            known = later.chain
+        elif len(known) < full:
+            known = known + alphabet.new(full - len(known))  # nothing is known of the rest
         turns.append(
             Turn(
                 session=entry.session or f"request-{number}",
@@ -168,15 +168,10 @@ def _turns(requests: Sequence[_Request], size: int) -> list[Turn]:
     return turns
 
 
-def _padded(known: array[int], blocks: int, alphabet: Alphabet) -> array[int]:
-    """The rest of a prompt of which no more is known."""
-    return known + alphabet.new(blocks - len(known))
-
-
 def _continuations(requests: Sequence[_Request]) -> list[_Request | None]:
     """For each request, the first later one that was sent after its end, and whose prompt begins with its whole prompt."""
     found: list[_Request | None] = [None] * len(requests)
-    waiting: dict[Hashable, list[int]] = {}
+    waiting: dict[int, list[int]] = {}
     for number, each in enumerate(requests):
         for block in each.chain[:-1]:
             ready = waiting.get(block)
@@ -189,6 +184,21 @@ def _continuations(requests: Sequence[_Request]) -> list[_Request | None]:
         if each.chain:
             waiting.setdefault(each.chain[-1], []).append(number)
     return found
+
+
+def _recorded(requests: Sequence[_Request]) -> dict[str, float | None]:
+    """What engines reported and clients waited for, to compare a replay with.
+
+    Hits are those of answers that report them, times those of streamed answers: others have no first token.
+    """
+    reporting = [each for each in requests if each.entry.cached_tokens is not None]
+    prompt = sum(each.prompt for each in reporting)
+    waits = sorted(each.entry.ms["first_byte"] / 1000 for each in requests if each.entry.stream_events)
+    return {
+        "hit_rate": round(sum(each.entry.cached_tokens or 0 for each in reporting) / prompt, 4) if prompt else None,
+        "ttft_mean_s": float(f"{sum(waits) / len(waits):.4g}") if waits else None,
+        "ttft_p90_s": float(f"{waits[int(len(waits) * 0.9)]:.4g}") if waits else None,
+    }
 
 
 def _reply(entry: AccessEntry) -> int | None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matrixinfer.errors import ConfigError
-from matrixinfer.study.report.advice import Step
 from matrixinfer.study.runs import Outcome
 
 _WINDOWS = 60
 """Points of the hit rate over time."""
 
 
-def plot(outcomes: Sequence[Outcome], folder: Path, name: str, steps: Sequence[Step] = ()) -> list[Path]:
-    """Write the plots of a trace's `outcomes`, and the ladder's `steps`, to `folder`, and return the files.
-
-    Raises `ConfigError` without matplotlib.
-    """
+def plot(outcomes: Sequence[Outcome], folder: Path, name: str) -> list[Path]:
+    """Write the plots of a trace's `outcomes` to `folder`, and return the files. Raises `ConfigError` without matplotlib."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  # an extra, and slow to import
     except ImportError:
@@ -30,10 +25,7 @@ def plot(outcomes: Sequence[Outcome], folder: Path, name: str, steps: Sequence[S
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    kinds: dict[str, Callable[[Any, Sequence[Outcome]], None]] = {"ttft": _ttft, "hits": _hits, "load": _load}
-    if steps:
-        kinds["ladder"] = partial(_ladder, steps)
-    for kind, draw in kinds.items():
+    for kind, draw in (("ttft", _ttft), ("hits", _hits), ("load", _load), ("ladder", _ladder)):
         figure = Figure(figsize=(10, 6 if kind != "load" else 1.2 + 1.3 * len(outcomes)), layout="constrained")
         draw(figure, outcomes)
         figure.suptitle(name)
@@ -89,10 +81,14 @@ def _load(figure: Any, outcomes: Sequence[Outcome]) -> None:
     figure.colorbar(image, ax=[axes for (axes,) in rows], label="requests")
 
 
-def _ladder(steps: Sequence[Step], figure: Any, _: Sequence[Outcome]) -> None:
+def _ladder(figure: Any, outcomes: Sequence[Outcome]) -> None:
     axes = figure.add_subplot()
-    names = [f"{step.name}: {step.meaning}" for step in steps]
-    bars = axes.barh(names, [step.share for step in steps])
-    axes.bar_label(bars, [f"{step.share:.1%}" for step in steps], padding=4)
+    names = [rung.name for rung in outcomes[0].ladder.rungs]
+    height = 0.8 / len(outcomes)
+    for number, outcome in enumerate(outcomes):
+        shares = [rung.share or 0.0 for rung in outcome.ladder.rungs]
+        axes.barh(np.arange(len(names)) - 0.4 + (number + 0.5) * height, shares, height, label=outcome.policy)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="share of prompt tokens", xlim=(0, 1))
+    axes.legend()

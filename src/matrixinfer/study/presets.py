@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 import msgspec
 import yaml
@@ -60,8 +61,28 @@ def presets() -> dict[str, Preset]:
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name. Raises `ConfigError`."""
+    """The preset of a name, or the one in a YAML file. Raises `ConfigError`."""
     known = presets()
-    if name not in known:
-        raise ConfigError("--engine", f"unknown engine `{name}`; there are: {', '.join(sorted(known))}")
-    return known[name]
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return _read(path)
+    raise ConfigError(
+        "--engine", f"unknown engine `{name}`; there are: {', '.join(sorted(known))}, or name a YAML file"
+    )
+
+
+def _read(path: Path) -> Preset:
+    try:
+        found = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[str, Preset])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ConfigError("--engine", f"cannot read a preset from {path}: {error}") from error
+    if len(found) != 1:
+        raise ConfigError("--engine", f"expected one preset in {path}, found {len(found)}")
+    (only,) = found.values()
+    try:
+        only.shape(only.block_size)
+    except ValueError as error:
+        raise ConfigError("--engine", f"{path}: {error}") from error
+    return only

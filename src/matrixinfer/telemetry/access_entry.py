@@ -25,6 +25,9 @@ class AccessEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int
     error: str | None = None
     """The gateway's own reason, as in the error that it answered with."""
+    tenant: str | None = None
+    caller: str | None = None
+    """The name of the key, or the token's subject, with which it was sent."""
     model: str | None = None
     pod: str | None = None
     """The endpoint that had the request last."""
@@ -75,7 +78,7 @@ class WrittenBlocks:
         while shared and chain[shared - 1] not in known:
             shared -= 1
         if shared:
-            entry.shared_blocks, entry.after, entry.blocks = shared, chain[shared - 1], chain[shared:]
+            entry.shared_blocks, entry.after, entry.blocks = shared, chain[shared - 1], chain[shared:] or ()
         if len(known) + len(entry.blocks) > self._most:
             known.clear()
         known.update(chain if not known else entry.blocks)

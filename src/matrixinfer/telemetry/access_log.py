@@ -20,7 +20,7 @@ from typing import Self
 import msgspec
 import structlog
 
-from matrixinfer.config.access_log import AccessLogConfig
+from matrixinfer.config.access_log import STANDARD_OUTPUT, AccessLogConfig
 from matrixinfer.errors import ConfigError
 from matrixinfer.telemetry.access_entry import AccessEntry, WrittenBlocks, text_line
 from matrixinfer.telemetry.intervals import Intervals
@@ -33,7 +33,7 @@ _MOST_ENTRIES = 10_000
 _MOST_BLOCKS = 1 << 20
 """Entries, and block hashes in them, that wait to be written."""
 _NOTED_SECONDS = 60.0
-_STANDARD_OUTPUT = 1
+_OUTPUT = 1
 
 
 class LogFile:
@@ -48,8 +48,8 @@ class LogFile:
 
     def open(self) -> None:
         """Raises `OSError`."""
-        if self._path == "-":
-            self._fd = _STANDARD_OUTPUT
+        if self._path == STANDARD_OUTPUT:
+            self._fd = _OUTPUT
         else:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
             self._size = os.fstat(self._fd).st_size
@@ -57,7 +57,7 @@ class LogFile:
     def close(self) -> None:
         """Do nothing if it is not open."""
         fd, self._fd = self._fd, -1
-        if fd > _STANDARD_OUTPUT:
+        if fd > _OUTPUT:
             os.close(fd)
 
     def renew(self) -> bool:
@@ -65,7 +65,7 @@ class LogFile:
 
         Raises `OSError` if it cannot be made again.
         """
-        if self._path == "-":
+        if self._path == STANDARD_OUTPUT:
             return False
         if self._fd >= 0 and self._is_in_place():
             size = os.fstat(self._fd).st_size
@@ -103,7 +103,7 @@ class AccessLog:
         """Lines that were written."""
         self.dropped = 0
         """Lines that could not be written, or that nothing was left for in memory."""
-        self._key = (config.key or secrets.token_hex(16)).encode()
+        self._key = secrets.token_bytes(32)
         self._threshold = int(config.sample * (1 << 64))
         self._file = LogFile(config.path)
         self._known = WrittenBlocks()
@@ -116,7 +116,10 @@ class AccessLog:
         self._may_log = Intervals(_NOTED_SECONDS, time.monotonic)
 
     async def __aenter__(self) -> Self:
-        """Open the file. Raises `ConfigError`."""
+        """Read the key, if one is named, and open the file. Raises `ConfigError`."""
+        place = self.config.key_place()
+        if place is not None:
+            self._key = blake2b(place.read().reveal().encode(), digest_size=32).digest()
         try:
             self._file.open()
         except OSError as error:
@@ -151,7 +154,7 @@ class AccessLog:
             self._blocks += blocks
 
     def _digest(self, name: str) -> bytes:
-        return blake2b(name.encode(errors="replace"), digest_size=8, key=self._key[:64]).digest()
+        return blake2b(name.encode(errors="replace"), digest_size=8, key=self._key).digest()
 
     def _run(self) -> None:
         is_over = False

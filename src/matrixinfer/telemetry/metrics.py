@@ -7,36 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.registry import Collector
 
-M = TypeVar("M", Counter, Gauge, Histogram)
+from matrixinfer.telemetry.access_metrics import AccessMetrics
+from matrixinfer.telemetry.children import Children
 
 UNKNOWN_MODEL = "unknown"
 """Label of requests whose model was not found, whatever name they gave."""
 
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _DECISION_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-
-
-class _Children(dict[tuple[str, ...], M], Generic[M]):
-    """A metric's children by label values. They are kept here because `labels()` costs more than an observation."""
-
-    def __init__(self, metric: M) -> None:
-        super().__init__()
-        self._metric: M = metric
-
-    def __missing__(self, labels: tuple[str, ...]) -> M:
-        child = self[labels] = self._metric.labels(*labels)
-        return child
-
-    def forget(self, first: str) -> None:
-        """Drop the children whose first label is `first`."""
-        for labels in [labels for labels in self if labels[0] == first]:
-            del self[labels]
-            self._metric.remove(*labels)
 
 
 class Metrics:
@@ -53,7 +35,7 @@ class Metrics:
         self._first_byte = self._histogram(
             "time_to_first_byte_seconds", "Time from the request to the first byte of its response."
         )
-        self._in_flight = _Children(
+        self._in_flight = Children(
             Gauge("matrixinfer_in_flight", "Requests in flight at a pod.", ["pod"], registry=self.registry)
         )
         self._retries = self._counter("retries", "Requests sent to another pod before their first byte.", "reason")
@@ -66,7 +48,7 @@ class Metrics:
             "place",
         )
         self._ejections = self._counter("ejections", "Times that an endpoint was ejected.", "pod")
-        self._ejected = _Children(
+        self._ejected = Children(
             Gauge(
                 "matrixinfer_ejected",
                 "1 while an endpoint gets no requests, or only a probe, because it failed requests.",
@@ -77,7 +59,7 @@ class Metrics:
         self._decision = self._histogram(
             "decision_seconds", "Time that it took to choose a pod.", buckets=_DECISION_BUCKETS
         )
-        self._stages = _Children(
+        self._stages = Children(
             self._histogram(
                 "decision_stage_seconds",
                 "Time that one stage of the decision took.",
@@ -100,7 +82,7 @@ class Metrics:
             "check",
             "result",
         )
-        self._approximate = _Children(
+        self._approximate = Children(
             Gauge(
                 "matrixinfer_tokenizer_approximate",
                 "1 while a class of a model's requests is routed without the index because its token ids differ.",
@@ -133,7 +115,8 @@ class Metrics:
         self._predicted_hits = self._plain_counter(
             "predicted_hit_tokens", "Prompt tokens that were predicted to be in the chosen pod's cache."
         )
-        self._of_pods: tuple[_Children[Counter] | _Children[Gauge], ...] = (
+        self.access = AccessMetrics(self.registry)
+        self._of_pods: tuple[Children[Counter] | Children[Gauge], ...] = (
             self._in_flight,
             self._upstream_errors,
             self._ejections,
@@ -145,7 +128,7 @@ class Metrics:
             self._windows,
             self._resyncs,
         )
-        self._of_models: tuple[_Children[Counter] | _Children[Gauge], ...] = (
+        self._of_models: tuple[Children[Counter] | Children[Gauge], ...] = (
             self._requests,
             self._parity,
             self._approximate,
@@ -250,8 +233,8 @@ class Metrics:
         """From now on, a class of a model's requests is routed without the index, or with it again."""
         self._approximate[model, request_class].set(is_approximate)
 
-    def _counter(self, name: str, text: str, *labels: str) -> _Children[Counter]:
-        return _Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry))
+    def _counter(self, name: str, text: str, *labels: str) -> Children[Counter]:
+        return Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry))
 
     def _plain_counter(self, name: str, text: str) -> Counter:
         return Counter(f"matrixinfer_{name}", text, registry=self.registry)

@@ -130,3 +130,15 @@ def test_an_unknown_format_is_explained(capsys: pytest.CaptureFixture[str], tmp_
     file.write_text('{"when": 1, "what": 2}\n')
     assert main(["replay", str(file)]) == 2
     assert "found `what`, `when`" in capsys.readouterr().err
+
+
+def test_an_access_log_shows_what_was_recorded_beside_the_replay(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = {"at": 1.0, "id": "r", "path": "/v1/x", "outcome": "answered", "status": 200, "model": "m", "block_size": 16}
+    line |= {"prompt_tokens": 40, "output_tokens": 5, "cached_tokens": 16, "stream_events": 6, "blocks": [7, 8]}
+    line |= {"ms": {"first_byte": 250.0, "total": 500.0}}
+    file = tmp_path / "access.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    assert main(["replay", str(file), "--policies", "kv_aware", "--pods", "1"]) == 0
+    assert "as recorded: hit_rate 0.4, ttft_mean_s 0.25, ttft_p90_s 0.25" in capsys.readouterr().out

@@ -62,7 +62,7 @@ async def test_a_pod_that_holds_the_prompt_but_is_busier_is_named() -> None:
     world.peers.update("another gateway", {"b": Load(50, 400_000)}, world.parts.clock())
     assert await send(world) != "b"
     (cause,) = losses(world).keys() - {"ends"}
-    assert cause == "busier" or cause.startswith("filtered:")
+    assert cause == "busier" or cause.startswith("overloaded:")
     assert tokens(world) == [32, 32, 32, 0, None]
 
 

@@ -123,9 +123,14 @@ def test_a_prompt_without_blocks_shares_nothing_and_a_reply_without_length_has_t
 
 
 def test_models_do_not_share_blocks(tmp_path: Path) -> None:
-    trace = access_log(written(tmp_path / "a", entry(0, [1]), entry(1, [1], model="other")))
-    first, second = hashes(trace)
+    file = written(
+        tmp_path / "a", entry(0, [1, 2]), entry(1, [1, 2, 3], model="other"), entry(2, [1, 2, 4], model="other")
+    )
+    trace = access_log(file)
+    first, second, third = hashes(trace)
     assert first[0] != second[0]
+    assert second[:2] == third[:2]
+    assert (trace.settings["models"], trace.settings["without_beginning"]) == (2, 0)
 
 
 def test_blocks_can_be_read_in_larger_ones(tmp_path: Path) -> None:
@@ -142,3 +147,16 @@ def test_blocks_can_be_read_in_larger_ones(tmp_path: Path) -> None:
 def test_a_log_in_which_nothing_was_computed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no request in it was computed"):
         access_log(written(tmp_path / "a", entry(2, outcome="refused", status=429)))
+
+
+def test_what_was_recorded_is_kept_to_compare_with(tmp_path: Path) -> None:
+    file = written(
+        tmp_path / "a",
+        entry(0, [1], prompt=100, cached_tokens=0, stream_events=9),
+        entry(1, [1], prompt=100, cached_tokens=80, stream_events=9, ms={"first_byte": 300.0, "total": 900.0}),
+        entry(2, [1], prompt=500, ms={"first_byte": 9000.0, "total": 9000.0}),
+    )
+    recorded = {"hit_rate": 0.4, "ttft_mean_s": 0.2, "ttft_p90_s": 0.3}
+    assert access_log(file).settings["recorded"] == recorded
+    file = written(tmp_path / "b", entry(0, [1]))
+    assert access_log(file).settings["recorded"] == dict.fromkeys(recorded)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from matrixinfer.config import AccessLogConfig
+from matrixinfer.config import AccessLogConfig, parse
 from matrixinfer.errors import ConfigError
 from matrixinfer.telemetry.access_entry import AccessEntry, WrittenBlocks, text_line
 from matrixinfer.telemetry.access_log import AccessLog, LogFile
@@ -116,6 +116,14 @@ async def test_entries_are_written_while_it_runs_and_at_the_end(tmp_path: Path) 
     ]
 
 
+async def test_text_is_written_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    async with AccessLog(AccessLogConfig(path=str(path), format="text")) as access_log:
+        access_log.add(entry(1, [5, 6]))
+        access_log.add(entry(2))
+    assert [line.split()[1:4] for line in path.read_text().splitlines()] == [["200", "answered", "/v1/x"]] * 2
+
+
 async def test_what_cannot_be_written_is_counted_and_the_rest_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
@@ -151,13 +159,36 @@ async def test_a_path_that_cannot_be_opened_is_an_error_at_the_start(tmp_path: P
             pass
 
 
-def test_a_sample_takes_whole_sessions_and_names_them_by_a_secret() -> None:
-    half = AccessLog(AccessLogConfig(path="-", sample=0.5, key="k"))
-    taken = [half.takes(f"session-{number}") for number in range(400)]
-    assert 120 < sum(taken) < 280
-    assert taken == [half.takes(f"session-{number}") for number in range(400)]
+async def test_a_sample_takes_whole_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_KEY", "k")
+    async with AccessLog(AccessLogConfig(path=str(tmp_path / "a"), sample=0.5, key_env="LOG_KEY")) as half:
+        taken = [half.takes(f"session-{number}") for number in range(400)]
+        assert 120 < sum(taken) < 280
+        assert taken == [half.takes(f"session-{number}") for number in range(400)]
     assert not AccessLog(AccessLogConfig(path="-", sample=0.0)).takes("a")
-    names = {AccessLog(AccessLogConfig(path="-", key=key)).name_of("s") for key in ("k", "k", "other", None, None)}
-    assert len(names) == 4
+
+
+async def test_sessions_are_named_by_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "first-secret")
+    monkeypatch.setenv("OTHER", "second-secret")
+    names = []
+    for env in ("ONE", "ONE", "OTHER", None, None):
+        async with AccessLog(AccessLogConfig(path=str(tmp_path / "a"), key_env=env)) as access_log:
+            names.append(access_log.name_of("s"))
+    assert names[0] == names[1]
+    assert len(set(names)) == 4
     assert all(name != "s" and len(name) == 16 for name in names)
-    assert "secret" not in repr(AccessLogConfig(path="-", key="secret"))
+    with pytest.raises(ConfigError, match=r"\$\.accessLog\.keyEnv: expected the environment variable `NONE`"):
+        async with AccessLog(AccessLogConfig(path=str(tmp_path / "a"), key_env="NONE")):
+            pass
+
+
+def test_paths_start_from_the_config_file(tmp_path: Path) -> None:
+    config = parse("accessLog: {path: logs/access.jsonl, keyFile: key}", base=tmp_path).access_log
+    assert config is not None
+    assert (config.path, config.key_file) == (str(tmp_path / "logs" / "access.jsonl"), str(tmp_path / "key"))
+    with pytest.raises(ConfigError, match=r"\$\.accessLog\.keyEnv: expected either this or"):
+        parse("accessLog: {path: a, keyFile: key, keyEnv: KEY}", base=tmp_path)
+    output = parse("accessLog: {path: '-'}", base=tmp_path).access_log
+    assert output is not None
+    assert output.path == "-"

@@ -19,6 +19,11 @@ def test_everything_observed_is_exposed_under_its_documented_name() -> None:
     metrics.decided("a", 0.001, {"match": 0.5, "tokenize": 2.0})
     metrics.degraded("tokenize")
     metrics.predicted(100, 64)
+    metrics.access.refused("model")
+    metrics.access.tenant_used("lab", 100, 60, None)
+    metrics.access.admission(running=3, waiting=2)
+    metrics.access.admitted(0.5)
+    metrics.access.shed("full")
     samples = {
         (sample.name, tuple(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(metrics.render().decode())
@@ -47,7 +52,26 @@ def test_everything_observed_is_exposed_under_its_documented_name() -> None:
         ("matrixinfer_engine_tokenize_seconds_sum", ()): 0,
         ("matrixinfer_prompt_tokens_total", ()): 100,
         ("matrixinfer_predicted_hit_tokens_total", ()): 64,
+        ("matrixinfer_access_refused_total", ("model",)): 1,
+        ("matrixinfer_tenant_tokens_total", ("input", "lab")): 100,
+        ("matrixinfer_tenant_tokens_total", ("cached", "lab")): 60,
+        ("matrixinfer_tenant_tokens_total", ("output", "lab")): 0,
+        ("matrixinfer_limits_degraded", ()): 0,
+        ("matrixinfer_admission_requests", ("running",)): 3,
+        ("matrixinfer_admission_requests", ("waiting",)): 2,
+        ("matrixinfer_admission_wait_seconds_count", ()): 1,
+        ("matrixinfer_admission_wait_seconds_sum", ()): 0.5,
+        ("matrixinfer_admission_shed_total", ("full",)): 1,
     }
+
+
+def test_however_many_tenants_there_are_their_series_are_bounded() -> None:
+    metrics = Metrics()
+    for i in range(1500):
+        metrics.access.tenant_used(f"tenant-{i}", 1, 0, 0)
+    series = [line for line in metrics.render().decode().splitlines() if line.startswith("matrixinfer_tenant_tokens_t")]
+    assert len(series) == 3 * 1001
+    assert 'matrixinfer_tenant_tokens_total{kind="input",tenant="other"} 500.0' in series
 
 
 def test_two_gateways_in_one_process_share_nothing() -> None:

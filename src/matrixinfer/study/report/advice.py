@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from matrixinfer.scheduler.policies import POLICIES as PROFILES
+from matrixinfer.traffic.ladder.rungs import Ladder
 
 Results: TypeAlias = Mapping[str, float | int | None]
 BOUNDS = ("pooled", "clairvoyant")
@@ -26,16 +27,6 @@ class Point:
     title: str
     text: str
     remedy: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """A rung of the ladder: the share of the prompt tokens that is left, and what takes the rest."""
-
-    name: str
-    share: float
-    meaning: str
-    cause: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +58,13 @@ def contenders(results: Mapping[str, Results]) -> list[str]:
     return sorted(known, key=lambda name: _value(results[name], "ttft_mean_s"))
 
 
-def advise(results: Mapping[str, Results], ideal: float) -> Advice:
-    """Read the results by policy. `ideal`: the hit rate of one cache without bounds."""
+def advise(results: Mapping[str, Results], ladders: Mapping[str, Ladder]) -> Advice:
+    """Read the results and the ladder of each policy."""
     ranked = contenders(results)
     if not ranked:
         return Advice(headline="No policy has a result", summary="No request got a first token.", points=())
     best = chosen(results)
-    points = [*_hits(results, best, ideal), *_load(results, best)]
+    points = [*_hits(ladders[best], best), *_load(results, best)]
     return Advice(headline=_headline(ranked, best, results), summary=_summary(ranked, best, results), points=points)
 
 
@@ -82,32 +73,6 @@ def regret(results: Mapping[str, Results], name: str) -> float | None:
     bounds = [value for bound in BOUNDS if bound in results and (value := results[bound]["ttft_mean_s"])]
     value = results[name]["ttft_mean_s"]
     return None if not bounds or value is None else value / min(bounds)
-
-
-def ladder(results: Mapping[str, Results], ideal: float) -> list[Step]:
-    """Where prompt tokens are lost on the way from what was seen before to what engines reuse."""
-    if not contenders(results):
-        return []
-    best = chosen(results)
-    steps = [Step(name="ideal", share=ideal, meaning="seen before by anyone", cause="content that is new")]
-    if "pooled" in results:
-        cause = "evicted: the fleet's caches are too small to keep them until they are needed again"
-        meaning = "one cache as large as all pods' together keeps"
-        steps.append(Step(name="capacity", share=_value(results["pooled"], "hit_rate"), meaning=meaning, cause=cause))
-    if results[best]["predicted_hit_rate"] is not None:
-        steps.append(
-            Step(
-                name="predicted",
-                share=_value(results[best], "predicted_hit_rate"),
-                meaning=f"{best} predicts to find at the pods that it chooses",
-                cause="held by another pod than the one that was chosen, which had less to do; or evicted by one pod while "
-                "others had room",
-            )
-        )
-    last_cause = "evicted while requests waited" if len(steps) > 1 else "not at the pod that was chosen, or evicted"
-    reported = _value(results[best], "hit_rate")
-    steps.append(Step(name="reported", share=reported, meaning="engines reuse", cause=last_cause))
-    return steps
 
 
 def chosen(results: Mapping[str, Results]) -> str:
@@ -145,44 +110,52 @@ def _summary(ranked: Sequence[str], best: str, results: Mapping[str, Results]) -
     if behind is not None:
         left = max(0.0, 1 - 1 / behind)
         text += f" The better bound is {left:.0%} below: no rule can gain more than about that."
+    if best in _OURS and time > _value(results[ranked[0]], "ttft_mean_s") * (1 + _LARGE):
+        text += " `matrixinfer tune` looks for settings that fit this traffic better."
     if best in _OURS and best != DEFAULT:
         text += f" Set it with `matrixinfer serve --policy {best}`."
     return text
 
 
-def _hits(results: Mapping[str, Results], name: str, ideal: float) -> Iterator[Point]:
-    hit = _value(results[name], "hit_rate")
-    if "pooled" not in results:
-        yield Point(
-            title="Hits", text=f"{percent(hit)} of the prompt tokens are found cached, of {percent(ideal)} at best."
-        )
+def _hits(ladder: Ladder, name: str) -> Iterator[Point]:
+    rungs = {rung.name: rung for rung in ladder.rungs}
+    shares: dict[str, float | None] = {rung.name: rung.share for rung in ladder.rungs}
+    ideal, kept, hit = shares["ideal"], shares["capacity"], shares["reported"]
+    if ideal is None or kept is None or hit is None:
+        yield Point(title="Hits", text=f"Engines reuse {percent(hit)} of the prompt tokens.")
         return
-    kept = _value(results["pooled"], "hit_rate")
-    evicted, elsewhere = ideal - kept, kept - hit
-    if evicted > _LARGE:
+    if ideal - kept > _LARGE:
+        evicted = rungs["capacity"].remedy
         yield Point(
             title="The caches are too small",
-            text=f"{percent(evicted)} of the prompt tokens were seen before, but even one cache as large as all of these "
-            "cannot keep them.",
-            remedy="Add pods or cache per pod, or off-load to CPU memory. No routing policy can win them back.",
+            text=f"{percent(ideal - kept)} of the prompt tokens were seen before, but even one cache as large as all of these "
+            "could not keep them. No routing policy can win them back.",
+            remedy=_sentence(evicted) if evicted else "Add pods or cache per pod, or off-load to CPU memory.",
         )
     else:
         yield Point(
             title="The caches are large enough",
             text=f"Together they could keep {percent(kept)} of the prompt tokens, of {percent(ideal)} that were seen before.",
         )
-    if elsewhere > _LARGE:
+    if kept - hit > _LARGE:
+        lost = [loss for rung in ladder.rungs if rung.name not in ("ideal", "capacity") for loss in rung.losses]
+        largest = max(lost, key=lambda loss: loss.share, default=None)
+        text = f"With {name}, engines reuse {percent(hit)} of the prompt tokens, of {percent(kept)} that the fleet could keep."
+        if largest is not None:
+            text += f" The largest loss, {percent(largest.share)}: {largest.cause}."
+        remedy = None if largest is None or largest.remedy is None else _sentence(largest.remedy)
         yield Point(
-            title="Routing leaves hits behind",
-            text=f"{name} finds {percent(hit)}, and one cache of the whole fleet would find {percent(kept)}: the rest was "
-            "at another pod, or several pods kept the same blocks.",
-            remedy="Try `matrixinfer tune` on this trace, and fewer, larger pods.",
+            title="Routing leaves hits behind", text=text, remedy=remedy or "Try `matrixinfer tune` on this trace."
         )
     else:
         yield Point(
             title="Routing finds what is there",
-            text=f"{name} finds {percent(hit)} of the prompt tokens in the caches, of {percent(kept)} that the fleet can keep.",
+            text=f"With {name}, engines reuse {percent(hit)} of the prompt tokens, of {percent(kept)} that the fleet could keep.",
         )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def _load(results: Mapping[str, Results], name: str) -> Iterator[Point]:

@@ -6,6 +6,7 @@ Everything is drawn in the page's own colours, so that it follows a light or dar
 from __future__ import annotations
 
 import math
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from html import escape
 
 import numpy as np
 
-from matrixinfer.study.report.advice import Step, percent
+from matrixinfer.study.report.advice import percent
 from matrixinfer.study.report.png import png
 from matrixinfer.study.runs import Outcome
+from matrixinfer.traffic.ladder.rungs import Rung
 
 _POINTS = 240
 _WINDOWS = 40
 _COLUMNS = 120
 """Cells of a heat map in a row."""
 _SIZE = 1000
+_LEAST_LOSS = 0.002
+"""Smaller losses are left out of the ladder."""
 _MOST_TIMES = 2
 """An axis is at most so many times as long as the chosen policy needs it."""
 
@@ -134,22 +138,29 @@ def _end(ends: Mapping[str, Sequence[float]], bold: str) -> float:
     return min(max((max(each, default=0.0) for each in ends.values()), default=0.0), _MOST_TIMES * of_chosen) or 1.0
 
 
-def ladder(steps: Sequence[Step]) -> str:
+def ladder(rungs: Sequence[Rung]) -> str:
     """Bars from everything down to what engines reuse, with what is lost between them."""
     rows, before = [], 1.0
-    for step in steps:
-        lost = max(0.0, before - step.share)
-        cause = f"<em>−{percent(lost)}</em> {escape(step.cause)}" if step.cause and lost >= 0.0005 else ""
-        if cause:
-            rows.append(f'<li class="loss">{cause}</li>')
+    for rung in rungs:
+        for loss in rung.losses:
+            if loss.share >= _LEAST_LOSS:
+                remedy = f"<br>→ {marked(loss.remedy)}" if loss.remedy else ""
+                rows.append(f'<li class="loss"><em>−{percent(loss.share)}</em> {marked(loss.cause)}{remedy}</li>')
+        share = before if rung.share is None else rung.share
+        lost = max(0.0, before - share)
         rows.append(
-            f'<li><span class="name">{escape(step.name)}</span><span class="bar"><span class="lost" '
-            f'style="left:{step.share:.2%};width:{lost:.2%}"></span>'
-            f'<span class="kept" style="width:{step.share:.2%}"></span></span>'
-            f'<b>{percent(step.share)}</b><span class="meaning">{escape(step.meaning)}</span></li>'
+            f'<li><span class="name">{escape(rung.name)}</span><span class="bar"><span class="lost" '
+            f'style="left:{share:.2%};width:{lost:.2%}"></span>'
+            f'<span class="kept" style="width:{share:.2%}"></span></span>'
+            f'<b>{"unknown" if rung.share is None else percent(share)}</b><span class="meaning">{escape(rung.meaning)}</span></li>'
         )
-        before = min(before, step.share)
+        before = min(before, share)
     return f'<ol class="ladder">{"".join(rows)}</ol>'
+
+
+def marked(text: str) -> str:
+    """Text for the page, with what is in backticks as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _plot(lines: Sequence[Line], across: Axis, up: Axis, *, label: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,11 +13,9 @@ from matrixinfer.study.report.advice import (
     BOUNDS,
     Point,
     Results,
-    Step,
     advise,
     chosen,
     contenders,
-    ladder,
     percent,
     regret,
     seconds,
@@ -38,13 +35,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chapter:
-    """One trace, as it was replayed by each policy. `steps` replaces the ladder that the results give."""
+    """One trace, as it was replayed by each policy."""
 
     trace: str
     settings: Mapping[str, object]
-    ideal: float
     outcomes: Sequence[Outcome]
-    steps: Sequence[Step] | None = None
 
 
 def page(chapters: Sequence[Chapter]) -> str:
@@ -75,12 +70,13 @@ _NOTE = (
 
 def _chapter(chapter: Chapter) -> Iterator[str]:
     results = {outcome.policy: outcome.results for outcome in chapter.outcomes}
-    advice = advise(results, chapter.ideal)
+    ladders = {outcome.policy: outcome.ladder for outcome in chapter.outcomes}
+    advice = advise(results, ladders)
     settings = chapter.settings
     yield (
         f'<section><p class="trace">{escape(chapter.trace)}: {settings["requests"]} requests, {settings["pods"]} pods of '
-        f"{settings['kv_tokens_per_pod']:,} KV tokens, engine {escape(str(settings['engine']))}</p>"
-        f'<h2>{escape(advice.headline)}</h2><p class="lead">{_text(advice.summary)}</p>{_points(advice.points)}'
+        f"{settings['kv_tokens_per_pod']:,} KV tokens, engine {escape(str(settings['engine']))}{_recorded(settings)}</p>"
+        f'<h2>{escape(advice.headline)}</h2><p class="lead">{charts.marked(advice.summary)}</p>{_points(advice.points)}'
     )
     if not contenders(results):
         yield "</section>"
@@ -89,9 +85,8 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     colours = _colours(chapter.outcomes, best)
     legend = _legend(chapter.outcomes, colours, best)
     yield f"<h3>The policies</h3>{_table(results, colours, best)}"
-    steps = chapter.steps or ladder(results, chapter.ideal)
     yield f'<h3>Where prompt tokens are lost</h3><p class="note">Of all prompt tokens, with {escape(best)}.</p>'
-    yield charts.ladder(steps)
+    yield charts.ladder(ladders[best].rungs)
     yield f"<h3>How long users wait for the first token</h3>{legend}"
     yield charts.first_tokens(chapter.outcomes, colours, best)
     yield f"<h3>Hits over time</h3>{legend}{charts.hits_over_time(chapter.outcomes, colours, best)}"
@@ -100,19 +95,26 @@ def _chapter(chapter: Chapter) -> Iterator[str]:
     yield "</section>"
 
 
+def _recorded(settings: Mapping[str, object]) -> str:
+    """What an access log itself says, to compare the replay with."""
+    trace = settings.get("trace")
+    recorded = trace.get("recorded") if isinstance(trace, Mapping) else None
+    if not isinstance(recorded, Mapping):
+        return ""
+    return (
+        f"<br>As recorded: hit rate {percent(recorded['hit_rate'])}, mean time to first token "
+        f"{seconds(recorded['ttft_mean_s'])}"
+    )
+
+
 def _points(points: Sequence[Point]) -> str:
     shown = "".join(
-        f"<div><h4>{escape(each.title)}</h4><p>{_text(each.text)}</p>"
-        + (f"<p>{_text(each.remedy)}</p>" if each.remedy else "")
+        f"<div><h4>{escape(each.title)}</h4><p>{charts.marked(each.text)}</p>"
+        + (f"<p>{charts.marked(each.remedy)}</p>" if each.remedy else "")
         + "</div>"
         for each in points
     )
     return f'<div class="points">{shown}</div>' if shown else ""
-
-
-def _text(text: str) -> str:
-    """Escaped, with what is in backticks as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _colours(outcomes: Sequence[Outcome], best: str) -> list[int]:

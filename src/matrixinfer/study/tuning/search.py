@@ -57,7 +57,10 @@ class Found:
 
 
 class Search:
-    """`left` gives the share of the time that is left, from 1 to 0; `stage` is told what is done now."""
+    """`left` gives the share of the time that is left, from 1 to 0; `stage` is told what is done now.
+
+    `at_once`: how many settings `evaluate` gets together, if it can evaluate several at a time.
+    """
 
     def __init__(
         self,
@@ -66,12 +69,14 @@ class Search:
         *,
         left: Callable[[], float],
         seeds: int,
+        at_once: int = 1,
         stage: Callable[[str, int], None] = lambda _name, _count: None,
     ) -> None:
         self._evaluate = evaluate
         self._plugins = plugins
         self._left = left
         self._seeds = seeds
+        self._at_once = at_once
         self._stage = stage
         self._tried: dict[str, Tried] = {}
         self._was_cut = False
@@ -116,13 +121,14 @@ class Search:
             return best
         self._stage(f"numbers of {best.setting.profile}, by a factor of {factor:g}", len(around) + 1)
         good: dict[str, tuple[float, float]] = {}
-        for path, value, setting in around:
+        for start in range(0, len(around), self._at_once):
+            some = around[start : start + self._at_once]
             if not self._may_search():
                 break
-            (tried,) = self._try([setting])
-            reached = tried.searched
-            if reached < best.searched * (1 - _LEAST_GAIN) and reached < good.get(path, (math.inf, 0.0))[0]:
-                good[path] = reached, value
+            for (path, value, _), tried in zip(some, self._try([each[2] for each in some]), strict=True):
+                reached = tried.searched
+                if reached < best.searched * (1 - _LEAST_GAIN) and reached < good.get(path, (math.inf, 0.0))[0]:
+                    good[path] = reached, value
         if len(good) > 1 and self._may_search():
             together = changed(best.setting, {path: value for path, (_, value) in good.items()}, self._plugins)
             if together is not None:
@@ -157,7 +163,7 @@ class Search:
         )
         ranked = [each for each in ranked if each.searched < math.inf]
         of_profile: dict[str, int] = {}
-        reached: set[float] = set()
+        reached = {default.searched}
         chosen: list[Tried] = []
         for each in ranked:
             profile = each.setting.profile

@@ -30,9 +30,14 @@ class Setting:
 
 
 def profiles() -> list[Setting]:
-    """Every profile as it is shipped, the default one first."""
+    """Every profile as it is shipped, the default one first. Another name for the same profile is left out."""
     names = [DEFAULT, *(name for name in POLICIES if name != DEFAULT)]
-    return [Setting(profile=name, config=with_policy(SchedulerConfig(), name)) for name in names]
+    found: list[Setting] = []
+    for name in names:
+        config = with_policy(SchedulerConfig(), name)
+        if all(config != each.config for each in found):
+            found.append(Setting(profile=name, config=config))
+    return found
 
 
 def numbers(config: SchedulerConfig, plugins: Mapping[str, type[Plugin]]) -> dict[str, float]:

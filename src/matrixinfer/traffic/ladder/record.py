@@ -18,6 +18,7 @@ KEPT_SECONDS = 86_400.0
 """A tally covers the first of these; tallies are kept for the second, and so are blocks that nobody uses."""
 _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
+_MOST_LEFT = 256
 _MASK = (1 << 63) - 1
 
 
@@ -61,18 +62,26 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class LadderLog:
     """The tallies of the last day by minute, and which blocks were used when, both within fixed bounds.
 
-    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model.
+    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, none without `tracks`: where a
+    block's hash does not depend on those before it, it does not say whether its prefix was seen before.
     """
 
     def __init__(
-        self, clock: Callable[[], float], *, most_blocks: int = 16_384, kept_seconds: float = KEPT_SECONDS
+        self,
+        clock: Callable[[], float],
+        *,
+        most_blocks: int = 16_384,
+        kept_seconds: float = KEPT_SECONDS,
+        tracks: bool = True,
     ) -> None:
+        self._tracks = tracks
         self._clock = clock
         self._kept_seconds = kept_seconds
         self._most_blocks = most_blocks
         self._trackers: dict[str, ReuseTracker] = {}  # by base model
         self._bases: dict[str, tuple[str, int]] = {}  # model -> base model and mask
         self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks
+        self._left: dict[str, float] = {}  # endpoint -> when it went, the latest last
         self._tallies: deque[tuple[float, Tally]] = deque()  # by the start of the period
         self._is_open = False  # whether the last period is still to be counted
         self._counted: dict[str, float] = {}
@@ -103,7 +112,7 @@ class LadderLog:
     def serves(self, model: str, base_model: str) -> tuple[ReuseTracker | None, int]:
         """From now on, what engines store of a model counts. `base_model` is the one whose caches it uses.
 
-        Returns its tracker, None if there are too many models, and what tells its blocks from those of others there.
+        Returns its tracker, None if there is none or too many models, and what tells its blocks from those of others there.
         """
         known = self._bases.get(model)
         if known is None:
@@ -114,7 +123,7 @@ class LadderLog:
             known = self._bases[model] = base_model, mask
         base, mask = known
         tracker = self._trackers.get(base)
-        if tracker is None and len(self._trackers) < _MOST_MODELS:
+        if tracker is None and self._tracks and len(self._trackers) < _MOST_MODELS:
             tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
         return tracker, mask
 
@@ -130,8 +139,12 @@ class LadderLog:
         self._emptied[endpoint] = self._clock()
 
     def forget(self, endpoint: str) -> None:
-        """An endpoint has gone."""
+        """An endpoint has gone. One of its name may come back, without its blocks."""
         self._emptied.pop(endpoint, None)
+        self._left.pop(endpoint, None)
+        if len(self._left) >= _MOST_LEFT:
+            del self._left[next(iter(self._left))]
+        self._left[endpoint] = self._clock()
 
     def keep_models(self, models: Container[str]) -> None:
         """Forget models that are not among `models`."""
@@ -155,10 +168,10 @@ class LadderLog:
 
     def _look(self, tally: Tally, request: Ended, now: float) -> None:
         size, known = request.block_size, request.prompt_tokens
-        usable = request.usable // size
-        stop = min(usable, len(request.hashes))
+        stop = min(request.usable // size, len(request.hashes))
         start = min(stop, -(-request.held // size))
-        beyond, cut = (stop - start) * size, (usable - stop) * size
+        beyond = (stop - start) * size
+        cut = max(0, request.usable // size * size - max(stop * size, request.held))
         tally.add(f"{LOST}not_looked_up", cut)
         tally.add(f"{LOST}reuses_less", request.held - request.best)
         tally.add(f"{LOST}ends", known - request.held - beyond - cut)
@@ -173,18 +186,19 @@ class LadderLog:
 
     def _why(self, request: Ended, last: Visit) -> str:
         """Why no pod has blocks that the caches could have kept since their last visit."""
-        if self._emptied.get(last.endpoint, -1.0) >= last.at:
-            return "emptied"
-        return request.why_gone(last.endpoint)
+        at = max(self._emptied.get(last.endpoint, last.at), self._left.get(last.endpoint, last.at))
+        return "emptied" if at > last.at else request.why_gone(last.endpoint)
 
     def _compare(self, tally: Tally, request: Ended) -> None:
         if request.reported is None:
             return
-        less = request.predicted - request.reported
+        whole = request.prompt_tokens + request.unknown_tokens
+        reported = min(request.reported, whole)  # the engine may count more tokens than we
+        less = request.predicted - reported
         tally.add("reported_requests", 1)
-        tally.add("reported_prompt", request.prompt_tokens)
+        tally.add("reported_prompt", whole)
         tally.add("reported_predicted", request.predicted)
-        tally.add("reported", request.reported)
+        tally.add("reported", reported)
         tally.add("reported_fewer" if less > 0 else "reported_more", abs(less))
 
     def _tally(self, now: float) -> Tally:

@@ -110,7 +110,8 @@ class ReuseTracker:
     def introduce(self, hashes: Sequence[int], *, mask: int = 0, now: float, endpoint: str) -> None:
         """An endpoint has stored blocks. Those that are new here, such as replies, are remembered as if touched now."""
         limit, known = self._limit, self._known
-        new = [key for each in hashes if (key := each ^ mask) < limit and key not in known]
+        keys = [each ^ mask for each in hashes] if mask else hashes
+        new = [key for key in keys if key < limit and key not in known]
         if new:
             last = next(reversed(self._visits.values()), None)
             is_recent = last is not None and last.endpoint == endpoint and now - last.at < _ONE_VISIT_SECONDS

@@ -16,6 +16,8 @@ from matrixinfer.traffic.ladder.tally import LOST, Tally, lost
 from matrixinfer.traffic.ladder.words import CAUSES, Cause, Facts, remedy_of
 
 RungName: TypeAlias = Literal["ideal", "capacity", "perfect", "predicted", "reported"]
+_NEGLIGIBLE = 0.01
+"""The rung `capacity` is known if the size of the caches was for all but this share of the tokens, or for most that were lost."""
 _SURE = 1.96
 """Standard errors within which an estimate lies 95 times of 100."""
 
@@ -87,7 +89,7 @@ def of(tally: Tally) -> Ladder:
     """The ladder of what was counted."""
     losses = lost(tally)
     prompt = round(tally["prompt"])
-    facts = Facts(tally.capacity, tally.pods, tally.excess)
+    facts = Facts(tally.capacity, tally.pods, tally.excess, tally.rate < 1.0)
     by_rung = {
         rung: _losses([each for each in CAUSES if each.rung == rung], losses, prompt, facts)
         for rung in get_args(RungName)
@@ -96,7 +98,8 @@ def of(tally: Tally) -> Ladder:
     rungs, left = [], tally["prompt"]
     for name, found in by_rung.items():
         left -= sum(losses.get(loss.name, 0.0) for loss in found)
-        is_known = name != "capacity" or losses.get("capacity_unknown", 0.0) <= losses.get("evicted", 0.0)
+        unknown = losses.get("capacity_unknown", 0.0)
+        is_known = name != "capacity" or unknown <= max(losses.get("evicted", 0.0), _NEGLIGIBLE * prompt)
         is_estimate = tally.rate < 1.0 or name == "capacity"
         rungs.append(_rung(name, left if is_known else None, prompt, found, is_estimate and name in _SAMPLED))
     rungs.append(_reported(tally, facts))
@@ -163,7 +166,7 @@ def _loss(cause: Cause, name: str, tokens: float, of_tokens: int, facts: Facts) 
         name=name,
         tokens=round(tokens),
         share=round(tokens / of_tokens, 4) if of_tokens else 0.0,
-        is_estimate=cause.is_sampled,
+        is_estimate=cause.is_sampled and (facts.is_sampled or cause.rung != "ideal"),
         cause=cause.words.format(detail),
         remedy=remedy_of(cause, tokens, facts),
     )

@@ -21,6 +21,8 @@ class Facts(NamedTuple):
     pods: int
     excess: Mapping[int, float]
     """As `Tally.excess`."""
+    is_sampled: bool
+    """Whether some blocks were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,8 @@ CAUSES = (
     Cause(
         name="unsampled",
         rung="ideal",
-        words="too few blocks were sampled to say whether they were seen before, or too many models are served",
+        words="it is unknown whether they were seen before: too few blocks were sampled, more than 16 models are served, or "
+        "blocks are hashed by the scheme `block`",
         remedy="look at a longer time with --since",
     ),
     Cause(
@@ -110,7 +113,7 @@ CAUSES = (
     Cause(
         name="index",
         rung="perfect",
-        words="the index was not asked or not believed when a pod was chosen",
+        words="the index did not answer, or was not believed because token ids have differed, when a pod was chosen",
         remedy="see matrixinfer_degraded_total for the reason",
         is_sampled=True,
     ),
@@ -148,6 +151,12 @@ CAUSES = (
         remedy="often right, as waiting costs more than computing; with more pods, or more copies of hot prefixes, it is rarer",
     ),
     Cause(
+        name="overloaded",
+        rung="predicted",
+        words="they were on another pod, which the filter `{}` had removed because of its load",
+        remedy="often right, as waiting costs more than computing; more pods, or a looser bound of the filter, make it rarer",
+    ),
+    Cause(
         name="filtered",
         rung="predicted",
         words="they were on another pod, which the filter `{}` had removed",
@@ -176,7 +185,8 @@ CAUSES = (
         name="fewer",
         rung="reported",
         words="engines reused less than predicted",
-        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits",
+        remedy="run `matrixinfer doctor`, and see matrixinfer_drift_total; blocks may also be evicted while a request waits, "
+        "or within the scheduler.pendingSeconds for which they count as cached in any case",
     ),
 )
 

@@ -13,7 +13,7 @@ import pytest
 
 from matrixinfer.app.service import build_scheduler
 from matrixinfer.cli import main
-from matrixinfer.config import PluginArgs, PluginsConfig, SchedulerConfig, load, parse
+from matrixinfer.config import PluginRef, PluginsConfig, SchedulerConfig, load, parse
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES
 from matrixinfer.study.engine import EngineShape
@@ -57,6 +57,12 @@ def test_chance_alone_is_rarely_called_a_difference() -> None:
     assert wrong < 40
 
 
+def test_a_second_name_for_a_profile_is_not_tried() -> None:
+    configs = [each.config for each in profiles()]
+    assert all(one != other for number, one in enumerate(configs) for other in configs[:number])
+    assert profiles()[0].profile == "kv_aware"
+
+
 def test_every_number_of_a_profile_is_changed_within_its_bounds() -> None:
     for setting in profiles():
         known = numbers(setting.config, PLUGINS)
@@ -65,8 +71,8 @@ def test_every_number_of_a_profile_is_changed_within_its_bounds() -> None:
         for path, value, new in tried:
             build_scheduler(new.config)
             assert numbers(new.config, PLUGINS)[path] == value != known[path]
-    cached = next(each for each in profiles() if each.profile == "cached_share")
-    assert changed(cached, {"bounded-load.factor": 0.5}, PLUGINS) is None
+    plain = next(each for each in profiles() if each.profile == "cache_aware")
+    assert changed(plain, {"bounded-load.factor": 0.5}, PLUGINS) is None
 
 
 class Pretended:
@@ -86,13 +92,13 @@ class Pretended:
         return values
 
     def value(self, setting: Setting) -> float:
-        base = {"kv_aware": 1.0, "cached_share": 0.9}.get(setting.profile, 1.5)
+        base = {"kv_aware": 1.0, "cache_aware": 0.9}.get(setting.profile, 1.5)
         known = numbers(setting.config, PLUGINS)
-        scale = known.get("least-prefill.scaleTokens", 4096)
-        return base * (1 + 0.1 * abs(math.log2(scale / 8192))) if setting.profile == "cached_share" else base
+        off = abs(math.log2(known.get("least-request.weight", 1.0) / 2))
+        return base * (1 + 0.1 * off) if setting.profile == "cache_aware" else base
 
-    def search(self, seeds: int = 5) -> Found:
-        return Search(self, PLUGINS, left=lambda: max(0.0, self.left), seeds=seeds).run()
+    def search(self, seeds: int = 5, at_once: int = 1) -> Found:
+        return Search(self, PLUGINS, left=lambda: max(0.0, self.left), seeds=seeds, at_once=at_once).run()
 
 
 def test_the_best_profile_is_found_and_its_numbers_after_it() -> None:
@@ -100,12 +106,18 @@ def test_the_best_profile_is_found_and_its_numbers_after_it() -> None:
     found = fleet.search()
     assert found.best is not None
     tried, gain = found.best
-    assert tried.setting.profile == "cached_share"
-    assert dict(tried.setting.changes) == {"least-prefill.scaleTokens": 8192}
+    assert tried.setting.profile == "cache_aware"
+    assert dict(tried.setting.changes) == {"least-request.weight": 2}
     assert gain.mean == pytest.approx(-0.1)
     assert found.is_complete
     assert {seed for _, seed in fleet.asked} == set(range(6))
-    assert {name for name, _ in fleet.asked} >= set(POLICIES)
+    assert {name for name, _ in fleet.asked} >= {each.name for each in profiles()}
+
+
+def test_several_at_once_find_the_same() -> None:
+    one, four = Pretended().search(), Pretended().search(at_once=4)
+    assert [each.setting.name for each in one.tried] == [each.setting.name for each in four.tried]
+    assert one.finalists == four.finalists
 
 
 def test_changes_without_effect_take_no_place_among_the_finalists() -> None:
@@ -145,9 +157,10 @@ def test_what_is_written_is_a_configuration_with_the_same_scheduler() -> None:
     written = load_text(configuration(found, goal="ttft_mean_s", traces=["a", "b"]))
     build_scheduler(written)
     assert written.plugins == wanted.plugins
-    args = next(entry.args for entry in written.plugin_config if entry.name == "least-prefill")
-    assert args == {"scaleTokens": 8192}
-    assert PluginArgs(name="least-prefill", args=args) in wanted.plugin_config
+    assert {each.name: each.args for each in written.plugin_config} == {
+        each.name: each.args for each in wanted.plugin_config
+    }
+    assert PluginRef(name="least-request", weight=2.0) in written.plugins.score.enabled
 
 
 def traffic(text: str = TEXT) -> Traffic:

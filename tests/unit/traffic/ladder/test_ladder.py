@@ -5,15 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 
+from matrixinfer.app.ladder_collector import LadderCollector
+from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.traffic.ladder.record import PERIOD_SECONDS, Ended, LadderLog
 from matrixinfer.traffic.ladder.reuse import ALL
 from matrixinfer.traffic.ladder.rungs import Ladder, Loss, Rung
+from matrixinfer.traffic.ladder.words import CAUSES
 
 SIZE = 16
 BLOCKS = [number * 7_919 + 1 for number in range(64)]
@@ -202,9 +208,10 @@ def test_the_rungs_never_rise(seed: int, most_blocks: int, capacity: int | None)
         clock.now += rng.choice((0.1, 30.0))
         blocks = rng.choice(content)[: rng.randint(0, 12)]
         known = len(blocks) * SIZE + rng.randint(0, SIZE)
-        best = rng.randint(0, max(0, known - 1))
+        blocks = blocks[: rng.choice((2, 12))]
+        best = rng.randint(0, max(0, min(known - 1, (len(blocks) + 1) * SIZE)))
         predicted = rng.randint(0, best)
-        reported = rng.choice((None, rng.randint(0, max(0, known))))
+        reported = rng.choice((None, rng.randint(0, known + 20)))
         log.ended(
             ended(
                 clock,
@@ -221,10 +228,11 @@ def test_the_rungs_never_rise(seed: int, most_blocks: int, capacity: int | None)
     values = [ladder.prompt_tokens, *(each.tokens for each in ladder.rungs[:4] if each.tokens is not None)]
     assert all(lower <= upper for upper, lower in pairwise(values))
     assert all(each.tokens is None or 0 <= each.tokens <= each.of_tokens for each in ladder.rungs)
-    above = sum(each.tokens for one in ladder.rungs[:4] for each in one.losses)
-    predicted_rung = rung(ladder, "predicted").tokens
-    assert predicted_rung is not None
-    assert above + predicted_rung == pytest.approx(ladder.prompt_tokens, abs=20)
+    clock.now += PERIOD_SECONDS + 1.0
+    exact = log.counters()
+    assert all(tokens >= 0 for tokens in exact.values())
+    gone = sum(tokens for name, tokens in exact.items() if name.startswith("lost:") and name != "lost:fewer")
+    assert gone + exact["predicted"] == pytest.approx(ladder.prompt_tokens)
     assert len(log) <= most_blocks
 
 
@@ -252,3 +260,57 @@ def test_the_sampled_ladder_is_within_its_stated_error_of_the_exact_one(seed: in
         assert one is not None
         assert other is not None
         assert abs(one - other) <= estimated.error_share
+
+
+def test_a_pod_of_the_same_name_that_comes_back_is_told_from_the_one_that_left() -> None:
+    clock = Clock()
+    log = LadderLog(clock)
+    watched = WatchedIndex(MemoryIndex(), log)
+    log.ended(ended(clock, BLOCKS[:4]))
+    clock.now += 5
+    watched.forget("pod-0")
+    for number in range(5_000):
+        watched.clear(f"other-{number % 50}")
+        watched.forget(f"other-{number % 50}")
+        watched.clear("pod-0~host")
+    clock.now += 5
+    log.ended(ended(clock, BLOCKS[:4]))
+    assert losses(log.since(60))["emptied"] == 64
+
+
+def test_hashes_that_do_not_name_a_prefix_prove_nothing() -> None:
+    clock = Clock()
+    log = LadderLog(clock, tracks=False)
+    for _ in range(2):
+        log.ended(ended(clock, BLOCKS[:4]))
+    assert losses(log.since(60)) == {"unsampled": 128, "ends": 2}
+
+
+def test_every_cause_is_explained() -> None:
+    docs = Path(__file__).parents[4] / "docs"
+    pages = (docs / "troubleshooting.md").read_text() + (docs / "replay.md").read_text()
+    assert [cause.name for cause in CAUSES if f"`{cause.name}`" not in pages] == []
+
+
+def test_counters_never_fall_and_add_up() -> None:
+    clock = Clock()
+    log = LadderLog(clock, most_blocks=40)
+    registry = CollectorRegistry()
+    registry.register(LadderCollector(log))
+    rng, before = random.Random(3), dict[str, float]()
+    for _ in range(200):
+        clock.now += 7.0
+        blocks = BLOCKS[: rng.randint(0, 60)]
+        log.ended(ended(clock, blocks, capacity=600, reported=rng.choice((None, 0))))
+        now = dict(log.counters())
+        assert all(now[name] >= tokens for name, tokens in before.items())
+        before = now
+
+    def sample(name: str, **labels: str) -> float:
+        return registry.get_sample_value(f"matrixinfer_ladder_{name}_total", labels) or 0.0
+
+    rungs = [sample("tokens", rung=name) for name in ("prompt", "ideal", "capacity", "perfect", "predicted")]
+    assert rungs == sorted(rungs, reverse=True)
+    causes = [cause.name for cause in CAUSES if cause.rung != "reported"]
+    assert rungs[0] - rungs[-1] == pytest.approx(sum(sample("lost_tokens", cause=name) for name in causes))
+    assert sample("reported_tokens", kind="prompt") > 0

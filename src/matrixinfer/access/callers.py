@@ -1,0 +1,33 @@
+"""Who sends a request, and what of the request counts against that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matrixinfer.config.access import QuotaConfig
+from matrixinfer.errors import Forbidden
+
+UNLIMITED = QuotaConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Whoever holds a key or a token."""
+
+    name: str
+    """The key's name, or the token's subject."""
+    tenant: str
+    account: str
+    """Whose use its limits bound. Keys and subjects of the same name have different ones."""
+    models: frozenset[str] | None = None
+    """The models that it may ask for, by the names that clients use; None for all."""
+    quota: QuotaConfig = UNLIMITED
+
+    def may_use(self, model: str) -> bool:
+        """Whether it may ask for a model."""
+        return self.models is None or model in self.models
+
+    def check_model(self, model: str) -> None:
+        """Raises `Forbidden` if it may not ask for a model."""
+        if not self.may_use(model):
+            raise Forbidden(f"This key may not use the model `{model[:200]}`.", param="model")

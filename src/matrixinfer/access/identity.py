@@ -1,0 +1,178 @@
+"""From the headers of a request to its caller."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+import structlog
+from multidict import MultiMapping
+
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.key_file import KeyRing, parse_keys
+from matrixinfer.config.access import AccessConfig, QuotaConfig
+from matrixinfer.errors import ConfigError, Unauthenticated
+from matrixinfer.tasks import cancel_and_wait
+
+if TYPE_CHECKING:
+    from matrixinfer.access.key_source import KeySource
+    from matrixinfer.access.tokens import Tokens
+
+KEY_HEADERS = ("x-api-key", "api-key")
+"""Where clients of Anthropic's and Azure's APIs send their key."""
+REREAD_SECONDS = 2.0
+"""How often it is looked whether the file of keys has changed."""
+MAX_KEYS_BYTES = 64 * 1024 * 1024
+
+log = structlog.get_logger(__name__)
+
+
+class Identifier(Protocol):
+    """Says whose request it is."""
+
+    async def identify(self, headers: MultiMapping[str]) -> Caller:
+        """The caller. Raises `Unauthenticated`, and `KeysUnavailable` if that cannot be found out now."""
+        ...
+
+
+class Identity:
+    """Callers with API keys or tokens. Use as an async context manager, which reads the keys. `now`: Unix seconds."""
+
+    def __init__(
+        self,
+        config: AccessConfig,
+        *,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._now = now
+        self._clock = clock
+        self._ring = KeyRing()
+        self._tokens: Tokens | None = None
+        self._source: KeySource | None = None
+        self._seen: tuple[int, int, int] | None = None
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Read the keys. Raises `ConfigError` when the file of keys cannot be used, or an extra is missing."""
+        async with AsyncExitStack() as stack:
+            if self._config.keys_file is not None:
+                self._seen, self._ring = read_keys(self._config.keys_file, self._config.limits)
+                task = asyncio.create_task(self._reread(self._config.keys_file), name="access keys")
+                stack.push_async_callback(cancel_and_wait, task)
+            if self._config.jwt is not None:
+                self._open_tokens()
+                if self._source is not None:
+                    await stack.enter_async_context(self._source)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def identify(self, headers: MultiMapping[str]) -> Caller:
+        """The caller, by `Authorization: Bearer` or a header for keys.
+
+        Raises `Unauthenticated`, and `KeysUnavailable` if tokens cannot be checked now.
+        """
+        credential = _credential(headers)
+        caller = self._ring.find(credential, self._now())
+        if caller is not None:
+            return caller
+        if self._tokens is not None and credential.count(".") == 2:
+            return await self._holder(credential)
+        raise Unauthenticated("This API key is not valid.")
+
+    async def _holder(self, token: str) -> Caller:
+        from matrixinfer.access.tokens import UnknownKey  # noqa: PLC0415 - needs an extra
+
+        assert self._tokens is not None  # noqa: S101 - its only caller has looked
+        assert self._source is not None  # noqa: S101 - both are made together
+        self._source.check()
+        try:
+            return self._tokens.check(token)
+        except UnknownKey:
+            await self._source.renew()
+        try:
+            return self._tokens.check(token)
+        except UnknownKey as error:
+            raise Unauthenticated("The token is not valid: it is signed with an unknown key.") from error
+
+    def _open_tokens(self) -> None:
+        jwt = self._config.jwt
+        if jwt is None:
+            return
+        try:
+            from matrixinfer.access import key_source, tokens  # noqa: PLC0415 - needs an extra
+        except ModuleNotFoundError as error:
+            raise ConfigError("$.access.jwt", "needs an extra: pip install 'matrixinfer-gateway[jwt]'") from error
+        self._tokens = tokens.Tokens(jwt, self._config.limits, self._now)
+        fetch = key_source.from_file(jwt.jwks_file) if jwt.jwks_file else key_source.from_url(jwt.jwks_url or "")
+        self._source = key_source.KeySource(jwt, self._tokens, fetch, self._clock)
+
+    async def _reread(self, file: str) -> None:
+        while True:
+            await asyncio.sleep(REREAD_SECONDS)
+            state = await asyncio.to_thread(_state, file)
+            if state is None or state == self._seen:
+                continue  # a file that is not there may be about to be replaced
+            before = self._ring.names
+            try:
+                self._seen, self._ring = await asyncio.to_thread(read_keys, file, self._config.limits)
+            except ConfigError as error:
+                self._seen = state  # said once
+                log.warning("access_keys_refused", reason=error.message)
+                continue
+            after = self._ring.names
+            log.info("access_keys_changed", keys=len(after), added=len(after - before), removed=len(before - after))
+
+
+def read_keys(file: str, default: QuotaConfig) -> tuple[tuple[int, int, int] | None, KeyRing]:
+    """The state of a file of keys, and its keys. Raises `ConfigError`."""
+    state = _state(file)  # before the content: a change in between is seen the next time
+    try:
+        return state, parse_keys(_text(file), default)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("$.access.keysFile", f"cannot read {file}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError("$.access.keysFile", f"{file}: {error}") from error
+
+
+def _credential(headers: MultiMapping[str]) -> str:
+    """The key or token of a request. Raises `Unauthenticated`."""
+    given = headers.getall("authorization", ())
+    if len(given) > 1:
+        raise Unauthenticated("Expected one `Authorization` header, got several.")
+    if given:
+        scheme, _, credential = given[0].strip().partition(" ")
+        if scheme.lower() != "bearer" or not credential.strip():
+            raise Unauthenticated("Expected `Authorization: Bearer KEY`.")
+        return credential.strip()
+    for name in KEY_HEADERS:
+        if key := headers.get(name, "").strip():
+            return key
+    raise Unauthenticated("No API key: send `Authorization: Bearer KEY`.")
+
+
+def _text(file: str) -> str:
+    with Path(file).open("rb") as stream:
+        data = stream.read(MAX_KEYS_BYTES + 1)
+    if len(data) > MAX_KEYS_BYTES:
+        raise ConfigError("$", f"expected at most {MAX_KEYS_BYTES} bytes")
+    return data.decode()
+
+
+def _state(file: str) -> tuple[int, int, int] | None:
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -1,0 +1,253 @@
+"""Reserves what a request may use before it is sent, and settles it by what the engine reports.
+
+Counted in this process, or in Redis for all gateways. While Redis does not answer, each gateway counts on its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+import uuid
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.quota import KINDS, NOTHING, Amounts, Ledger, Verdict, is_limited, limits_of, slice_at
+from matrixinfer.access.shared import LEASE_SECONDS, SharedLedger
+from matrixinfer.config.access import QuotaConfig
+from matrixinfer.errors import IndexUnavailable, LimitExceeded
+from matrixinfer.index.redis.circuit import Circuit
+from matrixinfer.tasks import cancel_and_wait
+
+FAILURES = 3
+"""After so many failures in a row each gateway counts on its own for a while; before, only for the request at hand."""
+RENEW_SECONDS = LEASE_SECONDS / 3
+RETRY_SECONDS = 0.5
+MAX_UNSETTLED = 100_000
+"""Requests that have ended and are not settled in Redis yet; the oldest are dropped beyond it, and stay as reserved."""
+_WORDS = {
+    "requests": "requests",
+    "input_tokens": "input tokens",
+    "output_tokens": "output tokens",
+    "uncached_tokens": "uncached input tokens",
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reservation:
+    """What was taken for a request."""
+
+    account: str
+    request: str
+    number: int
+    """The slice in which it began."""
+    taken: Amounts
+    is_shared: bool
+    headers: Mapping[str, str]
+    """What is left, for the answer."""
+
+
+class Limits:
+    """The limits of all callers. Use as an async context manager. `shared` counts for all gateways, if given.
+
+    `deadline_seconds` bounds how long a request waits for it; `on_degraded` is told when each gateway counts on its own,
+    and when no longer.
+    """
+
+    def __init__(
+        self,
+        shared: SharedLedger | None = None,
+        *,
+        deadline_seconds: float = 0.02,
+        on_degraded: Callable[[bool], None] = lambda _: None,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._shared = shared
+        self._deadline = deadline_seconds
+        self._on_degraded = on_degraded
+        self._now = now
+        self._ledger = Ledger()
+        self._circuit = Circuit(clock, failures=FAILURES)
+        self.is_degraded = False
+        """Whether each gateway counts on its own, because Redis does not answer."""
+        self._unsettled: deque[tuple[Reservation, Amounts]] = deque(maxlen=MAX_UNSETTLED)
+        self._running: defaultdict[str, set[str]] = defaultdict(set)
+        self._wanted = asyncio.Event()
+        self._is_closing = False
+        self._process, self._numbers = uuid.uuid4().hex, itertools.count()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._ledger)
+
+    @property
+    def unsettled(self) -> int:
+        """Requests that have ended and are not settled in Redis yet."""
+        return len(self._unsettled)
+
+    async def __aenter__(self) -> Self:
+        if self._shared is not None:
+            for work in (self._settle_all, self._renew_all):
+                self._tasks.append(asyncio.create_task(work(self._shared), name="limits"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_closing = True
+        self._wanted.set()
+        if self._tasks:  # what stays unsettled leaves the window by itself, and leases end
+            await asyncio.wait(self._tasks[:1], timeout=RETRY_SECONDS)
+        for task in self._tasks:
+            await cancel_and_wait(task)
+
+    async def reserve(self, caller: Caller, amounts: Amounts) -> Reservation | None:
+        """Take what a request may use; None if nothing limits the caller. Raises `LimitExceeded`."""
+        quota = caller.quota
+        if not is_limited(quota):
+            return None
+        # A limit that a request cannot keep because of what it merely may generate would refuse every such request.
+        if quota.output_tokens is not None:
+            amounts = amounts._replace(output_tokens=min(amounts.output_tokens, quota.output_tokens))
+        request = f"{self._process}:{next(self._numbers)}"  # clients may give several requests one id
+        found = await self._reserve_shared(caller, request, amounts)
+        is_shared = found is not None
+        if found is None:
+            now = self._now()
+            found = self._ledger.reserve(caller.account, quota, amounts, now), slice_at(quota, now)
+        verdict, number = found
+        if verdict.refused_by is not None:
+            raise _exceeded(quota, verdict, amounts)
+        if is_shared:
+            self._running[caller.account].add(request)
+        return Reservation(
+            account=caller.account,
+            request=request,
+            number=number,
+            taken=amounts,
+            is_shared=is_shared,
+            headers=headers_of(quota, verdict, amounts),
+        )
+
+    def settle(self, reservation: Reservation, used: Amounts) -> None:
+        """The request has ended, and used this much. Call it once."""
+        change = used.minus(reservation.taken)
+        if not reservation.is_shared:
+            self._ledger.settle(reservation.account, reservation.number, change)
+            return
+        running = self._running[reservation.account]
+        running.discard(reservation.request)
+        if not running:
+            del self._running[reservation.account]
+        self._unsettled.append((reservation, change))
+        self._wanted.set()
+
+    async def _reserve_shared(self, caller: Caller, request: str, amounts: Amounts) -> tuple[Verdict, int] | None:
+        """As `SharedLedger.reserve`; None if this process must count on its own."""
+        if self._shared is None or not self._circuit.admits():
+            return None
+        try:
+            async with asyncio.timeout(self._deadline):
+                found = await self._shared.reserve(caller.account, caller.quota, amounts, request)
+        except (IndexUnavailable, TimeoutError) as error:
+            self._circuit.failed()
+            if self._circuit.state != "closed":
+                self._degrade(str(error) or "no answer in time")
+            return None
+        except BaseException:
+            self._circuit.abandoned()
+            raise
+        self._circuit.succeeded()
+        if self.is_degraded:
+            self.is_degraded = False
+            self._on_degraded(False)
+            log.info("limits_shared_again")
+        return found
+
+    def _degrade(self, reason: str) -> None:
+        if not self.is_degraded:
+            self.is_degraded = True
+            self._on_degraded(True)
+            log.warning("limits_not_shared", reason=reason, note="each gateway counts on its own until Redis answers")
+
+    async def _settle_all(self, shared: SharedLedger) -> None:
+        while True:
+            while self._unsettled:
+                reservation, change = self._unsettled[0]
+                try:
+                    await shared.settle(reservation.account, reservation.request, reservation.number, change)
+                except IndexUnavailable:
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
+                if self._unsettled and self._unsettled[0][0] is reservation:  # else dropped meanwhile
+                    self._unsettled.popleft()
+            if self._is_closing:
+                return
+            self._wanted.clear()
+            await self._wanted.wait()
+
+    async def _renew_all(self, shared: SharedLedger) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            for account, requests in list(self._running.items()):
+                try:
+                    await shared.renew(account, list(requests))
+                except IndexUnavailable:
+                    break
+
+
+def headers_of(quota: QuotaConfig, verdict: Verdict, amounts: Amounts) -> dict[str, str]:
+    """The rate-limit headers of an answer, once `amounts` are taken as well: limit, rest and seconds until all is free.
+
+    `tokens` is the limit of tokens of which least is left.
+    """
+    found: dict[str, str] = {}
+    tightest: tuple[int, int] | None = None
+    reset = f"{math.ceil(verdict.reset or quota.window_seconds)}s"
+    for kind, limit, used, taken in zip(KINDS, limits_of(quota), verdict.used, amounts, strict=True):
+        if limit is None:
+            continue
+        rest = max(0, limit - used - taken)
+        found |= _headers(kind.replace("_", "-"), limit, rest, reset)
+        if kind != "requests" and (tightest is None or rest < tightest[1]):
+            tightest = limit, rest
+    if tightest is not None:
+        found |= _headers("tokens", *tightest, reset)
+    return found
+
+
+def _headers(name: str, limit: int, rest: int, reset: str) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{name}": str(limit),
+        f"x-ratelimit-remaining-{name}": str(rest),
+        f"x-ratelimit-reset-{name}": reset,
+    }
+
+
+def _exceeded(quota: QuotaConfig, verdict: Verdict, amounts: Amounts) -> LimitExceeded:
+    kind = verdict.refused_by or ""
+    headers = headers_of(quota, verdict, NOTHING)
+    if kind == "concurrent_requests":
+        message = f"This key may have {quota.concurrent_requests} requests at a time, and has as many."
+    else:
+        position = KINDS.index(kind)
+        limit, words = limits_of(quota)[position], _WORDS[kind]
+        message = (
+            f"This key may use {limit} {words} per {quota.window_seconds:g} s, and has used {verdict.used[position]}"
+        )
+        message += f"; this request asks for {amounts[position]}." if kind != "requests" else "."
+    if verdict.retry_after is None:
+        headers["x-should-retry"] = "false"  # what official clients look at
+    else:
+        headers["retry-after"] = str(max(1, math.ceil(verdict.retry_after)))
+    return LimitExceeded(message, kind="requests" if "requests" in kind else "tokens", headers=headers)

@@ -1,0 +1,41 @@
+"""Keeps tenants apart in the engines' caches: the salt goes into the body, and only to engines that take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from matrixinfer.errors import NoPodAvailable
+from matrixinfer.pods.registry import Pod
+from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.fields import decode
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
+from matrixinfer.prompt.responses import RESPONSES_PATH
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_FIELD = "cache_salt"
+_SGLANG_PATHS = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH))
+"""Where SGLang takes a salt. vLLM takes it everywhere."""
+
+
+def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
+    """The prompt with this salt, and the body that says so in place of what the client asked for.
+
+    Raises `InvalidRequest` if a salt of the client's own cannot be taken out of the body.
+    """
+    if prompt.cache_salt is not None or _FIELD.encode() in body:
+        fields = decode(_FIELDS, body)
+        body = msgspec.json.encode({key: value for key, value in fields.items() if key != _FIELD})
+    head = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
+    comma = b"" if head.endswith(b"{") else b","
+    body = b'%b%b"%b":%b}' % (head, comma, _FIELD.encode(), msgspec.json.encode(salt))
+    return msgspec.structs.replace(prompt, cache_salt=salt), body
+
+
+def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
+    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if there is none."""
+    able = [pod for pod in pods if pod.engine != "sglang" or path in _SGLANG_PATHS]
+    if not able:
+        raise NoPodAvailable(f"{path} cannot keep tenants apart: SGLang takes no cache salt there.")
+    return able

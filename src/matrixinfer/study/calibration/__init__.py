@@ -1,0 +1,1 @@
+"""Fits the model of an engine to a live one."""

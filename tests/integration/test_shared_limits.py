@@ -1,0 +1,156 @@
+"""Limits that several gateways count together, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from matrixinfer.access import limits as limits_module
+from matrixinfer.access import shared as shared_module
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.limits import Limits, Reservation
+from matrixinfer.access.quota import NOTHING, Amounts
+from matrixinfer.access.shared import SharedLedger
+from matrixinfer.config.access import QuotaConfig
+from matrixinfer.errors import LimitExceeded
+from matrixinfer.index.redis.store import Store
+from tests import servers
+from tests.waiting import DEADLINE_SECONDS, eventually
+
+pytestmark = pytest.mark.server
+HOUR = 3600.0
+
+
+def caller(name: str = "a", **quota: int) -> Caller:
+    return Caller(name=name, tenant=name, account=f"key:{name}", quota=QuotaConfig(window_seconds=HOUR, **quota))
+
+
+@asynccontextmanager
+async def gateway(server: servers.Server) -> AsyncIterator[Limits]:
+    async with (
+        Store(server.config()) as store,
+        Limits(SharedLedger(store), deadline_seconds=DEADLINE_SECONDS) as limits,
+    ):
+        yield limits
+
+
+async def tries(limits: Limits, who: Caller, amounts: Amounts, count: int) -> list[Reservation]:
+    """What of so many requests at the same time was let through."""
+    answers = await asyncio.gather(*(limits.reserve(who, amounts) for _ in range(count)), return_exceptions=True)
+    assert {type(each) for each in answers} <= {Reservation, LimitExceeded}
+    return [each for each in answers if isinstance(each, Reservation)]
+
+
+async def test_many_requests_at_once_at_several_gateways_never_exceed_a_limit(valkey: servers.Server) -> None:
+    valkey.flush()
+    async with gateway(valkey) as one, gateway(valkey) as other:
+        who = caller(requests=50)
+        let_through = await asyncio.gather(*(tries(each, who, Amounts(1), 100) for each in (one, other)))
+        assert sum(map(len, let_through)) == 50
+        who = caller("b", input_tokens=1000)
+        let_through = await asyncio.gather(*(tries(each, who, Amounts(1, 30), 100) for each in (one, other)))
+        assert sum(map(len, let_through)) == 33
+        who = caller("c", concurrent_requests=7)
+        let_through = await asyncio.gather(*(tries(each, who, Amounts(1), 100) for each in (one, other)))
+        assert sum(map(len, let_through)) == 7
+
+
+async def test_what_one_gateway_settles_the_other_may_use(valkey: servers.Server) -> None:
+    valkey.flush()
+    who = caller(concurrent_requests=1, input_tokens=100, uncached_tokens=50)
+    async with gateway(valkey) as one, gateway(valkey) as other:
+        taken = await one.reserve(who, Amounts(1, 80, 0, 50))
+        assert taken is not None
+        assert taken.headers["x-ratelimit-remaining-input-tokens"] == "20"
+        with pytest.raises(LimitExceeded):
+            await other.reserve(who, Amounts(1, 1))
+        one.settle(taken, Amounts(1, 60, 0, 10))
+
+        async def is_free() -> bool:
+            return len(await tries(other, who, Amounts(1, 40, 0, 40), 1)) == 1
+
+        await eventually(is_free)
+        with pytest.raises(LimitExceeded):
+            await other.reserve(who, Amounts(1, 1))
+
+
+async def test_what_is_given_back_never_makes_more_than_the_limit(valkey: servers.Server) -> None:
+    valkey.flush()
+    who = caller(input_tokens=100)
+    async with gateway(valkey) as limits:
+        for taken in await tries(limits, who, Amounts(1, 10), 10):
+            limits.settle(taken, NOTHING)
+        await eventually(lambda: not limits.unsettled)
+        assert len(await tries(limits, who, Amounts(1, 10), 20)) == 10
+
+
+async def test_a_gateway_that_ends_settles_what_has_ended(valkey: servers.Server) -> None:
+    valkey.flush()
+    who = caller(requests=1)
+    async with gateway(valkey) as one:
+        taken = await one.reserve(who, Amounts(1))
+        assert taken is not None
+        one.settle(taken, NOTHING)
+    async with gateway(valkey) as other:
+        assert await other.reserve(who, Amounts(1)) is not None
+
+
+async def test_requests_of_a_gateway_that_dies_end_with_their_lease(
+    valkey: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valkey.flush()
+    monkeypatch.setattr(shared_module, "LEASE_SECONDS", 5)
+    monkeypatch.setattr(limits_module, "RENEW_SECONDS", 0.1)
+    who = caller(concurrent_requests=1)
+    async with gateway(valkey) as survivor:
+        async with gateway(valkey) as dying:
+            assert await dying.reserve(who, Amounts(1)) is not None
+            await asyncio.sleep(6)  # longer than the lease, which is renewed
+            assert await tries(survivor, who, Amounts(1), 1) == []
+
+        async def is_free() -> bool:
+            return len(await tries(survivor, who, Amounts(1), 1)) == 1
+
+        await eventually(is_free, pause=0.1)
+
+
+async def test_a_lost_server_leaves_each_gateway_its_own_count(tmp_path: Path) -> None:
+    with servers.server(tmp_path) as server:
+        told: list[bool] = []
+        config = server.config(deadline_seconds=DEADLINE_SECONDS)
+        async with (
+            Store(config) as store,
+            Limits(SharedLedger(store), deadline_seconds=DEADLINE_SECONDS, on_degraded=told.append) as limits,
+        ):
+            who = caller(requests=3)
+            first = await tries(limits, who, Amounts(1), 2)
+            server.kill()
+            assert len(await tries(limits, who, Amounts(1), 10)) == 3
+            assert (limits.is_degraded, told) == (True, [True])
+            for each in first:
+                limits.settle(each, NOTHING)
+            server.start()
+
+            async def is_shared() -> bool:
+                found = await tries(limits, caller("b", requests=1000), Amounts(1), 1)
+                return found[0].is_shared
+
+            await eventually(is_shared, pause=0.1)
+            assert (limits.is_degraded, told) == (False, [True, False])
+            await eventually(lambda: not limits.unsettled)
+
+
+async def test_what_redis_holds_names_nobody_and_ends_by_itself(valkey: servers.Server) -> None:
+    valkey.flush()
+    async with gateway(valkey) as limits:
+        await limits.reserve(caller("alice", requests=5), Amounts(1, 2, 3, 4))
+        with valkey.client() as client:
+            keys = client.keys("*")
+            assert isinstance(keys, list)
+            assert len(keys) == 2
+            assert not any("alice" in key for key in keys)
+            assert all(0 < int(str(client.ttl(key))) <= 2 * HOUR + 2 for key in keys)
