@@ -225,6 +225,24 @@ async def test_a_paused_list_stands_still() -> None:
         await expect(first).to_contain_text(version)
 
 
+async def test_the_list_is_held_while_someone_is_in_it() -> None:
+    world = World(2)
+    first = world.request()
+    async with dashboard(world) as shown:
+        page = shown.page
+        row = page.locator("#decision-list tbody tr").first
+        await row.get_by_role("button").focus()
+        await expect(page.locator("#decisions-note")).to_have_text("held while you are here")
+        second = world.request()
+        await expect(page.locator("#tiles .big").last).to_have_text("2")
+        await expect(row).to_contain_text(first.id)
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("dialog")).to_contain_text(first.id)
+        await page.keyboard.press("Escape")
+        await page.locator("#pause").focus()
+        await expect(row).to_contain_text(second.id)
+
+
 async def test_text_from_engines_is_never_markup() -> None:
     world = World(0, names=[HOSTILE, "b"])
     world.come(HOSTILE, HOSTILE)

@@ -39,6 +39,10 @@ export class Decisions {
   constructor() {
     this.table = new Table($("decision-list"), COLUMNS, { caption: "The last decisions, newest first" });
     this.paused = false;
+    this.held = false;
+    const scroll = $("decision-scroll");
+    for (const kind of ["pointerenter", "focusin"]) scroll.addEventListener(kind, () => this.#hold(true));
+    for (const kind of ["pointerleave", "focusout"]) scroll.addEventListener(kind, () => this.#hold(scroll.matches(":hover") || scroll.contains(document.activeElement)));
     $("pause").addEventListener("click", () => {
       this.paused = !this.paused;
       setAttribute($("pause"), "aria-pressed", String(this.paused));
@@ -56,7 +60,14 @@ export class Decisions {
     const none = !state.decisions.length;
     $("no-decisions").hidden = !none;
     $("decision-scroll").hidden = none;
-    if (!this.paused) this.table.show(state.decisions, (row) => `${row.id} ${row.at}`);
+    if (!this.paused && !this.held) this.table.show(state.decisions, (_, at) => at); // rows stay, their texts change
+  }
+
+  /** While someone points at the list, or is in it by keyboard, it stands still: else a click could hit another row. */
+  #hold(held) {
+    this.held = held;
+    setText($("decisions-note"), held ? "held while you are here" : "the last ones, newest first");
+    if (!held && this.state) this.show(this.state);
   }
 
   set kept(number) {

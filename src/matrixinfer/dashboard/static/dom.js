@@ -55,12 +55,12 @@ export class Table {
     }
   }
 
-  /** Shows `items`, in their order; `keyOf` names each. */
+  /** Shows `items`, in their order; `keyOf` names the row of each, by the item and its place. */
   show(items, keyOf) {
     const kept = new Set();
     const order = [];
-    for (const item of items) {
-      const key = keyOf(item);
+    for (const [at, item] of items.entries()) {
+      const key = keyOf(item, at);
       kept.add(key);
       let row = this.rows.get(key);
       if (!row) {
