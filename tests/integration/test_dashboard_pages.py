@@ -95,6 +95,22 @@ async def test_the_snapshot_and_the_first_event_are_the_same() -> None:
     assert "endpoints" not in second
 
 
+async def test_what_has_changed_since_a_version_can_be_asked_for() -> None:
+    world = World(2)
+    async with client(world) as (session, url):
+        async with session.get(f"{url}/debug/dashboard") as response:
+            first = await response.json()
+        world.shift += 1.0
+        world.die("pod-1.inference")
+        async with session.get(f"{url}/debug/dashboard", params={"since": first["version"]}) as response:
+            second = await response.json()
+        for wrong in ("x", "-1", "1" * 10):
+            async with session.get(f"{url}/debug/dashboard", params={"since": wrong}) as response:
+                assert (response.status, (await response.json())["error"]["param"]) == (400, "since")
+    assert [row["name"] for row in second["endpoints"]] == ["pod-1.inference"]
+    assert "about" not in second
+
+
 async def test_pages_are_bounded_and_those_that_leave_make_room() -> None:
     async with client(World(1)) as (session, url):
         open_pages = [await session.get(url + EVENTS) for _ in range(PAGES)]

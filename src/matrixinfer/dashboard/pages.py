@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from aiohttp import web
 from matrixinfer.dashboard.examination import Examination, ExaminationFailed
 from matrixinfer.dashboard.live import Live
 from matrixinfer.dashboard.stream import Stream
+from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.listener import Handler, Routes
 
@@ -44,27 +46,28 @@ class Dashboard:
     def __init__(self, live: Live, examination: Examination, draining: asyncio.Event) -> None:
         self._live = live
         self._examination = examination
-        self.stream = Stream(live, draining, HEADERS)
+        self._encoder = msgspec.json.Encoder()
+        self.stream = Stream(self._view, draining, HEADERS)
 
     def routes(self) -> Routes:
         """Paths of the admin listener."""
-        files = {
-            f"/dashboard/{path.name}": {"GET": _file(path)}
-            for path in sorted(STATIC.iterdir())
-            if path.suffix in _TYPES and path.name != "index.html"
-        }
         return {
-            "/": {"GET": _redirected},
-            "/dashboard": {"GET": _file(STATIC / "index.html")},
-            **files,
+            **file_routes(),
             "/debug/dashboard": {"GET": self.snapshot},
             "/debug/dashboard/events": {"GET": self.stream.serve},
             "/debug/doctor": {"POST": self.examine},
         }
 
-    async def snapshot(self, _: web.BaseRequest) -> web.StreamResponse:
-        """Everything that the page shows, as JSON."""
-        return _json(self._live.view())
+    async def snapshot(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Everything that the page shows, as JSON; with `?since=` a version, what has changed after it."""
+        since = request.rel_url.query.get("since", "0")
+        if not re.fullmatch(r"[0-9]{1,9}", since):
+            raise InvalidRequest(f"since: expected a version, got `{since[:20]}`", param="since")
+        return _json(self._live.view(int(since)))
+
+    async def _view(self, since: int) -> tuple[int, bytes]:
+        view = self._live.view(since)
+        return view.version, self._encoder.encode(view)
 
     async def examine(self, _: web.BaseRequest) -> web.StreamResponse:
         """What `matrixinfer doctor` finds now."""
@@ -72,6 +75,16 @@ class Dashboard:
             return _json(await self._examination.run())
         except ExaminationFailed as error:
             return error_response(409, str(error))
+
+
+def file_routes() -> Routes:
+    """The page and its files."""
+    files = {
+        f"/dashboard/{path.name}": {"GET": _file(path)}
+        for path in sorted(STATIC.iterdir())
+        if path.suffix in _TYPES and path.name != "index.html"
+    }
+    return {"/": {"GET": _redirected}, "/dashboard": {"GET": _file(STATIC / "index.html")}, **files}
 
 
 def _json(data: object) -> web.Response:

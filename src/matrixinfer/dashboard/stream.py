@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
 
-import msgspec
 from aiohttp import web
 
-from matrixinfer.dashboard.live import Live
 from matrixinfer.gateway.errors import error_response
 
 PAGES = 16
@@ -17,14 +16,17 @@ EVERY_SECONDS = 1.0
 SLOW_SECONDS = 10.0
 """A page that has not taken what was sent to it after this time is dropped; it may connect again."""
 
+Ask: TypeAlias = Callable[[int], Awaitable[tuple[int, bytes]]]
+"""From a version to the present one and the view of what has changed since, as JSON; everything for version 0."""
+
 
 class Stream:
-    """The events of `Live`, for a bounded number of pages. Once `draining` is set, streams end."""
+    """Events for a bounded number of pages. Once `draining` is set, streams end."""
 
     def __init__(
-        self, live: Live, draining: asyncio.Event, headers: Mapping[str, str], *, every: float = EVERY_SECONDS
+        self, ask: Ask, draining: asyncio.Event, headers: Mapping[str, str], *, every: float = EVERY_SECONDS
     ) -> None:
-        self._live = live
+        self._ask = ask
         self._draining = draining
         self._headers = headers
         self._every = every
@@ -54,12 +56,10 @@ class Stream:
 
     async def _send(self, response: web.StreamResponse, patience: asyncio.Timeout) -> None:
         clock, version = asyncio.get_running_loop().time, 0
-        encoder = msgspec.json.Encoder()
         while True:
             patience.reschedule(clock() + SLOW_SECONDS)
-            view = self._live.view(version)
-            version = view.version
-            await response.write(b"data: " + encoder.encode(view) + b"\n\n")
+            version, view = await self._ask(version)
+            await response.write(b"data: " + view + b"\n\n")
             patience.reschedule(None)
             if await self._is_draining():
                 await response.write(b"event: stopping\ndata: {}\n\n")
