@@ -244,6 +244,7 @@ class Service:
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
+            "dashboard_prefixes": self.traffic.__len__,
             "recent_blocks": self._history.__len__,
             "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,

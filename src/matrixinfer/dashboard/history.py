@@ -79,6 +79,10 @@ class History:
         self._reporting.discard(endpoint)
         self._round_robin.forget(endpoint)
 
+    def __len__(self) -> int:
+        """Prefixes that are remembered to estimate what round robin would have found."""
+        return len(self._round_robin)
+
     def total(self) -> Point:
         """The whole hour."""
         self._now()

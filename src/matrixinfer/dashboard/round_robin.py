@@ -15,8 +15,10 @@ from matrixinfer.scheduler.framework import Candidate, Decision
 ENDPOINTS = 2
 """Endpoints of each model whose caches are followed."""
 MODELS = 32
-MOST_TOKENS = 8_000_000
-"""What a cache holds at most, and if its size is unknown."""
+UNKNOWN_TOKENS = 8_000_000
+"""What a cache of unknown size holds."""
+PREFIXES = 200_000
+"""How many prefixes are remembered at most, in all caches together: about 20 MB."""
 _STEPS = ((1_024, 128), (16_384, 512), (1 << 40, 4_096))
 """Up to how many tokens of a prompt which distance between two places is kept."""
 
@@ -26,6 +28,7 @@ class RoundRobin:
 
     def __init__(self) -> None:
         self.models: dict[str, _Turns] = {}
+        self._caches = 0
 
     def hit(self, decision: Decision) -> int | None:
         """Prompt tokens that round robin would have found; None if this request's turn is not one that is followed."""
@@ -38,16 +41,20 @@ class RoundRobin:
                 return None
             turns = self.models[request.model] = _Turns()
         endpoint = turns.next(decision.candidates)
-        cache = turns.cache(endpoint)
+        cache = turns.caches.get(endpoint.name)
         if cache is None:
-            return None
+            if len(turns.caches) >= ENDPOINTS:
+                return None
+            cache = turns.caches[endpoint.name] = _Cache()
+            self._caches += 1
         hit = cache.take(request.chain, request.block_size, request.prompt_tokens)
-        cache.shrink(min(endpoint.condition.cache_tokens or MOST_TOKENS, MOST_TOKENS))
+        cache.shrink(endpoint.condition.cache_tokens or UNKNOWN_TOKENS, PREFIXES // self._caches)
         return hit
 
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         for model in [model for model, turns in self.models.items() if turns.caches.pop(endpoint, None) is not None]:
+            self._caches -= 1
             if not self.models[model].caches:
                 del self.models[model]
 
@@ -68,12 +75,6 @@ class _Turns:
     def next(self, candidates: Sequence[Candidate]) -> Candidate:
         self.count += 1
         return candidates[self.count % len(candidates)]
-
-    def cache(self, endpoint: Candidate) -> _Cache | None:
-        found = self.caches.get(endpoint.name)
-        if found is None and len(self.caches) < ENDPOINTS:
-            found = self.caches[endpoint.name] = _Cache()
-        return found
 
 
 class _Cache:
@@ -104,9 +105,9 @@ class _Cache:
             ends[end] = width
         return hit
 
-    def shrink(self, tokens: int) -> None:
-        """Drop what was used longest ago until no more than `tokens` are left."""
-        while self.tokens > tokens and self.ends:
+    def shrink(self, tokens: int, prefixes: int) -> None:
+        """Drop what was used longest ago until no more than so many tokens and prefixes are left."""
+        while self.ends and (self.tokens > tokens or len(self.ends) > prefixes):
             self.tokens -= self.ends.pop(next(iter(self.ends)))
 
 

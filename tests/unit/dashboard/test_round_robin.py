@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from matrixinfer.dashboard.round_robin import ENDPOINTS, MODELS, MOST_TOKENS, RoundRobin
+from matrixinfer.dashboard.round_robin import ENDPOINTS, MODELS, PREFIXES, UNKNOWN_TOKENS, RoundRobin
 from matrixinfer.scheduler.framework import Candidate, Condition, Decision, SchedulingRequest
 
 BLOCK = 16
@@ -88,10 +88,20 @@ def test_memory_is_bounded() -> None:
     robin, draw = RoundRobin(), random.Random(1)
     for _ in range(3_000):
         robin.hit(decision([draw.getrandbits(60) for _ in range(2_000)], pods=3))
-    assert len(robin) <= ENDPOINTS * MOST_TOKENS // 400
+    assert len(robin) <= ENDPOINTS * UNKNOWN_TOKENS // 128
     for number in range(2 * MODELS):
         robin.hit(decision([1] * 8, pods=1, model=f"other-{number}"))
     assert len(robin.models) == MODELS
+
+
+def test_prefixes_are_bounded_over_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matrixinfer.dashboard.round_robin.PREFIXES", 300)
+    robin, draw = RoundRobin(), random.Random(1)
+    for _ in range(50):
+        for number in range(10):
+            robin.hit(decision([draw.getrandbits(60) for _ in range(100)], pods=2, model=f"m{number}"))
+    assert 200 < len(robin) <= 300
+    assert PREFIXES > 100_000
 
 
 def test_nothing_is_kept_of_a_pod_that_has_gone() -> None:
