@@ -10,6 +10,7 @@ MatrixInferError
 │   ├── Forbidden              a key that may not do this
 │   ├── LimitExceeded          a key that has used up what it may use
 │   ├── UnknownModel           no pod serves the model, and it is not configured
+│   ├── UnknownResponse        no pod stores the response
 │   ├── PayloadTooLarge        the body exceeds the limit
 │   ├── UnsupportedBody        the body is compressed
 │   └── BodyTimeout            the body did not arrive in time
@@ -51,7 +52,9 @@ MatrixInferError
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
 ├── ProbeFailed              doctor.probe: an engine did not compute a probe
+├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 ├── TraceError               study.formats: a file is no trace that can be replayed
+├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 └── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request
 
 zmq.ZMQError
@@ -157,6 +160,10 @@ class LimitExceeded(RequestError):
 
 class UnknownModel(RequestError):
     """No pod serves the requested model, and it is not configured."""
+
+
+class UnknownResponse(RequestError):
+    """No pod is known to store the response that the request is about."""
 
 
 class PayloadTooLarge(RequestError):

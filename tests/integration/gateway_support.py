@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from matrixinfer.config import (
+    ApiConfig,
     Config,
     ConnectionsConfig,
     DrainConfig,
@@ -29,8 +30,10 @@ from matrixinfer.config import (
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
+from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -40,8 +43,10 @@ from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.pods.session import MAX_FIELD_BYTES
 from matrixinfer.prompt.memory import Memory
+from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.telemetry.metrics import Metrics
@@ -140,15 +145,26 @@ class FakeRouter:
         self.sessions: list[str | None] = []
         self.sought: list[str] = []
         """Models for which engines would have been asked."""
+        self.stored = StoredResponses()
+        self.changed: list[str] = []
+        """Pods whose adapters have changed."""
         self.removed: set[str] = set()
         """Pods that a filter removes."""
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None, ticket: None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        ticket: None = None,
+        read: Reader | None = None,
+        headers: object = None,
     ) -> AsyncIterator[FakeInFlight]:
         try:
-            requested = msgspec.json.decode(body)["model"]
+            requested = msgspec.json.decode(body)["model"] if read is None else read(path, body).model or "tiny"
         except (msgspec.DecodeError, KeyError, TypeError) as error:
             raise InvalidRequest("The body is no JSON object with a model.", param="model") from error
         if requested == "fault":
@@ -168,7 +184,7 @@ class FakeRouter:
         self.sought.append(name)
         return self.registry.is_served(name)
 
-    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+    async def explain(self, path: str, body: bytes, **_: object) -> dict[str, object]:
         return {"path": path, "length": len(body)}
 
     @property
@@ -227,6 +243,7 @@ async def rig(
     connections: ConnectionsConfig | None = None,
     max_connections: int | None = None,
     admin_names: tuple[str, ...] = (),
+    front: ApiConfig | None = None,
 ) -> AsyncIterator[Rig]:
     """A running gateway before pods named a, b, c … at these URLs, all said to serve the model `tiny`."""
     pods = tuple(PodConfig(name=name, url=url, kv_events="none") for name, url in zip("abcdefgh", urls, strict=False))
@@ -240,6 +257,7 @@ async def rig(
         drain=drain or DrainConfig(timeout_seconds=DEADLINE_SECONDS),
         connections=connections or ConnectionsConfig(),
         admin_names=admin_names,
+        api=front or ApiConfig(),
     )
     registry = PodRegistry(pods, config.models, watch or PodWatchConfig(), clock=time.monotonic)
     for pod in registry.pods:
@@ -250,6 +268,7 @@ async def rig(
         pool = stack.enter_context(upstream(limits, metrics))
         retries = retries or RetriesConfig(jitter_seconds=0.0)
         budget = RetryBudget(retries.budget_share, retries.budget_per_second, time.monotonic)
+        credentials = Credentials(lambda _: None, always=False)
         proxy = Proxy(
             pool,
             Retries(retries, budget, random.Random(1)),
@@ -257,11 +276,14 @@ async def rig(
             metrics,
             limits,
             draining,
-            Credentials(lambda _: None, always=False),
+            credentials,
+            config.api.sse_keep_alive_seconds,
         )
         status = Status(registry, metrics, draining).routes()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))
-        api = Api(cast("Router", router), proxy, metrics, bodies).routes()
+        handlers = Api(cast("Router", router), proxy, metrics, bodies, stored=router.stored)
+        fan_out = FanOut(registry, pool, bodies, limits, credentials, changed=router.changed.append)
+        api = {**handlers.routes(), **Passing(config.api.paths, handlers.dispatch, fan_out).routes()}
         models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
         outliers = Outliers(OutliersConfig(), time.monotonic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +16,7 @@ import pytest
 import structlog
 
 from matrixinfer.app.service import Service
+from matrixinfer.cli import main
 from matrixinfer.config import parse
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.server import SimEngine
@@ -119,7 +121,7 @@ async def test_two_models_are_never_mixed_when_engines_do_not_say_what_they_serv
     async with gateway(text % ("", ""), *engines, base=tmp_path) as client:
         status, answer, _ = await client.post("alpha", KEY)
         assert (status, answer["error"]["code"]) == (503, "no_pod_available")
-        assert "2 have not said what they serve" in answer["error"]["message"]
+        assert "2 do not say what they serve (they may require an API key)" in answer["error"]["message"]
     engines = [engine(tokenizer, "alpha"), engine(tokenizer, "beta")]
     async with gateway(text % (", model: alpha", ", model: beta"), *engines, base=tmp_path) as client:
         for model, expected in (("alpha", "a"), ("beta", "b")):
@@ -153,3 +155,28 @@ async def test_the_doctor_uses_the_key_and_says_when_it_is_refused(
         report = await doctor.check({"name": "a", "url": bad.url, "apiKeyEnv": "ENGINE_KEY"}, models=[model])
     assert "it refuses the API key that is configured" in report.of("model")[0]["message"]
     assert report.code == 1
+
+
+async def test_commands_ask_with_the_key_that_they_are_given(
+    tokenizer: LocalTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, key_file = tmp_path / "requests.jsonl", tmp_path / "key"
+    requests.write_text('{"prompt": "hello world"}\n')
+    key_file.write_text(KEY)
+
+    async def run(*words: str) -> tuple[int, str]:
+        code = await asyncio.to_thread(main, [*words])
+        shown = capsys.readouterr()
+        assert KEY not in shown.out + shown.err
+        return code, shown.out + shown.err
+
+    async with engine(tokenizer, flavor="sglang") as guarded:
+        compare = ("tokenize", str(requests), "--tokenizer", str(FOLDER), "--compare", guarded.url)
+        assert (await run(*compare))[0] == 2
+        assert (await run(*compare, "--engine-api-key-env", "ENGINE_KEY"))[0] == 0
+        doctor = ("doctor", "--worker-urls", guarded.url, "--json")
+        assert "it requires an API key" in (await run(*doctor))[1]
+        assert "API key" not in (await run(*doctor, "--engine-api-key-file", str(key_file)))[1]
+        code, shown = await run(*doctor, "--engine-api-key-env", "NO_SUCH_KEY")
+        assert code == 2
+        assert "NO_SUCH_KEY" in shown

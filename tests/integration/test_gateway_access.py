@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,32 @@ async def test_tokens_get_503_and_keys_are_taken_while_the_issuer_s_keys_are_unk
         assert (answer.status, answer.body["error"]["code"]) == (503, "keys_unavailable")
         assert answer.headers["Retry-After"]
         assert (await client.post("sk-bob")).status == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"Authorization: Bearer \xff\xfe",
+        b"Authorization: Bearer \xff.\xfe.\xfd",
+        b"Authorization: Bearer " + "é.é.é".encode(),
+        b"Authorization: Bearer a.b.c",
+        b"Authorization: Bearer " + b"a." * 3000 + b"a",
+        b"Authorization: Bearer eyJhbGciOiJub25lIn0.e30.",
+        b"Authorization: Bearer eyJhbGciOiJFUzI1NiIsImtpZCI6WzFdfQ.e30.AAAA",
+        b"Authorization: Bearer " + b"W1tb" * 2000 + b".e30.AAAA",
+        b"Authorization:",
+        b"x-api-key: \xff",
+        b"x-api-key: a\r\nx-api-key: sk-bob",
+    ],
+)
+async def test_whatever_is_sent_as_a_credential_is_answered_with_401(folder: Path, fields: bytes) -> None:
+    key = jwk.ECKey.generate_key("P-256", {"kid": "k"})
+    async with pod(Provider(key)) as url, gateway(with_tokens(url), Engine(), base=folder) as client:
+        host, port = client.service.gateway.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        body = b'{"model":"tiny","messages":[{"role":"user","content":"x"}]}'
+        head = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % (CHAT.encode(), fields, len(body)) + body)
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 401 "), answer[:300]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -144,3 +147,64 @@ async def test_clients_that_go_away_leave_no_place_taken(tmp_path: Path, leaves:
             return (running, await waiting(client)) == (0, 0)
 
         await eventually(is_empty)
+
+
+class Erratic(Engine):
+    """Answers, refuses, fails, breaks off or is slow, as it likes."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+        self.is_calm = False
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        how = "ok" if self.is_calm else self.rng.choice(("ok", "status", "cut", "broken", "slow"))
+        if how == "status":
+            return web.Response(status=self.rng.choice((400, 404, 429, 500, 503)))
+        if how == "cut" and request.transport is not None:
+            request.transport.abort()
+        if how == "slow":
+            await asyncio.sleep(self.rng.uniform(0.0, 0.2))
+        if how == "broken":
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(b"data: x\n\n")
+            await asyncio.sleep(self.rng.uniform(0.0, 0.05))
+            if request.transport is not None:
+                request.transport.abort()
+        return await super().answer(request)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_nothing_stays_taken_whatever_engines_and_clients_do(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    key_file(tmp_path, [{"name": name, "key": f"sk-{name}"} for name in "xyz"])
+    config = """
+access: {keysFile: keys.yaml, limits: {concurrentRequests: 8, inputTokens: 1000000000}}
+admission: {maxConcurrentRequests: 4, queueSize: 10, queueTimeoutSeconds: 0.3}
+outliers: {maxEjectedShare: 0}
+"""
+    engines = [Erratic(rng), Erratic(rng)]
+    async with gateway(config, *engines, base=tmp_path) as client:
+
+        async def one() -> None:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(rng.choice((0.02, 0.1, 30.0))):
+                    await client.post(f"sk-{rng.choice('xyz')}", stream=rng.random() < 0.5)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(300):
+                group.create_task(one())
+                await asyncio.sleep(rng.uniform(0.0, 0.01))
+        for engine in engines:
+            engine.is_calm = True
+
+        async def is_empty() -> bool:
+            running = await client.metric('matrixinfer_admission_requests{state="running"}')
+            return (running, await waiting(client)) == (0, 0)
+
+        await eventually(is_empty)
+        for name in "xyz":  # each may have as many as ever
+            answers = await asyncio.gather(*(client.post(f"sk-{name}") for _ in range(8)))
+            assert {answer.status for answer in answers} <= {200, 503}
+            assert (await client.post(f"sk-{name}")).status == 200

@@ -75,3 +75,13 @@ async def test_a_header_that_is_too_long_is_refused_in_these_words() -> None:
         answer = await reader.read()
     assert b" 431 " in answer.partition(b"\r\n")[0]
     assert b"exceeds 8190 bytes" in answer
+
+
+@pytest.mark.parametrize(("count", "status"), [(120, b"200"), (129, b"431"), (1000, b"431")])
+async def test_too_many_headers_are_refused_as_too_long_ones_are(count: int, status: bytes) -> None:
+    async with rig() as gateway, connected(gateway) as (reader, writer):
+        fields = b"".join(b"x-%d: 1\r\n" % number for number in range(count))
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % fields)
+        answer = await reader.read()
+    assert answer.split(b" ")[1] == status
+    assert (b"more than 128 headers" in answer) == (status == b"431")

@@ -125,3 +125,19 @@ async def test_a_client_that_goes_away_frees_its_place(folder: Path) -> None:
             return (await client.post("sk-a")).status == 200
 
         await eventually(is_free)
+
+
+async def test_large_requests_are_counted_by_what_they_allow_as_well(folder: Path) -> None:
+    """Their bodies are read in threads."""
+    engine = Held()
+    isolated = "isolation: {secretFile: secret}, limits: {outputTokens: 100}"
+    (folder / "secret").write_text("0123456789abcdef0123456789abcdef")
+    async with gateway(f"access: {{keysFile: keys.yaml, {isolated}}}\n", engine, base=folder) as client:
+        message = {"role": "user", "content": "x" * 600_000}
+        first = asyncio.create_task(client.post("sk-a", messages=[message], max_tokens=60, cache_salt="mine"))
+        await eventually(lambda: bool(engine.bodies))
+        assert (await client.post("sk-a", messages=[message], max_tokens=60)).status == 429
+        engine.may_answer.set()
+        assert (await first).status == 200
+    assert engine.bodies[0]["messages"] == [message]
+    assert len(engine.bodies[0]["cache_salt"]) == 43

@@ -49,3 +49,22 @@ def test_small_writes_wait_for_nothing_on_either_side(
     run: Callable[[Coroutine[Any, Any, tuple[bool, bool]]], tuple[bool, bool]],
 ) -> None:
     assert run(options()) == (True, True)
+
+
+async def answers(host: str, *addresses: str) -> list[int]:
+    """The statuses that a listener at a host gives at these addresses."""
+
+    async def handle(_: web.BaseRequest) -> web.StreamResponse:
+        return web.Response()
+
+    async with Listener(host, 0, {"/": {"GET": handle}}, asyncio.Event()) as listener, client_session() as session:
+        port, statuses = listener.url.rpartition(":")[2], []
+        for address in addresses:
+            async with session.get(f"http://{address}:{port}/") as response:
+                statuses.append(response.status)
+    return statuses
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_the_address_for_all_takes_both_families(run: Callable[[Coroutine[Any, Any, list[int]]], list[int]]) -> None:
+    assert run(answers("::", "127.0.0.1", "[::1]")) == [200, 200]

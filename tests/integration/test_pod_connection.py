@@ -44,7 +44,7 @@ async def client(talk: Talk, limits: LimitsConfig = LIMITS) -> AsyncIterator[Pos
 
 def _poster(connections: Upstream, url: str) -> Post:
     async def post(body: bytes = b"{}", **headers: str) -> tuple[int, bytes]:
-        answer = await connections.post(url, "/v1/completions", body, CIMultiDict(headers))
+        answer = await connections.send("POST", url, "/v1/completions", body, CIMultiDict(headers))
         try:
             return answer.status, await answer.read()
         finally:
@@ -214,7 +214,7 @@ async def test_a_body_that_nobody_reads_waits_at_the_pod() -> None:
 
     async with raw_pod(talk) as url:
         with upstream(LIMITS, Metrics()) as connections:
-            answer = await connections.post(url, "/", b"{}", CIMultiDict())
+            answer = await connections.send("POST", url, "/", b"{}", CIMultiDict())
             await asyncio.sleep(0.5)
             assert sent < size // 2
             assert len(await answer.read()) == size

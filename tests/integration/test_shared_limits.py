@@ -19,6 +19,8 @@ from matrixinfer.config.access import QuotaConfig
 from matrixinfer.errors import LimitExceeded
 from matrixinfer.index.redis.store import Store
 from tests import servers
+from tests.integration.access_support import Engine, key_file
+from tests.integration.access_support import gateway as served
 from tests.waiting import DEADLINE_SECONDS, eventually
 
 pytestmark = pytest.mark.server
@@ -154,3 +156,24 @@ async def test_what_redis_holds_names_nobody_and_ends_by_itself(valkey: servers.
             assert len(keys) == 2
             assert not any("alice" in key for key in keys)
             assert all(0 < int(str(client.ttl(key))) <= 2 * HOUR + 2 for key in keys)
+
+
+async def test_two_gateways_with_many_clients_let_through_what_the_limit_says(
+    valkey: servers.Server, tmp_path: Path
+) -> None:
+    valkey.flush()
+    key_file(tmp_path, [{"name": "a", "key": "sk-a"}])
+    text = (
+        "access: {keysFile: keys.yaml, countIn: redis, limits: {requests: 20, windowSeconds: 3600}}\n"
+        f"redis: {{host: 127.0.0.1, port: {valkey.port}, deadlineSeconds: 60}}\n"
+    )
+    engines = Engine(), Engine()
+    async with (
+        served(text, engines[0], base=tmp_path) as one,
+        served(text, engines[1], base=tmp_path) as other,
+    ):
+        answers = await asyncio.gather(*(each.post("sk-a") for each in (one, other) for _ in range(50)))
+        statuses = [answer.status for answer in answers]
+        assert (statuses.count(200), statuses.count(429)) == (20, 80)
+        assert sum(len(engine.bodies) for engine in engines) == 20
+        assert await one.metric("matrixinfer_limits_degraded") == 0

@@ -103,7 +103,7 @@ async def test_a_request_is_refused_as_too_much_and_counted() -> None:
     shortages = Shortages(metrics, time.monotonic)
     async with pod(Engine()) as url:
         with upstream(LimitsConfig(), metrics, shortages) as connections, no_descriptors(), pytest.raises(Overloaded):
-            await connections.post(url, "/v1/completions", b"{}", CIMultiDict())
+            await connections.send("POST", url, "/v1/completions", b"{}", CIMultiDict())
     assert counted(metrics, "requests") == 1
 
 

@@ -111,7 +111,7 @@ async def test_time_passes_as_the_model_says(tokenizer: LocalTokenizer) -> None:
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": 796}, 400, "input_tokens"),
         (COMPLETIONS, {"prompt": [7] * 796}, 400, "input_tokens"),
-        (COMPLETIONS, {"prompt": "x", "n": 2}, 400, "n"),
+        (COMPLETIONS, {"prompt": "x", "n": 0}, 400, "n"),
         (CHAT, {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 400, None),
         ("/tokenize", {"prompt": ["x", "y"]}, 400, None),
         ("/tokenize", {}, 400, None),

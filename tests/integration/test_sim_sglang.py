@@ -252,12 +252,12 @@ def test_a_load_endpoint_that_cannot_be_bound_is_refused(endpoint: str, capsys: 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"data_parallel_size": 2}, "consecutive"),
-        ({"cpu_blocks": 1}, "no CPU blocks"),
-        ({"attention": ("mla",)}, "expected full attention"),
-        ({"speculative": "drop"}, "of kind `pairs`"),
-        ({"flavor": "vllm", "load_feed": True}, "expected flavor sglang"),
-        ({"flavor": "vllm", "speculative": "pairs"}, "expected flavor sglang"),
+        ({"data_parallel_size": 2}, "--kv-events-port .*consecutive"),
+        ({"cpu_blocks": 1}, "no --cpu-blocks"),
+        ({"attention": ("mla",)}, "expected --attention full"),
+        ({"speculative": "drop"}, "expected --speculative pairs"),
+        ({"flavor": "vllm", "load_feed": True}, "expected --flavor sglang"),
+        ({"flavor": "vllm", "speculative": "pairs"}, "expected --flavor sglang"),
     ],
 )
 def test_what_sglang_cannot_do_is_refused(wrong: dict[str, Any], message: str) -> None:

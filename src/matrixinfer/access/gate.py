@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -21,6 +22,8 @@ ASSUMED_OUTPUT_TOKENS = 512
 """What a request that does not bound its answer is taken to generate, until the engine reports it."""
 
 
+INLINE_BYTES = 256 * 1024
+"""Longer bodies are searched in a thread."""
 CLIENT_GONE = 499
 """Status of a request whose client went away before the end of the answer (nginx's convention)."""
 TOO_MANY = 429
@@ -37,10 +40,13 @@ class Demand(NamedTuple):
     """Whether the engine generates text, and not only reads the prompt."""
     body: bytes
 
-    @property
-    def output_tokens(self) -> int:
+    async def output_tokens(self) -> int:
         """The most that the engine may generate, by the request's own word."""
-        return _output_tokens(self.body) if self.generates else 0
+        if not self.generates:
+            return 0
+        if len(self.body) <= INLINE_BYTES:
+            return _output_tokens(self.body)
+        return await asyncio.to_thread(_output_tokens, self.body)
 
 
 class Used(NamedTuple):
@@ -141,6 +147,11 @@ class Ticket:
         return self._caller
 
     @property
+    def tenant(self) -> str | None:
+        """Whose tenant's request it is, if that is known."""
+        return None if self._caller is None else self._caller.tenant
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the engine should report what the request has used."""
         return self._caller is not None
@@ -180,7 +191,7 @@ class Ticket:
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            cost = max(0, demand.input_tokens - demand.cached_tokens) + demand.output_tokens
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + await demand.output_tokens()
             self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited
@@ -211,7 +222,7 @@ class Ticket:
         amounts = Amounts(
             requests=1,
             input_tokens=demand.input_tokens,
-            output_tokens=0 if caller.quota.output_tokens is None else demand.output_tokens,
+            output_tokens=0 if caller.quota.output_tokens is None else await demand.output_tokens(),
             uncached_tokens=max(0, demand.input_tokens - demand.cached_tokens),
         )
         try:
@@ -225,6 +236,8 @@ class Ticket:
     def _settled(self, taken: Amounts, code: int) -> Amounts:
         """What the request counts for in the end: what failed for no fault of the client counts nothing."""
         used = self._used
+        if code >= 500:
+            return NOTHING
         if used is None:  # nothing was computed, or how much was not said
             if self._was_served or (code == CLIENT_GONE and self._is_admitted):
                 return taken

@@ -23,6 +23,7 @@ from matrixinfer.kvevents.load_follower import LoadFollower
 from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.subscriber import Subscriber
 from matrixinfer.pods.engine_keys import EngineKeys
+from matrixinfer.pods.engine_tls import EngineTls
 from matrixinfer.pods.model_search import ModelSearch
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.session import client_session
@@ -64,6 +65,7 @@ class Engines:
         self.shortages = Shortages(metrics, clock)
         self.registry = PodRegistry(config.pods, config.models, config.pod_watch, clock=clock)
         self.keys = EngineKeys(config, self.registry)
+        self.tls = EngineTls(config, self.registry)
         self.feeds: dict[str, PodFeed] = {}
         """The feed of each endpoint that this process follows; the subscriber fills it."""
         self.drift = Drift(metrics, self._resync, clock, self._reuses_less)
@@ -98,7 +100,10 @@ class Engines:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.keys)
-            self.session: aiohttp.ClientSession = await stack.enter_async_context(client_session(self.keys.for_url))
+            await stack.enter_async_context(self.tls)
+            self.session: aiohttp.ClientSession = await stack.enter_async_context(
+                client_session(self.keys.for_url, self.tls.for_url)
+            )
             await stack.enter_async_context(self.subscriber)
             await stack.enter_async_context(self.loads)
             await stack.enter_async_context(self._dry_run or self.setup)
@@ -240,6 +245,10 @@ class Watching:
         if pod.kv_sources is not None:  # it may never report more
             self._follower(pod)
         self._watcher.watch(pod)
+
+    def ask_again(self, name: str) -> None:
+        """A pod may serve other adapters by now: ask it soon."""
+        self._watcher.ask_again(name)
 
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""

@@ -36,17 +36,22 @@ from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
+from matrixinfer.gateway.fan_out import FanOut
 from matrixinfer.gateway.handlers import Admin, Api, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
+from matrixinfer.gateway.openapi import OpenApi
+from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import Upstream, upstream
+from matrixinfer.pods.engine_api import EngineApi
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.response_search import WAIT_SECONDS, ResponseSearch
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
@@ -55,11 +60,14 @@ from matrixinfer.prompt.samples import SAMPLED_CLASSES
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog
+from matrixinfer.routing.destinations import Destinations
 from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.prepare import Preparer
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.routes import Routes
 from matrixinfer.routing.sizing import Sizer
+from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
 from matrixinfer.scheduler.framework import PluginWatch, Services, Trust
 from matrixinfer.scheduler.plugin_loader import Installed, discover
 from matrixinfer.scheduler.scheduler import Scheduler
@@ -104,6 +112,7 @@ class Service:
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
         self.traffic = History(clock)
+        self._stored = StoredResponses()
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
         self.outliers = Outliers(
@@ -140,7 +149,7 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
-            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages))
+            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages, engines.tls.at))
             gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
             self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
             self._stack = stack.pop_all()
@@ -185,7 +194,9 @@ class Service:
                 sizer,
                 media=media,
                 max_prefix_tokens=config.max_prefix_tokens,
-                find_model=engines.find_model,
+                destinations=Destinations(
+                    engines.registry, engines.find_model, self._find_response(), routes=Routes(self.config.routes)
+                ),
                 clock=clock,
             ),
             candidates=Candidates(
@@ -213,6 +224,12 @@ class Service:
     def _has_rule(self, endpoint: str) -> bool:
         """Whether an endpoint's engine does not reuse every prefix that it holds."""
         return self.engines.setup.caches.rule_of(endpoint) is not None
+
+    def _find_response(self) -> FindResponse:
+        """Finds the engine that stores a response."""
+        engines = self.engines
+        api = EngineApi(engines.session, WAIT_SECONDS)
+        return FindResponse(self._stored, ResponseSearch(api, lambda: engines.registry.pods))
 
     def _find_tokenizers(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> TokenizerFinder:
         engines, config = self.engines, self.config
@@ -252,6 +269,7 @@ class Service:
             "outlier_endpoints": self.outliers.__len__,
             "ladder_blocks": self.ladder.__len__,
             "parity_samples": self._parity.sampling.__len__,
+            "stored_responses": self._stored.__len__,
             "late_prompts": lambda: tokenizers.late,
             "working_prompts": lambda: tokenizers.working,
         }
@@ -274,10 +292,23 @@ class Service:
         retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
         strips = () if config.access is None else config.access.strip_headers
         credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
-        proxy = Proxy(connections, retries, rewriter, metrics, config.limits, draining, credentials)
+        proxy = Proxy(
+            connections,
+            retries,
+            rewriter,
+            metrics,
+            config.limits,
+            draining,
+            credentials,
+            config.api.sse_keep_alive_seconds,
+        )
         bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
-        api = Api(self.router, proxy, metrics, bodies, request_log, gate)
-        models = Models(engines.registry, engines.find_model)
+        api = Api(self.router, proxy, metrics, bodies, request_log, gate, self._stored)
+        fan_out = FanOut(
+            engines.registry, connections, bodies, config.limits, credentials, changed=self.watching.ask_again
+        )
+        passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
+        models = Models(engines.registry, engines.find_model, Routes(config.routes).names())
         feeds = FeedReports(engines.feeds, engines.setup.caches, engines.drift.reuse)
         admin = Admin(
             self.router,
@@ -301,9 +332,10 @@ class Service:
             api=lambda: self.gateway.url,
         )
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        served = {**api.routes(), **protected(models.routes(), gate), **public, **passing.routes()}
         return Gateway(
             config,
-            api={**api.routes(), **protected(models.routes(), gate), **public},
+            api={**served, **OpenApi(served).routes()},
             admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **pages.routes(), **status},
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),

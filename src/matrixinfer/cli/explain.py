@@ -218,7 +218,7 @@ def _print_list(console: Terminal, decisions: Sequence[Json]) -> None:
             _shown(decision["tokens"]),
             pod,
             decision["pods"].get(pod, {}).get("trust", "-"),
-            _shown(decision["predicted_hit_tokens"] if pod == decision["chosen"] else None),
+            _shown(_predicted(decision) if pod == decision["chosen"] else None),
             _shown(reported["cached_tokens"]),
             _shown(reported["status"]),
         )
@@ -233,9 +233,9 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}{_estimated(decision)}")
     guessed = decision["guessed_hit_tokens"]
     by_bytes = f", and about {guessed} more by the bytes that were sent there lately" if guessed else ""
-    console.print(
-        f"predicted hit: {plural(decision['predicted_hit_tokens'], 'token')} on {decision['chosen']}{by_bytes}"
-    )
+    predicted = _predicted(decision)
+    known = "unknown" if predicted is None else plural(predicted, "token")
+    console.print(f"predicted hit: {known} on {decision['chosen']}{by_bytes}")
     if was_sent:
         console.print(_outcome(decision["reported"]))
     scorers = sorted({scorer for pod in decision["pods"].values() for scorer in pod["scores"]})
@@ -274,6 +274,14 @@ def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
         console.print(f"{', '.join(names)} ({trust}): {words}")
     for note in decision["notes"]:
         console.print(f"note: {note}")
+
+
+def _predicted(decision: Json) -> int | None:
+    """The predicted hit; None where nothing was predicted, as tokens or the pod's cache are not known."""
+    pod = decision["pods"][decision["chosen"]]
+    is_known = any(pod[field] for field in ("pending_blocks", "recent_blocks")) or pod["matched_blocks"] is not None
+    predicted: int = decision["predicted_hit_tokens"]
+    return predicted if decision["tokens"] is not None and is_known else None
 
 
 def _limits(decision: Json) -> Mapping[tuple[str, str], Sequence[str]]:

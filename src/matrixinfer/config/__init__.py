@@ -6,9 +6,11 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 """
 
 from matrixinfer.config.access_log import AccessLogConfig
+from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.engine_keys import EngineKeysConfig
 from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
+from matrixinfer.config.routes import RouteConfig, RouteTarget
 from matrixinfer.config.scheduling import (
     BlocksConfig,
     PluginArgs,
@@ -37,20 +39,27 @@ from matrixinfer.config.schema import (
     TlsConfig,
     TokenizationConfig,
 )
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 __all__ = [
     "CLUSTER_SUFFIX",
+    "ENGINE_PATHS",
+    "OTHER_METHODS",
     "AccessLogConfig",
+    "ApiConfig",
     "BlocksConfig",
     "Config",
     "ConnectionsConfig",
+    "CorsConfig",
     "Count",
     "DrainConfig",
     "DriftConfig",
     "EngineKeysConfig",
+    "EngineTlsConfig",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",
+    "ListenerTlsConfig",
     "LogConfig",
     "ModelConfig",
     "OutliersConfig",
@@ -62,6 +71,8 @@ __all__ = [
     "PodWatchConfig",
     "RedisConfig",
     "RetriesConfig",
+    "RouteConfig",
+    "RouteTarget",
     "SchedulerConfig",
     "Seconds",
     "Section",

@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from matrixinfer.config.access import check_access, with_absolute_files
+from matrixinfer.config.api import check_api
 from matrixinfer.config.base import convert
 from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
 from matrixinfer.config.normalise import (
@@ -22,7 +23,9 @@ from matrixinfer.config.normalise import (
     with_shipped_arguments,
     without_aliases,
 )
+from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
+from matrixinfer.config.tls import check_tls, with_base
 from matrixinfer.errors import ConfigError
 
 
@@ -58,8 +61,11 @@ def parse(text: str, *, base: Path) -> Config:
     config = msgspec.structs.replace(
         config,
         models=tuple(_absolute(model, base) for model in config.models),
-        pods=tuple(_with_key_file(pod, base) for pod in config.pods),
+        pods=tuple(_with_files(pod, base) for pod in config.pods),
         engine_keys=_with_key_file(config.engine_keys, base),
+        tls=with_base(config.tls, base),
+        admin_tls=with_base(config.admin_tls, base),
+        engine_tls=with_base(config.engine_tls, base),
         access_log=None if config.access_log is None else config.access_log.located(base),
         access=config.access and with_absolute_files(config.access, base),
     )
@@ -91,7 +97,10 @@ def checked(config: Config, *, given_blocks: Collection[str] = ()) -> Config:
     scheduler = with_shipped_arguments(config.scheduler)
     blocks = with_aliases(config.blocks, scheduler, given=given_blocks)
     _check_names_and_addresses(config)
+    check_api(config.api)
+    check_routes(config.routes)
     key_places(config)
+    check_tls(config)
     if config.access_log is not None:
         config.access_log.key_place()
     check_access(config)
@@ -215,6 +224,10 @@ def _with_key_file(section: _Keyed, base: Path) -> _Keyed:
     if section.api_key_file is None:
         return section
     return msgspec.structs.replace(section, api_key_file=str((base / section.api_key_file).resolve()))
+
+
+def _with_files(pod: PodConfig, base: Path) -> PodConfig:
+    return msgspec.structs.replace(_with_key_file(pod, base), tls=with_base(pod.tls, base))
 
 
 def _absolute(model: ModelConfig, base: Path) -> ModelConfig:

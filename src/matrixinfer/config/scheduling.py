@@ -36,10 +36,6 @@ class PluginRef(Section, frozen=True):
     weight: Annotated[float, Meta(ge=0), described("The plugin's scores are multiplied by this in the total.")] = 1.0
 
 
-def _enabled(*names: str) -> PluginStage:
-    return PluginStage(enabled=tuple(PluginRef(name=name) for name in names))
-
-
 class PluginStage(Section, frozen=True):
     """The plugins of one stage."""
 
@@ -52,14 +48,14 @@ class PluginStage(Section, frozen=True):
 class PluginsConfig(Section, frozen=True, rename="pascal"):
     """Which plugins run at which stage."""
 
-    filter: Annotated[PluginStage, described("Remove pods that must not get the request.")] = _enabled(
-        "least-request", "bounded-load"
+    filter: Annotated[PluginStage, described("Remove pods that must not get the request.")] = PluginStage(
+        enabled=(PluginRef(name="least-request"), PluginRef(name="expected-ttft"))
     )
     score: Annotated[
         PluginStage, described("Rate each remaining pod from 0 to 100. The weighted sum of the scores ranks the pods.")
-    ] = _enabled("kvcache-aware", "least-prefill")
-    picker: Annotated[PluginStage, described("Exactly one plugin, which turns the sums into a ranking.")] = _enabled(
-        "max-score"
+    ] = PluginStage(enabled=(PluginRef(name="expected-ttft"), PluginRef(name="session-affinity", weight=0.004)))
+    picker: Annotated[PluginStage, described("Exactly one plugin, which turns the sums into a ranking.")] = PluginStage(
+        enabled=(PluginRef(name="max-score"),)
     )
     post_schedule: Annotated[PluginStage, described("See each decision after it is made.")] = PluginStage()
 

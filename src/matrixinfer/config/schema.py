@@ -10,9 +10,12 @@ from msgspec import Meta
 from matrixinfer.config.access import AccessConfig
 from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.admission import AdmissionConfig
+from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
 from matrixinfer.config.engine_keys import EngineKeysConfig
+from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
+from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
 """A suffix that some writers append to a pod's name and others leave out."""
@@ -115,6 +118,7 @@ class PodConfig(Section, frozen=True):
         ),
     ] = None
     api_key_env: Annotated[str | None, described("Environment variable with that key.")] = None
+    tls: Annotated[EngineTlsConfig | None, described("TLS to this engine. By default that of `engineTls`.")] = None
 
 
 class IndexConfig(Section, frozen=True):
@@ -444,7 +448,9 @@ class LogConfig(Section, frozen=True):
 class Config(Section, frozen=True):
     """The whole configuration."""
 
-    listen: Annotated[str, described("Address of the API: `host:port`. Port 0 takes a free port.")] = "127.0.0.1:8080"
+    listen: Annotated[
+        str, described("Address of the API: `host:port`. Port 0 takes a free port; `[::]` stands for IPv4 as well.")
+    ] = "127.0.0.1:8080"
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )
@@ -455,6 +461,14 @@ class Config(Section, frozen=True):
             "answered with 403, so that a web page cannot reach it through a name of its own."
         ),
     ] = ()
+    tls: Annotated[ListenerTlsConfig | None, described("TLS of the API. `null` serves plain HTTP.")] = None
+    admin_tls: Annotated[ListenerTlsConfig | None, described("TLS of the admin listener.")] = None
+    engine_tls: Annotated[
+        EngineTlsConfig | None,
+        described(
+            "TLS to engines with `https` URLs whose pod has none of its own. `null` trusts what the system trusts."
+        ),
+    ] = None
     public_metrics: Annotated[
         bool, described("Whether `/metrics` is served at `listen` as well, and not at `admin` alone.")
     ] = True
@@ -463,6 +477,10 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    routes: Annotated[
+        tuple[RouteConfig, ...],
+        described("Which model, and which pods, requests for a name get. Without a route it is the one of that name."),
+    ] = ()
     engine_keys: Annotated[EngineKeysConfig, described("The API key of engines whose pod and model name none.")] = (
         EngineKeysConfig()
     )
@@ -487,6 +505,7 @@ class Config(Section, frozen=True):
     drift: Annotated[
         DriftConfig, described("How hits that engines report are compared with what the index predicted.")
     ] = DriftConfig()
+    api: Annotated[ApiConfig, described("What clients may use, and how they are answered.")] = ApiConfig()
     limits: Annotated[LimitsConfig, described("Limits on requests.")] = LimitsConfig()
     pod_watch: Annotated[PodWatchConfig, described("How pods are observed.")] = PodWatchConfig()
     connections: Annotated[ConnectionsConfig, described("Limits on clients' connections.")] = ConnectionsConfig()

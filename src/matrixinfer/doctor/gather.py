@@ -23,6 +23,7 @@ from matrixinfer.doctor.redis_facts import gather_redis_facts
 from matrixinfer.kvevents.follower import feed_sources
 from matrixinfer.pods.engine_api import About, Answer, EngineApi, EngineDown, OutOfResources, parse_models
 from matrixinfer.pods.engine_keys import EngineKeys
+from matrixinfer.pods.engine_tls import EngineTls
 from matrixinfer.pods.metrics_text import parse_metrics
 from matrixinfer.pods.registry import EngineMetrics, Pod, PodRegistry
 from matrixinfer.pods.session import client_session
@@ -61,7 +62,9 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
     async with AsyncExitStack() as stack:
         keys = EngineKeys(config, registry)
         keys.load()
-        session = await stack.enter_async_context(client_session(keys.for_url))
+        tls = EngineTls(config, registry)
+        tls.load()
+        session = await stack.enter_async_context(client_session(keys.for_url, tls.for_url))
         remote = RemoteTokenizer(session, rests=False)
         tokenizers = await stack.enter_async_context(
             TokenizerManager(config.models, config.tokenization, remote, block_size=blocks.block_size)

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from matrixinfer.access.callers import Caller
 from matrixinfer.access.gate import CLIENT_GONE
-from matrixinfer.gateway.proxy import Exchange
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.telemetry.access_entry import HASH_MASK, AccessEntry, Outcome
 from matrixinfer.telemetry.access_log import AccessLog
@@ -96,11 +96,14 @@ def _outcome(code: int, error: str | None, exchange: Exchange | None) -> Outcome
 
 
 def _predicted(in_flight: InFlight) -> int | None:
-    """The hit predicted where the request was computed; None if the token ids came too late to predict one."""
-    late, asked = in_flight.record.late, in_flight.decision.request
+    """The hit predicted where the request was computed; None if token ids or matches were not there to predict one."""
+    late, asked, pod = in_flight.record.late, in_flight.decision.request, in_flight.pod
     if late is not None:
         return late["predicted_hit_tokens"]
-    return None if asked.prompt_tokens is None else in_flight.pod.predicted_hit(asked.prompt_tokens, asked.block_size)
+    if asked.prompt_tokens is None:
+        return None
+    hit = pod.predicted_hit(asked.prompt_tokens, asked.block_size)
+    return None if pod.matched_blocks is None and not hit else hit
 
 
 def _ms(seconds: float) -> float:

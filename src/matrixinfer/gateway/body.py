@@ -32,12 +32,12 @@ class Bodies:
         """What one request holds. Keep its context open for as long as its body is needed."""
         return self._memory.hold()
 
-    async def read(self, request: web.BaseRequest, held: Held) -> bytes:
+    async def read(self, request: web.BaseRequest, held: Held, *, is_text: bool = True) -> bytes:
         """Read a body, as `read_body` does."""
         limits = self._limits
         most = min(limits.max_body_bytes, self._memory.largest // _COPIES)
         try:
-            return await read_body(request, held, max_bytes=most, seconds=limits.body_timeout_seconds)
+            return await read_body(request, held, max_bytes=most, seconds=limits.body_timeout_seconds, is_text=is_text)
         except Overloaded:
             self._memory.refused += 1
             if self._noted("requests_refused"):
@@ -45,8 +45,10 @@ class Bodies:
             raise
 
 
-async def read_body(request: web.BaseRequest, held: Held, *, max_bytes: int, seconds: float) -> bytes:
-    """Read the whole body, for which memory is taken as it arrives.
+async def read_body(
+    request: web.BaseRequest, held: Held, *, max_bytes: int, seconds: float, is_text: bool = True
+) -> bytes:
+    """Read the whole body, for which memory is taken as it arrives. `is_text`: it must be UTF-8, as JSON is.
 
     Raises `PayloadTooLarge`, `UnsupportedBody` and `Overloaded`, before reading anything if headers say so; `InvalidRequest`
     if the body is malformed; and `BodyTimeout` if it does not arrive within `seconds`.
@@ -66,7 +68,7 @@ async def read_body(request: web.BaseRequest, held: Held, *, max_bytes: int, sec
             # Most bodies arrive together with their headers.
             body = content.read_nowait()
             _take(held, len(body), 0, max_bytes)
-            return _plain(body)
+            return _plain(body) if is_text else body
         if request.headers.get("Expect", "").lower() == "100-continue":
             await _invite(request)
         chunks, size = [], 0
@@ -79,7 +81,8 @@ async def read_body(request: web.BaseRequest, held: Held, *, max_bytes: int, sec
         raise InvalidRequest("The request body is malformed.") from error
     except TimeoutError as error:
         raise BodyTimeout(f"The request body did not arrive within {seconds:g} s.") from error
-    return _plain(b"".join(chunks))
+    body = b"".join(chunks)
+    return _plain(body) if is_text else body
 
 
 def _take(held: Held, count: int, before: int, max_bytes: int) -> None:

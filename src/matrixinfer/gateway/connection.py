@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import structlog
 from aiohttp import web
 from aiohttp.http import HttpVersion11
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
@@ -136,6 +136,8 @@ class Connection(RequestHandler):
         """The client sends nothing more. Keep the connection if it waits for an answer that has not begun."""
         if not self._awaits_answer or not self._knows_interim or not self._body.is_eof():
             return None
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return None  # TLS ends both ways at once
         if len(self._messages) > 1:
             return None
         self._close = True  # after the answer
@@ -163,6 +165,8 @@ class Connection(RequestHandler):
             log.warning("request_malformed", kind=kind)
         if isinstance(exc, LineTooLong):
             response = error_response(431, f"A header or the target of the request exceeds {MAX_LINE_BYTES} bytes.")
+        elif isinstance(exc, BadHttpMessage) and exc.message.startswith("Too many headers"):
+            response = error_response(431, f"The request has more than {MAX_HEADERS} headers.")
         else:
             response = error_response(status, "The request is not valid HTTP." if status < 500 else "Internal error.")
         response.headers["Server"] = headers.SERVER
@@ -191,7 +195,8 @@ class Connection(RequestHandler):
             b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n%s\r\n%s"
             % (status, len(body), fields, body)
         )
-        transport.write_eof()
+        if transport.can_write_eof():
+            transport.write_eof()
         self._close = True  # what still comes is dropped
         self._closing = self._loop.call_later(LINGER_SECONDS, self.force_close)
 

@@ -27,6 +27,7 @@ from matrixinfer.errors import (
     RequestError,
     Unauthenticated,
     UnknownModel,
+    UnknownResponse,
     UnsupportedBody,
 )
 
@@ -37,6 +38,7 @@ _STATUS: dict[type[MatrixInferError], tuple[int, str | None]] = {
     Unauthenticated: (401, "invalid_api_key"),
     Forbidden: (403, "model_not_allowed"),
     UnknownModel: (404, "model_not_found"),
+    UnknownResponse: (404, "response_not_found"),
     BodyTimeout: (408, "request_timeout"),
     PayloadTooLarge: (413, "request_too_large"),
     UnsupportedBody: (415, "unsupported_encoding"),

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -17,18 +18,22 @@ from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.access_log import RequestLog
+from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
-from matrixinfer.gateway.proxy import Exchange, Proxy
+from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.response_ids import ResponseId
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.requests import READERS
+from matrixinfer.prompt.requests import READERS, Reader
+from matrixinfer.prompt.responses import RESPONSES_PATH
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
+from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
@@ -47,8 +52,10 @@ class Api:
         bodies: Bodies,
         request_log: RequestLog | None = None,
         gate: Gate | None = None,
+        stored: StoredResponses | None = None,
     ) -> None:
         self._gate = gate
+        self._stored = StoredResponses() if stored is None else stored
         self._router = router
         self._proxy = proxy
         self._metrics = metrics
@@ -61,6 +68,10 @@ class Api:
 
     async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Dispatch a request with a prompt, and pass its answer on."""
+        return await self.dispatch(request)
+
+    async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
+        """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""
         started = time.monotonic()
         identity = headers.request_id(request.headers)
         model: str | None = None
@@ -75,10 +86,17 @@ class Api:
         try:
             if self._gate is not None:
                 ticket = self._gate.ticket(await self._gate.identify(request.headers))
-            body = await self._bodies.read(request, held)
+            body = await self._bodies.read(request, held, is_text=read is None)
             body_read = time.monotonic()
+            path = request.rel_url.raw_path
             async with self._router.dispatch(
-                request.rel_url.raw_path, body, request_id=identity, session=session, ticket=ticket
+                path,
+                body,
+                request_id=identity,
+                session=session,
+                ticket=ticket,
+                read=read,
+                headers=request.headers,
             ) as in_flight:
                 model = in_flight.decision.request.model
                 exchange = Exchange(
@@ -89,6 +107,9 @@ class Api:
                     ticket=ticket,
                     counts_events=self._request_log is not None,
                 )
+                if path == RESPONSES_PATH:
+                    tenant = None if ticket is None else ticket.tenant
+                    exchange.response_id = ResponseId(partial(self._stored.remember, tenant=tenant))
                 response = await self._proxy.forward(exchange)
                 code, reason, pod = response.status, None, in_flight.pod.name
         except MatrixInferError as error:
@@ -206,7 +227,8 @@ class Admin:
         path = request.rel_url.query.get("path", CHAT_PATH)
         with self._bodies.hold() as held:
             body = await self._bodies.read(request, held)
-            return json_response(await self._router.explain(path, body))
+            session = headers.session_id(request.headers)
+            return json_response(await self._router.explain(path, body, session=session, headers=request.headers))
 
     async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
         """The last decisions, newest first: `?limit=`, and `?id=` of a request or `?pod=` that answered it."""

@@ -7,6 +7,7 @@ drops those when it writes.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -30,16 +31,26 @@ class HeadWriter(StreamWriter):
             self._headers_buf = _serialized(status_line, headers)
 
 
+class ClientRequest(web.BaseRequest):
+    """A client's request. `decorate` adds to the headers of its answer, whatever that is, before they are sent."""
+
+    decorate: Callable[[CIMultiDict[str]], None] | None = None
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        if self.decorate is not None:
+            self.decorate(response.headers)
+
+
 def incoming(
     message: RawRequestMessage,
     payload: StreamReader,
     protocol: RequestHandler,
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
-) -> web.BaseRequest:
+) -> ClientRequest:
     """A client's request, whose answer is written by a `HeadWriter`."""
     loop = asyncio.get_running_loop()
-    return web.BaseRequest(message, payload, protocol, HeadWriter(protocol, loop), task, loop)
+    return ClientRequest(message, payload, protocol, HeadWriter(protocol, loop), task, loop)
 
 
 def _is_plain(line: str, headers: CIMultiDict[str]) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import structlog
 from aiohttp import web
@@ -18,7 +20,10 @@ from matrixinfer.config import ConnectionsConfig
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.connection import Server
+from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.gateway.heads import ClientRequest
+from matrixinfer.gateway.tls import ListenerTls
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.telemetry.intervals import Intervals
 
@@ -32,6 +37,8 @@ CANCEL_SECONDS = 5.0
 _BEGIN_SECONDS = 0.5
 """How long a new connection's first request is waited for when the listener stops."""
 _BACKLOG = 1024
+_ANY = "::"
+"""Stands for all addresses, of IPv4 as well."""
 _NOTED_SECONDS = 10.0
 """How often a kind of bad connection is logged."""
 
@@ -55,7 +62,13 @@ class Listener:
         *,
         connections: ConnectionsConfig | None = None,
         max_connections: int | None = None,
+        cors: Cors | None = None,
+        tls: ListenerTls | None = None,
     ) -> None:
+        self._tls = tls
+        self._context: ssl.SSLContext | None = None
+        self._stack = AsyncExitStack()
+        self._cors = cors
         self._host = host
         self._port = port
         self._routes = routes
@@ -67,7 +80,10 @@ class Listener:
         self._listening: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        """Listen. Raises `OSError` when the address is taken."""
+        """Listen. Raises `OSError` when the address is taken, and `ConfigError` when its certificate cannot be read."""
+        if self._tls is not None:
+            await self._stack.enter_async_context(self._tls)
+            self._context = self._tls.context()
         self._server = Server(
             self._serve,
             keep_alive_seconds=self._connections.keep_alive_seconds,
@@ -76,19 +92,36 @@ class Listener:
             noted=Intervals(_NOTED_SECONDS, time.monotonic),
         )
         loop = asyncio.get_running_loop()
-        self._listening = await loop.create_server(self._server, self._host, self._port, backlog=_BACKLOG)
+        where = {"sock": _for_both(self._port)} if self._host == _ANY else {"host": self._host, "port": self._port}
+        try:
+            self._listening = await loop.create_server(self._server, backlog=_BACKLOG, **where, **self._tls_options())
+        except BaseException:
+            await self._stack.aclose()
+            raise
         self._port = self._listening.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop(0.0)
+        try:
+            await self.stop(0.0)
+        finally:
+            await self._stack.aclose()
 
     @property
     def url(self) -> str:
         """Base URL, with the port in use."""
-        return f"http://[{self._host}]:{self._port}" if ":" in self._host else f"http://{self._host}:{self._port}"
+        scheme = "http" if self._tls is None else "https"
+        return (
+            f"{scheme}://[{self._host}]:{self._port}" if ":" in self._host else f"{scheme}://{self._host}:{self._port}"
+        )
+
+    def _tls_options(self) -> dict[str, Any]:
+        """How connections are accepted: a handshake may take as long as the head of a request."""
+        if self._context is None:
+            return {}
+        return {"ssl": self._context, "ssl_handshake_timeout": self._connections.head_timeout_seconds}
 
     async def stop(self, grace: float) -> None:
         """Stop accepting, close idle connections now and busy ones after their answer, at most `grace` seconds later."""
@@ -99,14 +132,30 @@ class Listener:
         waiting = _waiting(listening)
         listening.close()
         loop = asyncio.get_running_loop()
-        for connection in waiting:
-            await loop.connect_accepted_socket(server, connection)
+        await self._accept(server, waiting, min(grace, _BEGIN_SECONDS))
         ends = loop.time() + grace
         await server.first_requests(min(grace, _BEGIN_SECONDS))
         server.pre_shutdown()
         async with asyncio.TaskGroup() as group:
             group.create_task(server.shutdown(grace + CANCEL_SECONDS))
             group.create_task(self._finish(ends))
+
+    async def _accept(self, server: Server, waiting: Sequence[socket.socket], seconds: float) -> None:
+        """Accept connections, of which those with TLS get so many seconds for their handshakes."""
+        loop = asyncio.get_running_loop()
+        if self._context is None:
+            for connection in waiting:
+                await loop.connect_accepted_socket(server, connection)
+            return
+        tasks = [
+            asyncio.create_task(loop.connect_accepted_socket(server, connection, **self._tls_options()))
+            for connection in waiting
+        ]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _finish(self, ends: float) -> None:
         loop = asyncio.get_running_loop()
@@ -129,6 +178,8 @@ class Listener:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        if self._cors is not None and isinstance(request, ClientRequest):
+            request.decorate = partial(self._cors.decorate, request, is_preflight=request.method == "OPTIONS")
         try:
             response = await self._dispatch(request)
         except MatrixInferError as error:
@@ -157,6 +208,9 @@ class Listener:
             return error_response(404, f"Invalid URL ({method} {path}).", anthropic=_is_anthropic(request))
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
+            preflight = None if self._cors is None else self._cors.preflight(request, methods)
+            if preflight is not None:
+                return preflight
             allowed = ", ".join(methods)
             return error_response(
                 405, f"Use {allowed} with {path}.", headers={"Allow": allowed}, anthropic=_is_anthropic(request)
@@ -173,6 +227,12 @@ class Listener:
             ),
             None,
         )
+
+
+def _for_both(port: int) -> socket.socket:
+    """A socket that takes connections over IPv6 and IPv4. Raises `OSError`."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server((_ANY, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=both)
 
 
 def _waiting(listening: asyncio.Server) -> list[socket.socket]:

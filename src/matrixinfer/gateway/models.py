@@ -23,9 +23,18 @@ _PAGE, _LARGEST_PAGE = 20, 1000
 
 
 class Models:
-    """The models of all pods. `find` asks engines for a model that none has reported."""
+    """The models of all pods. `find` asks engines for a model that none has reported.
 
-    def __init__(self, registry: PodRegistry, find: Callable[[str], Awaitable[bool]]) -> None:
+    `routed` are the names of routes, with the models that requests for them may get.
+    """
+
+    def __init__(
+        self,
+        registry: PodRegistry,
+        find: Callable[[str], Awaitable[bool]],
+        routed: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._routed = routed or {}
         self._registry = registry
         self._find = find
 
@@ -36,7 +45,7 @@ class Models:
     async def list(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every model that a pod serves."""
         caller = caller_of(request)
-        models = [each for each in self._registry.models() if caller is None or caller.may_use(each.name)]
+        models = [each for each in self._models() if caller is None or caller.may_use(each.name)]
         if not _is_anthropic(request):
             return _json({"object": "list", "data": [openai_view(model) for model in models]})
         try:
@@ -60,7 +69,16 @@ class Models:
         return _json(_anthropic_view(model) if anthropic else openai_view(model))
 
     def _model(self, name: str) -> ServedModel | None:
-        return next((model for model in self._registry.models() if model.name == name), None)
+        return next((model for model in self._models() if model.name == name), None)
+
+    def _models(self) -> Sequence[ServedModel]:
+        """What is served under its own name, and under those of routes; a route shows its first model that is served."""
+        served = {model.name: model for model in self._registry.models()}
+        for name, targets in self._routed.items():
+            target = next((served[each] for each in targets if each in served), None)
+            if target is not None:
+                served[name] = msgspec.structs.replace(target, name=name)
+        return [served[name] for name in sorted(served)]
 
 
 def _is_anthropic(request: web.BaseRequest) -> bool:

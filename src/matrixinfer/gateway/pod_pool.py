@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 from aiohttp.abc import ResolveResult
@@ -17,8 +17,11 @@ from yarl import URL
 
 from matrixinfer.errors import Overloaded, shortage_in
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodConnection
+from matrixinfer.pods.engine_tls import Trust
 from matrixinfer.pods.resolver import Resolver
 from matrixinfer.pods.session import IDLE_SECONDS
+
+TrustAt: TypeAlias = Callable[[str | None, int | None], Trust]
 
 _STAGGER_SECONDS: Final = 0.25
 """Delay after which the next address of a host is tried as well (RFC 8305, 5)."""
@@ -55,10 +58,12 @@ def origin_of(url: str) -> Origin:
 class PodPool:
     """Opens connections and keeps the idle ones. Their number is not limited: the scheduler limits what is in flight.
 
-    `on_shortage` is called when this process cannot connect, whatever the pod.
+    `on_shortage` is called when this process cannot connect, whatever the pod. `trust_at` says how to reach the pod at a
+    host and port by TLS.
     """
 
-    def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None]) -> None:
+    def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None], trust_at: TrustAt) -> None:
+        self._trust_at = trust_at
         self._connect_seconds = connect_seconds
         self._on_shortage = on_shortage
         self._resolver = Resolver()
@@ -80,14 +85,15 @@ class PodPool:
     async def connect(self, origin: Origin) -> PodConnection:
         """A new connection. Raises `AttemptFailed`, and `Overloaded` when this process is short of something."""
         loop = asyncio.get_running_loop()
+        trust = self._trust_at(origin.host, origin.port) if origin.is_secure else None
         try:
             async with asyncio.timeout(self._connect_seconds):
                 opened = await self._open(loop, origin)
                 _, connection = await loop.create_connection(
                     partial(PodConnection, loop, partial(self._keep, origin)),
                     sock=opened,
-                    ssl=_tls() if origin.is_secure else None,
-                    server_hostname=origin.host if origin.is_secure else None,
+                    ssl=None if trust is None else trust.context,
+                    server_hostname=None if trust is None else trust.server_name or origin.host,
                 )
         except TimeoutError as error:
             raise AttemptFailed("connect_timeout", was_sent=False) from error
@@ -150,5 +156,10 @@ def _address(found: ResolveResult) -> AddrInfoType:
 
 
 @lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
+def _system() -> ssl.SSLContext:
     return ssl.create_default_context()
+
+
+def system_trust(_host: str | None, _port: int | None) -> Trust:
+    """Believe whom the system believes."""
+    return Trust(_system(), None)

@@ -10,22 +10,21 @@ away the task is cancelled, which closes the pod's connection whatever it is wai
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11, StreamWriter
 
-from matrixinfer.access.gate import Ticket, Used
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
-from matrixinfer.gateway import headers, usage
+from matrixinfer.gateway import headers
+from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
 from matrixinfer.gateway.credentials import Credentials
+from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
@@ -49,61 +48,6 @@ class _Refused(Exception):
         self.response = response
 
 
-@dataclass(slots=True, kw_only=True)
-class Exchange:
-    """A client's request and where it was dispatched to."""
-
-    request: web.BaseRequest
-    id: str
-    started: float
-    """Seconds on the monotonic clock."""
-    in_flight: InFlight
-    ticket: Ticket | None = None
-    """What the request was promised; None where everybody may send anything."""
-    has_begun: bool = False
-    """Whether the client has got the first byte of a streamed answer."""
-    first_byte_at: float | None = None
-    """When the first byte of the answer came."""
-    output_tokens: int | None = None
-    """Tokens of the answer, if it reports them."""
-    counts_events: bool = False
-    """Whether somebody wants to know `stream_events`."""
-    stream_events: int = 0
-    """Server-sent events of the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A pod's answer, whose headers have come."""
-
-    exchange: Exchange
-    upstream: PodAnswer
-    adds_usage: bool
-    """The gateway asked for a usage report that the client must not see."""
-
-    @property
-    def length(self) -> int | None:
-        """Bytes of the body as the client gets it; None when that is not known beforehand."""
-        return None if self.is_stripped else self.upstream.content_length
-
-    @property
-    def is_stripped(self) -> bool:
-        """Whether the usage report that the gateway asked for is taken out of the stream."""
-        return self._is_plain and self.adds_usage and self.upstream.content_type == "text/event-stream"
-
-    @property
-    def may_report(self) -> bool:
-        """Whether the answer may report how many prompt tokens there were, and somebody wants to know."""
-        if not self._is_plain:
-            return False
-        ticket = self.exchange.ticket
-        return self.exchange.in_flight.wants_usage or (ticket is not None and ticket.wants_usage)
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.upstream.status == 200 and "Content-Encoding" not in self.upstream.headers
-
-
 class Proxy:
     """Forwards requests over one client session. Once `draining` is set, every answer ends its connection."""
 
@@ -116,8 +60,10 @@ class Proxy:
         limits: LimitsConfig,
         draining: asyncio.Event,
         credentials: Credentials,
+        keep_alive_seconds: float | None = None,
     ) -> None:
         self._credentials = credentials
+        self._keep_alive_seconds = keep_alive_seconds
         self._upstream = upstream
         self._retries = retries
         self._rewriter = rewriter
@@ -140,7 +86,7 @@ class Proxy:
                 raise
             self._metrics.upstream_error(exchange.in_flight.pod.name, "timeout")
             if exchange.has_begun:
-                _cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
+                cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
             else:
                 exchange.in_flight.timed_out()
             within = f"{self._limits.request_timeout_seconds:g} s"
@@ -184,28 +130,35 @@ class Proxy:
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank, adds_usage=adds_usage)
         moves = may_move and retry.may_send_again and in_flight.following() is not None
         with _UnlessDown(in_flight) if moves else _ALWAYS:
-            answer = _Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body.adds_usage)
+            answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status = answer.upstream.status
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
                 if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
-                length = answer.length
+                length = None if answer.is_stripped else answer.upstream.content_length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
-                first = await (answer.upstream.read() if is_whole else answer.upstream.readany())
+                first = await (answer.upstream.read() if is_whole else self._first(answer))
             except BaseException:
                 answer.upstream.close()
                 raise
         try:
-            self._first_byte(answer)
-            if not is_whole:
+            if first is not None:
+                self._first_byte(answer)
+            if first is None or not is_whole:
                 return await self._stream(answer, first)
-            if answer.may_report:
-                _count(exchange, first)
-            return self._response(answer, first)
+            passage = Passage(answer, is_whole=True)
+            first = passage.change(first)
+            return self._response(answer, first + passage.end())
         finally:
             # Does nothing when the answer was read to its end: its connection is back in the pool.
             answer.upstream.close()
+
+    async def _first(self, answer: Answer) -> bytes | None:
+        """The first bytes of a stream; None if its pod is silent for so long that the client needs a sign of life."""
+        if self._keep_alive_seconds is None or not answer.is_events:
+            return await answer.upstream.readany()
+        return await read_within(self._keep_alive_seconds, answer.upstream.readany)
 
     @staticmethod
     def _may_refuse(in_flight: InFlight, retry: Retry, status: int) -> bool:
@@ -221,58 +174,77 @@ class Proxy:
         self._credentials.apply(
             sent_headers, pod.url, is_authenticated=exchange.ticket is not None and exchange.ticket.is_authenticated
         )
-        if body.adds_usage:
-            sent_headers["accept-encoding"] = "identity"  # the report could not be taken out of a compressed stream
+        if body.adds_usage or body.renamed is not None:
+            sent_headers["accept-encoding"] = "identity"  # a compressed answer could not be changed
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
-        return await self._upstream.post(pod.url, request.rel_url.raw_path_qs, body.bytes, sent_headers, once=once)
+        target = request.rel_url.raw_path_qs
+        return await self._upstream.send(request.method, pod.url, target, body.bytes, sent_headers, once=once)
 
-    async def _refuse(self, answer: _Answer) -> NoReturn:
+    async def _refuse(self, answer: Answer) -> NoReturn:
         """Keep the answer for the case that no other pod answers, unless it is too long."""
         length, kept = answer.upstream.content_length, None
         if length is not None and length <= _MAX_REFUSAL_BYTES:
             kept = self._response(answer, await answer.upstream.read())
         raise _Refused(kept, answer.upstream.status)
 
-    async def _stream(self, answer: _Answer, chunk: bytes) -> web.StreamResponse:
-        """Pass on an answer that begins with `chunk`; the rest is written as it is read."""
-        exchange, pod = answer.exchange, answer.exchange.in_flight.pod
+    async def _stream(self, answer: Answer, chunk: bytes | None) -> web.StreamResponse:
+        """Pass on an answer that begins with `chunk`; the rest is written as it is read.
+
+        None stands for a pod that is still silent: the answer begins with a comment, and can go to no other pod.
+        """
+        exchange, has_first = answer.exchange, chunk is not None
         request = exchange.request
         response = self._response(answer, None)
-        answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
+        if has_first:
+            answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
         exchange.has_begun = True
         writer = cast("StreamWriter", await response.prepare(request))
         protocol = request.protocol
-        readany = answer.upstream.readany
-        tail = usage.Tail() if answer.may_report else None
-        stripper = usage.UsageStripper() if answer.is_stripped else None
+
+        async def write(data: bytes) -> None:
+            await writer.write(data, drain=False)
+            if protocol.writing_paused:
+                await self._drain(exchange, writer)
+
+        keep_alive = None
+        if self._keep_alive_seconds is not None and answer.is_events:
+            keep_alive = KeepAlive(self._keep_alive_seconds, answer.upstream.readany, write)
+        read = answer.upstream.readany if keep_alive is None else keep_alive.read
+        if chunk is None:
+            await write(COMMENT)
+            chunk = await self._next(answer, read, has_first=False)
+            self._first_byte(answer)
+            answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
+        passage = Passage(answer, is_whole=False)
         while chunk:
-            if exchange.counts_events:
-                exchange.stream_events += chunk.count(b"data:")
-            if tail is not None:
-                tail.add(chunk)
-            if stripper is not None:
-                chunk = stripper.strip(chunk)
+            chunk = passage.change(chunk)
             if chunk:
                 await writer.write(chunk, drain=False)
             if protocol.writing_paused:
                 await self._drain(exchange, writer)
-            try:
-                chunk = await readany()
-            except AttemptFailed as error:
-                _cut(request)
-                kind = "timeout" if error.kind == "timeout" else "broken"
-                self._metrics.upstream_error(pod.name, kind)
-                exchange.in_flight.broke(kind)
-                if kind == "timeout":
-                    silence = f"{self._limits.idle_timeout_seconds:g} s"
-                    raise PodTimeout(f"Pod {pod.name} sent nothing for {silence}.") from error
-                raise PodUnreachable(f"Pod {pod.name} broke off its answer.") from error
-        if tail is not None:
-            _count(exchange, bytes(tail))
-        if stripper is not None and (chunk := stripper.rest()):
-            await writer.write(chunk, drain=False)
+            if keep_alive is not None:
+                keep_alive.passed(chunk)
+            chunk = await self._next(answer, read)
+        if rest := passage.end():
+            await writer.write(rest, drain=False)
         await response.write_eof()
         return response
+
+    async def _next(self, answer: Answer, read: Callable[[], Awaitable[bytes]], *, has_first: bool = True) -> bytes:
+        """The next bytes of a stream; nothing at its end. If its pod fails, the client's connection is cut."""
+        exchange = answer.exchange
+        try:
+            return await read()
+        except AttemptFailed as error:
+            cut(exchange.request)
+            pod, kind = exchange.in_flight.pod.name, "timeout" if error.kind == "timeout" else "broken"
+            self._metrics.upstream_error(pod, kind)
+            exchange.in_flight.broke(kind)
+            if kind == "timeout":
+                limits = self._limits
+                seconds = limits.idle_timeout_seconds if has_first else limits.first_byte_timeout_seconds
+                raise PodTimeout(f"Pod {pod} sent nothing for {seconds:g} s.") from error
+            raise PodUnreachable(f"Pod {pod} broke off its answer.") from error
 
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
         """Wait until the client has read what was written. A client that reads nothing for too long is cut off."""
@@ -280,17 +252,17 @@ class Proxy:
             async with asyncio.timeout(self._limits.idle_timeout_seconds):
                 await writer.drain()
         except TimeoutError as error:
-            _cut(exchange.request)
+            cut(exchange.request)
             raise ConnectionResetError("the client stopped reading") from error
 
-    def _response(self, answer: _Answer, body: bytes | None) -> web.StreamResponse:
+    def _response(self, answer: Answer, body: bytes | None) -> web.StreamResponse:
         """The response to the client, not yet started: with its whole body, or to be streamed."""
         exchange, upstream = answer.exchange, answer.upstream
         passed = headers.to_client(upstream.headers, exchange.id, exchange.in_flight.pod.name)
         if exchange.ticket is not None:
             passed.update(exchange.ticket.headers)
         status, reason, length = upstream.status, upstream.reason, answer.length
-        if length is None:
+        if length is None or (body is not None and len(body) != length):
             passed.popall("content-length", None)
         response: web.StreamResponse
         if body is None and length is None and exchange.request.version < HttpVersion11:
@@ -304,7 +276,7 @@ class Proxy:
             response.force_close()
         return response
 
-    def _first_byte(self, answer: _Answer) -> None:
+    def _first_byte(self, answer: Answer) -> None:
         answer.exchange.first_byte_at = now = time.monotonic()
         seconds = now - answer.exchange.started
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
@@ -338,30 +310,3 @@ class _UnlessDown:
         # Whoever else cancels the task at the same time means to end it, and not this attempt alone.
         if self._is_down and self._task is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
             raise AttemptFailed("went_down", was_sent=True) from error
-
-
-def _count(exchange: Exchange, answer: bytes) -> None:
-    """Pass on the usage that an answer reports at its end, if it does."""
-    counted = usage.usage(answer)
-    if counted is None:
-        return
-    exchange.output_tokens = counted.output
-    if exchange.in_flight.wants_usage:
-        exchange.in_flight.usage(counted.prompt, counted.cached)
-    if exchange.ticket is not None:
-        exchange.ticket.used(Used(counted.prompt, counted.cached, counted.output))
-
-
-def _cut(request: web.BaseRequest) -> None:
-    """Close a client's connection so that what it received cannot pass for a complete answer."""
-    transport = request.transport
-    if transport is None:
-        return
-    if request.version < HttpVersion11:
-        # The end of the connection would mark the end of the answer: reset it instead.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
-    elif request.protocol.writing_paused:
-        transport.abort()
-    else:
-        transport.close()

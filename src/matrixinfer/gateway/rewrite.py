@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import msgspec
 
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt import opaque
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.fields import decode
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
@@ -16,6 +18,7 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+_ASKED = b'{"include_usage":true}'
 _RANK_FIELDS = ("routed_dp_rank", "data_parallel_rank")
 """SGLang's field that pins a request to a data-parallel rank, and the older name of it."""
 
@@ -28,6 +31,8 @@ class PodBody(NamedTuple):
     """It asks for a usage report that the client did not ask for, and must not see."""
     rank: int | None = None
     """The data-parallel rank to ask for, as the engine's API counts; None where the engine is to choose."""
+    renamed: tuple[Collection[str], str] | None = None
+    """The names by which the engine may answer, and the one that the client asked for, where they differ."""
 
 
 class BodyRewriter:
@@ -52,24 +57,31 @@ class BodyRewriter:
         """
         position = None if rank is None else self._registry.position(pod, rank)
         pinned = position if position is not None and self._registry.engine_of(pod) == "sglang" else None
-        named = self._named(pod, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
-        return named._replace(rank=position)
+        name, asked = self._registry.name_at(pod, prompt.model), prompt.asked or prompt.model
+        renamed = (self._registry.spellings(pod, name), asked) if prompt.names_model and name != asked else None
+        named = self._named(name, prompt, body, pinned, adds_usage=adds_usage or self._adds_usage)
+        return named._replace(rank=position, renamed=renamed)
 
-    def _named(self, pod: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
-        name = self._registry.name_at(pod, prompt.model)
+    def _named(self, name: str, prompt: Prompt, body: bytes, pinned: int | None, *, adds_usage: bool) -> PodBody:
+        asked = prompt.asked or prompt.model
+        if prompt.opaque:
+            is_known = name == asked or not prompt.names_model
+            return PodBody(body if is_known else opaque.with_model(body, name), adds_usage=False)
         if not prompt.names_model:
-            body, prompt = with_model(body, name), msgspec.structs.replace(prompt, model=name)
+            body, asked = with_model(body, name), name
         may_add = adds_usage and prompt.stream and prompt.path in (CHAT_PATH, COMPLETIONS_PATH)
-        if not may_add and name == prompt.model:
+        if not may_add and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
+        if may_add and name == prompt.model and b"stream_options" not in body:
+            return PodBody(pin_rank(_with_field(body, "stream_options", _ASKED), pinned), adds_usage=True)
         try:
             fields = decode(_FIELDS, body)
         except InvalidRequest:
-            if name != prompt.model:
+            if name != asked:
                 raise
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         options = _with_usage(fields.get("stream_options")) if may_add else None
-        if options is None and name == prompt.model:
+        if options is None and name == asked:
             return PodBody(pin_rank(body, pinned), adds_usage=False)
         if options is not None:
             fields["stream_options"] = options
@@ -82,8 +94,13 @@ def with_model(body: bytes, model: str) -> bytes:
 
     The field comes last: of equal keys, readers of JSON take the last one, and the client's may be null.
     """
+    return _with_field(body, "model", msgspec.json.encode(model))
+
+
+def _with_field(body: bytes, field: str, value: bytes) -> bytes:
+    """A JSON object with one more field at its end, and otherwise the client's own bytes."""
     fields = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
-    return b'%b%b"model":%b}' % (fields, b"" if fields.endswith(b"{") else b",", msgspec.json.encode(model))
+    return b'%b%b"%b":%b}' % (fields, b"" if fields.endswith(b"{") else b",", field.encode(), value)
 
 
 def pin_rank(body: bytes, rank: int | None) -> bytes:

@@ -8,8 +8,10 @@ from types import TracebackType
 from typing import Self
 
 from matrixinfer.config import Config, split_address
+from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
+from matrixinfer.gateway.tls import ListenerTls
 
 
 class Gateway:
@@ -36,6 +38,8 @@ class Gateway:
             draining,
             connections=config.connections,
             max_connections=max_connections,
+            cors=None if config.api.cors is None else Cors(config.api.cors),
+            tls=None if config.tls is None else ListenerTls(config.tls, "$.tls"),
         )
         self._admin: Listener | None = None
         if config.admin is not None:
@@ -44,11 +48,12 @@ class Gateway:
                 guarded(admin, config.admin_names),
                 draining,
                 connections=config.connections,
+                tls=None if config.admin_tls is None else ListenerTls(config.admin_tls, "$.adminTls"),
             )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """Listen. Raises `OSError` when an address is taken."""
+        """Listen. Raises `OSError` when an address is taken, and `ConfigError` when a certificate cannot be read."""
         async with AsyncExitStack() as stack:
             if self._admin is not None:
                 await stack.enter_async_context(self._admin)

@@ -15,11 +15,14 @@ from multidict import CIMultiDict
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
-from matrixinfer.gateway.pod_pool import Origin, PodPool, origin_of
+from matrixinfer.gateway.pod_pool import Origin, PodPool, TrustAt, origin_of, system_trust
 from matrixinfer.telemetry.metrics import Metrics
 
 MAX_WHOLE_BYTES = 1024 * 1024
 """Answers up to this size are passed on at once, longer ones piece by piece."""
+
+_WITHOUT_BODY = ("GET", "DELETE")
+"""Methods whose requests have no body as a rule (RFC 9110, 9.3)."""
 
 
 class Upstream:
@@ -30,8 +33,8 @@ class Upstream:
         self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
-    async def post(
-        self, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
+    async def send(
+        self, method: str, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
     ) -> PodAnswer:
         """The answer of the pod at `url`, whose headers have come; `target` is a path with its query.
 
@@ -40,7 +43,7 @@ class Upstream:
         Raises `AttemptFailed`, and `Overloaded` when this process is short of something.
         """
         origin = origin_of(url)
-        head = _head(origin, target, headers, len(body))
+        head = _head(method, origin, target, headers, len(body))
         connection = None if once else self._pool.reuse(origin)
         if connection is not None:
             try:
@@ -64,20 +67,26 @@ def upstream(
     limits: LimitsConfig,
     metrics: Metrics,
     on_shortage: Callable[[str, str], None] = lambda _place, _what: None,
+    trust_at: TrustAt | None = None,
 ) -> Iterator[Upstream]:
-    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod."""
-    pool = PodPool(limits.connect_timeout_seconds, on_shortage)
+    """Keep connections to the pods. `on_shortage` is called when this process cannot connect, whatever the pod.
+
+    `trust_at` says how to reach the pod at a host and port by TLS.
+    """
+    pool = PodPool(limits.connect_timeout_seconds, on_shortage, trust_at or system_trust)
     try:
         yield Upstream(pool, limits, metrics)
     finally:
         pool.close()
 
 
-def _head(origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
+def _head(method: str, origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
     """The head of a request. Raises `ValueError` if a header would add a line to it."""
-    lines = [f"POST {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
+    lines = [f"{method} {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += [f"content-length: {length}", "", ""]
+    if length or method not in _WITHOUT_BODY:
+        lines.append(f"content-length: {length}")
+    lines += ["", ""]
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
         raise ValueError("a header contains the end of a line")

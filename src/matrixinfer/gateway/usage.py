@@ -90,7 +90,7 @@ class UsageStripper:
     def __init__(self) -> None:
         self._held = b""
 
-    def strip(self, chunk: bytes) -> bytes:
+    def change(self, chunk: bytes) -> bytes:
         """The bytes that can be passed on so far, possibly none."""
         data = self._held + chunk
         passed, start = [], 0

@@ -135,8 +135,12 @@ class EventReader:
         """The blocks present where the event is about; None if there are none."""
         return self.forests.get(self.layout.place(event.medium, event.group_idx))
 
+    def end(self) -> bool:
+        """A batch is over. Returns whether that may change what is known."""
+        return self._rules.rule is not None and self.grouping.check_links()
+
     def settle(self) -> None:
-        """A batch is over."""
+        """A batch, or a slice of one, is over."""
         self.footprint.holds(self._held_tokens())
         if self._rules.rule is not None:
             self.grouping.settle()

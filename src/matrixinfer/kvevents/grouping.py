@@ -102,10 +102,8 @@ class Grouping:
                 self._limits.drop(words)
 
     def settle(self) -> None:
-        """A batch is over: bring the marks up to date, and see whether groups name blocks of the primary one."""
+        """A batch, or a slice of one, is over: bring the marks up to date."""
         self._reusable.settle(self.primary_forest)
-        if self._unlinked:
-            self._check_links()
 
     def reset(self) -> None:
         """Expect another engine."""
@@ -134,8 +132,13 @@ class Grouping:
             self._limits.drop(SPARSE_WINDOWS)
             self._limits.drop(CHUNKED_ALONE)
 
-    def _check_links(self) -> None:
-        """See whether the blocks of other groups, as this batch left them, are among those of the primary one."""
+    def check_links(self) -> bool:
+        """See whether the blocks of other groups, as a batch left them, are among those of the primary one.
+
+        Returns whether there were any to look at.
+        """
+        if not self._unlinked:
+            return False
         forest = self.primary_forest
         for group, blocks in self._unlinked.items():
             if forest is not None and any(block in forest for block in blocks):
@@ -148,3 +151,4 @@ class Grouping:
             self._limits.note(UNLINKED, lasting=True)
         else:
             self._limits.drop(UNLINKED)
+        return True

@@ -198,6 +198,10 @@ class Ledger:
 
     def apply(self, *events: Event) -> None:
         """Apply events in order. Raises `UntrustedEvents`, after which the ledger must be cleared."""
+        self._apply_some(events)
+        self._end()
+
+    def _apply_some(self, events: Sequence[Event]) -> None:
         try:
             self._apply(events)
         except (IndexError, KeyError, ValueError) as error:
@@ -209,8 +213,14 @@ class Ledger:
     def applying(self, events: Sequence[Event]) -> Iterator[None]:
         """Apply events as `apply` does, slice by slice. After each one the index is as if no more had been published."""
         for part in slices(self._ordered(events), self._reader.forest_of):
-            self.apply(*part)
+            self._apply_some(part)
             yield
+        self._end()
+
+    def _end(self) -> None:
+        """A batch is over."""
+        if self._reader.end():
+            self._show()
 
     def skip(self, kind: str) -> None:
         """The engine published an event of a type that is not known here."""

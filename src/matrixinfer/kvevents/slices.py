@@ -93,7 +93,10 @@ def _last_first(event: BlockRemoved, forest: Forest | None) -> BlockRemoved:
 
 
 def pieces(event: Event) -> Iterator[Event]:
-    """An event as several of `PIECE_BLOCKS` blocks; as it is where it cannot be cut."""
+    """An event as several of up to `PIECE_BLOCKS` blocks; as it is where it cannot be cut.
+
+    Of a stored event at the root the first piece is one block: several that are all present would pass for a hit.
+    """
     if isinstance(event, BlockRemoved):
         hashes = event.block_hashes
         for start in range(0, len(hashes), PIECE_BLOCKS):
@@ -104,8 +107,9 @@ def pieces(event: Event) -> Iterator[Event]:
         yield event
         return
     hashes, size = event.block_hashes, event.block_size
-    for start in range(0, len(hashes), PIECE_BLOCKS):
-        end = start + PIECE_BLOCKS
+    end = 0
+    while end < len(hashes):
+        start, end = end, end + PIECE_BLOCKS if end or event.parent_block_hash is not None else 1
         yield replace(
             event,
             block_hashes=hashes[start:end],

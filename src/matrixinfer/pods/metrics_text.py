@@ -29,6 +29,9 @@ _Sample = tuple[int | None, float]
 """Rank and value."""
 _CACHE_TOKENS = (b"sglang:max_total_num_tokens",)
 _PAGE_SIZE = (b"sglang:page_size",)
+_ADAPTERS = b"vllm:lora_requests_info"
+_ADAPTER_LABEL = re.compile(rb'[{,](?:running|waiting)_lora_adapters="([^"]*)"')
+_MOST_ADAPTERS = re.compile(rb'[{,]max_lora="(\d{1,4})"')
 _SLEEP_STATE = b"vllm:engine_sleep_state"
 _SLEEP_LABEL = re.compile(rb'[{,]sleep_state="([a-z_]+)"')
 _START_TIME = b"process_start_time_seconds"
@@ -56,6 +59,7 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
     caching = _PREFIX_CACHING.search(cache[1]) if cache else None
     blocks = _BLOCK_COUNT.search(cache[1]) if cache else None
     held = [round(value) for _, value in _values(text, _CACHE_TOKENS) if value >= 1]
+    adapters = _adapters(text)
     pages = [round(value) for _, value in _values(text, _PAGE_SIZE) if value >= 1]
     return EngineMetrics(
         running=whole.running,
@@ -68,6 +72,8 @@ def parse_metrics(text: bytes, *, read_at: float) -> EngineMetrics:
         cache_tokens=int(blocks[1]) * int(block_size[1]) if blocks and block_size else max(held, default=None),
         prefix_caching=caching[1] == b"True" if caching else None,
         sleep=_sleep(text),
+        adapters=None if adapters is None else adapters[0],
+        most_adapters=0 if adapters is None else adapters[1],
         started_at=max((value for _, value in _samples(text, _START_TIME) if value > 0), default=None),
         boot=_boot(text),
         ranks={
@@ -109,6 +115,25 @@ def _sleep(text: bytes) -> Sleep | None:
     if any(states.get(b"discard_all", ())):
         return "discard_all"
     return "weights_offloaded" if any(states.get(b"weights_offloaded", ())) else "paused"
+
+
+def _adapters(text: bytes) -> tuple[tuple[str, ...], int] | None:
+    """The adapters that an engine used last, and how many it can hold; None if it does not say.
+
+    Each state that the engine was in is a series, whose value is when it was last in it. The adapters of the latest ones
+    are still there: an engine drops the one that was unused for longest, and only for another one.
+    """
+    states = sorted(_samples(text, _ADAPTERS), key=lambda sample: sample[1], reverse=True)
+    most = max((int(found[1]) for line, _ in states if (found := _MOST_ADAPTERS.search(line))), default=0)
+    names: dict[str, None] = {}
+    for line, _ in states:
+        listed = (
+            name for label in _ADAPTER_LABEL.findall(line) for name in label.decode("utf-8", "replace").split(",")
+        )
+        names.update(dict.fromkeys(name for name in listed if name))
+        if len(names) >= most:
+            break
+    return (tuple(names)[:most], most) if most else None
 
 
 def _boot(text: bytes) -> BootMarks:

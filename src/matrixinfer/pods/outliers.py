@@ -249,6 +249,12 @@ class Outliers:
         wanted = seconds if retry_after is None else retry_after
         endpoint.busy_until = self._clock() + min(max(wanted, 0.0), self._config.max_busy_seconds)
 
+    def not_busy(self, name: str) -> None:
+        """The last `busy` was not about the endpoint."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is not None:
+            endpoint.busy, endpoint.busy_until = max(0, endpoint.busy - 1), 0.0
+
     def abandoned(self, name: str) -> None:
         """The probe ended without an outcome, such as when its client went away."""
         endpoint = self._endpoints.get(name)

@@ -43,6 +43,10 @@ class EngineMetrics:
     """How the engine sleeps; None if it is awake or does not say."""
     started_at: float | None = None
     """When the engine's process started, in Unix seconds on its clock."""
+    adapters: tuple[str, ...] | None = None
+    """The adapters that it used last, the latest first, as many as it has on its device; None if it does not say."""
+    most_adapters: int = 0
+    """How many adapters it can have on its device."""
     boot: BootMarks = field(default_factory=BootMarks)
     """What shows that the engine has restarted."""
     ranks: Mapping[int, RankMetrics] = field(default_factory=dict)

@@ -78,15 +78,11 @@ class PodRegistry:
             if requested not in self._configured:
                 if not unidentified:
                     raise UnknownModel(f"The model `{requested}` does not exist.", param="model")
-                raise NoPodAvailable(
-                    f"No pod serves the model `{requested}`; {len(unidentified)} have not answered yet."
-                )
+                raise NoPodAvailable(f"No pod is known to serve the model `{requested}`: {_why_unknown(unidentified)}.")
             if not unidentified:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")
             if not self._has_one_model:  # they may serve another one
-                raise NoPodAvailable(
-                    f"No pod is known to serve the model `{requested}`; {len(unidentified)} have not said what they serve."
-                )
+                raise NoPodAvailable(f"No pod is known to serve the model `{requested}`: {_why_unknown(unidentified)}.")
             index_name, pods = name, unidentified
         healthy = [pod for pod in pods if pod.healthy]
         return index_name, [
@@ -196,6 +192,13 @@ class PodRegistry:
             return requested
         return self._configured.get(requested, requested)
 
+    def spellings(self, pod: str, name: str) -> tuple[str, ...]:
+        """The names by which a pod may answer a request that it gets under `name`."""
+        state = self._by_name.get(pod)
+        served = None if state is None else state.served
+        own = served is not None and name in served.aliases and served.base_model != name
+        return (name, served.base_model) if served is not None and own else (name,)
+
     def engine_of(self, pod: str) -> EngineKind | None:
         """The kind of engine of a pod; None if it is not known."""
         state = self._by_name.get(pod)
@@ -295,6 +298,14 @@ class PodRegistry:
         names = [(pod, pod.index_name(name)) for pod in self.pods]
         serving = [(pod, index_name) for pod, index_name in names if index_name is not None]
         return serving[0][1] if serving else name, [pod for pod, _ in serving]
+
+
+def _why_unknown(unidentified: Sequence[Pod]) -> str:
+    """Why it is not known what these pods serve, in words."""
+    withholding = sum(pod.healthy for pod in unidentified)
+    silent = len(unidentified) - withholding
+    why = [f"{withholding} do not say what they serve (they may require an API key)"] if withholding else []
+    return " and ".join([*why, *([f"{silent} have not answered yet"] if silent else [])])
 
 
 def _configured_sources(pod: PodConfig) -> tuple[KvSource, ...] | None:

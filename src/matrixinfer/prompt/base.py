@@ -93,8 +93,16 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     """Tokens of the request's other prompts, if these are token ids."""
     request_class: str = "text"
     """What the canary judges together; see `request_class`."""
+    asked: str | None = None
+    """The model that the client asked for, where a route has replaced it by `model`."""
+    user: str | None = None
+    """Whom the client names as the user behind the request."""
     names_model: bool = True
     """False when the body names no model."""
+    opaque: bool = False
+    """The request brings no prompt to route by: it is routed by load, and the engine gets it as it is."""
+    response_id: str | None = None
+    """A response that an engine stores, and that the request continues or is about: only that engine can answer."""
     counted: bool = True
     """False when the engine's reported usage is not for this prompt alone: it has more prompts, or truncates this one."""
     claim: object = None

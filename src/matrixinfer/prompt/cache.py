@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from matrixinfer.blocks import SharedHashes, TokenIds
+from matrixinfer.prompt.bounds import TooMuch
 from matrixinfer.prompt.effort import check
 from matrixinfer.prompt.segments import Cutter
 
@@ -33,6 +34,8 @@ _ENTRY_BYTES = 400
 _HASH_BYTES = 44
 """Memory of a block hash in a list: a Python integer and its pointer."""
 _BATCH_CHARS = 256 * 1024
+MAX_PIECE_CHARS = 1024 * 1024
+"""Longer pieces are not encoded: that cannot be interrupted, and takes half a second for so many letters without a blank."""
 _SAMPLE_CHARS = 32
 _PLACES = 4
 """How many pieces with the same sample are kept after the same path."""
@@ -97,7 +100,7 @@ class TokenCache:
         """The ids of `text` between `before` and `after`, shape (n,), and the known block hashes of their beginning.
 
         The caller extends the list of hashes as it hashes further blocks; later prompts then reuse them. `before` must
-        be the same in every call in which it is not empty. Raises what `encode_each` raises.
+        be the same in every call in which it is not empty. Raises what `encode_each` raises, and `TooMuch`.
         """
         key = (0, "", 0)
         root = _Beginning(key=key, before=key, number=-1 if len(before) else 0, text="", ids=before, tokens=len(before))
@@ -119,7 +122,10 @@ class TokenCache:
             return ids, self._remember(path, list(zip(texts[:-1], pieces, strict=False)))
 
     def _encoded(self, texts: Sequence[str]) -> list[TokenIds]:
-        """The ids of each text. Between some of them it is asked whether they are still wanted."""
+        """The ids of each text. Between some of them it is asked whether they are still wanted. Raises `TooMuch`."""
+        longest = max(map(len, texts), default=0)
+        if longest > MAX_PIECE_CHARS:
+            raise TooMuch(f"{longest} characters in a row cannot be cut, which is more than {MAX_PIECE_CHARS}")
         encoded: list[TokenIds] = []
         start = stop = 0
         while start < len(texts):

@@ -42,6 +42,7 @@ _MAX_SPECIALS = 64
 
 _INLINE_EXACT_BYTES = 2 * 1024
 
+_IDS_AT_ONCE = 32 * 1024
 _SHORT_BYTES = 32 * 1024
 _RELOAD_CHECK_BYTES = 32 * 1024 * 1024
 _MAX_GROWTH_BYTES = 512 * 1024 * 1024
@@ -89,10 +90,18 @@ class Reference:
     def encode_each(self, texts: Sequence[str]) -> Sequence[TokenIds]:
         # Unlike `encode`, the batch call releases the GIL.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return [_array(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: TokenIds) -> bytes:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
+
+
+def _array(ids: Sequence[int]) -> TokenIds:
+    """The ids as an array; converted in parts, between which other threads may run."""
+    array = np.empty(len(ids), dtype=np.uint32)
+    for start in range(0, len(ids), _IDS_AT_ONCE):
+        array[start : start + _IDS_AT_ONCE] = ids[start : start + _IDS_AT_ONCE]
+    return array
 
 
 class Gigatoken:

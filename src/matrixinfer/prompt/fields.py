@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,6 +46,19 @@ class Request(Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
     kv_transfer_params: _Transfer | None = None
+    user: Raw = NULL
+    safety_identifier: Raw = NULL
+    """What OpenAI calls the user now."""
+    metadata: Raw = NULL
+    """Anthropic's has a `user_id`."""
+
+
+class _Metadata(Struct):
+    user_id: str | None = None
+
+
+_TEXT = msgspec.json.Decoder(str)
+_METADATA = msgspec.json.Decoder(_Metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -198,6 +212,7 @@ def prompt(
         path=path,
         model=request.model or "",
         names_model=bool(request.model),
+        user=user_of(request),
         stream=request.stream is True,
         chat=chat,
         text=text,
@@ -216,6 +231,18 @@ def prompt(
         request_class=request_class(path, chat),
         counted=counted and request.truncate_prompt_tokens is None,
     )
+
+
+def user_of(request: Request) -> str | None:
+    """Whom a request names as its user; None if it names nobody, or with something else than text."""
+    for sent in (request.user, request.safety_identifier):
+        if sent is not NULL:
+            with suppress(*UNREADABLE):
+                return _TEXT.decode(sent) or None
+    if request.metadata is not NULL:
+        with suppress(*UNREADABLE):
+            return _METADATA.decode(request.metadata).user_id or None
+    return None
 
 
 def _replaced(request: Request, chat: Chat | None) -> str | None:

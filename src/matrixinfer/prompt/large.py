@@ -86,6 +86,9 @@ class _Skimmed(Struct, kw_only=True, omit_defaults=True):
     output_config: Raw = fields.NULL
     instructions: Raw = fields.NULL
     previous_response_id: Raw = fields.NULL
+    user: Raw = fields.NULL
+    safety_identifier: Raw = fields.NULL
+    metadata: Raw = fields.NULL
     previous_input_messages: Raw = fields.NULL
     truncation: Raw = fields.NULL
     max_tokens_per_query: Raw = fields.NULL
@@ -244,7 +247,7 @@ def _unread(path: str, body: bytes, skimmed: _Skimmed, why: str) -> Prompt:
     """A request of which only the bytes of its prompt are known."""
     sent = (skimmed.tools, skimmed.system, skimmed.messages, skimmed.prompt, skimmed.input, skimmed.query)
     is_one = skimmed.messages != fields.NULL or path == RESPONSES_PATH
-    return fields.prompt(
+    prompt = fields.prompt(
         path,
         fields.decode(_SHARED, body),
         len(body),
@@ -253,6 +256,15 @@ def _unread(path: str, body: bytes, skimmed: _Skimmed, why: str) -> Prompt:
         inexact=why,
         counted=is_one,
     )
+    previous = skimmed.previous_response_id
+    return prompt if previous == fields.NULL else replace(prompt, response_id=_text(previous))
+
+
+def _text(value: Raw) -> str | None:
+    try:
+        return msgspec.json.decode(value, type=str)
+    except UNREADABLE:
+        return None
 
 
 def _restored(prefix: bytes | memoryview, without: bytes, sent: Raw) -> bytes | memoryview:

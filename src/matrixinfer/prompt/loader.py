@@ -13,7 +13,7 @@ from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt.base import Chat, Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.tokenizer_files import code_of, read_json, read_text
+from matrixinfer.prompt.tokenizer_files import DOWNLOADS, code_of, read_json, read_text
 
 Mode = Literal["hf", "mistral", "tiktoken"]
 
@@ -144,7 +144,7 @@ def _find(path: Path, mode: str, *, where: str) -> tuple[Mode, Path]:
     if path.is_file():
         return _kind(path, mode), path
     if not path.is_dir():
-        raise ConfigError(where, f"{path} does not exist (models are not downloaded)")
+        raise ConfigError(where, f"{path} does not exist. {DOWNLOADS}")
     names = {each.name: each for each in sorted(path.iterdir()) if each.is_file()}
     json = names.get("tokenizer.json")
     own = _mistral_file(names, only_named=mode == "auto")

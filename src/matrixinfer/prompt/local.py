@@ -20,6 +20,7 @@ from matrixinfer.blocks import SharedHashes, TokenIds
 from matrixinfer.errors import ConfigError, TokenizeError
 from matrixinfer.prompt import encoders, tokenizer_files
 from matrixinfer.prompt.base import Chat, Prompt, Tokens
+from matrixinfer.prompt.bounds import TooMuch
 from matrixinfer.prompt.cache import NO_TOKENS, CacheStats, TokenCache
 from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
@@ -255,7 +256,7 @@ class LocalTokenizer:
             return self._cache.encode(
                 text, before=self._before if before else NO_TOKENS, after=self._after if after else NO_TOKENS
             )
-        except (encoders.NeedsThread, Abandoned):
+        except (encoders.NeedsThread, Abandoned, TooMuch):
             raise
         except Exception as error:  # boundary: `tokenizers` raises bare Exception
             raise TokenizeError(f"{self.name} could not encode the prompt: {type(error).__name__}") from error

@@ -30,7 +30,7 @@ from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.memory import Held, Memory
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
-from matrixinfer.prompt.requests import parse
+from matrixinfer.prompt.requests import Reader, parse
 from matrixinfer.prompt.workers import Lanes
 
 _MAX_QUEUED = 256
@@ -154,13 +154,15 @@ class TokenizerManager:
         if self._remote is not None:
             self._remote.forget()
 
-    async def read(self, path: str, body: bytes) -> Prompt:
+    async def read(self, path: str, body: bytes, read: Reader | None = None) -> Prompt:
         """`parse` the body, in a thread if it is large. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
 
-        A large prompt holds the memory that its content takes.
+        A large prompt holds the memory that its content takes. `read` reads a body that brings no prompt instead.
         """
         if len(body) <= LARGE_BYTES:
-            return parse(path, body)
+            return parse(path, body) if read is None else read(path, body)
+        if read is not None:
+            return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
         prompt = await self._lanes.read(parse, path, body, self._bounds, claim.take)
         return replace(prompt, claim=claim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
@@ -11,7 +12,9 @@ from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
 from matrixinfer.prompt.large import Claim, may_be_ids, may_hold_media, read_large
 
-READERS: Mapping[str, Callable[[str, bytes], Prompt]] = MappingProxyType(
+Reader: TypeAlias = Callable[[str, bytes], Prompt]
+
+READERS: Mapping[str, Reader] = MappingProxyType(
     {
         openai.CHAT_PATH: openai.chat,
         openai.COMPLETIONS_PATH: openai.completion,
@@ -40,7 +43,8 @@ def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim 
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
     if len(body) <= LARGE_BYTES:
         return reader(path, body)
-    if not may_be_ids(body) and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
+    is_plain = len(body) <= bounds.max_bytes and not may_be_ids(body)
+    if is_plain and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
         try:
             if claim(bounds.cost(body)):
                 return reader(path, body)

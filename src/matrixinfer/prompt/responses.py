@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import fields
@@ -61,7 +62,7 @@ def response(path: str, body: bytes) -> Prompt:
             chat = _chat(request, items, tools)
         except TokenizeError as error:
             inexact = str(error)
-    return fields.prompt(
+    prompt = fields.prompt(
         path,
         request,
         len(body),
@@ -71,6 +72,7 @@ def response(path: str, body: bytes) -> Prompt:
         inexact=inexact,
         counted=request.truncation != "auto",
     )
+    return replace(prompt, response_id=request.previous_response_id) if request.previous_response_id else prompt
 
 
 def _chat(request: _Request, items: str | list[fields.Object], tools: list[fields.Object] | None) -> Chat:

@@ -28,6 +28,10 @@ class TokenizerFiles:
     """Maps names to chat templates; a single template is named `default`."""
 
 
+DOWNLOADS = "To download it instead, leave out the key and set `tokenization.find: download`."
+"""What to do about a tokenizer that is not on this machine."""
+
+
 def read(path: Path, *, where: str) -> TokenizerFiles:
     """Read a tokenizer's folder, given as the folder or as the `tokenizer.json` in it.
 
@@ -36,9 +40,7 @@ def read(path: Path, *, where: str) -> TokenizerFiles:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         what = "has no tokenizer.json" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            where, f"{path} {what}; expected a folder with tokenizer.json, or that file (models are not downloaded)"
-        )
+        raise ConfigError(where, f"{path} {what}; expected a folder with tokenizer.json, or that file. {DOWNLOADS}")
     return read_vocabulary(file, where=where)
 
 

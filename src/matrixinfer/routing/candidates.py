@@ -12,7 +12,7 @@ from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
 from matrixinfer.routing.prepare import Prepared
-from matrixinfer.scheduler.framework import Candidate
+from matrixinfer.scheduler.framework import Adapters, Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import NO_LOAD, PeerLoads
@@ -133,5 +133,13 @@ class Candidates:
             cached_credit=credit,
             recent_chunks=chunks,
             guessed_tokens=guessed,
+            adapters=None if request.adapter is None or metrics is None else _adapters(metrics),
             reuse=self._reuse(name),
         )
+
+
+def _adapters(metrics: EngineMetrics) -> Adapters | None:
+    """What an engine says about its adapters."""
+    if metrics.adapters is None:
+        return None
+    return Adapters(names=frozenset(metrics.adapters), most=metrics.most_adapters)

@@ -166,6 +166,7 @@ def charge(load: LoadLedger, request: SchedulingRequest, candidate: Candidate) -
         hashes=request.chain,
         start=candidate.matched_blocks or 0,
         queued_tokens=max(0, request.whole_tokens - predicted - candidate.guessed_tokens) + request.other_tokens,
+        prompt_tokens=request.whole_tokens,
         chunks=request.chunks,
         streams=request.streams,
     )

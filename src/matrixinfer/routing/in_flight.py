@@ -13,6 +13,7 @@ from matrixinfer.routing.prepare import Prepared
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.traffic.load import Charge
 
+_TOO_MANY = 429
 _DOUBTFUL = ("disconnect", "protocol")
 """Failures that a request may bring about at any engine."""
 
@@ -107,7 +108,7 @@ class InFlight:
     @property
     def needs_witness(self) -> bool:
         """Whether the request has failed, and its endpoint would be ejected if another one answered it."""
-        return bool(self._blame) and (self._blame.is_probe or self._outliers.is_due(self.pod.name))
+        return self._blame.needs_witness
 
     def following(self) -> Candidate | None:
         """The endpoint that gets the request if this one does not answer it; None if all have had it.
@@ -192,8 +193,10 @@ class InFlight:
         self._record.answered(status)
         if status < 500:  # otherwise the pod is alive, but not well
             self._registry.answered(self.pod.pod)
-        if status in (429, 503):
+        if status in (_TOO_MANY, 503):
             self._outliers.busy(self.pod.name, retry_after=retry_after, probe=self.is_probe)
+            if status == _TOO_MANY:
+                self._blame.limited(self.pod.name)
         elif status >= 500:
             self._accuse(str(status))
             return

@@ -39,3 +39,21 @@ def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
     if not able:
         raise NoPodAvailable(f"{path} cannot keep tenants apart: SGLang takes no cache salt there.")
     return able
+
+
+_TOKENIZING = frozenset(("/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"))
+
+
+def is_salted(prompt: Prompt, body: bytes) -> bool:
+    """Whether the engine may look into its cache for a request, so that it must carry a salt.
+
+    Of those that bring no prompt to route by, that is whatever is not only tokenized: some of these paths take a prompt
+    all the same. Uploads and questions about stored responses do not. Raises `InvalidRequest` if such a request is no
+    JSON object: engines also read other encodings of JSON, which a salt could not be added to.
+    """
+    if not prompt.opaque:
+        return True
+    if prompt.response_id is not None or prompt.path in _TOKENIZING or not body or body.startswith(b"--"):
+        return False
+    decode(_FIELDS, body)
+    return True

@@ -6,8 +6,9 @@ not available, `Prepared.degraded` says so, and the request is routed without th
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -15,12 +16,15 @@ import msgspec
 
 from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
-from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError, UnknownModel
+from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
+from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
-from matrixinfer.routing.isolation import isolating, salted
+from matrixinfer.prompt.requests import Reader
+from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destinations, Way
+from matrixinfer.routing.isolation import is_salted, isolating, salted
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
@@ -72,12 +76,19 @@ class Prepared:
     """Milliseconds of each step."""
     outline: Outline | None = None
     """The prompt's outline, where what the engine makes of its media is still to be learnt."""
+    way: Way = ANYWHERE
+    """What decided about the pods that may get it."""
     late: TokensLate | None = None
     """Passes on the token ids that were not there in time."""
 
     def without_body(self) -> Prepared:
         """The same for what outlasts the request, whose body is then no longer counted."""
         return replace(self, body=b"", late=None)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the decision says about it in words."""
+        return [*([] if self.way.route is None else [self.way.route.note]), *self.degraded.values()]
 
     @property
     def is_approximate(self) -> bool:
@@ -87,10 +98,7 @@ class Prepared:
 
 
 class Preparer:
-    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt.
-
-    `find_model` asks engines for a model that none has reported, and returns whether one serves it.
-    """
+    """Reads, tokenizes, hashes and looks up, the latter two for the first `max_prefix_tokens` tokens of a prompt."""
 
     def __init__(
         self,
@@ -103,7 +111,7 @@ class Preparer:
         *,
         media: MediaNames | None = None,
         max_prefix_tokens: int,
-        find_model: Callable[[str], Awaitable[bool]] | None = None,
+        destinations: Destinations | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -114,7 +122,7 @@ class Preparer:
         self._sizer = sizer
         self._media = media
         self._max_blocks = max(1, max_prefix_tokens // blocks.block_size)
-        self._find_model = find_model
+        self._destinations = destinations or Destinations(registry)
         self._clock = clock
 
     async def prepare(
@@ -124,31 +132,30 @@ class Preparer:
         *,
         request_id: str,
         session: str | None = None,
+        read: Reader | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
         ticket: Ticket | None = None,
     ) -> Prepared:
-        """Prepare a request that came to `path`. Raises `RequestError`, and `NoPodAvailable` when no pod serves it.
+        """Prepare a request that came to `path`; `read` reads a body that brings no prompt.
 
-        `ticket` says which models it may ask for, and which cache salt keeps its tenant apart.
+        Raises `RequestError`, and `NoPodAvailable` when no pod serves it. `headers` may decide its route. `ticket` says
+        which models it may ask for, and which cache salt keeps its tenant apart.
         """
         steps = _Steps(self._clock)
         with steps.step("parse"):
-            prompt = await self._tokenizers.read(path, body)
-            if not prompt.names_model:
-                prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
-            if ticket is not None:
-                ticket.check_model(prompt.model)
-            try:
-                model, pods = self._registry.resolve(prompt.model)
-            except (UnknownModel, NoPodAvailable):
-                if self._find_model is None or not await self._find_model(prompt.model):
-                    raise
-                model, pods = self._registry.resolve(prompt.model)
-            if ticket is not None and ticket.isolates:
-                prompt, body = salted(prompt, body, ticket.salt(prompt.cache_salt))
-                pods = isolating(pods, path)
+            prompt = await self._tokenizers.read(path, body, read)
+            destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
+            prompt, model, pods, way = destination
+            if ticket is not None and ticket.isolates and is_salted(prompt, body):
+                salt = ticket.salt(prompt.cache_salt)
+                is_large = len(body) > LARGE_BYTES
+                prompt, body = (
+                    await asyncio.to_thread(salted, prompt, body, salt) if is_large else salted(prompt, body, salt)
+                )
+                pods, way = isolating(pods, path), way._replace(isolates=True)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
-        tokenized = await self._tokenize(prompt, configured, pods, steps)
+        tokenized = None if prompt.opaque else await self._tokenize(prompt, configured, pods, steps)
         late: TokensLate | None = None
         if isinstance(tokenized, TokensLate):
             late, tokenized = tokenized, None
@@ -172,6 +179,7 @@ class Preparer:
                 chain=chain,
                 prefix=prefix,
                 session=session,
+                adapter=None if base_model == model else model,
                 streams=prompt.stream,
                 now=self._clock(),
                 unknown_tokens=sizing.unknown_tokens,
@@ -189,13 +197,16 @@ class Preparer:
             timings_ms=steps.timings_ms,
             outline=outline,
             late=late,
+            way=way,
         )
 
     async def again(self, prepared: Prepared, *, waited: float) -> Prepared:
         """The same request after it has `waited` so many seconds: the pods and the matches of now."""
-        model, pods = self._registry.resolve(prepared.prompt.model)
+        model, pods = self._destinations.again(prepared.prompt, prepared.way)
         if model != prepared.request.model:
             raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
+        if prepared.way.isolates:
+            pods = isolating(pods, prepared.prompt.path)
         steps = _Steps(self._clock)
         steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
         steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
@@ -273,7 +284,7 @@ class Preparer:
             return chain, await self._match(prompt, model, pods, chain, steps)
 
     async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
-        if not self._sizer.needs_bytes(tokenized):
+        if prompt.opaque or not self._sizer.needs_bytes(tokenized):
             return self._sizer.plain(prompt, model)
         with steps.step("bytes"):
             return await self._sizer.cut(prompt, model, tokenized)

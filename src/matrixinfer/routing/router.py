@@ -9,17 +9,19 @@ nothing awaits, so the next request sees this one.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
 from matrixinfer.access.gate import Ticket
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.decision_log import DecisionLog, DecisionWatch, record
 from matrixinfer.routing.demand import demand_of
+from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.ladder import LadderRecorder
@@ -67,14 +69,25 @@ class Router:
 
     @asynccontextmanager
     async def dispatch(
-        self, path: str, body: bytes, *, request_id: str, session: str | None = None, ticket: Ticket | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        session: str | None = None,
+        ticket: Ticket | None = None,
+        read: Reader | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> AsyncIterator[InFlight]:
         """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
 
-        With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that.
+        With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that. `read`
+        reads a body that brings no prompt; `headers` may decide the route.
         """
         started = self._clock()
-        prepared = await self._preparer.prepare(path, body, request_id=request_id, session=session, ticket=ticket)
+        prepared = await self._preparer.prepare(
+            path, body, request_id=request_id, session=session, ticket=ticket, read=read, headers=headers
+        )
         if ticket is not None:
             waits_from = self._clock()
             if await ticket.admit(demand_of(prepared)):
@@ -89,16 +102,18 @@ class Router:
         finally:
             self._close(request)
 
-    async def explain(self, path: str, body: bytes) -> dict[str, object]:
+    async def explain(
+        self, path: str, body: bytes, *, session: str | None = None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> dict[str, object]:
         """What `dispatch` would decide now, as JSON-able data. Changes nothing; raises the same errors."""
-        prepared = await self._preparer.prepare(path, body, request_id="dry-run")
+        prepared = await self._preparer.prepare(path, body, request_id="dry-run", session=session, headers=headers)
         started = self._clock()
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared), dry_run=True)
         timings_ms = {**prepared.timings_ms, "schedule": (self._clock() - started) * 1000}
         return record(
             decision,
             path,
-            list(prepared.degraded.values()),
+            prepared.notes,
             timings_ms,
             pods=None,
             limits_of=self._candidates.limits_of,
@@ -125,10 +140,10 @@ class Router:
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))
-        notes = list(prepared.degraded.values())
-        kept = record(decision, path, notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
+        kept = record(decision, path, prepared.notes, prepared.timings_ms, limits_of=self._candidates.limits_of)
         self._decisions.add(kept)
-        charged = self._charge(prepared.request, decision.chosen)
+        charge_at = partial(self._charge, prepared.request, is_timed=not prepared.prompt.opaque)
+        charged = charge_at(decision.chosen)
         try:
             audit = self._auditor.open(prepared, decision.chosen)
         except BaseException:
@@ -140,14 +155,17 @@ class Router:
             registry=self._registry,
             outliers=self._outliers,
             charge=charged,
-            charge_at=partial(self._charge, prepared.request),
+            charge_at=charge_at,
             audit=audit,
             record=kept,
         )
 
-    def _charge(self, request: SchedulingRequest, pod: Candidate) -> Charge:
-        """Count the request at an endpoint, with the blocks that it brings there."""
-        return charge(self._load, request, pod)
+    def _charge(self, request: SchedulingRequest, pod: Candidate, *, is_timed: bool = True) -> Charge:
+        """Count the request at an endpoint, with the blocks that it brings there. `is_timed`: it computes a prompt."""
+        charged = charge(self._load, request, pod)
+        if not is_timed:
+            charged.untimed()
+        return charged
 
     def _learned(self, request: InFlight, late: Prepared) -> None:
         """The token ids have come after the decision: put them into the accounts, wherever the request is by now."""
@@ -191,6 +209,8 @@ class Router:
         self._metrics.decided(chosen.name, seconds, prepared.timings_ms)
         if self._watch is not None:
             self._watch.decided(in_flight.record, decision)
+        if prepared.way.route is not None:
+            self._metrics.route_taken(prepared.way.route.name, prepared.way.route.label)
         for reason in prepared.degraded:
             self._metrics.degraded(reason.value)
         if request.prompt_tokens is not None:

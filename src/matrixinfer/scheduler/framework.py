@@ -43,6 +43,8 @@ class SchedulingRequest:
     """The first 64 KiB of the prompt as the client sent it (text, or messages as JSON)."""
     session: str | None = None
     """The client's session id, if it sends one."""
+    adapter: str | None = None
+    """The adapter that it asks for; None for a base model."""
     streams: bool = True
     """Whether the answer begins as soon as the prompt is computed."""
     now: float = 0.0
@@ -76,6 +78,14 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 UNKNOWN = Condition()
+
+
+class Adapters(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The adapters that an engine has on its device, as far as its metrics show: those that it used last."""
+
+    names: frozenset[str]
+    most: int
+    """How many it can have there."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -135,6 +145,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Chunks of the prompt's bytes, from its start, that were sent there lately or are in flight."""
     guessed_tokens: int = 0
     """Estimated tokens in those chunks beyond the blocks that are known to be there. They are part of `cached_credit`."""
+    adapters: Adapters | None = None
+    """Its adapters, where the request asks for one; None if it does not say, or the request asks for none."""
     reuse: float = 1.0
     """Share of the predicted hits that the endpoint's answers report lately, at most 1. Credit and hits are scaled by it."""
 

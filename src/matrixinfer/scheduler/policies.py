@@ -17,12 +17,6 @@ def _profile(*scorers: PluginRef) -> PluginsConfig:
 POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
     {
         "kv_aware": PluginsConfig(),
-        "expected_ttft": PluginsConfig(
-            filter=PluginStage(enabled=(PluginRef(name="least-request"), PluginRef(name="expected-ttft"))),
-            score=PluginStage(
-                enabled=(PluginRef(name="expected-ttft"), PluginRef(name="session-affinity", weight=0.01))
-            ),
-        ),
         "cached_share": PluginsConfig(
             filter=PluginStage(enabled=(PluginRef(name="least-request"), PluginRef(name="bounded-load"))),
             score=PluginStage(enabled=(PluginRef(name="kvcache-aware"), PluginRef(name="least-prefill"))),
@@ -33,8 +27,9 @@ POLICIES: Mapping[str, PluginsConfig] = MappingProxyType(
         "random": _profile(PluginRef(name="random")),
     }
 )
-"""`kv_aware` is the default, whatever that is at present. `expected_ttft` chooses by estimated milliseconds to the first
-token. `cached_share` weighs the cached share of a prompt against queued tokens. `cache_aware` uses only the gateway's own history: no events, no tokens."""
+"""`kv_aware` is the default: it chooses by estimated milliseconds to the first token. `cached_share` was the default before:
+it weighs the cached share of a prompt against queued tokens. `cache_aware` uses only the gateway's own history: no events,
+no tokens."""
 
 
 def with_policy(scheduler: SchedulerConfig, policy: str) -> SchedulerConfig:

@@ -10,6 +10,7 @@ import msgspec
 from matrixinfer.errors import UNREADABLE, InvalidRequest, RequestError, UnknownModel
 from matrixinfer.prompt.base import Chat
 from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.logprobs import chat_logprobs, completion_logprobs
 from matrixinfer.sim.reply import Reply
 
 Json: TypeAlias = dict[str, Any]
@@ -30,6 +31,18 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     n: int | None = None
     stream_options: StreamOptions | None = None
     vllm_xargs: Json | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+
+    @property
+    def top(self) -> int | None:
+        """How many alternatives are shown with the log-probability of each token; None shows none of them."""
+        if self.logprobs is None or self.logprobs is False:
+            return None
+        return self.top_logprobs or 0 if self.logprobs is True else self.logprobs
 
     @property
     def reports_hits(self) -> bool:
@@ -39,7 +52,8 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     @property
     def limit(self) -> int | None:
         """Maximum number of tokens to generate."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        named = (self.max_completion_tokens, self.max_output_tokens, self.max_tokens)
+        return next((each for each in named if each is not None), None)
 
 
 class MediaOptions(msgspec.Struct, frozen=True):
@@ -79,18 +93,21 @@ class TokenizeRequest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """One generation request and its reply, in the form that answers need."""
+    """One generation request and its replies, in the form that answers need."""
 
     chat: bool
     request_id: str
     created: int
     model: str
     prompt_tokens: int
-    reply: Reply
+    replies: tuple[Reply, ...]
+    """One for each choice."""
     finish_reason: str
     include_usage: bool
     reports_cached: bool = True
     """`usage` reports how many prompt tokens were cached."""
+    top: int | None = None
+    """How many alternatives of each token are shown with its log-probability; None shows none of them."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,45 +116,75 @@ class Exchange:
 
     def answer(self, cached_tokens: int) -> Json:
         """The whole reply in one body."""
-        text = self.reply.text
-        content: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason, "stop_reason": None}
         kind = "chat.completion" if self.chat else "text_completion"
-        return self._envelope(kind, [choice]) | {"usage": self.usage(cached_tokens)}
+        choices = [self.choice(index, reply) for index, reply in enumerate(self.replies)]
+        return self._envelope(kind, choices) | {"usage": self.usage(cached_tokens)}
 
-    def chunks(self, start: int, end: int, cached_tokens: int) -> bytes:
-        """Server-sent events for the tokens [start, end), with those that open and close the stream."""
-        last = len(self.reply.ids) - 1
-        parts = []
-        if start == 0 and self.chat:
-            parts.append(self._chunk({"delta": {"role": "assistant", "content": ""}}, None))
+    def choice(self, index: int, reply: Reply) -> Json:
+        """One choice of the whole reply."""
+        content: Json = {"text": reply.text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": reply.text}}
+        shown = self._logprobs(reply, 0, len(reply.ids))
+        return {
+            "index": index,
+            **content,
+            "logprobs": shown,
+            "finish_reason": self.finish_reason,
+            "stop_reason": None,
+        }
+
+    def opening(self) -> bytes:
+        """Server-sent events before the first token."""
+        if not self.chat:
+            return b""
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return b"".join(self._chunk(index, delta, None, None) for index in range(len(self.replies)))
+
+    def pieces(self, index: int, start: int, end: int) -> bytes:
+        """Server-sent events for the tokens [start, end) of a choice."""
+        reply, parts = self.replies[index], []
         for position in range(start, end):
-            piece = self.reply.pieces[position]
+            piece = reply.pieces[position]
             content = {"delta": {"content": piece}} if self.chat else {"text": piece}
-            parts.append(self._chunk(content, self.finish_reason if position == last else None))
-        if end > last:
-            if self.include_usage:
-                parts.append(event(self._envelope(self._chunk_kind, []) | {"usage": self.usage(cached_tokens)}))
-            parts.append(b"data: [DONE]\n\n")
+            finish = self.finish_reason if position == len(reply.ids) - 1 else None
+            parts.append(self._chunk(index, content, finish, self._logprobs(reply, position, position + 1)))
         return b"".join(parts)
 
-    def _chunk(self, content: Json, finish_reason: str | None) -> bytes:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+    def closing(self, cached_tokens: int) -> bytes:
+        """Server-sent events after the last token."""
+        done = b"data: [DONE]\n\n"
+        if not self.include_usage:
+            return done
+        return event(self._envelope(self._chunk_kind, []) | {"usage": self.usage(cached_tokens)}) + done
+
+    @property
+    def generated(self) -> int:
+        """Tokens of all replies."""
+        return sum(len(reply.ids) for reply in self.replies)
+
+    def usage(self, cached_tokens: int) -> Json:
+        """`usage` of the answer."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.generated,
+            "completion_tokens": self.generated,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens} if self.reports_cached else None,
+        }
+
+    def _logprobs(self, reply: Reply, start: int, end: int) -> Json | None:
+        if self.top is None:
+            return None
+        shown = chat_logprobs if self.chat else completion_logprobs
+        return shown(reply.pieces[start:end], self.top, len("".join(reply.pieces[:start])))
+
+    def _chunk(self, index: int, content: Json, finish_reason: str | None, logprobs: Json | None) -> bytes:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         return event(self._envelope(self._chunk_kind, [choice]))
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
         name = f"chatcmpl-{self.request_id}" if self.chat else f"cmpl-{self.request_id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-    def usage(self, cached_tokens: int) -> Json:
-        """`usage` of the answer."""
-        generated = len(self.reply.ids)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "total_tokens": self.prompt_tokens + generated,
-            "completion_tokens": generated,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens} if self.reports_cached else None,
-        }
 
     @property
     def _chunk_kind(self) -> str:

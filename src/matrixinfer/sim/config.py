@@ -23,6 +23,8 @@ class SimEngineConfig:
     """Names that requests may use; the first is the engine's own. Empty: the name of the model."""
     loras: tuple[str, ...] = ()
     """Names of LoRA adapters. Each has its own blocks."""
+    max_loras: int = 4
+    """How many adapters fit on the device at a time; all of them work at once here."""
     data_parallel_size: int = 1
     """Number of ranks. Each has its own cache."""
     block_size: int = 16
@@ -99,32 +101,32 @@ class SimEngineConfig:
             raise ValueError("expected different names for all models and adapters, got the same name twice")
         if self.context_length > self.cache_tokens:
             raise ValueError(
-                f"expected max_model_len of at most {self.cache_tokens}, the tokens that the cache holds, got {self.max_model_len}"
+                f"expected --max-model-len of at most {self.cache_tokens}, the tokens that the cache holds, got {self.max_model_len}"
             )
 
     def _check_vllm(self) -> None:
         if self.load_feed:
-            raise ValueError("expected flavor sglang for a load feed: vLLM publishes none")
+            raise ValueError("expected --flavor sglang with --load-publish-endpoint: vLLM publishes no load")
         if self.speculative == "pairs":
-            raise ValueError("expected flavor sglang for blocks of token pairs")
+            raise ValueError("expected --flavor sglang with --speculative pairs")
         is_plain = len(self.layout.groups) == 1 and self.layout.groups[0].is_full and self.speculative is None
         if self.cpu_blocks and not is_plain:
-            raise ValueError("expected one group of full attention, without speculative decoding, above a CPU tier")
+            raise ValueError("expected --attention full, and no --speculative, with --cpu-blocks")
 
     def _check_sglang(self) -> None:
         if self.attention != ("full",):
-            raise ValueError("expected full attention with flavor sglang, which publishes no other kind")
+            raise ValueError("expected --attention full with --flavor sglang, which publishes no other kind")
         if self.speculative not in (None, "pairs"):
-            raise ValueError("expected speculative decoding of kind `pairs` with flavor sglang")
+            raise ValueError("expected --speculative pairs, or none, with --flavor sglang")
         if self.cpu_blocks:
-            raise ValueError("expected no CPU blocks with flavor sglang, whose slower tiers are not simulated")
+            raise ValueError("expected no --cpu-blocks with --flavor sglang, whose slower tiers are not simulated")
         if self.media_token is not None:
-            raise ValueError("expected no media token with flavor sglang, whose media are not simulated")
+            raise ValueError("expected no --media-token with --flavor sglang, whose media are not simulated")
         ports = (self.kv_port, self.replay_port, *([self.load_port] if self.load_feed else []))
         if self.data_parallel_size > 1 and not all(ports):
             raise ValueError(
-                "expected ports for KV events, replays and load with flavor sglang and several ranks: "
-                "SGLang's ranks use consecutive ports, which free ones are not"
+                "expected --kv-events-port and --kv-replay-port with --flavor sglang and --data-parallel-size above 1, and "
+                "`auto` or a port in --load-publish-endpoint if that is given: SGLang's ranks use consecutive ports"
             )
 
     @property

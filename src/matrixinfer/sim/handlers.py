@@ -1,6 +1,6 @@
 """The simulated engine's HTTP API, with vLLM's paths. `sglang_handlers` has SGLang's.
 
-Replies are made up, with one choice per request. Only the first of a list of prompts is answered.
+Replies are made up. Only the first of a list of prompts is answered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hmac
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -31,12 +32,13 @@ from matrixinfer.sim.metrics import EngineMetrics, Metrics
 from matrixinfer.sim.model import EngineRequest
 from matrixinfer.sim.prefix_cache import Adapter
 from matrixinfer.sim.rank import Balancer, EngineRank
-from matrixinfer.sim.reply import ReplyWriter
+from matrixinfer.sim.reply import Reply, ReplyWriter
 
 _VERSION = "0.32.0"
 """The vLLM release whose API and event layout the engine has."""
 _LOOKAHEAD_VERSION = "0.33.0"
 """The first that has lookahead tokens."""
+_MOST_CHOICES = 128
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _BOUNDS = Bounds(max_bytes=_MAX_BODY_BYTES, max_items=_MAX_BODY_BYTES)
 RANK_HEADER = "X-data-parallel-rank"
@@ -100,45 +102,58 @@ class EngineHandlers:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         received_at = time.monotonic()
         body = await request.read()
-        prompt = requests.parse(request.path, body, _BOUNDS)
         options = api.decode(body, api.GenerateOptions)
-        if options.n not in (None, 1):
-            raise InvalidRequest("expected `n` of 1: this engine gives one choice per request", param="n")
+        prompt = self.parse(request.path, body, options)
+        choices = 1 if options.n is None else options.n
+        if not 1 <= choices <= _MOST_CHOICES:
+            raise InvalidRequest(f"n must be from 1 to {_MOST_CHOICES}, got {choices}.", param="n")
         adapter, extra_key = self.namespace(prompt, body)
         ids, media = self.read(prompt, body)
-        reply = self._writer.write(ids, self._reply_length(len(ids), options.limit))
+        length = self._reply_length(len(ids), options.limit)
+        replies = tuple(self._writer.write(ids, length, choice) for choice in range(choices))
         rank = self.rank(request, body)
         exchange = self.exchange(
+            request.path,
             body,
             chat=prompt.chat is not None,
             request_id=request.headers.get("x-request-id") or uuid.uuid4().hex,
             created=int(time.time()),
             model=prompt.model,
             prompt_tokens=len(ids),
-            reply=reply,
+            replies=replies,
+            top=options.top,
             finish_reason="stop" if options.limit is None else "length",
             include_usage=options.stream_options is not None and options.stream_options.include_usage,
             reports_cached=self._config.reports_cached,
         )
-        work = EngineRequest(
-            id=next(self._ids),
-            prompt=ids,
-            reply=reply.ids,
-            salt=prompt.cache_salt,
-            adapter=adapter,
-            extra_key=extra_key,
-            media=media,
-            reports_hits=options.reports_hits,
-        )
-        with rank.driver.request(work) as ticket:
+
+        def work(reply: Reply) -> EngineRequest:
+            return EngineRequest(
+                id=next(self._ids),
+                prompt=ids,
+                reply=reply.ids,
+                salt=prompt.cache_salt,
+                adapter=adapter,
+                extra_key=extra_key,
+                media=media,
+                reports_hits=options.reports_hits,
+            )
+
+        with ExitStack() as stack:
+            stack.enter_context(self._metrics.adapter(None if adapter is None else adapter.name))
+            tickets = [stack.enter_context(rank.driver.request(work(reply))) for reply in replies]
             if prompt.stream:
-                return await self._stream(request, exchange, ticket, rank, received_at)
-            seen = await ticket.wait(0)
+                streamed = await self._stream(request, exchange, tickets, rank, received_at)
+                self.answered(prompt, options, exchange, tickets[0].cached_tokens)
+                return streamed
+            await tickets[0].wait(0)
             self._metrics.first_token(rank, time.monotonic() - received_at)
-            while seen < len(reply.ids):
-                seen = await ticket.wait(seen)
-            self._metrics.finished(exchange, ticket.cached_tokens, streamed=False)
-            return json_response(exchange.answer(ticket.cached_tokens), headers=exchange.headers)
+            for ticket, reply in zip(tickets, replies, strict=True):
+                await ticket.wait(len(reply.ids) - 1)
+            cached = tickets[0].cached_tokens
+            self._metrics.finished(exchange, cached, streamed=False)
+            self.answered(prompt, options, exchange, cached)
+            return json_response(exchange.answer(cached), headers=exchange.headers)
 
     def is_open(self, path: str) -> bool:
         """Whether a path needs no key. vLLM guards its APIs alone."""
@@ -157,25 +172,39 @@ class EngineHandlers:
         try:
             return await handler(request)
         except RequestError as failure:
-            status, body = self.error(failure)
+            status, body = self.refusal(request.path, failure)
         except TokenizeError as failure:
-            status, body = self.error(InvalidRequest(str(failure)))
+            status, body = self.refusal(request.path, InvalidRequest(str(failure)))
         return json_response(body, status=status)
 
     async def _stream(
-        self, request: web.Request, exchange: api.Exchange, ticket: Ticket, rank: EngineRank, received_at: float
+        self,
+        request: web.Request,
+        exchange: api.Exchange,
+        tickets: Sequence[Ticket],
+        rank: EngineRank,
+        received_at: float,
     ) -> web.StreamResponse:
         headers = {"content-type": "text/event-stream; charset=utf-8", **exchange.headers}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        seen = 0
-        while seen < len(exchange.reply.ids):
-            generated = await ticket.wait(seen)
-            if not seen:
-                self._metrics.first_token(rank, time.monotonic() - received_at)
-            await response.write(exchange.chunks(seen, generated, ticket.cached_tokens))
-            seen = generated
-        self._metrics.finished(exchange, ticket.cached_tokens, streamed=True)
+        lengths = [len(reply.ids) for reply in exchange.replies]
+        seen = [0] * len(lengths)
+        while seen != lengths:
+            for index, ticket in enumerate(tickets):
+                if seen[index] == lengths[index]:
+                    continue
+                generated = await ticket.wait(seen[index])
+                opening = b""
+                if not any(seen):
+                    self._metrics.first_token(rank, time.monotonic() - received_at)
+                    opening = exchange.opening()
+                data = opening + exchange.pieces(index, seen[index], generated)
+                seen[index] = generated
+                if seen == lengths:
+                    data += exchange.closing(tickets[0].cached_tokens)
+                await response.write(data)
+        self._metrics.finished(exchange, tickets[0].cached_tokens, streamed=True)
         await response.write_eof()
         return response
 
@@ -229,13 +258,24 @@ class EngineHandlers:
             return self._with_media(self._media, chat, api.decode(body, api.MediaOptions))
         return EnginePrompt(self._encode(chat, prompt.text, add_special_tokens=prompt.add_special_tokens))
 
-    def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
+    def parse(self, path: str, body: bytes, options: api.GenerateOptions) -> Prompt:
+        """The prompt of a request. Raises `RequestError`."""
+        return requests.parse(path, body, _BOUNDS)
+
+    def exchange(self, path: str, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""
         return api.Exchange(**fields)
+
+    def answered(self, prompt: Prompt, options: api.GenerateOptions, exchange: api.Exchange, cached: int) -> None:
+        """A request is answered."""
 
     def error(self, failure: RequestError) -> tuple[int, api.Json]:
         """Status and body of an error answer."""
         return api.error(failure)
+
+    def refusal(self, path: str, failure: RequestError) -> tuple[int, api.Json]:
+        """Status and body of an error answer to a request for `path`."""
+        return self.error(failure)
 
     def rank(self, request: web.Request, body: bytes) -> EngineRank:
         """The rank that the request names or, as with vLLM, any rank if the header is missing or not a number."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from matrixinfer.sim.api import Exchange
@@ -38,6 +40,10 @@ class Metrics(Protocol):
         """Record the time from a request's arrival to its first token."""
         ...
 
+    def adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """While its context is open, a request runs that uses this adapter."""
+        ...
+
     def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
         """Record a request's end."""
         ...
@@ -63,12 +69,37 @@ class EngineMetrics:
             buckets=_TTFT_BUCKETS,
             registry=self._registry,
         )
+        self._running_adapters: Counter[str] = Counter()
+        self._adapters = Gauge(
+            "vllm:lora_requests_info",
+            "Running stats on lora requests.",
+            labelnames=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+            registry=self._registry,
+        )
         for rank in ranks:
             self._first_token.labels(*self._labels(rank))
 
     def first_token(self, rank: EngineRank, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""
         self._first_token.labels(*self._labels(rank)).observe(seconds)
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """A request that uses this adapter runs. Each state gets a series whose value is when it was last so."""
+        if name is None:
+            yield
+            return
+        self._running_adapters[name] += 1
+        self._note_adapters()
+        try:
+            yield
+        finally:
+            self._running_adapters[name] -= 1
+            self._note_adapters()
+
+    def _note_adapters(self) -> None:
+        running = ",".join(sorted(name for name, count in self._running_adapters.items() if count))
+        self._adapters.labels(str(self._config.max_loras), "", running).set_to_current_time()
 
     def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
         """Record a request's end. vLLM's totals are those of the ranks."""

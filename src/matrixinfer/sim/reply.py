@@ -49,10 +49,11 @@ class ReplyWriter:
         self._first = _vocabulary(tokenizer, [word.capitalize() for word in _WORDS])
         self._rest = _vocabulary(tokenizer, [f" {word}" for word in _WORDS])
 
-    def write(self, prompt: TokenIds, length: int) -> Reply:
-        """The reply of `length` tokens to a prompt. It depends only on prompt and seed."""
+    def write(self, prompt: TokenIds, length: int, choice: int = 0) -> Reply:
+        """The reply of `length` tokens to a prompt. It depends only on prompt, seed and choice."""
         digest = sha256(prompt.astype("<u4", copy=False).tobytes()).digest()
-        rng = random.Random(digest + self._seed.to_bytes(8, "little", signed=True))
+        seed = digest + self._seed.to_bytes(8, "little", signed=True)
+        rng = random.Random(seed + choice.to_bytes(4, "little") if choice else seed)
         tokens = list(rng.choice(self._first))
         for word in rng.choices(self._rest, k=length):
             tokens += word

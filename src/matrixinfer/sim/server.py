@@ -11,10 +11,10 @@ from aiohttp import web
 
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
-from matrixinfer.sim.handlers import EngineHandlers
 from matrixinfer.sim.rank import EngineRank
 from matrixinfer.sim.sglang_handlers import SglangHandlers
 from matrixinfer.sim.stats import EngineStats
+from matrixinfer.sim.vllm_handlers import VllmHandlers
 
 _SHUTDOWN_SECONDS = 1.0
 
@@ -25,7 +25,7 @@ class SimEngine:
     def __init__(self, config: SimEngineConfig, tokenizer: LocalTokenizer) -> None:
         self.config = config
         self.ranks = tuple(EngineRank(config, number) for number in range(config.data_parallel_size))
-        handlers = SglangHandlers if config.flavor == "sglang" else EngineHandlers
+        handlers = SglangHandlers if config.flavor == "sglang" else VllmHandlers
         self._handlers = handlers(config, tokenizer, self.ranks)
         self._stack = AsyncExitStack()
         self._port = config.port

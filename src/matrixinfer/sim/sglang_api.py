@@ -10,6 +10,7 @@ import msgspec
 from matrixinfer.errors import InvalidRequest, RequestError
 from matrixinfer.sim.api import Exchange, Json, event
 from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.reply import Reply
 
 VERSION = "0.5.23"
 """The SGLang release whose API and event layout the engine has."""
@@ -60,33 +61,35 @@ class SglangExchange(Exchange):
         """SGLang sends none of its own."""
         return {}
 
-    def answer(self, cached_tokens: int) -> Json:
-        """The whole reply in one body."""
-        text = self.reply.text
-        message = {"role": "assistant", "content": text, "reasoning_content": None, "tool_calls": None}
-        choice = {
-            "index": 0,
-            **({"message": message} if self.chat else {"text": text}),
-            "logprobs": None,
+    def choice(self, index: int, reply: Reply) -> Json:
+        """One choice of the whole reply."""
+        message = {"role": "assistant", "content": reply.text, "reasoning_content": None, "tool_calls": None}
+        return {
+            "index": index,
+            **({"message": message} if self.chat else {"text": reply.text}),
+            "logprobs": self._logprobs(reply, 0, len(reply.ids)),
             "finish_reason": self.finish_reason,
             "matched_stop": None,
         }
+
+    def answer(self, cached_tokens: int) -> Json:
+        """The whole reply in one body."""
         return {
             "id": self.request_id,
             "object": "chat.completion" if self.chat else "text_completion",
             "created": self.created,
             "model": self.model,
-            "choices": [choice],
+            "choices": [self.choice(index, reply) for index, reply in enumerate(self.replies)],
             "usage": self.usage(cached_tokens),
             "metadata": {"weight_version": "default"},
             **self._extension(cached_tokens),
         }
 
-    def chunks(self, start: int, end: int, cached_tokens: int) -> bytes:
-        """As `Exchange.chunks`; the details of cached tokens come before the usage."""
+    def closing(self, cached_tokens: int) -> bytes:
+        """As `Exchange.closing`; the details of cached tokens come before the usage."""
         done = b"data: [DONE]\n\n"
-        parts = super(SglangExchange, self).chunks(start, end, cached_tokens)
-        if not (self.reports_details and parts.endswith(done)):
+        parts = super(SglangExchange, self).closing(cached_tokens)
+        if not self.reports_details:
             return parts
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         head = {"id": self.request_id, "object": kind, "created": self.created, "model": self.model, "choices": []}

@@ -67,7 +67,7 @@ class SglangHandlers(EngineHandlers):
             return EnginePrompt(np.array(options.input_ids, dtype=np.uint32))
         return EnginePrompt(self._chat_ids(options, special=False))
 
-    def exchange(self, body: bytes, **fields: Any) -> api.Exchange:
+    def exchange(self, path: str, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange."""
         details = api.decode(body, Options).return_cached_tokens_details
         return SglangExchange(**fields, reports_details=details)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -60,11 +61,15 @@ class SglangMetrics:
         """Record the time from a request's arrival to its first token."""
         self._first_token.labels(*self._shared).observe(seconds)
 
+    def adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """SGLang does not say which adapters run."""
+        return nullcontext()
+
     def finished(self, exchange: Exchange, cached_tokens: int, *, streamed: bool) -> None:
         """Record a request's end."""
         kind = str(streamed)
         self._prompt.labels(*self._shared, kind).inc(exchange.prompt_tokens)
-        self._reply.labels(*self._shared, kind).inc(len(exchange.reply.ids))
+        self._reply.labels(*self._shared, kind).inc(exchange.generated)
         self._requests.labels(*self._shared, kind).inc()
         if cached_tokens:
             self._cached.labels(*self._shared, "device").inc(cached_tokens)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 from array import array
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.study.trace import Alphabet, Trace, Turn, filled
 
+_LENGTHS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _NO_IDS = np.zeros(0, np.uint32)
 
 
@@ -99,6 +102,32 @@ def mooncake(path: Path, *, block_size: int | None = None) -> Trace:
             )
         )
     return Trace(name=name_of(path), block_size=size, turns=turns, settings={"block_size": size})
+
+
+def lengths(path: Path, *, block_size: int = 16) -> Trace:
+    """Requests of which only arrival and lengths are known (Azure's CSV). Every prompt is new. Raises `TraceError`."""
+    alphabet, turns = Alphabet(), list[Turn]()
+    start: datetime | None = None
+    rows = csv.DictReader(line.decode() for line in lines(path))
+    for number, row in enumerate(rows, start=2):
+        try:
+            sent = datetime.fromisoformat(row["TIMESTAMP"])
+            prompt, reply = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TraceError(f"{path}:{number}: expected {', '.join(_LENGTHS)}: {error!r}") from error
+        start = start or sent
+        if prompt < 1:
+            continue
+        turns.append(
+            Turn(
+                session=f"request-{number - 2}",
+                delay=max(0.0, (sent - start).total_seconds()),
+                prompt=prompt,
+                reply=reply,
+                letters=filled((), prompt, reply, block_size, alphabet),
+            )
+        )
+    return Trace(name=name_of(path), block_size=block_size, turns=turns, settings={"block_size": block_size})
 
 
 def _block_size(path: Path, rows: Sequence[_Hashed]) -> int:
@@ -230,4 +259,4 @@ def _decoded(path: Path, kind: type[Any]) -> Iterator[Any]:
 
 def name_of(path: Path) -> str:
     """The name of a trace: its file's, without suffixes."""
-    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".csv")

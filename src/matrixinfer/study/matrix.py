@@ -19,11 +19,15 @@ _LEFT_OUT = ("random", "least_load", "cache_aware", "longest_match", "power_of_t
 """Policies that others cover, and one that breaks down wherever there is load."""
 COMPARED: Sequence[str] = [name for name in POLICIES if name not in (*_LEFT_OUT, *BOUNDS)] + list(BOUNDS)
 OURS: Sequence[str] = [name for name in PROFILES if name in COMPARED and name != "round_robin"]
+DEFAULT = "kv_aware"
+MOST: Sequence[str] = ("session_sticky", "prefix_hash", "sglang_cache_aware", "lmetric", DEFAULT)
+"""What is compared where something happens to the fleet."""
 USUAL = "usual"
 _BUSY = 0.5
 """How busy the pods are meant to be, if every hit were found."""
 _PODS = (4, 16)
-_LEAST_PROMPTS = 6
+_MOST_SCALE = 8.0
+_LEAST_PROMPTS = 3
 """A cache holds at least so many of the longest requests: a smaller one would show preemptions, and little else."""
 
 
@@ -40,11 +44,12 @@ class Condition:
     event_loss: float = 0.0
     faults: Sequence[str] = ()
     """As `Fault.parse` reads them, where `T` stands for a third of the trace's time."""
+    policies: Sequence[str] = MOST
 
 
 CONDITIONS: Sequence[Condition] = (
-    Condition(name=USUAL, summary="caches for half of the distinct tokens, one gateway"),
-    Condition(name="small caches", summary="caches for 15 %", cache=0.15),
+    Condition(name=USUAL, summary="caches for half of the distinct tokens, one gateway", policies=COMPARED),
+    Condition(name="small caches", summary="caches for a quarter", cache=0.25, policies=COMPARED),
     Condition(name="large caches", summary="caches for twice as much", cache=2.0),
     Condition(name="2 gateways", summary="requests go to one of two at random", gateways=2),
     Condition(name="4 gateways", summary="requests go to one of four at random", gateways=4),
@@ -69,10 +74,18 @@ class Demand:
     busy_pods: float
     """Pods' time in steps, by the virtual time."""
     seconds: float
+    rate_scale: float = 1.0
+    """How much faster arrivals must come, so that the smallest fleet is half busy."""
 
 
 def demand(trace: Trace, shape: EngineShape) -> Demand:
-    """Find out what a trace needs."""
+    """Find out what a trace needs, with arrivals as fast as the smallest fleet can take them."""
+    recorded = _demand(trace, shape, 1.0)
+    scale = min(_MOST_SCALE, round(_PODS[0] * _BUSY / recorded.busy_pods, 1))
+    return recorded if scale <= 1.0 else _demand(trace, shape, scale)
+
+
+def _demand(trace: Trace, shape: EngineShape, rate_scale: float) -> Demand:
     blocks = LetterBlocks()
     distinct: set[int] = set()
     for number, turn in enumerate(trace.turns):
@@ -83,7 +96,7 @@ def demand(trace: Trace, shape: EngineShape) -> Demand:
     policy = POLICIES["pooled"]
     run = Replay(
         trace,
-        Fleet(shape=shape, pods=8, pod_tokens=room),
+        Fleet(shape=shape, pods=8, pod_tokens=room, rate_scale=rate_scale),
         policy.make,
         publishes=False,
         shares_cache=True,
@@ -91,7 +104,9 @@ def demand(trace: Trace, shape: EngineShape) -> Demand:
     )
     run.run()
     busy = sum(pod.engine.busy_seconds for pod in run.pods.values())
-    return Demand(distinct_tokens=tokens, longest=longest, busy_pods=busy / run.now, seconds=run.now)
+    return Demand(
+        distinct_tokens=tokens, longest=longest, busy_pods=busy / run.now, seconds=run.now, rate_scale=rate_scale
+    )
 
 
 def fleet(trace: Trace, shape: EngineShape, needs: Demand, condition: Condition, *, seed: int = 0) -> Fleet:
@@ -103,6 +118,7 @@ def fleet(trace: Trace, shape: EngineShape, needs: Demand, condition: Condition,
         shape=shape,
         pods=pods,
         pod_tokens=max(tokens, _LEAST_PROMPTS * needs.longest),
+        rate_scale=needs.rate_scale,
         gateways=condition.gateways,
         gossip=condition.gossip,
         event_loss=condition.event_loss,

@@ -35,6 +35,8 @@ def read(
 ) -> Trace:
     """Read a file in the format that its first line shows. Raises `TraceError`, and `ConfigError` without a tokenizer."""
     size = {} if block_size is None else {"block_size": block_size}
+    if ".csv" in path.suffixes:
+        return formats.lengths(path, **size)
     keys = formats.keys_of(path)
     if keys >= access_trace.KEYS:
         return access_trace.access_log(path, block_size=block_size)

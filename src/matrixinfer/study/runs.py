@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 
 from matrixinfer.study.measures import measures
 from matrixinfer.study.policies import POLICIES, Policy
 from matrixinfer.study.replay import Fleet, Replay, Sample
 from matrixinfer.study.trace import LetterBlocks, Trace
+from matrixinfer.study.workers import workers
 from matrixinfer.traffic.ladder.rungs import Ladder
 
 _MOST_SAMPLES = 2_000
@@ -85,7 +85,7 @@ def replay_all(
         for policy in policies:
             yield replay(trace, fleet, policy, blocks=blocks, progress=partial(progress, policy.name))
         return
-    with ProcessPoolExecutor(min(jobs, len(policies)), get_context("spawn")) as pool:
+    with workers(min(jobs, len(policies))) as pool:
         for ready in as_completed([pool.submit(_replay_by_name, trace, fleet, policy.name) for policy in policies]):
             outcome = ready.result()
             progress(outcome.policy, len(trace.turns))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from matrixinfer.blocks import TokenBlockProcessor
 
@@ -43,6 +43,23 @@ class Trace:
     turns: Sequence[Turn]
     settings: Mapping[str, object] = field(default_factory=dict)
     """What its reader was told, for the report."""
+
+    def first(self, turns: int, *, most_tokens: int) -> Trace:
+        """The first `turns` requests of at most `most_tokens` tokens with their replies.
+
+        What depends on a longer one depends on the one before that instead.
+        """
+        kept: list[Turn] = []
+        place: dict[int | None, int | None] = {None: None}
+        for number, turn in enumerate(self.turns):
+            if len(kept) == turns:
+                break
+            if turn.prompt + turn.reply > most_tokens:
+                place[number] = place[turn.after]
+                continue
+            place[number] = len(kept)
+            kept.append(replace(turn, after=place[turn.after]))
+        return Trace(name=self.name, block_size=self.block_size, turns=kept, settings=self.settings)
 
     def ideal_hit_rate(self, blocks: LetterBlocks) -> float:
         """Share of the prompt tokens that one cache without bounds would have, if the turns came in this order."""

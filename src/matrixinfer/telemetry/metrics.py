@@ -73,6 +73,7 @@ class Metrics:
             buckets=_DECISION_BUCKETS,
         )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
+        self._routes = self._counter("route_requests", "Requests that took a route, by its target.", "route", "target")
         self._degraded = self._counter("degraded", "Decisions that were made without an input, by reason.", "reason")
         self._parity = self._counter(
             "tokenizer_parity",
@@ -150,6 +151,10 @@ class Metrics:
     def first_byte(self, seconds: float) -> None:
         """The first byte of a response arrived, `seconds` after its request."""
         self._first_byte.observe(seconds)
+
+    def route_taken(self, route: str, target: str) -> None:
+        """A request took a route, and got this target of it."""
+        self._routes[route, target].inc()
 
     def forget_pod(self, pod: str) -> None:
         """Drop every series of a pod that has gone."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from matrixinfer.scheduler.prefill import prefill_work
 from matrixinfer.traffic.pending import Pending
 from matrixinfer.traffic.pod_load import READING_SECONDS, PodLoad, View
 from matrixinfer.traffic.speed import Speeds
@@ -56,6 +57,7 @@ class LoadLedger:
         hashes: Sequence[int],
         start: int,
         queued_tokens: int,
+        prompt_tokens: int | None = None,
         chunks: Sequence[int] = (),
         streams: bool = True,
     ) -> Charge:
@@ -63,7 +65,8 @@ class LoadLedger:
 
         `hashes` is the prompt's chain. The index matched its first `start` blocks; the rest become pending at the pod,
         and so do the `chunks` of its bytes, if not all of its token ids are known. `queued_tokens` is the number of prompt
-        tokens that the pod must compute. `streams`: the answer begins as soon as the prompt is computed.
+        tokens that the pod must compute, the last ones of a prompt of `prompt_tokens` if that is known. `streams`: the
+        answer begins as soon as the prompt is computed.
         """
         now = self._clock()
         wanted = max(0, len(hashes) - start)
@@ -78,7 +81,10 @@ class LoadLedger:
             pending = self._pending.setdefault((pod, model), Pending((pod, model)))
             pending.add(blocks)
         charge = Charge(self, load, pending, blocks, queued_tokens, streams=streams, sent_at=now)
-        load.began(charge, queued_tokens, now)
+        work: float = queued_tokens
+        if prompt_tokens is not None:
+            work = prefill_work(queued_tokens, max(prompt_tokens, queued_tokens))
+        load.began(charge, queued_tokens, work, now)
         try:
             for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
@@ -217,7 +223,7 @@ class Charge:
         "awaits_first_byte",
         "sent_at",
         "streams",
-        "tokens_until_first_byte",
+        "work_until_first_byte",
     )
 
     def __init__(
@@ -239,8 +245,8 @@ class Charge:
         self._released = False
         self.streams = streams
         self.sent_at = sent_at
-        self.tokens_until_first_byte = 0.0
-        """Tokens that the pod had to compute when it was sent, its own and those ahead of it; 0 if the time that it takes
+        self.work_until_first_byte = 0.0
+        """What the pod had to compute when it was sent, its own tokens and those ahead of it; 0 if the time that it takes
         shows nothing."""
         self.awaits_first_byte = True
         """True until the answer begins."""
@@ -248,9 +254,9 @@ class Charge:
     def first_byte(self) -> None:
         """Record that the answer has begun, so the prompt has been computed."""
         now = self._ledger.now()
-        if self.awaits_first_byte and self.tokens_until_first_byte:
+        if self.awaits_first_byte and self.work_until_first_byte:
             seconds = now - self.sent_at
-            self._load.speed.observe(self.tokens_until_first_byte, seconds, now, is_whole=not self.streams)
+            self._load.speed.observe(self.work_until_first_byte, seconds, now, is_whole=not self.streams)
         self._computed(now)
 
     def assume_computed(self, now: float) -> None:
@@ -260,7 +266,7 @@ class Charge:
 
     def untimed(self) -> None:
         """The request was sent earlier than it was charged: the time until its first byte shows nothing."""
-        self.tokens_until_first_byte = 0.0
+        self.work_until_first_byte = 0.0
 
     def release(self) -> None:
         """End the charge: the request is over, and the pod has computed its prompt."""

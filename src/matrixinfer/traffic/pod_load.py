@@ -66,47 +66,53 @@ class PodLoad:
         "known",
         "known_until",
         "queued_tokens",
+        "queued_work",
         "speed",
     )
 
     def __init__(self, speed: Speed) -> None:
         self.in_flight = 0
         self.queued_tokens = 0
+        self.queued_work = 0.0
+        """Those tokens, each counted by how long it takes (`matrixinfer.scheduler.prefill`)."""
         self.speed = speed
         self.counts = Counts()
         """Requests in flight over time."""
         self.known: View | None = None
         """The view while nothing is queued, so that it need not be made for every decision; valid until `known_until`."""
         self.known_until = float("-inf")
-        self._waiting: dict[Charge, int] = {}
-        """The requests that await their first byte, in the order in which they were sent, and their tokens."""
+        self._waiting: dict[Charge, float] = {}
+        """The requests that await their first byte, in the order in which they were sent, and their work."""
         self._head_since = 0.0
         """When the pod began to compute the first of those."""
         self._assumed: deque[tuple[float, Charge]] = deque()
 
-    def began(self, charge: Charge, tokens: int, now: float) -> None:
-        """A request is sent, with so many tokens to compute."""
+    def began(self, charge: Charge, tokens: int, work: float, now: float) -> None:
+        """A request is sent, with so many tokens to compute, which take as long as `work` tokens at a prompt's start."""
         self.in_flight += 1
         self.known_until = float("-inf")
         self.counts.changed(now, self.in_flight)
         if not tokens:
             return
         rate = self.speed.rate(now)
-        ahead = self._seconds(now, rate)[0] if self.queued_tokens else 0.0
-        charge.tokens_until_first_byte = ahead * rate + tokens
+        ahead = self._seconds(now, rate)[0] if self._waiting else 0.0
+        charge.work_until_first_byte = ahead * rate + work
         self.queued_tokens += tokens
+        self.queued_work += work
         if not self._waiting:
             self._head_since = now
-        self._waiting[charge] = tokens
+        self._waiting[charge] = work
         if not charge.streams:  # its first byte comes after its last token
-            self._assumed.append((now + ahead + tokens / rate, charge))
+            self._assumed.append((now + ahead + work / rate, charge))
 
     def computed(self, charge: Charge, tokens: int, now: float) -> None:
         """A request's prompt is computed, or no longer wanted."""
         self.queued_tokens -= tokens
         if next(iter(self._waiting), None) is charge:
             self._head_since = now
-        self._waiting.pop(charge, None)
+        self.queued_work -= self._waiting.pop(charge, 0.0)
+        if not self._waiting:
+            self.queued_work = 0.0  # and no rest of sums
 
     def ended(self, now: float) -> None:
         """A request is over."""
@@ -136,7 +142,7 @@ class PodLoad:
         The request that has waited longest is being computed, since the one before it was. If it takes much longer than
         expected, so will the others.
         """
-        total = self.queued_tokens / rate
+        total = self.queued_work / rate
         head = next(iter(self._waiting), None)
         if head is None:
             return total, 1.0

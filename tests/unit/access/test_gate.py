@@ -100,11 +100,19 @@ async def test_a_client_that_goes_away_pays_what_was_taken() -> None:
     assert await room.used() == TAKEN
 
 
-async def test_a_broken_answer_without_a_report_counts_what_was_taken() -> None:
+async def test_an_answer_that_broke_off_is_given_back() -> None:
     room = Room()
     ticket = await room.ticket()
     ticket.served()
     ticket.close(502)
+    assert await room.used() == Amounts()
+
+
+async def test_an_answer_without_a_report_counts_what_was_taken() -> None:
+    room = Room()
+    ticket = await room.ticket()
+    ticket.served()
+    ticket.close(200)
     assert await room.used() == TAKEN
 
 

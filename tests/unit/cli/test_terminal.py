@@ -110,6 +110,36 @@ def test_explain_prints_ids_pods_and_models_as_they_are(
         assert all(line.isprintable() for line in out.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("fields", "tokens", "shown"),
+    [
+        ({"matched_blocks": None}, 300, "-"),
+        ({}, None, "-"),
+        ({"matched_blocks": None, "recent_blocks": 1}, 300, "0"),
+        ({"matched_blocks": 0}, 300, "0"),
+    ],
+)
+def test_explain_shows_no_prediction_where_nothing_was_predicted(
+    fields: dict[str, Any],
+    tokens: int | None,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    decision = decision_view("a", {"a": candidate_view(**fields)}) | {"tokens": tokens, "predicted_hit_tokens": 0}
+
+    async def answer(_: object) -> dict[str, Any]:
+        return {"decisions": [decision]}
+
+    monkeypatch.setattr(explain, "_ask", answer)
+    assert main(["explain"]) == 0
+    heads, row = capsys.readouterr().out.splitlines()
+    assert row[heads.index("predicted_hit_tokens") :].split()[0] == shown
+    assert main(["explain", "x"]) == 0
+    words = "unknown" if shown == "-" else "0 tokens"
+    assert f"predicted hit: {words} on a" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["[/foo]", "[red]x", "a\x1b[31m"])
 def test_the_doctor_prints_pods_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gateway.yaml"

@@ -100,8 +100,14 @@ def test_options_that_cannot_be_read_stay(options: bytes) -> None:
     assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
 
 
+def test_a_stream_without_options_keeps_its_bytes_and_gets_them_at_its_end() -> None:
+    body = b'{ "model":"m", "prompt" : [1], "stream":true,"x":1.50 }\n'
+    expected = b'{ "model":"m", "prompt" : [1], "stream":true,"x":1.50,"stream_options":{"include_usage":true}}'
+    assert rewrite(body, adds_usage=True) == PodBody(expected, adds_usage=True)
+
+
 def test_a_body_whose_keys_are_not_utf_8_stays_unless_the_pod_needs_another_name() -> None:
-    body = request(stream=True).removesuffix(b"}") + b', "\xff": 1}'
+    body = request(stream=True, stream_options=None).removesuffix(b"}") + b', "\xff": 1}'
     assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
     with pytest.raises(InvalidRequest, match="not UTF-8"):
         rewrite(body.replace(b'"m"', b'"nice"'))

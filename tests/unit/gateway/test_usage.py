@@ -114,7 +114,7 @@ def test_only_the_chunk_that_reports_usage_is_kept_from_the_client(
 
 def stripped(stream: bytes, bounds: list[int]) -> bytes:
     stripper = UsageStripper()
-    passed = [stripper.strip(stream[start:end]) for start, end in pairwise(bounds)]
+    passed = [stripper.change(stream[start:end]) for start, end in pairwise(bounds)]
     return b"".join([*passed, stripper.rest()])
 
 
@@ -149,6 +149,6 @@ def test_a_report_without_its_end_is_kept_from_the_client_too() -> None:
 def test_whole_events_are_passed_on_at_once_and_what_is_no_event_does_not_pile_up() -> None:
     stripper = UsageStripper()
     for chunk in CHUNKS:
-        assert stripper.strip(chunk) == chunk
-    assert stripper.strip(b"x" * 100_000) == b"x" * 100_000
+        assert stripper.change(chunk) == chunk
+    assert stripper.change(b"x" * 100_000) == b"x" * 100_000
     assert stripper.rest() == b""

@@ -74,7 +74,7 @@ def test_a_charge_counts_until_the_request_ends() -> None:
 def test_the_next_decision_follows_a_charge() -> None:
     fleet = Fleet()
     first = fleet.selector.select(PROMPT, PODS, model="m")
-    fleet.selector.charge(first)
+    fleet.selector.charge(first).first_byte()
     assert fleet.selector.select(PROMPT, PODS, model="m").chosen.name == first.chosen.name
 
 
@@ -142,7 +142,7 @@ def test_the_selector_estimates_queues_and_speeds() -> None:
     sent.first_byte()
     with fleet.selector.charge(fleet.selector.select(PROMPT, ["y"], model="m")):
         seen = fleet.selector.select(PROMPT, ["y"], model="m", dry_run=True).chosen
-    assert seen.condition.prefill_rate == pytest.approx(len(PROMPT) / 2.0)
+    assert seen.condition.prefill_rate == pytest.approx(len(PROMPT) / 2.0, rel=0.01)  # attention counts a little
     assert seen.queue_seconds == pytest.approx(2.0)
 
 
@@ -226,9 +226,7 @@ def test_the_configuration_has_the_keys_of_the_gateway() -> None:
 
 def test_wrong_values_are_named() -> None:
     index = Index(block_size=16)
-    with pytest.raises(
-        ConfigError, match="unknown policy `fastest`; there are: cache_aware, cached_share, expected_ttft, kv_aware"
-    ):
+    with pytest.raises(ConfigError, match="unknown policy `fastest`; there are: cache_aware, cached_share, kv_aware"):
         Selector(index, policy="fastest")
     with pytest.raises(ConfigError, match=r"\$\.scheduler\.pendingSecond"):
         Selector(index, config={"pendingSecond": 1})

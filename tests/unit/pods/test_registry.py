@@ -64,8 +64,11 @@ def test_an_unidentified_pod_may_serve_another_one_of_several_configured_models(
     for known in (False, True):
         if known:
             fleet.learn("a", served=TINY)
-        with pytest.raises(NoPodAvailable, match="have not said what they serve"):
+        with pytest.raises(NoPodAvailable, match=f": {1 if known else 2} have not answered yet"):
             fleet.resolve("big")
+    fleet.answered("b")
+    with pytest.raises(NoPodAvailable, match="1 do not say what they serve"):
+        fleet.resolve("big")
 
 
 def test_a_pod_serves_the_model_that_its_configuration_names_until_it_says_something_else() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from matrixinfer.blocks import TokenBlockProcessor, TokenIds
-from matrixinfer.prompt.cache import Lru, TokenCache
+from matrixinfer.prompt.bounds import TooMuch
+from matrixinfer.prompt.cache import MAX_PIECE_CHARS, Lru, TokenCache
 from matrixinfer.prompt.segments import Cutter
 from tests.unit.prompt.support import tokenizer
 
@@ -216,3 +217,18 @@ def test_an_encoder_that_fails_leaves_the_cache_as_it_was(made: Tokenizer) -> No
         tested.encode("<s>good<s>bad")
     assert tested.stats.entries == 0
     assert tested.encode("<s>good")[0].tolist() == reference("<s>good").tolist()
+
+
+def test_a_piece_that_is_too_long_is_not_encoded() -> None:
+    encoded: list[int] = []
+
+    def encode_each(texts: Sequence[str]) -> list[TokenIds]:
+        encoded.extend(map(len, texts))
+        return [np.zeros(1, dtype=np.uint32) for _ in texts]
+
+    cache = TokenCache(encode_each, Cutter(["<s>"]), block_size=16, max_bytes=0)
+    longest = "x" * (MAX_PIECE_CHARS - 3)
+    assert len(cache.encode("<s>" + longest + "<s>" + longest)[0]) == 2
+    with pytest.raises(TooMuch, match=r"1048577 characters in a row cannot be cut, which is more than 1048576"):
+        cache.encode("<s>" + longest + "x")
+    assert max(encoded) == MAX_PIECE_CHARS

@@ -125,7 +125,7 @@ def test_an_error_names_the_expected_files(model: Path, mode: str, wanted: str) 
 
 
 def test_an_error_names_a_missing_folder(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^\$\.models\[0\]\.tokenizer: .*model does not exist"):
+    with pytest.raises(ConfigError, match=r"^\$\.models\[0\]\.tokenizer: .*model does not exist.*find: download"):
         library(model)
 
 

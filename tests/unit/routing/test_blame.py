@@ -79,6 +79,18 @@ async def test_what_fails_at_a_second_endpoint_as_well_is_void_at_both(world: Wo
     assert not world.parts.outliers.is_due("a")
 
 
+def test_endpoints_that_all_failed_what_one_answers_are_all_to_blame() -> None:
+    outliers = Outliers(OutliersConfig(), lambda: 100.0)
+    for name in ("a", "b"):
+        for _ in range(2):
+            outliers.doubted(name, "500")
+    blame = Blame(outliers)
+    for name in ("a", "b", "c"):
+        blame.accuse(name, "500", is_probe=False)
+    blame.answered()
+    assert [outliers.state(name) for name in "abc"] == ["ejected", "ejected", "admitted"]
+
+
 @pytest.mark.parametrize("second", ["503", "429", "connect", "timeout"])
 async def test_a_second_endpoint_that_says_nothing_about_the_request_leaves_the_doubt(
     world: World, second: str
@@ -152,9 +164,11 @@ def test_a_probe_that_fails_elsewhere_as_well_is_followed_by_another_one() -> No
     assert outliers.started("a")
     blame = Blame(outliers)
     blame.accuse("a", "500", is_probe=True)
-    assert blame.is_probe
+    assert blame.needs_witness
     assert not outliers.started("a")  # the verdict is still to come
     blame.accuse("b", "500", is_probe=False)
+    assert not blame.needs_witness
+    blame.close()
     assert outliers.started("a")
     blame.accuse("a", "500", is_probe=True)
     blame.answered()
@@ -188,3 +202,12 @@ def test_where_no_other_endpoint_may_be_asked_every_failure_counts() -> None:
     for _ in range(3):
         outliers.doubted("a", "500")
     assert outliers.state("a") == "ejected"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "busy"),
+    [(["429"], 1), (["429", "429"], 0), (["429", "429", "200"], 2), (["503", "503"], 2), (["429", "503"], 2)],
+)
+async def test_a_limit_on_the_client_makes_no_endpoint_busy(world: World, outcomes: list[str], busy: int) -> None:
+    await send(world, *outcomes)
+    assert sorted(states(world).values()) == ["admitted"] * (3 - busy) + ["busy"] * busy

@@ -144,8 +144,9 @@ async def test_a_dry_run_says_why_and_changes_nothing() -> None:
     assert sorted(decision["ranked"]) == ["a", "b", "c"]
     assert field_of(decision, "matched_blocks") == {"a": 0, "b": 8, "c": 0}
     assert field_of(decision, "filtered") == {"a": None, "b": None, "c": None}
-    assert decision["pods"]["b"]["scores"]["kvcache-aware"] == 80.0
-    assert set(decision["timings_ms"]) >= {"parse", "match", "schedule", "kvcache-aware"}
+    assert decision["pods"]["b"]["scores"]["expected-ttft"] == 100.0
+    assert field_of(decision, "expected_ms") == {"a": 5.0, "b": 1.0, "c": 5.0}
+    assert set(decision["timings_ms"]) >= {"parse", "match", "schedule", "expected-ttft"}
     assert world.load.total() == 0
     assert json.loads(json.dumps(decision)) == decision
 
@@ -162,7 +163,6 @@ async def test_the_next_request_sees_what_this_one_brings() -> None:
     sent = await world.dispatch()
     pod = sent.decision.chosen.name
     decision = await world.explain()
-    assert decision["chosen"] == pod
     assert field_of(decision, "pending_blocks")[pod] == 10
     assert field_of(decision, "in_flight")[pod] == 1
 
@@ -268,7 +268,7 @@ async def test_a_feed_that_is_not_complete_is_shown_and_noted() -> None:
     world.feeds["a"].live(0, encode(EventBatch(ts=0.0, events=[])))
     decision = await world.explain()
     assert field_of(decision, "feed") == {"a": "complete", "b": "partial", "c": "partial"}
-    assert "kvcache-aware: what the index says of 2 of 3 pods is partial" in decision["notes"]
+    assert "expected-ttft: what the index says of 2 of 3 pods is partial" in decision["notes"]
 
 
 async def test_what_an_untrusted_pod_holds_is_unknown_not_nothing() -> None:
@@ -483,12 +483,12 @@ async def test_decisions_are_kept_with_what_came_of_them() -> None:
 
 async def test_what_other_gateways_have_in_flight_counts() -> None:
     world = World()
-    world.peers.update("x", {"a": Load(9, 1_000), "c": Load(1, 50)}, time.monotonic())
+    world.peers.update("x", {"a": Load(40, 1_000), "c": Load(1, 50)}, time.monotonic())
     sent = await world.dispatch()
     assert sent.decision.chosen.name == "b"
     decision = await world.explain()
-    assert field_of(decision, "in_flight") == {"a": 9, "b": 1, "c": 1}
-    assert field_of(decision, "peers_in_flight") == {"a": 9, "b": 0, "c": 1}
+    assert field_of(decision, "in_flight") == {"a": 40, "b": 1, "c": 1}
+    assert field_of(decision, "peers_in_flight") == {"a": 40, "b": 0, "c": 1}
     assert decision["pods"]["a"]["filtered"] is not None
     assert [pod.queued_tokens for pod in sent.decision.candidates] == [1_000, 0, 50]
 

@@ -151,7 +151,7 @@ async def test_conversations_whose_images_differ_are_told_apart() -> None:
 
 
 async def test_equal_prompts_in_flight_go_to_one_pod() -> None:
-    world = World()
+    world = World(policy="cached_share")
     requests = [await world.sent(chat([image("AAAA"), text(WORDS)])) for _ in range(3)]
     assert len({request.pod.name for request in requests}) == 1
     for request in requests:

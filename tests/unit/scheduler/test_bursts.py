@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.scheduler.framework import Candidate
+from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.traffic.load import Charge, LoadLedger
 
@@ -39,8 +42,15 @@ class Fleet:
         return chosen.name, charge
 
 
+def fleet_of(policy: str) -> Fleet:
+    return Fleet(8, scheduler(with_policy(SchedulerConfig(plugin_config=()), policy)))
+
+
+every_policy = pytest.mark.parametrize("policy", ["kv_aware", "cached_share"])
+
+
 def test_equal_prompts_fill_one_pod_to_the_bound_and_then_the_next() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
+    fleet = fleet_of("cached_share")
     sent = [fleet.send((1, 2, 3, 4))[0] for _ in range(32)]
     runs = [name for i, name in enumerate(sent) if i == 0 or sent[i - 1] != name]
     assert len(set(sent[:4])) == 1  # the floor: they stay together
@@ -48,15 +58,17 @@ def test_equal_prompts_fill_one_pod_to_the_bound_and_then_the_next() -> None:
     assert max(Counter(sent).values()) <= 5  # ceil(1.25 × 32 / 8)
 
 
-def test_different_prompts_spread_evenly() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
+@every_policy
+def test_different_prompts_spread_evenly(policy: str) -> None:
+    fleet = fleet_of(policy)
     sent = [fleet.send(tuple(range(i * 10, i * 10 + 4)))[0] for i in range(32)]
     assert sorted(sent[:8]) == fleet.names
     assert Counter(sent) == dict.fromkeys(fleet.names, 4)
 
 
-def test_one_conversation_at_a_time_stays_on_its_pod() -> None:
-    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
+@every_policy
+def test_one_conversation_at_a_time_stays_on_its_pod(policy: str) -> None:
+    fleet = fleet_of(policy)
     seen = set()
     for turn in range(1, 20):
         name, charge = fleet.send(tuple(range(turn * 4)))
@@ -65,9 +77,10 @@ def test_one_conversation_at_a_time_stays_on_its_pod() -> None:
     assert len(seen) == 1
 
 
-def test_a_universal_prefix_does_not_collapse_onto_one_pod() -> None:
+@every_policy
+def test_a_universal_prefix_does_not_collapse_onto_one_pod(policy: str) -> None:
     """Every prompt shares 60 % of its blocks, requests finish in order, 24 in flight on 8 pods."""
-    fleet = Fleet(8, scheduler(SchedulerConfig(plugin_config=())))
+    fleet = fleet_of(policy)
     shared = tuple(range(6))
     open_charges: list[Charge] = []
     sent = Counter[str]()

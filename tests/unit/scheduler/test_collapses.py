@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .queue_model import Asked, Engine, Fleet, conversation, equal, new_blocks, poisson
 
-POLICY, BEFORE = "expected_ttft", "cached_share"
+POLICY, BEFORE = "kv_aware", "cached_share"
 
 
 def universal_prefix(policy: str) -> Fleet:
@@ -48,8 +48,8 @@ def test_a_very_long_universal_prefix_does_not_draw_every_request_to_one_pod() -
 def test_a_hot_prefix_is_computed_at_a_second_pod_once_queueing_costs_more() -> None:
     fleet, shared = Fleet(POLICY, equal(2)), new_blocks(32)
     fleet.ask(0.0, Asked(chain=shared))
-    for number in range(12):  # 2,048 tokens each: a quarter of a second, where the prefix takes half a second
-        fleet.ask(10.0 + number * 0.01, Asked(chain=[*shared, *new_blocks(16)]))
+    for number in range(12):  # 1,024 tokens each: an eighth of a second, where the prefix takes half a second
+        fleet.ask(10.0 + number * 0.01, Asked(chain=[*shared, *new_blocks(8)]))
     fleet.run()
     first, second = fleet.sent[1].pod, ({"pod-0", "pod-1"} - {fleet.sent[1].pod}).pop()
     order = [each.pod for each in fleet.sent[1:]]

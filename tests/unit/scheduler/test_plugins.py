@@ -228,7 +228,7 @@ class TestPrefixCache:
 
 
 class TestExpectedTtft:
-    """Prompts of 4,000 tokens at 8,000 tokens per second: half a second."""
+    """Prompts of 4,000 tokens at 8,000 tokens per second: half a second, and 4 % more for attention."""
 
     ASKED = request(prompt_tokens=4_000, block_size=100, chain=tuple(range(40)))
     RATE: ClassVar[dict[str, Any]] = {"prefill_rate": 8_000.0, "queue_seconds": 0.0}
@@ -247,15 +247,26 @@ class TestExpectedTtft:
             pod("busy", prefill_rate=8_000.0, queue_seconds=2.0),
             pod("unknown", queued_tokens=800),
         )
-        assert times == pytest.approx([500.0, 125.0, 125.0, 4_000.0, 2_500.0, 600.0])
+        assert times == pytest.approx([520.0, 133.75, 133.75, 4_160.0, 2_520.0, 620.0])
 
     def test_each_request_in_flight_costs_some_tokens_and_is_delayed_itself(self) -> None:
         times = self.expected(pod("a", in_flight=10, **self.RATE), requestTokens=80, stallShare=0.1)
-        assert times == pytest.approx([500.0 + 10 * 10.0 + 10 * 0.1 * 500.0])
+        assert times == pytest.approx([520.0 + 10 * 10.0 + 10 * 0.1 * 520.0])
+
+    def test_requests_in_flight_make_a_queue_count_for_more(self) -> None:
+        queues = [pod("a", in_flight=n, prefill_rate=8_000.0, queue_seconds=0.2) for n in (0, 1, 4)]
+        times = self.expected(*queues, requestTokens=0, stallShare=0, waitShare=0.5)
+        assert times == pytest.approx([720.0, 820.0, 1_120.0])
+
+    def test_the_end_of_a_long_prompt_costs_more_than_its_start(self) -> None:
+        asked = request(prompt_tokens=100_000, block_size=100, chain=tuple(range(1_000)))
+        pods = [pod("cold", **self.RATE), pod("half", matched_blocks=500, **self.RATE)]
+        cold, half = score("expected-ttft", pods, asked).expected_ms or ()
+        assert (cold, half) == pytest.approx((2 * 12_500.0, 2.5 * 6_250.0))
 
     def test_requests_of_others_that_wait_are_a_queue(self) -> None:
         one = self.expected(pod("a", foreign=5, running=1, waiting=4, metrics_age=0.1, **self.RATE), stallShare=0)
-        assert one == pytest.approx([500.0 + (5 + 4) * 16.0])
+        assert one == pytest.approx([520.0 + (5 + 4) * 16.0])
 
     def test_a_full_cache_costs_what_is_pushed_out_and_needed_again(self) -> None:
         full = {"held_tokens": 100_000, "cache_tokens": 100_000, **self.RATE}
@@ -267,7 +278,7 @@ class TestExpectedTtft:
             pod("thrashing", evicted_per_second=1e9, **full),
             pod("unknown", held_tokens=100_000, **self.RATE),
         )
-        assert times == pytest.approx([500.9, 750.98, 551.0, 751.0, 1_001.0, 500.0], abs=0.1)
+        assert times == pytest.approx([520.9, 770.98, 671.0, 771.0, 1_021.0, 520.0], abs=0.1)
 
     def test_equal_pods_are_told_apart_by_their_footprint(self) -> None:
         pods = [pod(str(n), held_tokens=n, cache_tokens=100_000, **self.RATE) for n in (30_000, 10_000, 20_000)]

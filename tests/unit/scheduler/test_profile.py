@@ -120,8 +120,8 @@ def test_two_pickers_are_one_too_many() -> None:
 def test_the_default_profile_is_valid_and_routes() -> None:
     decision = scheduler(SchedulerConfig()).schedule(request(), pods(3))
     assert len(decision.ranked) == 3
-    assert list(decision.scores) == ["kvcache-aware", "least-prefill"]
-    assert decision.notes == ("kvcache-aware: the index could not say what 3 of 3 pods hold",)
+    assert list(decision.scores) == ["expected-ttft", "session-affinity"]
+    assert decision.notes == ("expected-ttft: the index could not say what 3 of 3 pods hold",)
 
 
 def test_a_plugin_enabled_at_two_stages_is_one_instance() -> None:

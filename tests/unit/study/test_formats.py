@@ -17,6 +17,7 @@ from matrixinfer.study import formats
 from matrixinfer.study.conversations import Message, conversations
 from matrixinfer.study.faults import Fault
 from matrixinfer.study.generators import GENERATORS, generate
+from matrixinfer.study.reading import read
 from matrixinfer.study.trace import LetterBlocks, Trace
 
 
@@ -185,3 +186,29 @@ def test_faults_are_read_with_their_defaults() -> None:
     for text in ("restart", "melt@3", "slow@0:1:0", "small@0:1:2", "restart@-1"):
         with pytest.raises(ConfigError):
             Fault.parse(text)
+
+
+def test_lengths_and_arrivals_alone_make_new_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv.gz"
+    rows = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    rows += ["2023-11-16 18:17:03.9799600,48,16", "2023-11-16 18:17:05.4799600,160,0", "2023-11-16 18:17:06,0,1"]
+    file.write_bytes(gzip.compress("\n".join(rows).encode()))
+    trace = read(file, tokenizer=None)
+    assert [(turn.delay, turn.prompt, turn.reply) for turn in trace.turns] == [(0.0, 48, 16), (1.5, 160, 1)]
+    assert shared(trace, 0, 1) == 0
+    assert [len(turn.letters) for turn in trace.turns] == [4, 10]
+    file.write_bytes(gzip.compress(b"TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,4\n"))
+    with pytest.raises(formats.TraceError, match=r"azure\.csv\.gz:2: expected TIMESTAMP, ContextTokens"):
+        read(file, tokenizer=None)
+
+
+def test_a_trace_is_cut_without_breaking_its_order(tmp_path: Path) -> None:
+    requests = [
+        (float(4 * n), "main", tokens, 10, 1.0, [[1, tokens // 64]]) for n, tokens in enumerate((512, 4096, 640))
+    ]
+    whole = agents(tmp_path, requests)
+    assert [turn.after for turn in whole.turns] == [None, 0, 1]
+    short = whole.first(10, most_tokens=1_000)
+    assert [(turn.prompt, turn.after) for turn in short.turns] == [(512, None), (640, 0)]
+    assert [turn.prompt for turn in whole.first(1, most_tokens=1_000).turns] == [512]
+    assert [turn.after for turn in whole.first(10, most_tokens=1_000_000).turns] == [None, 0, 1]

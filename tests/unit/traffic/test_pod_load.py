@@ -32,6 +32,15 @@ def test_the_queue_takes_as_long_as_its_tokens_and_shrinks_while_they_are_comput
     assert world.queue() == pytest.approx(0.5)
 
 
+def test_the_end_of_a_long_prompt_takes_longer_than_its_start() -> None:
+    world = World()
+    start = world.load.charge("a", "m", hashes=(), start=0, queued_tokens=8_000, prompt_tokens=8_000)
+    assert world.queue() == pytest.approx(1.08)
+    start.release()
+    world.load.charge("a", "m", hashes=(), start=0, queued_tokens=8_000, prompt_tokens=104_000)
+    assert world.queue() == pytest.approx(3.0)
+
+
 def test_an_answer_that_is_overdue_shows_that_the_pod_is_slower() -> None:
     world = World()
     world.send(8_000)

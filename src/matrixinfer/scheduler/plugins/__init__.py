@@ -12,6 +12,7 @@ from matrixinfer.scheduler.plugins.gpu_cache_usage import GpuCacheUsage
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
 from matrixinfer.scheduler.plugins.least_prefill import LeastPrefill
 from matrixinfer.scheduler.plugins.least_request import LeastRequest
+from matrixinfer.scheduler.plugins.lora_affinity import LoraAffinity
 from matrixinfer.scheduler.plugins.max_score import MaxScore
 from matrixinfer.scheduler.plugins.prefix_cache import PrefixCache
 from matrixinfer.scheduler.plugins.random import Random
@@ -25,6 +26,7 @@ _CLASSES: tuple[type[Plugin], ...] = (
     KvCacheAware,
     LeastPrefill,
     LeastRequest,
+    LoraAffinity,
     MaxScore,
     PrefixCache,
     Random,

@@ -10,11 +10,13 @@ from msgspec import Meta
 
 from matrixinfer.config import Count, Section, described
 from matrixinfer.scheduler.framework import Candidate, Condition, Plugin, SchedulingRequest, Scores, Services
+from matrixinfer.scheduler.match_notes import match_note
 from matrixinfer.scheduler.plugins.bounded_load import bound
+from matrixinfer.scheduler.prefill import ATTENTION_TOKENS
 
 _UNKNOWN_RATE = 8_000.0
 """Tokens per second where nobody measures it; only the scale of the estimate depends on it, not its order."""
-_LEAST_REUSE = 0.1
+_LEAST_REUSE = 0.3
 """The share of what a cache evicts that is needed again, however long it keeps blocks: an estimate has no certainty."""
 _TIE_MS = 1.0
 """What a full cache costs against an empty one, so that equal pods are told apart by their footprints."""
@@ -23,11 +25,15 @@ _TIE_MS = 1.0
 class ExpectedTtft(Plugin):
     """Scores by the estimated time to the first token, and by what the request costs the others at that pod.
 
-    `expected = queue + prefill + decode + eviction`, in milliseconds. The queue is what the requests in flight there still
-    have to compute; prefill is the part of this prompt that is not cached; both at the rate that the pod's answers have
-    shown. Each request in flight counts as `requestTokens` more. Tokens that the prompt pushes out of a full cache count
-    by how likely they are needed again: one half if the cache keeps a block for `reuseSeconds`, more if it keeps it for a
-    shorter time, and never less than a tenth. A pod with room evicts nothing.
+    `expected = queue + prefill + decode + eviction + delay of others`, in milliseconds. The queue is what the requests in
+    flight there still have to compute; prefill is the part of this prompt that is not cached; both at the rate that the
+    pod's answers have shown. Each request in flight counts as `requestTokens` more. Tokens that the prompt pushes out of a
+    full cache count by how likely they are needed again: one half if the cache keeps a block for `reuseSeconds`, more if it
+    keeps it for a shorter time, and never less than three tenths. A pod with room evicts nothing.
+
+    Requests in flight stand for those that will come to the same pod: the next turns of their conversations, and others
+    with their prefixes. Each of them waits for what is computed there, so for each request in flight the prefill counts
+    again by `stallShare`, and the queue by `waitShare`.
 
     So a hit is worth a wait, but only as long as computing it elsewhere takes: when the queue before a hot prefix is longer
     than that, the prefix is computed at a second pod, and both serve it from then on.
@@ -57,7 +63,15 @@ class ExpectedTtft(Plugin):
                 "How much the prefill counts again for each request in flight at the pod, which it delays. 0 ignores "
                 "them."
             ),
-        ] = 0.3
+        ] = 1.0
+        wait_share: Annotated[
+            float,
+            Meta(ge=0, le=10),
+            described(
+                "How much the queue counts again for each request in flight at the pod. More computes a hot prefix at "
+                "further pods earlier."
+            ),
+        ] = 0.5
         reuse_seconds: Annotated[
             float,
             Meta(gt=0, le=86_400),
@@ -76,6 +90,7 @@ class ExpectedTtft(Plugin):
     def __init__(self, args: Args, services: Services) -> None:
         self._request_tokens = args.request_tokens
         self._stall_share = args.stall_share
+        self._wait_share = args.wait_share
         self._reuse_seconds = args.reuse_seconds
         self._load_factor = Fraction(str(args.load_factor))
         self._min_load = args.min_load
@@ -95,24 +110,29 @@ class ExpectedTtft(Plugin):
             100.0 - 50.0 * (cost - least) / scale if cost - least <= scale else 50.0 * scale / (cost - least)
             for cost in costs
         ]
-        return Scores(values=values, expected_ms=costs)
+        return Scores(values=values, note=match_note(request, candidates), expected_ms=costs)
 
     def _milliseconds(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> list[float]:
         """What the request costs at each pod. One loop, because there may be hundreds of them."""
         prompt, others, size = request.whole_tokens, request.other_tokens, request.block_size
-        per_request, stall, costs = self._request_tokens, self._stall_share, list[float]()
+        per_request, stall, wait, costs = self._request_tokens, self._stall_share, self._wait_share, list[float]()
+        whole, attention = prompt + others, 1.0 / ATTENTION_TOKENS
         for pod in candidates:
-            cache, load, queue = pod.condition, pod.load, pod.queue_seconds
+            cache, queue, foreign = pod.condition, pod.queue_seconds, pod.foreign
+            load = pod.load if foreign is None else pod.in_flight + foreign
             rate = (cache.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
             uncached = prompt - pod.credit * size
             uncached = others + uncached if uncached > 0.0 else others
-            prefill = uncached / rate
-            cost = pod.queued_tokens / rate if queue is None else queue * 1e3
-            cost += prefill + load * (per_request / rate + prefill * stall)
-            if pod.foreign and pod.waiting:
-                cost += min(pod.waiting, pod.foreign) * per_request / rate
+            # `prefill_work`, without a call
+            prefill = uncached * (1.0 + (whole - 0.5 * uncached) * attention) / rate
+            waiting = pod.queued_tokens / rate if queue is None else queue * 1e3
+            cost = waiting + prefill
+            if load:
+                cost += load * (per_request / rate + prefill * stall + waiting * wait)
+            if foreign and pod.waiting:
+                cost += min(pod.waiting, foreign) * per_request / rate
             if cache.held_tokens and cache.cache_tokens:
-                cost += _TIE_MS * min(1.0, cache.held_tokens / cache.cache_tokens)
+                cost += _TIE_MS * cache.held_tokens / cache.cache_tokens
                 if uncached > cache.cache_tokens - cache.held_tokens:
                     cost += self._evicted(cache, uncached) / rate
             costs.append(cost)

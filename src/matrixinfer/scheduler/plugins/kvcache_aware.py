@@ -11,6 +11,7 @@ from matrixinfer.blocks import Scheme
 from matrixinfer.config import Count, Section, described
 from matrixinfer.errors import PluginError
 from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest, Scores, Services
+from matrixinfer.scheduler.match_notes import is_too_short, too_short, what_is_unknown, why_no_blocks
 
 
 class KvCacheAware(Plugin):
@@ -51,41 +52,8 @@ class KvCacheAware(Plugin):
             blocks = max(blocks, request.whole_tokens // request.block_size)
         considered = min(blocks, self._max_blocks) if self._max_blocks else blocks
         if considered == 0:
-            return Scores(values=[0.0] * len(candidates), note=_why_no_blocks(request))
-        if _is_too_short(request, candidates):
-            note = (
-                f"no engine can find the prompt's {request.whole_tokens} tokens in its cache: they fit into one block"
-            )
-            return Scores(values=[0.0] * len(candidates), note=note)
+            return Scores(values=[0.0] * len(candidates), note=why_no_blocks(request))
+        if is_too_short(request, candidates):
+            return Scores(values=[0.0] * len(candidates), note=too_short(request))
         values = [100.0 * min(pod.credit, considered) / considered for pod in candidates]
-        return Scores(values=values, note=_what_is_unknown(candidates))
-
-
-def _what_is_unknown(candidates: Sequence[Candidate]) -> str | None:
-    notes = []
-    unknown = [pod.matched_blocks for pod in candidates].count(None)
-    if unknown:
-        notes.append(f"the index could not say what {unknown} of {len(candidates)} pods hold")
-    for trust in ("partial", "stale"):
-        doubtful = sum(pod.matched_blocks is not None and pod.trust == trust for pod in candidates)
-        if doubtful:
-            notes.append(f"what the index says of {doubtful} of {len(candidates)} pods is {trust}")
-    return "; ".join(notes) or None
-
-
-def _is_too_short(request: SchedulingRequest, candidates: Sequence[Candidate]) -> bool:
-    """Whether no engine can have a hit: engines find only whole blocks, and never the last token."""
-    tokens = request.whole_tokens
-    if request.prompt_tokens is None:
-        return False
-    return all(pod.engine_block is not None and tokens <= pod.engine_block for pod in candidates)
-
-
-def _why_no_blocks(request: SchedulingRequest) -> str:
-    if request.unknown_tokens:
-        return f"the prompt's tokens, estimated at {request.whole_tokens}, are fewer than one block of {request.block_size}"
-    if request.prompt_tokens is None:
-        return "the prompt was not tokenized"
-    if request.prompt_tokens < request.block_size:
-        return f"the prompt's {request.prompt_tokens} tokens are fewer than one block of {request.block_size}"
-    return "the prompt has no block that an index could know"
+        return Scores(values=values, note=what_is_unknown(candidates))

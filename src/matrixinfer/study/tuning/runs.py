@@ -21,6 +21,7 @@ from matrixinfer.study.replay import Fleet
 from matrixinfer.study.runs import replay
 from matrixinfer.study.trace import LetterBlocks, Trace
 from matrixinfer.study.tuning.space import Setting
+from matrixinfer.study.workers import end_with_parent
 
 GOALS: Sequence[str] = ("ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "latency_mean_s", "hit_rate")
 _SHIFT = 5.0
@@ -183,6 +184,7 @@ _OF_PROCESS: list[_Worker] = []
 
 
 def _begin(traffic: Sequence[Traffic], goal: str, ends_at: float) -> None:
+    end_with_parent()
     _OF_PROCESS[:] = [_Worker(traffic, goal, ends_at)]
 
 

@@ -18,7 +18,7 @@ KEPT_SECONDS = 86_400.0
 """A tally covers the first of these; tallies are kept for the second, and so are blocks that nobody uses."""
 _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
-_MOST_LEFT = 256
+_MOST_LEFT = 64
 _MASK = (1 << 63) - 1
 
 

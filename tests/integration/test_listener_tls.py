@@ -1,0 +1,195 @@
+"""TLS of a listener, with real handshakes: new certificates, broken ones, and clients that must show theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+import trustme
+from aiohttp import web
+
+from matrixinfer.config import ConnectionsConfig, ListenerTlsConfig
+from matrixinfer.errors import ConfigError
+from matrixinfer.gateway.listener import Listener
+from matrixinfer.gateway.tls import ListenerTls
+from tests.tls import Files, authority, client_context, encrypt, put
+from tests.waiting import DEADLINE_SECONDS, eventually
+
+HOST = "127.0.0.1"
+
+
+async def hello(request: web.BaseRequest) -> web.StreamResponse:
+    await request.read()
+    return web.Response(text="hello")
+
+
+@asynccontextmanager
+async def listener(config: ListenerTlsConfig) -> AsyncIterator[Listener]:
+    tls = ListenerTls(config, "$.tls")
+    connections = ConnectionsConfig(head_timeout_seconds=DEADLINE_SECONDS)
+    routes = {"/": {"GET": hello, "POST": hello}}
+    async with Listener(HOST, 0, routes, asyncio.Event(), connections=connections, tls=tls) as listening:
+        yield listening
+
+
+async def fetch(url: str, context: ssl.SSLContext) -> str:
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as response:
+        return await response.text()
+
+
+async def serial(listening: Listener, context: ssl.SSLContext) -> bytes:
+    """The certificate that a new handshake is shown."""
+    port = int(listening.url.rpartition(":")[2])
+    _, writer = await asyncio.open_connection(HOST, port, ssl=context)
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    assert isinstance(found, bytes)
+    return found
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[trustme.CA, str, Files]:
+    ca, ca_file = authority(tmp_path, "ca")
+    return ca, ca_file, Files(tmp_path, "server").write(ca.issue_cert(HOST))
+
+
+def config(files: Files, **more: Any) -> ListenerTlsConfig:
+    return ListenerTlsConfig(
+        **{"cert_file": files.cert_file, "key_file": files.key_file, "reload_seconds": 0.05, **more}
+    )
+
+
+async def test_requests_come_over_tls_and_nothing_else_is_understood(made: tuple[trustme.CA, str, Files]) -> None:
+    _, ca_file, files = made
+    async with listener(config(files)) as listening:
+        assert listening.url.startswith("https://")
+        assert await fetch(listening.url, client_context(ca_file)) == "hello"
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await fetch(listening.url, ssl.create_default_context())
+        with pytest.raises(aiohttp.ClientError):
+            await fetch(listening.url.replace("https", "http"), client_context(ca_file))
+        assert await fetch(listening.url, client_context(ca_file)) == "hello"
+
+
+async def test_the_next_handshake_uses_a_new_certificate_and_open_connections_stay(
+    made: tuple[trustme.CA, str, Files],
+) -> None:
+    ca, ca_file, files = made
+    context = client_context(ca_file)
+    async with listener(config(files)) as listening, aiohttp.ClientSession() as session:
+        before = await serial(listening, context)
+        async with session.get(listening.url, ssl=context) as response:
+            assert await response.text() == "hello"
+        files.write(ca.issue_cert(HOST))
+
+        async def is_new() -> bool:
+            return await serial(listening, context) != before
+
+        await eventually(is_new, pause=0.05)
+        async with session.get(listening.url, ssl=context) as response:  # on the same connection
+            assert await response.text() == "hello"
+
+
+@pytest.mark.parametrize("broken", [b"", b"-----BEGIN CERTIFICATE-----\nnone\n", None])
+async def test_a_broken_pair_keeps_the_old_one_and_says_so(
+    made: tuple[trustme.CA, str, Files], broken: bytes | None
+) -> None:
+    ca, ca_file, files = made
+    context = client_context(ca_file)
+    with structlog.testing.capture_logs() as logs:
+        async with listener(config(files)) as listening:
+            before = await serial(listening, context)
+            if broken is None:  # the key of another certificate
+                put(files.key_file, ca.issue_cert(HOST).private_key_pem.bytes())
+            else:
+                put(files.cert_file, broken)
+            await eventually(lambda: any(line["event"] == "tls_not_reloaded" for line in logs))
+            assert await serial(listening, context) == before
+            files.write(ca.issue_cert(HOST))
+            await eventually(lambda: logs[-1]["event"] == "tls_reloaded")
+            assert await serial(listening, context) != before
+    failures = [line for line in logs if line["event"] == "tls_not_reloaded"]
+    assert {line["section"] for line in failures} == {"$.tls"}
+
+
+async def test_only_clients_of_the_authority_are_let_in_also_after_it_was_replaced(
+    made: tuple[trustme.CA, str, Files], tmp_path: Path
+) -> None:
+    _, ca_file, files = made
+    clients, clients_file = authority(tmp_path, "clients")
+    stranger, _ = authority(tmp_path, "stranger")
+    ours = Files(tmp_path, "ours").write(clients.issue_cert("ours@example.com"))
+    theirs = Files(tmp_path, "theirs").write(stranger.issue_cert("theirs@example.com"))
+    async with listener(config(files, client_ca_file=clients_file)) as listening:
+
+        async def is_let_in(shown: Files | None) -> bool:
+            try:
+                return await fetch(listening.url, client_context(ca_file, shown)) == "hello"
+            except aiohttp.ClientError:
+                return False
+
+        assert await is_let_in(ours)
+        assert not await is_let_in(None)
+        assert not await is_let_in(theirs)
+        stranger.cert_pem.write_to_path(clients_file)
+        await eventually(lambda: is_let_in(theirs), pause=0.05)
+        assert not await is_let_in(ours)
+        assert not await is_let_in(None)
+
+
+async def test_old_versions_are_refused(made: tuple[trustme.CA, str, Files]) -> None:
+    _, ca_file, files = made
+    old = client_context(ca_file)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with listener(config(files, min_version="1.3")) as listening:
+        with pytest.raises(aiohttp.ClientError):
+            await fetch(listening.url, old)
+        assert await fetch(listening.url, client_context(ca_file)) == "hello"
+    async with listener(config(files)) as listening:
+        assert await fetch(listening.url, old) == "hello"
+
+
+async def test_a_head_that_is_too_large_is_answered_over_tls_too(made: tuple[trustme.CA, str, Files]) -> None:
+    _, ca_file, files = made
+    async with listener(config(files)) as listening:
+        port = int(listening.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection(HOST, port, ssl=client_context(ca_file))
+        writer.write(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 5000 + b"\r\n")
+        for _ in range(20):
+            writer.write(b"x: " + b"y" * 5000 + b"\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"cert_file": "/nowhere.pem"}, "$.tls.certFile"),
+        ({"key_file": "/nowhere.key"}, "$.tls.keyFile"),
+        ({"client_ca_file": "/nowhere.ca"}, "$.tls.clientCaFile"),
+    ],
+)
+async def test_files_that_cannot_be_read_end_the_start_with_their_key(
+    made: tuple[trustme.CA, str, Files], change: dict[str, str], path: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        async with listener(config(made[2], **change)):
+            pass
+    assert caught.value.path == path
+
+
+async def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
+    made: tuple[trustme.CA, str, Files],
+) -> None:
+    files = made[2]
+    encrypt(files.key_file)
+    with pytest.raises(ConfigError, match="not encrypted"):
+        async with listener(config(files)):
+            pass
