@@ -16,7 +16,8 @@ from matrixinfer.index.redis.store import Store
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.link import CHANNEL, Peers
+from matrixinfer.traffic.peers.channel import CHANNEL, RedisChannel
+from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
 from matrixinfer.traffic.peers.message import Load, Prompt, encode
 from tests.ports import free_port
@@ -34,7 +35,9 @@ class End:
         self.load = LoadLedger(time.monotonic, 60.0)
         self.history = RoutingHistory()
         self.loads = PeerLoads()
-        self.peers = Peers(store, loads=self.loads, load=self.load, history=self.history, trust_of=TRUST.get)
+        self.peers = Peers(
+            RedisChannel(store), loads=self.loads, load=self.load, history=self.history, trust_of=TRUST.get
+        )
 
     def totals(self) -> dict[str, Load]:
         return dict(self.loads.totals(time.monotonic()))

@@ -29,8 +29,11 @@ from matrixinfer.app.collectors import (
     TokenSourceCollector,
 )
 from matrixinfer.app.config_reference import configuration_page
+from matrixinfer.app.fleet_setup import DiscoveryCollector
 from matrixinfer.app.ladder_collector import LadderCollector
+from matrixinfer.app.reload import ReloadCollector
 from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.workers.supervisor import WorkerCollector
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
 from matrixinfer.config import AccessLogConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
@@ -193,9 +196,12 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(AccessLogCollector(AccessLog(AccessLogConfig(path="-"))))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
-    metrics.register(PluginCollector(build_scheduler(SchedulerConfig())))
+    metrics.register(PluginCollector(lambda: build_scheduler(SchedulerConfig())))
     metrics.register(LadderCollector(LadderLog(time.monotonic)))
     metrics.register(LoopWatch(time.monotonic))
+    metrics.register(DiscoveryCollector())
+    metrics.register(ReloadCollector(None))
+    metrics.register(WorkerCollector([]))
     names = {family.name.removeprefix("matrixinfer_") for family in metrics.registry.collect()}
     for collector in ("peers_collector.py", "redis_collector.py"):  # what they collect from needs a server
         source = (ROOT / "src" / "matrixinfer" / "app" / collector).read_text()

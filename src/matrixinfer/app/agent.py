@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from matrixinfer.app.engines import Engines
+from matrixinfer.app.fleet_setup import pod_sources
 from matrixinfer.config import Config, split_address
 from matrixinfer.gateway.handlers import Status
 from matrixinfer.gateway.listener import Listener
@@ -42,7 +43,8 @@ class Agent:
         self.engines = engines = Engines(self.config, metrics, dry_run=self._dry_run)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
-            await stack.enter_async_context(engines.watching())
+            watching = await stack.enter_async_context(engines.watching())
+            await stack.enter_async_context(pod_sources(self.config.discovery, watching, engines.registry, metrics))
             if self._listen is not None:
                 draining = asyncio.Event()
                 routes = Status(engines.registry, metrics, draining, missing=self._missing).routes()
@@ -50,7 +52,7 @@ class Agent:
                 self.url = (await stack.enter_async_context(listener)).url
             self._stack = stack.pop_all()
         where = None if engines.setup.store is None else engines.setup.store.config.where
-        pods = len(self.config.pods)
+        pods = len(engines.registry.pods)
         log.info("agent_started", pods=pods, redis=where, listen=self.url, dry_run=self._dry_run is not None)
         return self
 

@@ -271,7 +271,7 @@ def _frames(feeds: _Feeds) -> Iterator[Metric]:
 class PluginCollector(Collector):
     """Plugins that failed or were slow."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Callable[[], Scheduler]) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Metric]:
@@ -282,8 +282,9 @@ class PluginCollector(Collector):
         slow = CounterMetricFamily(
             "matrixinfer_plugin_slow", "Calls of a plugin that took longer than slowPluginSeconds.", labels=["plugin"]
         )
-        for plugin, count in self._scheduler.rejected.items():
+        scheduler = self._scheduler()
+        for plugin, count in scheduler.rejected.items():
             rejected.add_metric([plugin], count)
-        for plugin, count in self._scheduler.slow.items():
+        for plugin, count in scheduler.slow.items():
             slow.add_metric([plugin], count)
         yield from (rejected, slow)

@@ -14,7 +14,7 @@ from matrixinfer.scheduler.framework import Plugin
 
 _HEAD = """# Configuration
 
-The gateway reads one YAML file when it starts: `matrixinfer serve --config FILE`. A key that is not listed here is an
+The gateway reads one YAML file when it starts, and again when it changes: `matrixinfer serve --config FILE`. A key that is not listed here is an
 error, and so is a value of the wrong type or range; the message names the key's path and what was expected.
 `matrixinfer config check FILE` checks a file without starting anything.
 

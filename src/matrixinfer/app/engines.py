@@ -14,7 +14,7 @@ from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.app.unserved import UnservedModels
-from matrixinfer.config import Config, PodConfig, bare_pod
+from matrixinfer.config import Config, PodConfig, PodWatchConfig, bare_pod
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.kvevents.feed import PodFeed
@@ -238,6 +238,11 @@ class Watching:
         self._follower = follower
         self._loads = loads
         self._on_models_changed = on_models_changed
+
+    def reconfigure(self, watch: PodWatchConfig) -> None:
+        """Watch pods in this way from now on."""
+        self._registry.reconfigure(watch)
+        self._watcher.reconfigure(watch)
 
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""

@@ -7,7 +7,9 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -27,11 +29,17 @@ from matrixinfer.app.collectors import (
 )
 from matrixinfer.app.dashboard_setup import dashboard
 from matrixinfer.app.engines import Engines
+from matrixinfer.app.fleet_setup import PodSources, pod_sources
 from matrixinfer.app.ladder_collector import LadderCollector
+from matrixinfer.app.live import Live
 from matrixinfer.app.peers_collector import PeersCollector
+from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.served import served_models
+from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.workers.worker import MergedMetrics, Sockets, Worker
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
 from matrixinfer.dashboard.history import History
+from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.access_log import RequestLog
 from matrixinfer.gateway.body import Bodies
@@ -42,15 +50,17 @@ from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.openapi import OpenApi
 from matrixinfer.gateway.passing import Passing
+from matrixinfer.gateway.pods_admin import PodsAdmin
 from matrixinfer.gateway.protected import protected
 from matrixinfer.gateway.proxy import Proxy
+from matrixinfer.gateway.reload_admin import ReloadAdmin
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
 from matrixinfer.gateway.upstream import Upstream, upstream
 from matrixinfer.pods.engine_api import EngineApi
 from matrixinfer.pods.outliers import Outliers
-from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.pods.response_search import WAIT_SECONDS, ResponseSearch
 from matrixinfer.prompt.finder import TokenizerFinder
 from matrixinfer.prompt.manager import TokenizerManager
@@ -79,8 +89,10 @@ from matrixinfer.telemetry.plugin_log import PluginLog
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.ladder.record import LadderLog
 from matrixinfer.traffic.load import LoadLedger
+from matrixinfer.traffic.peers.channel import Channel, RedisChannel
 from matrixinfer.traffic.peers.link import Peers
 from matrixinfer.traffic.peers.loads import PeerLoads
+from matrixinfer.traffic.peers.local import LocalChannel
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import Caches, FeedReports
 from matrixinfer.trust.media import MediaNames
@@ -95,10 +107,30 @@ log = structlog.get_logger(__name__)
 class Service:
     """A running gateway, from its configuration. Use as an async context manager; leaving it drains."""
 
-    def __init__(self, config: Config, log_stream: LogStream | None = None) -> None:
-        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics."""
+    def __init__(
+        self,
+        config: Config,
+        log_stream: LogStream | None = None,
+        *,
+        read: Callable[[], Config] | None = None,
+        config_file: Path | None = None,
+        notifier: Notifier | None = None,
+        worker: Worker | None = None,
+    ) -> None:
+        """`log_stream` is where the process logs: lines that could not be written are counted in the metrics.
+
+        `read` reads the configuration again, which `config_file` is looked at for. `notifier` reports that.
+        `worker` says what this process shares with others, if it is one of several.
+        """
         self.config = config
         self._log_stream = log_stream
+        self._read = read
+        self._config_file = config_file
+        self._notifier = Notifier({}, 0) if notifier is None else notifier
+        self._worker = worker
+        self._channel: Channel | None = None if worker is None else LocalChannel(worker.hub)
+        self._live: Live | None = None
+        self._reloader: Reloader | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -142,24 +174,36 @@ class Service:
             await stack.enter_async_context(tokenizers)
             self._finder = self._find_tokenizers(tokenizers, clock)
             self.router = self._router(tokenizers, clock)
+            self._upstream = stack.enter_context(
+                upstream(config.limits, self.metrics, engines.shortages, engines.tls.at)
+            )
             await self._open_peers(stack)
             self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
             )
+            self.pods: PodSources = await stack.enter_async_context(
+                pod_sources(config.discovery, self, engines.registry, self.metrics, self._in_flight)
+            )
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
-            connections = stack.enter_context(upstream(config.limits, self.metrics, engines.shortages, engines.tls.at))
             gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
-            self.gateway = await stack.enter_async_context(self._gateway(connections, request_log, gate))
+            self.gateway = await stack.enter_async_context(self._gateway(self._upstream, request_log, gate))
+            await self._open_reloads(stack, plugins, watch)
+            if self._worker is not None:
+                self._worker.end_with_supervisor()
             self._stack = stack.pop_all()
-        log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=len(config.pods))
+        pods = len(engines.registry.pods)
+        if self._worker is None:
+            log.info("gateway_started", listen=self.gateway.url, admin=self.gateway.admin_url, pods=pods)
+        else:
+            log.info("worker_started", listen=self.gateway.url, pods=pods)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        drain = self.config.drain
+        drain = self.config.drain if self._live is None else self._live.config.drain
         log.info("gateway_stopping", delay_seconds=drain.delay_seconds, timeout_seconds=drain.timeout_seconds)
         try:
             return await self._stack.__aexit__(kind, error, trace)
@@ -170,18 +214,63 @@ class Service:
         """When this ends, go on for `drain.delaySeconds` before it takes no more requests."""
         self.gateway.delay_drain()
 
+    def reload_soon(self) -> None:
+        """Read the configuration again. No effect before the start, and where it was not read from anywhere."""
+        if self._reloader is not None:
+            self._reloader.reload_soon()
+
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""
         self.watching.join(config)
 
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
+        url = next((pod.url for pod in self.engines.registry.pods if pod.name == name), None)
         self.watching.leave(name)
+        if url is not None:
+            self._upstream.forget(url)
+
+    def _in_flight(self, pod: Pod) -> int:
+        return sum(self.load.in_flight(endpoint.name) for endpoint in pod.endpoints)
+
+    async def _open_reloads(self, stack: AsyncExitStack, plugins: Installed, watch: PluginWatch) -> None:
+        """Read the configuration again when that is wanted, if it can be read."""
+        self._live = Live(
+            config=self.config,
+            scheduler=self._scheduler,
+            build=lambda config: build_scheduler(config, plugins, watch),
+            router=self.router,
+            sizer=self._sizer,
+            bodies=self._bodies,
+            proxy=self._proxy,
+            retries=self._retries,
+            gateway=self.gateway,
+            outliers=self.outliers,
+            watching=self.watching,
+            pods=self.pods,
+            pods_admin=self._pods_admin,
+        )
+        if self._read is not None:
+            reloader = Reloader(
+                self.config,
+                self._read,
+                self._live.apply,
+                file=self._config_file,
+                on_begin=self._notifier.reloading,
+                on_end=self._notifier.ready,
+            )
+            self._reloader = await stack.enter_async_context(reloader)
+        self.metrics.register(ReloadCollector(self._reloader))
+
+    async def _reload(self) -> Mapping[str, object]:
+        if self._reloader is None:
+            raise NoPodAvailable("The gateway is still starting.")
+        return asdict(await self._reloader.reload("admin"))
 
     def _router(self, tokenizers: TokenizerManager, clock: Callable[[], float]) -> Router:
         engines, config = self.engines, self.config.scheduler
         lookup = Lookup(engines.registry, engines.setup.index, engines.setup.caches)
-        sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
+        sizer = self._sizer = Sizer(max_tokens=config.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         media = MediaNames(clock)
         return Router(
             registry=engines.registry,
@@ -208,6 +297,7 @@ class Service:
                 self.outliers,
                 self.peer_loads,
                 reuse=engines.drift.reuse,
+                slow_start_seconds=self.config.discovery.slow_start_seconds,
             ),
             scheduler=self._scheduler,
             load=self.load,
@@ -250,12 +340,20 @@ class Service:
         return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
 
     async def _open_peers(self, stack: AsyncExitStack) -> None:
-        """Share load with other gateways, if the configuration says so."""
-        store = self.engines.setup.store
-        if store is None or not store.config.share_load:
+        """Share load with other gateways and workers, if there may be any."""
+        store, channel = self.engines.setup.store, self._channel
+        if store is not None and store.config.share_load:
+            channel = RedisChannel(store)  # where the other workers are, too
+        if channel is None:
             return
-        trust_of = partial(_trust_of, self.engines.registry, self.engines.setup.caches)
-        peers = Peers(store, loads=self.peer_loads, load=self.load, history=self._history, trust_of=trust_of)
+        peers = Peers(
+            channel,
+            loads=self.peer_loads,
+            load=self.load,
+            history=self._history,
+            trust_of=partial(_trust_of, self.engines.registry, self.engines.setup.caches),
+            outliers=self.outliers,
+        )
         self.metrics.register(PeersCollector(await stack.enter_async_context(peers)))
 
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
@@ -280,7 +378,7 @@ class Service:
         self.metrics.register(MemoryCollector(self._memory))
         self.metrics.register(TokenCacheCollector(tokenizers))
         self.metrics.register(TokenSourceCollector(lambda: self._finder.sources))
-        self.metrics.register(PluginCollector(self._scheduler))
+        self.metrics.register(PluginCollector(lambda: self._scheduler if self._live is None else self._live.scheduler))
         self.metrics.register(LadderCollector(self.ladder))
 
     def _gateway(self, connections: Upstream, request_log: RequestLog | None, gate: Gate | None) -> Gateway:
@@ -289,10 +387,10 @@ class Service:
         status = Status(engines.registry, metrics, draining).routes()
         rewriter = BodyRewriter(engines.registry, adds_usage=config.drift.inject_usage)
         budget = RetryBudget(config.retries.budget_share, config.retries.budget_per_second, time.monotonic)
-        retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
+        retries = self._retries = Retries(config.retries, budget, random.Random())  # noqa: S311 - spreads retries, protects nothing
         strips = () if config.access is None else config.access.strip_headers
         credentials = Credentials(engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
-        proxy = Proxy(
+        proxy = self._proxy = Proxy(
             connections,
             retries,
             rewriter,
@@ -302,7 +400,7 @@ class Service:
             credentials,
             config.api.sse_keep_alive_seconds,
         )
-        bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
+        bodies = self._bodies = Bodies(config.limits, self._memory, Intervals(_NOTED_SECONDS, time.monotonic))
         api = Api(self.router, proxy, metrics, bodies, request_log, gate, self._stored)
         fan_out = FanOut(
             engines.registry, connections, bodies, config.limits, credentials, changed=self.watching.ask_again
@@ -331,14 +429,27 @@ class Service:
             draining=draining,
             api=lambda: self.gateway.url,
         )
+        reload_admin = ReloadAdmin(None if self._read is None else self._reload)
+        pods_admin = self._pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
+        if self._worker is not None and config.public_metrics:
+            public = {**public, "/metrics": {"GET": MergedMetrics(self._worker).expose}}
         served = {**api.routes(), **protected(models.routes(), gate), **public, **passing.routes()}
         return Gateway(
             config,
             api={**served, **OpenApi(served).routes()},
-            admin={**admin.routes(), **LadderPage(self.ladder.since).routes(), **pages.routes(), **status},
+            admin={
+                **({} if self._worker is None else Sockets(self._worker, lambda: self.gateway).routes()),
+                **admin.routes(),
+                **LadderPage(self.ladder.since).routes(),
+                **pods_admin.routes(),
+                **reload_admin.routes(),
+                **pages.routes(),
+                **status,
+            },
             draining=draining,
             max_connections=config.connections.max or descriptors.for_clients(),
+            sockets=None if self._worker is None else self._worker.sockets(),
         )
 
 

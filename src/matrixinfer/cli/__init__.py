@@ -26,6 +26,8 @@ COMMANDS = (
     "render",
     "tokenize",
     "config",
+    "init",
+    "completion",
     "keys",
     "replay",
     "tune",
@@ -73,13 +75,18 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = _Parser(prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference.")
     parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         importlib.import_module(f"matrixinfer.cli.{command}").add_parser(subparsers)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except MatrixInferError as error:

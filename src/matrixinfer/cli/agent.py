@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import msgspec
 import uvloop
 
 from matrixinfer.app.agent import Agent
+from matrixinfer.app.systemd import Notifier
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.cli.running import run_until_stopped
-from matrixinfer.config import CLUSTER_SUFFIX, Config, RedisConfig, checked, load
+from matrixinfer.config import CLUSTER_SUFFIX, Config, DiscoveryConfig, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.telemetry.log import configure
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         listen=None if args.listen == "none" else args.listen,
         dry_run=DryRunIndex(_print_line) if args.dry_run else None,
     )
-    uvloop.run(run_until_stopped(agent, path="--listen"))
+    uvloop.run(run_until_stopped(agent, path="--listen", notifier=Notifier(os.environ, os.getpid())))
     return 0
 
 
@@ -73,7 +75,9 @@ def configuration(args: argparse.Namespace) -> Config:
                 "--pod", f"expected a pod of the config file ({', '.join(names) or 'it has none'}), got `{name}`"
             )
     pods = tuple(pod for pod in config.pods if not args.pod or pod.name in wanted)
-    if not pods:
+    if args.pod:
+        config = msgspec.structs.replace(config, discovery=DiscoveryConfig())  # those of the file, and no others
+    if not pods and not config.discovery.sources:
         raise ConfigError("$.pods", "expected at least one pod to follow, got none")
     return checked(msgspec.structs.replace(config, pods=pods, redis=config.redis or RedisConfig()))
 

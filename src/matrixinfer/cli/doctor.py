@@ -24,6 +24,8 @@ from matrixinfer.doctor.checks import check_fleet
 from matrixinfer.doctor.facts import FleetFacts
 from matrixinfer.doctor.findings import EXIT_CODES, Finding, Summary, summarize
 from matrixinfer.doctor.gather import gather_facts
+from matrixinfer.errors import ConfigError
+from matrixinfer.pods.discovery.discovery import listed_now
 from matrixinfer.telemetry.log import configure
 
 PROGRESS_AFTER_SECONDS = 1.0
@@ -110,8 +112,19 @@ def _exit_code(summary: Summary, args: argparse.Namespace) -> int:
     return 0 if summary.exit_code < EXIT_CODES[args.fail_on] else summary.exit_code
 
 
+async def _with_listed(config: Config, seconds: float) -> Config:
+    """The configuration with the pods that files and DNS names list now. Raises `ConfigError` if there are none at all."""
+    names, urls = {pod.name for pod in config.pods}, {pod.url for pod in config.pods}
+    listed = await listed_now(config.discovery.sources, seconds)
+    pods = (*config.pods, *(pod for pod in listed if pod.name not in names and pod.url not in urls))
+    if not pods:
+        raise ConfigError("$.pods", "no engines: neither the file nor its sources name one")
+    return msgspec.structs.replace(config, pods=pods)
+
+
 async def _gather(config: Config, args: argparse.Namespace) -> FleetFacts:
     """Gather the facts. If that takes a while, a terminal shows the progress."""
+    config = await _with_listed(config, args.patience)
     console = Console(stderr=True)
     status = console.status("")
     steps: dict[str, str] = {}

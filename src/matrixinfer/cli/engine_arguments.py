@@ -58,7 +58,7 @@ def configuration(args: argparse.Namespace) -> Config:
         config = msgspec.structs.replace(config, pods=pods)
     elif args.kv_event_source or args.kv_event_replay_source:
         raise ConfigError("--kv-event-source", "needs --worker-urls; in a config file, set `kvEvents` of the pod")
-    if not config.pods:
+    if not (config.pods or config.discovery.sources or config.discovery.start_empty):
         raise ConfigError("$.pods", "no engines: name them in a file (--config FILE) or by URL (--worker-urls URL …)")
     if args.model or args.tokenizer_path or args.chat_template:
         if not (args.model and args.tokenizer_path):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
+from functools import partial
 
 import msgspec
+import structlog
 import uvloop
 
 from matrixinfer.app.service import Service
+from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.workers.supervisor import Supervisor
+from matrixinfer.app.workers.worker import from_environment
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
 from matrixinfer.cli.running import run_until_stopped
@@ -36,6 +42,12 @@ def add_parser(subparsers: Subparsers) -> None:
     serve.add_argument("--host", help="address to listen on (default: the config file's)")
     serve.add_argument("--port", type=port, help="port to listen on, 0 for any free one (default: the config file's)")
     serve.add_argument(
+        "--workers",
+        type=at_least_one,
+        metavar="N",
+        help="number of processes that serve the address (default: the config file's, or 1)",
+    )
+    serve.add_argument(
         "--admin", metavar="HOST:PORT", help="address that serves /debug, or `none` (default: the config file's)"
     )
     serve.add_argument(
@@ -59,13 +71,49 @@ SWITCH_SECONDS = 0.0005
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then let requests in flight finish."""
-    config = configuration(args)
+    worker = from_environment(os.environ)
+    config = configuration(args) if worker is None else worker.configuration()
     log_stream = configure(config.log)
     descriptors.raise_limit()
+    if worker is None and config.workers > 1:
+        return _supervise(config, args)
     sys.setswitchinterval(SWITCH_SECONDS)
     # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
-    service = Service(config, log_stream)
-    uvloop.run(run_until_stopped(service, path="serve", on_started=gc.freeze, on_terminated=service.delay_drain))
+    notifier = Notifier(os.environ, os.getpid())
+    if worker is None:
+        read = partial(configuration, args)
+        service = Service(config, log_stream, notifier=notifier, read=read, config_file=args.config)
+    else:
+        structlog.contextvars.bind_contextvars(worker=worker.number)
+        service = Service(config, log_stream, notifier=notifier, read=worker.configuration, worker=worker)
+    uvloop.run(
+        run_until_stopped(
+            service,
+            path="serve",
+            on_started=gc.freeze,
+            on_terminated=service.delay_drain,
+            on_hangup=service.reload_soon,
+            notifier=notifier,
+        )
+    )
+    return 0
+
+
+def _supervise(config: Config, args: argparse.Namespace) -> int:
+    notifier = Notifier(os.environ, os.getpid())
+
+    async def supervise() -> None:
+        read = partial(configuration, args)
+        supervisor = Supervisor(config, read=read, config_file=args.config, notifier=notifier)
+        await run_until_stopped(
+            supervisor,
+            path="serve",
+            on_terminated=supervisor.delay_drain,
+            on_hangup=supervisor.reload_soon,
+            notifier=notifier,
+        )
+
+    uvloop.run(supervise())
     return 0
 
 
@@ -84,6 +132,8 @@ def _with_flags(config: Config, args: argparse.Namespace) -> Config:
         if args.admin != "none":
             split_address(args.admin, path="--admin")
         config = replace(config, admin=None if args.admin == "none" else args.admin)
+    if args.workers is not None:
+        config = replace(config, workers=args.workers)
     limits, log = config.limits, config.log
     if args.request_timeout_secs is not None:
         limits = replace(limits, request_timeout_seconds=args.request_timeout_secs)

@@ -8,8 +8,10 @@ valid name (`complaints`). Settings with more than one spelling are brought into
 from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
+from matrixinfer.config.discovery import DiscoveryConfig, DnsSource, FileSource, name_server
 from matrixinfer.config.engine_keys import EngineKeysConfig
-from matrixinfer.config.reading import bare_pod, checked, load, parse, split_address
+from matrixinfer.config.reading import bare_pod, checked, checked_pods, load, parse, parse_pods, split_address
+from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.routes import RouteConfig, RouteTarget
 from matrixinfer.config.scheduling import (
     BlocksConfig,
@@ -52,10 +54,13 @@ __all__ = [
     "ConnectionsConfig",
     "CorsConfig",
     "Count",
+    "DiscoveryConfig",
+    "DnsSource",
     "DrainConfig",
     "DriftConfig",
     "EngineKeysConfig",
     "EngineTlsConfig",
+    "FileSource",
     "IndexConfig",
     "KvEventsConfig",
     "LimitsConfig",
@@ -70,6 +75,7 @@ __all__ = [
     "PodConfig",
     "PodWatchConfig",
     "RedisConfig",
+    "ReloadConfig",
     "RetriesConfig",
     "RouteConfig",
     "RouteTarget",
@@ -82,9 +88,12 @@ __all__ = [
     "WeightsConfig",
     "bare_pod",
     "checked",
+    "checked_pods",
     "convert",
     "described",
     "load",
+    "name_server",
     "parse",
+    "parse_pods",
     "split_address",
 ]

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
-from matrixinfer.config.access import check_access, with_absolute_files
+from matrixinfer.config.access import QuotaConfig, check_access, with_absolute_files
 from matrixinfer.config.api import check_api
 from matrixinfer.config.base import convert
+from matrixinfer.config.discovery import MAX_PODS, absolute_paths, check_discovery
 from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
 from matrixinfer.config.normalise import (
     given_block_keys,
@@ -25,6 +26,7 @@ from matrixinfer.config.normalise import (
 )
 from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
+from matrixinfer.config.secrets import place
 from matrixinfer.config.tls import check_tls, with_base
 from matrixinfer.errors import ConfigError
 
@@ -68,8 +70,35 @@ def parse(text: str, *, base: Path) -> Config:
         engine_tls=with_base(config.engine_tls, base),
         access_log=None if config.access_log is None else config.access_log.located(base),
         access=config.access and with_absolute_files(config.access, base),
+        discovery=absolute_paths(config.discovery, base),
     )
     return checked(config, given_blocks=given_block_keys(data))
+
+
+def parse_pods(text: str, *, base: Path) -> tuple[PodConfig, ...]:
+    """A YAML or JSON list of pods, checked as `pods` of the configuration is. `base` is as for `parse`.
+
+    Raises `ConfigError`.
+    """
+    data = yaml_data(text)
+    if isinstance(data, dict) and data.keys() == {"pods"}:
+        data = data["pods"]
+    if not isinstance(data, list):
+        raise ConfigError(
+            "$.pods", f"expected a list of pods, got {'nothing' if data is None else type(data).__name__}"
+        )
+    pods = convert(data, tuple[PodConfig, ...], path="$.pods")
+    return checked_pods(tuple(_with_key_file(pod, base) for pod in pods))
+
+
+def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
+    """Pods that were given outside of the config file, checked and completed alike. Raises `ConfigError`."""
+    if len(pods) > MAX_PODS:
+        raise ConfigError("$.pods", f"expected at most {MAX_PODS} pods, got {len(pods)}")
+    _check_pods(pods)
+    for i, pod in enumerate(pods):
+        place(pod.api_key_file, pod.api_key_env, f"$.pods[{i}].apiKey")
+    return tuple(map(bare_pod, pods))
 
 
 def yaml_data(text: str) -> Any:
@@ -129,12 +158,28 @@ def _check_names_and_addresses(config: Config) -> None:
                 raise ConfigError(f"$.models[{i}]", f"the name `{name}` is already taken by {seen[name]}")
             seen[name] = f"$.models[{i}]"
     _check_names_in_redis(config.models)
-    pods: dict[str, str] = {}
-    for i, pod in enumerate(config.pods):
+    _check_pods(config.pods)
+    check_discovery(config.discovery)
+    _check_workers(config)
+
+
+def _check_workers(config: Config) -> None:
+    """Each worker counts on its own what keys use, unless all count in Redis."""
+    access = config.access
+    if config.workers > 1 and access is not None and access.count_in == "local" and access.limits != QuotaConfig():
+        raise ConfigError(
+            "$.access.countIn",
+            f"expected `redis`, as each of the {config.workers} workers would allow all of `access.limits`",
+        )
+
+
+def _check_pods(pods: Sequence[PodConfig]) -> None:
+    taken: dict[str, str] = {}
+    for i, pod in enumerate(pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
-        if name in pods:
-            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {pods[name]}")
-        pods[name] = f"$.pods[{i}]"
+        if name in taken:
+            raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {taken[name]}")
+        taken[name] = f"$.pods[{i}]"
         _check_url(pod.url, path=f"$.pods[{i}].url")
         if isinstance(pod.kv_events, KvEventsConfig):
             for key, value in (("endpoint", pod.kv_events.endpoint), ("replayEndpoint", pod.kv_events.replay_endpoint)):

@@ -12,7 +12,9 @@ from matrixinfer.config.access_log import AccessLogConfig
 from matrixinfer.config.admission import AdmissionConfig
 from matrixinfer.config.api import ApiConfig
 from matrixinfer.config.base import Count, Seconds, Section, Share, described
+from matrixinfer.config.discovery import DiscoveryConfig
 from matrixinfer.config.engine_keys import EngineKeysConfig
+from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
@@ -451,6 +453,13 @@ class Config(Section, frozen=True):
     listen: Annotated[
         str, described("Address of the API: `host:port`. Port 0 takes a free port; `[::]` stands for IPv4 as well.")
     ] = "127.0.0.1:8080"
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=64)],
+        described(
+            "How many processes serve `listen`. Each follows the engines by itself and has an index of its own; limits on "
+            "memory, connections and retries are divided among them."
+        ),
+    ] = 1
     admin: Annotated[str | None, described("Address of `/debug/…`. Keep it private. `null` turns it off.")] = (
         "127.0.0.1:8081"
     )
@@ -477,6 +486,9 @@ class Config(Section, frozen=True):
         described("Models that need settings of their own. All others are discovered from the engines."),
     ] = ()
     pods: Annotated[tuple[PodConfig, ...], described("The engine replicas.")] = ()
+    discovery: Annotated[DiscoveryConfig, described("Where further pods come from, and how pods come and go.")] = (
+        DiscoveryConfig()
+    )
     routes: Annotated[
         tuple[RouteConfig, ...],
         described("Which model, and which pods, requests for a name get. Without a route it is the one of that name."),
@@ -514,5 +526,6 @@ class Config(Section, frozen=True):
     outliers: Annotated[OutliersConfig, described("Which endpoints get no requests because they fail them.")] = (
         OutliersConfig()
     )
+    reload: Annotated[ReloadConfig, described("When the config file is read again.")] = ReloadConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
     access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None

@@ -28,6 +28,11 @@ class Bodies:
         self._memory = memory
         self._noted = noted
 
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from now on."""
+        self._limits = limits
+        self._memory.limit = limits.memory_bytes
+
     def hold(self) -> Held:
         """What one request holds. Keep its context open for as long as its body is needed."""
         return self._memory.hold()

@@ -2,7 +2,7 @@
 
 A page in an operator's browser can send requests to any address that the browser reaches. It cannot read the answers,
 unless a name of its own points to that address (DNS rebinding); so a name in `Host` must be one that is expected. What
-it can do without reading answers, POST, must come from the listener's own pages.
+it can do without reading answers, to change something, must come from the listener's own pages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _guarded(handler: Handler, names: Collection[str]) -> Handler:
         host = _host(f"//{request.headers.get('Host', '')}")
         if not (host in names or _is_local(host)):
             return error_response(403, f"`{host[:100]}` is not a name of this listener; add it to `adminNames`.")
-        if request.method == "POST" and _is_foreign(request):
+        if request.method not in ("GET", "HEAD") and _is_foreign(request):
             return error_response(403, "This request comes from another site.")
         return await handler(request)
 

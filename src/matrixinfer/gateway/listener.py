@@ -48,7 +48,8 @@ log = structlog.get_logger(__name__)
 class Listener:
     """Serves `routes` at an address while its context is open. Leaving it cancels what is in flight: call `stop` first.
 
-    At most `max_connections` are open at a time; None sets no bound. Once `draining` is set, every answer ends its
+    At most `max_connections` are open at a time; None sets no bound. `bound` is a socket to listen on instead: that of an
+    address which other processes listen on, too, or a Unix socket. Once `draining` is set, every answer ends its
     connection. Built on aiohttp's low-level server, because an
     `Application` resolves, wraps and copies where one dictionary lookup will do.
     """
@@ -62,9 +63,11 @@ class Listener:
         *,
         connections: ConnectionsConfig | None = None,
         max_connections: int | None = None,
+        bound: socket.socket | None = None,
         cors: Cors | None = None,
         tls: ListenerTls | None = None,
     ) -> None:
+        self._bound = bound
         self._tls = tls
         self._context: ssl.SSLContext | None = None
         self._stack = AsyncExitStack()
@@ -78,6 +81,7 @@ class Listener:
         self._tasks: set[asyncio.Task[object]] = set()
         self._server: Server | None = None
         self._listening: asyncio.Server | None = None
+        self._adopted: dict[int, asyncio.Server] = {}
 
     async def __aenter__(self) -> Self:
         """Listen. Raises `OSError` when the address is taken, and `ConfigError` when its certificate cannot be read."""
@@ -92,12 +96,20 @@ class Listener:
             noted=Intervals(_NOTED_SECONDS, time.monotonic),
         )
         loop = asyncio.get_running_loop()
-        where = {"sock": _for_both(self._port)} if self._host == _ANY else {"host": self._host, "port": self._port}
+        where: dict[str, Any] = {"host": self._host, "port": self._port}
+        if self._bound is not None:
+            where = {"sock": self._bound}
+        elif self._host == _ANY:
+            where = {"sock": _for_both(self._port)}
+        is_local = self._bound is not None and self._bound.family == socket.AF_UNIX
+        listen = loop.create_unix_server if is_local else loop.create_server
         try:
-            self._listening = await loop.create_server(self._server, backlog=_BACKLOG, **where, **self._tls_options())
+            self._listening = await listen(self._server, backlog=_BACKLOG, **where, **self._tls_options())
         except BaseException:
             await self._stack.aclose()
             raise
+        if is_local:
+            return self
         self._port = self._listening.sockets[0].getsockname()[1]
         return self
 
@@ -123,13 +135,32 @@ class Listener:
             return {}
         return {"ssl": self._context, "ssl_handshake_timeout": self._connections.head_timeout_seconds}
 
+    async def adopt(self, key: int, bound: socket.socket) -> None:
+        """Accept connections of another socket as well, until `release`. No effect once it stops."""
+        if self._server is None or key in self._adopted:
+            bound.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._adopted[key] = await loop.create_server(self._server, sock=bound, backlog=_BACKLOG, **self._tls_options())
+
+    def release(self, key: int) -> None:
+        """Leave further connections of an adopted socket to others."""
+        adopted = self._adopted.pop(key, None)
+        if adopted is not None:
+            adopted.close()
+
     async def stop(self, grace: float) -> None:
         """Stop accepting, close idle connections now and busy ones after their answer, at most `grace` seconds later."""
         server, listening = self._server, self._listening
         if server is None or listening is None:
             return
         self._server = self._listening = None
+        for key, adopted in tuple(self._adopted.items()):
+            _refuse(adopted)
+            self.release(key)
         waiting = _waiting(listening)
+        if self._bound is not None:
+            _refuse(listening)
         listening.close()
         loop = asyncio.get_running_loop()
         await self._accept(server, waiting, min(grace, _BEGIN_SECONDS))
@@ -227,6 +258,13 @@ class Listener:
             ),
             None,
         )
+
+
+def _refuse(listening: asyncio.Server) -> None:
+    """Let nobody connect any more, although other processes have this socket, too."""
+    for listener in listening.sockets:
+        with socket.socket(fileno=os.dup(listener.fileno())) as own, suppress(OSError):
+            own.shutdown(socket.SHUT_RDWR)
 
 
 def _for_both(port: int) -> socket.socket:

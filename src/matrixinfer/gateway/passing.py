@@ -72,7 +72,10 @@ class Passing:
         if {".", ".."} & {unquote(segment) for segment in request.rel_url.raw_path.split("/")}:
             return _unknown(request)  # a server may resolve it to a path that is not listed
         if request.method == "HEAD":
-            return error_response(405, f"HEAD is not passed on to engines; use GET with {request.rel_url.raw_path}.")
+            path = request.rel_url.raw_path
+            return error_response(
+                405, f"HEAD is not passed on to engines: use GET with {path}.", headers={"Allow": "GET"}
+            )
         return await self._dispatch(request, read)
 
 

@@ -64,7 +64,7 @@ class PodPool:
 
     def __init__(self, connect_seconds: float, on_shortage: Callable[[str, str], None], trust_at: TrustAt) -> None:
         self._trust_at = trust_at
-        self._connect_seconds = connect_seconds
+        self.connect_seconds = connect_seconds
         self._on_shortage = on_shortage
         self._resolver = Resolver()
         self._idle: dict[Origin, deque[tuple[float, PodConnection]]] = {}
@@ -87,7 +87,7 @@ class PodPool:
         loop = asyncio.get_running_loop()
         trust = self._trust_at(origin.host, origin.port) if origin.is_secure else None
         try:
-            async with asyncio.timeout(self._connect_seconds):
+            async with asyncio.timeout(self.connect_seconds):
                 opened = await self._open(loop, origin)
                 _, connection = await loop.create_connection(
                     partial(PodConnection, loop, partial(self._keep, origin)),
@@ -115,6 +115,11 @@ class PodPool:
             for _, connection in idle:
                 connection.close()
         self._idle.clear()
+
+    def forget(self, origin: Origin) -> None:
+        """Close the idle connections to a pod that has gone."""
+        for _, connection in self._idle.pop(origin, ()):
+            connection.close()
 
     async def _open(self, loop: asyncio.AbstractEventLoop, origin: Origin) -> socket.socket:
         """A connected socket. A host's addresses are tried one after the other, each before the last has failed."""

@@ -71,6 +71,11 @@ class Proxy:
         self._limits = limits
         self._draining = draining
 
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from the next request on."""
+        self._limits = limits
+        self._upstream.reconfigure(limits)
+
     async def forward(self, exchange: Exchange) -> web.StreamResponse:
         """Answer the client from the best pod that can be reached, within the request's time limit.
 
@@ -212,7 +217,7 @@ class Proxy:
         read = answer.upstream.readany if keep_alive is None else keep_alive.read
         if chunk is None:
             await write(COMMENT)
-            chunk = await self._next(answer, read, has_first=False)
+            chunk = await self._first_after(answer, read)
             self._first_byte(answer)
             answer.upstream.limit_silence(self._limits.idle_timeout_seconds)
         passage = Passage(answer, is_whole=False)
@@ -224,27 +229,34 @@ class Proxy:
                 await self._drain(exchange, writer)
             if keep_alive is not None:
                 keep_alive.passed(chunk)
-            chunk = await self._next(answer, read)
+            try:
+                chunk = await read()
+            except AttemptFailed as error:
+                raise self._broken(answer, error) from error
         if rest := passage.end():
             await writer.write(rest, drain=False)
         await response.write_eof()
         return response
 
-    async def _next(self, answer: Answer, read: Callable[[], Awaitable[bytes]], *, has_first: bool = True) -> bytes:
-        """The next bytes of a stream; nothing at its end. If its pod fails, the client's connection is cut."""
-        exchange = answer.exchange
+    async def _first_after(self, answer: Answer, read: Callable[[], Awaitable[bytes]]) -> bytes:
+        """The first bytes of a stream whose client has got a comment already."""
         try:
             return await read()
         except AttemptFailed as error:
-            cut(exchange.request)
-            pod, kind = exchange.in_flight.pod.name, "timeout" if error.kind == "timeout" else "broken"
-            self._metrics.upstream_error(pod, kind)
-            exchange.in_flight.broke(kind)
-            if kind == "timeout":
-                limits = self._limits
-                seconds = limits.idle_timeout_seconds if has_first else limits.first_byte_timeout_seconds
-                raise PodTimeout(f"Pod {pod} sent nothing for {seconds:g} s.") from error
-            raise PodUnreachable(f"Pod {pod} broke off its answer.") from error
+            raise self._broken(answer, error, has_first=False) from error
+
+    def _broken(self, answer: Answer, error: AttemptFailed, *, has_first: bool = True) -> PodTimeout | PodUnreachable:
+        """A pod has failed in the middle of its answer: cut the client's connection. Returns what to raise."""
+        exchange = answer.exchange
+        cut(exchange.request)
+        pod, kind = exchange.in_flight.pod.name, "timeout" if error.kind == "timeout" else "broken"
+        self._metrics.upstream_error(pod, kind)
+        exchange.in_flight.broke(kind)
+        if kind == "broken":
+            return PodUnreachable(f"Pod {pod} broke off its answer.")
+        limits = self._limits
+        seconds = limits.idle_timeout_seconds if has_first else limits.first_byte_timeout_seconds
+        return PodTimeout(f"Pod {pod} sent nothing for {seconds:g} s.")
 
     async def _drain(self, exchange: Exchange, writer: StreamWriter) -> None:
         """Wait until the client has read what was written. A client that reads nothing for too long is cut off."""

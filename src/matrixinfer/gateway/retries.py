@@ -18,6 +18,11 @@ class Retries:
         self._budget = budget
         self._rng = rng
 
+    def reconfigure(self, config: RetriesConfig) -> None:
+        """Follow these rules from the next request on."""
+        self._config = config
+        self._budget.reconfigure(config.budget_share, config.budget_per_second)
+
     def begin(self) -> Retry:
         """The retries of a new request."""
         self._budget.requested()

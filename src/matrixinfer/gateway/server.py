@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from matrixinfer.config import Config, split_address
+from matrixinfer.config import Config, DrainConfig, split_address
 from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener, Routes
@@ -17,6 +18,7 @@ from matrixinfer.gateway.tls import ListenerTls
 class Gateway:
     """Serves while its context is open. Leaving it drains; leaving it with an error cancels what is in flight.
 
+    With `sockets`, that of the API and that of the admin listener, these are served instead of the configured addresses.
     `draining` is set when the drain begins: handlers then say so, and answers end their connections.
     """
 
@@ -28,6 +30,7 @@ class Gateway:
         admin: Routes,
         draining: asyncio.Event,
         max_connections: int | None = None,
+        sockets: tuple[socket.socket, socket.socket] | None = None,
     ) -> None:
         self._drain = config.drain
         self._draining = draining
@@ -38,11 +41,14 @@ class Gateway:
             draining,
             connections=config.connections,
             max_connections=max_connections,
+            bound=None if sockets is None else sockets[0],
             cors=None if config.api.cors is None else Cors(config.api.cors),
             tls=None if config.tls is None else ListenerTls(config.tls, "$.tls"),
         )
         self._admin: Listener | None = None
-        if config.admin is not None:
+        if sockets is not None:
+            self._admin = Listener("worker", 0, admin, draining, connections=config.connections, bound=sockets[1])
+        elif config.admin is not None:
             self._admin = Listener(
                 *split_address(config.admin, path="$.admin"),
                 guarded(admin, config.admin_names),
@@ -89,6 +95,18 @@ class Gateway:
         self._draining.set()
         await asyncio.sleep(self._delay_seconds)
         await self._api.stop(self._drain.timeout_seconds)
+
+    async def adopt(self, key: int, bound: socket.socket) -> None:
+        """Serve the API on another socket as well, until `release`."""
+        await self._api.adopt(key, bound)
+
+    def release(self, key: int) -> None:
+        """Accept no more connections there."""
+        self._api.release(key)
+
+    def reconfigure(self, drain: DrainConfig) -> None:
+        """Drain in this way."""
+        self._drain = drain
 
     def delay_drain(self) -> None:
         """Let the drain begin with a delay, for balancers that must see first that this gateway is not ready any more."""

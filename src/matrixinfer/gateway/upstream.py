@@ -33,6 +33,11 @@ class Upstream:
         self._silence = limits.first_byte_timeout_seconds
         self._metrics = metrics
 
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from the next request on."""
+        self._silence = limits.first_byte_timeout_seconds
+        self._pool.connect_seconds = limits.connect_timeout_seconds
+
     async def send(
         self, method: str, url: str, target: str, body: bytes, headers: CIMultiDict[str], *, once: bool = False
     ) -> PodAnswer:
@@ -60,6 +65,10 @@ class Upstream:
                 raise
             # Perhaps the first connection broke because the request broke the engine.
             raise AttemptFailed(error.kind, was_sent=True) from error
+
+    def forget(self, url: str) -> None:
+        """A pod has gone: close the idle connections to it."""
+        self._pool.forget(origin_of(url))
 
 
 @contextmanager

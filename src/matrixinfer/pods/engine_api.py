@@ -53,6 +53,10 @@ class EngineApi:
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
 
+    def reconfigure(self, timeout_seconds: float) -> None:
+        """Wait so long for each answer from now on."""
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+
     async def models(self, url: str) -> ServedNames | None:
         """The model names that the engine serves; None if it does not report them (it may require an API key)."""
         body = await self._get(f"{url}/v1/models")

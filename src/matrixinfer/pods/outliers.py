@@ -85,12 +85,18 @@ class Outliers:
         self._can_check = can_check
         self._endpoints: dict[str, _Endpoint] = {}
         """Endpoints with a failure or a busy answer in their recent past. All others are admitted."""
+        self._reported: dict[str, dict[str, float]] = {}
+        """By gateway that shares its ejections: what it ejected, and until when that report counts."""
         self._computed: dict[str, float] = {}
         """When each endpoint last began an answer."""
 
     def __len__(self) -> int:
         """Endpoints remembered."""
         return len(self._endpoints)
+
+    def reconfigure(self, config: OutliersConfig) -> None:
+        """Judge by these rules from now on; ejections that have begun last as long as they would have."""
+        self._config = config
 
     def state(self, name: str) -> State:
         """What the endpoint may get now."""
@@ -110,14 +116,18 @@ class Outliers:
         At least one is left, and of the ejected ones at most the configured share is withheld: those with the longest
         time to go.
         """
-        if not self._endpoints:
+        if not (self._endpoints or self._reported):
             return {}
         names = list(names)
         now = self._clock()
+        elsewhere = self._elsewhere(now)
         ejected: list[tuple[float, str]] = []
         busy: list[tuple[float, str]] = []
         for name in names:
             endpoint = self._endpoints.get(name)
+            if name in elsewhere and (endpoint is None or endpoint.ejected_until is None):
+                ejected.append((elsewhere[name], name))
+                continue
             if endpoint is None:
                 continue
             if endpoint.ejected_until is not None and now < max(endpoint.ejected_until, endpoint.probing_until):
@@ -132,6 +142,29 @@ class Outliers:
         for _, name in sorted(busy, reverse=True)[: max(0, len(names) - 1 - len(held))]:
             held[name] = self._words(name, now)
         return held
+
+    def ejected(self) -> list[str]:
+        """The endpoints that this gateway has ejected and not readmitted."""
+        return [name for name, endpoint in self._endpoints.items() if endpoint.ejected_until is not None]
+
+    def reported(self, gateway: str, names: Iterable[str], *, seconds: float) -> None:
+        """Another gateway has ejected these endpoints. That counts for `seconds`, within which it reports again.
+
+        It probes them itself: here they are left alone until it no longer names them.
+        """
+        until = self._clock() + seconds
+        self._reported.pop(gateway, None)
+        if ejected := dict.fromkeys(names, until):
+            self._reported[gateway] = ejected
+
+    def _elsewhere(self, now: float) -> dict[str, float]:
+        """What others have ejected, and until when that counts."""
+        if not self._reported:
+            return {}
+        self._reported = {
+            gateway: each for gateway, each in self._reported.items() if any(now < until for until in each.values())
+        }
+        return {name: until for each in self._reported.values() for name, until in each.items() if now < until}
 
     def started(self, name: str) -> bool:
         """A request goes to the endpoint. Returns True if it is the probe of a half-open one."""
@@ -268,10 +301,16 @@ class Outliers:
 
     def reason(self, name: str) -> str | None:
         """Why the endpoint gets no requests, or only a probe, in words; None if it is admitted."""
-        return None if self.state(name) == "admitted" else self._words(name, self._clock())
+        if self.state(name) == "admitted" and name not in self._elsewhere(self._clock()):
+            return None
+        return self._words(name, self._clock())
 
     def _words(self, name: str, now: float) -> str:
-        endpoint = self._endpoints[name]
+        endpoint = self._endpoints.get(name)
+        if endpoint is None or (
+            endpoint.ejected_until is None and now >= max(endpoint.busy_until, endpoint.checked_until)
+        ):
+            return "ejected by another gateway"
         if endpoint.ejected_until is None and now < endpoint.checked_until:
             return "failed too often: another endpoint has got the last request, which may be to blame"
         if endpoint.ejected_until is None:

@@ -119,6 +119,10 @@ class Pod:
     """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
     """True once the pod has left the registry: no more requests are sent there."""
+    draining: bool = False
+    """True while it gets no more requests because it will leave."""
+    up_since: float | None = None
+    """When it was last found to answer after it did not, in seconds on the registry's clock."""
     when_down: dict[Callable[[], None], None] = field(default_factory=dict)
     """What to call when it is declared down, in order."""
     endpoints: Sequence[Endpoint] = ()

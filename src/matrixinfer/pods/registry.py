@@ -38,9 +38,15 @@ class PodRegistry:
         self.pods: Sequence[Pod] = tuple(self._by_name.values())
         self._watch = watch
         self.clock = clock
+        self.newest_up = float("-inf")
+        """When a pod was last found to answer after it did not."""
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
+
+    def reconfigure(self, watch: PodWatchConfig) -> None:
+        """Judge health and age by this from now on."""
+        self._watch = watch
 
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
@@ -66,7 +72,8 @@ class PodRegistry:
     def resolve(self, requested: str) -> tuple[str, list[Pod]]:
         """The index's name of a model, and the pods that may serve it.
 
-        Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods. If no pod is known to serve the
+        Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods; never one that is
+        drained. If no pod is known to serve the
         only configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
         if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
         model now, but one may later.
@@ -84,10 +91,12 @@ class PodRegistry:
             if not self._has_one_model:  # they may serve another one
                 raise NoPodAvailable(f"No pod is known to serve the model `{requested}`: {_why_unknown(unidentified)}.")
             index_name, pods = name, unidentified
-        healthy = [pod for pod in pods if pod.healthy]
-        return index_name, [
-            pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None
-        ] or healthy or pods
+        healthy = [pod for pod in pods if pod.healthy and not pod.draining]
+        awake = [pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None]
+        found = awake or healthy or [pod for pod in pods if not pod.draining]
+        if not found:
+            raise NoPodAvailable(f"Every pod that serves the model `{requested}` is being drained.")
+        return index_name, found
 
     def is_served(self, requested: str) -> bool:
         """Whether a pod has reported that it serves a model of that name, or of the name that it is an alias of."""
@@ -175,8 +184,8 @@ class PodRegistry:
         return set(self._configured).union(*(each.aliases for each in served), *(each.adapters for each in served))
 
     def any_healthy(self) -> bool:
-        """Whether at least one pod is healthy."""
-        return any(pod.healthy for pod in self.pods)
+        """Whether at least one pod is healthy and gets requests."""
+        return any(pod.healthy and not pod.draining for pod in self.pods)
 
     def metrics_of(self, pod: Pod, now: float) -> EngineMetrics | None:
         """The pod's last metrics; None if there are none or they are too old to be useful."""
@@ -237,7 +246,9 @@ class PodRegistry:
         state = self._by_name.get(pod)
         if state is not None:
             state.failures = 0
-            state.healthy = True
+            if not state.healthy:
+                state.healthy = True
+                state.up_since = self.newest_up = self.clock()
 
     def learn(
         self,

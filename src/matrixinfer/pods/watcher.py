@@ -99,6 +99,11 @@ class PodWatcher:
         # The group must not see the caller's error: it would wrap it in an exception group.
         await self._group.__aexit__(None, None, None)
 
+    def reconfigure(self, config: PodWatchConfig) -> None:
+        """Poll in this way from the next poll on."""
+        self._config = config
+        self._api.reconfigure(config.scrape_timeout_seconds)
+
     def watch(self, pod: Pod) -> None:
         """Start polling a pod that is not being polled yet."""
         self._due[pod.name] = asyncio.Event()

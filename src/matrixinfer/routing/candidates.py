@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
+from matrixinfer.pods.slow_start import held_back
 from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
@@ -20,7 +21,10 @@ from matrixinfer.traffic.peers.message import Load
 
 
 class Candidates:
-    """Puts candidates together from what each part knows about them. `reuse` gives `Candidate.reuse` of an endpoint."""
+    """Puts candidates together from what each part knows about them. `reuse` gives `Candidate.reuse` of an endpoint.
+
+    Pods that have come up within `slow_start_seconds` get no more than a share.
+    """
 
     def __init__(
         self,
@@ -32,7 +36,9 @@ class Candidates:
         outliers: Outliers,
         peers: PeerLoads | None = None,
         reuse: Callable[[str], float] = lambda _: 1.0,
+        slow_start_seconds: float = 0.0,
     ) -> None:
+        self.slow_start_seconds = slow_start_seconds
         self._registry = registry
         self._lookup = lookup
         self._load = load
@@ -43,6 +49,11 @@ class Candidates:
         self._reuse = reuse
         self._observed = Observed(load, self._peers)
 
+    def reconfigure(self, weights: WeightsConfig, slow_start_seconds: float) -> None:
+        """Count so from the next decision on."""
+        self._weights = weights
+        self.slow_start_seconds = slow_start_seconds
+
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         self._observed.forget(endpoint)
@@ -50,15 +61,28 @@ class Candidates:
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
         matches = None if prepared.is_approximate else prepared.matches
-        others = self._peers.totals(prepared.request.now)
-        endpoints = [endpoint for pod in prepared.pods if not pod.gone for endpoint in pod.endpoints]
+        now = prepared.request.now
+        others = self._peers.totals(now)
+        endpoints = [endpoint for pod in prepared.pods if not (pod.gone or pod.draining) for endpoint in pod.endpoints]
         withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
+        if now - self._registry.newest_up < self.slow_start_seconds:
+            withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
         return [
             self._candidate(
                 endpoint, prepared, matches, others.get(endpoint.name, NO_LOAD), withheld.get(endpoint.name)
             )
             for endpoint in endpoints
         ]
+
+    def _held_back(
+        self, endpoints: Sequence[Endpoint], withheld: Mapping[str, str], others: Mapping[str, Load], now: float
+    ) -> Mapping[str, str]:
+        """Why pods that came up lately get no request, by endpoint."""
+
+        def in_flight(name: str) -> int:
+            return self._load.in_flight(name) + others.get(name, NO_LOAD).in_flight
+
+        return held_back(endpoints, in_flight, now=now, seconds=self.slow_start_seconds, withheld=withheld)
 
     def limits_of(self, endpoint: str) -> Sequence[str]:
         """Why the cache of an endpoint is not known exactly, in words."""

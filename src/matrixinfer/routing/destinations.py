@@ -85,7 +85,13 @@ class Destinations:
         route = self._route(prompt, request_id, session, headers) if self._routes else None
         if route is not None and route.model != prompt.model:
             prompt = msgspec.structs.replace(prompt, model=route.model, asked=prompt.model)
-        model, pods = await self._serving(prompt.model)
+        pods: Sequence[Pod]
+        try:
+            model, pods = self._registry.resolve(prompt.model)
+        except (UnknownModel, NoPodAvailable):
+            if self._find_model is None or not await self._find_model(prompt.model):
+                raise
+            model, pods = self._registry.resolve(prompt.model)
         way = ANYWHERE
         if route is not None or keeper is not None:
             way = Way(route=route, keeper=None if keeper is None else keeper.name)
@@ -114,14 +120,6 @@ class Destinations:
         except (UnknownModel, NoPodAvailable):
             return False
         return any(pod.healthy and route.allows(pod.name) for pod in pods)
-
-    async def _serving(self, name: str) -> tuple[str, Sequence[Pod]]:
-        try:
-            return self._registry.resolve(name)
-        except (UnknownModel, NoPodAvailable):
-            if self._find_model is None or not await self._find_model(name):
-                raise
-            return self._registry.resolve(name)
 
     async def _keeper(self, prompt: Prompt, response_id: str, tenant: str | None) -> Pod | None:
         """The pod that stores a response; None if no pod is known to."""

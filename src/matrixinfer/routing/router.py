@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from matrixinfer.access.gate import Ticket
+from matrixinfer.config import WeightsConfig
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.requests import Reader
@@ -66,6 +67,11 @@ class Router:
         self._metrics = metrics
         self._ladder = ladder
         self._clock = clock
+
+    def reconfigure(self, scheduler: Scheduler, weights: WeightsConfig, slow_start_seconds: float) -> None:
+        """Decide in this way from the next decision on."""
+        self._scheduler = scheduler
+        self._candidates.reconfigure(weights, slow_start_seconds)
 
     @asynccontextmanager
     async def dispatch(

@@ -42,14 +42,14 @@ class Sizer:
 
     def __init__(self, *, max_tokens: int, reads_bytes: bool = False) -> None:
         self.sizes = PromptSizes()
-        self._reads_bytes = reads_bytes
+        self.reads_bytes = reads_bytes
         self._max_chunks = min(MOST_CHUNKS, max(1, round(max_tokens * BYTES_PER_TOKEN) // CHUNK_BYTES))
 
     def needs_bytes(self, tokenized: Tokenized | None) -> bool:
         """Whether a prompt is recognised by its bytes: here, or on the next turn, when an engine's ids may be missing."""
         if tokenized is None or not tokenized.tokens.complete:
             return True
-        return self._reads_bytes or tokenized.source == "remote"
+        return self.reads_bytes or tokenized.source == "remote"
 
     def plain(self, prompt: Prompt, model: str) -> Sizing:
         """Size a prompt whose token ids say all."""

@@ -20,6 +20,11 @@ class RetryBudget:
         self._requests = 0.0
         """Requests lately, which decay: the most that can be saved is their share."""
 
+    def reconfigure(self, share: float, per_second: float) -> None:
+        """Give so many permissions from now on."""
+        self._age()
+        self._share, self._per_second = share, per_second
+
     def requested(self) -> None:
         """A client's request came."""
         self._age()

@@ -74,8 +74,9 @@ async def test_only_a_termination_may_have_a_balancer_in_front(number: signal.Si
     assert seen == told
 
 
-async def test_a_hang_up_changes_nothing() -> None:
+async def test_a_hang_up_is_passed_on_and_ends_nothing() -> None:
     service = Service()
+    hung_up: list[str] = []
 
     async def hang_up_and_stop() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -84,7 +85,10 @@ async def test_a_hang_up_changes_nothing() -> None:
 
     async with asyncio.TaskGroup() as group:
         started = lambda: group.create_task(hang_up_and_stop())  # noqa: E731
-        await run_until_stopped(service.run(), path="here", on_started=started)
+        await run_until_stopped(
+            service.run(), path="here", on_started=started, on_hangup=lambda: hung_up.append("hung up")
+        )
+    assert hung_up == ["hung up"]
     assert service.did == ["starting", "started", "drained", "stopped"]
 
 

@@ -227,3 +227,37 @@ def test_a_probe_that_takes_long_does_not_keep_the_endpoint_out() -> None:
     assert fleet.outliers.withheld(PODS) == {}
     fleet.probe("a", succeeds=True)
     assert fleet.outliers.state("a") == "admitted"
+
+
+def test_what_another_gateway_has_ejected_gets_no_requests_while_it_says_so() -> None:
+    now = 0.0
+    outliers = Outliers(OutliersConfig(), lambda: now)
+    outliers.reported("other", ["a"], seconds=3.0)
+    assert outliers.withheld(["a", "b"]) == {"a": "ejected by another gateway"}
+    assert outliers.reason("a") == "ejected by another gateway"
+    assert outliers.ejected() == []  # it is not passed on as if it were ours
+    outliers.reported("other", [], seconds=3.0)
+    assert outliers.withheld(["a", "b"]) == {}
+    outliers.reported("other", ["a"], seconds=3.0)
+    now = 3.1
+    assert outliers.withheld(["a", "b"]) == {}  # it has not been heard of since
+    assert outliers.reason("a") is None
+
+
+def test_what_others_have_ejected_counts_for_the_largest_share() -> None:
+    outliers = Outliers(OutliersConfig(), lambda: 0.0)
+    outliers.reported("one", ["a", "b"], seconds=3.0)
+    outliers.reported("two", ["c", "d"], seconds=3.0)
+    assert len(outliers.withheld(["a", "b", "c", "d"])) == 2
+
+
+def test_own_ejections_are_reported_until_the_probe_succeeds() -> None:
+    now = 0.0
+    outliers = Outliers(OutliersConfig(consecutive_failures=1), lambda: now)
+    outliers.failed("a", "broke")
+    assert outliers.ejected() == ["a"]
+    now = 100.0
+    assert outliers.ejected() == ["a"]
+    assert outliers.started("a")
+    outliers.succeeded("a", probe=True)
+    assert outliers.ejected() == []

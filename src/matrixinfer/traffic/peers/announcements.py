@@ -22,6 +22,7 @@ class Announcements:
         """Prompts that were not published, or only in part."""
         self._entries: dict[Hashable, _Entry] = {}
         self._load: Mapping[str, Load] = {}
+        self._ejected: list[str] = []
         self._published_at = float("-inf")
 
     def add_in_flight(self, endpoint: str, model: str, hashes: Sequence[int], start: int, charge: Charge) -> None:
@@ -32,21 +33,26 @@ class Announcements:
         """Add a prompt that an endpoint has computed; its events may not report all of it."""
         self._add(Prompt(endpoint, model, True, hashes, by_bytes=by_bytes), lambda: False)
 
-    def message(self, load: Mapping[str, Load], now: float) -> bytes | None:
-        """The message to publish now, or None if there is nothing new. Pass the gateway's whole `load`."""
+    def message(self, load: Mapping[str, Load], now: float, ejected: Sequence[str] = ()) -> bytes | None:
+        """The message to publish now, or None if there is nothing new. Pass all of the gateway's `load` and ejections."""
         ended = [
             key for key, entry in self._entries.items() if entry.published_at is not None and not entry.is_in_flight()
         ]
         for key in ended:
             del self._entries[key]
         due = [entry for entry in self._entries.values() if entry.is_due(now)]
-        if not due and load == self._load and now < self._published_at + AT_LEAST_EVERY_SECONDS:
+        if (
+            not due
+            and load == self._load
+            and list(ejected) == self._ejected
+            and now < self._published_at + AT_LEAST_EVERY_SECONDS
+        ):
             return None
         for entry in due:
             entry.published_at = now
-        message, left_out = encode(self.gateway, load, [entry.prompt for entry in due])
+        message, left_out = encode(self.gateway, load, [entry.prompt for entry in due], ejected)
         self.dropped += left_out
-        self._load, self._published_at = dict(load), now
+        self._load, self._ejected, self._published_at = dict(load), list(ejected), now
         return message
 
     def discard(self) -> None:

@@ -1,6 +1,6 @@
-"""Exchanges load and prompts with other gateways over a channel of the shared Redis or Valkey.
+"""Exchanges load, prompts and ejections with other gateways over a channel that they share.
 
-This is best effort: lost messages are not repeated, and without the server the gateway only loses this information.
+This is best effort: lost messages are not repeated, and without the channel the gateway only loses this information.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, Self
 import structlog
 
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis.store import Store
+from matrixinfer.pods.outliers import Outliers
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.announcements import Announcements
+from matrixinfer.traffic.peers.channel import Channel
 from matrixinfer.traffic.peers.loads import SILENT_SECONDS, PeerLoads
 from matrixinfer.traffic.peers.message import Load, MalformedMessage, Sent, decode
 
-CHANNEL = "matrix:kv:gateways"
 INTERVAL_SECONDS = 0.1
 """Shortest time between two messages."""
 DEADLINE_SECONDS = 2.0
@@ -53,37 +53,37 @@ class PeerStats:
 class Peers:
     """Publishes this gateway's requests to its peers and records theirs.
 
-    Use as an async context manager. It owns two tasks and occupies one connection of `store` while it listens. It
-    subscribes to `load` and `history` for this gateway's requests, and records those of its peers in `load`, `history`
-    and `loads`. `trust_of` returns the trust in an endpoint's events, or None if the endpoint is unknown here.
+    Use as an async context manager. It owns two tasks. It subscribes to `load` and `history` for this gateway's
+    requests, and records those of its peers in `load`, `history` and `loads`; ejections go from and to `outliers`. `trust_of` returns the trust in an endpoint's events, or None if the endpoint is unknown here.
     """
 
     def __init__(
         self,
-        store: Store,
+        channel: Channel,
         *,
         loads: PeerLoads,
         load: LoadLedger,
         history: RoutingHistory,
         trust_of: Callable[[str], Trust | None],
+        outliers: Outliers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = PeerStats()
         self.announcements = Announcements(uuid.uuid4().hex)
         self.loads = loads
-        self._store = store
+        self._channel = channel
+        self._outliers = outliers
         self._load = load
         self._history = history
         self._trust_of = trust_of
         self._clock = clock
-        # Channels span all databases of a server, but the index does not.
-        self._channel = CHANNEL if not store.config.db else f"{CHANNEL}:{store.config.db}"
         self._wanted = asyncio.Event()
         self._lost = False
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            stack.callback(self._channel.close)
             for name, work in (("publish", self._publish), ("listen", self._listen)):
                 task = asyncio.create_task(self._supervised(work), name=f"peers-{name}")
                 stack.push_async_callback(cancel_and_wait, task)
@@ -95,7 +95,7 @@ class Peers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(IndexUnavailable):
+        with suppress(IndexUnavailable, OSError):
             await self._stack.aclose()
 
     @property
@@ -121,9 +121,9 @@ class Peers:
             began = self._clock()
             try:
                 await work()
-            except (IndexUnavailable, TimeoutError) as error:
+            except (IndexUnavailable, OSError) as error:  # a `TimeoutError` is one
                 if not self._lost:
-                    log.warning("peers_lost", server=self._store.config.where, error=str(error) or "no answer")
+                    log.warning("peers_lost", server=self._channel.where, error=str(error) or "no answer")
                 self._lost = True
             except Exception:
                 # Supervision boundary: routing does without peers.
@@ -133,16 +133,16 @@ class Peers:
             pause = RETRY_SECONDS if lasted else min(2 * pause, RETRY_MAX_SECONDS)
 
     async def _publish(self) -> None:
-        await self._store.ready()
-        client: Any = self._store.client
+        await self._channel.ready()
         self.announcements.discard()
         while True:
             self._wanted.clear()
             load = {name: Load(*each) for name, each in self._load.loads().items()}
-            message = self.announcements.message(load, self._clock())
+            ejected = () if self._outliers is None else self._outliers.ejected()
+            message = self.announcements.message(load, self._clock(), ejected)
             if message is not None:
                 async with asyncio.timeout(DEADLINE_SECONDS):
-                    await self._store.ask(client.publish(self._channel, message))
+                    await self._channel.publish(message)
                 self.stats.sent += 1
                 await asyncio.sleep(INTERVAL_SECONDS)
             else:
@@ -151,21 +151,15 @@ class Peers:
                         await self._wanted.wait()
 
     async def _listen(self) -> None:
-        await self._store.ready()
-        client: Any = self._store.client
-        channel = client.pubsub()
-        try:
-            await self._store.ask(channel.subscribe(self._channel))
+        await self._channel.ready()
+        async with self._channel.listen() as receive:
             silent = 0
             while silent < 2:  # twice in a row, because this process may itself have been paused
-                message = await self._store.ask(channel.get_message(timeout=SILENT_SECONDS / 2))
+                message = await receive(SILENT_SECONDS / 2)
                 silent = silent + 1 if message is None else 0
-                if message is not None and message["type"] == "message":
-                    await self._receive(message["data"])
-            raise IndexUnavailable("the channel is silent")  # not even this gateway's own messages come back
-        finally:
-            with suppress(IndexUnavailable):
-                await self._store.ask(channel.aclose())
+                if message is not None:
+                    await self._receive(message)
+        raise IndexUnavailable("the channel is silent")  # not even this gateway's own messages come back
 
     async def _receive(self, data: bytes) -> None:
         try:
@@ -175,13 +169,16 @@ class Peers:
             return
         if message.gateway == self.announcements.gateway:
             if self._lost:
-                log.info("peers_restored", server=self._store.config.where)
+                log.info("peers_restored", server=self._channel.where)
             self._lost = False
             return
         self.stats.received += 1
         if not self.loads.update(message.gateway, message.load, self._clock()):
             self.stats.dropped += 1
             return
+        if self._outliers is not None:
+            known = [name for name in message.ejected if self._trust_of(name) is not None]
+            self._outliers.reported(message.gateway, known, seconds=SILENT_SECONDS)
         recorded = 0
         for sent in message.sent:
             recorded += self._record(sent)

@@ -20,6 +20,8 @@ MAX_BYTES = 1 << 20
 MAX_PROMPTS = 256
 MAX_ENDPOINTS = 4096
 """Most endpoints whose load one message reports; the most loaded ones are chosen."""
+MAX_EJECTED = 256
+"""Most ejected endpoints that one message reports."""
 MAX_NAME = 512
 """Longest name of an endpoint or a model, in characters."""
 BLOCK_BYTES = 8
@@ -64,7 +66,7 @@ class Sent(msgspec.Struct, frozen=True, array_like=True):
         return hashes
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The content of a message."""
 
     gateway: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -72,6 +74,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     load: Annotated[dict[Name, Load], Meta(max_length=MAX_ENDPOINTS)]
     """The load per endpoint; endpoints without load are absent."""
     sent: Annotated[list[Sent], Meta(max_length=MAX_PROMPTS)]
+    ejected: Annotated[list[Name], Meta(max_length=MAX_EJECTED)] = []
+    """Endpoints that it has ejected and not readmitted. Earlier releases ignore this field."""
 
 
 class Prompt(NamedTuple):
@@ -99,10 +103,13 @@ def decode(data: bytes) -> Message:
         raise MalformedMessage(str(error)) from error
 
 
-def encode(gateway: str, load: Mapping[str, Load], prompts: Sequence[Prompt]) -> tuple[bytes, int]:
+def encode(
+    gateway: str, load: Mapping[str, Load], prompts: Sequence[Prompt], ejected: Sequence[str] = ()
+) -> tuple[bytes, int]:
     """A message of at most `MAX_BYTES`, and the number of prompts that it omits or truncates."""
     fitting_load = _fitting(load)
-    budget = MAX_BYTES - len(_encoded(gateway, fitting_load, ())) - 8
+    out = [name for name in ejected if len(name) <= MAX_NAME][:MAX_EJECTED]
+    budget = MAX_BYTES - len(_encoded(gateway, fitting_load, (), out)) - 8
     fitting: list[Prompt] = []
     for prompt in prompts[:MAX_PROMPTS]:
         names = len(prompt.endpoint.encode()) + len(prompt.model.encode()) + _OVERHEAD
@@ -113,7 +120,7 @@ def encode(gateway: str, load: Mapping[str, Load], prompts: Sequence[Prompt]) ->
     limit = length_limit(lengths, budget // BLOCK_BYTES)
     sent = [_packed(prompt, limit) for prompt in fitting] if limit else []
     whole = sum(length <= limit for length in lengths)
-    return _encoded(gateway, fitting_load, sent), len(prompts) - whole
+    return _encoded(gateway, fitting_load, sent, out), len(prompts) - whole
 
 
 def length_limit(lengths: Sequence[int], budget: int) -> int:
@@ -141,5 +148,5 @@ def _packed(prompt: Prompt, limit: int) -> Sent:
     return Sent(prompt.endpoint, prompt.model, prompt.computed, packed, prompt.by_bytes)
 
 
-def _encoded(gateway: str, load: dict[str, Load], sent: Sequence[Sent]) -> bytes:
-    return msgspec.msgpack.encode(Message(gateway=gateway, load=load, sent=list(sent)))
+def _encoded(gateway: str, load: dict[str, Load], sent: Sequence[Sent], ejected: Sequence[str] = ()) -> bytes:
+    return msgspec.msgpack.encode(Message(gateway=gateway, load=load, sent=list(sent), ejected=list(ejected)))

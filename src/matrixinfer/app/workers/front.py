@@ -1,0 +1,188 @@
+"""One admin listener over all workers: what it reads is merged, and what it changes is changed at each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from matrixinfer.app.workers.process import Answer, WorkerProcess
+from matrixinfer.dashboard.pages import HEADERS, file_routes
+from matrixinfer.dashboard.stream import Stream
+from matrixinfer.errors import NoPodAvailable
+from matrixinfer.gateway.errors import error_response
+from matrixinfer.gateway.handlers import json_response
+from matrixinfer.gateway.listener import Handler, Routes
+from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
+
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+
+
+class Front:
+    """Answers from the workers. `own_metrics` are those of the supervisor itself."""
+
+    def __init__(
+        self,
+        workers: Sequence[WorkerProcess],
+        draining: asyncio.Event,
+        own_metrics: Callable[[], bytes],
+        reload: Callable[[], Awaitable[web.StreamResponse]],
+    ) -> None:
+        self.added: dict[str, bytes] = {}
+        """The pods that operators have added, by name: a new worker must be told of them."""
+        self.drained: set[str] = set()
+        self._workers = workers
+        self._draining = draining
+        self._own_metrics = own_metrics
+        self._reload = reload
+        self._pages = Stream(self._dashboard, draining, HEADERS)
+
+    def status_routes(self) -> Routes:
+        """Liveness, readiness and metrics."""
+        return {
+            "/health": {"GET": self.health},
+            "/ready": {"GET": self.ready},
+            "/metrics": {"GET": self.metrics},
+        }
+
+    def routes(self) -> Routes:
+        """Paths of the admin listener."""
+        one: dict[str, Handler] = {"GET": self.ask_one, "POST": self.ask_one}
+        every: dict[str, Handler] = dict.fromkeys(("POST", "DELETE", "PUT", "PATCH"), self.ask_all)
+        return {
+            **self.status_routes(),
+            "/debug/decisions": {"GET": self.decisions},
+            **file_routes(),
+            "/debug/dashboard/events": {"GET": self._pages.serve},
+            "/debug/": one,
+            "/admin/reload": {"POST": self.reload},
+            "/admin/pods": {"GET": self.pods, **every},
+            "/admin/": {"GET": self.ask_one, **every},
+        }
+
+    async def health(self, _: web.BaseRequest) -> web.StreamResponse:
+        """The supervisor is alive."""
+        return json_response({"status": "ok", "workers": sum(each.is_ready.is_set() for each in self._workers)})
+
+    async def ready(self, _: web.BaseRequest) -> web.StreamResponse:
+        """At least one worker is ready, and the gateway is not draining."""
+        if self._draining.is_set():
+            return json_response({"status": "draining"}, status=503)
+        answers = await self._all("GET", "/ready")
+        best = min(answers, key=lambda each: each.status, default=None)
+        return json_response({"status": "no worker"}, status=503) if best is None else _passed_on(best)
+
+    async def metrics(self, _: web.BaseRequest) -> web.StreamResponse:
+        """The metrics of all workers, merged."""
+        found = await asyncio.gather(*(each.metrics() for each in self._workers))
+        present: list[Families] = [each for each in found if each is not None]
+        gone: dict[Any, float] = {}
+        for worker in self._workers:
+            for key, value in worker.gone.items():
+                gone[key] = gone.get(key, 0.0) + value
+        families = {**merged(present, gone), **parsed(self._own_metrics().decode())}
+        return web.Response(body=rendered(families), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def decisions(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The last decisions of all workers, newest first."""
+        answers = await self._all("GET", request.rel_url.raw_path_qs)
+        bad = next((each for each in answers if each.status != 200), None)
+        if bad is not None or not answers:
+            return _passed_on(bad or _nobody())
+        found = [each for answer in answers for each in msgspec.json.decode(answer.body)["decisions"]]
+        found.sort(key=lambda each: float(each.get("at", 0.0)), reverse=True)
+        limit = request.rel_url.query.get("limit", "100")
+        return json_response({"decisions": found[: int(limit)]})
+
+    async def pods(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every pod, with what all workers have in flight there."""
+        answers = [each for each in await self._all("GET", request.rel_url.raw_path_qs) if each.status == 200]
+        if not answers:
+            return _passed_on(_nobody())
+        lists = [msgspec.json.decode(each.body) for each in answers]
+        for pod in lists[0]["pods"]:
+            same = [each for one in lists for each in one["pods"] if each["name"] == pod["name"]]
+            if "in_flight" in pod:
+                pod["in_flight"] = sum(each.get("in_flight", 0) for each in same)
+            if any(each["state"] == "draining" for each in same):
+                pod["state"] = "draining"
+        return json_response(lists[0])
+
+    async def reload(self, _: web.BaseRequest) -> web.StreamResponse:
+        """Read the configuration again."""
+        return await self._reload()
+
+    async def ask_one(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer of the first worker that is there: all know the same, or nearly."""
+        body = await _body(request)
+        for worker in self._workers:
+            answer = await worker.ask(request.method, request.rel_url.raw_path_qs, body)
+            if answer is not None:
+                return _passed_on(answer)
+        return _passed_on(_nobody())
+
+    async def _dashboard(self, _: int) -> tuple[int, bytes]:
+        """What one worker shows on the dashboard: all of it, as the next answer may be another worker's."""
+        for worker in self._workers:
+            answer = await worker.ask("GET", "/debug/dashboard", b"")
+            if answer is not None and answer.status == 200:
+                return 0, answer.body
+        raise ConnectionResetError("no worker is running now")  # the page connects again
+
+    async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Change something at every worker. The answer is the worst of theirs."""
+        body = await _body(request)
+        answers = await self._all(request.method, request.rel_url.raw_path_qs, body)
+        worst = max(answers, key=lambda each: each.status, default=None)
+        if worst is None:
+            return _passed_on(_nobody())
+        if worst.status < 300:
+            self._remember(request, body)
+        return _passed_on(worst)
+
+    async def tell(self, worker: WorkerProcess) -> None:
+        """Let a new worker know what operators have changed."""
+        for body in tuple(self.added.values()):
+            await worker.ask("POST", "/admin/pods", body)
+        for path in tuple(self.drained):
+            await worker.ask("POST", path)
+
+    async def _all(self, method: str, path: str, body: bytes = b"") -> list[Answer]:
+        answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
+        return [each for each in answers if each is not None]
+
+    def _remember(self, request: web.BaseRequest, body: bytes) -> None:
+        path, method = request.rel_url.raw_path, request.method
+        if path == "/admin/pods" and method == "POST":
+            self.added[str(msgspec.json.decode(body)["name"])] = body
+        drain = re.fullmatch(r"/admin/pods/[^/]+/drain", path)
+        if drain and method == "POST":
+            self.drained.add(path)
+        elif drain:
+            self.drained.discard(path)
+        elif path.startswith("/admin/pods/") and method == "DELETE":
+            self.added.pop(unquote(path.removeprefix("/admin/pods/")), None)
+
+
+def _passed_on(answer: Answer) -> web.Response:
+    return web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type})
+
+
+def _nobody() -> Answer:
+    response = error_response(503, "No worker is running now.")
+    return Answer(503, response.body if isinstance(response.body, bytes) else b"", "application/json")
+
+
+async def _body(request: web.BaseRequest) -> bytes:
+    body = bytearray()
+    while chunk := await request.content.readany():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise NoPodAvailable("The body is too large.")
+    return bytes(body)

@@ -1,0 +1,300 @@
+"""Runs several workers that serve one address, and replaces those that die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from matrixinfer.app.reload import ReloadCollector, Reloader
+from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.workers.front import Front
+from matrixinfer.app.workers.process import WorkerProcess
+from matrixinfer.app.workers.worker import SOCKETS_PATH, Folder
+from matrixinfer.config import Config, split_address
+from matrixinfer.errors import ConfigError
+from matrixinfer.gateway.guard import guarded
+from matrixinfer.gateway.handlers import json_response
+from matrixinfer.gateway.listener import Listener
+from matrixinfer.gateway.tls import ListenerTls
+from matrixinfer.tasks import cancel_and_wait
+from matrixinfer.traffic.peers.local import Hub
+
+GRACE_SECONDS: Final = 10.0
+"""How much longer than `drain` allows a worker may take to end before it is killed."""
+CUT_SECONDS: Final = 10.0
+"""The same after a second signal."""
+_BACKLOG: Final = 1024
+_STATUS: Final = {"applied": 200, "unchanged": 200, "refused": 409, "failed": 422}
+
+log = structlog.get_logger(__name__)
+
+
+class Supervisor:
+    """A gateway of several processes. Use as an async context manager; leaving it drains all of them.
+
+    Each worker has a listening socket of its own, so that the kernel deals out connections evenly, and the supervisor and
+    the others have it, too: when a worker dies, another one serves its socket until it is replaced.
+    """
+
+    def __init__(
+        self, config: Config, *, read: Callable[[], Config], config_file: Path | None, notifier: Notifier
+    ) -> None:
+        self.config = config
+        self.workers: list[WorkerProcess] = []
+        self._read = read
+        self._config_file = config_file
+        self._notifier = notifier
+        self._draining = asyncio.Event()
+        self._has_delay = False
+        self._has_started = False
+        self._stack = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._told: set[asyncio.Task[object]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Start the workers. Raises `ConfigError` when one cannot start, and `OSError` when an address is taken."""
+        async with AsyncExitStack() as stack:
+            path = Path(tempfile.mkdtemp(prefix="matrixinfer-"))  # for this user alone
+            stack.callback(shutil.rmtree, path, ignore_errors=True)
+            self._folder = Folder(path=path)
+            self._write(self.config)
+            self._sockets = _listening(self.config.listen, self.config.workers)
+            for each in self._sockets:
+                stack.enter_context(each)
+            await stack.enter_async_context(Hub(self._folder.hub))
+            self._start_workers(stack)
+            reloader = Reloader(
+                self.config,
+                self._read,
+                self._apply,
+                file=self._config_file,
+                on_begin=self._notifier.reloading,
+                on_end=self._notifier.ready,
+            )
+            self._front = Front(self.workers, self._draining, self._own_metrics, self._reload)
+            await stack.enter_async_context(self._front_listener())
+            await self._all_ready()
+            self._reloader = await stack.enter_async_context(reloader)
+            admin = await self._open_admin(stack)
+            self._has_started = True
+            self._stack = stack.pop_all()
+        host, port = self._sockets[0].getsockname()[:2]
+        scheme = "http" if self.config.tls is None else "https"
+        listen = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        log.info("gateway_started", listen=listen, admin=admin, workers=len(self.workers))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        drain = self._reloader.config.drain
+        delay = drain.delay_seconds if self._has_delay else 0.0
+        log.info("gateway_stopping", delay_seconds=delay, timeout_seconds=drain.timeout_seconds)
+        self._draining.set()
+        try:
+            if kind is None:
+                for each in self._sockets:
+                    each.close()  # the workers still have them
+                await self._end(delay + drain.timeout_seconds + GRACE_SECONDS)
+        except asyncio.CancelledError:
+            await self._end(CUT_SECONDS)
+            raise
+        finally:
+            await self._stack.aclose()
+            log.info("gateway_stopped")
+
+    def delay_drain(self) -> None:
+        """Let the workers serve for `drain.delaySeconds` before they take no more requests."""
+        self._has_delay = True
+
+    def reload_soon(self) -> None:
+        """Read the configuration again."""
+        if self._has_started:
+            self._reloader.reload_soon()
+
+    def _start_workers(self, stack: AsyncExitStack) -> None:
+        listens = tuple(each.fileno() for each in self._sockets)
+        alive, own = os.pipe()
+        stack.callback(os.close, own)
+        stack.callback(os.close, alive)
+        for number in range(1, self.config.workers + 1):
+            worker = WorkerProcess(number, listens, alive, self._folder, on_ready=self._ready, on_died=self._died)
+            self.workers.append(worker)
+            task = asyncio.create_task(worker.keep(), name=f"worker {number}")
+            self._tasks.append(task)
+            stack.push_async_callback(cancel_and_wait, task)
+
+    async def _end(self, seconds: float) -> None:
+        """Let every worker end within `seconds`. Those that do not are killed when their tasks are cancelled."""
+        number = signal.SIGTERM if self._has_delay else signal.SIGINT
+        for worker in self.workers:
+            worker.signal(number)
+        await asyncio.wait(self._tasks, timeout=seconds)
+
+    async def _all_ready(self) -> None:
+        """Wait until every worker serves. Raises `ConfigError` when one has died before."""
+        for worker in self.workers:
+            while not worker.is_ready.is_set():
+                if worker.restarts:
+                    raise ConfigError("serve", f"a worker ended with exit code {worker.exit_code} while it started")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await worker.is_ready.wait()
+
+    def _ready(self, worker: WorkerProcess) -> None:
+        """A worker serves. If it replaces one that died, tell it what operators have changed."""
+        if self._has_started:
+            log.info("worker_replaced", worker=worker.number)
+            self._begin(self._front.tell(worker))
+        for other in self.workers:
+            if other is not worker:
+                self._begin(other.ask("DELETE", f"{SOCKETS_PATH}/{worker.number}"))
+
+    def _died(self, worker: WorkerProcess) -> None:
+        """A worker has died: another one serves its socket meanwhile."""
+        other = next((each for each in self.workers if each.is_ready.is_set()), None)
+        if other is not None:
+            self._begin(other.ask("POST", f"{SOCKETS_PATH}/{worker.number}"))
+
+    def _begin(self, work: Coroutine[object, object, object]) -> None:
+        task = asyncio.create_task(work)
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
+
+    def _front_listener(self) -> Listener:
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        bound.bind(str(self._folder.front))
+        return Listener("front", 0, self._front.status_routes(), self._draining, bound=bound)
+
+    async def _open_admin(self, stack: AsyncExitStack) -> str | None:
+        if self.config.admin is None:
+            return None
+        routes = guarded(self._front.routes(), self.config.admin_names)
+        address = split_address(self.config.admin, path="$.admin")
+        tls = None if self.config.admin_tls is None else ListenerTls(self.config.admin_tls, "$.adminTls")
+        listener = Listener(*address, routes, self._draining, connections=self.config.connections, tls=tls)
+        return (await stack.enter_async_context(listener)).url
+
+    def _write(self, config: Config) -> None:
+        """Let new workers start with this configuration, and others read it when they are asked to."""
+        new = self._folder.config.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_bytes(msgspec.json.encode(share_of(config)))
+        new.replace(self._folder.config)
+
+    async def _apply(self, config: Config) -> None:
+        """Put a configuration into effect at every worker, or at none."""
+        before = self.config
+        self._write(config)
+        try:
+            await self._reload_workers()
+        except ConfigError:
+            self._write(before)
+            with suppress(ConfigError):
+                await self._reload_workers()
+            raise
+        self.config = config
+
+    async def _reload_workers(self) -> None:
+        answers = await asyncio.gather(*(each.ask("POST", "/admin/reload") for each in self.workers))
+        for worker, answer in zip(self.workers, answers, strict=True):
+            if answer is not None and answer.status != 200:  # one that is not there reads it when it starts
+                raise ConfigError("$", f"worker {worker.number} refuses it: {answer.body[:500].decode()}")
+
+    async def _reload(self) -> web.StreamResponse:
+        outcome: Mapping[str, object] = asdict(await self._reloader.reload("admin"))
+        return json_response(outcome, status=_STATUS[str(outcome["result"])])
+
+    def _own_metrics(self) -> bytes:
+        registry = CollectorRegistry()
+        registry.register(WorkerCollector(self.workers))
+        if self._has_started:
+            registry.register(ReloadCollector(self._reloader))
+        return generate_latest(registry)
+
+
+class WorkerCollector(Collector):
+    """How many workers there are, and how often one had to be replaced."""
+
+    def __init__(self, workers: list[WorkerProcess]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the states now."""
+        running = sum(each.is_ready.is_set() for each in self._workers)
+        yield GaugeMetricFamily("matrixinfer_workers", "Workers that serve.", value=running)
+        died = CounterMetricFamily("matrixinfer_worker_deaths", "Times that a worker died.", labels=["worker"])
+        for each in self._workers:
+            died.add_metric([str(each.number)], each.restarts)
+        yield died
+
+
+def share_of(config: Config) -> Config:
+    """The configuration of one of `config.workers` workers: together they keep the limits of the gateway."""
+    replace, count = msgspec.structs.replace, config.workers
+    limits, connections, admission = config.limits, config.connections, config.admission
+    if admission is not None:
+        admission = replace(
+            admission,
+            max_concurrent_requests=-(-admission.max_concurrent_requests // count),
+            queue_size=-(-admission.queue_size // count),
+        )
+    least = 16 * 1024 * 1024  # the least that the schema allows
+    return replace(
+        config,
+        admission=admission,
+        limits=replace(limits, memory_bytes=max(least, limits.memory_bytes // count)),
+        connections=replace(connections, max=None if connections.max is None else -(-connections.max // count)),
+        retries=replace(config.retries, budget_per_second=config.retries.budget_per_second / count),
+    )
+
+
+def _listening(address: str, count: int) -> list[socket.socket]:
+    """Sockets of the API, one per worker. Raises `OSError`."""
+    host, port = split_address(address, path="$.listen")
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    found: list[socket.socket] = []
+    try:
+        with _socket(family, kind, protocol) as probe:  # others of this user could share the address unnoticed
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            where = probe.getsockname()
+        for _ in range(count):
+            each = _socket(family, kind, protocol)
+            found.append(each)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            each.bind(where)
+            each.listen(_BACKLOG)
+    except BaseException:
+        for each in found:
+            each.close()
+        raise
+    return found
+
+
+def _socket(family: int, kind: int, protocol: int) -> socket.socket:
+    """A socket, which takes IPv4 as well if it is one of IPv6 and the system can."""
+    made = socket.socket(family, kind, protocol)
+    if family == socket.AF_INET6 and socket.has_dualstack_ipv6():
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return made

@@ -1,0 +1,35 @@
+"""How the configuration is read again while the gateway runs, and which keys may change then."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from matrixinfer.config.base import Seconds, Section, described
+
+RELOADABLE: Final = (
+    "pods",
+    "discovery",
+    "limits",
+    "drain",
+    "retries",
+    "outliers",
+    "podWatch",
+    "reload",
+    "scheduler.plugins",
+    "scheduler.pluginConfig",
+    "scheduler.weights",
+    "scheduler.slowPluginSeconds",
+)
+"""Keys that may change while the gateway runs, with all below them. All others need a restart."""
+
+
+class ReloadConfig(Section, frozen=True):
+    """When the config file is read again. SIGHUP and `POST /admin/reload` do it in any case."""
+
+    watch: Annotated[bool, described("Whether to read the file again when its content changes.")] = True
+    interval_seconds: Annotated[Seconds, described("Time between two looks at the file.")] = 2.0
+
+
+def needs_restart(key: str) -> bool:
+    """Whether a change of this key takes effect only after a restart."""
+    return not any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in RELOADABLE)
