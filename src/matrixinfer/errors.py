@@ -46,6 +46,7 @@ MatrixInferError
 │   ├── TooMuch                prompt.bounds: the request has too much in it to be decoded
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
+├── ExaminationFailed        dashboard.examination: the doctor could not be run, or found no end
 ├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
