@@ -72,8 +72,17 @@ def run_check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": str(args.file), "valid": True, "pods": pods, "models": models}))
     else:
-        print(f"{args.file}: valid (pods: {pods}, models: {models})")
+        print(f"{args.file}: valid ({_pods(config)}, models: {models or 'as the engines say'})")
     return 0
+
+
+def _pods(config: Config) -> str:
+    """How many pods the file names, and where others come from if it names none."""
+    if config.pods:
+        return f"pods: {len(config.pods)}"
+    if config.discovery.sources or config.discovery.start_empty:
+        return "pods: as discovered"
+    return "pods: none, so `serve` needs --worker-urls"
 
 
 def _checked(file: Path, plugins: Installed) -> Config:
