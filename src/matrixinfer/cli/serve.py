@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     uvloop.run(
         run_until_stopped(
             service,
-            path="serve",
+            path="--port, --admin",
             on_started=gc.freeze,
             on_terminated=service.delay_drain,
             on_hangup=service.reload_soon,
@@ -107,7 +107,7 @@ def _supervise(config: Config, args: argparse.Namespace) -> int:
         supervisor = Supervisor(config, read=read, config_file=args.config, notifier=notifier)
         await run_until_stopped(
             supervisor,
-            path="serve",
+            path="--port, --admin",
             on_terminated=supervisor.delay_drain,
             on_hangup=supervisor.reload_soon,
             notifier=notifier,
