@@ -105,7 +105,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _file_of(error: MatrixInferError, args: argparse.Namespace) -> str:
     """The config file, to put before an error that names a key of it; empty for an error that comes from arguments."""
-    file = getattr(args, "config", None) or getattr(args, "file", None)
+    file = getattr(args, "config", None)
     if not (isinstance(error, ConfigError) and error.path.startswith("$") and isinstance(file, Path)):
         return ""
     is_named = str(file) in error.message

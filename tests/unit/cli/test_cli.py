@@ -64,6 +64,7 @@ def test_a_demo_without_engines_or_requests_is_refused(
         (["index", "show"], "expected a model and a hash, or --pod NAME"),
         (["index", "show", "m", "x"], "expected decimal digits, got `x`"),
         (["index", "purge", "--pod", "a"], "expected --yes to purge, or --dry-run"),
+        (["tokenize", "--tokenizer", "none", "r.jsonl"], "matrixinfer: --tokenizer: none does not exist.\n"),
         (["config", "show", "x", "--config"], "unrecognized arguments: --config (see matrixinfer config show --help)"),
         (["start"], "invalid choice: 'start'"),
     ],
