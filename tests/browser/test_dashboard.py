@@ -66,7 +66,7 @@ def rows(page: Page) -> Any:
 async def test_a_gateway_without_pods_and_requests_says_what_to_do() -> None:
     async with dashboard(World(0)) as shown:
         page = shown.page
-        await expect(page.locator("#no-pods")).to_contain_text("No pod is configured")
+        await expect(page.locator("#no-pods")).to_contain_text("There are no pods now")
         await expect(page.locator("#no-traffic")).to_contain_text("http://127.0.0.1:8080/v1/chat/completions")
         await expect(page.locator("#no-decisions")).to_be_visible()
         await expect(page.locator("#charts")).to_be_hidden()

@@ -21,6 +21,9 @@ from matrixinfer.pods.publishers import KvSource, configured_source
 __all__ = ["Endpoint", "EngineMetrics", "Pod", "PodRegistry", "RankMetrics", "ServedModel", "ServedNames"]
 
 
+_NO_PODS = "The gateway has no pods now: none was found yet, or all were drained or removed."
+
+
 class PodRegistry:
     """All pods of the fleet; pods may join and leave.
 
@@ -78,6 +81,8 @@ class PodRegistry:
         if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
         model now, but one may later.
         """
+        if not self.pods:
+            raise NoPodAvailable(_NO_PODS)
         name = self._configured.get(requested, requested)
         index_name, pods = self._serving(name)
         if not pods:
@@ -167,7 +172,7 @@ class PodRegistry:
             several = ", ".join(f"`{name}`" for name in sorted(reported)[:10])
             raise InvalidRequest(f"`model` is required: several models are served, such as {several}", param="model")
         if not reported:
-            raise NoPodAvailable("No pod has reported its model yet.")
+            raise NoPodAvailable(_NO_PODS if not self.pods else "No pod has reported its model yet.")
         configured, model = next(iter(reported.items()))
         return configured if self.is_served(configured) else model
 

@@ -31,6 +31,15 @@ def resolve(fleet: PodRegistry, requested: str) -> tuple[str, list[str]]:
     return model, [pod.name for pod in pods]
 
 
+def test_without_pods_no_model_is_unknown_as_one_may_come() -> None:
+    fleet = registry("a")
+    fleet.learn("a", served=TINY)
+    fleet.leave("a")
+    for ask in (lambda: fleet.resolve("tiny"), fleet.only_model):
+        with pytest.raises(NoPodAvailable, match="has no pods now"):
+            ask()
+
+
 def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> None:
     fleet = registry("a", "b", "c")
     fleet.learn("a", served=TINY)

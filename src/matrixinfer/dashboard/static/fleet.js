@@ -70,7 +70,7 @@ export class Fleet {
     $("no-pods").hidden = !none;
     $("fleet-scroll").hidden = none;
     $("fleet-tools").hidden = none;
-    if (none) setText($("no-pods"), "No pod is configured. Name your engines under pods in the configuration, or start the gateway with --worker-urls.");
+    if (none) setText($("no-pods"), "There are no pods now. Name your engines under pods in the configuration, or start the gateway with --worker-urls. A pod that was drained comes back when its drain is deleted.");
     $("fleet-scroll").style.minHeight = `min(472px, ${(this.rows.length + 1) * 34 + 2}px)`; // also while few match
     this.#alert();
     this.#map();
