@@ -81,7 +81,7 @@ async def test_small_caches_lose_to_eviction(tokenizer: LocalTokenizer, capsys: 
         ladder = await ladder_of(gateway)
         lost = losses(ladder)
         assert lost["new"] == 6 * 640
-        assert lost["evicted"] > 5 * 640
+        assert lost["evicted"] > 4 * 640
         capacity = ladder["rungs"][1]
         assert capacity["name"] == "capacity"
         assert capacity["tokens"] == 6 * 640 - lost["evicted"]
