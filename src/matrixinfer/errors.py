@@ -51,7 +51,6 @@ MatrixInferError
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
 ├── ProbeFailed              doctor.probe: an engine did not compute a probe
-├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 ├── TraceError               study.formats: a file is no trace that can be replayed
 ├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 └── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request
