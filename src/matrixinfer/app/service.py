@@ -222,10 +222,10 @@ class Service:
 
     def leave(self, name: str) -> None:
         """Remove a pod, and what is kept about it; its requests may finish. Does nothing if there is no such pod."""
-        url = next((pod.url for pod in self.engines.registry.pods if pod.name == name), None)
+        pod = self.engines.registry.pod(name)
         self.watching.leave(name)
-        if url is not None:
-            self._upstream.forget(url)
+        if pod is not None:
+            self._upstream.forget(pod.url)
 
     def _in_flight(self, pod: Pod) -> int:
         return sum(self.load.in_flight(endpoint.name) for endpoint in pod.endpoints)
