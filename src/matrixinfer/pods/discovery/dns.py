@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from matrixinfer.config import CLUSTER_SUFFIX, DnsSource, PodConfig, name_server
 from matrixinfer.config.discovery import MAX_PODS
+from matrixinfer.errors import MatrixInferError
 from matrixinfer.pods.discovery.source import Fail, Publish
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ EMPTY_ANSWERS: Final = 3
 """A name is believed to have no records when so many answers in a row say so: servers say it while they restart, too."""
 
 
-class DnsFailure(Exception):
+class DnsFailure(MatrixInferError):
     """The question was not answered; the message says why."""
 
 
