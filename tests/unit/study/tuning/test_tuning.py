@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.router_setup import build_scheduler
 from matrixinfer.cli import main
 from matrixinfer.config import PluginRef, PluginsConfig, SchedulerConfig, load, parse
 from matrixinfer.scheduler.plugin_loader import discover
