@@ -17,10 +17,11 @@ from matrixinfer.config import Config
 from matrixinfer.dashboard.pages import Dashboard
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.access_log import RequestLog
+from matrixinfer.gateway.api import Api
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.fan_out import FanOut
-from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.handlers import Admin, Status
 from matrixinfer.gateway.ladder_page import LadderPage
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.models import Models
