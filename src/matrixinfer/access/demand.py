@@ -26,7 +26,7 @@ class Demand(NamedTuple):
     body: bytes
 
     async def output_tokens(self) -> int:
-        """The most that the engine may generate, by the request's own word."""
+        """The most that the engine may generate, according to the request."""
         if not self.generates:
             return 0
         if len(self.body) <= INLINE_BYTES:

@@ -46,7 +46,7 @@ class Queue(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What is decided about requests; None for what is not."""
+    """The rules for requests; None for those that are off."""
 
     identifier: Identifier | None = None
     limits: Limits | None = None
@@ -67,7 +67,7 @@ class Gate:
         return self._rules.identifier is not None
 
     async def identify(self, headers: MultiMapping[str]) -> Caller | None:
-        """Whose request that is. Raises `Unauthenticated` and `KeysUnavailable`."""
+        """The caller with these headers; None if requests need no key. Raises `Unauthenticated` and `KeysUnavailable`."""
         if self._rules.identifier is None:
             return None
         try:
@@ -77,7 +77,7 @@ class Gate:
             raise
 
     def ticket(self, caller: Caller | None) -> Ticket:
-        """For one request."""
+        """A ticket for one request."""
         return Ticket(self._rules, self._metrics, caller)
 
 
@@ -103,12 +103,12 @@ class Ticket:
 
     @property
     def caller(self) -> Caller | None:
-        """Whose request it is, if that is known."""
+        """The caller, if known."""
         return self._caller
 
     @property
     def tenant(self) -> str | None:
-        """Whose tenant's request it is, if that is known."""
+        """The caller's tenant, if known."""
         return None if self._caller is None else self._caller.tenant
 
     @property
@@ -133,7 +133,7 @@ class Ticket:
         return self._rules.salts.of(self._caller.tenant, own)
 
     def check_model(self, model: str) -> None:
-        """Raises `Forbidden` if the caller may not ask for a model, whether there is one of that name or not."""
+        """Raises `Forbidden` if the caller may not ask for a model, whether or not it exists."""
         if self._caller is None:
             return
         try:
@@ -143,7 +143,7 @@ class Ticket:
             raise
 
     async def admit(self, demand: Demand) -> bool:
-        """Wait until the request may be sent. Returns whether that took a while, so that things may have changed.
+        """Wait until the request may be sent. Returns True if it had to wait: pods and caches may have changed.
 
         Raises `LimitExceeded` and `Overloaded`.
         """
@@ -194,7 +194,7 @@ class Ticket:
             self.headers = self._reservation.headers
 
     def _settled(self, taken: Amounts, code: int) -> Amounts:
-        """What the request counts for in the end: what failed for no fault of the client counts nothing."""
+        """What the request counts for in the end: nothing if it failed through no fault of the client."""
         used = self._used
         if code >= 500:
             return NOTHING

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 KEY_HEADERS = ("x-api-key", "api-key")
 """Where clients of Anthropic's and Azure's APIs send their key."""
 REREAD_SECONDS = 2.0
-"""How often it is looked whether the file of keys has changed."""
+"""How often the file of keys is checked for changes."""
 MAX_KEYS_BYTES = 64 * 1024 * 1024
 
 log = structlog.get_logger(__name__)
 
 
 class Identifier(Protocol):
-    """Says whose request it is."""
+    """Finds the caller of a request."""
 
     async def identify(self, headers: MultiMapping[str]) -> Caller:
-        """The caller. Raises `Unauthenticated`, and `KeysUnavailable` if that cannot be found out now."""
+        """The caller. Raises `Unauthenticated`, and `KeysUnavailable` if tokens cannot be checked now."""
         ...
 
 

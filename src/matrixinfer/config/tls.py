@@ -1,4 +1,4 @@
-"""The schema of TLS: the certificates of the listeners, and whom engines are believed to be."""
+"""The schema of TLS: certificates of the listeners, and which engines are trusted."""
 
 from __future__ import annotations
 

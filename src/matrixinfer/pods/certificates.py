@@ -18,7 +18,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str, path: str)
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
             f"{path}.certFile",
-            f"{cert_file} and {key_file} are no certificate and its key, not encrypted, in PEM: {error}",
+            f"expected a certificate in {cert_file} and its unencrypted key in {key_file}, both in PEM: {error}",
         ) from error
 
 
@@ -28,7 +28,7 @@ def load_authorities(context: ssl.SSLContext, ca_file: str, path: str) -> None:
     try:
         context.load_verify_locations(ca_file)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(path, f"{ca_file} has no certificates in PEM: {error}") from error
+        raise ConfigError(path, f"expected certificates in PEM in {ca_file}: {error}") from error
 
 
 def stamps(*files: str | None) -> tuple[Stamp | None, ...]:

@@ -1,4 +1,4 @@
-"""How engines with `https` URLs are reached: whom to believe, and which certificate to show."""
+"""How engines with `https` URLs are reached: which authorities to trust, and which certificate to present."""
 
 from __future__ import annotations
 
