@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import socket
-from typing import Final
 
 from matrixinfer.config import split_address
-
-_BACKLOG: Final = 1024
+from matrixinfer.gateway.sockets import BACKLOG
 
 
 def listening_sockets(address: str, count: int) -> list[socket.socket]:
@@ -27,7 +25,7 @@ def listening_sockets(address: str, count: int) -> list[socket.socket]:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             each.bind(where)
-            each.listen(_BACKLOG)
+            each.listen(BACKLOG)
     except BaseException:
         for each in found:
             each.close()
