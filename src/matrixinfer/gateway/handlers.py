@@ -7,7 +7,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 
-import msgspec
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,6 +15,7 @@ from matrixinfer.errors import IndexUnavailable, InvalidRequest
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
@@ -157,11 +157,6 @@ class Admin:
         return json_response(
             {"tokenizers": {name: {**sources.get(name, {}), **compared.get(name, {})} for name in models}}
         )
-
-
-def json_response(data: object, *, status: int = 200) -> web.Response:
-    """`data` as JSON."""
-    return web.Response(status=status, body=msgspec.json.encode(data), headers={"Content-Type": "application/json"})
 
 
 def _load(report: LoadReport, now: float) -> Mapping[str, object]:

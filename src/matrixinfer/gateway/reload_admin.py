@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 
 _STATUS = {"applied": 200, "unchanged": 200, "refused": 409, "failed": 422}
 

@@ -17,8 +17,8 @@ from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
 from matrixinfer.errors import PayloadTooLarge
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Handler, Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
