@@ -123,7 +123,7 @@ async def test_replies_count_as_seen_before(tokenizer: LocalTokenizer) -> None:
         answer, _ = await gateway.post(COMPLETIONS, chat)
         await gateway.settled()
         assert answer["usage"]["completion_tokens"] == 200
-        assert len(gateway.service.ladder) == 5 + (TOKENS + 199) // 128
+        assert len(gateway.service.state.ladder) == 5 + (TOKENS + 199) // 128
 
 
 async def test_a_gateway_without_requests_says_so_and_refuses_times_that_are_none(

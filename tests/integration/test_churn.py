@@ -150,7 +150,7 @@ async def settled(world: World) -> int:
     """Bytes traced once the tasks of pods that left have ended, and the next one that leaves had the rest forgotten."""
     await asyncio.sleep(1.1)  # events of their last requests may come within a second
     world.service.router.keep_models()
-    world.service.ladder.keep_models(())  # it remembers blocks wherever they were computed, within its own bound
+    world.service.state.ladder.keep_models(())  # it remembers blocks wherever they were computed, within its own bound
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
 

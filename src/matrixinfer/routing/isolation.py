@@ -20,7 +20,7 @@ _SGLANG_PATHS = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH))
 
 
 def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
-    """The prompt with this salt, and the body that says so in place of what the client asked for.
+    """The prompt with this salt, and the body with it in place of the client's own.
 
     Raises `InvalidRequest` if a salt of the client's own cannot be taken out of the body.
     """
@@ -34,7 +34,7 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
 
 
 def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
-    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if there is none."""
+    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if no pod does."""
     able = [pod for pod in pods if pod.engine != "sglang" or path in _SGLANG_PATHS]
     if not able:
         raise NoPodAvailable(f"{path} cannot keep tenants apart: SGLang takes no cache salt there.")

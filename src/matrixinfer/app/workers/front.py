@@ -15,16 +15,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
-from matrixinfer.errors import NoPodAvailable
+from matrixinfer.errors import PayloadTooLarge
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Handler, Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-class Front:
+class AdminFront:
     """Answers from the workers. `own_metrics` are those of the supervisor itself."""
 
     def __init__(
@@ -35,7 +35,7 @@ class Front:
         reload: Callable[[], Awaitable[web.StreamResponse]],
     ) -> None:
         self.added: dict[str, bytes] = {}
-        """The pods that operators have added, by name: a new worker must be told of them."""
+        """Pods that operators have added, by name, for workers that start later."""
         self.drained: set[str] = set()
         self._workers = workers
         self._draining = draining
@@ -146,7 +146,7 @@ class Front:
             self._remember(request, body)
         return _passed_on(worst)
 
-    async def tell(self, worker: WorkerProcess) -> None:
+    async def catch_up(self, worker: WorkerProcess) -> None:
         """Let a new worker know what operators have changed."""
         for body in tuple(self.added.values()):
             await worker.ask("POST", "/admin/pods", body)
@@ -184,5 +184,5 @@ async def _body(request: web.BaseRequest) -> bytes:
     while chunk := await request.content.readany():
         body += chunk
         if len(body) > _MAX_BODY_BYTES:
-            raise NoPodAvailable("The body is too large.")
+            raise PayloadTooLarge(f"The body is larger than {_MAX_BODY_BYTES} bytes.")
     return bytes(body)
