@@ -193,7 +193,7 @@ async def test_a_taken_port_is_reported_in_one_line() -> None:
         async with command(*arguments) as process, asyncio.timeout(DEADLINE_SECONDS):
             _, error = await process.communicate()
             assert process.returncode == 2
-            assert f"cannot listen: [Errno {errno.EADDRINUSE}]" in error.decode()
+            assert f"--port, --admin: cannot listen: [Errno {errno.EADDRINUSE}]" in error.decode()
             assert port in error.decode()
             assert "Traceback" not in error.decode()
 

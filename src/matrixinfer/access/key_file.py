@@ -75,9 +75,14 @@ def hash_of(key: str) -> str:
 
 
 def parse_keys(text: str, default: QuotaConfig) -> KeyRing:
-    """The keys in a file's text; those without limits get `default`. Raises `ConfigError`."""
+    """The keys in a file's text; those without limits get `default`. Raises `ConfigError`.
+
+    A plain list is taken as well: it is what `matrixinfer keys create >> FILE` makes of a new file.
+    """
     data = yaml_data(text)
-    entries = convert({} if data is None else data, _KeyFile, path="$").keys
+    if data is None or isinstance(data, list):
+        data = {"keys": data or []}
+    entries = convert(data, _KeyFile, path="$").keys
     found: dict[bytes, tuple[bytes, Caller, float | None]] = {}
     names: set[str] = set()
     for i, entry in enumerate(entries):

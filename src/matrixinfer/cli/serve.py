@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     uvloop.run(
         run_until_stopped(
             service,
-            path="serve",
+            path="--port, --admin",
             on_started=gc.freeze,  # start-up objects live on: collecting them would pause the loop for several ms
             on_terminated=service.delay_drain,
             on_hangup=service.reload_soon,
@@ -105,7 +105,7 @@ def _supervise(config: Config, args: argparse.Namespace) -> int:
         supervisor = Supervisor(config, read=read, config_file=args.config, notifier=notifier)
         await run_until_stopped(
             supervisor,
-            path="serve",
+            path="--port, --admin",
             on_terminated=supervisor.delay_drain,
             on_hangup=supervisor.reload_soon,
             notifier=notifier,

@@ -116,7 +116,7 @@ def _print(
         terminal.print("")
         sys.stdout.write(text)
     else:
-        terminal.print(f"written: {args.output}; serve accepts it with --config, or copy its section `scheduler`")
+        terminal.print(f"written: {args.output}; copy its section `scheduler` into your config file")
 
 
 def _number(value: float | None) -> str:

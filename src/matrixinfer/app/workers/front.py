@@ -58,6 +58,7 @@ class AdminFront:
         return {
             **self.status_routes(),
             "/debug/decisions": {"GET": self.decisions},
+            "/debug/ladder": {"GET": self.ladder},
             **file_routes(),
             "/debug/dashboard/events": {"GET": self._pages.serve},
             "/debug/": one,
@@ -120,19 +121,21 @@ class AdminFront:
 
     async def ask_one(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer of the first worker that is there: all know the same, or nearly."""
-        body = await _body(request)
-        for worker in self._workers:
-            answer = await worker.ask(request.method, request.rel_url.raw_path_qs, body)
-            if answer is not None:
-                return _passed_on(answer)
-        return _passed_on(_nobody())
+        return _passed_on(await self._first(request.method, request.rel_url.raw_path_qs, await _body(request)))
+
+    async def ladder(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The ladder of one worker's requests, and of how many workers it is one."""
+        answer = await self._first("GET", request.rel_url.raw_path_qs)
+        if answer.status != 200:
+            return _passed_on(answer)
+        return json_response({**msgspec.json.decode(answer.body), "workers": len(self._workers)})
 
     async def _dashboard(self, _: int) -> tuple[int, bytes]:
         """What one worker shows on the dashboard: all of it, as the next answer may be another worker's."""
         for worker in self._workers:
             answer = await worker.ask("GET", "/debug/dashboard", b"")
             if answer is not None and answer.status == 200:
-                return 0, answer.body
+                return 0, _with_workers(answer.body, len(self._workers))
         raise ConnectionResetError("no worker is running now")  # the page connects again
 
     async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -153,6 +156,13 @@ class AdminFront:
         for path in tuple(self.drained):
             await worker.ask("POST", path)
 
+    async def _first(self, method: str, path: str, body: bytes = b"") -> Answer:
+        for worker in self._workers:
+            answer = await worker.ask(method, path, body)
+            if answer is not None:
+                return answer
+        return _nobody()
+
     async def _all(self, method: str, path: str, body: bytes = b"") -> list[Answer]:
         answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
         return [each for each in answers if each is not None]
@@ -168,6 +178,13 @@ class AdminFront:
             self.drained.discard(path)
         elif path.startswith("/admin/pods/") and method == "DELETE":
             self.added.pop(unquote(path.removeprefix("/admin/pods/")), None)
+
+
+def _with_workers(view: bytes, count: int) -> bytes:
+    """The dashboard's `view` of one worker, which says how many there are."""
+    parts = msgspec.json.decode(view, type=dict[str, msgspec.Raw])
+    about = msgspec.json.decode(parts["about"], type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({**parts, "about": {**about, "workers": count}})
 
 
 def _passed_on(answer: Answer) -> web.Response:
