@@ -172,11 +172,16 @@ class Ticket:
             return own
         return self._rules.salts.of(self._caller.tenant, own)
 
-    def check_model(self, model: str) -> None:
-        """Raises `Forbidden` if the caller may not ask for a model, whether there is one of that name or not."""
+    def check_model(self, model: str, *, is_sure: bool = True) -> None:
+        """Raises `Forbidden` if the caller may not ask for a model, whether there is one of that name or not.
+
+        If it is not sure that an engine reads the same name, only those may ask who may ask for any.
+        """
         if self._caller is None:
             return
         try:
+            if not is_sure:
+                self._caller.check_any_model()
             self._caller.check_model(model)
         except Forbidden:
             self._metrics.refused("model")
