@@ -177,6 +177,17 @@ async def test_a_bad_pod_is_refused_with_the_reason(body: object, status: int, p
         assert (await front.pods()).keys() == {"a"}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xff", b'{"name": "\xff"}', b"[" * 5000, b'{"name": "b"' + b" " * 70_000, b'{"name": ' + b"9" * 5000],
+)
+async def test_a_body_that_cannot_be_read_is_refused(body: bytes) -> None:
+    async with world(PodConfig(name="a", url="http://127.0.0.1:1")) as front:
+        async with front.client.post(f"{front.service.gateway.admin_url}/admin/pods", data=body) as response:
+            assert response.status == 400, await response.text()
+        assert (await front.pods()).keys() == {"a"}
+
+
 async def test_a_pod_of_another_source_is_not_removed() -> None:
     async with world(PodConfig(name="a", url="http://127.0.0.1:1")) as front:
         status, answer = await front.call("DELETE", "/a")

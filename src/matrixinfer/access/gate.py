@@ -22,6 +22,8 @@ ASSUMED_OUTPUT_TOKENS = 512
 """What a request that does not bound its answer is taken to generate, until the engine reports it."""
 
 
+MOST_OUTPUT_TOKENS = 1024 * 1024
+"""More than a request may generate by its own word is not believed in the queue: it would outweigh all others there."""
 INLINE_BYTES = 256 * 1024
 """Longer bodies are searched in a thread."""
 CLIENT_GONE = 499
@@ -196,7 +198,8 @@ class Ticket:
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            cost = max(0, demand.input_tokens - demand.cached_tokens) + await demand.output_tokens()
+            output_tokens = min(await demand.output_tokens(), MOST_OUTPUT_TOKENS)
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + output_tokens
             self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited

@@ -27,6 +27,8 @@ KEY_HEADERS = ("x-api-key", "api-key")
 """Where clients of Anthropic's and Azure's APIs send their key."""
 REREAD_SECONDS = 2.0
 """How often it is looked whether the file of keys has changed."""
+SETTLE_SECONDS = 0.2
+"""A new file counts once it is still the same after this long: half of it would lock out those in the other half."""
 MAX_KEYS_BYTES = 64 * 1024 * 1024
 
 log = structlog.get_logger(__name__)
@@ -124,6 +126,9 @@ class Identity:
             state = await asyncio.to_thread(_state, file)
             if state is None or state == self._seen:
                 continue  # a file that is not there may be about to be replaced
+            await asyncio.sleep(SETTLE_SECONDS)
+            if await asyncio.to_thread(_state, file) != state:
+                continue
             before = self._ring.names
             try:
                 self._seen, self._ring = await asyncio.to_thread(read_keys, file, self._config.limits)

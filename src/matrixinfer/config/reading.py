@@ -105,7 +105,16 @@ def yaml_data(text: str) -> Any:
     """What a YAML document has, in which no key is given twice. Raises `ConfigError`."""
     try:
         return yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
+        # Beside its own errors PyYAML raises whatever happens to it in a scalar such as `!!int ''` or a date.
         raise ConfigError("$", f"not valid YAML: {error}") from error
 
 

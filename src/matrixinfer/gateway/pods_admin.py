@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from matrixinfer.config import PodConfig, checked_pods, convert
-from matrixinfer.errors import ConfigError, InvalidRequest
+from matrixinfer.errors import UNREADABLE, ConfigError, InvalidRequest
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
@@ -94,7 +94,7 @@ async def _body(request: web.BaseRequest) -> object:
         raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ConfigError("$", f'expected a pod as JSON, such as {{"name": …, "url": …}}: {error}') from error
 
 
