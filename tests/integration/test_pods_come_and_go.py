@@ -162,6 +162,11 @@ async def test_pods_are_added_and_removed_by_operators(tokenizer: LocalTokenizer
     ("body", "status", "part"),
     [
         ({"name": "b"}, 400, "$: missing the required key `url`"),
+        ({"name": "b" * 300, "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b\r\nSet-Cookie: x", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b", "url": "https://b:1", "tls": {"caFile": "/etc/passwd"}}, 400, "$.tls: expected no files"),
+        ({"name": "b", "url": "https://b:1", "tls": {"certFile": "x"}}, 400, "$.tls.keyFile: expected"),
         ({"name": "b", "url": "x"}, 400, "$.url: expected `http://host:port`"),
         ({"name": "b", "url": "http://b:1", "weight": 1}, 400, "$.weight: unknown key"),
         ([], 400, "$: expected a mapping"),

@@ -27,8 +27,11 @@ from matrixinfer.config.normalise import (
 from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.config.secrets import place
-from matrixinfer.config.tls import check_tls, with_base
+from matrixinfer.config.tls import check_engine_tls, check_tls, with_base
 from matrixinfer.errors import ConfigError
+
+_MAX_NAME_CHARS = 253
+"""Of a pod: as many as a DNS name has at most."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -88,7 +91,7 @@ def parse_pods(text: str, *, base: Path) -> tuple[PodConfig, ...]:
             "$.pods", f"expected a list of pods, got {'nothing' if data is None else type(data).__name__}"
         )
     pods = convert(data, tuple[PodConfig, ...], path="$.pods")
-    return checked_pods(tuple(_with_key_file(pod, base) for pod in pods))
+    return checked_pods(tuple(_with_files(pod, base) for pod in pods))
 
 
 def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
@@ -98,6 +101,8 @@ def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
     _check_pods(pods)
     for i, pod in enumerate(pods):
         place(pod.api_key_file, pod.api_key_env, f"$.pods[{i}].apiKey")
+        if pod.tls is not None:
+            check_engine_tls(pod.tls, f"$.pods[{i}].tls")
     return tuple(map(bare_pod, pods))
 
 
@@ -186,6 +191,11 @@ def _check_pods(pods: Sequence[PodConfig]) -> None:
     taken: dict[str, str] = {}
     for i, pod in enumerate(pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
+        if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+            raise ConfigError(
+                f"$.pods[{i}].name",
+                f"expected 1 to {_MAX_NAME_CHARS} printable characters, as it shows in headers, metrics and logs",
+            )
         if name in taken:
             raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {taken[name]}")
         taken[name] = f"$.pods[{i}]"
