@@ -18,7 +18,8 @@ TIMES ?= 10
 SECONDS ?= 600
 INDEX ?= memory
 
-.PHONY: help demo test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench bench-peers head-to-head traces study format \
+.PHONY: help demo demo-ui screenshots chromium test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench \
+  bench-peers head-to-head traces study format \
   lock clean
 .NOTPARALLEL:
 
@@ -28,12 +29,15 @@ help: ## Show the targets
 demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin against KV-aware routing
 	$(BIN)/matrixinfer demo
 
+demo-ui: .venv/run.stamp ## The same engines, kept running under conversations, with the dashboard to see
+	$(BIN)/matrixinfer demo --ui
+
 test: test-unit test-rest ## All tests
 
 test-unit: .venv/dev.stamp
 	$(PYTEST) -n 2 $(UNIT)
 
-test-rest: .venv/dev.stamp
+test-rest: .venv/dev.stamp chromium
 	$(PYTEST) -n 3 tests $(UNIT:%=--ignore %)
 
 test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside a process that takes a whole core
@@ -48,6 +52,12 @@ soak: .venv/dev.stamp ## Clients, faults and churn for SECONDS; fails if a reque
 
 fault-table: .venv/dev.stamp ## Measure what faults of engines cost, into docs/operations.md (ten minutes)
 	FAULT_TABLE=1 $(BIN)/pytest --quiet -n 0 tests/e2e/test_engine_faults.py
+
+chromium:
+	.ci/chromium
+
+screenshots: .venv/dev.stamp chromium ## Pictures of the dashboard, into docs/images (two minutes)
+	$(BIN)/python -m tests.browser.screenshots
 
 check-engines: .venv/dev.stamp ## What the newest vLLM and SGLang publish that the gateway does not know (86 MB into .engines)
 	$(BIN)/python -m watch .engines --page docs/engines.md

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import (
+    dashboard,
     decision,
     engines,
     first_byte,
@@ -36,6 +37,7 @@ PARTS: Mapping[str, Callable[[Scale], Iterator[Figure] | Iterator[Figure | str]]
     "proxy": proxy.run,
     "redis": shared_index.run,
     "first byte": first_byte.run,
+    "dashboard": dashboard.run,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 

@@ -52,7 +52,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     """A fleet of `pods` healthy pods under different loads, with an empty index."""
     config = scheduler or SchedulerConfig()
     names = [f"pod-{i}" for i in range(pods)]
-    registry = _registry(names)
+    registry = registry_of(names)
     blocks, index = TokenBlockProcessor(), MemoryIndex()
     scheduling = Scheduler(config, Services(clock=time.perf_counter, rng=random.Random(0)), discover())
     feeds = {
@@ -85,7 +85,7 @@ def fleet(pods: int, tokenizers: TokenizerManager, scheduler: SchedulerConfig | 
     return Fleet(router=router, blocks=blocks, index=index, scheduler=scheduling, pods=names)
 
 
-def _registry(names: Sequence[str]) -> PodRegistry:
+def registry_of(names: Sequence[str]) -> PodRegistry:
     draw = random.Random(0)
     configs = [PodConfig(name=name, url=f"http://{name}:8000", kv_events="none") for name in names]
     registry = PodRegistry(configs, (), PodWatchConfig(stale_after_seconds=3600), time.monotonic)

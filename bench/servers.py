@@ -17,7 +17,15 @@ from aiohttp import web
 
 from bench.prompts import MODEL, tokenizer_path
 from matrixinfer.app.service import Service
-from matrixinfer.config import Config, LogConfig, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.config import (
+    Config,
+    LogConfig,
+    ModelConfig,
+    OutliersConfig,
+    PodConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+)
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.scheduler.policies import with_policy
 from matrixinfer.telemetry.log import configure
@@ -118,14 +126,24 @@ async def gateway(engine: str, policy: str) -> AsyncIterator[str]:
         yield service.gateway.url
 
 
-def _service(engine: str, policy: str) -> Service:
-    """A gateway with four pods that are the same engine."""
+@asynccontextmanager
+async def dashboard(engine: str, pods: str) -> AsyncIterator[str]:
+    """The gateway with so many pods, and the URL of its admin listener after that of its API."""
+    async with _service(engine, "kv_aware", pods=int(pods), admin="127.0.0.1:0") as service:
+        yield f"{service.gateway.url} {service.gateway.admin_url}"
+
+
+def _service(engine: str, policy: str, *, pods: int = 4, admin: str | None = None) -> Service:
+    """A gateway whose pods are all the same engine."""
     config = Config(
         listen="127.0.0.1:0",
-        admin=None,
+        admin=admin,
         models=(ModelConfig(name=MODEL, tokenizer=str(tokenizer_path()), chat_template="chatml"),),
-        pods=tuple(PodConfig(name=f"pod-{i}", url=engine, kv_events="none") for i in range(4)),
+        pods=tuple(PodConfig(name=f"pod-{i}", url=engine, kv_events="none") for i in range(pods)),
         scheduler=with_policy(SchedulerConfig(), policy),
+        # On a busy machine the minimal engine may be late: that is not what is measured.
+        pod_watch=PodWatchConfig(unhealthy_after_failures=1_000),
+        outliers=OutliersConfig(consecutive_failures=1_000, failure_share=1.0),
     )
     configure(LogConfig(level="warning"))  # requests are logged at a lower level, so this costs as much as the default
     return Service(config)
@@ -157,6 +175,7 @@ async def main(kind: str, *arguments: str) -> None:
         "bare": bare,
         "deciding": deciding,
         "gateway": gateway,
+        "dashboard": dashboard,
     }
     async with kinds[kind](*arguments) as url:
         print(url, flush=True)

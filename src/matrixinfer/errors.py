@@ -29,6 +29,8 @@ Errors that only one package and its direct callers handle are defined next to t
 
 MatrixInferError
 ├── EngineDown               pods.engine_api: an engine cannot be reached or answers with a server error
+├── DnsFailure               pods.discovery.dns: a name server did not answer a question
+├── NotHere                  pods.discovery.fleet: a pod cannot be added, removed or drained this way
 ├── OutOfResources           pods.engine_api: this process cannot ask an engine, whatever that one would answer
 ├── NotFetched               access.key_source: the keys of an identity provider cannot be read
 ├── NoKeys                   access.tokens: a document has no public key that can be used
@@ -46,12 +48,12 @@ MatrixInferError
 │   ├── TooMuch                prompt.bounds: the request has too much in it to be decoded
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
 │   └── TokensLate             prompt.manager: the token ids have not come in time
+├── ExaminationFailed        dashboard.examination: the doctor could not be run, or found no end
 ├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid
 ├── CaptureError             feedtools.capture: a file is not a capture, or has nothing to check
 ├── CaptureFileError         feedtools.capture_file: a file cannot be read or written, or is not JSON lines
 ├── ProbeFailed              doctor.probe: an engine did not compute a probe
-├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 ├── TraceError               study.formats: a file is no trace that can be replayed
 ├── CalibrationError         study.calibration.fit: an engine cannot be calibrated
 └── CannotExplain            cli.explain: the gateway cannot be asked, or does not know the request

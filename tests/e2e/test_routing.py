@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,8 @@ class Session:
 class Seen:
     pods: Counter[str] = field(default_factory=Counter)
     by_session: dict[int, list[str]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    """Until each answer was complete; it has few tokens, so nearly all of that is the time to its first one."""
 
 
 def sessions(load: float) -> list[Session]:
@@ -71,7 +74,9 @@ async def hold(target: Fleet, session: Session, seen: Seen, *, by_hash: bool, tu
         if turn:
             await asyncio.sleep(THINK_SECONDS)
         body = {"model": "m", "prompt": session.next_prompt(), "max_tokens": REPLY}
+        sent = asyncio.get_running_loop().time()
         _, pod = await target.post("/v1/completions", body, to=target.engines[engine].url if by_hash else None)
+        seen.seconds.append(asyncio.get_running_loop().time() - sent)
         seen.pods[pod or f"pod-{engine}"] += 1
         seen.by_session.setdefault(session.number, []).append(pod or f"pod-{engine}")
 
@@ -94,10 +99,13 @@ async def run(loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float, *, 
 async def test_under_load_hits_stay_near_session_hashing_and_no_pod_is_overloaded(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer, load: float
 ) -> None:
-    by_hash, _ = await run(loop, tokenizer, load, by_hash=True)
+    by_hash, hashed = await run(loop, tokenizer, load, by_hash=True)
     routed, seen = await run(loop, tokenizer, load, by_hash=False)
     fair = SESSIONS * TURNS / PODS
+    mean, mean_hashed = fmean(seen.seconds), fmean(hashed.seconds)
     print(f"load {load}: hit rate {routed:.3f}, session hash {by_hash:.3f}, requests per pod {dict(seen.pods)}")
+    print(f"load {load}: mean {mean:.3f} s, session hash {mean_hashed:.3f} s")
+    assert mean < 1.1 * mean_hashed
     assert routed > by_hash - 0.05
     assert max(seen.pods.values()) <= 2 * fair
 

@@ -122,7 +122,7 @@ class FakeInFlight:
     def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
         self.reports.append(f"usage {self.pod.name} {prompt_tokens} {cached_tokens}")
 
-    def first_byte(self) -> None:
+    def first_byte(self, seconds: float) -> None:
         self.reports.append("first_byte")
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "part", ["decision", "lookup", "references", "ingest", "growth", "engines", "proxy", "redis", "first byte"]
+    "part",
+    ["decision", "lookup", "references", "ingest", "growth", "engines", "proxy", "redis", "first byte", "dashboard"],
 )
 def test_a_part_runs_and_every_figure_is_a_number(part: str) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--json", "--only", part]

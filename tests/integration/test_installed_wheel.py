@@ -94,3 +94,9 @@ def test_the_gateway_finds_the_plugin_and_its_arguments(author: Author) -> None:
 
 def test_the_library_finds_the_plugin(author: Author) -> None:
     assert author.run("-c", SELECT, str(author.site)) == "b-1\n"
+
+
+def test_the_wheel_brings_the_files_of_the_dashboard(author: Author) -> None:
+    static = Path("matrixinfer") / "dashboard" / "static"
+    installed = {path.name for path in (author.site / static).iterdir()}
+    assert installed == {path.name for path in (ROOT / "src" / static).iterdir()}

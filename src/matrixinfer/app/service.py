@@ -27,6 +27,7 @@ from matrixinfer.app.collectors import (
     TokenCacheCollector,
     TokenSourceCollector,
 )
+from matrixinfer.app.dashboard_setup import dashboard
 from matrixinfer.app.engines import Engines
 from matrixinfer.app.fleet_setup import PodSources, pod_sources
 from matrixinfer.app.ladder_collector import LadderCollector
@@ -37,6 +38,7 @@ from matrixinfer.app.served import served_models
 from matrixinfer.app.systemd import Notifier
 from matrixinfer.app.workers.worker import MergedMetrics, Sockets, Worker
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
+from matrixinfer.dashboard.history import History
 from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway import descriptors
 from matrixinfer.gateway.access_log import RequestLog
@@ -141,6 +143,7 @@ class Service:
         self._memory = Memory(config.limits.memory_bytes)
         self.peer_loads = PeerLoads()
         self.decisions = DecisionLog(config.scheduler.decisions_kept)
+        self.traffic = History(clock)
         self._stored = StoredResponses()
         self._history = RoutingHistory(keeps_exact=config.index.kind == "redis")
         self.load = LoadLedger(clock, config.scheduler.pending_seconds)
@@ -305,6 +308,7 @@ class Service:
             metrics=self.metrics,
             ladder=LadderRecorder(self.ladder, clock, has_rule=self._has_rule),
             clock=clock,
+            watch=None if self.config.admin is None else self.traffic,
         )
 
     def _has_rule(self, endpoint: str) -> bool:
@@ -355,6 +359,7 @@ class Service:
     def _register_collectors(self, tokenizers: TokenizerManager) -> None:
         kept = {
             "decisions": self.decisions.__len__,
+            "dashboard_prefixes": self.traffic.__len__,
             "recent_blocks": self._history.__len__,
             "recent_chunks": lambda: self._history.chunks,
             "pending_blocks": self.load.__len__,
@@ -414,6 +419,16 @@ class Service:
             self._tokenizer_views,
             unmatched=engines.setup.unmatched,
         )
+        pages = dashboard(
+            config,
+            engines,
+            history=self.traffic,
+            outliers=self.outliers,
+            load=self.load,
+            decisions=self.decisions,
+            draining=draining,
+            api=lambda: self.gateway.url,
+        )
         reload_admin = ReloadAdmin(None if self._read is None else self._reload)
         pods_admin = self._pods_admin = PodsAdmin(self.pods.fleet, drain_seconds=config.discovery.drain_seconds)
         public = status if config.public_metrics else {path: way for path, way in status.items() if path != "/metrics"}
@@ -429,6 +444,7 @@ class Service:
                 **LadderPage(self.ladder.since).routes(),
                 **pods_admin.routes(),
                 **reload_admin.routes(),
+                **pages.routes(),
                 **status,
             },
             draining=draining,

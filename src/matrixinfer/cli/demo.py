@@ -21,9 +21,19 @@ from rich.table import Table
 
 from matrixinfer.app.service import Service
 from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one, integer, packaged_tokenizer
+from matrixinfer.cli.demo_ui import keep_running
 from matrixinfer.cli.ladder import print_ladder, print_ladders
 from matrixinfer.cli.terminal import standard_output
-from matrixinfer.config import Config, DriftConfig, KvEventsConfig, LogConfig, ModelConfig, PodConfig, SchedulerConfig
+from matrixinfer.config import (
+    Config,
+    DriftConfig,
+    KvEventsConfig,
+    LogConfig,
+    ModelConfig,
+    PodConfig,
+    SchedulerConfig,
+    split_address,
+)
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.scheduler.policies import with_policy
@@ -94,12 +104,26 @@ def add_parser(subparsers: Subparsers) -> None:
         "--seed", type=integer, default=0, metavar="N", help="seed of the conversations' text (default: %(default)s)"
     )
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.add_argument(
+        "--ui",
+        action="store_true",
+        help="compare nothing: keep the engines and conversations running for the dashboard",
+    )
+    demo.add_argument(
+        "--admin",
+        default="127.0.0.1:8081",
+        metavar="HOST:PORT",
+        help="with --ui, the address of the dashboard (default: %(default)s)",
+    )
     demo.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run both policies and print the comparison. Exit code 1 when any request failed."""
     configure(LogConfig(level="warning", format="console"))
+    if args.ui:
+        uvloop.run(_show(args))
+        return 0
     summaries, ladders = uvloop.run(_demo(args))
     if args.json:
         print(json.dumps({"policies": summaries, "ladders": msgspec.to_builtins(ladders)}, indent=2))
@@ -112,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         terminal.print()
         terminal.print(f"{_POLICIES[-1]} in full:")
         print_ladder(terminal, msgspec.to_builtins(ladders[_POLICIES[-1]]))
+        terminal.print()
+        terminal.print("To watch it: matrixinfer demo --ui")
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 
 
@@ -130,6 +156,18 @@ async def _demo(args: argparse.Namespace) -> tuple[dict[str, Summary], dict[str,
     for summary in summaries.values():
         summary["ttft_ratio"] = _ratio(summaries[_BASELINE]["ttft_mean_ms"], summary["ttft_mean_ms"])
     return summaries, ladders
+
+
+async def _show(args: argparse.Namespace) -> None:
+    """Keep everything running, to be seen."""
+    shape = WorkloadShape(conversations=args.conversations, turns=args.turns, seed=args.seed)
+    split_address(args.admin, path="--admin")
+
+    def config_of(fleet: Sequence[SimEngine]) -> Config:
+        return msgspec.structs.replace(_gateway_config(_POLICIES[-1], fleet), admin=args.admin)
+
+    tokenizer = LocalTokenizer.load(_tokenizer_path(), "chatml")
+    await keep_running(_ENGINE, args.engines, tokenizer, shape, config_of, standard_output())
 
 
 async def _measure(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 
 import msgspec
@@ -15,18 +16,19 @@ from rich.text import Text
 
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, duration
+from matrixinfer.cli.doctor_watch import STYLES, Examined, watch
+from matrixinfer.cli.events.sources import until_stopped
 from matrixinfer.cli.terminal import plain, standard_output
 from matrixinfer.config import Config, LogConfig
 from matrixinfer.doctor.checks import check_fleet
 from matrixinfer.doctor.facts import FleetFacts
-from matrixinfer.doctor.findings import Finding, Level, Summary, summarize
+from matrixinfer.doctor.findings import EXIT_CODES, Finding, Summary, summarize
 from matrixinfer.doctor.gather import gather_facts
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.discovery.discovery import listed_now
 from matrixinfer.telemetry.log import configure
 
 PROGRESS_AFTER_SECONDS = 1.0
-_STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "blind": "bold red"}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -38,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "it. A pod is blind when the gateway cannot know what it caches. The doctor sends one new prompt of a few hundred "
         "tokens twice to each pod, or to each of its data-parallel ranks: the pod's KV events must predict how much of the "
         "second prompt is found in the cache. Exit code: 0 no problems, 1 warnings, 2 a pod is blind, or nothing could be "
-        "checked.",
+        "checked; with --watch, that of the last examination. As a probe, use --no-probe --fail-on blind.",
     )
     engine_arguments.add_arguments(parser)
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="send no prompts to the engines")
@@ -50,6 +52,21 @@ def add_parser(subparsers: Subparsers) -> None:
         help="seconds to wait for each answer, connection and event (default: %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print the findings and the summary as JSON")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=duration,
+        const=60.0,
+        metavar="S",
+        help="examine again every S seconds (default: 60) until Ctrl-C, and print what has changed; with --json, one line "
+        "per examination",
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=["warning", "blind"],
+        default="warning",
+        help="the mildest level for which the exit code is not 0 (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -57,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     """Check the fleet, print the findings and return the exit code. Raises `ConfigError`."""
     config = engine_arguments.configuration(args)
     configure(LogConfig(level="error", format="console"))  # findings report what matters
+    if args.watch is not None:
+        return asyncio.run(_watch(config, args))
     fleet = asyncio.run(_gather(config, args))
     findings = check_fleet(fleet)
     summary = summarize(findings, len(fleet.pods))
@@ -64,8 +83,33 @@ def run(args: argparse.Namespace) -> int:
         answer = {"findings": [asdict(finding) for finding in findings], "summary": asdict(summary)}
         print(msgspec.json.format(msgspec.json.encode(answer)).decode())
     else:
-        _print(fleet, findings, summary)
-    return summary.exit_code
+        _print(fleet.urls, findings, summary)
+    return _exit_code(summary, args)
+
+
+async def _watch(config: Config, args: argparse.Namespace) -> int:
+    """Examine until a signal comes. Returns the exit code of the last examination."""
+    last = 0
+    urls: dict[str, str] = {}
+
+    async def examine() -> Examined:
+        fleet = await _gather(config, args)
+        urls.update(fleet.urls)
+        findings = check_fleet(fleet)
+        return findings, summarize(findings, len(fleet.pods))
+
+    def on_summary(summary: Summary) -> None:
+        nonlocal last
+        last = _exit_code(summary, args)
+
+    show = None if args.json else partial(_print, urls)
+    async with until_stopped(None):
+        await watch(examine, every=args.watch, show=show, console=standard_output(), on_summary=on_summary)
+    return last
+
+
+def _exit_code(summary: Summary, args: argparse.Namespace) -> int:
+    return 0 if summary.exit_code < EXIT_CODES[args.fail_on] else summary.exit_code
 
 
 async def _with_listed(config: Config, seconds: float) -> Config:
@@ -98,13 +142,12 @@ async def _gather(config: Config, args: argparse.Namespace) -> FleetFacts:
         status.stop()
 
 
-def _print(fleet: FleetFacts, findings: Sequence[Finding], summary: Summary) -> None:
+def _print(urls: Mapping[str, str], findings: Sequence[Finding], summary: Summary) -> None:
     console = standard_output()
-    urls = {pod.name: pod.url for pod in fleet.pods}
     for pod, group in groupby(findings, key=lambda finding: finding.pod):
         console.print(Text(f"{pod}  {urls[pod]}" if pod is not None else "fleet", style="bold"))
         for finding in group:
-            level = Text(f"{finding.level:8}", style=_STYLES[finding.level])
+            level = Text(f"{finding.level:8}", style=STYLES[finding.level])
             console.print(Text("  ").append_text(level).append(finding.message))
             if finding.fix is not None:
                 console.print(Text(f"          fix: {finding.fix}"))

@@ -15,6 +15,8 @@ from typing import Any
 import aiohttp
 
 from matrixinfer.cli.arguments import Subparsers, at_least_one
+from matrixinfer.cli.events.sources import until_stopped
+from matrixinfer.cli.follow import LIMIT, follow
 from matrixinfer.cli.ladder import print_ladder, since
 from matrixinfer.cli.terminal import Rows, Terminal
 from matrixinfer.config import CLUSTER_SUFFIX
@@ -85,6 +87,9 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="TIME",
         help="how far back --ladder looks, such as 15m, 1h or 1d, at most a day (default: 1h)",
     )
+    parser.add_argument(
+        "--follow", action="store_true", help="print decisions as their answers end, until Ctrl-C; --json: one per line"
+    )
     parser.add_argument("--json", action="store_true", help="print the gateway's answer as JSON")
     parser.set_defaults(run=run)
 
@@ -97,6 +102,11 @@ def run(args: argparse.Namespace) -> int:
         raise CannotExplain("--ladder is about all requests: leave ID, --body and --pod out")
     if args.since is not None and not args.ladder:
         raise CannotExplain("--since is only for --ladder")
+    if args.follow:
+        if args.ladder or not (args.id is args.body is None):
+            raise CannotExplain("--follow is about decisions to come: leave ID, --body and --ladder out")
+        asyncio.run(_follow(args))
+        return 0
     answer = asyncio.run(_ask(args))
     if args.json:
         print(json.dumps(answer, indent=2))
@@ -114,6 +124,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         console.print("no decisions yet" if args.pod is None else f"no decisions for the pod {args.pod}")
     return 0
+
+
+async def _follow(args: argparse.Namespace) -> None:
+    """Print decisions until a signal comes."""
+    first, args.last = args.last, LIMIT
+
+    async def ask() -> Sequence[Json]:
+        answer: Sequence[Json] = (await _ask(args))["decisions"]
+        return answer
+
+    async with until_stopped(None):
+        await follow(ask, first=first, as_json=args.json)
 
 
 async def _ask(args: argparse.Namespace) -> Any:
@@ -205,6 +227,8 @@ def _print_list(console: Terminal, decisions: Sequence[Json]) -> None:
 
 def _print_one(console: Terminal, decision: Json, *, was_sent: bool) -> None:
     console.print(f"{decision['id']}  {_time(decision['at'])}  {decision['path']}  {decision['model']}")
+    if decision.get("reason"):  # gateways of earlier releases do not say it
+        console.print(f"why {decision['chosen']}: {decision['reason']}")
     tokens = "not counted" if decision["tokens"] is None else plural(decision["tokens"], "token")
     console.print(f"prompt: {tokens}, {plural(decision['blocks'], 'full block')}{_estimated(decision)}")
     guessed = decision["guessed_hit_tokens"]

@@ -184,3 +184,8 @@ class FleetFacts:
     """None when the config has no Redis."""
     endpoints: Sequence[str] = ()
     """Names of all endpoints: pods, or their ranks."""
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """The URL of each pod, by its name."""
+        return {pod.name: pod.url for pod in self.pods}

@@ -29,7 +29,8 @@ from matrixinfer.telemetry.intervals import Intervals
 
 Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Routes: TypeAlias = Mapping[str, Mapping[str, Handler]]
-"""Path to method to handler. A path that ends with a slash stands for all below it that are not listed themselves."""
+"""Path to method to handler. A path that ends with a slash, other than `/`, stands for all below it that are not listed
+themselves."""
 
 CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
@@ -250,7 +251,12 @@ class Listener:
     def _below(self, path: str) -> Mapping[str, Handler] | None:
         """The methods of the route that stands for all paths below its own, if there is one for this path."""
         return next(
-            (each for prefix, each in self._routes.items() if prefix.endswith("/") and path.startswith(prefix)), None
+            (
+                each
+                for prefix, each in self._routes.items()
+                if prefix.endswith("/") and prefix != "/" and path.startswith(prefix)
+            ),
+            None,
         )
 
 

@@ -289,12 +289,13 @@ class Proxy:
         return response
 
     def _first_byte(self, answer: Answer) -> None:
+        answer.exchange.first_byte_at = now = time.monotonic()
+        seconds = now - answer.exchange.started
         if answer.upstream.status < 400:  # otherwise the pod refused, and computed no prompt
-            answer.exchange.in_flight.first_byte()
+            answer.exchange.in_flight.first_byte(seconds)
             if answer.exchange.ticket is not None:
                 answer.exchange.ticket.served()
-        answer.exchange.first_byte_at = now = time.monotonic()
-        self._metrics.first_byte(now - answer.exchange.started)
+        self._metrics.first_byte(seconds)
 
 
 class _UnlessDown:

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
+from matrixinfer.routing.reasons import reason
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 
 PODS_KEPT = 16
@@ -57,6 +59,10 @@ class Record:
     """Prompt tokens that it found in its cache; None if it does not report them."""
     late: Mapping[str, int | None] | None = None
     """What the token ids showed that came after the decision."""
+    ttft_ms: float | None = None
+    """Milliseconds from the request to the first byte of its answer; None until there is one."""
+    is_over: bool = False
+    """Whether the answer is over, however it ended."""
 
     def learned(self, request: SchedulingRequest, here: Candidate | None) -> None:
         """The token ids have come after the decision. `here` is the endpoint if its hit can still be predicted."""
@@ -79,6 +85,10 @@ class Record:
         """The endpoint sent no answer, or only its headers, which the client has not got."""
         self.status = None
 
+    def first_byte(self, seconds: float) -> None:
+        """The first byte of the answer came, `seconds` after its request."""
+        self.ttft_ms = seconds * 1000
+
     def usage(self, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The answer reports the prompt's tokens, and how many of them were cached if it says so."""
         self.counted, self.cached = prompt_tokens, cached_tokens
@@ -97,6 +107,7 @@ class Record:
             "blocks": self.blocks,
             "chunks": self.chunks,
             "chosen": chosen.name,
+            "reason": reason(self),
             "ranked": [candidate.name for candidate in self.kept if candidate.name not in self.filtered],
             "predicted_hit_tokens": self._predicted(chosen),
             "late": self.late,
@@ -107,6 +118,8 @@ class Record:
                 "prompt_tokens": self.counted,
                 "cached_tokens": self.cached,
             },
+            "ttft_ms": _rounded(self.ttft_ms, 1),
+            "is_over": self.is_over,
             "candidates": self.pods,
             "pods": {candidate.name: self._pod(candidate) for candidate in self.kept},
             "notes": list(self.notes),
@@ -197,6 +210,22 @@ def _of(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
+
+
+class DecisionWatch(Protocol):
+    """Sees decisions as they are made and as their requests end. It must be quick: every request waits for it."""
+
+    def decided(self, record: Record, decision: Decision) -> None:
+        """A request goes to `decision.chosen`."""
+        ...
+
+    def ended(self, record: Record) -> None:
+        """Its answer is over, however it ended."""
+        ...
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint has gone."""
+        ...
 
 
 class DecisionLog:

@@ -207,9 +207,11 @@ class InFlight:
             return  # its first byte is still to come
         self.is_probe = False
 
-    def first_byte(self) -> None:
-        """The prompt has been computed: its blocks are at the endpoint now."""
+    def first_byte(self, seconds: float | None = None) -> None:
+        """The prompt has been computed: its blocks are at the endpoint now. `seconds` have passed since the request."""
         self.computed = True
+        if seconds is not None:
+            self._record.first_byte(seconds)
         self._blame.answered()
         self._outliers.computed(self.pod.name)
         self._succeeded()
@@ -223,7 +225,7 @@ class InFlight:
 
     def close(self) -> None:
         """The request is over, however it ended. `Router.dispatch` calls this once."""
-        self._is_over = True
+        self._is_over = self._record.is_over = True
         if self.prepared.late is not None:
             self.prepared = self.prepared.without_body()  # the token ids, when they come, find this object
         self._blame.close()

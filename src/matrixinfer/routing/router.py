@@ -20,14 +20,14 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.requests import Reader
 from matrixinfer.routing.audit import Auditor
 from matrixinfer.routing.candidates import Candidates
-from matrixinfer.routing.decision_log import DecisionLog, record
+from matrixinfer.routing.decision_log import DecisionLog, DecisionWatch, record
 from matrixinfer.routing.demand import demand_of
 from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.ladder import LadderRecorder
 from matrixinfer.routing.prepare import Prepared, Preparer
-from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
+from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.history import RoutingHistory
@@ -52,7 +52,9 @@ class Router:
         metrics: Metrics,
         ladder: LadderRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
+        watch: DecisionWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._registry = registry
         self._preparer = preparer
         self._candidates = candidates
@@ -99,7 +101,7 @@ class Router:
             started += self._clock() - waits_from
         request = self._decide(prepared, path)
         try:
-            self._observe(prepared, request.decision, self._clock() - started)
+            self._observe(prepared, request, self._clock() - started)
             if prepared.late is not None:
                 self._preparer.follow(prepared, partial(self._learned, request))
             yield request
@@ -131,6 +133,8 @@ class Router:
         self._outliers.forget(endpoint)
         self._auditor.forget(endpoint)
         self._metrics.forget_pod(endpoint)
+        if self._watch is not None:
+            self._watch.forget(endpoint)
 
     def keep_models(self) -> None:
         """Forget the models that no pod serves any more."""
@@ -196,6 +200,8 @@ class Router:
         try:
             request.close()
             self._remember(request)
+            if self._watch is not None:
+                self._watch.ended(request.record)
             if self._ladder is not None:
                 self._ladder.ended(request)
         finally:
@@ -203,9 +209,12 @@ class Router:
                 if not self._registry.has(each.pod, each.name):
                     self.forget(each.name)
 
-    def _observe(self, prepared: Prepared, decision: Decision, seconds: float) -> None:
-        request, chosen = prepared.request, decision.chosen
+    def _observe(self, prepared: Prepared, in_flight: InFlight, seconds: float) -> None:
+        request, decision = prepared.request, in_flight.decision
+        chosen = decision.chosen
         self._metrics.decided(chosen.name, seconds, prepared.timings_ms)
+        if self._watch is not None:
+            self._watch.decided(in_flight.record, decision)
         if prepared.way.route is not None:
             self._metrics.route_taken(prepared.way.route.name, prepared.way.route.label)
         for reason in prepared.degraded:

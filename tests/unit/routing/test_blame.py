@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from matrixinfer.config import OutliersConfig
+from matrixinfer.config import OutliersConfig, SchedulerConfig
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.routing.blame import Blame
 from matrixinfer.routing.in_flight import InFlight
+from matrixinfer.scheduler.policies import with_policy
 
 from .test_router import World, ranked, request
 
 
 @pytest.fixture
 async def world() -> World:
-    return World()
+    """A gateway whose policy sends a prompt to the pod that holds it, however short it is."""
+    return World(config=with_policy(SchedulerConfig(), "cached_share"))
 
 
 def states(world: World) -> dict[str, str]:

@@ -250,8 +250,9 @@ class TestExpectedTtft:
         assert times == pytest.approx([520.0, 133.75, 133.75, 4_160.0, 2_520.0, 620.0])
 
     def test_each_request_in_flight_costs_some_tokens_and_is_delayed_itself(self) -> None:
-        times = self.expected(pod("a", in_flight=10, **self.RATE), requestTokens=80, stallShare=0.1)
-        assert times == pytest.approx([520.0 + 10 * 10.0 + 10 * 0.1 * 520.0])
+        pods = [pod("a", in_flight=10, **self.RATE), pod("idle", **self.RATE)]
+        times = self.expected(*pods, requestTokens=80, stallShare=0.1)
+        assert times == pytest.approx([520.0 + 10 * 10.0 + (10 + 5) * 0.1 * 520.0, 520.0 + 5 * 0.1 * 520.0])
 
     def test_requests_in_flight_make_a_queue_count_for_more(self) -> None:
         queues = [pod("a", in_flight=n, prefill_rate=8_000.0, queue_seconds=0.2) for n in (0, 1, 4)]

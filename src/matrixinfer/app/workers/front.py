@@ -12,6 +12,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from matrixinfer.app.workers.process import Answer, WorkerProcess
+from matrixinfer.dashboard.pages import HEADERS, file_routes
+from matrixinfer.dashboard.stream import Stream
 from matrixinfer.errors import NoPodAvailable
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.handlers import json_response
@@ -38,6 +40,7 @@ class Front:
         self._draining = draining
         self._own_metrics = own_metrics
         self._reload = reload
+        self._pages = Stream(self._dashboard, draining, HEADERS)
 
     def status_routes(self) -> Routes:
         """Liveness, readiness and metrics."""
@@ -54,6 +57,8 @@ class Front:
         return {
             **self.status_routes(),
             "/debug/decisions": {"GET": self.decisions},
+            **file_routes(),
+            "/debug/dashboard/events": {"GET": self._pages.serve},
             "/debug/": one,
             "/admin/reload": {"POST": self.reload},
             "/admin/pods": {"GET": self.pods, **every},
@@ -120,6 +125,14 @@ class Front:
             if answer is not None:
                 return _passed_on(answer)
         return _passed_on(_nobody())
+
+    async def _dashboard(self, _: int) -> tuple[int, bytes]:
+        """What one worker shows on the dashboard: all of it, as the next answer may be another worker's."""
+        for worker in self._workers:
+            answer = await worker.ask("GET", "/debug/dashboard", b"")
+            if answer is not None and answer.status == 200:
+                return 0, answer.body
+        raise ConnectionResetError("no worker is running now")  # the page connects again
 
     async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
         """Change something at every worker. The answer is the worst of theirs."""

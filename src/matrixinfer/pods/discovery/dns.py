@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from matrixinfer.config import CLUSTER_SUFFIX, DnsSource, PodConfig, name_server
 from matrixinfer.config.discovery import MAX_PODS
+from matrixinfer.errors import MatrixInferError
 from matrixinfer.pods.discovery.source import Fail, Publish
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
 """DNS allows every byte in a name; in a URL, others would mean something else."""
 
 
-class DnsFailure(Exception):
+class DnsFailure(MatrixInferError):
     """The question was not answered; the message says why."""
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, Self, TypeAlias
 import structlog
 
 from matrixinfer.config import PodConfig
+from matrixinfer.errors import MatrixInferError
 from matrixinfer.pods.discovery.membership import ADMIN, CONFIG, Listed, Membership
 from matrixinfer.pods.registry import Pod, PodRegistry
 
@@ -35,7 +36,7 @@ class Watched(Protocol):
         ...
 
 
-class NotHere(Exception):
+class NotHere(MatrixInferError):
     """A pod cannot be changed this way; the message says why, and what to do."""
 
 

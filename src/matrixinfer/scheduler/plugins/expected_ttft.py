@@ -33,7 +33,8 @@ class ExpectedTtft(Plugin):
 
     Requests in flight stand for those that will come to the same pod: the next turns of their conversations, and others
     with their prefixes. Each of them waits for what is computed there, so for each request in flight the prefill counts
-    again by `stallShare`, and the queue by `waitShare`.
+    again by `stallShare`, and the queue by `waitShare`. Others come to an idle pod, too: at each pod the prefill counts
+    again for the mean number of requests in flight, so that a warm conversation is not computed again wherever it is quiet.
 
     So a hit is worth a wait, but only as long as computing it elsewhere takes: when the queue before a hot prefix is longer
     than that, the prefix is computed at a second pod, and both serve it from then on.
@@ -60,8 +61,8 @@ class ExpectedTtft(Plugin):
             float,
             Meta(ge=0, le=10),
             described(
-                "How much the prefill counts again for each request in flight at the pod, which it delays. 0 ignores "
-                "them."
+                "How much the prefill counts again for each request in flight at the pod, and for their mean over all "
+                "pods, which it delays. 0 ignores them."
             ),
         ] = 1.0
         wait_share: Annotated[
@@ -117,16 +118,17 @@ class ExpectedTtft(Plugin):
         prompt, others, size = request.whole_tokens, request.other_tokens, request.block_size
         per_request, stall, wait, costs = self._request_tokens, self._stall_share, self._wait_share, list[float]()
         whole, attention = prompt + others, 1.0 / ATTENTION_TOKENS
-        for pod in candidates:
+        loads = [pod.load if pod.foreign is None else pod.in_flight + pod.foreign for pod in candidates]
+        later = 1.0 + stall * sum(loads) / max(1, len(loads))
+        for pod, load in zip(candidates, loads, strict=True):
             cache, queue, foreign = pod.condition, pod.queue_seconds, pod.foreign
-            load = pod.load if foreign is None else pod.in_flight + foreign
             rate = (cache.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
             uncached = prompt - pod.credit * size
             uncached = others + uncached if uncached > 0.0 else others
             # `prefill_work`, without a call
             prefill = uncached * (1.0 + (whole - 0.5 * uncached) * attention) / rate
             waiting = pod.queued_tokens / rate if queue is None else queue * 1e3
-            cost = waiting + prefill
+            cost = waiting + prefill * later
             if load:
                 cost += load * (per_request / rate + prefill * stall + waiting * wait)
             if foreign and pod.waiting:
