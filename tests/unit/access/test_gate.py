@@ -204,7 +204,7 @@ class Costs:
 
 
 @pytest.mark.parametrize("asked", [{"max_tokens": 2**62}, {"max_tokens": 2**62, "n": 2**62}, {"max_tokens": 10**30}])
-async def test_nobody_outweighs_all_others_in_the_queue_by_its_own_word(asked: dict[str, int]) -> None:
+async def test_nobody_outweighs_all_others_in_the_queue_by_its_own_word(asked: dict[str, Any]) -> None:
     costs = Costs()
     gate = Gate(Rules(queue=costs), Metrics().access)
     ticket = gate.ticket(CALLER)
