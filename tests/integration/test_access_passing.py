@@ -127,6 +127,7 @@ async def test_nobody_goes_on_with_the_response_of_another_tenant(folder: Path) 
         ("/v1/completions", {"session_params": {"id": "ann"}, "prompt": "x"}),
         ("/inference/v1/generate", {"token_ids": [1], "features": {"mm_hashes": {"image": ["h"]}}}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "uuid": "u"}]}]}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": [{"type": "audio", "uuid": "u"}]}]]}),
     ],
 )
 async def test_nothing_leads_past_the_salt(folder: Path, path: str, fields: dict[str, Any]) -> None:
@@ -135,9 +136,11 @@ async def test_nothing_leads_past_the_salt(folder: Path, path: str, fields: dict
         answer = await client.post("sk-ann", path=path, **fields)
         assert answer.status == 400
         assert "tenants" in answer.body["error"]["message"]
-        written = json.dumps({"model": "tiny", **fields}).replace("_params", "\\u005fparams").encode()
-        assert await send(client, path, written) == 400
-        if path != "/v1/chat/completions":
+        written = (
+            json.dumps({"model": "tiny", **fields}).replace("_params", "\\u005fparams").replace("uuid", "u\\u0075id")
+        )
+        assert await send(client, path, written.encode()) == 400
+        if "messages" not in fields:
             unused = dict.fromkeys(fields) | {key: "x" for key in ("input", "prompt") if key in fields}
             assert (await client.post("sk-ann", path=path, **unused)).status == 200
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,6 +14,7 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.responses import RESPONSES_PATH
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANY = msgspec.json.Decoder(object)
 _FIELD = "cache_salt"
 _SGLANG_PATHS = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH))
 """Where SGLang takes a salt. vLLM takes it everywhere else."""
@@ -34,7 +35,7 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
     for name in _PAST_THE_SALT & fields.keys():
         if bytes(fields[name]) != b"null":
             raise InvalidRequest(f"`{name}` cannot be used where tenants are kept apart.", param=name)
-    if prompt.chat is not None and any(map(_has_uuid, prompt.chat.messages)):
+    if _names_media(fields.get("messages")):
         raise InvalidRequest("`uuid` of media cannot be used where tenants are kept apart.", param="messages")
     dropped = {_FIELD, "request_id"} if prompt.path == RESPONSES_PATH else {_FIELD}
     if dropped & fields.keys():
@@ -45,11 +46,23 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
     return msgspec.structs.replace(prompt, cache_salt=salt), body
 
 
-def _has_uuid(message: Mapping[str, object]) -> bool:
-    """Whether a message names media by ids of the client's choice, under which vLLM caches them for everybody."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else ()
-    return any(isinstance(part, dict) and part.get("uuid") is not None for part in parts)
+def _names_media(messages: msgspec.Raw | None) -> bool:
+    """Whether messages, or lists of them, name media by ids of the client's choice: vLLM caches it under them for everybody.
+
+    Raises `InvalidRequest` if that cannot be read.
+    """
+    if messages is None or not any(part in bytes(messages) for part in (b"uuid", b"\\u")):  # keys may be escaped
+        return False
+    found = [decode(_ANY, messages, "messages")]
+    while found:
+        each = found.pop()
+        if isinstance(each, list):
+            found.extend(each)
+        elif isinstance(each, dict):
+            if each.get("uuid") is not None:
+                return True
+            found.append(each.get("content"))
+    return False
 
 
 def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
