@@ -24,7 +24,7 @@ INDEX ?= memory
 .NOTPARALLEL:
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/run.stamp ## Four simulated engines behind the gateway: round robin against KV-aware routing
 	$(BIN)/matrixinfer demo

@@ -70,6 +70,7 @@ Exceptions with a leading underscore never leave their module and are not listed
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -110,7 +111,8 @@ def message_of(error: BaseException) -> str:
 
 def client_error(error: Exception) -> str:
     """What happened, from an HTTP client's error. aiohttp writes `ssl:default` also where no TLS is used."""
-    return str(error).replace(" ssl:default", "") or type(error).__name__
+    text = re.sub(r" ssl:(default|<[^>]*>)", "", str(error)) or type(error).__name__
+    return f"{text}: does it speak plain HTTP?" if "WRONG_VERSION_NUMBER" in text else text
 
 
 class MatrixInferError(Exception):

@@ -113,6 +113,16 @@ async def test_workers_share_the_port_and_one_admin_listener_shows_all_of_them(t
         assert stamps == sorted(stamps, reverse=True)
         assert (await fleet.get("/ready"))[0] == 200
         assert (await fleet.get("/debug/pods"))[0] == 200
+        status, ladder = await fleet.call("GET", "/debug/ladder?since=60")
+        assert (status, ladder["workers"], ladder["since_seconds"]) == (200, 2, 60)
+        assert 0 < ladder["ladder"]["requests"] <= 60
+        assert (await fleet.call("GET", "/debug/ladder?since=x"))[0] == 400
+        async with fleet.session.get(f"{fleet.admin}/debug/dashboard/events") as events:
+            view = json.loads((await events.content.readuntil(b"\n\n")).decode().partition("data: ")[2])
+        assert (view["about"]["workers"], view["names"]) == (2, ["pod-0"])
+        async with command("explain", "--ladder", "--admin", fleet.admin) as explain:
+            printed, _ = await explain.communicate()
+        assert printed.startswith(b"of the requests of one of 2 workers:\n")
 
         async def hear_each_other() -> bool:
             return await fleet.metric("matrixinfer_peers") == 1

@@ -47,8 +47,9 @@ async def test_a_file_is_replaced_only_by_force(tmp_path: Path, tokenizer: Local
         assert "use --force" in error
         code, _, error = await matrixinfer("init", engine.url, "-o", str(file), "--force")
         assert code == 0, error
+    assert '#   - {name: "sim", tokenizer: /models/its-folder}' in file.read_text()
     code, out, error = await matrixinfer("config", "check", str(file))
-    assert (code, out) == (0, f"{file}: valid (pods: 1, models: 0)\n"), error
+    assert (code, out) == (0, f"{file}: valid (pods: 1, models: as the engines say)\n"), error
 
 
 async def test_an_engine_that_does_not_answer_is_named(tmp_path: Path) -> None:

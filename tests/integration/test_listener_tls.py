@@ -232,6 +232,6 @@ async def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
 ) -> None:
     files = made[2]
     encrypt(files.key_file)
-    with pytest.raises(ConfigError, match="not encrypted"):
+    with pytest.raises(ConfigError, match="unencrypted key"):
         async with listener(config(files)):
             pass

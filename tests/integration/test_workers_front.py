@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from matrixinfer.app.workers.front import Front
+from matrixinfer.app.workers.front import AdminFront
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.gateway.listener import Listener
 
@@ -32,11 +32,11 @@ class Told:
 
 
 @asynccontextmanager
-async def front(worker: Told) -> AsyncIterator[tuple[Front, Call]]:
+async def front(worker: Told) -> AsyncIterator[tuple[AdminFront, Call]]:
     async def reload() -> web.StreamResponse:
         return web.Response()
 
-    made = Front([cast("WorkerProcess", worker)], asyncio.Event(), lambda: b"", reload)
+    made = AdminFront([cast("WorkerProcess", worker)], asyncio.Event(), lambda: b"", reload)
     async with Listener("127.0.0.1", 0, made.routes(), asyncio.Event()) as listening, aiohttp.ClientSession() as client:
 
         async def call(method: str, path: str) -> None:
@@ -48,9 +48,9 @@ async def front(worker: Told) -> AsyncIterator[tuple[Front, Call]]:
         yield made, call
 
 
-async def told(made: Front) -> list[tuple[str, str]]:
+async def told(made: AdminFront) -> list[tuple[str, str]]:
     new = Told("")
-    await made.tell(cast("WorkerProcess", new))
+    await made.catch_up(cast("WorkerProcess", new))
     return new.asked
 
 

@@ -32,8 +32,8 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.fleet_setup import DiscoveryCollector
 from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.reload import ReloadCollector
-from matrixinfer.app.service import build_scheduler
-from matrixinfer.app.workers.supervisor import WorkerCollector
+from matrixinfer.app.router_setup import build_scheduler
+from matrixinfer.app.workers.collector import WorkerCollector
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
 from matrixinfer.config import AccessLogConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
@@ -96,11 +96,11 @@ def test_the_readme_leads_to_every_page() -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every `matrixinfer` command that a page shows, without the pipe and the comment around it."""
+    """The words of every `matrixinfer` command that a page shows, without pipes, comments and where its output goes."""
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     for line in lines:
-        command = re.search(r"(?:^|\| )matrixinfer (.*)", line)
+        command = re.search(r"(?:^|\| )matrixinfer (.*?)(?: >>? \S+)?$", line)
         if command is not None:
             yield [word for word in shlex.split(command[1], comments=True) if word != "&"]
 

@@ -53,6 +53,12 @@ def test_a_request_error_may_name_the_field() -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        (
+            OSError(
+                "Cannot connect to host a:1 ssl:<ssl.SSLContext object at 0x7f> [[SSL: WRONG_VERSION_NUMBER] wrong]"
+            ),
+            "Cannot connect to host a:1 [[SSL: WRONG_VERSION_NUMBER] wrong]: does it speak plain HTTP?",
+        ),
         (OSError("Cannot connect to host a:1 ssl:default [refused]"), "Cannot connect to host a:1 [refused]"),
         (OSError("reset"), "reset"),
         (TimeoutError(), "TimeoutError"),

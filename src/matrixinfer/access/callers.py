@@ -1,4 +1,4 @@
-"""Who sends a request, and what of the request counts against that."""
+"""Who sends a request, and what that caller may use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ UNLIMITED = QuotaConfig()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Whoever holds a key or a token."""
+    """The holder of a key or a token."""
 
     name: str
     """The key's name, or the token's subject."""
     tenant: str
     account: str
-    """Whose use its limits bound. Keys and subjects of the same name have different ones."""
+    """What its use is counted under. A key and a token's subject of the same name have different accounts."""
     models: frozenset[str] | None = None
     """The models that it may ask for, by the names that clients use; None for all."""
     quota: QuotaConfig = UNLIMITED

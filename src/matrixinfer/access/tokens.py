@@ -1,4 +1,4 @@
-"""JSON Web Tokens: who holds one, as far as the keys at hand can tell. Needs the extra `jwt`."""
+"""Verifies JSON Web Tokens with the keys at hand, and finds their holders. Needs the extra `jwt`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Tokens:
             self._remembered.clear()
 
     def check(self, token: str) -> Caller:
-        """Who holds a token. Raises `Unauthenticated`, and `UnknownKey` if newer keys might tell."""
+        """Who holds a token. Raises `Unauthenticated`, and `UnknownKey` if it is signed with a key that is not at hand."""
         if len(token) > MAX_TOKEN_CHARS:
             raise Unauthenticated("The token is too long.")
         digest = sha256(token.encode("utf-8", "surrogateescape")).digest()

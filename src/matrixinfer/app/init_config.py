@@ -93,9 +93,11 @@ def _models(engines: Sequence[Found]) -> list[str]:
         if found.served is not None and root and Path(root).is_absolute() and Path(root, "tokenizer.json").is_file():
             entries[found.served.base_model] = root
     if not entries:
+        served = sorted({found.served.base_model for found in engines if found.served is not None})
+        examples = [_plain(json.dumps(name)) for name in served] or ['"the name of the model"']
         return [
             "# models:                           # without an entry, a tokenizer is looked for, else engines tokenize\n"
-            '#   - {name: "the name of the model", tokenizer: /models/its-folder}'
+            + "\n".join(f"#   - {{name: {name}, tokenizer: /models/its-folder}}" for name in examples)
         ]
     lines = [
         f"  - name: {json.dumps(name)}\n    tokenizer: {json.dumps(root)}   # where the engine has it"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from matrixinfer import __version__
 from matrixinfer.errors import ConfigError, MatrixInferError
@@ -40,6 +40,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse an unknown argument where it stands: argparse would let the outermost command report it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +105,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _file_of(error: MatrixInferError, args: argparse.Namespace) -> str:
     """The config file, to put before an error that names a key of it; empty for an error that comes from arguments."""
-    file = getattr(args, "config", None) or getattr(args, "file", None)
+    file = getattr(args, "config", None)
     if not (isinstance(error, ConfigError) and error.path.startswith("$") and isinstance(file, Path)):
         return ""
     is_named = str(file) in error.message

@@ -12,7 +12,7 @@ import yaml
 from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.config_schema import config_schema
-from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.router_setup import build_scheduler
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.config import Config, load, parse_pods
 from matrixinfer.config.shown import shown
@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Read a config file as `serve` does, build its scheduler and load its tokenizers. "
         "Exit code 0 when the file is valid, 2 when it is not, with the first problem found.",
     )
-    check.add_argument("file", type=Path, metavar="FILE", help=CONFIG_HELP)
+    check.add_argument("config", type=Path, metavar="FILE", help=CONFIG_HELP)
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=run_check)
     show = commands.add_parser(
@@ -42,7 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Print every key with the value in effect: from the file, from the environment, or its default. "
         "Secrets are hidden.",
     )
-    show.add_argument("file", type=Path, metavar="FILE", help=CONFIG_HELP)
+    show.add_argument("config", type=Path, metavar="FILE", help=CONFIG_HELP)
     show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     show.set_defaults(run=run_show)
     schema = commands.add_parser(
@@ -62,18 +62,27 @@ def run_check(args: argparse.Namespace) -> int:
     for name, reason in plugins.broken.items():
         print(f"warning: the installed plugin `{name}` cannot be used: {reason}", file=sys.stderr)
     try:
-        config = _checked(args.file, plugins)
+        config = _checked(args.config, plugins)
     except MatrixInferError as error:
         if not args.json:
             raise
-        print(json.dumps({"file": str(args.file), "valid": False, "error": str(error)}))
+        print(json.dumps({"file": str(args.config), "valid": False, "error": str(error)}))
         return 2
     pods, models = len(config.pods), len(config.models)
     if args.json:
-        print(json.dumps({"file": str(args.file), "valid": True, "pods": pods, "models": models}))
+        print(json.dumps({"file": str(args.config), "valid": True, "pods": pods, "models": models}))
     else:
-        print(f"{args.file}: valid (pods: {pods}, models: {models})")
+        print(f"{args.config}: valid ({_pods(config)}, models: {models or 'as the engines say'})")
     return 0
+
+
+def _pods(config: Config) -> str:
+    """How many pods the file names, and where others come from if it names none."""
+    if config.pods:
+        return f"pods: {len(config.pods)}"
+    if config.discovery.sources or config.discovery.start_empty:
+        return "pods: as discovered"
+    return "pods: none, so `serve` needs --worker-urls"
 
 
 def _checked(file: Path, plugins: Installed) -> Config:
@@ -104,7 +113,7 @@ def _check_listed(file: Path, where: str) -> None:
 
 def run_show(args: argparse.Namespace) -> int:
     """Print the settings in effect. Raises `ConfigError`."""
-    settings = shown(load(args.file))
+    settings = shown(load(args.config))
     if args.json:
         print(json.dumps(settings, indent=2, ensure_ascii=False))
     else:

@@ -23,7 +23,7 @@ from matrixinfer.app.service import Service
 from matrixinfer.cli.arguments import WIDTH, Subparsers, at_least_one, integer, packaged_tokenizer
 from matrixinfer.cli.demo_ui import keep_running
 from matrixinfer.cli.ladder import print_ladder, print_ladders
-from matrixinfer.cli.terminal import standard_output
+from matrixinfer.cli.terminal import own_name, standard_output
 from matrixinfer.config import (
     Config,
     DriftConfig,
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         terminal.print(f"{_POLICIES[-1]} in full:")
         print_ladder(terminal, msgspec.to_builtins(ladders[_POLICIES[-1]]))
         terminal.print()
-        terminal.print("To watch it: matrixinfer demo --ui")
+        terminal.print(f"To watch it: {own_name()} demo --ui")
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
 
 
@@ -198,7 +198,7 @@ async def _measure(
             on_outcome=on_outcome,
         )
         stats = [engine.stats for engine in fleet]
-        ladder = service.ladder.since(KEPT_SECONDS)
+        ladder = service.state.ladder.since(KEPT_SECONDS)
     return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)]), ladder
 
 

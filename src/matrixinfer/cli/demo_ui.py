@@ -11,7 +11,7 @@ import aiohttp
 
 from matrixinfer.app.service import Service
 from matrixinfer.cli.events.sources import until_stopped
-from matrixinfer.cli.terminal import Terminal
+from matrixinfer.cli.terminal import Terminal, own_name
 from matrixinfer.config import Config
 from matrixinfer.errors import ConfigError
 from matrixinfer.prompt.local import LocalTokenizer
@@ -65,4 +65,4 @@ def _introduce(console: Terminal, service: Service, engines: int) -> None:
     console.print("Hit rate beside what round robin would have found: it rises as the conversations grow.")
     console.print("Click a decision to see what each pod held of its prompt, and an endpoint for its cache and load.")
     console.print("Why no hit? says where the rest is lost. Examine engines runs the doctor.")
-    console.print(f"In another terminal: matrixinfer explain --follow --admin {admin}")
+    console.print(f"In another terminal: {own_name()} explain --follow --admin {admin}")

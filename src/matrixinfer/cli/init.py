@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from matrixinfer.app.init_config import Found, ask, config_text
 from matrixinfer.cli.arguments import Subparsers, duration
+from matrixinfer.cli.terminal import own_name
 from matrixinfer.config import parse, split_address
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.engine_api import EngineDown, OutOfResources
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         args.output.write_text(text, encoding="utf-8")
-        print(f"{args.output}: written; check it with: matrixinfer config check {args.output}", file=sys.stderr)
+        print(f"{args.output}: written; check it with: {own_name()} config check {args.output}", file=sys.stderr)
     return 0
 
 

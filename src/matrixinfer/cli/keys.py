@@ -19,7 +19,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "create",
         help="make a new key",
         description="Print a new key on standard error, once, and its entry for the file of keys "
-        "(`access.keysFile`) on standard output. The file has the key's hash only, so give the key to its holder now.",
+        "(`access.keysFile`) on standard output, so that `>> keys.yaml` adds it there. The file has the key's hash "
+        "only, so give the key to its holder now.",
     )
     create.add_argument("--name", required=True, help="name of the key, in metrics and logs")
     create.add_argument("--tenant", help="tenant that its holder belongs to (default: the name)")

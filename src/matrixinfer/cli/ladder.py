@@ -29,8 +29,13 @@ def since(text: str) -> int:
     return seconds
 
 
-def print_ladder(console: Terminal, ladder: Json) -> None:
-    """Print the rungs as a table, then each loss with its remedy, the largest first."""
+def print_ladder(console: Terminal, ladder: Json, *, workers: int = 1) -> None:
+    """Print the rungs as a table, then each loss with its remedy, the largest first.
+
+    Of several `workers`, the ladder is that of one.
+    """
+    if workers > 1:
+        console.print(f"of the requests of one of {workers} workers:")
     if not ladder["prompt_tokens"]:
         console.print("no request has ended in that time")
         return
@@ -77,7 +82,7 @@ def _print_losses(console: Terminal, losses: Sequence[Json]) -> None:
 
 
 def _remarks(ladder: Json) -> list[str]:
-    """On what the numbers rest."""
+    """What the numbers rest on."""
     reported = next(rung for rung in ladder["rungs"] if rung["name"] == "reported")
     share = reported["of_tokens"] / ladder["prompt_tokens"]
     remarks = []

@@ -18,7 +18,7 @@ from matrixinfer.cli.ladder import print_ladders
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
-from matrixinfer.study.plots import plot
+from matrixinfer.study.plots import plot, require_matplotlib
 from matrixinfer.study.policies import POLICIES, chosen
 from matrixinfer.study.replay import Fleet
 from matrixinfer.study.report.page import Chapter, page
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     policies = chosen(args.policies)
     if args.report is not None and not args.report.resolve().parent.is_dir():
         raise ConfigError("--report", f"there is no folder {args.report.resolve().parent}")
+    if args.plot is not None:
+        require_matplotlib()
     chapters = []
     for text in traces_of(args):
         trace = trace_of(text, args)

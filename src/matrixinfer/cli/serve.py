@@ -23,6 +23,9 @@ from matrixinfer.gateway import descriptors
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
 
+SWITCH_SECONDS = 0.0005
+"""How long a tokenizing thread may run Python code before the event loop gets a turn. Python's default is 5 ms."""
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
@@ -64,10 +67,6 @@ def add_parser(subparsers: Subparsers) -> None:
     serve.set_defaults(run=run)
 
 
-SWITCH_SECONDS = 0.0005
-"""How long a tokenizing thread may run Python code before the event loop gets a turn. Python's default is 5 ms."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then let requests in flight finish."""
     worker = from_environment(os.environ)
@@ -77,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     if worker is None and config.workers > 1:
         return _supervise(config, args)
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
     notifier = Notifier(os.environ, os.getpid())
     if worker is None:
         read = partial(configuration, args)
@@ -88,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     run_to_the_end(
         run_until_stopped(
             service,
-            path="serve",
-            on_started=gc.freeze,
+            path="--port, --admin",
+            on_started=gc.freeze,  # start-up objects live on: collecting them would pause the loop for several ms
             on_terminated=service.delay_drain,
             on_hangup=service.reload_soon,
             notifier=notifier,
@@ -106,7 +104,7 @@ def _supervise(config: Config, args: argparse.Namespace) -> int:
         supervisor = Supervisor(config, read=read, config_file=args.config, notifier=notifier)
         await run_until_stopped(
             supervisor,
-            path="serve",
+            path="--port, --admin",
             on_terminated=supervisor.delay_drain,
             on_hangup=supervisor.reload_soon,
             notifier=notifier,

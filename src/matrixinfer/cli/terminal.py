@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from shutil import which
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -21,6 +23,12 @@ def plain(text: str) -> str:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def own_name() -> str:
+    """The name of this command in hints to copy: `.venv/bin/matrixinfer` if it was started so and is not on the PATH."""
+    started = sys.argv[0]
+    return started if Path(started).name == "matrixinfer" and which("matrixinfer") is None else "matrixinfer"
 
 
 class Terminal(Console):

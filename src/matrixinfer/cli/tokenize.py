@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from matrixinfer.prompt.manager import Tokenized, TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.requests import READERS, parse
+from matrixinfer.prompt.tokenizer_files import DOWNLOADS
 
 _MODEL = "model"
 _TIMEOUT_SECONDS = 60.0
@@ -82,7 +84,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer every line. Raises `ConfigError`."""
-    return asyncio.run(_run(args))
+    try:
+        return asyncio.run(_run(args))
+    except ConfigError as error:
+        key = error.path.removeprefix("$.models[0].")
+        if key == error.path:
+            raise
+        flag = "--" + re.sub("[A-Z]", lambda letter: f"-{letter[0].lower()}", key)
+        raise ConfigError(flag, error.message.removesuffix(f" {DOWNLOADS}")) from error
 
 
 async def _run(args: argparse.Namespace) -> int:

@@ -17,9 +17,9 @@ from matrixinfer.cli.fleet_arguments import add_fleet, add_traces, fleet_of, is_
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.study.tuning.output import configuration, document, sentence, value_of
 from matrixinfer.study.tuning.runs import GOALS, Runs, Traffic, fitting
 from matrixinfer.study.tuning.search import Found, Search
-from matrixinfer.study.tuning.written import configuration, document, sentence, value_of
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -116,7 +116,7 @@ def _print(
         terminal.print("")
         sys.stdout.write(text)
     else:
-        terminal.print(f"written: {args.output}; serve accepts it with --config, or copy its section `scheduler`")
+        terminal.print(f"written: {args.output}; copy its section `scheduler` into your config file")
 
 
 def _number(value: float | None) -> str:

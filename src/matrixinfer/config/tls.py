@@ -1,12 +1,9 @@
-"""The schema of TLS: the certificates of the listeners, and whom engines are believed to be."""
+"""The schema of TLS: certificates of the listeners, and which engines are trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
-
-import msgspec
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from matrixinfer.config.base import Seconds, Section, described
 from matrixinfer.errors import ConfigError
@@ -38,18 +35,6 @@ class EngineTlsConfig(Section, frozen=True):
         str | None, described("The name that the engine's certificate must have. By default the host of its URL.")
     ] = None
     verify: Annotated[bool, described("Whether to check the engine's certificate and name.")] = True
-
-
-_Files = TypeVar("_Files", ListenerTlsConfig, EngineTlsConfig)
-
-
-def with_base(section: _Files | None, base: Path) -> _Files | None:
-    """The section with absolute paths."""
-    if section is None:
-        return None
-    names = [field for field in section.__struct_fields__ if field.endswith("_file")]
-    paths = {name: str((base / value).resolve()) for name in names if (value := getattr(section, name)) is not None}
-    return msgspec.structs.replace(section, **paths)
 
 
 def check_tls(config: Config) -> None:

@@ -45,7 +45,7 @@ def engine(pod: PodFacts) -> Iterator[Verdict]:
     elif release and release < (0, 28):
         yield ok(f"the engine is {shown}; the gateway supports its older event format")
     else:
-        yield ok(f"the engine is {shown}")
+        yield ok(f"the engine is {shown}" if release else "the engine does not say its version")
 
 
 def _sglang(version: str | None, hidden: Sequence[str]) -> Verdict:

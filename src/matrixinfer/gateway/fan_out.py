@@ -17,6 +17,7 @@ from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.protected import caller_of
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.pod import Pod
 from matrixinfer.pods.registry import PodRegistry
@@ -138,4 +139,4 @@ def _response(results: dict[str, tuple[int | None, object]]) -> web.Response:
         message = f"{len(failed)} of {len(results)} pods did not do it: {', '.join(failed[:10])}. See `results`."
         kind = "invalid_request_error" if status < 500 else "server_error"
         content = {"error": {"message": message, "type": kind, "param": None, "code": None}, **content}
-    return web.Response(status=status, body=msgspec.json.encode(content), headers={"Content-Type": "application/json"})
+    return json_response(content, status=status)

@@ -12,8 +12,8 @@ from aiohttp import web
 from matrixinfer.config import PodConfig, checked_pods, convert
 from matrixinfer.errors import UNREADABLE, ConfigError, InvalidRequest
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.pods.discovery.fleet import Fleet, NotHere
 
 PATH = "/admin/pods"

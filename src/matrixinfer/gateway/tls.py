@@ -10,6 +10,7 @@ from typing import Self
 import structlog
 
 from matrixinfer.config import ListenerTlsConfig
+from matrixinfer.config.files import Stamp
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.certificates import load_authorities, load_pair, stamps
 from matrixinfer.tasks import cancel_and_wait
@@ -29,7 +30,7 @@ class ListenerTls:
         self._config = config
         self._path = path
         self._current: ssl.SSLContext | None = None
-        self._seen: tuple[object, ...] = ()
+        self._seen: tuple[Stamp | None, ...] = ()
         self._has_changed = False
         self._task: asyncio.Task[None] | None = None
 
@@ -81,7 +82,7 @@ class ListenerTls:
             self._has_changed = True
             log.info("tls_reloaded", section=self._path)
 
-    def _state(self) -> tuple[object, ...]:
+    def _state(self) -> tuple[Stamp | None, ...]:
         return stamps(self._config.cert_file, self._config.key_file, self._config.client_ca_file)
 
     def _load(self) -> ssl.SSLContext:

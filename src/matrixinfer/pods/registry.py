@@ -64,6 +64,10 @@ class PodRegistry:
             self.pods = tuple(self._by_name.values())
         return pod
 
+    def pod(self, name: str) -> Pod | None:
+        """The pod with that name, if there is one."""
+        return self._by_name.get(name)
+
     def has(self, pod: str, endpoint: str) -> bool:
         """Whether the pod has an endpoint with that name."""
         state = self._by_name.get(pod)
@@ -84,7 +88,9 @@ class PodRegistry:
             unidentified = [pod for pod in self.pods if pod.served is None]
             if requested not in self._configured:
                 if not unidentified:
-                    raise UnknownModel(f"The model `{requested}` does not exist.", param="model")
+                    raise UnknownModel(
+                        f"The model `{requested}` does not exist; `GET /v1/models` lists those that do.", param="model"
+                    )
                 raise NoPodAvailable(f"No pod is known to serve the model `{requested}`: {_why_unknown(unidentified)}.")
             if not unidentified:
                 raise NoPodAvailable(f"No pod serves the model `{requested}` at the moment.")

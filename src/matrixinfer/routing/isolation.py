@@ -27,7 +27,7 @@ _PAST_THE_SALT = frozenset(
 
 
 def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
-    """The prompt with this salt, and the body that says so in place of what the client asked for.
+    """The prompt with this salt, and the body with it in place of the client's own.
 
     Raises `InvalidRequest` if the request asks for what an engine has computed for somebody else, past the salt.
     """
@@ -66,7 +66,7 @@ def _names_media(messages: msgspec.Raw | None) -> bool:
 
 
 def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
-    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if there is none."""
+    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if no pod does."""
     able = [] if path in _UNSALTED else [pod for pod in pods if pod.engine != "sglang" or path in _SGLANG_PATHS]
     if not able:
         raise NoPodAvailable(f"{path} cannot keep tenants apart: the engine takes no cache salt there.")

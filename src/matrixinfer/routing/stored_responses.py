@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from matrixinfer.errors import UnknownResponse
 
 MOST_KEPT = 100_000
-"""About 20 MB. The response that was longest unused is forgotten first; pods are then asked for it."""
+"""About 20 MB. The least recently used response is forgotten first; pods are then asked for it."""
 
 
 class StoredResponses:
@@ -34,7 +34,7 @@ class StoredResponses:
             self._kept.popitem(last=False)
 
     def keeper_of(self, response_id: str) -> tuple[str, str | None] | None:
-        """The pod that stores a response, and the tenant whose it is; None if that is not known."""
+        """The pod that stores a response, and the tenant that it belongs to; None if unknown."""
         kept = self._kept.get(response_id)
         if kept is not None:
             self._kept.move_to_end(response_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ _WINDOWS = 60
 """Points of the hit rate over time."""
 
 
-def plot(outcomes: Sequence[Outcome], folder: Path, name: str) -> list[Path]:
-    """Write the plots of a trace's `outcomes` to `folder`, and return the files. Raises `ConfigError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  # an extra, and slow to import
-    except ImportError:
+def require_matplotlib() -> None:
+    """Raises `ConfigError` where plots cannot be drawn: a long replay should not end with that."""
+    if find_spec("matplotlib") is None:
         raise ConfigError(
             "--plot", "matplotlib is not installed; install it with `pip install 'matrixinfer-gateway[study]'`"
-        ) from None
+        )
+
+
+def plot(outcomes: Sequence[Outcome], folder: Path, name: str) -> list[Path]:
+    """Write the plots of a trace's `outcomes` to `folder`, and return the files. Needs matplotlib."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # an extra, and slow to import
+
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for kind, draw in (("ttft", _ttft), ("hits", _hits), ("load", _load), ("ladder", _ladder)):

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from matrixinfer.access.callers import Caller
-from matrixinfer.access.gate import CLIENT_GONE, MOST_OUTPUT_TOKENS, Demand, Gate, Place, Rules, Ticket, Used
+from matrixinfer.access.demand import Demand, Used
+from matrixinfer.access.gate import CLIENT_GONE, MOST_OUTPUT_TOKENS, Gate, Place, Rules, Ticket
 from matrixinfer.access.limits import Limits
 from matrixinfer.access.quota import Amounts
 from matrixinfer.access.salts import Salts

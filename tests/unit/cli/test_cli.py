@@ -64,6 +64,8 @@ def test_a_demo_without_engines_or_requests_is_refused(
         (["index", "show"], "expected a model and a hash, or --pod NAME"),
         (["index", "show", "m", "x"], "expected decimal digits, got `x`"),
         (["index", "purge", "--pod", "a"], "expected --yes to purge, or --dry-run"),
+        (["tokenize", "--tokenizer", "none", "r.jsonl"], "matrixinfer: --tokenizer: none does not exist.\n"),
+        (["config", "show", "x", "--config"], "unrecognized arguments: --config (see matrixinfer config show --help)"),
         (["start"], "invalid choice: 'start'"),
     ],
 )
@@ -85,9 +87,13 @@ def test_a_config_check_has_a_result_for_people_and_one_for_programs(
     file = tmp_path / "gateway.yaml"
     file.write_text("pods: [{name: a, url: 'http://a:1'}]")
     assert main(["config", "check", str(file)]) == 0
-    assert capsys.readouterr().out == f"{file}: valid (pods: 1, models: 0)\n"
+    assert capsys.readouterr().out == f"{file}: valid (pods: 1, models: as the engines say)\n"
     assert main(["config", "check", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"file": str(file), "valid": True, "pods": 1, "models": 0}
+    for discovery, pods in (("{}", "none, so `serve` needs --worker-urls"), ("{startEmpty: true}", "as discovered")):
+        file.write_text(f"discovery: {discovery}\nmodels: [{{name: m}}]")
+        assert main(["config", "check", str(file)]) == 0
+        assert capsys.readouterr().out == f"{file}: valid (pods: {pods}, models: 1)\n"
     file.write_text("podz: []")
     assert main(["config", "check", str(file)]) == 2
     assert "podz" in capsys.readouterr().err

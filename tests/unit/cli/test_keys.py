@@ -21,6 +21,13 @@ def test_a_new_key_and_its_entry_belong_together(capsys: pytest.CaptureFixture[s
     assert (caller.name, caller.tenant) == ("alice: [x", "lab")
 
 
+@pytest.mark.parametrize("start", ["", "keys:\n"])
+def test_entries_that_are_appended_make_a_file_of_keys(capsys: pytest.CaptureFixture[str], start: str) -> None:
+    for name in ("alice", "bob"):
+        assert main(["keys", "create", "--name", name]) == 0
+    assert parse_keys(start + capsys.readouterr().out, QuotaConfig()).names == {"alice", "bob"}
+
+
 def test_a_new_key_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "create", "--name", "bob", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

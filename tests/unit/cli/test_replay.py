@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.cli import main
+from matrixinfer.study import plots
 
 SMALL = "multi-round:sessions=6,turns=3,interval=0.5,think=2"
 
@@ -99,6 +100,16 @@ def test_the_table_names_policies_and_columns_and_plots_are_written(
     assert written == ["hits.png", "ladder.png", "load.png", "ttft.png"]
     assert "kv_aware" in (tmp_path / "report.html").read_text()
     assert all(path.stat().st_size > 5_000 for path in tmp_path.glob("*/*.png"))
+
+
+def test_plots_that_cannot_be_drawn_are_refused_before_the_replay(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
+    assert main(["replay", SMALL, "--plot", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "--plot: matplotlib is not installed" in err
 
 
 def test_the_list_names_policies_engines_and_generators(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matrixinfer.cli import agent, explain, main
-from matrixinfer.cli.terminal import Rows, Terminal, plain
+from matrixinfer.cli.terminal import Rows, Terminal, own_name, plain
 from matrixinfer.errors import ConfigError
 
 HOSTILE = (
@@ -211,3 +211,14 @@ def test_explain_shows_what_a_decision_used_where_anything_is_known(
     at = head.index("running")
     assert first[at : at + len(shown)] == ["4", "3", "0.2", "456.8", "90000", "100000", "512.3"]
     assert second[at : at + len(shown)] == ["-"] * len(shown)
+
+
+def test_hints_name_the_command_as_it_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [".venv/bin/matrixinfer", "demo"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert own_name() == ".venv/bin/matrixinfer"
+    (tmp_path / "matrixinfer").touch(mode=0o755)
+    assert own_name() == "matrixinfer"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["/src/matrixinfer/__main__.py"])
+    assert own_name() == "matrixinfer"

@@ -100,6 +100,7 @@ def test_a_name_is_unknown_only_once_every_pod_is_identified() -> None:
     with pytest.raises(UnknownModel) as caught:
         fleet.resolve("big")
     assert caught.value.param == "model"
+    assert "`GET /v1/models` lists those that do" in str(caught.value)
 
 
 def test_a_configured_model_that_no_pod_serves_is_unavailable_not_unknown() -> None:

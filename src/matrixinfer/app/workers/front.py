@@ -14,16 +14,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
-from matrixinfer.errors import NoPodAvailable
+from matrixinfer.errors import PayloadTooLarge
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Handler, Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-class Front:
+class AdminFront:
     """Answers from the workers. `own_metrics` are those of the supervisor itself."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Front:
         reload: Callable[[], Awaitable[web.StreamResponse]],
     ) -> None:
         self.added: dict[str, bytes] = {}
-        """The pods that operators have added, by name: a new worker must be told of them."""
+        """Pods that operators have added, by name, for workers that start later."""
         self.drained: set[str] = set()
         self._workers = workers
         self._draining = draining
@@ -57,6 +57,7 @@ class Front:
         return {
             **self.status_routes(),
             "/debug/decisions": {"GET": self.decisions},
+            "/debug/ladder": {"GET": self.ladder},
             **file_routes(),
             "/debug/dashboard/events": {"GET": self._pages.serve},
             "/debug/": one,
@@ -119,19 +120,21 @@ class Front:
 
     async def ask_one(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer of the first worker that is there: all know the same, or nearly."""
-        body = await _body(request)
-        for worker in self._workers:
-            answer = await worker.ask(request.method, request.rel_url.raw_path_qs, body)
-            if answer is not None:
-                return _passed_on(answer)
-        return _passed_on(_nobody())
+        return _passed_on(await self._first(request.method, request.rel_url.raw_path_qs, await _body(request)))
+
+    async def ladder(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The ladder of one worker's requests, and of how many workers it is one."""
+        answer = await self._first("GET", request.rel_url.raw_path_qs)
+        if answer.status != 200:
+            return _passed_on(answer)
+        return json_response({**msgspec.json.decode(answer.body), "workers": len(self._workers)})
 
     async def _dashboard(self, _: int) -> tuple[int, bytes]:
         """What one worker shows on the dashboard: all of it, as the next answer may be another worker's."""
         for worker in self._workers:
             answer = await worker.ask("GET", "/debug/dashboard", b"")
             if answer is not None and answer.status == 200:
-                return 0, answer.body
+                return 0, _with_workers(answer.body, len(self._workers))
         raise ConnectionResetError("no worker is running now")  # the page connects again
 
     async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -145,12 +148,19 @@ class Front:
             self._remember(request, body, worst)
         return _passed_on(worst)
 
-    async def tell(self, worker: WorkerProcess) -> None:
+    async def catch_up(self, worker: WorkerProcess) -> None:
         """Let a new worker know what operators have changed."""
         for body in tuple(self.added.values()):
             await worker.ask("POST", "/admin/pods", body)
         for path in tuple(self.drained):
             await worker.ask("POST", path)
+
+    async def _first(self, method: str, path: str, body: bytes = b"") -> Answer:
+        for worker in self._workers:
+            answer = await worker.ask(method, path, body)
+            if answer is not None:
+                return answer
+        return _nobody()
 
     async def _all(self, method: str, path: str, body: bytes = b"") -> list[Answer]:
         answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
@@ -175,6 +185,13 @@ class Front:
             self.drained.discard(drain)
 
 
+def _with_workers(view: bytes, count: int) -> bytes:
+    """The dashboard's `view` of one worker, which says how many there are."""
+    parts = msgspec.json.decode(view, type=dict[str, msgspec.Raw])
+    about = msgspec.json.decode(parts["about"], type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({**parts, "about": {**about, "workers": count}})
+
+
 def _passed_on(answer: Answer) -> web.Response:
     return web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type})
 
@@ -189,5 +206,5 @@ async def _body(request: web.BaseRequest) -> bytes:
     while chunk := await request.content.readany():
         body += chunk
         if len(body) > _MAX_BODY_BYTES:
-            raise NoPodAvailable("The body is too large.")
+            raise PayloadTooLarge(f"The body is larger than {_MAX_BODY_BYTES} bytes.")
     return bytes(body)
