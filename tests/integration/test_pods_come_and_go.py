@@ -162,6 +162,11 @@ async def test_pods_are_added_and_removed_by_operators(tokenizer: LocalTokenizer
     ("body", "status", "part"),
     [
         ({"name": "b"}, 400, "$: missing the required key `url`"),
+        ({"name": "b" * 300, "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b\r\nSet-Cookie: x", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b", "url": "https://b:1", "tls": {"caFile": "/etc/passwd"}}, 400, "$.tls: expected no files"),
+        ({"name": "b", "url": "https://b:1", "tls": {"certFile": "x"}}, 400, "$.tls.keyFile: expected"),
         ({"name": "b", "url": "x"}, 400, "$.url: expected `http://host:port`"),
         ({"name": "b", "url": "http://b:1", "weight": 1}, 400, "$.weight: unknown key"),
         ([], 400, "$: expected a mapping"),
@@ -174,6 +179,17 @@ async def test_a_bad_pod_is_refused_with_the_reason(body: object, status: int, p
         got, answer = await front.call("POST", "", body)
         assert got == status
         assert part in answer["error"]["message"]
+        assert (await front.pods()).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xff", b'{"name": "\xff"}', b"[" * 5000, b'{"name": "b"' + b" " * 70_000, b'{"name": ' + b"9" * 5000],
+)
+async def test_a_body_that_cannot_be_read_is_refused(body: bytes) -> None:
+    async with world(PodConfig(name="a", url="http://127.0.0.1:1")) as front:
+        async with front.client.post(f"{front.service.gateway.admin_url}/admin/pods", data=body) as response:
+            assert response.status == 400, await response.text()
         assert (await front.pods()).keys() == {"a"}
 
 

@@ -27,6 +27,15 @@ class Caller:
         """Whether it may ask for a model."""
         return self.models is None or model in self.models
 
+    def check_any_model(self) -> None:
+        """Raises `Forbidden` if there are models that it may not ask for."""
+        if self.models is not None:
+            raise Forbidden(
+                "This key may not use every model, and it is not clear which one this request names: expected the field "
+                "`model` once, in a JSON object or a plain form.",
+                param="model",
+            )
+
     def check_model(self, model: str) -> None:
         """Raises `Forbidden` if it may not ask for a model."""
         if not self.may_use(model):

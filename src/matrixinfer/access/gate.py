@@ -17,6 +17,8 @@ from matrixinfer.access.salts import Salts
 from matrixinfer.errors import Forbidden, LimitExceeded, MatrixInferError, RequestError
 from matrixinfer.telemetry.access_metrics import AccessMetrics
 
+MOST_OUTPUT_TOKENS = 1024 * 1024
+"""The queue believes no larger bound: it would outweigh all other requests there."""
 CLIENT_GONE = 499
 """Status of a request whose client went away before the end of the answer (nginx's convention)."""
 TOO_MANY = 429
@@ -132,11 +134,16 @@ class Ticket:
             return own
         return self._rules.salts.of(self._caller.tenant, own)
 
-    def check_model(self, model: str) -> None:
-        """Raises `Forbidden` if the caller may not ask for a model, whether or not it exists."""
+    def check_model(self, model: str, *, is_sure: bool = True) -> None:
+        """Raises `Forbidden` if the caller may not ask for a model, whether or not it exists.
+
+        If an engine may read another name than this one, only callers that may ask for every model may ask.
+        """
         if self._caller is None:
             return
         try:
+            if not is_sure:
+                self._caller.check_any_model()
             self._caller.check_model(model)
         except Forbidden:
             self._metrics.refused("model")
@@ -151,7 +158,8 @@ class Ticket:
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            cost = max(0, demand.input_tokens - demand.cached_tokens) + await demand.output_tokens()
+            output_tokens = min(await demand.output_tokens(), MOST_OUTPUT_TOKENS)
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + output_tokens
             self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited

@@ -28,6 +28,8 @@ KEY_HEADERS = ("x-api-key", "api-key")
 """Where clients of Anthropic's and Azure's APIs send their key."""
 REREAD_SECONDS = 2.0
 """How often the file of keys is checked for changes."""
+SETTLE_SECONDS = 0.2
+"""A new file counts once it is still the same after this long: half of it would lock out those in the other half."""
 MAX_KEYS_BYTES = 64 * 1024 * 1024
 
 log = structlog.get_logger(__name__)
@@ -125,6 +127,9 @@ class Identity:
             found = await asyncio.to_thread(stamp, file)
             if found is None or found == self._seen:
                 continue  # a file that is not there may be about to be replaced
+            await asyncio.sleep(SETTLE_SECONDS)
+            if await asyncio.to_thread(stamp, file) != found:
+                continue
             before = self._ring.names
             try:
                 self._seen, self._ring = await asyncio.to_thread(read_keys, file, self._config.limits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,8 @@ MAX_REMEMBERED = 4096
 """Tokens whose signatures are not checked again."""
 MAX_TOKEN_CHARS = 16 * 1024
 _MAX_NAME_CHARS = 256
+_MAX_SECONDS = 1e15
+"""Later than that never comes, and would not fit a float."""
 
 Key = jwk.RSAKey | jwk.ECKey | jwk.OKPKey
 
@@ -111,7 +112,7 @@ class Tokens:
             raise Unauthenticated("The token has expired.") from error
         except (JoseError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unauthenticated(f"The token is not valid: {_reason(error)}.") from error
-        if not math.isfinite(claims["exp"]):
+        if not abs(claims["exp"]) < _MAX_SECONDS:
             raise Unauthenticated("The token is not valid: it never expires.")
         return claims
 

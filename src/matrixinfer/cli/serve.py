@@ -10,7 +10,6 @@ from functools import partial
 
 import msgspec
 import structlog
-import uvloop
 
 from matrixinfer.app.service import Service
 from matrixinfer.app.systemd import Notifier
@@ -18,7 +17,7 @@ from matrixinfer.app.workers.supervisor import Supervisor
 from matrixinfer.app.workers.worker import from_environment
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
-from matrixinfer.cli.running import run_until_stopped
+from matrixinfer.cli.running import run_to_the_end, run_until_stopped
 from matrixinfer.config import Config, checked, convert, split_address
 from matrixinfer.gateway import descriptors
 from matrixinfer.scheduler.policies import POLICIES, with_policy
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         structlog.contextvars.bind_contextvars(worker=worker.number)
         service = Service(config, log_stream, notifier=notifier, read=worker.configuration, worker=worker)
-    uvloop.run(
+    run_to_the_end(
         run_until_stopped(
             service,
             path="--port, --admin",
@@ -111,7 +110,7 @@ def _supervise(config: Config, args: argparse.Namespace) -> int:
             notifier=notifier,
         )
 
-    uvloop.run(supervise())
+    run_to_the_end(supervise())
     return 0
 
 

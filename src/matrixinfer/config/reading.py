@@ -28,8 +28,11 @@ from matrixinfer.config.normalise import (
 from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.config.secrets import place
-from matrixinfer.config.tls import check_tls
+from matrixinfer.config.tls import check_engine_tls, check_tls
 from matrixinfer.errors import ConfigError
+
+_MAX_NAME_CHARS = 253
+"""Of a pod: as many as a DNS name has at most."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -93,6 +96,8 @@ def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
     _check_pods(pods)
     for i, pod in enumerate(pods):
         place(pod.api_key_file, pod.api_key_env, f"$.pods[{i}].apiKey")
+        if pod.tls is not None:
+            check_engine_tls(pod.tls, f"$.pods[{i}].tls")
     return tuple(map(bare_pod, pods))
 
 
@@ -100,7 +105,16 @@ def yaml_data(text: str) -> Any:
     """What a YAML document has, in which no key is given twice. Raises `ConfigError`."""
     try:
         return yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
+        # Beside its own errors PyYAML raises whatever happens to it in a scalar such as `!!int ''` or a date.
         raise ConfigError("$", f"not valid YAML: {error}") from error
 
 
@@ -172,6 +186,11 @@ def _check_pods(pods: Sequence[PodConfig]) -> None:
     taken: dict[str, str] = {}
     for i, pod in enumerate(pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
+        if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+            raise ConfigError(
+                f"$.pods[{i}].name",
+                f"expected 1 to {_MAX_NAME_CHARS} printable characters, as it shows in headers, metrics and logs",
+            )
         if name in taken:
             raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {taken[name]}")
         taken[name] = f"$.pods[{i}]"

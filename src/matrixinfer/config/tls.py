@@ -40,12 +40,17 @@ class EngineTlsConfig(Section, frozen=True):
 def check_tls(config: Config) -> None:
     """Check what types cannot express. Raises `ConfigError`."""
     for path, section in _of_engines(config):
-        if (section.cert_file is None) != (section.key_file is None):
-            raise ConfigError(f"{path}.keyFile", "expected `certFile` and `keyFile` together")
-        if section.ca_file is not None and not section.verify:
-            raise ConfigError(f"{path}.caFile", "is not used with `verify: false`; remove one of the two")
+        check_engine_tls(section, path)
     if config.admin_tls is not None and config.admin is None:
         raise ConfigError("$.adminTls", "there is no admin listener (`admin` is null)")
+
+
+def check_engine_tls(section: EngineTlsConfig, path: str) -> None:
+    """Check what types cannot express. Raises `ConfigError`."""
+    if (section.cert_file is None) != (section.key_file is None):
+        raise ConfigError(f"{path}.keyFile", "expected `certFile` and `keyFile` together")
+    if section.ca_file is not None and not section.verify:
+        raise ConfigError(f"{path}.caFile", "is not used with `verify: false`; remove one of the two")
 
 
 def _of_engines(config: Config) -> Iterator[tuple[str, EngineTlsConfig]]:

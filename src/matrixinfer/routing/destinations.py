@@ -81,7 +81,7 @@ class Destinations:
         if not prompt.names_model:
             prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
         if ticket is not None:
-            ticket.check_model(prompt.model)
+            ticket.check_model(prompt.model, is_sure=prompt.names_surely)
         route = self._route(prompt, request_id, session, headers) if self._routes else None
         if route is not None and route.model != prompt.model:
             prompt = msgspec.structs.replace(prompt, model=route.model, asked=prompt.model)

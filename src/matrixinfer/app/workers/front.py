@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
@@ -146,7 +145,7 @@ class AdminFront:
         if worst is None:
             return _passed_on(_nobody())
         if worst.status < 300:
-            self._remember(request, body)
+            self._remember(request, body, worst)
         return _passed_on(worst)
 
     async def catch_up(self, worker: WorkerProcess) -> None:
@@ -167,17 +166,23 @@ class AdminFront:
         answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
         return [each for each in answers if each is not None]
 
-    def _remember(self, request: web.BaseRequest, body: bytes) -> None:
+    def _remember(self, request: web.BaseRequest, body: bytes, answer: Answer) -> None:
+        """Keep what has changed, by the name that the workers gave to the pod: there are several ways to write it."""
         path, method = request.rel_url.raw_path, request.method
-        if path == "/admin/pods" and method == "POST":
-            self.added[str(msgspec.json.decode(body)["name"])] = body
-        drain = re.fullmatch(r"/admin/pods/[^/]+/drain", path)
-        if drain and method == "POST":
-            self.drained.add(path)
-        elif drain:
-            self.drained.discard(path)
-        elif path.startswith("/admin/pods/") and method == "DELETE":
-            self.added.pop(unquote(path.removeprefix("/admin/pods/")), None)
+        if not f"{path}/".startswith("/admin/pods/"):
+            return
+        name = str(msgspec.json.decode(answer.body)["name"])
+        drain = f"/admin/pods/{quote(name, safe='')}/drain"
+        action = path.removeprefix("/admin/pods/").partition("/")[2]
+        if path == "/admin/pods":
+            self.added[name] = body
+        elif not action:
+            self.added.pop(name, None)
+            self.drained.discard(drain)
+        elif method == "POST":
+            self.drained.add(drain)
+        else:
+            self.drained.discard(drain)
 
 
 def _with_workers(view: bytes, count: int) -> bytes:
