@@ -23,11 +23,11 @@ from tests.vllm.install import executable
 from tests.vllm.model import Shape, make_model
 
 from bench import report
-from bench.head_to_head.arms import BLOCK, OURS, Command, commands
 from bench.head_to_head.driver import Driver, Run
+from bench.head_to_head.routers import BLOCK, Command, commands
 from bench.head_to_head.workload import Conversation, conversations
 from bench.measure import Figure
-from bench.peers.routers import PEERS, running
+from bench.peers.routers import OURS, PEERS, running
 
 _SHAPE = Shape(hidden=256, layers=24, heads=4, kv_heads=2, inner=1024)
 """Prefill of 2,000 tokens takes about a second."""

@@ -128,14 +128,14 @@ async def test_a_request_in_flight_gets_its_blocks_and_its_prediction(
         under_way = asyncio.create_task(target.post(CHAT, chat()))
         await asyncio.sleep(0.1)
         service = target.service
-        chunks = len(service.load)  # of the prompt's bytes
+        chunks = len(service.state.load)  # of the prompt's bytes
         await asyncio.sleep(SLOW)  # the prompt takes about a second
         made = (await decisions(target))[0]
         assert made["late"]["predicted_hit_tokens"] == 0
-        assert len(service.load) - chunks == made["late"]["blocks"] > 0
-        assert service.load.queued_tokens("pod-0") == made["late"]["tokens"]
+        assert len(service.state.load) - chunks == made["late"]["blocks"] > 0
+        assert service.state.load.queued_tokens("pod-0") == made["late"]["tokens"]
         await under_way
-        assert service.load.in_flight("pod-0") == service.load.queued_tokens("pod-0") == 0
+        assert service.state.load.in_flight("pod-0") == service.state.load.queued_tokens("pod-0") == 0
         assert await target.metric('matrixinfer_drift_total{pod="pod-0",result="exact"}') == 1
 
 
@@ -144,9 +144,9 @@ async def test_what_came_late_is_remembered_where_events_do_not_say(
 ) -> None:
     async with gateway(loop, tokenizer, kv_events="none") as target:
         await target.post(CHAT, chat())
-        assert len(target.service._history) == 0  # noqa: SLF001 - no page shows it
+        assert len(target.service.state.history) == 0
         await asyncio.sleep(2 * SLOW)
-        assert len(target.service._history) == (await decisions(target))[0]["late"]["blocks"] > 0  # noqa: SLF001
+        assert len(target.service.state.history) == (await decisions(target))[0]["late"]["blocks"] > 0
 
 
 async def test_a_conversation_stays_where_it_was_while_its_token_ids_are_late(

@@ -28,10 +28,11 @@ from matrixinfer.config import (
     RetriesConfig,
 )
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.api import Api
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.fan_out import FanOut
-from matrixinfer.gateway.handlers import Admin, Api, Status
+from matrixinfer.gateway.handlers import Admin, Status
 from matrixinfer.gateway.models import Models
 from matrixinfer.gateway.passing import Passing
 from matrixinfer.gateway.proxy import Proxy

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import FormData, web
+from yarl import URL
 
 from tests.integration.access_support import Answer, Client, Engine, gateway, key_file
 
@@ -105,3 +107,96 @@ async def test_no_other_encoding_slips_past_the_salt(folder: Path, body: bytes) 
         assert await send(client, "/pooling", body) == 400
         assert await send(client, "/pooling", b" " * 500 + b'{"input":"x"}') == 200
     assert [b"cache_salt" in body for _, body in engine.raw] == [True]
+
+
+async def test_nobody_goes_on_with_the_response_of_another_tenant(folder: Path) -> None:
+    async with gateway(KEYS, Stores(), base=folder) as client:
+        assert (await client.post("sk-ann", path="/v1/responses", input="hello")).status == 200
+        more: Any = {"path": "/v1/responses", "input": "and?", "previous_response_id": "resp_1"}
+        assert (await client.post("sk-bob", **more)).status == 404
+        assert (await client.post("sk-ann", **more)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"kv_transfer_params": {"do_remote_prefill": True, "remote_block_ids": [1]}}),
+        ("/v1/responses", {"kv_transfer_params": {"remote_host": "x"}, "input": "x"}),
+        ("/v1/completions", {"ec_transfer_params": {"x": 1}, "prompt": "x"}),
+        ("/v1/completions", {"bootstrap_host": "10.0.0.1", "prompt": "x"}),
+        ("/v1/completions", {"session_params": {"id": "ann"}, "prompt": "x"}),
+        ("/inference/v1/generate", {"token_ids": [1], "features": {"mm_hashes": {"image": ["h"]}}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "uuid": "u"}]}]}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": [{"type": "audio", "uuid": "u"}]}]]}),
+    ],
+)
+async def test_nothing_leads_past_the_salt(folder: Path, path: str, fields: dict[str, Any]) -> None:
+    engine = Stores()
+    async with gateway(ISOLATED, engine, base=folder) as client:
+        answer = await client.post("sk-ann", path=path, **fields)
+        assert answer.status == 400
+        assert "tenants" in answer.body["error"]["message"]
+        written = (
+            json.dumps({"model": "tiny", **fields}).replace("_params", "\\u005fparams").replace("uuid", "u\\u0075id")
+        )
+        assert await send(client, path, written.encode()) == 400
+        if "messages" not in fields:
+            unused = dict.fromkeys(fields) | {key: "x" for key in ("input", "prompt") if key in fields}
+            assert (await client.post("sk-ann", path=path, **unused)).status == 200
+
+
+async def test_where_no_engine_takes_a_salt_tenants_get_no_answer(folder: Path) -> None:
+    engine = Stores()
+    async with gateway(ISOLATED, engine, base=folder) as client:
+        assert await send(client, "/v2/embed", b'{"texts":["x"]}') == 503
+    assert engine.raw == []
+
+
+async def test_isolated_tenants_cannot_choose_the_ids_of_responses(folder: Path) -> None:
+    engine = Engine()
+    async with gateway(ISOLATED, engine, base=folder) as client:
+        assert (await client.post("sk-ann", path="/v1/responses", input="x", request_id="resp_of_bob")).status == 200
+        assert (await client.post("sk-ann", input="x", request_id="mine")).status == 200
+    assert ["request_id" in body for body in engine.bodies] == [False, True]
+
+
+async def test_a_key_for_some_models_changes_only_their_adapters(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann", "models": ["hers"]}, {"name": "root", "key": "sk-root"}])
+    engine, path = Stores(), "/v1/unload_lora_adapter"
+    async with gateway(KEYS, engine, base=tmp_path) as client:
+        assert await send(client, path, b'{"lora_name":"his"}') == 403
+        assert await send(client, path, b'{"lora_name":"hers","lora_name":"his"}') == 403
+        assert await send(client, path, '{"lora_name":"his"}'.encode("utf-16")) == 400
+        assert await send(client, path, b"{}") == 400
+        assert engine.raw == []
+        assert await send(client, path, b'{"lora_name":"hers"}') == 200
+        assert await send(client, path, b'{"lora_name":"his"}', "sk-root") == 200
+
+
+async def test_a_key_for_some_models_reaches_no_other_by_an_odd_body(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann", "models": ["tiny"]}])
+    engine = Stores()
+    async with gateway(KEYS, engine, base=tmp_path) as client:
+        for body in (
+            b" " * 1000 + b'{"model":"large"}',
+            '{"model":"large"}'.encode("utf-16"),
+            b'\xef\xbb\xbf{"model":"large"}',
+            b"model=large",
+        ):
+            assert await send(client, "/pooling?model=tiny", body) == 403
+        twice = FormData([("model", "tiny"), ("model", "large")])
+        twice.add_field("file", b"audio", filename="a.wav")
+        assert await send(client, "/v1/audio/transcriptions", twice) == 403
+        assert engine.raw == []
+        once = FormData([("model", "tiny")])
+        once.add_field("file", b"audio", filename="a.wav")
+        assert await send(client, "/v1/audio/transcriptions", once) == 200
+
+
+async def test_a_path_with_dots_behind_an_encoded_slash_is_unknown(folder: Path) -> None:
+    async with gateway(KEYS, Stores(), base=folder) as client:
+        for path in ("/v1/responses/mine%2F..%2Fresp_1", "/v1/responses/x/%2e%2e%5cresp_1"):
+            url = URL(client.service.gateway.url + path, encoded=True)
+            async with client.session.get(url, headers={"Authorization": "Bearer sk-bob"}) as response:
+                assert response.status == 404
+                assert "Invalid URL" in await response.text()

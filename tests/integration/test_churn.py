@@ -150,7 +150,7 @@ async def settled(world: World) -> int:
     """Bytes traced once the tasks of pods that left have ended, and the next one that leaves had the rest forgotten."""
     await asyncio.sleep(1.1)  # events of their last requests may come within a second
     world.service.router.keep_models()
-    world.service.ladder.keep_models(())  # it remembers blocks wherever they were computed, within its own bound
+    world.service.state.ladder.keep_models(())  # it remembers blocks wherever they were computed, within its own bound
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
 
@@ -167,11 +167,13 @@ async def test_nothing_stays_of_a_thousand_pods_that_come_and_go(world: World) -
         after, grown = world.sizes(), await settled(world) - traced
     finally:
         tracemalloc.stop()
-    # Both times one of the pods that are there has two ranks. What fades of the last requests differs, and with which of
-    # them was compared: that says how many series a model has.
-    differs = ("tasks", "pending_blocks", "series of models")
+    # Both times one of the pods that are there has two ranks. Which of them had the last requests differs, what fades of
+    # these, and with which of them was compared: that says how many series a model has.
+    differs = ("tasks", "pending_blocks", "recent_blocks", "series of models", "series of pods")
     assert before == {**after, **{name: before[name] for name in differs}}
     assert after["series of models"] < 20
+    assert after["series of pods"] < 1.2 * before["series of pods"]
+    assert after["recent_blocks"] < 50
     assert grown < 200_000, f"{grown} bytes for 748 pods"
 
     for number in range(1000 - PRESENT, 1000):

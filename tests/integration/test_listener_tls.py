@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -144,6 +145,47 @@ async def test_only_clients_of_the_authority_are_let_in_also_after_it_was_replac
         assert not await is_let_in(None)
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_no_session_outlasts_the_trust_in_its_client(
+    made: tuple[trustme.CA, str, Files], tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    _, ca_file, files = made
+    clients, clients_file = authority(tmp_path, "clients")
+    stranger, _ = authority(tmp_path, "stranger")
+    context = client_context(ca_file, Files(tmp_path, "ours").write(clients.issue_cert("ours@example.com")))
+    context.maximum_version = version
+    async with listener(config(files, client_ca_file=clients_file)) as listening:
+        port = int(listening.url.rpartition(":")[2])
+
+        def ask(session: ssl.SSLSession | None) -> ssl.SSLSession | None:
+            """Send a request, and return the session with which the next one may begin. Raises `OSError`."""
+            with (
+                socket.create_connection((HOST, port), timeout=DEADLINE_SECONDS) as plain,
+                context.wrap_socket(plain, server_hostname=HOST, session=session) as secure,
+            ):
+                secure.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                if not secure.recv(100):
+                    raise ConnectionError("no answer")
+                return secure.session
+
+        session = await asyncio.to_thread(ask, None)
+        await asyncio.to_thread(ask, session)
+        stranger.cert_pem.write_to_path(clients_file)
+
+        async def is_let_in(session: ssl.SSLSession | None) -> bool:
+            try:
+                await asyncio.to_thread(ask, session)
+            except OSError:
+                return False
+            return True
+
+        async def is_out() -> bool:
+            return not await is_let_in(None)
+
+        await eventually(is_out, pause=0.05)
+        assert not await is_let_in(session)
+
+
 async def test_old_versions_are_refused(made: tuple[trustme.CA, str, Files]) -> None:
     _, ca_file, files = made
     old = client_context(ca_file)
@@ -190,6 +232,6 @@ async def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
 ) -> None:
     files = made[2]
     encrypt(files.key_file)
-    with pytest.raises(ConfigError, match="not encrypted"):
+    with pytest.raises(ConfigError, match="unencrypted key"):
         async with listener(config(files)):
             pass

@@ -83,12 +83,12 @@ class Gateway:
         return sum(float(line.split()[-1]) for line in exposed if line.startswith("matrixinfer_in_flight{"))
 
     def charged(self) -> int:
-        return self.service.load.total()
+        return self.service.state.load.total()
 
     async def is_clean(self) -> None:
         """Nothing is left, and nothing is left of it twice."""
         await eventually(lambda: (self.charged(), self.watches(), self.in_flight()) == (0, 0, 0.0))
-        load = self.service.load
+        load = self.service.state.load
         assert (load.loads(), load.queued_tokens("a"), load.queued_tokens("b")) == ({}, 0, 0)
 
 
@@ -145,7 +145,7 @@ async def test_a_client_that_goes_away_while_its_prompt_is_tokenized_was_never_c
         assert front.charged() == 0
         client.transport.abort()
         await front.is_clean()
-        assert not len(front.service.decisions)
+        assert not len(front.service.state.decisions)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -159,7 +159,7 @@ async def test_a_request_that_was_moved_leaves_nothing_at_either_pod(stage: str)
             client.transport.abort()
             await front.is_clean()
             pod.reached.clear()
-        assert {len(each.attempts) for each in front.service.decisions.newest()} == {1, 2}
+        assert {len(each.attempts) for each in front.service.state.decisions.newest()} == {1, 2}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -66,7 +66,7 @@ def body(tokens: list[int], max_tokens: int = 1) -> Json:
 
 def others_of(fleet: Fleet) -> int:
     """What a gateway hears that others have in flight."""
-    return sum(load.in_flight for load in fleet.service.peer_loads.totals(time.monotonic()).values())
+    return sum(load.in_flight for load in fleet.service.state.peer_loads.totals(time.monotonic()).values())
 
 
 # Bursts of equal prompts

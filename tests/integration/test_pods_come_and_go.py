@@ -162,6 +162,11 @@ async def test_pods_are_added_and_removed_by_operators(tokenizer: LocalTokenizer
     ("body", "status", "part"),
     [
         ({"name": "b"}, 400, "$: missing the required key `url`"),
+        ({"name": "b" * 300, "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b\r\nSet-Cookie: x", "url": "http://b:1"}, 400, "$.name: expected 1 to 253 printable characters"),
+        ({"name": "b", "url": "https://b:1", "tls": {"caFile": "/etc/passwd"}}, 400, "$.tls: expected no files"),
+        ({"name": "b", "url": "https://b:1", "tls": {"certFile": "x"}}, 400, "$.tls.keyFile: expected"),
         ({"name": "b", "url": "x"}, 400, "$.url: expected `http://host:port`"),
         ({"name": "b", "url": "http://b:1", "weight": 1}, 400, "$.weight: unknown key"),
         ([], 400, "$: expected a mapping"),
@@ -174,6 +179,17 @@ async def test_a_bad_pod_is_refused_with_the_reason(body: object, status: int, p
         got, answer = await front.call("POST", "", body)
         assert got == status
         assert part in answer["error"]["message"]
+        assert (await front.pods()).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xff", b'{"name": "\xff"}', b"[" * 5000, b'{"name": "b"' + b" " * 70_000, b'{"name": ' + b"9" * 5000],
+)
+async def test_a_body_that_cannot_be_read_is_refused(body: bytes) -> None:
+    async with world(PodConfig(name="a", url="http://127.0.0.1:1")) as front:
+        async with front.client.post(f"{front.service.gateway.admin_url}/admin/pods", data=body) as response:
+            assert response.status == 400, await response.text()
         assert (await front.pods()).keys() == {"a"}
 
 
@@ -192,7 +208,9 @@ async def test_a_drained_pod_finishes_its_requests_and_gets_no_more(tokenizer: L
         async with world(*pods) as front:
             await front.serves("a", "b")
             running = [asyncio.create_task(front.ask(prompt=[i] * 100, max_tokens=40)) for i in range(6)]
-            await eventually(lambda: front.service.load.in_flight("a") > 0 and front.service.load.total() == 6)
+            await eventually(
+                lambda: front.service.state.load.in_flight("a") > 0 and front.service.state.load.total() == 6
+            )
             status, answer = await front.call("POST", "/a/drain?seconds=60")
             assert (status, answer) == (202, {"name": "a", "result": "draining", "seconds": 60.0})
             assert (await front.pods())["a"]["state"] == "draining"
@@ -215,7 +233,7 @@ async def test_a_drain_is_bounded_and_cuts_no_request(tokenizer: LocalTokenizer)
     async with engines(tokenizer, 1, token_seconds=0.05) as (one,), world(PodConfig(name="a", url=one.url)) as front:
         await front.serves("a")
         running = asyncio.create_task(front.ask(max_tokens=60))
-        await eventually(lambda: front.service.load.total() == 1)
+        await eventually(lambda: front.service.state.load.total() == 1)
         await front.call("POST", "/a/drain?seconds=0.2")
         assert (await front.ask())[0] == 503
         await eventually(lambda: not front.service.engines.registry.pods)
@@ -227,7 +245,7 @@ async def test_a_drain_can_be_called_off(tokenizer: LocalTokenizer) -> None:
     async with engines(tokenizer, 1, token_seconds=0.05) as (one,), world(PodConfig(name="a", url=one.url)) as front:
         await front.serves("a")
         running = asyncio.create_task(front.ask(max_tokens=40))
-        await eventually(lambda: front.service.load.total() == 1)
+        await eventually(lambda: front.service.state.load.total() == 1)
         await front.call("POST", "/a/drain")
         assert await front.call("DELETE", "/a/drain") == (200, {"name": "a", "result": "present"})
         assert await front.ask() == (200, "a")
@@ -260,7 +278,7 @@ async def test_nothing_stays_of_a_pod_that_was_there(tokenizer: LocalTokenizer) 
         await front.call("DELETE", "/" + quote(name, safe=""))
         assert name not in service.engines.subscriber.feeds
         assert not service.engines.registry.knows(name)
-        assert service.load.in_flight(name) == 0
+        assert service.state.load.in_flight(name) == 0
         assert len(pool._idle) == 1
         assert name.encode() not in front.shown()
         assert f"watch {name}" not in {task.get_name() for task in asyncio.all_tasks() if not task.cancelling()}
@@ -273,14 +291,14 @@ async def test_a_pod_that_comes_later_takes_its_share_bit_by_bit(tokenizer: Loca
         async with world(old, slow_start_seconds=FOREVER) as front:
             await front.serves("a")
             running = [asyncio.create_task(front.ask(prompt=[i] * 100, max_tokens=200)) for i in range(20)]
-            await eventually(lambda: front.service.load.in_flight("a") == 20)
+            await eventually(lambda: front.service.state.load.in_flight("a") == 20)
             front.service.engines.registry.pods[0].up_since = -FOREVER  # it has been there for long
             await front.call("POST", "", {"name": "b", "url": two.url})
             await front.serves("a", "b")
             running += [asyncio.create_task(front.ask(prompt=[50 + i] * 100, max_tokens=200)) for i in range(10)]
-            await eventually(lambda: front.service.load.total() == 30)
+            await eventually(lambda: front.service.state.load.total() == 30)
             # a tenth of what `a` has, instead of nearly all of them
-            assert 1 <= front.service.load.in_flight("b") <= 3
+            assert 1 <= front.service.state.load.in_flight("b") <= 3
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -95,10 +95,10 @@ async def test_what_may_change_takes_effect_at_once(tmp_path: Path) -> None:
         assert service.router._candidates._weights.host == 0.1
         assert service.router._candidates.slow_start_seconds == 7
         assert "round-robin" in service.router._scheduler.plugins
-        assert service._pods_admin.drain_seconds == 8
+        assert service.front.pods_admin.drain_seconds == 8
         assert service.gateway._drain.timeout_seconds == 6
-        assert service._retries._config.after_send == 5
-        assert service.outliers._config.eject_seconds == 4
+        assert service.front.retries._config.after_send == 5
+        assert service.state.outliers._config.eject_seconds == 4
         assert front.metric("config_generation") == 2
         assert front.metric("config_reloads_total", result="applied") == 1
 
@@ -173,7 +173,7 @@ async def test_what_fails_halfway_is_taken_back(tmp_path: Path, monkeypatch: pyt
         front.write(UNWATCHED + pods(b="http://127.0.0.1:2") + ", limits: {maxBodyBytes: 200}")
         assert (await front.reload())[0] == 500
         assert front.pods() == ["a"]
-        assert front.service._bodies._limits.max_body_bytes > 200
+        assert front.service.front.bodies._limits.max_body_bytes > 200
         assert (await front.reload())[1]["result"] == "applied"
         assert front.pods() == ["b"]
 
@@ -196,12 +196,12 @@ async def test_requests_in_flight_are_not_touched(tmp_path: Path, tokenizer: Loc
         text = UNWATCHED + pods(a=one.url)
         async with world(tmp_path, text) as front:
             running = asyncio.create_task(front.ask(max_tokens=40))
-            await eventually(lambda: front.service.load.in_flight("a") == 1)
+            await eventually(lambda: front.service.state.load.in_flight("a") == 1)
             front.write(UNWATCHED + pods(b=two.url) + ", limits: {requestTimeoutSeconds: 0.001}")
             assert (await front.reload())[1]["result"] == "applied"
             assert not running.done()
             assert await running == (200, "a")
-            assert front.service.load.total() == 0
+            assert front.service.state.load.total() == 0
 
 
 async def test_a_gateway_made_in_code_has_nothing_to_read_again(tmp_path: Path) -> None:

@@ -296,5 +296,5 @@ async def test_the_command_prints_its_endpoints_and_stops_on_sigterm() -> None:
 
 @pytest.mark.parametrize("sizes", [{"max_model_len": 145}, {"block_size": 0}, {"num_blocks": 1}, {"max_sequences": 0}])
 def test_sizes_out_of_range_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"max_model_len|of at least 1"):
+    with pytest.raises(ValueError, match=r"max-model-len|of at least 1"):
         SimEngineConfig(**{"num_blocks": 10, "block_size": 16, **sizes})  # type: ignore[arg-type]

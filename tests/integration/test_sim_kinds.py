@@ -137,8 +137,8 @@ async def test_the_command_takes_attention_groups() -> None:
         ({"attention": ("full@8", "mamba@16")}, "same block size"),
         ({"attention": ("chunked:64",), "speculative": "drop"}, "no dropped blocks"),
         ({"speculative": "lookahead", "lookahead_tokens": 5}, "fewer lookahead tokens"),
-        ({"attention": ("full", "mamba"), "cpu_blocks": 5}, "above a CPU tier"),
-        ({"speculative": "drop", "cpu_blocks": 5}, "above a CPU tier"),
+        ({"attention": ("full", "mamba"), "cpu_blocks": 5}, "with --cpu-blocks"),
+        ({"speculative": "drop", "cpu_blocks": 5}, "with --cpu-blocks"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(wrong: dict[str, Any], message: str) -> None:

@@ -32,8 +32,8 @@ from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.fleet_setup import DiscoveryCollector
 from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.reload import ReloadCollector
-from matrixinfer.app.service import build_scheduler
-from matrixinfer.app.workers.supervisor import WorkerCollector
+from matrixinfer.app.router_setup import build_scheduler
+from matrixinfer.app.workers.collector import WorkerCollector
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
 from matrixinfer.config import AccessLogConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse

@@ -111,7 +111,7 @@ class Target:
 
     def recorded(self, request_id: str) -> Outcome:
         """What the gateway recorded about a finished request."""
-        record = next(self.service.decisions.newest(request_id=request_id))
+        record = next(self.service.state.decisions.newest(request_id=request_id))
         assert record.counted is not None, "the engine reported no usage"
         predicted = record.view()["predicted_hit_tokens"]
         assert isinstance(predicted, int)

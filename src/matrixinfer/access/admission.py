@@ -16,9 +16,9 @@ from matrixinfer.errors import Overloaded
 from matrixinfer.telemetry.intervals import Intervals
 
 RATE_SECONDS = 10.0
-"""After this long, it counts a third how fast requests got their turn."""
+"""Time constant of the rate at which requests get their turn: what was counted this long ago counts a third."""
 KNOWN_SECONDS = 2.0
-"""How long requests must have waited before it is known how fast they get their turn."""
+"""The rate is unknown until requests have waited this long."""
 _NOTED_SECONDS = 10.0
 _PLAIN = Standing()
 
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class Watch(Protocol):
-    """Who is told what happens."""
+    """Gets the counts and events of an admission."""
 
     def admission(self, running: int, waiting: int) -> None:
         """How many requests are let through and wait now."""
@@ -102,13 +102,13 @@ class Admission:
         return Pass(self, tenant, cost, waited=True)
 
     def left(self, tenant: str, more: int) -> None:
-        """A request has ended that was let through, and has cost `more` than was said."""
+        """A request that was let through has ended, and has cost `more` than expected."""
         self._running -= 1
         self._queue.settle(tenant, more)
         self._serve()
 
     async def _wait(self, entry: Entry[asyncio.Future[None]]) -> None:
-        """Wait for the entry's turn. Raises `TimeoutError`, and `Overloaded` when it had to go for another one."""
+        """Wait for the entry's turn. Raises `TimeoutError`, and `Overloaded` when another request displaced it."""
         turn = entry.item
         try:
             await asyncio.wait([turn], timeout=self._config.queue_timeout_seconds)
@@ -138,7 +138,7 @@ class Admission:
         self._report()
 
     def _check_wait(self, tenant: str) -> None:
-        """Raises `Overloaded` if a request would wait longer than it may: then it is better told at once."""
+        """Raises `Overloaded` at once if a request would wait longer than it may."""
         rate = self._rate.per_second()
         ahead = self._queue.tokens_ahead(tenant)
         if rate is not None and ahead > rate * self._config.queue_timeout_seconds:
@@ -158,7 +158,7 @@ class Admission:
 
 
 class Rate:
-    """How many tokens get their turn per second, while requests wait: lately, the older the less it counts."""
+    """Tokens per second that get their turn while requests wait, as an exponential average."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""Who sends a request, and what of the request counts against that."""
+"""Who sends a request, and what that caller may use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ UNLIMITED = QuotaConfig()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Whoever holds a key or a token."""
+    """The holder of a key or a token."""
 
     name: str
     """The key's name, or the token's subject."""
     tenant: str
     account: str
-    """Whose use its limits bound. Keys and subjects of the same name have different ones."""
+    """What its use is counted under. A key and a token's subject of the same name have different accounts."""
     models: frozenset[str] | None = None
     """The models that it may ask for, by the names that clients use; None for all."""
     quota: QuotaConfig = UNLIMITED
@@ -26,6 +26,15 @@ class Caller:
     def may_use(self, model: str) -> bool:
         """Whether it may ask for a model."""
         return self.models is None or model in self.models
+
+    def check_any_model(self) -> None:
+        """Raises `Forbidden` if there are models that it may not ask for."""
+        if self.models is not None:
+            raise Forbidden(
+                "This key may not use every model, and it is not clear which one this request names: expected the field "
+                "`model` once, in a JSON object or a plain form.",
+                param="model",
+            )
 
     def check_model(self, model: str) -> None:
         """Raises `Forbidden` if it may not ask for a model."""

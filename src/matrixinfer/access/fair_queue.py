@@ -1,9 +1,10 @@
-"""Who waits, and whose turn it is: deficit round robin between tenants, by tokens. Pure.
+"""Which request is next: deficit round robin between tenants, by tokens. Pure.
 
-Tenants with a higher priority come first. Among equals, who is served runs into debt by the tokens of the request, and every
-round pays off debts by the tenants' weights. Who waits and has no debt is next. A round is just as long as it takes until
-somebody has none, whatever requests cost. Debts outlast waiting, so that nobody gains by waiting with one request at a time.
-Who uses less than its share saves a few requests' worth of it, so that its bursts need not wait behind those who flood.
+Tenants with a higher priority come first. Among tenants of one priority, each request that is served puts its tenant into
+debt by the request's tokens, and every round pays off debts in proportion to the tenants' weights. A waiting tenant without
+debt is next. Rounds pass until there is one, whatever requests cost. Debts outlast waiting, so a tenant gains nothing by
+waiting with one request at a time. A tenant that uses less than its share saves a few requests' worth of it, so that its
+bursts do not wait behind tenants that flood.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class FairQueue(Generic[Item]):
         return self._count
 
     def push(self, tenant: str, cost: float, item: Item) -> tuple[Entry[Item], Entry[Item] | None]:
-        """Have a request wait. Returns it, and the one that had to go for it: perhaps itself."""
+        """Add a request. Returns its entry, and the entry that it displaced, if any: possibly its own."""
         line = self._lines.get(tenant)
         if line is None:
-            # Nobody knows that it has used its share, so it has saved as much as it can.
+            # It has not used its share as far as is known, so it has saved as much as it can.
             line = self._lines[tenant] = _Line(self._standing(tenant), debt=-BURST * max(1.0, cost))
         entry = Entry(tenant, max(1.0, cost), item)
         line.typical = entry.cost
@@ -96,7 +97,7 @@ class FairQueue(Generic[Item]):
         return entry, displaced
 
     def pop(self) -> Entry[Item] | None:
-        """The request whose turn it is; None if nobody waits."""
+        """Remove and return the next request; None if none waits."""
         waiting = [line for line in self._lines.values() if line.entries]
         if not waiting:
             return None
@@ -122,7 +123,7 @@ class FairQueue(Generic[Item]):
             line.debt = max(line.debt + more, min(line.debt, -line.saved_most))
 
     def tokens_ahead(self, tenant: str) -> float:
-        """How many tokens are served before a new request of a tenant, if nobody else comes."""
+        """How many tokens are served before a new request of a tenant, if no other request comes."""
         own = self._lines.get(tenant)
         standing = self._standing(tenant)
         load = 0.0 if own is None else max(0.0, own.load + own.rounds)
@@ -137,7 +138,7 @@ class FairQueue(Generic[Item]):
     def _pay(self, rounds: float, priority: int) -> None:
         """Pay off what so many rounds pay to tenants of a priority.
 
-        Who does not wait and has saved all that it can is forgotten.
+        A tenant that does not wait and has saved all that it can is forgotten.
         """
         for tenant, line in list(self._lines.items()):
             if line.standing.priority != priority:
@@ -154,4 +155,4 @@ class FairQueue(Generic[Item]):
         line.cost -= entry.cost
         self._count -= 1
         if not self._count:
-            self._lines.clear()  # nobody has waited for anybody
+            self._lines.clear()  # no tenant waits for another any more

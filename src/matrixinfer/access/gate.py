@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import msgspec
 from multidict import MultiMapping
 
 from matrixinfer.access.callers import Caller
+from matrixinfer.access.demand import Demand, Used
 from matrixinfer.access.identity import Identifier
 from matrixinfer.access.limits import Limits, Reservation
 from matrixinfer.access.quota import NOTHING, Amounts
 from matrixinfer.access.salts import Salts
-from matrixinfer.errors import UNREADABLE, Forbidden, LimitExceeded, MatrixInferError, RequestError
+from matrixinfer.errors import Forbidden, LimitExceeded, MatrixInferError, RequestError
 from matrixinfer.telemetry.access_metrics import AccessMetrics
 
-ASSUMED_OUTPUT_TOKENS = 512
-"""What a request that does not bound its answer is taken to generate, until the engine reports it."""
-
-
-INLINE_BYTES = 256 * 1024
-"""Longer bodies are searched in a thread."""
+MOST_OUTPUT_TOKENS = 1024 * 1024
+"""The queue believes no larger bound: it would outweigh all other requests there."""
 CLIENT_GONE = 499
 """Status of a request whose client went away before the end of the answer (nginx's convention)."""
 TOO_MANY = 429
 """Status with which an engine, too, refuses what it has no room for."""
-
-
-class Demand(NamedTuple):
-    """What a request asks for, as far as it is known before it is sent."""
-
-    input_tokens: int
-    cached_tokens: int
-    """Of these, what the endpoint that holds most of the prompt is predicted to find in its cache."""
-    generates: bool
-    """Whether the engine generates text, and not only reads the prompt."""
-    body: bytes
-
-    async def output_tokens(self) -> int:
-        """The most that the engine may generate, by the request's own word."""
-        if not self.generates:
-            return 0
-        if len(self.body) <= INLINE_BYTES:
-            return _output_tokens(self.body)
-        return await asyncio.to_thread(_output_tokens, self.body)
-
-
-class Used(NamedTuple):
-    """What an engine reports."""
-
-    input_tokens: int
-    cached_tokens: int | None
-    output_tokens: int | None
-    """None if nothing is generated, as for embeddings."""
-
-    @property
-    def computed(self) -> int:
-        """Tokens that the engine has computed or generated."""
-        return max(0, self.input_tokens - (self.cached_tokens or 0)) + (self.output_tokens or 0)
 
 
 class Place(Protocol):
@@ -86,7 +48,7 @@ class Queue(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What is decided about requests; None for what is not."""
+    """The rules for requests; None for those that are off."""
 
     identifier: Identifier | None = None
     limits: Limits | None = None
@@ -107,7 +69,7 @@ class Gate:
         return self._rules.identifier is not None
 
     async def identify(self, headers: MultiMapping[str]) -> Caller | None:
-        """Whose request that is. Raises `Unauthenticated` and `KeysUnavailable`."""
+        """The caller with these headers; None if requests need no key. Raises `Unauthenticated` and `KeysUnavailable`."""
         if self._rules.identifier is None:
             return None
         try:
@@ -117,7 +79,7 @@ class Gate:
             raise
 
     def ticket(self, caller: Caller | None) -> Ticket:
-        """For one request."""
+        """A ticket for one request."""
         return Ticket(self._rules, self._metrics, caller)
 
 
@@ -143,12 +105,12 @@ class Ticket:
 
     @property
     def caller(self) -> Caller | None:
-        """Whose request it is, if that is known."""
+        """The caller, if known."""
         return self._caller
 
     @property
     def tenant(self) -> str | None:
-        """Whose tenant's request it is, if that is known."""
+        """The caller's tenant, if known."""
         return None if self._caller is None else self._caller.tenant
 
     @property
@@ -172,18 +134,23 @@ class Ticket:
             return own
         return self._rules.salts.of(self._caller.tenant, own)
 
-    def check_model(self, model: str) -> None:
-        """Raises `Forbidden` if the caller may not ask for a model, whether there is one of that name or not."""
+    def check_model(self, model: str, *, is_sure: bool = True) -> None:
+        """Raises `Forbidden` if the caller may not ask for a model, whether or not it exists.
+
+        If an engine may read another name than this one, only callers that may ask for every model may ask.
+        """
         if self._caller is None:
             return
         try:
+            if not is_sure:
+                self._caller.check_any_model()
             self._caller.check_model(model)
         except Forbidden:
             self._metrics.refused("model")
             raise
 
     async def admit(self, demand: Demand) -> bool:
-        """Wait until the request may be sent. Returns whether that took a while, so that things may have changed.
+        """Wait until the request may be sent. Returns True if it had to wait: pods and caches may have changed.
 
         Raises `LimitExceeded` and `Overloaded`.
         """
@@ -191,7 +158,8 @@ class Ticket:
         if caller is not None:
             await self._reserve(caller, demand)
         if self._rules.queue is not None:
-            cost = max(0, demand.input_tokens - demand.cached_tokens) + await demand.output_tokens()
+            output_tokens = min(await demand.output_tokens(), MOST_OUTPUT_TOKENS)
+            cost = max(0, demand.input_tokens - demand.cached_tokens) + output_tokens
             self._place = await self._rules.queue.enter("" if caller is None else caller.tenant, cost)
         self._is_admitted = True
         return self._place is not None and self._place.waited
@@ -234,7 +202,7 @@ class Ticket:
             self.headers = self._reservation.headers
 
     def _settled(self, taken: Amounts, code: int) -> Amounts:
-        """What the request counts for in the end: what failed for no fault of the client counts nothing."""
+        """What the request counts for in the end: nothing if it failed through no fault of the client."""
         used = self._used
         if code >= 500:
             return NOTHING
@@ -249,23 +217,3 @@ class Ticket:
             output_tokens=used.output_tokens or 0,
             uncached_tokens=max(0, used.input_tokens - cached),
         )
-
-
-class _Bounds(msgspec.Struct):
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    n: int | None = None
-
-
-_BOUNDS = msgspec.json.Decoder(_Bounds)
-
-
-def _output_tokens(body: bytes) -> int:
-    """The most that a request may generate, by its own word."""
-    try:
-        bounds = _BOUNDS.decode(body)
-    except UNREADABLE:
-        return ASSUMED_OUTPUT_TOKENS
-    given = bounds.max_completion_tokens or bounds.max_output_tokens or bounds.max_tokens
-    return max(1, ASSUMED_OUTPUT_TOKENS if given is None else given) * max(1, bounds.n or 1)

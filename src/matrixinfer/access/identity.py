@@ -16,6 +16,7 @@ from multidict import MultiMapping
 from matrixinfer.access.callers import Caller
 from matrixinfer.access.key_file import KeyRing, parse_keys
 from matrixinfer.config.access import AccessConfig, QuotaConfig
+from matrixinfer.config.files import Stamp, stamp
 from matrixinfer.errors import ConfigError, Unauthenticated
 from matrixinfer.tasks import cancel_and_wait
 
@@ -26,17 +27,19 @@ if TYPE_CHECKING:
 KEY_HEADERS = ("x-api-key", "api-key")
 """Where clients of Anthropic's and Azure's APIs send their key."""
 REREAD_SECONDS = 2.0
-"""How often it is looked whether the file of keys has changed."""
+"""How often the file of keys is checked for changes."""
+SETTLE_SECONDS = 0.2
+"""A new file counts once it is still the same after this long: half of it would lock out those in the other half."""
 MAX_KEYS_BYTES = 64 * 1024 * 1024
 
 log = structlog.get_logger(__name__)
 
 
 class Identifier(Protocol):
-    """Says whose request it is."""
+    """Finds the caller of a request."""
 
     async def identify(self, headers: MultiMapping[str]) -> Caller:
-        """The caller. Raises `Unauthenticated`, and `KeysUnavailable` if that cannot be found out now."""
+        """The caller. Raises `Unauthenticated`, and `KeysUnavailable` if tokens cannot be checked now."""
         ...
 
 
@@ -56,7 +59,7 @@ class Identity:
         self._ring = KeyRing()
         self._tokens: Tokens | None = None
         self._source: KeySource | None = None
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: Stamp | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -121,25 +124,28 @@ class Identity:
     async def _reread(self, file: str) -> None:
         while True:
             await asyncio.sleep(REREAD_SECONDS)
-            state = await asyncio.to_thread(_state, file)
-            if state is None or state == self._seen:
+            found = await asyncio.to_thread(stamp, file)
+            if found is None or found == self._seen:
                 continue  # a file that is not there may be about to be replaced
+            await asyncio.sleep(SETTLE_SECONDS)
+            if await asyncio.to_thread(stamp, file) != found:
+                continue
             before = self._ring.names
             try:
                 self._seen, self._ring = await asyncio.to_thread(read_keys, file, self._config.limits)
             except ConfigError as error:
-                self._seen = state  # said once
+                self._seen = found  # log it once
                 log.warning("access_keys_refused", reason=error.message)
                 continue
             after = self._ring.names
             log.info("access_keys_changed", keys=len(after), added=len(after - before), removed=len(before - after))
 
 
-def read_keys(file: str, default: QuotaConfig) -> tuple[tuple[int, int, int] | None, KeyRing]:
-    """The state of a file of keys, and its keys. Raises `ConfigError`."""
-    state = _state(file)  # before the content: a change in between is seen the next time
+def read_keys(file: str, default: QuotaConfig) -> tuple[Stamp | None, KeyRing]:
+    """The stamp of a file of keys, and its keys. Raises `ConfigError`."""
+    found = stamp(file)  # before the content: a change in between is seen the next time
     try:
-        return state, parse_keys(_text(file), default)
+        return found, parse_keys(_text(file), default)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("$.access.keysFile", f"cannot read {file}: {error}") from error
     except ConfigError as error:
@@ -168,11 +174,3 @@ def _text(file: str) -> str:
     if len(data) > MAX_KEYS_BYTES:
         raise ConfigError("$", f"expected at most {MAX_KEYS_BYTES} bytes")
     return data.decode()
-
-
-def _state(file: str) -> tuple[int, int, int] | None:
-    try:
-        found = Path(file).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -18,7 +18,7 @@ from matrixinfer.config.reading import yaml_data
 from matrixinfer.errors import ConfigError
 
 PREFIX = "mi-"
-"""How keys begin that this project makes, so that scanners of leaked secrets can find them."""
+"""Prefix of the keys that this project makes, so that scanners for leaked secrets find them."""
 
 
 class KeyEntry(Section, frozen=True):
@@ -51,10 +51,10 @@ class KeyRing:
         return {caller.name for _, caller, _ in self._entries.values()}
 
     def find(self, key: str, now: float) -> Caller | None:
-        """Whose key that is at `now`, in Unix seconds; None if it is nobody's, or has expired.
+        """The holder of a key at `now`, in Unix seconds; None if the key is unknown or has expired.
 
-        How long the search takes depends on the key's digest, which nobody can choose; the digests are then compared
-        in constant time.
+        The time of the search depends only on the key's digest, which nobody can choose; digests are compared in
+        constant time.
         """
         digest = sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = self._entries.get(digest[:8])

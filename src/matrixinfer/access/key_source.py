@@ -57,12 +57,12 @@ class KeySource:
         await cancel_and_wait(self._task)
 
     def check(self) -> None:
-        """Raises `KeysUnavailable` if there are no keys, or none that may still be believed."""
+        """Raises `KeysUnavailable` if there are no keys, or only keys that are too old."""
         if self._read_at is None or self._clock() - self._read_at > self._config.keep_seconds:
             raise KeysUnavailable("Tokens cannot be checked now: the keys of their issuer cannot be read.")
 
     async def renew(self) -> None:
-        """Read the keys again, unless that was tried a moment ago. Who comes meanwhile waits for the same answer."""
+        """Read the keys again, unless that was tried a moment ago. Callers that come meanwhile wait for the same answer."""
         asked_at = self._clock()
         async with self._reading:
             if self._tried_at < asked_at and self._clock() - self._tried_at >= PAUSE_SECONDS:

@@ -27,7 +27,7 @@ from matrixinfer.index.redis.circuit import Circuit
 from matrixinfer.tasks import cancel_and_wait
 
 FAILURES = 3
-"""After so many failures in a row each gateway counts on its own for a while; before, only for the request at hand."""
+"""Failures in a row after which this gateway counts on its own for a while. One failure affects only its request."""
 RENEW_SECONDS = LEASE_SECONDS / 3
 RETRY_SECONDS = 0.5
 MAX_UNSETTLED = 100_000
@@ -59,8 +59,8 @@ class Reservation:
 class Limits:
     """The limits of all callers. Use as an async context manager. `shared` counts for all gateways, if given.
 
-    `deadline_seconds` bounds how long a request waits for it; `on_degraded` is told when each gateway counts on its own,
-    and when no longer.
+    `deadline_seconds` bounds how long a request waits for it. `on_degraded` is called with True when this gateway begins
+    to count on its own, and with False when it stops.
     """
 
     def __init__(

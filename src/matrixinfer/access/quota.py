@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
     used: Amounts
     running: int
     retry_after: float | None = None
-    """Seconds after which there may be room; None if there never is, because the request alone is too much."""
+    """Seconds after which there may be room; None if there never will be, because the request alone exceeds the limit."""
     reset: float = 0.0
     """Seconds after which everything used so far no longer counts."""
 

@@ -12,8 +12,8 @@ MIN_SECRET_CHARS = 32
 class Salts:
     """Derives salts from a secret that only the gateways know.
 
-    Without the secret nobody can tell the salt of a tenant, so it cannot be asked for in any other way, and it tells
-    nothing about the tenant's name.
+    Without the secret, nobody can compute a tenant's salt and ask for it, and a salt reveals nothing about the tenant's
+    name.
     """
 
     def __init__(self, secret: str) -> None:

@@ -1,8 +1,7 @@
-"""JSON Web Tokens: who holds one, as far as the keys at hand can tell. Needs the extra `jwt`."""
+"""Verifies JSON Web Tokens with the keys at hand, and finds their holders. Needs the extra `jwt`."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,8 @@ MAX_REMEMBERED = 4096
 """Tokens whose signatures are not checked again."""
 MAX_TOKEN_CHARS = 16 * 1024
 _MAX_NAME_CHARS = 256
+_MAX_SECONDS = 1e15
+"""Later than that never comes, and would not fit a float."""
 
 Key = jwk.RSAKey | jwk.ECKey | jwk.OKPKey
 
@@ -86,7 +87,7 @@ class Tokens:
             self._remembered.clear()
 
     def check(self, token: str) -> Caller:
-        """Who holds a token. Raises `Unauthenticated`, and `UnknownKey` if newer keys might tell."""
+        """Who holds a token. Raises `Unauthenticated`, and `UnknownKey` if it is signed with a key that is not at hand."""
         if len(token) > MAX_TOKEN_CHARS:
             raise Unauthenticated("The token is too long.")
         digest = sha256(token.encode("utf-8", "surrogateescape")).digest()
@@ -111,7 +112,7 @@ class Tokens:
             raise Unauthenticated("The token has expired.") from error
         except (JoseError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unauthenticated(f"The token is not valid: {_reason(error)}.") from error
-        if not math.isfinite(claims["exp"]):
+        if not abs(claims["exp"]) < _MAX_SECONDS:
             raise Unauthenticated("The token is not valid: it never expires.")
         return claims
 

@@ -6,41 +6,36 @@ import asyncio
 import hashlib
 from pathlib import Path
 
+from matrixinfer.config.files import Stamp, stamp
+
 SETTLE_SECONDS = 0.2
 """New content counts once it is still the same after this long: the file may be half written."""
 
 
 class FileWatch:
-    """Looks at a file when it is asked. Reads it only if its state has changed, and compares what is in it."""
+    """Looks at a file when it is asked. Reads it only if its stamp has changed, and compares the content."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state: tuple[int, ...] | None = None
+        self._stamp: Stamp | None = None
         self._digest: bytes | None = None
 
     async def has_changed(self) -> bool:
         """Whether the content differs from the last time; True the first time. A file that cannot be read has not changed."""
-        state = await asyncio.to_thread(self._look)
-        if state is None or state == self._state:
+        found = await asyncio.to_thread(stamp, self._path)
+        if found is None or found == self._stamp:
             return False
         digest = await asyncio.to_thread(self._read)
         while digest is not None and digest != self._digest:
             await asyncio.sleep(SETTLE_SECONDS)
-            state, again = await asyncio.to_thread(self._look), await asyncio.to_thread(self._read)
+            found, again = await asyncio.to_thread(stamp, self._path), await asyncio.to_thread(self._read)
             if again == digest:
-                self._state, self._digest = state, digest
+                self._stamp, self._digest = found, digest
                 return True
             digest = again
         if digest is not None:
-            self._state = state
+            self._stamp = found
         return False
-
-    def _look(self) -> tuple[int, ...] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> bytes | None:
         try:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.engines import Watching
 from matrixinfer.app.fleet_setup import PodSources
+from matrixinfer.app.front_setup import Front
 from matrixinfer.config import Config, SchedulerConfig
-from matrixinfer.gateway.body import Bodies
-from matrixinfer.gateway.pods_admin import PodsAdmin
-from matrixinfer.gateway.proxy import Proxy
-from matrixinfer.gateway.retries import Retries
-from matrixinfer.gateway.server import Gateway
 from matrixinfer.pods.discovery.membership import CONFIG
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.routing.router import Router
@@ -30,14 +26,10 @@ class Live:
     build: Callable[[SchedulerConfig], Scheduler]
     router: Router
     sizer: Sizer
-    bodies: Bodies
-    proxy: Proxy
-    retries: Retries
-    gateway: Gateway
+    front: Front
     outliers: Outliers
     watching: Watching
     pods: PodSources
-    pods_admin: PodsAdmin
 
     async def apply(self, config: Config) -> None:
         """Put a configuration into effect whose changes are all reloadable. Requests in flight are not touched.
@@ -57,12 +49,12 @@ class Live:
         self.config, self.scheduler = config, scheduler
         self.sizer.reads_bytes = scheduler.reads_bytes
         self.router.reconfigure(scheduler, config.scheduler.weights, config.discovery.slow_start_seconds)
-        self.bodies.reconfigure(config.limits)
-        self.proxy.reconfigure(config.limits)
-        self.retries.reconfigure(config.retries)
+        self.front.bodies.reconfigure(config.limits)
+        self.front.proxy.reconfigure(config.limits)
+        self.front.retries.reconfigure(config.retries)
         self.outliers.reconfigure(config.outliers)
-        self.gateway.reconfigure(config.drain)
+        self.front.gateway.reconfigure(config.drain)
         self.watching.reconfigure(config.pod_watch)
-        self.pods_admin.drain_seconds = config.discovery.drain_seconds
+        self.front.pods_admin.drain_seconds = config.discovery.drain_seconds
         self.pods.fleet.published(CONFIG, config.pods)
         await self.pods.discovery.replace(config.discovery.sources)

@@ -30,7 +30,7 @@ class Notifier:
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
-        """The process drains, and ends then."""
+        """The process drains, and then ends."""
         self._send("STOPPING=1")
 
     async def watch(self) -> None:

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import msgspec
-import uvloop
 
 from matrixinfer.app.agent import Agent
 from matrixinfer.app.systemd import Notifier
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
-from matrixinfer.cli.running import run_until_stopped
+from matrixinfer.cli.running import run_to_the_end, run_until_stopped
 from matrixinfer.config import CLUSTER_SUFFIX, Config, DiscoveryConfig, RedisConfig, checked, load
 from matrixinfer.errors import ConfigError
 from matrixinfer.index.redis.dry_run import DryRunIndex
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         listen=None if args.listen == "none" else args.listen,
         dry_run=DryRunIndex(_print_line) if args.dry_run else None,
     )
-    uvloop.run(run_until_stopped(agent, path="--listen", notifier=Notifier(os.environ, os.getpid())))
+    run_to_the_end(run_until_stopped(agent, path="--listen", notifier=Notifier(os.environ, os.getpid())))
     return 0
 
 

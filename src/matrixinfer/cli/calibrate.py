@@ -18,7 +18,7 @@ from matrixinfer.pods.session import client_session
 from matrixinfer.study.calibration.fit import CalibrationError, fit
 from matrixinfer.study.calibration.measure import Engine, Measured, look, measure
 from matrixinfer.study.calibration.plan import Plan, plan
-from matrixinfer.study.calibration.written import preset_of, yaml_of
+from matrixinfer.study.calibration.preset import preset_of, yaml_of
 
 _OWN_FLAG = "given to matrixinfer calibrate; must be the engine's own setting"
 

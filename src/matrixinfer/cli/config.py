@@ -12,7 +12,7 @@ import yaml
 from matrixinfer.app.access_setup import check_secrets
 from matrixinfer.app.config_reference import configuration_page
 from matrixinfer.app.config_schema import config_schema
-from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.router_setup import build_scheduler
 from matrixinfer.cli.arguments import CONFIG_HELP, Subparsers
 from matrixinfer.config import Config, load, parse_pods
 from matrixinfer.config.shown import shown

@@ -198,7 +198,7 @@ async def _measure(
             on_outcome=on_outcome,
         )
         stats = [engine.stats for engine in fleet]
-        ladder = service.ladder.since(KEPT_SECONDS)
+        ladder = service.state.ladder.since(KEPT_SECONDS)
     return _summary(outcomes, stats, [f"engine-{i}" for i in range(engines)]), ladder
 
 

@@ -48,7 +48,7 @@ def add_fleet(parser: argparse.ArgumentParser) -> None:
         "--gateways", type=at_least_one, default=1, metavar="G", help="gateways that share the requests at random"
     )
     parser.add_argument(
-        "--gossip", action="store_true", help="let gateways tell each other what they have in flight, as with Redis"
+        "--gossip", action="store_true", help="let gateways share what they have in flight, as with Redis"
     )
     parser.add_argument(
         "--rate-scale", type=duration, default=1.0, metavar="X", help="let arrivals come X times as fast"

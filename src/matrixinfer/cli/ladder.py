@@ -82,7 +82,7 @@ def _print_losses(console: Terminal, losses: Sequence[Json]) -> None:
 
 
 def _remarks(ladder: Json) -> list[str]:
-    """On what the numbers rest."""
+    """What the numbers rest on."""
     reported = next(rung for rung in ladder["rungs"] if rung["name"] == "reported")
     share = reported["of_tokens"] / ladder["prompt_tokens"]
     remarks = []

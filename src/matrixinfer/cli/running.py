@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+import uvloop
 
 from matrixinfer.app.systemd import Notifier
 from matrixinfer.errors import ConfigError
 from matrixinfer.tasks import cancel_and_wait
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run_to_the_end(main: Coroutine[object, object, None]) -> None:
+    """Run `main` in an event loop. Signals that come when it has ended no longer count: the process ends anyway.
+
+    The loop gives them back their default, which kills, while it closes.
+    """
+
+    async def whole() -> None:
+        try:
+            await main
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    try:
+        uvloop.run(whole())
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def run_until_stopped(

@@ -10,7 +10,6 @@ from functools import partial
 
 import msgspec
 import structlog
-import uvloop
 
 from matrixinfer.app.service import Service
 from matrixinfer.app.systemd import Notifier
@@ -18,11 +17,14 @@ from matrixinfer.app.workers.supervisor import Supervisor
 from matrixinfer.app.workers.worker import from_environment
 from matrixinfer.cli import engine_arguments
 from matrixinfer.cli.arguments import Subparsers, at_least_one, duration, port
-from matrixinfer.cli.running import run_until_stopped
+from matrixinfer.cli.running import run_to_the_end, run_until_stopped
 from matrixinfer.config import Config, checked, convert, split_address
 from matrixinfer.gateway import descriptors
 from matrixinfer.scheduler.policies import POLICIES, with_policy
 from matrixinfer.telemetry.log import configure
+
+SWITCH_SECONDS = 0.0005
+"""How long a tokenizing thread may run Python code before the event loop gets a turn. Python's default is 5 ms."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -65,10 +67,6 @@ def add_parser(subparsers: Subparsers) -> None:
     serve.set_defaults(run=run)
 
 
-SWITCH_SECONDS = 0.0005
-"""How long a tokenizing thread may run Python code before the event loop gets a turn. Python's default is 5 ms."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then let requests in flight finish."""
     worker = from_environment(os.environ)
@@ -78,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     if worker is None and config.workers > 1:
         return _supervise(config, args)
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Start-up objects live on: without `gc.freeze`, every full collection pauses the loop for several ms more.
     notifier = Notifier(os.environ, os.getpid())
     if worker is None:
         read = partial(configuration, args)
@@ -86,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         structlog.contextvars.bind_contextvars(worker=worker.number)
         service = Service(config, log_stream, notifier=notifier, read=worker.configuration, worker=worker)
-    uvloop.run(
+    run_to_the_end(
         run_until_stopped(
             service,
             path="--port, --admin",
-            on_started=gc.freeze,
+            on_started=gc.freeze,  # start-up objects live on: collecting them would pause the loop for several ms
             on_terminated=service.delay_drain,
             on_hangup=service.reload_soon,
             notifier=notifier,
@@ -113,7 +110,7 @@ def _supervise(config: Config, args: argparse.Namespace) -> int:
             notifier=notifier,
         )
 
-    uvloop.run(supervise())
+    run_to_the_end(supervise())
     return 0
 
 

@@ -17,9 +17,9 @@ from matrixinfer.cli.fleet_arguments import add_fleet, add_traces, fleet_of, is_
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.scheduler.plugin_loader import discover
+from matrixinfer.study.tuning.output import configuration, document, sentence, value_of
 from matrixinfer.study.tuning.runs import GOALS, Runs, Traffic, fitting
 from matrixinfer.study.tuning.search import Found, Search
-from matrixinfer.study.tuning.written import configuration, document, sentence, value_of
 
 
 def add_parser(subparsers: Subparsers) -> None:

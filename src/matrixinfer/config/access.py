@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from matrixinfer.config.base import Count, Seconds, Section, described
@@ -142,19 +140,3 @@ def check_access(config: Config) -> None:
         where = place(access.isolation.secret_file, access.isolation.secret_env, "$.access.isolation.secret")
         if where is None:
             raise ConfigError("$.access.isolation", "expected `secretFile` or `secretEnv`")
-
-
-def with_absolute_files(access: AccessConfig, base: Path) -> AccessConfig:
-    """The section with the absolute paths of its files, which `base` is the folder of."""
-
-    def resolve(file: str | None) -> str | None:
-        return None if file is None else str((base / file).resolve())
-
-    replace = msgspec.structs.replace
-    jwt, isolation = access.jwt, access.isolation
-    return replace(
-        access,
-        keys_file=resolve(access.keys_file),
-        jwt=jwt and replace(jwt, jwks_file=resolve(jwt.jwks_file)),
-        isolation=isolation and replace(isolation, secret_file=resolve(isolation.secret_file)),
-    )

@@ -56,7 +56,6 @@ class AccessLogConfig(Section, frozen=True):
         return place(self.key_file, self.key_env, "$.accessLog.key")
 
     def located(self, base: Path) -> AccessLogConfig:
-        """With paths that start from `base`."""
-        path = self.path if self.path == STANDARD_OUTPUT else str((base / self.path).resolve())
-        key_file = None if self.key_file is None else str((base / self.key_file).resolve())
-        return msgspec.structs.replace(self, path=path, key_file=key_file)
+        """With a path that starts from `base`."""
+        path = self.path if self.path == STANDARD_OUTPUT else str((base / self.path).absolute())
+        return msgspec.structs.replace(self, path=path)

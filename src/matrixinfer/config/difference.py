@@ -35,7 +35,7 @@ def _changes(before: Any, after: Any, path: str) -> Iterator[str]:
 
 
 def _by_name(values: object) -> dict[str, object] | None:
-    """A list of things that have names of their own; None if it is none."""
+    """The items of a list by their names; None if not every item has one."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return None
     found = {str(name): each for each in values if (name := getattr(each, "name", None)) is not None}

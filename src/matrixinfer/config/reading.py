@@ -6,17 +6,18 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 
-from matrixinfer.config.access import QuotaConfig, check_access, with_absolute_files
+from matrixinfer.config.access import QuotaConfig, check_access
 from matrixinfer.config.api import check_api
 from matrixinfer.config.base import convert
 from matrixinfer.config.discovery import MAX_PODS, absolute_paths, check_discovery
-from matrixinfer.config.engine_keys import EngineKeysConfig, key_places
+from matrixinfer.config.engine_keys import key_places
+from matrixinfer.config.files import with_absolute_files
 from matrixinfer.config.normalise import (
     given_block_keys,
     with_aliases,
@@ -27,8 +28,11 @@ from matrixinfer.config.normalise import (
 from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.config.secrets import place
-from matrixinfer.config.tls import check_tls, with_base
+from matrixinfer.config.tls import check_engine_tls, check_tls
 from matrixinfer.errors import ConfigError
+
+_MAX_NAME_CHARS = 253
+"""Of a pod: as many as a DNS name has at most."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -45,7 +49,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load(path: Path) -> Config:
-    """Read and check a YAML file. Relative paths of tokenizers and templates start from the file's folder.
+    """Read and check a YAML file. Relative paths start from the file's folder.
 
     Raises `ConfigError` when the file cannot be read, is not YAML, or does not fit the schema.
     """
@@ -59,17 +63,11 @@ def load(path: Path) -> Config:
 def parse(text: str, *, base: Path) -> Config:
     """Check a YAML document; `base` is the folder that relative paths start from. Raises `ConfigError`."""
     data = yaml_data(text)
-    config = convert(with_plugin_refs({} if data is None else data), Config, path="$")
+    config = with_absolute_files(convert(with_plugin_refs({} if data is None else data), Config, path="$"), base)
     config = msgspec.structs.replace(
         config,
-        models=tuple(_absolute(model, base) for model in config.models),
-        pods=tuple(_with_files(pod, base) for pod in config.pods),
-        engine_keys=_with_key_file(config.engine_keys, base),
-        tls=with_base(config.tls, base),
-        admin_tls=with_base(config.admin_tls, base),
-        engine_tls=with_base(config.engine_tls, base),
-        access_log=None if config.access_log is None else config.access_log.located(base),
-        access=config.access and with_absolute_files(config.access, base),
+        models=tuple(_with_tokenizer_paths(model, base) for model in config.models),
+        access_log=config.access_log and config.access_log.located(base),
         discovery=absolute_paths(config.discovery, base),
     )
     return checked(config, given_blocks=given_block_keys(data))
@@ -88,7 +86,7 @@ def parse_pods(text: str, *, base: Path) -> tuple[PodConfig, ...]:
             "$.pods", f"expected a list of pods, got {'nothing' if data is None else type(data).__name__}"
         )
     pods = convert(data, tuple[PodConfig, ...], path="$.pods")
-    return checked_pods(tuple(_with_key_file(pod, base) for pod in pods))
+    return checked_pods(tuple(with_absolute_files(pod, base) for pod in pods))
 
 
 def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
@@ -98,6 +96,8 @@ def checked_pods(pods: Sequence[PodConfig]) -> tuple[PodConfig, ...]:
     _check_pods(pods)
     for i, pod in enumerate(pods):
         place(pod.api_key_file, pod.api_key_env, f"$.pods[{i}].apiKey")
+        if pod.tls is not None:
+            check_engine_tls(pod.tls, f"$.pods[{i}].tls")
     return tuple(map(bare_pod, pods))
 
 
@@ -105,7 +105,16 @@ def yaml_data(text: str) -> Any:
     """What a YAML document has, in which no key is given twice. Raises `ConfigError`."""
     try:
         return yaml.load(text, _StrictLoader)  # noqa: S506 - a safe loader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
+        # Beside its own errors PyYAML raises whatever happens to it in a scalar such as `!!int ''` or a date.
         raise ConfigError("$", f"not valid YAML: {error}") from error
 
 
@@ -177,6 +186,11 @@ def _check_pods(pods: Sequence[PodConfig]) -> None:
     taken: dict[str, str] = {}
     for i, pod in enumerate(pods):
         name = pod.name.removesuffix(CLUSTER_SUFFIX)
+        if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+            raise ConfigError(
+                f"$.pods[{i}].name",
+                f"expected 1 to {_MAX_NAME_CHARS} printable characters, as it shows in headers, metrics and logs",
+            )
         if name in taken:
             raise ConfigError(f"$.pods[{i}].name", f"the name `{name}` is already taken by {taken[name]}")
         taken[name] = f"$.pods[{i}]"
@@ -261,27 +275,13 @@ def _check_url(url: str, *, path: str) -> None:
         raise ConfigError(path, f"expected a base URL without `/v1`: did you mean `{bare.removesuffix('/v1')}`?")
 
 
-_Keyed = TypeVar("_Keyed", ModelConfig, PodConfig, EngineKeysConfig)
-
-
-def _with_key_file(section: _Keyed, base: Path) -> _Keyed:
-    """The section with the absolute path of its key's file."""
-    if section.api_key_file is None:
-        return section
-    return msgspec.structs.replace(section, api_key_file=str((base / section.api_key_file).resolve()))
-
-
-def _with_files(pod: PodConfig, base: Path) -> PodConfig:
-    return msgspec.structs.replace(_with_key_file(pod, base), tls=with_base(pod.tls, base))
-
-
-def _absolute(model: ModelConfig, base: Path) -> ModelConfig:
+def _with_tokenizer_paths(model: ModelConfig, base: Path) -> ModelConfig:
     def resolve(value: str | None) -> str | None:
         return value if value is None else str((base / value).resolve())
 
     template = model.chat_template
     return msgspec.structs.replace(
-        _with_key_file(model, base),
+        model,
         tokenizer=resolve(model.tokenizer),
         chat_template=template if template == "chatml" else resolve(template),
     )

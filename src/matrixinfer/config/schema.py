@@ -169,7 +169,7 @@ class IndexConfig(Section, frozen=True):
 
 
 class TlsConfig(Section, frozen=True):
-    """TLS to Redis."""
+    """TLS to Redis. Relative paths start from the config file's folder."""
 
     ca_file: Annotated[str | None, described("Certificates to trust. By default, those that the system trusts.")] = None
     cert_file: Annotated[str | None, described("This client's certificate.")] = None

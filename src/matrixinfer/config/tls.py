@@ -1,12 +1,9 @@
-"""The schema of TLS: the certificates of the listeners, and whom engines are believed to be."""
+"""The schema of TLS: certificates of the listeners, and which engines are trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
-
-import msgspec
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from matrixinfer.config.base import Seconds, Section, described
 from matrixinfer.errors import ConfigError
@@ -40,27 +37,20 @@ class EngineTlsConfig(Section, frozen=True):
     verify: Annotated[bool, described("Whether to check the engine's certificate and name.")] = True
 
 
-_Files = TypeVar("_Files", ListenerTlsConfig, EngineTlsConfig)
-
-
-def with_base(section: _Files | None, base: Path) -> _Files | None:
-    """The section with absolute paths."""
-    if section is None:
-        return None
-    names = [field for field in section.__struct_fields__ if field.endswith("_file")]
-    paths = {name: str((base / value).resolve()) for name in names if (value := getattr(section, name)) is not None}
-    return msgspec.structs.replace(section, **paths)
-
-
 def check_tls(config: Config) -> None:
     """Check what types cannot express. Raises `ConfigError`."""
     for path, section in _of_engines(config):
-        if (section.cert_file is None) != (section.key_file is None):
-            raise ConfigError(f"{path}.keyFile", "expected `certFile` and `keyFile` together")
-        if section.ca_file is not None and not section.verify:
-            raise ConfigError(f"{path}.caFile", "is not used with `verify: false`; remove one of the two")
+        check_engine_tls(section, path)
     if config.admin_tls is not None and config.admin is None:
         raise ConfigError("$.adminTls", "there is no admin listener (`admin` is null)")
+
+
+def check_engine_tls(section: EngineTlsConfig, path: str) -> None:
+    """Check what types cannot express. Raises `ConfigError`."""
+    if (section.cert_file is None) != (section.key_file is None):
+        raise ConfigError(f"{path}.keyFile", "expected `certFile` and `keyFile` together")
+    if section.ca_file is not None and not section.verify:
+        raise ConfigError(f"{path}.caFile", "is not used with `verify: false`; remove one of the two")
 
 
 def _of_engines(config: Config) -> Iterator[tuple[str, EngineTlsConfig]]:

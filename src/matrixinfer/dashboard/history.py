@@ -75,8 +75,10 @@ class History:
             self._count(sums, record, endpoint, cached)
 
     def forget(self, endpoint: str) -> None:
-        """An endpoint has gone. What it has done in the hour stays counted."""
+        """An endpoint has gone. What it has done in the hour stays in the sums over all, not as a part of its own."""
         self._reporting.discard(endpoint)
+        for sums in (self.hour, *(each for _, each in self.buckets)):
+            sums.endpoints.pop(endpoint, None)
         self._round_robin.forget(endpoint)
 
     def __len__(self) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from matrixinfer.access.gate import Ticket, Used
+from matrixinfer.access.demand import Used
+from matrixinfer.access.gate import Ticket
 from matrixinfer.gateway import usage
 from matrixinfer.gateway.model_names import Renamer
 from matrixinfer.gateway.pod_connection import PodAnswer

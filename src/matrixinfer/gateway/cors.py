@@ -24,7 +24,7 @@ class Cors:
         self._any_header = "*" in config.headers
 
     def preflight(self, request: web.BaseRequest, methods: Collection[str]) -> web.Response | None:
-        """The answer to a preflight request for a path with these methods; None if the request is none."""
+        """The answer to a preflight request for a path with these methods; None for any other request."""
         if request.method != "OPTIONS" or METHOD not in request.headers or ORIGIN not in request.headers:
             return None
         response = web.Response(status=204)

@@ -1,4 +1,4 @@
-"""Whose credentials a pod gets: the client's own, or the engine's key in their place."""
+"""Which credentials a pod gets: the client's own, or the engine's key in their place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from multidict import CIMultiDict
 from matrixinfer.config.secrets import Secret
 
 CLIENT_CREDENTIALS = ("authorization", "x-api-key", "api-key", "cookie")
-"""What clients prove who they are with: to OpenAI's API, to Anthropic's, to Azure's, and in browsers."""
+"""Headers with which clients authenticate: for OpenAI's API, Anthropic's, Azure's, and in browsers."""
 
 
 class Credentials:
@@ -25,7 +25,7 @@ class Credentials:
         self._always = always
 
     def apply(self, headers: CIMultiDict[str], url: str, *, is_authenticated: bool) -> None:
-        """Change `headers`. What a client has proved its identity to the gateway with never reaches a pod."""
+        """Change `headers`. Credentials that the gateway has accepted never reach a pod."""
         for name in self._strips:
             headers.popall(name, None)
         key = self._key_at(url) if is_authenticated or self._always else None

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
+from matrixinfer.access.callers import Caller
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import UNREADABLE, MatrixInferError, NoPodAvailable
 from matrixinfer.gateway import headers
@@ -16,9 +17,11 @@ from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.protected import caller_of
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.pod import Pod
 from matrixinfer.pods.registry import PodRegistry
+from matrixinfer.prompt.fields import decode
 
 MOST_AT_ONCE = 32
 _MOST_BYTES = 16 * 1024
@@ -54,6 +57,7 @@ class FanOut:
         try:
             with self._bodies.hold() as held:
                 body = await self._bodies.read(request, held)
+                _check_adapter(caller_of(request), body)
                 results = await self._ask_all(request, body, identity)
         except MatrixInferError as error:
             response = response_to(error)
@@ -104,6 +108,19 @@ class FanOut:
         return answer.status, _readable(b"".join(pieces)[:_MOST_BYTES])
 
 
+class _Named(msgspec.Struct):
+    lora_name: str
+
+
+_NAMED = msgspec.json.Decoder(_Named)
+
+
+def _check_adapter(caller: Caller | None, body: bytes) -> None:
+    """An adapter is a model. Raises `Forbidden` if the caller may not use it, and `InvalidRequest` without its name."""
+    if caller is not None and caller.models is not None:
+        caller.check_model(decode(_NAMED, body).lora_name)
+
+
 def _readable(body: bytes) -> object:
     try:
         return msgspec.json.decode(body)
@@ -122,4 +139,4 @@ def _response(results: dict[str, tuple[int | None, object]]) -> web.Response:
         message = f"{len(failed)} of {len(results)} pods did not do it: {', '.join(failed[:10])}. See `results`."
         kind = "invalid_request_error" if status < 500 else "server_error"
         content = {"error": {"message": message, "type": kind, "param": None, "code": None}, **content}
-    return web.Response(status=status, body=msgspec.json.encode(content), headers={"Content-Type": "application/json"})
+    return json_response(content, status=status)

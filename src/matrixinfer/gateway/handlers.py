@@ -1,146 +1,32 @@
-"""What the gateway answers on each path: the API, the probes, and the admin pages."""
+"""Probes, metrics, and the admin pages about decisions, pods and tokenizers."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from itertools import islice
 
-import msgspec
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
-from matrixinfer.errors import IndexUnavailable, InvalidRequest, MatrixInferError
+from matrixinfer.errors import IndexUnavailable, InvalidRequest
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.access_log import RequestLog
-from matrixinfer.gateway.answer import Exchange
 from matrixinfer.gateway.body import Bodies
-from matrixinfer.gateway.errors import code_of, response_to
 from matrixinfer.gateway.listener import Routes
-from matrixinfer.gateway.proxy import Proxy
-from matrixinfer.gateway.response_ids import ResponseId
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.requests import READERS, Reader
-from matrixinfer.prompt.responses import RESPONSES_PATH
 from matrixinfer.routing.decision_log import DecisionLog
 from matrixinfer.routing.router import Router
-from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.cache_views import FeedReports
 from matrixinfer.trust.parity import Parity
 
 log = structlog.get_logger(__name__)
-
-
-class Api:
-    """The APIs that engines offer: OpenAI's, Anthropic's messages, scores and rankings."""
-
-    def __init__(
-        self,
-        router: Router,
-        proxy: Proxy,
-        metrics: Metrics,
-        bodies: Bodies,
-        request_log: RequestLog | None = None,
-        gate: Gate | None = None,
-        stored: StoredResponses | None = None,
-    ) -> None:
-        self._gate = gate
-        self._stored = StoredResponses() if stored is None else stored
-        self._router = router
-        self._proxy = proxy
-        self._metrics = metrics
-        self._bodies = bodies
-        self._request_log = request_log
-
-    def routes(self) -> Routes:
-        """Paths of the API."""
-        return {path: {"POST": self.complete} for path in READERS}
-
-    async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Dispatch a request with a prompt, and pass its answer on."""
-        return await self.dispatch(request)
-
-    async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
-        """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""
-        started = time.monotonic()
-        identity = headers.request_id(request.headers)
-        model: str | None = None
-        pod: str | None = None
-        code = 500
-        reason: str | None = "internal"
-        exchange: Exchange | None = None
-        body_read: float | None = None
-        session = headers.session_id(request.headers)
-        held = self._bodies.hold()
-        ticket: Ticket | None = None
-        try:
-            if self._gate is not None:
-                ticket = self._gate.ticket(await self._gate.identify(request.headers))
-            body = await self._bodies.read(request, held, is_text=read is None)
-            body_read = time.monotonic()
-            path = request.rel_url.raw_path
-            async with self._router.dispatch(
-                path,
-                body,
-                request_id=identity,
-                session=session,
-                ticket=ticket,
-                read=read,
-                headers=request.headers,
-            ) as in_flight:
-                model = in_flight.decision.request.model
-                exchange = Exchange(
-                    request=request,
-                    id=identity,
-                    started=started,
-                    in_flight=in_flight,
-                    ticket=ticket,
-                    counts_events=self._request_log is not None,
-                )
-                if path == RESPONSES_PATH:
-                    tenant = None if ticket is None else ticket.tenant
-                    exchange.response_id = ResponseId(partial(self._stored.remember, tenant=tenant))
-                response = await self._proxy.forward(exchange)
-                code, reason, pod = response.status, None, in_flight.pod.name
-        except MatrixInferError as error:
-            response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
-            response.headers[headers.REQUEST_ID] = identity
-            code, reason = response.status, code_of(error)
-            if not request.content.is_eof():
-                response.force_close()  # the rest of the body is not read
-        except (asyncio.CancelledError, ConnectionError):
-            code, reason = CLIENT_GONE, None
-            raise
-        finally:
-            held.release()
-            if ticket is not None:
-                ticket.close(code)
-            seconds = time.monotonic() - started
-            self._metrics.request(model, code, seconds)
-            log.debug("request_ended", id=identity, path=request.path, model=model, pod=pod, code=code, seconds=seconds)
-            if self._request_log is not None:
-                self._request_log.ended(
-                    identity=identity,
-                    path=request.path,
-                    session=session,
-                    code=code,
-                    error=reason,
-                    started=started,
-                    body_read=body_read,
-                    exchange=exchange,
-                    caller=None if ticket is None else ticket.caller,
-                )
-        return response
 
 
 class Status:
@@ -271,11 +157,6 @@ class Admin:
         return json_response(
             {"tokenizers": {name: {**sources.get(name, {}), **compared.get(name, {})} for name in models}}
         )
-
-
-def json_response(data: object, *, status: int = 200) -> web.Response:
-    """`data` as JSON."""
-    return web.Response(status=status, body=msgspec.json.encode(data), headers={"Content-Type": "application/json"})
 
 
 def _load(report: LoadReport, now: float) -> Mapping[str, object]:

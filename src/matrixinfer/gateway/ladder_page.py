@@ -8,8 +8,8 @@ from collections.abc import Callable
 from aiohttp import web
 
 from matrixinfer.errors import InvalidRequest
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.traffic.ladder.record import KEPT_SECONDS
 from matrixinfer.traffic.ladder.rungs import Ladder
 

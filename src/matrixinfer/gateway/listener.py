@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -23,6 +22,7 @@ from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.errors import error_response, response_to
 from matrixinfer.gateway.heads import ClientRequest
+from matrixinfer.gateway.sockets import ANY, BACKLOG, accept_waiting, open_for_both, refuse
 from matrixinfer.gateway.tls import ListenerTls
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.telemetry.intervals import Intervals
@@ -36,9 +36,6 @@ CANCEL_SECONDS = 5.0
 """How long a cancelled request may take to clean up."""
 _BEGIN_SECONDS = 0.5
 """How long a new connection's first request is waited for when the listener stops."""
-_BACKLOG = 1024
-_ANY = "::"
-"""Stands for all addresses, of IPv4 as well."""
 _NOTED_SECONDS = 10.0
 """How often a kind of bad connection is logged."""
 
@@ -99,12 +96,12 @@ class Listener:
         where: dict[str, Any] = {"host": self._host, "port": self._port}
         if self._bound is not None:
             where = {"sock": self._bound}
-        elif self._host == _ANY:
-            where = {"sock": _for_both(self._port)}
+        elif self._host == ANY:
+            where = {"sock": open_for_both(self._port)}
         is_local = self._bound is not None and self._bound.family == socket.AF_UNIX
         listen = loop.create_unix_server if is_local else loop.create_server
         try:
-            self._listening = await listen(self._server, backlog=_BACKLOG, **where, **self._tls_options())
+            self._listening = await listen(self._server, backlog=BACKLOG, **where, **self._tls_options())
         except BaseException:
             await self._stack.aclose()
             raise
@@ -141,7 +138,7 @@ class Listener:
             bound.close()
             return
         loop = asyncio.get_running_loop()
-        self._adopted[key] = await loop.create_server(self._server, sock=bound, backlog=_BACKLOG, **self._tls_options())
+        self._adopted[key] = await loop.create_server(self._server, sock=bound, backlog=BACKLOG, **self._tls_options())
 
     def release(self, key: int) -> None:
         """Leave further connections of an adopted socket to others."""
@@ -156,11 +153,11 @@ class Listener:
             return
         self._server = self._listening = None
         for key, adopted in tuple(self._adopted.items()):
-            _refuse(adopted)
+            refuse(adopted)
             self.release(key)
-        waiting = _waiting(listening)
+        waiting = accept_waiting(listening)
         if self._bound is not None:
-            _refuse(listening)
+            refuse(listening)
         listening.close()
         loop = asyncio.get_running_loop()
         await self._accept(server, waiting, min(grace, _BEGIN_SECONDS))
@@ -258,32 +255,6 @@ class Listener:
             ),
             None,
         )
-
-
-def _refuse(listening: asyncio.Server) -> None:
-    """Let nobody connect any more, although other processes have this socket, too."""
-    for listener in listening.sockets:
-        with socket.socket(fileno=os.dup(listener.fileno())) as own, suppress(OSError):
-            own.shutdown(socket.SHUT_RDWR)
-
-
-def _for_both(port: int) -> socket.socket:
-    """A socket that takes connections over IPv6 and IPv4. Raises `OSError`."""
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server((_ANY, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=both)
-
-
-def _waiting(listening: asyncio.Server) -> list[socket.socket]:
-    """Connections that the system has made, and that closing the listening socket would reset."""
-    found = []
-    for listener in listening.sockets:
-        with socket.socket(fileno=os.dup(listener.fileno())) as own, suppress(OSError):
-            own.setblocking(False)
-            while True:
-                connection, _ = own.accept()
-                connection.setblocking(False)
-                found.append(connection)
-    return found
 
 
 def _is_anthropic(request: web.BaseRequest) -> bool:

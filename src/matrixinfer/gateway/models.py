@@ -15,6 +15,7 @@ from matrixinfer.errors import InvalidRequest, MatrixInferError, UnknownModel
 from matrixinfer.gateway.errors import response_to
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.protected import caller_of
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.pods.model_cards import ServedModel, openai_view
 from matrixinfer.pods.registry import PodRegistry
 
@@ -47,9 +48,9 @@ class Models:
         caller = caller_of(request)
         models = [each for each in self._models() if caller is None or caller.may_use(each.name)]
         if not _is_anthropic(request):
-            return _json({"object": "list", "data": [openai_view(model) for model in models]})
+            return json_response({"object": "list", "data": [openai_view(model) for model in models]})
         try:
-            return _json(_page(models, request.rel_url.query))
+            return json_response(_page(models, request.rel_url.query))
         except MatrixInferError as error:
             return response_to(error, anthropic=True)
 
@@ -66,7 +67,7 @@ class Models:
             return response_to(
                 UnknownModel(f"The model `{name[:200]}` does not exist.", param="model"), anthropic=anthropic
             )
-        return _json(_anthropic_view(model) if anthropic else openai_view(model))
+        return json_response(_anthropic_view(model) if anthropic else openai_view(model))
 
     def _model(self, name: str) -> ServedModel | None:
         return next((model for model in self._models() if model.name == name), None)
@@ -118,7 +119,3 @@ def _anthropic_view(model: ServedModel) -> dict[str, Any]:
         "display_name": model.name,
         "created_at": created.isoformat().replace("+00:00", "Z"),
     }
-
-
-def _json(data: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(data), headers={"Content-Type": "application/json"})

@@ -44,6 +44,8 @@ _FIELDS: Mapping[str, tuple[Json, tuple[str, ...]]] = {
 }
 _STATUSES = {
     "400": "The request is malformed.",
+    "401": "No valid API key or token, where they are needed.",
+    "403": "The key may not use the model.",
     "404": "Unknown path, model or response.",
     "405": "Wrong method for the path.",
     "408": "The body did not arrive in time.",

@@ -69,7 +69,7 @@ class Passing:
         return await self._pass_on(request, lambda path, body: opaque.opaque(path, len(body), response_id=identity))
 
     async def _pass_on(self, request: web.BaseRequest, read: Reader) -> web.StreamResponse:
-        if {".", ".."} & {unquote(segment) for segment in request.rel_url.raw_path.split("/")}:
+        if {".", ".."} & set(re.split(r"[/\\]", unquote(request.rel_url.raw_path))):
             return _unknown(request)  # a server may resolve it to a path that is not listed
         if request.method == "HEAD":
             path = request.rel_url.raw_path

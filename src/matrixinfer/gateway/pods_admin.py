@@ -10,10 +10,10 @@ import msgspec
 from aiohttp import web
 
 from matrixinfer.config import PodConfig, checked_pods, convert
-from matrixinfer.errors import ConfigError, InvalidRequest
+from matrixinfer.errors import UNREADABLE, ConfigError, InvalidRequest
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.pods.discovery.fleet import Fleet, NotHere
 
 PATH = "/admin/pods"
@@ -40,7 +40,7 @@ class PodsAdmin:
         """Add the pod in the body, in the form of `pods[]`, or change it."""
         try:
             (pod,) = checked_pods([convert(await _body(request), PodConfig, path="$")])
-            _refuse_key(pod)
+            _refuse_files(pod)
             result = self._fleet.add(pod)
         except ConfigError as error:
             return error_response(400, str(error).replace("$.pods[0]", "$"), param=error.path.removeprefix("$."))
@@ -78,10 +78,13 @@ class PodsAdmin:
         return json_response({"name": name, "result": "draining", "seconds": seconds}, status=202)
 
 
-def _refuse_key(pod: PodConfig) -> None:
+def _refuse_files(pod: PodConfig) -> None:
     """Whoever reaches the admin listener must not have files and variables of this machine sent to any address."""
     if pod.api_key_file is not None or pod.api_key_env is not None:
         raise ConfigError("$", "expected no key: name it in the config file, at the pod's model or in `engineKeys`")
+    tls = pod.tls
+    if tls is not None and (tls.ca_file, tls.cert_file, tls.key_file) != (None, None, None):
+        raise ConfigError("$.tls", "expected no files: name them in the config file, in `engineTls`")
 
 
 async def _body(request: web.BaseRequest) -> object:
@@ -94,7 +97,7 @@ async def _body(request: web.BaseRequest) -> object:
         raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ConfigError("$", f'expected a pod as JSON, such as {{"name": …, "url": …}}: {error}') from error
 
 

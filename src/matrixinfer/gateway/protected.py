@@ -1,4 +1,4 @@
-"""Keeps whoever has no key away from routes that do not dispatch requests."""
+"""Requires a key for routes that do not dispatch requests."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from types import TracebackType
 from typing import NoReturn, cast
 
 from aiohttp import web
@@ -28,6 +27,7 @@ from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
+from matrixinfer.gateway.unless_down import UnlessDown
 from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Upstream
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.scheduler.framework import Candidate
@@ -134,7 +134,7 @@ class Proxy:
         adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
         body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank, adds_usage=adds_usage)
         moves = may_move and retry.may_send_again and in_flight.following() is not None
-        with _UnlessDown(in_flight) if moves else _ALWAYS:
+        with UnlessDown(in_flight) if moves else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status = answer.upstream.status
@@ -296,29 +296,3 @@ class Proxy:
             if answer.exchange.ticket is not None:
                 answer.exchange.ticket.served()
         self._metrics.first_byte(seconds)
-
-
-class _UnlessDown:
-    """Raises `AttemptFailed` if the pod is declared down within its context: it may be frozen, and never answer."""
-
-    __slots__ = ("_in_flight", "_is_down", "_pod", "_task")
-
-    def __init__(self, in_flight: InFlight) -> None:
-        self._in_flight = in_flight
-        self._pod = in_flight.pod.pod
-        self._task = asyncio.current_task()
-        self._is_down = False
-
-    def __enter__(self) -> None:
-        self._in_flight.watch_down(self._pod, self._down)
-
-    def _down(self) -> None:
-        if self._task is not None and not self._is_down:
-            self._is_down = True
-            self._task.cancel()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._in_flight.unwatch_down(self._pod, self._down)
-        # Whoever else cancels the task at the same time means to end it, and not this attempt alone.
-        if self._is_down and self._task is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
-            raise AttemptFailed("went_down", was_sent=True) from error

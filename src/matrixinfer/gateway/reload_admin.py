@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Routes
+from matrixinfer.gateway.responses import json_response
 
 _STATUS = {"applied": 200, "unchanged": 200, "refused": 409, "failed": 422}
 
@@ -30,5 +30,9 @@ class ReloadAdmin:
         """Read the configuration again, and say what has changed."""
         if self._reload is None:
             return error_response(409, "This gateway was started without a configuration that can be read again.")
-        outcome = await self._reload()
-        return json_response(outcome, status=_STATUS[str(outcome["result"])])
+        return outcome_response(await self._reload())
+
+
+def outcome_response(outcome: Mapping[str, object]) -> web.Response:
+    """What became of a reload, with the status of its `result`."""
+    return json_response(outcome, status=_STATUS[str(outcome["result"])])

@@ -10,6 +10,7 @@ from typing import Self
 import structlog
 
 from matrixinfer.config import ListenerTlsConfig
+from matrixinfer.config.files import Stamp
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.certificates import load_authorities, load_pair, stamps
 from matrixinfer.tasks import cancel_and_wait
@@ -29,7 +30,8 @@ class ListenerTls:
         self._config = config
         self._path = path
         self._current: ssl.SSLContext | None = None
-        self._seen: tuple[object, ...] = ()
+        self._seen: tuple[Stamp | None, ...] = ()
+        self._has_changed = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -53,9 +55,13 @@ class ListenerTls:
         accepting.sni_callback = self._hand_over
         return accepting
 
-    def _hand_over(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+    def _hand_over(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
+        if self._config.client_ca_file is not None and self._has_changed and connection.session_reused:
+            # Only TLS 1.2 comes here: its sessions cannot be turned off. The client then begins a new one.
+            return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
         if self._current is not None:
             connection.context = self._current
+        return None
 
     async def _watch(self) -> None:
         while True:
@@ -73,9 +79,10 @@ class ListenerTls:
         except ConfigError as error:
             log.error("tls_not_reloaded", section=self._path, reason=error.message)  # noqa: TRY400 - says all
         else:
+            self._has_changed = True
             log.info("tls_reloaded", section=self._path)
 
-    def _state(self) -> tuple[object, ...]:
+    def _state(self) -> tuple[Stamp | None, ...]:
         return stamps(self._config.cert_file, self._config.key_file, self._config.client_ca_file)
 
     def _load(self) -> ssl.SSLContext:
@@ -88,4 +95,7 @@ class ListenerTls:
         if config.client_ca_file is not None:
             load_authorities(context, config.client_ca_file, f"{self._path}.clientCaFile")
             context.verify_mode = ssl.CERT_REQUIRED
+            # A resumed session is not verified again: it would outlast the trust in its client's authority.
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
         return context

@@ -11,7 +11,11 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.limits import HIDDEN_COMPONENTS, fewer_ranks
 from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.pods.registry import Pod
+from matrixinfer.scheduler.plugins.expected_ttft import ExpectedTtft
 from matrixinfer.scheduler.plugins.kvcache_aware import KvCacheAware
+
+_READ_EVENTS = frozenset((ExpectedTtft.name, KvCacheAware.name))
+"""The scorers that can do little without events."""
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +42,7 @@ class EventFollower:
         self._listens = listens
         self._models = [model.name for model in config.models]
         scorers = config.scheduler.plugins.score.enabled
-        self._wanted = any(ref.name == KvCacheAware.name for ref in scorers) and listens
+        self._wanted = any(ref.name in _READ_EVENTS for ref in scorers) and listens
         self._warned: set[str] = set()
         self._following: dict[str, frozenset[str]] = {}  # pod -> names of its feeds
         self._endpoints: dict[str, frozenset[str]] = {}

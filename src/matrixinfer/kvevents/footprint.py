@@ -16,6 +16,19 @@ class Footprint:
         self.evicted_tokens = 0
         """Tokens of the blocks that it has evicted so far."""
 
+    @classmethod
+    def of(cls, held: int, most: int, evicted: int) -> Footprint:
+        """A footprint with these numbers, as another process has `reported` them."""
+        made = cls()
+        made.held_tokens, made.most_tokens, made.evicted_tokens = held, most, evicted
+        return made
+
+    def reported(self) -> tuple[int, int, int] | None:
+        """The numbers in steps of a hundredth of the cache, so that they seldom change; None before the first block."""
+        step = self.most_tokens // 100 or 1
+        held, evicted = self.held_tokens // step * step, self.evicted_tokens // step * step
+        return (held, self.most_tokens, evicted) if self.most_tokens else None
+
     def holds(self, tokens: int) -> None:
         """So many tokens are held now."""
         self.held_tokens = tokens

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from contextlib import suppress
 from pathlib import Path
 
+from matrixinfer.config.files import Stamp, stamp
 from matrixinfer.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str, path: str)
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
             f"{path}.certFile",
-            f"{cert_file} and {key_file} are no certificate and its key, not encrypted, in PEM: {error}",
+            f"expected a certificate in {cert_file} and its unencrypted key in {key_file}, both in PEM: {error}",
         ) from error
 
 
@@ -28,12 +28,12 @@ def load_authorities(context: ssl.SSLContext, ca_file: str, path: str) -> None:
     try:
         context.load_verify_locations(ca_file)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(path, f"{ca_file} has no certificates in PEM: {error}") from error
+        raise ConfigError(path, f"expected certificates in PEM in {ca_file}: {error}") from error
 
 
-def stamps(*files: str | None) -> tuple[object, ...]:
+def stamps(*files: str | None) -> tuple[Stamp | None, ...]:
     """What changes when one of these files does, also by way of a link."""
-    return tuple(_stamp(Path(file)) for file in files if file is not None)
+    return tuple(stamp(file) for file in files if file is not None)
 
 
 def _check_readable(file: str, path: str) -> None:
@@ -42,10 +42,3 @@ def _check_readable(file: str, path: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(path, f"cannot read {file}: {error.strerror}") from error
-
-
-def _stamp(file: Path) -> object:
-    with suppress(OSError):
-        seen = file.stat()
-        return seen.st_ino, seen.st_size, seen.st_mtime_ns
-    return None

@@ -1,4 +1,4 @@
-"""How engines with `https` URLs are reached: whom to believe, and which certificate to show."""
+"""How engines with `https` URLs are reached: which authorities to trust, and which certificate to present."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import structlog
 from yarl import URL
 
 from matrixinfer.config import Config, EngineTlsConfig
+from matrixinfer.config.files import Stamp
 from matrixinfer.errors import ConfigError
 from matrixinfer.pods.certificates import load_authorities, load_pair, stamps
 from matrixinfer.pods.pod import Pod
@@ -42,7 +43,7 @@ class EngineTls:
     def __init__(self, config: Config, registry: PodRegistry) -> None:
         self._config = config
         self._registry = registry
-        self._loaded: dict[EngineTlsConfig | None, tuple[ssl.SSLContext, tuple[object, ...]]] = {}
+        self._loaded: dict[EngineTlsConfig | None, tuple[ssl.SSLContext, tuple[Stamp | None, ...]]] = {}
         self._pods: Sequence[Pod] = ()
         self._by_origin: dict[tuple[str | None, int | None], EngineTlsConfig | None] = {}
         self._task: asyncio.Task[None] | None = None
@@ -128,7 +129,7 @@ def _made(config: EngineTlsConfig | None, path: str) -> ssl.SSLContext:
     return context
 
 
-def _stamps(config: EngineTlsConfig | None) -> tuple[object, ...]:
+def _stamps(config: EngineTlsConfig | None) -> tuple[Stamp | None, ...]:
     return () if config is None else stamps(config.ca_file, config.cert_file, config.key_file)
 
 

@@ -4,9 +4,10 @@ Health checks ask the engine's HTTP server; an engine whose GPU has failed still
 count as well, as in Envoy's outlier detection: an endpoint that fails several times in a row, or too large a share of
 its last requests, is ejected. Ejections grow longer each time, up to a bound, and shorter again after good behaviour.
 After one, a single request is let through as a probe: its outcome readmits the endpoint or ejects it again. Where that
-takes long, another probe follows after the time of the ejection.
+takes long, another probe follows after the time of the ejection. Where no request is sent there for that long, because
+others suit all of them better, the endpoint is readmitted: it failed, but not lately.
 
-    admitted ──failures──> ejected ──time──> half_open ──probe succeeds──> admitted
+    admitted ──failures──> ejected ──time──> half_open ──probe succeeds, no probe──> admitted
                               ^──────probe fails──────┘
 
 A server error or a broken connection may be the fault of the request, and a client that repeats such a request must not
@@ -100,7 +101,7 @@ class Outliers:
 
     def state(self, name: str) -> State:
         """What the endpoint may get now."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None:
             return "admitted"
         now = self._clock()
@@ -124,7 +125,7 @@ class Outliers:
         ejected: list[tuple[float, str]] = []
         busy: list[tuple[float, str]] = []
         for name in names:
-            endpoint = self._endpoints.get(name)
+            endpoint = self._known(name)
             if name in elsewhere and (endpoint is None or endpoint.ejected_until is None):
                 ejected.append((elsewhere[name], name))
                 continue
@@ -145,7 +146,7 @@ class Outliers:
 
     def ejected(self) -> list[str]:
         """The endpoints that this gateway has ejected and not readmitted."""
-        return [name for name, endpoint in self._endpoints.items() if endpoint.ejected_until is not None]
+        return [name for name in list(self._endpoints) if self._of(name).ejected_until is not None]
 
     def reported(self, gateway: str, names: Iterable[str], *, seconds: float) -> None:
         """Another gateway has ejected these endpoints. That counts for `seconds`, within which it reports again.
@@ -178,7 +179,7 @@ class Outliers:
 
     def succeeded(self, name: str, *, probe: bool = False) -> None:
         """The endpoint answered a request, if only with an error that was the client's fault."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None:
             return
         if endpoint.ejected_until is not None:
@@ -204,7 +205,7 @@ class Outliers:
 
     def failed(self, name: str, reason: str, *, probe: bool = False) -> None:
         """The endpoint failed a request, and the request cannot be to blame."""
-        endpoint = self._endpoints.setdefault(name, _Endpoint())
+        endpoint = self._of(name)
         if endpoint.ejected_until is not None:
             if probe:
                 self._eject(name, endpoint, f"its probe failed: {reason}")
@@ -217,13 +218,13 @@ class Outliers:
         if not self._can_check:
             self.failed(name, reason, probe=probe)
             return
-        endpoint = self._endpoints.setdefault(name, _Endpoint())
+        endpoint = self._of(name)
         if endpoint.ejected_until is None:
             endpoint.outcomes.failed(self._clock(), in_doubt=True)
 
     def is_due(self, name: str) -> bool:
         """Whether the endpoint has failed often enough to be ejected, but for the doubts."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None or endpoint.ejected_until is not None:
             return False
         return endpoint.outcomes.due(self._config, self._clock()) is not None
@@ -235,7 +236,7 @@ class Outliers:
 
     def blamed(self, name: str, reason: str, *, probe: bool = False) -> None:
         """Another endpoint has answered the request that failed here."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None or not self._can_check:
             return
         endpoint.checked_until = 0.0
@@ -249,7 +250,7 @@ class Outliers:
 
     def voided(self, name: str, *, probe: bool = False) -> None:
         """The request failed at another endpoint as well: nothing that is in doubt counts any longer."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None or not self._can_check:
             return
         endpoint.checked_until = 0.0
@@ -261,18 +262,18 @@ class Outliers:
 
     def unchecked(self, name: str) -> None:
         """No other endpoint has said whose fault it was: the doubt remains."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is not None:
             endpoint.checked_until = 0.0
 
     def failures(self, name: str) -> int:
         """Requests that the endpoint failed since it last answered one, whoever was to blame."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         return 0 if endpoint is None else endpoint.outcomes.failures
 
     def busy(self, name: str, *, retry_after: float | None, probe: bool = False) -> None:
         """The endpoint answered that it has too much to do, and perhaps for how many seconds it wants to be left alone."""
-        endpoint = self._endpoints.setdefault(name, _Endpoint())
+        endpoint = self._of(name)
         if probe:
             self._readmit(name, endpoint)
             endpoint = self._endpoints.setdefault(name, endpoint)
@@ -284,13 +285,13 @@ class Outliers:
 
     def not_busy(self, name: str) -> None:
         """The last `busy` was not about the endpoint."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is not None:
             endpoint.busy, endpoint.busy_until = max(0, endpoint.busy - 1), 0.0
 
     def abandoned(self, name: str) -> None:
         """The probe ended without an outcome, such as when its client went away."""
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is not None:
             endpoint.probing_until = 0.0
 
@@ -306,7 +307,7 @@ class Outliers:
         return self._words(name, self._clock())
 
     def _words(self, name: str, now: float) -> str:
-        endpoint = self._endpoints.get(name)
+        endpoint = self._known(name)
         if endpoint is None or (
             endpoint.ejected_until is None and now >= max(endpoint.busy_until, endpoint.checked_until)
         ):
@@ -320,6 +321,18 @@ class Outliers:
         return (
             f"half open: {'waiting for its probe' if now < endpoint.probing_until else 'the next request is its probe'}"
         )
+
+    def _known(self, name: str) -> _Endpoint | None:
+        """What is remembered of an endpoint, which is readmitted if nobody has probed it in time."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is not None and endpoint.ejected_until is not None:
+            unprobed = max(endpoint.ejected_until, endpoint.probing_until) + endpoint.length
+            if self._clock() >= unprobed:
+                self._readmit(name, endpoint)
+        return endpoint
+
+    def _of(self, name: str) -> _Endpoint:
+        return self._known(name) or self._endpoints.setdefault(name, _Endpoint())
 
     def _eject_if_due(self, name: str, endpoint: _Endpoint, reason: str) -> None:
         due = endpoint.outcomes.due(self._config, self._clock())

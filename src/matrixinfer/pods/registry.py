@@ -67,6 +67,10 @@ class PodRegistry:
             self.pods = tuple(self._by_name.values())
         return pod
 
+    def pod(self, name: str) -> Pod | None:
+        """The pod with that name, if there is one."""
+        return self._by_name.get(name)
+
     def has(self, pod: str, endpoint: str) -> bool:
         """Whether the pod has an endpoint with that name."""
         state = self._by_name.get(pod)

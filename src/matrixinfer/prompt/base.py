@@ -99,6 +99,8 @@ class Prompt(Struct, frozen=True, kw_only=True, eq=False):
     """Whom the client names as the user behind the request."""
     names_model: bool = True
     """False when the body names no model."""
+    names_surely: bool = True
+    """False when an engine may read the name of another model in the request than the gateway does."""
     opaque: bool = False
     """The request brings no prompt to route by: it is routed by load, and the engine gets it as it is."""
     response_id: str | None = None

@@ -9,6 +9,12 @@ _MAX_HEAD_BYTES = 4096
 """The headers of a part are sought within so many bytes."""
 _MAX_BOUNDARY_BYTES = 70 + 2
 _MAX_VALUE_BYTES = 8192
+_PLAIN_TYPE = re.compile(r"multipart/form-data; ?boundary=(\"?)([A-Za-z0-9'()+_,./:=?-]{1,70})\1", re.IGNORECASE)
+_PLAIN_HEAD = re.compile(
+    rb"(?i)(?:content-(?:type|length): ?[^\r\n\0]*\r\n)*"
+    rb'content-disposition: ?form-data; ?name="([^"\\\r\n]*)"(?:; ?filename="[^"\\\r\n]*")?'
+    rb"(?:\r\ncontent-(?:type|length): ?[^\r\n\0]*)*"
+)
 _NAME = re.compile(rb'(?i)^content-disposition:[^\r\n]*?[; \t]name=(?:"([^"\r\n]*)"|([^\s;"]+))', re.MULTILINE)
 
 
@@ -50,3 +56,23 @@ def with_field(body: bytes, name: str, value: str) -> bytes:
     """The body with another value of a field that it has; otherwise the body itself."""
     found = find_field(body, name)
     return body if found is None else b"".join((body[: found.start], value.encode(), body[found.stop :]))
+
+
+def is_plain(body: bytes, content_type: str, *, once: str) -> bool:
+    """Whether the body is a form that leaves no choice in reading it, in which the field `once` comes once at most."""
+    kind = _PLAIN_TYPE.fullmatch(content_type.strip())
+    if kind is None:
+        return False
+    delimiter, count = f"\r\n--{kind[2]}".encode(), 0
+    position = len(delimiter) - 2
+    if body[:position] != delimiter[2:]:
+        return False
+    while body[position : position + 2] == b"\r\n":
+        head_end = body.find(b"\r\n\r\n", position + 2, position + _MAX_HEAD_BYTES)
+        head = None if head_end < 0 else _PLAIN_HEAD.fullmatch(body, position + 2, head_end)
+        stop = body.find(delimiter, head_end + 4)
+        if head is None or stop < 0:
+            return False
+        count += head[1] == once.encode()
+        position = stop + len(delimiter)
+    return count <= 1 and body[position:] in (b"--", b"--\r\n")

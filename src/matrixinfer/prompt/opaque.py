@@ -15,7 +15,6 @@ from matrixinfer.prompt import forms
 from matrixinfer.prompt.base import Prompt
 
 _MAX_NAME = 1024
-_MAX_BLANKS = 256
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _URLENCODED = "application/x-www-form-urlencoded"
 
@@ -29,16 +28,22 @@ _NAMED = msgspec.json.Decoder(_Named)
 
 def read(path: str, body: bytes, content_type: str = "", query: Mapping[str, str] | None = None) -> Prompt:
     """A request to a path without a prompt. The model may be named in JSON, in a form, or in the query."""
-    model = _model(body, content_type) or (query or {}).get("model") or ""
-    return opaque(path, len(body), model=model if len(model) <= _MAX_NAME else "")
+    named, in_query = _model(body, content_type), (query or {}).get("model")
+    model = named or in_query or ""
+    # Engines do not look into the query for it.
+    is_sure = not body or (_is_plain(body, content_type) and len(model) <= _MAX_NAME and bool(named or not in_query))
+    return opaque(path, len(body), model=model if len(model) <= _MAX_NAME else "", names_surely=is_sure)
 
 
-def opaque(path: str, size: int, *, model: str = "", response_id: str | None = None) -> Prompt:
+def opaque(
+    path: str, size: int, *, model: str = "", response_id: str | None = None, names_surely: bool = True
+) -> Prompt:
     """A request without a prompt, perhaps about a response that an engine stores."""
     return Prompt(
         path=path,
         model=model,
         names_model=bool(model),
+        names_surely=names_surely,
         stream=False,
         chat=None,
         text=None,
@@ -77,9 +82,19 @@ def _model(body: bytes, content_type: str) -> str | None:
         if len(body) > _MAX_NAME * 64:
             return None
         return next(iter(parse_qs(body.decode("utf-8", "replace"), max_num_fields=None).get("model", ())), None)
-    if not body[:_MAX_BLANKS].lstrip().startswith(b"{"):
-        return None
     try:
         return _NAMED.decode(body).model
     except UNREADABLE:
         return None
+
+
+def _is_plain(body: bytes, content_type: str) -> bool:
+    """Whether everybody who can read the body at all reads the same model in it."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == forms.MULTIPART:
+        return forms.is_plain(body, content_type, once="model")
+    try:
+        _NAMED.decode(body)
+    except UNREADABLE:
+        return False
+    return kind != _URLENCODED

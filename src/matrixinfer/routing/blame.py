@@ -1,4 +1,4 @@
-"""Whose fault it is that a request failed: the endpoint's, or its own."""
+"""Finds out whether an endpoint or the request itself is to blame for a failure."""
 
 from __future__ import annotations
 

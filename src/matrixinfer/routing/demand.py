@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matrixinfer.access.gate import Demand
+from matrixinfer.access.demand import Demand
 from matrixinfer.prompt.anthropic import COUNT_PATH, MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.responses import RESPONSES_PATH

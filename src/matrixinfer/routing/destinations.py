@@ -81,7 +81,7 @@ class Destinations:
         if not prompt.names_model:
             prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
         if ticket is not None:
-            ticket.check_model(prompt.model)
+            ticket.check_model(prompt.model, is_sure=prompt.names_surely)
         route = self._route(prompt, request_id, session, headers) if self._routes else None
         if route is not None and route.model != prompt.model:
             prompt = msgspec.structs.replace(prompt, model=route.model, asked=prompt.model)
@@ -101,7 +101,7 @@ class Destinations:
     def again(self, prompt: Prompt, way: Way) -> tuple[str, Sequence[Pod]]:
         """The model and the pods of now, for a request that has waited. Raises `RequestError` and `NoPodAvailable`."""
         if prompt.opaque and way.keeper is not None:
-            keeper = next((pod for pod in self._registry.pods if pod.name == way.keeper), None)
+            keeper = self._registry.pod(way.keeper)
             if keeper is None:
                 raise UnknownResponse("The pod that stored the response has gone.")
             return keeper.base_model or "", [keeper]
@@ -131,7 +131,7 @@ class Destinations:
             if prompt.opaque:
                 raise
             return None
-        return None if name is None else next((pod for pod in self._registry.pods if pod.name == name), None)
+        return None if name is None else self._registry.pod(name)
 
 
 def _allowed(pods: Sequence[Pod], way: Way) -> Sequence[Pod]:

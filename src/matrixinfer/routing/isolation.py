@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from matrixinfer.errors import NoPodAvailable
+from matrixinfer.errors import InvalidRequest, NoPodAvailable
 from matrixinfer.pods.registry import Pod
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.fields import decode
@@ -14,30 +14,62 @@ from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.responses import RESPONSES_PATH
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANY = msgspec.json.Decoder(object)
 _FIELD = "cache_salt"
 _SGLANG_PATHS = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH))
-"""Where SGLang takes a salt. vLLM takes it everywhere."""
+"""Where SGLang takes a salt. vLLM takes it everywhere else."""
+_UNSALTED = frozenset(("/v2/embed",))
+"""Where no engine takes a salt."""
+_PAST_THE_SALT = frozenset(
+    ("kv_transfer_params", "ec_transfer_params", "features", "bootstrap_host", "bootstrap_room", "session_params")
+)
+"""Fields that name blocks, media or sessions in an engine, which the salt does not tell apart."""
 
 
 def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
-    """The prompt with this salt, and the body that says so in place of what the client asked for.
+    """The prompt with this salt, and the body with it in place of the client's own.
 
-    Raises `InvalidRequest` if a salt of the client's own cannot be taken out of the body.
+    Raises `InvalidRequest` if the request asks for what an engine has computed for somebody else, past the salt.
     """
-    if prompt.cache_salt is not None or _FIELD.encode() in body:
-        fields = decode(_FIELDS, body)
-        body = msgspec.json.encode({key: value for key, value in fields.items() if key != _FIELD})
+    fields = decode(_FIELDS, body)
+    for name in _PAST_THE_SALT & fields.keys():
+        if bytes(fields[name]) != b"null":
+            raise InvalidRequest(f"`{name}` cannot be used where tenants are kept apart.", param=name)
+    if _names_media(fields.get("messages")):
+        raise InvalidRequest("`uuid` of media cannot be used where tenants are kept apart.", param="messages")
+    dropped = {_FIELD, "request_id"} if prompt.path == RESPONSES_PATH else {_FIELD}
+    if dropped & fields.keys():
+        body = msgspec.json.encode({key: value for key, value in fields.items() if key not in dropped})
     head = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
     comma = b"" if head.endswith(b"{") else b","
     body = b'%b%b"%b":%b}' % (head, comma, _FIELD.encode(), msgspec.json.encode(salt))
     return msgspec.structs.replace(prompt, cache_salt=salt), body
 
 
+def _names_media(messages: msgspec.Raw | None) -> bool:
+    """Whether messages, or lists of them, name media by ids of the client's choice: vLLM caches it under them for everybody.
+
+    Raises `InvalidRequest` if that cannot be read.
+    """
+    if messages is None or not any(part in bytes(messages) for part in (b"uuid", b"\\u")):  # keys may be escaped
+        return False
+    found = [decode(_ANY, messages, "messages")]
+    while found:
+        each = found.pop()
+        if isinstance(each, list):
+            found.extend(each)
+        elif isinstance(each, dict):
+            if each.get("uuid") is not None:
+                return True
+            found.append(each.get("content"))
+    return False
+
+
 def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
-    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if there is none."""
-    able = [pod for pod in pods if pod.engine != "sglang" or path in _SGLANG_PATHS]
+    """The pods whose engines take a salt at `path`. Raises `NoPodAvailable` if no pod does."""
+    able = [] if path in _UNSALTED else [pod for pod in pods if pod.engine != "sglang" or path in _SGLANG_PATHS]
     if not able:
-        raise NoPodAvailable(f"{path} cannot keep tenants apart: SGLang takes no cache salt there.")
+        raise NoPodAvailable(f"{path} cannot keep tenants apart: the engine takes no cache salt there.")
     return able
 
 

@@ -23,7 +23,7 @@ from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
-from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destinations, Way
+from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destination, Destinations, Way
 from matrixinfer.routing.isolation import is_salted, isolating, salted
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
@@ -145,14 +145,9 @@ class Preparer:
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body, read)
             destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
+            if ticket is not None and ticket.isolates and is_salted(destination.prompt, body):
+                destination, body = await _isolated(destination, body, path, ticket)
             prompt, model, pods, way = destination
-            if ticket is not None and ticket.isolates and is_salted(prompt, body):
-                salt = ticket.salt(prompt.cache_salt)
-                is_large = len(body) > LARGE_BYTES
-                prompt, body = (
-                    await asyncio.to_thread(salted, prompt, body, salt) if is_large else salted(prompt, body, salt)
-                )
-                pods, way = isolating(pods, path), way._replace(isolates=True)
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
         tokenized = None if prompt.opaque else await self._tokenize(prompt, configured, pods, steps)
@@ -368,3 +363,12 @@ def _base_model(model: str, pods: Sequence[Pod]) -> str:
     """The model that tokenizes: for an adapter the one below it."""
     served = pods[0].served
     return served.base_model if served is not None and model in served.adapters else model
+
+
+async def _isolated(destination: Destination, body: bytes, path: str, ticket: Ticket) -> tuple[Destination, bytes]:
+    """The request with the salt of its tenant, at pods whose engines take one there."""
+    prompt, model, pods, way = destination
+    salt = ticket.salt(prompt.cache_salt)
+    is_large = len(body) > LARGE_BYTES
+    prompt, body = await asyncio.to_thread(salted, prompt, body, salt) if is_large else salted(prompt, body, salt)
+    return Destination(prompt, model, isolating(pods, path), way._replace(isolates=True)), body

@@ -7,7 +7,6 @@ target has no pod for a while, only as many requests move as must.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -114,10 +113,22 @@ def _fits(route: RouteConfig, wanted: Mapping[str, str], asked: str, headers: Ma
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Whether the text is what the pattern says, where `*` stands for any text."""
+    """Whether the text is what the pattern says, where `*` stands for any text.
+
+    Takes a time proportional to the text, which clients choose; a regular expression would try every way to split it.
+    """
     if "*" not in pattern:
         return pattern == text
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
+    first, *middle, last = pattern.split("*")
+    position, end = len(first), len(text) - len(last)
+    if position > end or not text.startswith(first) or not text.endswith(last):
+        return False
+    for part in middle:
+        found = text.find(part, position, end)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return True
 
 
 def _uniform(*parts: str) -> float:

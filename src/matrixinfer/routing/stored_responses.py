@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
+from matrixinfer.errors import UnknownResponse
+
 MOST_KEPT = 100_000
-"""About 20 MB. The response that was longest unused is forgotten first; pods are then asked for it."""
+"""About 20 MB. The least recently used response is forgotten first; pods are then asked for it."""
 
 
 class StoredResponses:
@@ -20,14 +22,19 @@ class StoredResponses:
         return len(self._kept)
 
     def remember(self, response_id: str, pod: str, tenant: str | None = None) -> None:
-        """A pod has answered a request of a tenant with this response; None for a tenant that is not known."""
-        self._kept[response_id] = pod, tenant
+        """A pod has answered a request of a tenant with this response; None for a tenant that is not known.
+
+        Clients may choose ids: one that another tenant has already stays with that tenant.
+        """
+        kept = self._kept.get(response_id)
+        if kept is None or kept[1] == tenant:
+            self._kept[response_id] = pod, tenant
         self._kept.move_to_end(response_id)
         if len(self._kept) > self._most:
             self._kept.popitem(last=False)
 
     def keeper_of(self, response_id: str) -> tuple[str, str | None] | None:
-        """The pod that stores a response, and the tenant whose it is; None if that is not known."""
+        """The pod that stores a response, and the tenant that it belongs to; None if unknown."""
         kept = self._kept.get(response_id)
         if kept is not None:
             self._kept.move_to_end(response_id)
@@ -42,11 +49,16 @@ class FindResponse:
         self._search = search
 
     async def __call__(self, response_id: str, tenant: str | None = None) -> str | None:
-        """The name of the pod that stores it; None if none is known to, or if it is another tenant's."""
+        """The name of the pod that stores it; None if none is known to. Raises `UnknownResponse` if it is another tenant's.
+
+        A request to go on with it must then not reach any pod: it could be the one that stores it.
+        """
         kept = self._stored.keeper_of(response_id)
         if kept is not None:
             pod, owner = kept
-            return pod if tenant is None or owner is None or owner == tenant else None
+            if tenant is None or owner is None or owner == tenant:
+                return pod
+            raise UnknownResponse(f"No pod stores the response `{response_id[:200]}`.")
         found = await self._search(response_id)
         if found is not None:
             self._stored.remember(response_id, found)

@@ -55,7 +55,7 @@ class AccessEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     blocks: Sequence[int] = ()
     """Hashes of the blocks that follow; each stands for its block and all before it."""
     sampled: bool = True
-    """False for a request of a session that is not written, but for those that fail."""
+    """False for a request that is written only because it failed: its session is not in the sample."""
 
 
 class WrittenBlocks:
@@ -107,7 +107,7 @@ def text_line(entry: AccessEntry) -> str:
 
 
 def _plain(value: object) -> str:
-    """A value as a word; in quotes and escaped where it is none."""
+    """A value as a bare word, or quoted and escaped."""
     text = str(value)
     is_word = text.isascii() and text.isprintable() and not set(text) & set(' "=')
     return text if is_word else msgspec.json.encode(text).decode()

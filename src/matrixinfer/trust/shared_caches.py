@@ -9,6 +9,7 @@ from matrixinfer.index.ends import Rule
 from matrixinfer.index.redis.pod_states import PodState, PodStates, encode
 from matrixinfer.kvevents import limits
 from matrixinfer.kvevents.feed import PodFeed
+from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust import reasons
 from matrixinfer.trust.cache_views import Caches, CacheView
@@ -71,6 +72,7 @@ class ReportedCaches:
             hides_salts=state.hides_salts,
             rule=None if state.rule is None else Rule(*state.rule),
             drop=state.drop,
+            footprint=None if state.footprint is None else Footprint.of(*state.footprint),
         )
 
 
@@ -124,6 +126,7 @@ def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:
             hides_salts=ledger.hides_salts,
             rule=None if rule is None else (*rule,),
             drop=0 if rule is not None else ledger.rules.drop,
+            footprint=ledger.footprint.reported(),
             reason=feed.untrusted,
             limits=tuple(reasons.limits_of(feed, doubted=doubted)),
         )

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from matrixinfer.access.callers import Caller
-from matrixinfer.access.gate import CLIENT_GONE, Demand, Gate, Rules, Ticket, Used
+from matrixinfer.access.demand import Demand, Used
+from matrixinfer.access.gate import CLIENT_GONE, MOST_OUTPUT_TOKENS, Gate, Place, Rules, Ticket
 from matrixinfer.access.limits import Limits
 from matrixinfer.access.quota import Amounts
 from matrixinfer.access.salts import Salts
@@ -183,3 +184,31 @@ def test_salts_need_a_tenant() -> None:
     gate = Gate(Rules(salts=salts), Metrics().access)
     assert gate.ticket(CALLER).salt("mine") == salts.of("lab", "mine")
     assert (gate.ticket(None).isolates, gate.ticket(None).salt("mine")) == (False, "mine")
+
+
+class Costs:
+    """A queue that lets everybody through, and keeps what they said they cost."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    async def enter(self, tenant: str, cost: int) -> Place:
+        self.seen.append(cost)
+        return self
+
+    @property
+    def waited(self) -> bool:
+        return False
+
+    def leave(self, cost: int | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("asked", [{"max_tokens": 2**62}, {"max_tokens": 2**62, "n": 2**62}, {"max_tokens": 10**30}])
+async def test_nobody_outweighs_all_others_in_the_queue_by_its_own_word(asked: dict[str, Any]) -> None:
+    costs = Costs()
+    gate = Gate(Rules(queue=costs), Metrics().access)
+    ticket = gate.ticket(CALLER)
+    await ticket.admit(demand(**asked))
+    ticket.close(200)
+    assert costs.seen[0] <= MOST_OUTPUT_TOKENS + 40

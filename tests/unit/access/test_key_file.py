@@ -49,6 +49,9 @@ def test_a_key_expires(moment: str) -> None:
         (f"keys: [{{name: a, hash: '{hash_of('1')}'}}, {{name: a, hash: '{hash_of('2')}'}}]", r"$.keys[1].name"),
         (f"keys: [{{name: a, hash: '{hash_of('1')}'}}, {{name: b, hash: '{hash_of('1')}'}}]", r"$.keys[1].hash"),
         ("keys: [", r"$"),
+        ("keys: !!int ''", r"$"),
+        ("keys: !!timestamp 'x'", r"$"),
+        ("keys: !!bool 'x'", r"$"),
     ],
 )
 def test_a_bad_file_says_where(text: str, path: str) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
 import pytest
+from aiohttp import StreamReader, web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import make_mocked_request
 
-from matrixinfer.app.workers.supervisor import share_of
-from matrixinfer.app.workers.worker import VARIABLE, Folder, Worker, from_environment, passed_on
+from matrixinfer.app.workers import front
+from matrixinfer.app.workers.front import AdminFront
+from matrixinfer.app.workers.share import share_of
+from matrixinfer.app.workers.worker import VARIABLE, Folder, Worker, from_environment, to_environment
 from matrixinfer.config import parse
-from matrixinfer.errors import ConfigError
+from matrixinfer.errors import ConfigError, PayloadTooLarge
 
 TEXT = """
 workers: 3
@@ -37,7 +43,7 @@ def test_a_worker_starts_with_what_its_supervisor_has_written(tmp_path: Path) ->
     config = share_of(parse(TEXT, base=Path()))
     folder.config.write_bytes(msgspec.json.encode(config))
     worker = Worker(number=2, listens=(5, 6, 7), alive=8, folder=folder)
-    assert from_environment({VARIABLE: passed_on(worker)}) == worker
+    assert from_environment({VARIABLE: to_environment(worker)}) == worker
     assert from_environment({}) is None
     read = worker.configuration()
     assert read.access_log is not None
@@ -50,3 +56,17 @@ def test_local_limits_would_be_multiplied() -> None:
     with pytest.raises(ConfigError, match=r"\$\.access\.countIn: expected `redis`"):
         parse(f"workers: 2\n{access}", base=Path())
     parse(f"workers: 1\n{access}", base=Path())
+
+
+async def test_a_body_that_is_too_large_is_the_clients_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_MAX_BODY_BYTES", 10)
+    admin = AdminFront([], asyncio.Event(), lambda: b"", never)
+    body = StreamReader(BaseProtocol(asyncio.get_running_loop()), limit=64)
+    body.feed_data(b"x" * 11)
+    body.feed_eof()
+    with pytest.raises(PayloadTooLarge):
+        await admin.ask_all(make_mocked_request("POST", "/admin/pods", payload=body))
+
+
+async def never() -> web.StreamResponse:
+    raise AssertionError("nobody reloads")

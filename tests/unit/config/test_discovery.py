@@ -95,3 +95,17 @@ def test_a_bad_list_is_refused_with_the_path_of_its_fault(text: str, complaint: 
 
 def test_an_empty_list_is_a_list() -> None:
     assert parse_pods("[]", base=Path()) == ()
+
+
+def test_files_of_listed_pods_start_from_the_folder_of_the_list() -> None:
+    (pod,) = parse_pods('[{"name": "a", "url": "https://a:1", "tls": {"caFile": "ca.pem"}}]', base=Path("/lists"))
+    assert pod.tls is not None
+    assert pod.tls.ca_file == "/lists/ca.pem"
+    with pytest.raises(ConfigError, match=r"\$\.pods\[0\]\.tls\.keyFile"):
+        parse_pods('[{"name": "a", "url": "https://a:1", "tls": {"certFile": "c.pem"}}]', base=Path("/lists"))
+
+
+@pytest.mark.parametrize("name", ["", "a\\u0000", "a\\nb", "a\\u001b[31m", "n" * 254])
+def test_a_name_that_would_break_headers_or_logs_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\$\.pods\[0\]\.name: expected 1 to 253 printable"):
+        parse_pods(f'[{{"name": "{name}", "url": "http://a:1"}}]', base=Path())

@@ -63,6 +63,9 @@ def test_tokens_seconds_and_rates_of_answers_are_summed() -> None:
     assert total.saved_seconds == pytest.approx(1_000 / 500.0)
     assert history.endpoint("p0").cached_tokens == 1_000
     assert history.endpoint("p1").requests == 0
+    history.forget("p0")
+    assert history.endpoint("p0").requests == 0
+    assert history.total().requests == 2
 
 
 def test_an_engine_that_reports_nothing_is_not_one_that_found_nothing() -> None:

@@ -110,7 +110,7 @@ def test_each_ejection_lasts_twice_as_long_up_to_the_bound() -> None:
     fleet = Fleet(eject_seconds=5.0, max_eject_seconds=30.0)
     fleet.fail("a", 3)
     for _ in range(4):
-        fleet.now += 30
+        fleet.now += fleet.watch.seen[-1][1]
         fleet.probe("a", succeeds=False)
     assert [seconds for _, seconds in fleet.watch.seen] == [5.0, 10.0, 20.0, 30.0, 30.0]
 
@@ -251,9 +251,23 @@ def test_what_others_have_ejected_counts_for_the_largest_share() -> None:
     assert len(outliers.withheld(["a", "b", "c", "d"])) == 2
 
 
+def test_an_endpoint_that_nobody_probes_is_readmitted_and_the_next_ejection_is_longer() -> None:
+    fleet = Fleet()
+    fleet.fail("a", 3)
+    fleet.now += 9.9  # ejected for 5 s, and no request has suited it for almost as long
+    assert fleet.outliers.state("a") == "half_open"
+    assert fleet.outliers.ejected() == ["a"]
+    fleet.now += 0.1
+    assert fleet.outliers.ejected() == []
+    assert fleet.outliers.state("a") == "admitted"
+    assert fleet.outliers.reason("a") is None
+    fleet.fail("a", 3)
+    assert fleet.watch.seen[-1] == ("a", 10.0)
+
+
 def test_own_ejections_are_reported_until_the_probe_succeeds() -> None:
     now = 0.0
-    outliers = Outliers(OutliersConfig(consecutive_failures=1), lambda: now)
+    outliers = Outliers(OutliersConfig(consecutive_failures=1, eject_seconds=100.0), lambda: now)
     outliers.failed("a", "broke")
     assert outliers.ejected() == ["a"]
     now = 100.0

@@ -107,3 +107,65 @@ def test_a_request_without_a_prompt_claims_nothing_about_caches() -> None:
     assert not prompt.reads_cache
     assert not prompt.counted
     assert prompt.prefix == b""
+
+
+TYPE = "multipart/form-data; boundary=xYz"
+MODEL = ("model", b"small")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", "application/json"),
+        (b'{"model": "small"}', "application/json"),
+        (b" " * 1000 + b'{"model": "small"}', ""),
+        (b'{"model": "large", "model": "small"}', "application/json"),
+        (form(MODEL, FILE), TYPE),
+        (form(FILE, MODEL), 'multipart/form-data; boundary="xYz"'),
+        (form(FILE), TYPE),
+        (form(MODEL).replace(b"\r\n\r\n", b"\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"), TYPE),
+        (form(MODEL).replace(b"--xYz\r\n", b"--xYz\r\nContent-Type: text/plain\r\n"), TYPE),
+    ],
+)
+def test_a_plain_body_surely_names_its_model(body: bytes, kind: str) -> None:
+    prompt = opaque.read("/x", body, kind)
+    assert prompt.names_surely
+    assert prompt.model == ("small" if b"small" in body else "")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (form(MODEL, ("model", b"large")), TYPE),
+        (form(MODEL), "multipart/form-data; boundary=abc"),
+        (form(MODEL), "multipart/form-data; boundary=xYz; boundary=abc"),
+        (form(MODEL), "application/json"),
+        (form(MODEL, quoted=False), TYPE),
+        (b"preamble\r\n" + form(MODEL), TYPE),
+        (form(MODEL) + b"more", TYPE),
+        (form(MODEL)[:-6], TYPE),
+        (form(MODEL).replace(b"\r\n\r\n", b"\r\nX: y\r\n\r\n"), TYPE),
+        (form(MODEL).replace(b"\r\n\r\n", b"\r\nX: " + b"y" * 5000 + b"\r\n\r\n"), TYPE),
+        (form(MODEL).replace(b"form-data; ", b"form-data; name*=utf-8''file; "), TYPE),
+        (form(MODEL).replace(b"\r\n\r\n", b"\r\ncontent-disposition: form-data; name=file\r\n\r\n"), TYPE),
+        (form(("file", b"\r\n--xYz\nContent-Disposition: form-data; name=model\r\n\r\nlarge"), MODEL), TYPE),
+        (b"model=small&model=large", "application/x-www-form-urlencoded"),
+        (b'{"model": "small", "x": "&model=large&"}', "application/x-www-form-urlencoded"),
+        ('{"model": "large"}'.encode("utf-16"), "application/json"),
+        ('{"model": "large"}'.encode("utf-32-le"), "application/json"),
+        (b'\xef\xbb\xbf{"model": "large"}', "application/json"),
+        (b'[{"model": "large"}]', "application/json"),
+        (b'{"model": 5}', "application/json"),
+        (b'{"model": "%s"}' % (b"m" * 2000), "application/json"),
+    ],
+)
+def test_a_body_that_others_may_read_differently_names_no_model_surely(body: bytes, kind: str) -> None:
+    assert not opaque.read("/x", body, kind).names_surely
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b'{"model": ""}', form(FILE)])
+def test_engines_do_not_look_for_the_model_in_the_query(body: bytes) -> None:
+    kind = TYPE if body.startswith(b"--") else "application/json"
+    assert opaque.read("/x", body, kind).names_surely
+    assert not opaque.read("/x", body, kind, {"model": "small"}).names_surely
+    assert opaque.read("/x", b"", "", {"model": "small"}).names_surely

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from matrixinfer.access.callers import Caller
+from matrixinfer.access.gate import Gate, Rules
 from matrixinfer.config import ModelConfig, PodConfig, PodWatchConfig
-from matrixinfer.errors import Overloaded, UnknownResponse
+from matrixinfer.errors import Forbidden, Overloaded, UnknownResponse
 from matrixinfer.pods.pod import ServedNames
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.opaque import opaque
 from matrixinfer.prompt.requests import parse
 from matrixinfer.routing.destinations import Destinations
 from matrixinfer.routing.stored_responses import FindResponse, StoredResponses
+from matrixinfer.telemetry.metrics import Metrics
 
 
 def registry() -> PodRegistry:
@@ -86,3 +89,37 @@ def test_only_so_many_responses_are_remembered_and_the_longest_unused_goes_first
     assert stored.keeper_of("r1") == ("a", None)
     stored.remember("r3", "c")
     assert (stored.keeper_of("r2"), stored.keeper_of("r3"), len(stored)) == (None, ("c", None), 2)
+
+
+async def test_a_response_of_another_tenant_leads_to_no_pod_and_cannot_be_taken_over() -> None:
+    async def search(name: str) -> str | None:
+        raise AssertionError(name)
+
+    stored = StoredResponses()
+    stored.remember("r1", "a", "ann")
+    stored.remember("r1", "b", "bob")  # by a request with an id of its own choice
+    stored.remember("r1", "b")
+    find = FindResponse(stored, search)
+    assert await find("r1", "ann") == "a"
+    destinations = Destinations(registry(), find_response=find)
+    metrics = Metrics()
+    bob = Caller(name="bob", tenant="bob", account="key:bob")
+    goes_on = parse("/v1/responses", b'{"model":"m","input":"x","previous_response_id":"r1"}')
+    for prompt in (goes_on, opaque("/v1/responses/r1", 0, response_id="r1")):
+        with pytest.raises(UnknownResponse):
+            await destinations.of(prompt, ticket=Gate(Rules(), metrics.access).ticket(bob))
+    stored.remember("r1", "c", "ann")
+    assert stored.keeper_of("r1") == ("c", "ann")
+
+
+async def test_a_key_for_some_models_must_say_surely_which_it_asks_for() -> None:
+    gate = Gate(Rules(), Metrics().access)
+    some, every = (
+        gate.ticket(Caller(name="a", tenant="a", account="key:a", models=models)) for models in (frozenset({"m"}), None)
+    )
+    destinations = Destinations(registry())
+    unsure = opaque("/pooling", 9, model="m", names_surely=False)
+    with pytest.raises(Forbidden):
+        await destinations.of(unsure, ticket=some)
+    assert (await destinations.of(unsure, ticket=every)).model == "m"
+    assert (await destinations.of(opaque("/pooling", 9, model="m"), ticket=some)).model == "m"

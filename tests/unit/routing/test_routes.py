@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -120,3 +121,15 @@ def test_names_are_those_that_a_client_can_ask_for_as_they_are() -> None:
 def test_names_of_headers_have_no_case(header: str) -> None:
     route = RouteConfig(name="r", headers={header: "a"}, targets=(RouteTarget(model="t"),))
     assert model_of([route], headers={"x-team": "a"}) == "t"
+
+
+@given(st.text("ab*", max_size=8), st.text("ab\n", max_size=12))
+def test_a_star_stands_for_any_text(pattern: str, text: str) -> None:
+    expected = re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
+    route = RouteConfig(name="r", headers={"x": pattern}, targets=(RouteTarget(model="n"),))
+    assert (chosen([route], headers={"x": text}) is not None) is expected
+
+
+def test_no_header_of_a_client_makes_a_pattern_slow() -> None:
+    route = RouteConfig(name="r", headers={"x": "*a" * 20 + "b"}, targets=(RouteTarget(model="n"),))
+    assert chosen([route], headers={"x": "a" * 8000}) is None

@@ -49,7 +49,7 @@ def test_each_condition_shows_as_its_cause() -> None:
     assert losses(blind).get("scored", 0.0) + losses(blind).get("busier", 0.0) > 0.2
     restart = Fault(kind="restart", at=40.0, pod=1, value=1.0)
     restarted = replay(trace, fleet(trace, pod_tokens=100_000, faults=(restart,)), POLICIES["kv_aware"]).ladder
-    assert losses(restarted)["emptied"] > 0.02
+    assert losses(restarted)["emptied"] > 0.01
 
 
 def test_what_a_gateway_has_not_heard_of_is_not_blamed_on_its_profile() -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
@@ -15,16 +14,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
-from matrixinfer.errors import NoPodAvailable
+from matrixinfer.errors import PayloadTooLarge
 from matrixinfer.gateway.errors import error_response
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Handler, Routes
+from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-class Front:
+class AdminFront:
     """Answers from the workers. `own_metrics` are those of the supervisor itself."""
 
     def __init__(
@@ -35,7 +34,7 @@ class Front:
         reload: Callable[[], Awaitable[web.StreamResponse]],
     ) -> None:
         self.added: dict[str, bytes] = {}
-        """The pods that operators have added, by name: a new worker must be told of them."""
+        """Pods that operators have added, by name, for workers that start later."""
         self.drained: set[str] = set()
         self._workers = workers
         self._draining = draining
@@ -146,10 +145,10 @@ class Front:
         if worst is None:
             return _passed_on(_nobody())
         if worst.status < 300:
-            self._remember(request, body)
+            self._remember(request, body, worst)
         return _passed_on(worst)
 
-    async def tell(self, worker: WorkerProcess) -> None:
+    async def catch_up(self, worker: WorkerProcess) -> None:
         """Let a new worker know what operators have changed."""
         for body in tuple(self.added.values()):
             await worker.ask("POST", "/admin/pods", body)
@@ -167,17 +166,23 @@ class Front:
         answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
         return [each for each in answers if each is not None]
 
-    def _remember(self, request: web.BaseRequest, body: bytes) -> None:
+    def _remember(self, request: web.BaseRequest, body: bytes, answer: Answer) -> None:
+        """Keep what has changed, by the name that the workers gave to the pod: there are several ways to write it."""
         path, method = request.rel_url.raw_path, request.method
-        if path == "/admin/pods" and method == "POST":
-            self.added[str(msgspec.json.decode(body)["name"])] = body
-        drain = re.fullmatch(r"/admin/pods/[^/]+/drain", path)
-        if drain and method == "POST":
-            self.drained.add(path)
-        elif drain:
-            self.drained.discard(path)
-        elif path.startswith("/admin/pods/") and method == "DELETE":
-            self.added.pop(unquote(path.removeprefix("/admin/pods/")), None)
+        if not f"{path}/".startswith("/admin/pods/"):
+            return
+        name = str(msgspec.json.decode(answer.body)["name"])
+        drain = f"/admin/pods/{quote(name, safe='')}/drain"
+        action = path.removeprefix("/admin/pods/").partition("/")[2]
+        if path == "/admin/pods":
+            self.added[name] = body
+        elif not action:
+            self.added.pop(name, None)
+            self.drained.discard(drain)
+        elif method == "POST":
+            self.drained.add(drain)
+        else:
+            self.drained.discard(drain)
 
 
 def _with_workers(view: bytes, count: int) -> bytes:
@@ -201,5 +206,5 @@ async def _body(request: web.BaseRequest) -> bytes:
     while chunk := await request.content.readany():
         body += chunk
         if len(body) > _MAX_BODY_BYTES:
-            raise NoPodAvailable("The body is too large.")
+            raise PayloadTooLarge(f"The body is larger than {_MAX_BODY_BYTES} bytes.")
     return bytes(body)

@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 import aiohttp
 import structlog
 
-from matrixinfer.app.workers.worker import VARIABLE, Folder, Worker, passed_on
+from matrixinfer.app.workers.worker import VARIABLE, Folder, Worker, to_environment
 from matrixinfer.telemetry.merged import Families, Key, counted, parsed
 
 START_SECONDS: Final = 120.0
@@ -30,13 +30,12 @@ _FOREIGN: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 log = structlog.get_logger(__name__)
 
 
-class Answer:
+class Answer(NamedTuple):
     """What a worker answered over HTTP."""
 
-    def __init__(self, status: int, body: bytes, content_type: str) -> None:
-        self.status = status
-        self.body = body
-        self.content_type = content_type
+    status: int
+    body: bytes
+    content_type: str
 
 
 class WorkerProcess:
@@ -114,7 +113,7 @@ class WorkerProcess:
         connector = aiohttp.UnixConnector(str(self._worker.folder.admin(self.number)))
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "matrixinfer", "serve"),
-            env={**environment, VARIABLE: passed_on(self._worker)},
+            env={**environment, VARIABLE: to_environment(self._worker)},
             pass_fds=(*self._worker.listens, self._worker.alive),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone

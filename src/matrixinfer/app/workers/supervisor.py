@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,19 +19,20 @@ import msgspec
 import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.systemd import Notifier
-from matrixinfer.app.workers.front import Front
+from matrixinfer.app.workers.collector import WorkerCollector
+from matrixinfer.app.workers.front import AdminFront
 from matrixinfer.app.workers.process import WorkerProcess
+from matrixinfer.app.workers.share import share_of
+from matrixinfer.app.workers.sockets import listening_sockets
 from matrixinfer.app.workers.worker import SOCKETS_PATH, Folder
 from matrixinfer.config import Config, split_address
 from matrixinfer.errors import ConfigError
 from matrixinfer.gateway.guard import guarded
-from matrixinfer.gateway.handlers import json_response
 from matrixinfer.gateway.listener import Listener
+from matrixinfer.gateway.reload_admin import outcome_response
 from matrixinfer.gateway.tls import ListenerTls
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.peers.local import Hub
@@ -40,8 +41,6 @@ GRACE_SECONDS: Final = 10.0
 """How much longer than `drain` allows a worker may take to end before it is killed."""
 CUT_SECONDS: Final = 10.0
 """The same after a second signal."""
-_BACKLOG: Final = 1024
-_STATUS: Final = {"applied": 200, "unchanged": 200, "refused": 409, "failed": 422}
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +65,7 @@ class Supervisor:
         self._has_started = False
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._told: set[asyncio.Task[object]] = set()
+        self._asking: set[asyncio.Task[object]] = set()
 
     async def __aenter__(self) -> Self:
         """Start the workers. Raises `ConfigError` when one cannot start, and `OSError` when an address is taken."""
@@ -75,7 +74,7 @@ class Supervisor:
             stack.callback(shutil.rmtree, path, ignore_errors=True)
             self._folder = Folder(path=path)
             self._write(self.config)
-            self._sockets = _listening(self.config.listen, self.config.workers)
+            self._sockets = listening_sockets(self.config.listen, self.config.workers)
             for each in self._sockets:
                 stack.enter_context(each)
             await stack.enter_async_context(Hub(self._folder.hub))
@@ -88,7 +87,7 @@ class Supervisor:
                 on_begin=self._notifier.reloading,
                 on_end=self._notifier.ready,
             )
-            self._front = Front(self.workers, self._draining, self._own_metrics, self._reload)
+            self._front = AdminFront(self.workers, self._draining, self._own_metrics, self._reload)
             await stack.enter_async_context(self._front_listener())
             await self._all_ready()
             self._reloader = await stack.enter_async_context(reloader)
@@ -162,7 +161,7 @@ class Supervisor:
         """A worker serves. If it replaces one that died, tell it what operators have changed."""
         if self._has_started:
             log.info("worker_replaced", worker=worker.number)
-            self._begin(self._front.tell(worker))
+            self._begin(self._front.catch_up(worker))
         for other in self.workers:
             if other is not worker:
                 self._begin(other.ask("DELETE", f"{SOCKETS_PATH}/{worker.number}"))
@@ -175,8 +174,8 @@ class Supervisor:
 
     def _begin(self, work: Coroutine[object, object, object]) -> None:
         task = asyncio.create_task(work)
-        self._told.add(task)
-        task.add_done_callback(self._told.discard)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
 
     def _front_listener(self) -> Listener:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -219,8 +218,7 @@ class Supervisor:
                 raise ConfigError("$", f"worker {worker.number} refuses it: {answer.body[:500].decode()}")
 
     async def _reload(self) -> web.StreamResponse:
-        outcome: Mapping[str, object] = asdict(await self._reloader.reload("admin"))
-        return json_response(outcome, status=_STATUS[str(outcome["result"])])
+        return outcome_response(asdict(await self._reloader.reload("admin")))
 
     def _own_metrics(self) -> bytes:
         registry = CollectorRegistry()
@@ -228,73 +226,3 @@ class Supervisor:
         if self._has_started:
             registry.register(ReloadCollector(self._reloader))
         return generate_latest(registry)
-
-
-class WorkerCollector(Collector):
-    """How many workers there are, and how often one had to be replaced."""
-
-    def __init__(self, workers: list[WorkerProcess]) -> None:
-        self._workers = workers
-
-    def collect(self) -> Iterator[Metric]:
-        """Read the states now."""
-        running = sum(each.is_ready.is_set() for each in self._workers)
-        yield GaugeMetricFamily("matrixinfer_workers", "Workers that serve.", value=running)
-        died = CounterMetricFamily("matrixinfer_worker_deaths", "Times that a worker died.", labels=["worker"])
-        for each in self._workers:
-            died.add_metric([str(each.number)], each.restarts)
-        yield died
-
-
-def share_of(config: Config) -> Config:
-    """The configuration of one of `config.workers` workers: together they keep the limits of the gateway."""
-    replace, count = msgspec.structs.replace, config.workers
-    limits, connections, admission = config.limits, config.connections, config.admission
-    if admission is not None:
-        admission = replace(
-            admission,
-            max_concurrent_requests=-(-admission.max_concurrent_requests // count),
-            queue_size=-(-admission.queue_size // count),
-        )
-    least = 16 * 1024 * 1024  # the least that the schema allows
-    return replace(
-        config,
-        admission=admission,
-        limits=replace(limits, memory_bytes=max(least, limits.memory_bytes // count)),
-        connections=replace(connections, max=None if connections.max is None else -(-connections.max // count)),
-        retries=replace(config.retries, budget_per_second=config.retries.budget_per_second / count),
-    )
-
-
-def _listening(address: str, count: int) -> list[socket.socket]:
-    """Sockets of the API, one per worker. Raises `OSError`."""
-    host, port = split_address(address, path="$.listen")
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    found: list[socket.socket] = []
-    try:
-        with _socket(family, kind, protocol) as probe:  # others of this user could share the address unnoticed
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-            where = probe.getsockname()
-        for _ in range(count):
-            each = _socket(family, kind, protocol)
-            found.append(each)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            each.bind(where)
-            each.listen(_BACKLOG)
-    except BaseException:
-        for each in found:
-            each.close()
-        raise
-    return found
-
-
-def _socket(family: int, kind: int, protocol: int) -> socket.socket:
-    """A socket, which takes IPv4 as well if it is one of IPv6 and the system can."""
-    made = socket.socket(family, kind, protocol)
-    if family == socket.AF_INET6 and socket.has_dualstack_ipv6():
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    return made

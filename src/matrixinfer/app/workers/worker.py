@@ -1,4 +1,4 @@
-"""What a worker shares with its supervisor: the socket that it serves, and a folder."""
+"""What a worker shares with its supervisor: its listening sockets and a folder."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Folder:
         return self.path / f"worker-{number}"
 
 
-class _Passed(msgspec.Struct, frozen=True):
-    """What the environment variable says."""
+class _Variable(msgspec.Struct, frozen=True):
+    """The content of the environment variable."""
 
     number: int
     listens: list[int]
@@ -113,18 +113,18 @@ class Worker:
         loop.add_reader(self.alive, ended)
 
 
-def passed_on(worker: Worker) -> str:
+def to_environment(worker: Worker) -> str:
     """The value of the environment variable."""
-    passed = _Passed(worker.number, list(worker.listens), worker.alive, str(worker.folder.path))
+    passed = _Variable(worker.number, list(worker.listens), worker.alive, str(worker.folder.path))
     return msgspec.json.encode(passed).decode()
 
 
 def from_environment(environment: Mapping[str, str]) -> Worker | None:
-    """The worker that this process is; None if it is none."""
+    """The worker that this process is; None if it is not a worker."""
     value = environment.get(VARIABLE)
     if value is None:
         return None
-    passed = msgspec.json.decode(value, type=_Passed)
+    passed = msgspec.json.decode(value, type=_Variable)
     return Worker(
         number=passed.number,
         listens=tuple(passed.listens),

@@ -44,6 +44,8 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How reusable prefixes are found (`index.ends.Rule`), where not every prefix that the pod holds is reused."""
     drop: int = 0
     """Tokens by which the engine cuts every prefix that it holds before it reuses it."""
+    footprint: tuple[int, int, int] | None = None
+    """Tokens that the cache holds, the most that it has held, and what it has evicted so far, in steps of a hundredth."""
     reason: str | None = None
     """Why the events are not trusted."""
     limits: tuple[str, ...] = ()

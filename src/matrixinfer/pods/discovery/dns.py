@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -19,6 +20,8 @@ MIN_SECONDS: Final = 1.0
 """Shortest time between two questions, whatever the time to live."""
 EMPTY_ANSWERS: Final = 3
 """A name is believed to have no records when so many answers in a row say so: servers say it while they restart, too."""
+_HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
+"""DNS allows every byte in a name; in a URL, others would mean something else."""
 
 
 class DnsFailure(MatrixInferError):
@@ -102,7 +105,11 @@ class DnsPods:
             else:
                 hosts.append((record.address, self._config.port or 0))
         ttl = answer.rrset.ttl if answer.rrset is not None else interval
-        return Answer(tuple(host for host in hosts if host[0]), ttl)
+        named = tuple((host, port) for host, port in hosts if host.strip("."))  # `.` says that there is no such service
+        usable = tuple((host, port) for host, port in named if port and _HOST.fullmatch(host))
+        if named and not usable:
+            raise DnsFailure(f"{name} {kind}: expected hosts and ports, got `{named[0][0][:100]}` port {named[0][1]}")
+        return Answer(usable, ttl)
 
     def _pods(self, hosts: Sequence[tuple[str, int]]) -> tuple[PodConfig, ...]:
         scheme, kv_events = self._config.scheme, self._config.kv_events

@@ -176,7 +176,7 @@ class Fleet:
         """
         if self.membership.is_out(name) or name in self._drains:
             return True
-        pod = self._pod(name)
+        pod = self._registry.pod(name)
         if pod is None:
             return False
         pod.draining = True
@@ -190,13 +190,13 @@ class Fleet:
         task = self._drains.pop(name, None)
         if task is not None:
             task.cancel()
-        pod = self._pod(name)
+        pod = self._registry.pod(name)
         if pod is not None and pod.draining:
             pod.draining = False
             log.info("pod_drain_cancelled", pod=name)
         if self.membership.put_back(name):
             self.apply()
-        return self._pod(name) is not None
+        return self._registry.pod(name) is not None
 
     def views(self) -> list[dict[str, object]]:
         """Every pod that a source lists, and how it is doing, as JSON-able data."""
@@ -248,6 +248,3 @@ class Fleet:
             if self._ignored.get((source, name)) != reason:
                 log.warning("pod_ignored", pod=name, source=source, reason=reason)
         self._ignored = ignored
-
-    def _pod(self, name: str) -> Pod | None:
-        return next((pod for pod in self._registry.pods if pod.name == name), None)

@@ -35,7 +35,7 @@ class Tried:
 
     @property
     def searched(self) -> float:
-        """Its value in the search; infinity where there is none."""
+        """Its value in the search; infinity if it has none."""
         return self.values.get(0, math.inf)
 
 

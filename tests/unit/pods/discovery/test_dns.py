@@ -73,6 +73,17 @@ async def test_every_srv_record_is_a_pod() -> None:
         assert set(seen.server.asked) == {"SRV"}
 
 
+async def test_names_that_are_no_hosts_are_no_pods() -> None:
+    odd = [r"0 0 80 a\032b.example.", r"0 0 80 user\@evil.example.", "0 0 80 evil/path.example.", "0 0 80 a#b.example."]
+    async with watching({"SRV": [*odd, "0 0 0 c.example.", "0 0 80 d_1.example."]}, type="srv") as seen:
+        await eventually(lambda: seen.lists[-1:] == [{"d_1.example:80": "http://d_1.example:80"}])
+        seen.server.records = {"SRV": odd}
+        await eventually(lambda: any("expected hosts and ports" in each for each in seen.failures))
+        assert all(list(each) == ["d_1.example:80"] for each in seen.lists)
+        seen.server.records = {"SRV": ["0 0 80 ."]}
+        await eventually(lambda: seen.lists[-1:] == [{}])
+
+
 async def test_pods_come_and_go_with_their_records() -> None:
     async with watching({"A": ["10.0.0.1"]}, port=1) as seen:
         await eventually(lambda: list(seen.lists[-1:]) == [{"10.0.0.1:1": "http://10.0.0.1:1"}])

@@ -12,7 +12,7 @@ from matrixinfer.errors import ConfigError
 from matrixinfer.study.calibration.fit import CalibrationError, Decode, Prefill, fit
 from matrixinfer.study.calibration.measure import between_tokens
 from matrixinfer.study.calibration.plan import Limits, plan
-from matrixinfer.study.calibration.written import preset_of, yaml_of
+from matrixinfer.study.calibration.preset import preset_of, yaml_of
 from matrixinfer.study.presets import Times, preset
 
 TRUE = Times(step=0.01, prefill_token=9e-5, decode_sequence=1e-4, attention_pair=1.7e-9, decode_context=2.5e-8)

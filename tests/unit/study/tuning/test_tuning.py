@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from matrixinfer.app.service import build_scheduler
+from matrixinfer.app.router_setup import build_scheduler
 from matrixinfer.cli import main
 from matrixinfer.config import PluginRef, PluginsConfig, SchedulerConfig, load, parse
 from matrixinfer.scheduler.plugin_loader import discover
@@ -21,10 +21,10 @@ from matrixinfer.study.generators import generate
 from matrixinfer.study.presets import preset
 from matrixinfer.study.replay import Fleet
 from matrixinfer.study.tuning.confidence import difference, quantile
+from matrixinfer.study.tuning.output import configuration, document, sentence
 from matrixinfer.study.tuning.runs import Runs, Traffic, fitting
 from matrixinfer.study.tuning.search import Found, Search
 from matrixinfer.study.tuning.space import Setting, changed, numbers, profiles, variants
-from matrixinfer.study.tuning.written import configuration, document, sentence
 
 PLUGINS = discover()
 TEXT = "multi-round:sessions=12,turns=3"

@@ -11,10 +11,9 @@ import msgspec
 from tests.vllm.engine import NAME, Engine
 from tests.vllm.model import tokenizer_of
 
-from bench.peers.routers import PEERS, Peer
+from bench.peers.routers import OURS, PEERS, Peer
 
 BLOCK = 32
-OURS = "ours"
 Command = Callable[[Path, int, Sequence[str]], list[str]]
 
 

@@ -1,0 +1,73 @@
+"""The admin listener over all workers: what a new worker is told of what operators have changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from matrixinfer.app.workers.front import AdminFront
+from matrixinfer.app.workers.process import Answer, WorkerProcess
+from matrixinfer.gateway.listener import Listener
+
+Call = Callable[[str, str], Awaitable[None]]
+
+
+class Told:
+    """A worker that agrees to everything about the pod that it is asked about last, and keeps what it was asked."""
+
+    def __init__(self, pod: str) -> None:
+        self.pod = pod
+        self.asked: list[tuple[str, str]] = []
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Answer:
+        self.asked.append((method, path))
+        return Answer(200, json.dumps({"name": self.pod}).encode(), "application/json")
+
+
+@asynccontextmanager
+async def front(worker: Told) -> AsyncIterator[tuple[AdminFront, Call]]:
+    async def reload() -> web.StreamResponse:
+        return web.Response()
+
+    made = AdminFront([cast("WorkerProcess", worker)], asyncio.Event(), lambda: b"", reload)
+    async with Listener("127.0.0.1", 0, made.routes(), asyncio.Event()) as listening, aiohttp.ClientSession() as client:
+
+        async def call(method: str, path: str) -> None:
+            body: Any = {"name": f"{worker.pod}.svc.cluster.local"} if path == "" else None
+            url = URL(f"{listening.url}/admin/pods{path}", encoded=True)
+            async with client.request(method, url, json=body) as response:
+                assert response.status == 200, await response.text()
+
+        yield made, call
+
+
+async def told(made: AdminFront) -> list[tuple[str, str]]:
+    new = Told("")
+    await made.catch_up(cast("WorkerProcess", new))
+    return new.asked
+
+
+async def test_a_new_worker_is_told_of_pods_that_are_still_there_however_their_names_were_written() -> None:
+    async with front(Told("b")) as (made, call):
+        await call("POST", "")
+        await call("POST", "/%62/drain?seconds=1")
+        assert await told(made) == [("POST", "/admin/pods"), ("POST", "/admin/pods/b/drain")]
+        await call("DELETE", "/b/drain")
+        assert await told(made) == [("POST", "/admin/pods")]
+        await call("POST", "/b/drain")
+        await call("DELETE", "/%62")
+        assert await told(made) == []
+
+
+async def test_a_pod_may_have_the_name_of_what_is_done_with_pods() -> None:
+    async with front(Told("drain")) as (made, call):
+        await call("POST", "")
+        await call("DELETE", "/drain")
+        assert await told(made) == []
