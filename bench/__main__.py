@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -56,14 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     scale = QUICK if args.quick else Scale()
     results = {part: _measure(part, scale) for part in args.only or PARTS}
-    data = json.dumps(report.as_data(results), indent=2, ensure_ascii=False)
-    if not (args.only or args.quick):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(data + "\n", encoding="utf-8")
-    if args.json:
-        print(data)
-    else:
-        report.show(results)
+    report.publish(results, None if args.only or args.quick else RESULTS, as_json=args.json)
 
 
 def _measure(part: str, scale: Scale) -> list[Figure]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -41,6 +43,18 @@ def as_data(results: Results) -> dict[str, object]:
             for part, figures in results.items()
         },
     }
+
+
+def publish(results: Results, file: Path | None, *, as_json: bool) -> None:
+    """Write the figures as JSON to `file`, if there is one, and print them as JSON or as tables."""
+    data = json.dumps(as_data(results), indent=2, ensure_ascii=False)
+    if file is not None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(data + "\n", encoding="utf-8")
+    if as_json:
+        print(data)
+    else:
+        show(results)
 
 
 def show(results: Results) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -33,6 +32,7 @@ _SHAPE = Shape(hidden=256, layers=24, heads=4, kv_heads=2, inner=1024)
 """Prefill of 2,000 tokens takes about a second."""
 _BLOCKS = 640
 """Of each cache: half of the working set."""
+_RESET_SECONDS = 60.0
 _AFTER = 64
 """Requests that are over before something happens."""
 RESULTS = Path(__file__).parents[1] / "results" / "head-to-head.json"
@@ -122,7 +122,7 @@ class Lab:
         async with self._session.post(path, raise_for_status=True) as answer:
             await answer.read()
         body = {"model": NAME, "prompt": "Hello", "max_tokens": 1}
-        async with self._session.post(f"{engine.url}/v1/completions", json=body) as answer:
+        async with self._session.post(f"{engine.url}/v1/completions", json=body, raise_for_status=True) as answer:
             await answer.read()
 
 
@@ -152,9 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for peer in PEERS:
         peer.install(args.peers)
     figures = asyncio.run(_run(args))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report.as_data(figures), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    report.show(figures)
+    report.publish(figures, RESULTS, as_json=False)
     return 0
 
 
@@ -181,7 +179,7 @@ async def _run(args: argparse.Namespace) -> dict[str, list[Figure]]:
     }
     talk = conversations(args.seed, per_group=max(1, args.conversations // 4))
     results: dict[str, dict[str, list[Run]]] = {}
-    timeout = aiohttp.ClientTimeout(total=None, connect=10)
+    timeout = aiohttp.ClientTimeout(total=_RESET_SECONDS)  # requests have their own
     async with (
         engines_running(engines),
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session,

@@ -6,7 +6,6 @@ Two engines that answer at once stand behind every router. The rounds of the rou
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,14 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "requests per core and second": list(_requests(loads, names, costs)),
         "added to the engine's own time": list(_added(loads, names, costs)),
     }
-    data = json.dumps(report.as_data(results), indent=2, ensure_ascii=False)
-    if not (args.quick or args.ours_only):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(data + "\n", encoding="utf-8")
-    if args.json:
-        print(data)
-    else:
-        report.show(results)
+    report.publish(results, None if args.quick or args.ours_only else RESULTS, as_json=args.json)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from matrixinfer.config import RedisConfig
 from tests.soak.clients import Tally
 
-ANSWERED_SHARE = 0.9
+ANSWERED_SHARE = 0.95
 """Half of the pods may fail at a time, and what breaks in the middle of an answer cannot be repeated."""
 MORE_DESCRIPTORS = 10
 """Kept connections to engines come and go."""
@@ -35,6 +35,7 @@ class Result:
     seconds: float
     clients: int
     index: str
+    least_answered: float = ANSWERED_SHARE
     rounds: list[list[Sample]] = field(default_factory=list)
     """After each round, by gateway. The first one is where the others must be back."""
     longest_pauses: list[dict[str, float]] = field(default_factory=list)
@@ -55,8 +56,8 @@ class Result:
     def complaints(self, tally: Tally) -> Iterator[str]:
         """Why this does not pass."""
         yield from tally.wrong[:10]
-        if tally.answered_share < ANSWERED_SHARE:
-            yield f"{tally.answered_share:.1%} of the requests were answered, expected {ANSWERED_SHARE:.0%}"
+        if tally.answered_share < self.least_answered:
+            yield f"{tally.answered_share:.1%} of the requests were answered, expected {self.least_answered:.0%}"
         for number in self.dead:
             yield f"gateway {number} has ended"
         for event, times in self.logged.items():

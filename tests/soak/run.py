@@ -17,7 +17,7 @@ import aiohttp
 from matrixinfer.tasks import cancel_and_wait
 from tests.soak.clients import Client, Tally
 from tests.soak.fleet import Fleet, Gateway, descriptors, fleet, resident_bytes
-from tests.soak.report import MORE_TASKS, Result, Sample
+from tests.soak.report import ANSWERED_SHARE, MORE_TASKS, Result, Sample
 
 WATCH_SECONDS = 2.0
 REST_SECONDS = 30.0
@@ -36,10 +36,13 @@ async def soak(
     rounds: int,
     redis: bool,
     seed: int = 0,
+    least_answered: float = ANSWERED_SHARE,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Result, Tally]:
     """Run it all. The first round only warms up, and is half as long."""
-    result = Result(seconds=seconds, clients=clients, index="redis" if redis else "memory")
+    result = Result(
+        seconds=seconds, clients=clients, index="redis" if redis else "memory", least_answered=least_answered
+    )
     tally, numbers = Tally(), count()
     progress("starting engines and gateways")
     async with fleet(folder, redis=redis, seed=seed) as there:
