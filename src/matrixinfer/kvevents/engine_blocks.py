@@ -110,8 +110,9 @@ class EngineBlocks:
             blocks = self.drop_copies(forest, blocks)
         present = len(blocks)
         if not forest.cut:
-            # Blocks named root first are the end of their run once those after them have gone.
-            blocks = forest.pop_last(forest.pop_last(blocks, shrunk)[::-1], shrunk)
+            blocks = forest.pop_last(blocks, shrunk)
+            if len(blocks) > 1:  # named root first, they are the end of their run once those after them have gone
+                blocks = forest.pop_last(blocks[::-1], shrunk)
         self._stats.removed += present - len(blocks)
         for run in shrunk:
             self._reach.drop_end(forest, run)
@@ -173,18 +174,19 @@ class EngineBlocks:
         if parent is not None and above is None and parent not in forest.ended:
             self.orphans.drop(len(ids))
             return
-        usable, salt, media = indexable(event, first, len(ids), at_root=parent is None)
+        count = len(ids)
+        usable, salt, media = indexable(event, first, count, at_root=parent is None)
         salt = event.salt or salt
         if media and self._blocks.scheme == "block":
             usable, media = media[0][0] // event.block_size, ()
         if parent in forest.ended or (salt is not None and self._blocks.scheme == "block"):
             usable = 0
-        if usable < len(ids):
+        if usable < count:
             forest.ended.update(ids[usable:])
-            self._stats.ended += len(ids) - usable
+            self._stats.ended += count - usable
+            if not usable:
+                return
             ids, tokens = ids[:usable], tokens[: usable * event.block_size * 4]
-        if not ids:
-            return
         if above is None or parent is None:
             run = self._root(event, salt)
         elif above.block_size == event.block_size and above.ends_with(parent):

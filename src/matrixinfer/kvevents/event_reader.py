@@ -64,6 +64,8 @@ class EventReader:
         """Tokens per engine block, the largest if they differ; None before the first."""
         self.layout = Layout()
         self.footprint = Footprint()
+        self.tokens = 0
+        """The most tokens that the blocks present can stand for, as of the last batch."""
         self.grouping = Grouping(reusable, self.forests, reach, stats=stats, limits=limits)
         self.pages = Pages()
         self._pieces = Pieces()
@@ -76,12 +78,6 @@ class EventReader:
         self._blocks = blocks
         self._stats = stats
         self._limits = limits
-
-    @property
-    def tokens(self) -> int:
-        """The most tokens that the blocks present can stand for."""
-        blocks = max(self.count, len(self.pages)) * (self.block_size or 0)
-        return max(blocks, len(self._pieces) * _SMALL_PIECE, self._reusable.tokens)
 
     @property
     def count(self) -> int:
@@ -104,7 +100,7 @@ class EventReader:
         self._unevicted.clear()
         self._limits.clear()
         self._blocks.orphans.clear()
-        self.footprint.holds(0)
+        self._measure()
 
     def clear_device(self) -> None:
         """The engine published a reset. One of the device need not reach the slower tiers, which keep their blocks."""
@@ -135,21 +131,28 @@ class EventReader:
         """The blocks present where the event is about; None if there are none."""
         return self.forests.get(self.layout.place(event.medium, event.group_idx))
 
-    def end(self) -> bool:
-        """A batch is over. Returns whether that may change what is known."""
-        return self._rules.rule is not None and self.grouping.check_links()
-
     def settle(self) -> None:
         """A batch, or a slice of one, is over."""
-        self.footprint.holds(self._held_tokens())
+        self._measure()
         if self._rules.rule is not None:
             self.grouping.settle()
             if len(self.forests) > 1 and any(forest.tier != DEVICE for forest in self.forests.values()):
                 self._limits.note(SLOWER_TIERS, lasting=True)
 
-    def _held_tokens(self) -> int:
-        blocks = [len(forest) for forest in self.forests.values() if forest.tier == DEVICE]
-        return max(blocks, default=0) * (self.block_size or 0)
+    def _measure(self) -> None:
+        """Count what is held now."""
+        size, total, most = self.block_size or 0, 0, 0
+        for forest in self.forests.values():
+            held = len(forest)
+            total += held
+            if held > most and forest.tier == DEVICE:
+                most = held
+        self.footprint.holds(most * size)
+        self.tokens = total * size
+        if self._rules.rule is not None or self.layout.is_radix:
+            self.tokens = max(
+                self.tokens, len(self.pages) * size, len(self._pieces) * _SMALL_PIECE, self._reusable.tokens
+            )
 
     # Stored
 
@@ -273,7 +276,7 @@ class EventReader:
         reusable = self._reusable
         if event.lookahead:
             reusable.look_ahead(ids, [token_bytes(ahead) for ahead in event.lookahead], media_ahead(event))
-        counts_copies = bool(self._rules.rule is not None or self._rules.drop or self.layout.is_radix)
+        counts_copies = self._rules.counts_copies or bool(self.layout.is_radix)
         self._blocks.store(forest, event, ids, tokens, parent, counts_copies=counts_copies)
 
     def _forget_oldest(self, place: Place, ids: Sequence[int], size: int) -> None:
@@ -288,14 +291,14 @@ class EventReader:
 
     # Removed
 
-    def evict(self, at: tuple[str | None, int | None], hashes: Sequence[EngineHash]) -> None:
+    def evict(self, medium: str | None, group: int | None, hashes: Sequence[EngineHash]) -> None:
         """The engine published that blocks left a medium and group."""
-        place = self.layout.place(*at)
+        place = self.layout.place(medium, group)
         if tier_of(place[0]) == DEVICE and place[1] == (self._rules.primary or 0):
             self.footprint.evicted_tokens += len(hashes) * (self.block_size or 0)
         if place[0] != "GPU" and self._unevicted.evicts(place):
             self._limits.drop(store_only(place[0]))
-        self._remove(place, hashes, at[0])
+        self._remove(place, hashes, medium)
 
     def _remove(self, place: Place, hashes: Sequence[EngineHash], medium: str | None = None) -> None:
         forest, reusable = self.forests.get(place), self._reusable

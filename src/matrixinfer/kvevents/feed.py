@@ -23,7 +23,7 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.limits import Limits, other_rank
 from matrixinfer.kvevents.states import VERDICTS, Action, Fate, FeedState, FeedStats, Input, Knowledge, Phase
 from matrixinfer.kvevents.transitions import LIVE_ONLY, WITH_REPLAY
-from matrixinfer.kvevents.wire import LONG_FRAME_BYTES, AllBlocksCleared, Batch, MalformedFrame, decode, decoding
+from matrixinfer.kvevents.wire import LONG_FRAME_BYTES, Batch, MalformedFrame, decode, decoding
 
 __all__ = ["FeedState", "FeedStats", "PodFeed"]
 
@@ -62,6 +62,7 @@ class PodFeed:
         self._suspicions: dict[str, str] = {}
         self._can_replay = can_replay
         self._tables = WITH_REPLAY if can_replay else LIVE_ONLY
+        self._steps = self._tables.steps
         self._phase = Phase.ASKED if can_replay else Phase.FOLLOWING
         self._knowledge = Knowledge.WHOLE if can_replay else Knowledge.PARTIAL
         self._cursor = Cursor(0 if can_replay else None)
@@ -164,7 +165,7 @@ class PodFeed:
         self._count_frame(payload)
         self._unanswered = 0
         self._handle(Source.LIVE, seq, payload, self._step(Input.LIVE_FRAME))
-        if whole:
+        if whole and self._rest is not None:
             self.finish()
 
     def replayed(self, seq: int, payload: bytes, *, whole: bool = True) -> None:
@@ -172,7 +173,7 @@ class PodFeed:
         self._count_frame(payload)
         self._keeps_history = True
         self._handle(Source.REPLAY, seq, payload, self._step(Input.REPLAYED_FRAME))
-        if whole:
+        if whole and self._rest is not None:
             self.finish()
 
     def go_on(self) -> bool:
@@ -228,7 +229,7 @@ class PodFeed:
         seq, payload = self.queue.pop()
         self._check_held()
         self._handle(Source.LIVE, seq, payload, Fate.JUDGE)
-        if whole:
+        if whole and self._rest is not None:
             self.finish()
         return True
 
@@ -293,16 +294,20 @@ class PodFeed:
 
     def _step(self, given: Input) -> Fate:
         """Go where the tables say, act, and return what becomes of the frame at hand."""
-        step = self._tables.step(self._phase, self._knowledge, given)
+        try:
+            step = self._steps[self._phase, self._knowledge, given]
+        except KeyError:
+            step = self._tables.step(self._phase, self._knowledge, given)  # raises, and says what is impossible
         if step is None:
             return Fate.DROP
         self._phase, self._knowledge, counted, actions, fate = step
         for counter in counted:
             setattr(self.stats, counter, getattr(self.stats, counter) + 1)
-        if not _EMPTYING.isdisjoint(actions):
-            self._rest = None  # of a frame that came before
-        for action in actions:
-            self._actions[action]()
+        if actions:
+            if not _EMPTYING.isdisjoint(actions):
+                self._rest = None  # of a frame that came before
+            for action in actions:
+                self._actions[action]()
         if self._phase is Phase.CATCHING_UP:
             self._check_held()
         return fate
@@ -339,7 +344,8 @@ class PodFeed:
             self._step(Input.HELD_TOO_MANY)
 
     def _apply(self, source: Source, seq: int, payload: bytes) -> None:
-        self.finish()
+        if self._rest is not None:
+            self.finish()
         if seq == 0:
             self._step(Input.FIRST_LIVE if source is Source.LIVE else Input.FIRST_REPLAYED)
         if self._knowledge in _UNTRUSTED:
@@ -350,8 +356,9 @@ class PodFeed:
         try:
             batch = decode(payload)
             if self._admits(source, batch):
+                clears = self.ledger.stats.clears
                 self.ledger.apply(*batch.events)
-                self._applied(batch)
+                self._applied(batch, clears)
         except (MalformedFrame, UntrustedEvents) as error:
             self._refused(error)
 
@@ -360,8 +367,9 @@ class PodFeed:
         try:
             batch = yield from decoding(payload)
             if self._admits(source, batch):
+                clears = self.ledger.stats.clears
                 yield from self.ledger.applying(batch.events)
-                self._applied(batch)
+                self._applied(batch, clears)
         except (MalformedFrame, UntrustedEvents) as error:
             self._refused(error)
 
@@ -387,12 +395,12 @@ class PodFeed:
             return False
         return True
 
-    def _applied(self, batch: Batch) -> None:
-        """The events of a batch are in the ledger."""
+    def _applied(self, batch: Batch, clears: int) -> None:
+        """The events of a batch are in the ledger, which had seen so many clears before."""
         if batch.unreadable:
             self.stats.unreadable_events += batch.unreadable
             self._step(Input.UNREADABLE_STORED)
-        elif self._knowledge is not Knowledge.WHOLE and any(isinstance(e, AllBlocksCleared) for e in batch.events):
+        elif self._knowledge is not Knowledge.WHOLE and self.ledger.stats.clears > clears:
             self._step(Input.CLEARED)
 
     def _count_frame(self, payload: bytes) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from matrixinfer.blocks import Medium
-from matrixinfer.kvevents.run import Run, pack_id
+from matrixinfer.kvevents.run import Run
 from matrixinfer.kvevents.table import BlockTable
 
 _TABLE_BYTES = 2_048 * 70
@@ -98,22 +100,36 @@ class Forest:
         Blocks are taken in order, so neighbours should come last block first. The runs they were in are added to
         `shrunk`; their tokens and names are left as they are.
         """
-        left, pop, runs, branches, pack = [], self._table.pop, self._runs, self.branches, pack_id
-        for block in blocks:
-            number = pop(block)
-            if number is None:
-                left.append(block)
-                continue
-            run = runs[number]
-            if run is None or block in branches or not run.ids.endswith(pack(block)):
-                self._table.add((block,), number)
-                left.append(block)
-                continue
-            del run.ids[-8:]
+        left: list[int] = []
+        first, count = 0, len(blocks)
+        if count == 1:  # while engines decode, they evict one block at a time
+            run = self.run_of(blocks[0])
+            if run is None or blocks[0] in self.branches or not run.ends_with(blocks[0]):
+                return [*blocks]
             shrunk[run] = None
+            self.drop_last(run, blocks[0])
+            return left
+        backwards = array("Q", blocks[::-1]).tobytes()
+        while first < count:
+            run = self.run_of(blocks[first])
+            some = blocks[first : first + run.shared_end(backwards, count - first)] if run is not None else ()
+            if not self.branches.keys().isdisjoint(some):
+                some = list(takewhile(self._is_leaf, some))
+            if run is None or not some:
+                left.append(blocks[first])
+                first += 1
+                continue
+            del run.ids[-8 * len(some) :]
+            self._table.discard(some)
+            shrunk[run] = None
+            first += len(some)
             if not run.ids:
-                self._leave_out(run, block)
+                self._leave_out(run, some[-1])
         return left
+
+    def _is_leaf(self, block: int) -> bool:
+        """Whether no run branches off `block`."""
+        return block not in self.branches
 
     def drop_last(self, run: Run, block: int) -> None:
         """Remove the last block of a run, whatever is below it."""

@@ -199,7 +199,8 @@ class Ledger:
     def apply(self, *events: Event) -> None:
         """Apply events in order. Raises `UntrustedEvents`, after which the ledger must be cleared."""
         self._apply_some(events)
-        self._end()
+        if self.rules.rule is not None:
+            self._end()
 
     def _apply_some(self, events: Sequence[Event]) -> None:
         try:
@@ -215,11 +216,12 @@ class Ledger:
         for part in slices(self._ordered(events), self._reader.forest_of):
             self._apply_some(part)
             yield
-        self._end()
+        if self.rules.rule is not None:
+            self._end()
 
     def _end(self) -> None:
-        """A batch is over."""
-        if self._reader.end():
+        """A batch of an engine with several groups is over."""
+        if self._reader.grouping.check_links():
             self._show()
 
     def skip(self, kind: str) -> None:
@@ -248,18 +250,19 @@ class Ledger:
         if reader.tokens > MAX_TOKENS:
             raise UntrustedEvents(f"it claims to hold more than {MAX_TOKENS} tokens")
         removed: list[EngineHash] = []
-        at: tuple[str | None, int | None] = (None, None)
+        medium: str | None = None
+        group: int | None = None
         for event in events if len(events) == 1 else self._ordered(events):
             if isinstance(event, BlockRemoved):
                 # Engines evict block by block, with an event for each: adjacent removals are applied together.
-                if removed and at != (event.medium, event.group_idx):
-                    reader.evict(at, removed)
+                if removed and (event.medium != medium or event.group_idx != group):
+                    reader.evict(medium, group, removed)
                     removed = []
-                at = (event.medium, event.group_idx)
+                medium, group = event.medium, event.group_idx
                 removed += event.block_hashes
                 continue
             if removed:
-                reader.evict(at, removed)
+                reader.evict(medium, group, removed)
                 removed = []
             if isinstance(event, BlockStored):
                 reader.store(event)
@@ -268,7 +271,7 @@ class Ledger:
                 self._clear_device()
                 self._forget_sent()
         if removed:
-            reader.evict(at, removed)
+            reader.evict(medium, group, removed)
         reader.settle()
 
     def _ordered(self, events: Sequence[Event]) -> Sequence[Event]:

@@ -78,25 +78,21 @@ class Reach:
         """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
         if self._rules.rule is not None and forest.tier == DEVICE:
             self._reusable.touch(run[position] for position in range(first, last))
-        for model, names, parent in _supported(run, first, last):
-            self._tiers.add(forest.tier, model, names, parent)
-        self.has_tails = self.has_tails or run.has_tails
+        parent, names = run.completed(first, last)
+        if names:
+            self._tiers.add(forest.tier, run.model, names, parent)
+        if run.has_tails:
+            self.has_tails = True
+            for before, tail in run.tails(first, last):
+                self._tiers.add(forest.tier, run.model, [tail], before)
 
     def _unsupport(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """Drop the supports of the blocks [first, last) of a run, which can no longer be reached."""
         if run.has_tails:
             self._tiers.remove(forest.tier, run.model, [tail for _, tail in run.tails(first, last)])
         _, names = run.completed(first, last)
-        self._tiers.remove(forest.tier, run.model, names[::-1])
-
-
-def _supported(run: Run, first: int, last: int) -> Iterator[Supported]:
-    """The token blocks and tails that the blocks [first, last) of a run support."""
-    parent, names = run.completed(first, last)
-    yield run.model, names, parent
-    if run.has_tails:
-        for before, tail in run.tails(first, last):
-            yield run.model, [tail], before
+        if names:
+            self._tiers.remove(forest.tier, run.model, names[::-1])
 
 
 def _present(forests: Iterable[Forest], tier: int) -> Iterator[Supported]:
@@ -104,5 +100,10 @@ def _present(forests: Iterable[Forest], tier: int) -> Iterator[Supported]:
     for forest in forests:
         if forest.tier <= tier:
             for run, position, block in forest.below(None):
-                if block not in forest.cut:
-                    yield from _supported(run, position, position + 1)
+                if block in forest.cut:
+                    continue
+                parent, names = run.completed(position, position + 1)
+                yield run.model, names, parent
+                if run.has_tails:
+                    for before, tail in run.tails(position, position + 1):
+                        yield run.model, [tail], before

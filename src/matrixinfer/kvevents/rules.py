@@ -39,6 +39,8 @@ class Rules:
         """Tokens at a prompt's end that are never reused."""
         self.rule: Rule | None = None
         """How the marks are searched; None where every prefix that is held is reused."""
+        self.counts_copies = False
+        """Whether a block that is stored again is a copy, and never a hit that is reported."""
         self.drop_is_settled = False
         """Whether answers have confirmed `drop`, so that a later answer with less says something else."""
         self._drops: frozenset[int] = frozenset()
@@ -151,3 +153,4 @@ class Rules:
             # A single group drops a block of the longest hit; of several each looks for one block more than the hit.
             reserve = 0 if self.drop and len(self.specs) > 1 else self.reserve
             self.rule = Rule(self.unit, self.lookahead, reserve, self.drop, self.is_rooted)
+        self.counts_copies = self.rule is not None or self.drop > 0

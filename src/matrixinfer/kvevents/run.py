@@ -76,6 +76,21 @@ class Run:
         """Whether `block` is the last block."""
         return self.ids.endswith(pack_id(block))
 
+    def shared_end(self, ids: bytes, count: int) -> int:
+        """How many of the last blocks are the last of the first `count` in `ids`, in the same order."""
+        most = min(count, len(self.ids) // 8)
+        end = 8 * count
+        equal, step = 0, 1
+        while equal < most:  # steps double while all is equal, and begin again below one that is not
+            length = min(equal + step, most)
+            if self.ids.endswith(ids[end - 8 * length : end - 8 * equal], None, len(self.ids) - 8 * equal):
+                equal, step = length, 2 * step
+            elif step == 1:
+                break
+            else:
+                most, step = length - 1, 1
+        return equal
+
     def position(self, block: int) -> int:
         """The position of `block` in the run. Raises `ValueError` if it is not there."""
         key = pack_id(block)

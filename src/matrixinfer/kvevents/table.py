@@ -64,6 +64,20 @@ class BlockTable:
         self._count -= 1
         return number
 
+    def discard(self, blocks: Iterable[int]) -> None:
+        """Remove those of `blocks` that are in the table."""
+        buckets, pack, removed = self._buckets, _KEY.pack, 0
+        for block in blocks:
+            bucket = buckets[block & _MASK]
+            if bucket is None:
+                continue
+            at = bucket.find(pack(block))
+            if at % _SIZE and (at := _aligned(bucket, block, at)) < 0:
+                continue
+            del bucket[at : at + _SIZE]
+            removed += 1
+        self._count -= removed
+
 
 def _aligned(bucket: bytearray, block: int, at: int) -> int:
     """The start of the record of `block`, whose bytes first occur at `at`, in the middle of a record; -1 if there is none."""

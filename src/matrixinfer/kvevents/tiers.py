@@ -8,6 +8,7 @@ loaded, and from where.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 from matrixinfer.config.endpoint_names import TIERS, EndpointName
@@ -26,6 +27,7 @@ Supported = tuple[str, list[int], int | None]
 """Consecutive token blocks that an engine block supports: their model, their names, and the one before them."""
 
 
+@lru_cache(maxsize=64)
 def tier_of(medium: str) -> int:
     """The tier of a cache medium, by the name that engines give it."""
     name = medium.upper()

@@ -30,7 +30,7 @@ EngineHash: TypeAlias = int | bytes
 """An engine's opaque name for one of its blocks: a 64-bit integer (signed in SGLang) or a byte string."""
 
 
-LONG_FRAME_BYTES = 16 * 1024
+LONG_FRAME_BYTES = 32 * 1024
 """Longer batches are decoded and applied in slices."""
 MAX_EVENTS = 1_000_000
 MAX_EVENT_TOKENS = 4_000_000
@@ -292,7 +292,7 @@ def array_length(raw: msgspec.Raw) -> int | None:
 
 def _annotated(events: Sequence[Event]) -> Sequence[Event]:
     """The events, with the maps at the end of arrays read."""
-    if not any(isinstance(event, _StoredArray) and isinstance(event.lora_name, dict) for event in events):
+    if not [event for event in events if isinstance(event, _StoredArray) and isinstance(event.lora_name, dict)]:
         return events
     return [_with_map(event) if isinstance(event, _StoredArray) else event for event in events]
 

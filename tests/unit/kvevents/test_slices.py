@@ -21,7 +21,7 @@ from matrixinfer.kvevents.wire import BlockRemoved, BlockStored, MalformedFrame,
 from .support import CLEARED, MODEL, Follower, frame, removed, stored
 from .test_feed_model import BLOCKS, Engine
 
-LONG = 4 * WHOLE_BLOCKS + 7
+LONG = 6 * WHOLE_BLOCKS + 7
 
 
 def follow() -> tuple[PodFeed, Follower]:
