@@ -38,7 +38,7 @@ class SchedulingRequest:
     block_size: int
     """Tokens per block of `chain`."""
     chain: Sequence[int]
-    """Hashes of the prompt's full blocks, computed as they are read. Empty if the prompt was not tokenized."""
+    """Hashes of the prompt's full blocks. Empty if the prompt was not tokenized."""
     prefix: bytes
     """The first 64 KiB of the prompt as the client sent it (text, or messages as JSON)."""
     session: str | None = None
