@@ -20,9 +20,9 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
-from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.dialect import Dialect
-from matrixinfer.prompt.encoders import Reference
+from matrixinfer.prompt.encoders import NeedsThread, Reference
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.memory import Memory
@@ -314,6 +314,24 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
         ):
             await tokenizers.tokenize(prompt, model="m", engines=[])
     assert threads == [True, False, False, False, False]
+
+
+async def test_a_prompt_that_needs_a_thread_is_tried_on_the_event_loop_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop: list[bool] = []
+    honest = LocalTokenizer.tokenize
+
+    def tokenize(self: LocalTokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        if on_loop[-1]:
+            raise NeedsThread("it is not fast")
+        return honest(self, prompt, dialect)
+
+    monkeypatch.setattr(LocalTokenizer, "tokenize", tokenize)
+    async with manager(model) as tokenizers:
+        await tokenizers.tokenize(text("word"), model="m", engines=[])
+    assert on_loop == [True, False]
 
 
 async def test_the_deadline_applies_to_a_slow_tokenizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
