@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from itertools import islice
 from operator import index
 from types import MappingProxyType
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.errors import NoPodAvailable, PluginError

@@ -20,6 +20,7 @@ _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
 _MOST_LEFT = 64
 _MASK = (1 << 63) - 1
+_ENDS = f"{LOST}ends"
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -99,13 +100,15 @@ class LadderLog:
         tally.add("requests", 1)
         known, unknown = request.prompt_tokens, request.unknown_tokens
         tally.add("prompt", known + unknown)
-        tally.add(f"{LOST}ids_unknown", unknown)
+        if unknown:
+            tally.add(f"{LOST}ids_unknown", unknown)
         tally.capacity, tally.pods = request.capacity, request.pods
         if request.bypasses:
             tally.add(f"{LOST}caches_bypassed", known)
             return
         if known:
-            tally.add(f"{LOST}{request.why_other}", request.best - request.predicted)
+            if request.best > request.predicted:
+                tally.add(f"{LOST}{request.why_other}", request.best - request.predicted)
             self._compare(tally, request)
         self._look(tally, request, now)
 
@@ -172,9 +175,11 @@ class LadderLog:
         start = min(stop, -(-request.held // size))
         beyond = (stop - start) * size
         cut = max(0, request.usable // size * size - max(stop * size, request.held))
-        tally.add(f"{LOST}not_looked_up", cut)
-        tally.add(f"{LOST}reuses_less", request.held - request.best)
-        tally.add(f"{LOST}ends", known - request.held - beyond - cut)
+        if cut:
+            tally.add(f"{LOST}not_looked_up", cut)
+        if request.held != request.best:
+            tally.add(f"{LOST}reuses_less", request.held - request.best)
+        tally.add(_ENDS, known - request.held - beyond - cut)
         tracker, mask = self.serves(request.model, request.base_model)
         if tracker is None:
             tally.add(f"{LOST}unsampled", beyond)
@@ -182,7 +187,8 @@ class LadderLog:
         found = tracker.visit(
             request.hashes, start, stop, mask=mask, since=request.decided_at, now=now, endpoint=request.endpoint
         )
-        tally.look(found, size, beyond=beyond, capacity=request.capacity, why=partial(self._why, request))
+        if beyond or found.rate < tally.rate:
+            tally.look(found, size, beyond=beyond, capacity=request.capacity, why=partial(self._why, request))
 
     def _why(self, request: Ended, last: Visit) -> str:
         """Why no pod has blocks that the caches could have kept since their last visit."""
