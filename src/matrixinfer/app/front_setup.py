@@ -181,6 +181,7 @@ def _dashboard(behind: Behind, draining: asyncio.Event, api: Callable[[], str]) 
         outliers=state.outliers,
         load=state.load,
         decisions=state.decisions,
+        slow_start_seconds=lambda: behind.router.slow_start_seconds,
         draining=draining,
         api=api,
     )

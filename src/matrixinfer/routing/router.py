@@ -74,6 +74,11 @@ class Router:
         self._scheduler = scheduler
         self._candidates.reconfigure(weights, slow_start_seconds)
 
+    @property
+    def slow_start_seconds(self) -> float:
+        """How long pods that came up get no more than a share."""
+        return self._candidates.slow_start_seconds
+
     @asynccontextmanager
     async def dispatch(
         self,
