@@ -109,7 +109,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     for line in lines:
-        command = re.search(r"(?:^|\| )matrixinfer (.*?)(?: >>? \S+)?$", line)
+        command = re.search(r"(?:^|\| )matrixinfer (.*?)(?: >>? \S+)?(?: 2>&1)?(?: &)?$", line)
         if command is not None:
             yield [word for word in shlex.split(command[1], comments=True) if word != "&"]
 
