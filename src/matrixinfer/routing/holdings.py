@@ -126,6 +126,8 @@ def holdings(
         guessed = _guessed(request, match, trust, max((matched or 0) + pending, recent), chunks)
     if trust == "exact" and not tiers and not guessed:
         return trust, pending, recent, None, chunks, 0
+    if not (matched or recent or guessed):
+        return trust, pending, 0, 0.0, chunks, 0
     credit = cached_credit(
         trust,
         weights,

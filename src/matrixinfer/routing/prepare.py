@@ -50,6 +50,8 @@ class Degraded(Enum):
     INDEX = "index"
     """The index: it did not answer."""
 
+    __hash__ = object.__hash__  # every request asks for members of maps
+
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A request with everything that had to be awaited for it."""

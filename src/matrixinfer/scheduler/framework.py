@@ -259,7 +259,7 @@ class Plugin(Protocol):
     """What every plugin needs.
 
     A class attribute `reads_bytes = True` asks for `SchedulingRequest.chunks` and `Candidate.recent_chunks` also when all
-    token ids are known.
+    token ids are known. With `needs_session = True` it takes no part in decisions about requests without a session.
     """
 
     name: ClassVar[str]

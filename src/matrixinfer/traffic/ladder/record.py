@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import msgspec
 
-from matrixinfer.traffic.ladder.reuse import ReuseTracker, Visit
+from matrixinfer.traffic.ladder.reuse import MOST_TOUCHED, ReuseTracker, Visit
 from matrixinfer.traffic.ladder.rungs import Ladder, flat, of
 from matrixinfer.traffic.ladder.tally import LOST, Tally, total
 
@@ -63,7 +63,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class LadderLog:
     """The tallies of the last day by minute, and which blocks were used when, both within fixed bounds.
 
-    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, none without `tracks`: where a
+    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, and `most_touched` looked at in ten seconds, none without `tracks`: where a
     block's hash does not depend on those before it, it does not say whether its prefix was seen before.
     """
 
@@ -74,11 +74,13 @@ class LadderLog:
         most_blocks: int = 16_384,
         kept_seconds: float = KEPT_SECONDS,
         tracks: bool = True,
+        most_touched: float = MOST_TOUCHED,
     ) -> None:
         self._tracks = tracks
         self._clock = clock
         self._kept_seconds = kept_seconds
         self._most_blocks = most_blocks
+        self._most_touched = most_touched
         self._trackers: dict[str, ReuseTracker] = {}  # by base model
         self._bases: dict[str, tuple[str, int]] = {}  # model -> base model and mask
         self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks
@@ -127,7 +129,9 @@ class LadderLog:
         base, mask = known
         tracker = self._trackers.get(base)
         if tracker is None and self._tracks and len(self._trackers) < _MOST_MODELS:
-            tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
+            tracker = self._trackers[base] = ReuseTracker(
+                self._most_blocks, horizon=self._kept_seconds, most_touched=self._most_touched
+            )
         return tracker, mask
 
     def stored(self, model: str, endpoint: str, hashes: Sequence[int]) -> None:

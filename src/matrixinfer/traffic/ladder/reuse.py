@@ -2,7 +2,7 @@
 
 A fixed share of the blocks, chosen by their hashes, stands for all of them, as in SHARDS (Waldspurger et al., FAST 2015): the
 distances between sampled blocks, divided by that share, estimate the distances between all. The share halves whenever the
-tracker is full. A request touches its blocks all at once, its last block first, as engines do when they free them, so one
+tracker is full or has too much to do. A request touches its blocks all at once, its last block first, as engines do when they free them, so one
 entry in the stack stands for all blocks that one request touched last. Pure.
 """
 
@@ -15,6 +15,9 @@ ALL = 1 << 63
 """Hashes are below this."""
 _FULL = 0.75
 """A full tracker keeps at most this share of its blocks."""
+_PERIOD_SECONDS = 10.0
+MOST_TOUCHED = 50_000
+"""Sampled blocks that requests touch in a period, beyond which fewer are sampled: some 2 ms of work per second."""
 _ONE_VISIT_SECONDS = 0.1
 """Blocks that an endpoint stores within this time are remembered together."""
 
@@ -58,18 +61,24 @@ class Found(NamedTuple):
 class ReuseTracker:
     """Remembers at most `most` blocks: those touched last, of the share that is sampled.
 
-    When it is full it forgets blocks that nobody has touched for `horizon` seconds, and halves the share if need be. Every
-    `now` is in seconds and must not decrease.
+    When it is full it forgets blocks that nobody has touched for `horizon` seconds, and halves the share if need be. So it
+    does when requests touch more than `most_touched` sampled blocks within ten seconds. Every `now` is in seconds and must
+    not decrease.
     """
 
-    def __init__(self, most: int = 16_384, *, horizon: float = float("inf")) -> None:
+    def __init__(
+        self, most: int = 16_384, *, horizon: float = float("inf"), most_touched: float = MOST_TOUCHED
+    ) -> None:
         self._most = most
         self._horizon = horizon
+        self._most_touched = most_touched
         self._limit = ALL
         self._known: dict[int, tuple[Visit, float]] = {}  # block -> last touched by, first seen at
         self._sums = _Sums(2 * most)
         self._visits: dict[int, Visit] = {}  # by number, oldest first
         self._next = 1
+        self._period = 0.0  # when it began
+        self._touched = 0  # blocks in it
 
     def __len__(self) -> int:
         """Number of blocks remembered."""
@@ -116,6 +125,7 @@ class ReuseTracker:
             for last, count in lost.items()
         ]
         self._moved(visit, len(sampled), left)
+        self._count(len(sampled), now)
         return Found(blocks, reused, rate, different)
 
     def introduce(self, hashes: Sequence[int], *, mask: int = 0, now: float, endpoint: str) -> None:
@@ -150,6 +160,16 @@ class ReuseTracker:
         if len(self._known) > self._most:
             self._shrink(visit.at)
 
+    def _count(self, touched: int, now: float) -> None:
+        """Halve the share if too many blocks are touched."""
+        if now - self._period >= _PERIOD_SECONDS:
+            self._period, self._touched = now, 0
+        self._touched += touched
+        if self._touched > self._most_touched and self._limit > 1:
+            self._limit //= 2
+            self._touched = 0
+            self._keep({key: entry for key, entry in self._known.items() if key < self._limit})
+
     def _shrink(self, now: float) -> None:
         """Forget blocks that are too old, then sample fewer; at last forget the oldest, in case hashes are not even."""
         most, oldest = int(self._most * _FULL), now - self._horizon
@@ -160,6 +180,11 @@ class ReuseTracker:
         if len(self._known) > most:
             by_age = sorted(self._known.items(), key=lambda each: each[1][0].number)
             self._known = dict(by_age[-most:])
+        self._keep(self._known)
+
+    def _keep(self, known: dict[int, tuple[Visit, float]]) -> None:
+        """Remember these blocks only."""
+        self._known = known
         for visit in self._visits.values():
             visit.blocks = 0
         for visit, _ in self._known.values():
