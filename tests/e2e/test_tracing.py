@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import aiohttp
 import pytest
@@ -18,6 +19,7 @@ from structlog.testing import capture_logs
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import BlocksConfig, Config, PodConfig, TracingConfig, checked
+from matrixinfer.config.admission import AdmissionConfig
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.server import SimEngine
@@ -44,9 +46,12 @@ def tracing(url: str, **settings: float) -> TracingConfig:
 
 @dataclass
 class Engine:
-    """Answers prompts with `status`, and keeps the headers that they came with."""
+    """Answers prompts with `status`, and keeps the headers that they came with. `breaks` its connection before or in it."""
 
     status: int = 200
+    breaks: Literal["before", "in"] | None = None
+    hold: asyncio.Event | None = None
+    """What answers wait for."""
     seen: list[CIMultiDictProxy[str]] = field(default_factory=list)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -56,8 +61,21 @@ class Engine:
         if request.path == PATH:
             self.seen.append(request.headers)
             await request.read()
-            return web.json_response(ANSWER, status=self.status)
+            return await self.answer(request)
         return web.Response(status=200 if request.path == "/health" else 404)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.breaks is None:
+            return web.json_response(ANSWER, status=self.status)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if self.breaks == "in":
+            await response.prepare(request)
+            await response.write(b"data: {}\n\n")
+        assert request.transport is not None
+        request.transport.close()
+        return response
 
 
 @dataclass
@@ -73,18 +91,24 @@ class Sender:
             await response.read()
             return response.status
 
+    def waiting(self) -> float | None:
+        name = "matrixinfer_admission_requests"
+        return self.service.metrics.registry.get_sample_value(name, {"state": "waiting"})
+
     def spans(self, outcome: str) -> float:
         found = self.service.metrics.registry.get_sample_value("matrixinfer_trace_spans_total", {"outcome": outcome})
         return 0.0 if found is None else found
 
 
 @asynccontextmanager
-async def before(*engines: Engine, config: TracingConfig) -> AsyncIterator[Sender]:
+async def before(
+    *engines: Engine, config: TracingConfig, admission: AdmissionConfig | None = None
+) -> AsyncIterator[Sender]:
     """A gateway before engines."""
     async with AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(pod(each.handle)) for each in engines]
         pods = tuple(PodConfig(name=f"p{i}", url=url, kv_events="none") for i, url in enumerate(urls))
-        settings = Config(listen="127.0.0.1:0", admin="127.0.0.1:0", pods=pods, tracing=config)
+        settings = Config(listen="127.0.0.1:0", admin="127.0.0.1:0", pods=pods, tracing=config, admission=admission)
         service = await stack.enter_async_context(Service(checked(settings)))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         registry = service.engines.registry
@@ -180,6 +204,64 @@ async def test_each_pod_that_is_tried_has_a_span() -> None:
         assert (attributes(each)["error.type"], attributes(each)["http.response.status_code"]) == ("503", 503)
     parents = [each["traceparent"].split("-")[2] for engine in engines for each in engine.seen]
     assert sorted(parents) == sorted([first.span_id.hex(), second.span_id.hex()])
+
+
+async def test_an_attempt_that_breaks_is_followed_by_another_one() -> None:
+    engines = [Engine(breaks="before"), Engine()]
+    async with collector() as kept, before(*engines, config=tracing(kept.url)) as sender:
+        while not engines[0].seen:
+            assert await sender.send() == 200
+        await eventually(lambda: len(kept.named("text_completion m")) > len(kept.named(f"POST {PATH}")))
+    failed = next(each for each in kept.spans if each.status.code == Status.STATUS_CODE_ERROR)
+    server = next(each for each in kept.spans if each.span_id == failed.parent_span_id)
+    assert attributes(failed)["error.type"] == "disconnect"
+    assert "http.response.status_code" not in attributes(failed)
+    assert kept.below(failed) == []
+    assert kept.below(server)[-2:] == ["text_completion m", "text_completion m"]
+    assert (attributes(server)["matrixinfer.attempts"], attributes(server)["matrixinfer.outcome"]) == (2, "answered")
+    assert server.status.code == Status.STATUS_CODE_UNSET
+
+
+async def test_an_answer_that_is_broken_off_is_an_error_of_both() -> None:
+    async with collector() as kept, before(Engine(breaks="in"), config=tracing(kept.url)) as sender:
+        with pytest.raises(aiohttp.ClientError):
+            await sender.send(stream=True)
+        await eventually(has(kept, f"POST {PATH}"))
+    for name in (f"POST {PATH}", "text_completion m"):
+        assert kept.one(name).status.code == Status.STATUS_CODE_ERROR
+        assert attributes(kept.one(name))["error.type"] == "pod_unreachable"
+    assert attributes(kept.one(f"POST {PATH}"))["matrixinfer.outcome"] == "broken_off"
+    assert kept.below(kept.one("text_completion m")) == ["first byte", "answer"]
+
+
+async def test_a_client_that_leaves_is_no_error() -> None:
+    engine = Engine(hold=asyncio.Event())
+    async with collector() as kept, before(engine, config=tracing(kept.url)) as sender:
+        leaving = asyncio.create_task(sender.send())
+        await eventually(lambda: bool(engine.seen))
+        leaving.cancel()
+        await eventually(has(kept, f"POST {PATH}"))
+    said = attributes(kept.one(f"POST {PATH}"))
+    assert (said["matrixinfer.outcome"], said["http.response.status_code"]) == ("client_left", 499)
+    assert {each.status.code for each in kept.spans} == {Status.STATUS_CODE_UNSET}
+
+
+async def test_waiting_in_turn_is_a_span() -> None:
+    engine = Engine(hold=asyncio.Event())
+    assert engine.hold is not None
+    admission = AdmissionConfig(max_concurrent_requests=1)
+    async with collector() as kept, before(engine, config=tracing(kept.url), admission=admission) as sender:
+        first = asyncio.create_task(sender.send())
+        await eventually(lambda: bool(engine.seen))
+        second = asyncio.create_task(sender.send())
+        await eventually(lambda: sender.waiting() == 1)
+        engine.hold.set()
+        assert await asyncio.gather(first, second) == [200, 200]
+        await eventually(has(kept, f"POST {PATH}", 2))
+    one, other = kept.named("admission")
+    answered = kept.named("text_completion m")[0].end_time_unix_nano
+    assert one.end_time_unix_nano < answered
+    assert other.start_time_unix_nano < answered < kept.named("text_completion m")[1].start_time_unix_nano
 
 
 async def test_a_request_that_the_gateway_refuses_says_why() -> None:
