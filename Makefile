@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-header --no-annotate --upgrade --extra demo
-EXTRAS := --extra harmony --extra jwt --extra mistral --extra study --extra tiktoken
+EXTRAS := --extra harmony --extra jwt --extra mistral --extra otel --extra study --extra tiktoken
 
 VLLM ?= 0.32.0
 VLLM_DIR ?= .vllm

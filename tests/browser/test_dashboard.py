@@ -141,6 +141,36 @@ async def test_a_pod_dies_and_comes_back() -> None:
         await expect(rows(page)).to_have_count(3)
 
 
+@pytest.mark.parametrize("width", [1440, 390])
+async def test_pods_that_drain_or_have_just_come_say_how_long_and_how_much(width: int) -> None:
+    world = World(4)
+    world.slow_start_seconds = 7_200.0
+    world.shift += 10_000.0
+    world.die("pod-1.inference")
+    world.registry.answered("pod-1.inference")
+    world.shift += 2_500.0
+    world.drain("pod-3.inference", 900.0)
+    async with dashboard(world, width=width) as shown:
+        page = shown.page
+        states = [rows(page).nth(number).locator(".badge").first for number in range(4)]
+        words = ("up", "slow start 35 %", "up", re.compile(r"^draining (900|8\d\d) s$"))
+        for state, said in zip(states, words if width > 720 else ("up", "slow", "up", "drains"), strict=True):
+            await expect(state).to_have_text(said, use_inner_text=True)
+            assert await state.evaluate("badge => badge.offsetWidth < badge.parentElement.clientWidth - 10")
+        await expect(page.locator("#fleet-counts")).to_have_text("4 pods · 1 draining · 1 slow start · 2 up")
+        await expect(page.locator("#alert")).to_be_hidden()  # both are meant to be so
+        for name, said in (("pod-1", "gets at most 35% of what others have in flight"), ("pod-3", "s at the latest")):
+            await page.get_by_role("button", name=f"{name}.inference").click()
+            await expect(page.locator("#dialog")).to_contain_text(said)
+            await page.keyboard.press("Escape")
+        assert await complaints(page) == []
+        pod = world.registry.pod("pod-3.inference")
+        assert pod is not None
+        pod.drain = None
+        world.slow_start_seconds = 0.0
+        await expect(page.locator("#fleet-counts")).to_have_text("4 pods · 4 up")
+
+
 async def test_two_hundred_pods_are_filtered_and_sorted() -> None:
     world = World(200)
     world.die("pod-150.inference")

@@ -27,6 +27,7 @@ from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.outliers import Outliers
+from matrixinfer.pods.pod import Drain
 from matrixinfer.pods.registry import EngineMetrics, PodRegistry, ServedNames
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.routing.decision_log import DecisionLog, Record, record
@@ -125,6 +126,7 @@ class World:
         self.going: deque[tuple[Record, Charge]] = deque()
         self.doctor: tuple[str, ...] = ("cat",)
         self.draining = asyncio.Event()
+        self.slow_start_seconds = 0.0
         self.recent: dict[str, float] = {}
         """Requests that each endpoint got lately; older ones count less."""
         for at, name in enumerate(self.names):
@@ -162,6 +164,22 @@ class World:
                 cache_tokens=CACHE_TOKENS,
             ),
         )
+
+    def fleet(self) -> Fleet:
+        return Fleet(
+            self.registry,
+            self.caches,
+            self.outliers,
+            self.load,
+            self.history,
+            slow_start_seconds=lambda: self.slow_start_seconds,
+        )
+
+    def drain(self, name: str, seconds: float) -> None:
+        """Let a pod get no more requests."""
+        pod = self.registry.pod(name)
+        assert pod is not None
+        pod.drain = Drain(self.clock(), self.clock() + seconds)
 
     def die(self, name: str) -> None:
         for _ in range(2):
@@ -313,8 +331,7 @@ class World:
     async def served(self) -> AsyncIterator[str]:
         """The admin listener; its base URL."""
         about = About(version="1.2.3", api="http://127.0.0.1:8080", decisions_kept=1_000)
-        fleet = Fleet(self.registry, self.caches, self.outliers, self.load, self.history)
-        live = Live(fleet, self.history, self.decisions, lambda: about, self.clock, self.wall)
+        live = Live(self.fleet(), self.history, self.decisions, lambda: about, self.clock, self.wall)
         pages = Dashboard(live, Examination(lambda: self.config, command=self.doctor), self.draining)
         limits, metrics = LimitsConfig(), Metrics()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))

@@ -25,6 +25,7 @@ from matrixinfer.config import (
     PodConfig,
     RedisConfig,
     SchedulerConfig,
+    TracingConfig,
     checked,
 )
 from matrixinfer.prompt.local import LocalTokenizer
@@ -169,6 +170,7 @@ async def gateway(
     redis: RedisConfig | None = None,
     blocks: BlocksConfig | None = None,
     access_log: AccessLogConfig | None = None,
+    tracing: TracingConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """A gateway in front of engines that run."""
     config = msgspec.structs.replace(
@@ -179,6 +181,7 @@ async def gateway(
         redis=redis,
         blocks=blocks or BlocksConfig(),
         access_log=access_log,
+        tracing=tracing or TracingConfig(),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(checked(config)) as service, aiohttp.ClientSession(connector=connector) as session:

@@ -163,6 +163,7 @@ class FakeRouter:
         ticket: None = None,
         read: Reader | None = None,
         headers: object = None,
+        stages: object = None,
     ) -> AsyncIterator[FakeInFlight]:
         try:
             requested = msgspec.json.decode(body)["model"] if read is None else read(path, body).model or "tiny"

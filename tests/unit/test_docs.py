@@ -33,10 +33,18 @@ from matrixinfer.app.fleet_setup import DiscoveryCollector
 from matrixinfer.app.ladder_collector import LadderCollector
 from matrixinfer.app.reload import ReloadCollector
 from matrixinfer.app.router_setup import build_scheduler
+from matrixinfer.app.tracing_setup import SpanCollector
 from matrixinfer.app.workers.collector import WorkerCollector
 from matrixinfer.cli import COMMANDS, main
 from matrixinfer.cli.demo import Summary, print_comparison
-from matrixinfer.config import AccessLogConfig, PodWatchConfig, SchedulerConfig, TokenizationConfig, parse
+from matrixinfer.config import (
+    AccessLogConfig,
+    PodWatchConfig,
+    SchedulerConfig,
+    TokenizationConfig,
+    TracingConfig,
+    parse,
+)
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
@@ -48,6 +56,7 @@ from matrixinfer.telemetry.access_log import AccessLog
 from matrixinfer.telemetry.log import LogStream
 from matrixinfer.telemetry.loop_watch import LoopWatch
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.tracing import SpanExport
 from matrixinfer.traffic.ladder.record import LadderLog
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +109,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     for line in lines:
-        command = re.search(r"(?:^|\| )matrixinfer (.*?)(?: >>? \S+)?$", line)
+        command = re.search(r"(?:^|\| )matrixinfer (.*?)(?: >>? \S+)?(?: 2>&1)?(?: &)?$", line)
         if command is not None:
             yield [word for word in shlex.split(command[1], comments=True) if word != "&"]
 
@@ -194,6 +203,7 @@ def test_operators_find_every_metric_and_no_other() -> None:
     metrics.register(MemoryCollector(Memory(1)))
     metrics.register(LogCollector(LogStream(sys.stderr)))
     metrics.register(AccessLogCollector(AccessLog(AccessLogConfig(path="-"))))
+    metrics.register(SpanCollector(SpanExport(TracingConfig(), "1")))
     metrics.register(TokenCacheCollector(TokenizerManager((), TokenizationConfig(), None)))
     metrics.register(TokenSourceCollector(dict))
     metrics.register(PluginCollector(lambda: build_scheduler(SchedulerConfig())))

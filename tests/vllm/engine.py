@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -93,7 +94,7 @@ class Engine:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment(),
+                env=self.environment(),
                 start_new_session=True,
             )
         began = time.monotonic()
@@ -122,6 +123,16 @@ class Engine:
         ends = time.monotonic() + STOP_SECONDS  # a process that nobody reaps may remain, but has no ports
         while _group_exists(process.pid) and time.monotonic() < ends:
             await asyncio.sleep(0.05)
+
+    def command(self, name: str) -> str:
+        """What stands for `vllm serve NAME`: its small model under another name, without what differs between replicas."""
+        options = self.options
+        words = (
+            *(self.executable, "serve", self.model, "--served-model-name", name),
+            *("--tokenizer", tokenizer_of(self.model), "--enforce-eager", "--block-size", options.block_size),
+            *("--num-gpu-blocks-override", options.blocks, "--max-model-len", options.max_tokens, "--max-num-seqs", 16),
+        )
+        return shlex.join(map(str, words))
 
     def _arguments(self) -> Iterator[str]:
         options, (api, events, replays) = self.options, self.ports
@@ -162,7 +173,8 @@ class Engine:
             yield from ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", *modules)
         yield from options.arguments
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Its environment variables."""
         binding = "|".join(map(str, range(self.options.ranks))) if self.options.ranks > 1 else str(self.core)
         path = {"PYTHONPATH": str(self.options.path)} if self.options.path is not None else {}
         return (

@@ -29,12 +29,13 @@ def dashboard(
     outliers: Outliers,
     load: LoadLedger,
     decisions: DecisionLog,
+    slow_start_seconds: Callable[[], float],
     draining: asyncio.Event,
     api: Callable[[], str],
 ) -> Dashboard:
     """The dashboard of a gateway. `api` gives the base URL of its API once it listens."""
     caches, registry = engines.setup.caches, engines.registry
-    fleet = Fleet(registry, caches, outliers, load, history, engines.drift.reuse)
+    fleet = Fleet(registry, caches, outliers, load, history, engines.drift.reuse, slow_start_seconds)
 
     def about() -> About:
         return About(version=matrixinfer.__version__, api=api(), decisions_kept=config.scheduler.decisions_kept)

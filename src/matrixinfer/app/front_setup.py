@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from matrixinfer.access.gate import Gate
 from matrixinfer.app.dashboard_setup import dashboard
@@ -44,6 +45,9 @@ from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.traffic.retry_budget import RetryBudget
 from matrixinfer.trust.cache_views import FeedReports
 
+if TYPE_CHECKING:
+    from matrixinfer.gateway.request_trace import RequestTraces  # needs an extra
+
 _NOTED_SECONDS = 10.0
 """How often it is logged that requests are refused."""
 
@@ -62,6 +66,7 @@ class Behind:
     fleet: Fleet
     gate: Gate | None
     request_log: RequestLog | None
+    traces: RequestTraces | None
     tokenizer_views: Callable[[], Mapping[str, Mapping[str, object]]]
     ask_again: Callable[[str], None]
     """Called with a pod that may serve other adapters now."""
@@ -139,7 +144,8 @@ def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining:
 
 def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, credentials: Credentials, status: Routes) -> Routes:
     config, registry, gate = behind.config, behind.engines.registry, behind.gate
-    api = Api(behind.router, proxy, behind.metrics, bodies, behind.request_log, gate, behind.state.stored)
+    log, stored = behind.request_log, behind.state.stored
+    api = Api(behind.router, proxy, behind.metrics, bodies, log, gate, stored, behind.traces)
     fan_out = FanOut(registry, behind.upstream, bodies, config.limits, credentials, changed=behind.ask_again)
     passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
     models = Models(registry, behind.engines.find_model, ModelRoutes(config.routes).names())
@@ -175,6 +181,7 @@ def _dashboard(behind: Behind, draining: asyncio.Event, api: Callable[[], str]) 
         outliers=state.outliers,
         load=state.load,
         decisions=state.decisions,
+        slow_start_seconds=lambda: behind.router.slow_start_seconds,
         draining=draining,
         api=api,
     )

@@ -35,6 +35,7 @@ from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.router_setup import build_router, build_scheduler
 from matrixinfer.app.served import served_models
 from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.tracing_setup import open_tracing
 from matrixinfer.app.traffic_state import traffic_state
 from matrixinfer.app.workers.worker import Worker
 from matrixinfer.config import Config, PodConfig, SchedulerConfig
@@ -121,6 +122,7 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
+            self._traces = await open_tracing(config, self.metrics, stack)
             gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
             self.front = build_front(self._behind(gate, request_log))
             self.gateway = await stack.enter_async_context(self.front.gateway)
@@ -279,6 +281,7 @@ class Service:
             fleet=self.pods.fleet,
             gate=gate,
             request_log=request_log,
+            traces=self._traces,
             tokenizer_views=self._tokenizer_views,
             ask_again=self.watching.ask_again,
             reload=None if self._read is None else self._reload,

@@ -42,6 +42,7 @@ from matrixinfer.config.schema import (
     TokenizationConfig,
 )
 from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
+from matrixinfer.config.tracing import TracingConfig
 
 __all__ = [
     "CLUSTER_SUFFIX",
@@ -85,6 +86,7 @@ __all__ = [
     "Share",
     "TlsConfig",
     "TokenizationConfig",
+    "TracingConfig",
     "WeightsConfig",
     "bare_pod",
     "checked",

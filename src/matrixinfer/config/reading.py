@@ -29,6 +29,7 @@ from matrixinfer.config.routes import check_routes
 from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
 from matrixinfer.config.secrets import place
 from matrixinfer.config.tls import check_engine_tls, check_tls
+from matrixinfer.config.tracing import check_tracing
 from matrixinfer.errors import ConfigError
 
 _MAX_NAME_CHARS = 253
@@ -170,6 +171,7 @@ def _check_names_and_addresses(config: Config) -> None:
     _check_pods(config.pods)
     check_discovery(config.discovery)
     _check_workers(config)
+    check_tracing(config.tracing)
 
 
 def _check_workers(config: Config) -> None:

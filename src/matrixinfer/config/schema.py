@@ -18,6 +18,7 @@ from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.routes import RouteConfig
 from matrixinfer.config.scheduling import BlocksConfig, SchedulerConfig
 from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
+from matrixinfer.config.tracing import TracingConfig
 
 CLUSTER_SUFFIX = ".svc.cluster.local"
 """A suffix that some writers append to a pod's name and others leave out."""
@@ -529,3 +530,4 @@ class Config(Section, frozen=True):
     reload: Annotated[ReloadConfig, described("When the config file is read again.")] = ReloadConfig()
     log: Annotated[LogConfig, described("Log output.")] = LogConfig()
     access_log: Annotated[AccessLogConfig | None, described("One line about each request. `null` writes none.")] = None
+    tracing: Annotated[TracingConfig, described("OpenTelemetry traces of requests.")] = TracingConfig()

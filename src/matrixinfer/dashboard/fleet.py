@@ -9,12 +9,16 @@ import msgspec
 
 from matrixinfer.dashboard.history import History
 from matrixinfer.pods.outliers import Outliers
+from matrixinfer.pods.pod import Drain
 from matrixinfer.pods.registry import Endpoint, Pod, PodRegistry
+from matrixinfer.pods.slow_start import shares
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.trust.cache_views import Caches
 
-State: TypeAlias = Literal["up", "busy", "probing", "asleep", "ejected", "down"]
+State: TypeAlias = Literal["up", "slow_start", "busy", "probing", "asleep", "draining", "ejected", "down"]
+_SHARE_STEPS = 20
+"""Shares are shown in steps of a twentieth, as each change of a row is sent to every page."""
 
 
 class EndpointRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +34,10 @@ class EndpointRow(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     state: State
     state_reason: str | None
+    share: float | None
+    """In `slow_start`: what it gets at most of what others have in flight on average, 0 to 1."""
+    leaves_in_s: int | None
+    """While it is `draining`: seconds until it leaves at the latest."""
     trust: Trust
     feed: str | None
     limits: Sequence[str]
@@ -64,7 +72,9 @@ class Fleet:
         load: LoadLedger,
         history: History,
         reuse: Callable[[str], float] = lambda _: 1.0,
+        slow_start_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self._slow_start_seconds = slow_start_seconds
         self._registry = registry
         self._caches = caches
         self._outliers = outliers
@@ -75,11 +85,27 @@ class Fleet:
     def rows(self) -> Iterator[EndpointRow]:
         """Every endpoint, in the order of the pods."""
         now = self._registry.clock()
+        new = self._slow_starts(now)
         for pod in self._registry.pods:
             for endpoint in pod.endpoints:
-                yield self._row(endpoint, now)
+                yield self._row(endpoint, now, new.get(endpoint.name))
 
-    def _row(self, endpoint: Endpoint, now: float) -> EndpointRow:
+    def _slow_starts(self, now: float) -> dict[str, float]:
+        """The shares of endpoints that came up lately, beside others of their model."""
+        seconds = self._slow_start_seconds()
+        if now - self._registry.newest_up >= seconds:
+            return {}
+        by_model: dict[str | None, list[Endpoint]] = {}
+        for pod in self._registry.pods:
+            if pod.healthy and pod.drain is None:
+                by_model.setdefault(pod.base_model, []).extend(pod.endpoints)
+        found: dict[str, float] = {}
+        for endpoints in by_model.values():
+            withheld = self._outliers.withheld(each.name for each in endpoints)
+            found |= shares(endpoints, now=now, seconds=seconds, withheld=withheld)
+        return found
+
+    def _row(self, endpoint: Endpoint, now: float, share: float | None) -> EndpointRow:
         pod, name = endpoint.pod, endpoint.name
         cache = self._caches.of(name)
         metrics = self._registry.metrics_of(pod, now)
@@ -88,7 +114,7 @@ class Fleet:
         footprint = None if cache is None else cache.footprint
         cache_tokens = None if metrics is None else metrics.cache_tokens
         load, hour = self._load.view(name, now), self._history.endpoint(name)
-        state, words = self._state(endpoint)
+        state, words = self._state(endpoint, now, share)
         engine_block = None if cache is None else cache.engine_block
         if engine_block is None and metrics is not None:
             engine_block = metrics.block_size
@@ -103,6 +129,8 @@ class Fleet:
             restarts=pod.restarts,
             state=state,
             state_reason=words,
+            share=_stepped(share) if state == "slow_start" and share is not None else None,
+            leaves_in_s=None if pod.drain is None else max(0, round(pod.drain.ends - now)),
             trust="none" if cache is None else cache.trust,
             feed=None if cache is None else cache.feed,
             limits=tuple(self._caches.limits_of(name)),
@@ -122,9 +150,11 @@ class Fleet:
             cached_tokens=hour.cached_tokens,
         )
 
-    def _state(self, endpoint: Endpoint) -> tuple[State, str | None]:
+    def _state(self, endpoint: Endpoint, now: float, share: float | None) -> tuple[State, str | None]:
         """What it may get, and why not everything."""
         pod, outlier = endpoint.pod, self._outliers.state(endpoint.name)
+        if pod.drain is not None:
+            return "draining", _drained(pod, pod.drain, now)
         if not pod.healthy:
             return "down", _silence(pod)
         if outlier == "ejected":
@@ -135,7 +165,18 @@ class Fleet:
             return "probing", self._outliers.reason(endpoint.name)
         if outlier == "busy":
             return "busy", self._outliers.reason(endpoint.name)
+        if share is not None:
+            return "slow_start", f"came up lately: gets at most {_stepped(share):.0%} of what others have in flight"
         return "up", None
+
+
+def _stepped(share: float) -> float:
+    return round(share * _SHARE_STEPS) / _SHARE_STEPS
+
+
+def _drained(pod: Pod, drain: Drain, now: float) -> str:
+    words = f"gets no more requests since {now - drain.began:.0f} s, leaves in {max(0.0, drain.ends - now):.0f} s at the latest"
+    return words if pod.healthy else f"{words}; {_silence(pod)}"
 
 
 def _silence(pod: Pod) -> str:

@@ -35,10 +35,11 @@ class RequestLog:
         body_read: float | None,
         exchange: Exchange | None,
         caller: Caller | None = None,
+        trace: str | None = None,
     ) -> None:
         """A request is over. Times are seconds on the monotonic clock; `error` is why the gateway refused it."""
         sink = self._sink
-        outcome = _outcome(code, error, exchange)
+        outcome = outcome_of(code, error, exchange)
         is_sampled = sink.takes(identity if session is None else session)
         if outcome == "answered" and not is_sampled:
             return
@@ -50,6 +51,7 @@ class RequestLog:
             outcome=outcome,
             status=code,
             error=error,
+            trace=trace,
             tenant=None if caller is None else caller.tenant,
             caller=None if caller is None else caller.name,
             session=None if session is None else sink.name_of(session),
@@ -74,7 +76,7 @@ class RequestLog:
             entry.ms["first_byte"] = _ms(exchange.first_byte_at - exchange.started)
         entry.prompt_tokens = request.prompt_tokens if record.counted is None else record.counted
         entry.cached_tokens = record.cached
-        entry.predicted_hit_tokens = _predicted(in_flight)
+        entry.predicted_hit_tokens = predicted_hit(in_flight)
         entry.output_tokens = exchange.output_tokens
         entry.stream_events = exchange.stream_events or None
         if in_flight.computed and self._sink.config.blocks and request.chain:
@@ -87,7 +89,8 @@ class RequestLog:
         return list(accumulate(chain, lambda before, each: (before * _MULTIPLIER + each) & HASH_MASK, initial=0))[1:]
 
 
-def _outcome(code: int, error: str | None, exchange: Exchange | None) -> Outcome:
+def outcome_of(code: int, error: str | None, exchange: Exchange | None) -> Outcome:
+    """How a request ended. `error` is why the gateway refused it."""
     if code == CLIENT_GONE:
         return "client_left"
     if error is not None and exchange is not None and exchange.has_begun:
@@ -95,7 +98,7 @@ def _outcome(code: int, error: str | None, exchange: Exchange | None) -> Outcome
     return "refused" if code >= 400 else "answered"
 
 
-def _predicted(in_flight: InFlight) -> int | None:
+def predicted_hit(in_flight: InFlight) -> int | None:
     """The hit predicted where the request was computed; None if token ids or matches were not there to predict one."""
     late, asked, pod = in_flight.record.late, in_flight.decision.request, in_flight.pod
     if late is not None:

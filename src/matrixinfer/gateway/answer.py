@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -18,6 +19,9 @@ from matrixinfer.gateway.response_ids import ResponseId
 from matrixinfer.gateway.rewrite import PodBody
 from matrixinfer.gateway.usage import UsageStripper
 from matrixinfer.routing.in_flight import InFlight
+
+if TYPE_CHECKING:
+    from matrixinfer.gateway.request_trace import RequestTrace  # needs an extra
 
 JSON, EVENTS = "application/json", "text/event-stream"
 
@@ -45,6 +49,8 @@ class Exchange:
     """Server-sent events of the answer."""
     response_id: ResponseId | None = None
     """Learns which pod stores the response that the answer is, where engines store them."""
+    trace: RequestTrace | None = None
+    """None where requests are not traced."""
 
 
 @dataclass(frozen=True, slots=True)

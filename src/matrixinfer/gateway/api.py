@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
@@ -28,6 +29,9 @@ from matrixinfer.routing.router import Router
 from matrixinfer.routing.stored_responses import StoredResponses
 from matrixinfer.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from matrixinfer.gateway.request_trace import RequestTrace, RequestTraces  # needs an extra
+
 log = structlog.get_logger(__name__)
 
 
@@ -44,6 +48,7 @@ class _Progress:
     """When the body was complete."""
     exchange: Exchange | None = None
     """Set once the request is dispatched."""
+    trace: RequestTrace | None = None
     code: int = 500
     reason: str | None = "internal"
     """Why the gateway refused the request; None if it did not."""
@@ -61,7 +66,9 @@ class Api:
         request_log: RequestLog | None = None,
         gate: Gate | None = None,
         stored: StoredResponses | None = None,
+        traces: RequestTraces | None = None,
     ) -> None:
+        self._traces = traces
         self._gate = gate
         self._stored = StoredResponses() if stored is None else stored
         self._router = router
@@ -83,6 +90,8 @@ class Api:
         progress = _Progress(
             headers.request_id(request.headers), headers.session_id(request.headers), started=time.monotonic()
         )
+        if self._traces is not None:
+            progress.trace = self._traces.begin(request, progress.id, progress.started)
         held = self._bodies.hold()
         try:
             response = await self._answer(request, read, held, progress)
@@ -117,6 +126,7 @@ class Api:
             ticket=progress.ticket,
             read=read,
             headers=request.headers,
+            stages=progress.trace,
         ) as in_flight:
             exchange = progress.exchange = Exchange(
                 request=request,
@@ -125,6 +135,7 @@ class Api:
                 in_flight=in_flight,
                 ticket=progress.ticket,
                 counts_events=self._request_log is not None,
+                trace=progress.trace,
             )
             if path == RESPONSES_PATH:
                 tenant = None if progress.ticket is None else progress.ticket.tenant
@@ -141,6 +152,14 @@ class Api:
         seconds = time.monotonic() - progress.started
         self._metrics.request(model, code, seconds)
         log.debug("request_ended", id=progress.id, path=path, model=model, pod=pod, code=code, seconds=seconds)
+        if progress.trace is not None:
+            progress.trace.end(
+                code=code,
+                error=progress.reason,
+                body_read=progress.body_read,
+                exchange=exchange,
+                tenant=None if ticket is None else ticket.tenant,
+            )
         if self._request_log is not None:
             self._request_log.ended(
                 identity=progress.id,
@@ -152,4 +171,5 @@ class Api:
                 body_read=progress.body_read,
                 exchange=exchange,
                 caller=None if ticket is None else ticket.caller,
+                trace=None if progress.trace is None else progress.trace.id,
             )

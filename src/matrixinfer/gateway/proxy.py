@@ -46,6 +46,7 @@ class _Refused(Exception):
     def __init__(self, response: web.StreamResponse | None, status: int) -> None:
         super().__init__(str(status))
         self.response = response
+        self.status = status
 
 
 class Proxy:
@@ -115,10 +116,14 @@ class Proxy:
                     return await self._attempt(exchange, retry, may_move=may_move)
             except _Refused as error:
                 kind, refusal = str(error), error.response
+                if exchange.trace is not None:
+                    exchange.trace.refused(error.status)
             except AttemptFailed as error:
                 kind = error.kind
                 self._metrics.upstream_error(pod.name, kind)
                 in_flight.failed(kind)
+                if exchange.trace is not None:
+                    exchange.trace.failed(kind)
                 if not may_move or in_flight.following() is None or not retry.after_failure(error):
                     break
             pod = in_flight.following()
@@ -181,6 +186,8 @@ class Proxy:
         )
         if body.adds_usage or body.renamed is not None:
             sent_headers["accept-encoding"] = "identity"  # a compressed answer could not be changed
+        if exchange.trace is not None:
+            exchange.trace.sent(exchange.in_flight, sent_headers)
         # The client's target may be in absolute form (RFC 9112, 3.2.2): the pod gets its path and query only.
         target = request.rel_url.raw_path_qs
         return await self._upstream.send(request.method, pod.url, target, body.bytes, sent_headers, once=once)
@@ -296,3 +303,5 @@ class Proxy:
             if answer.exchange.ticket is not None:
                 answer.exchange.ticket.served()
         self._metrics.first_byte(seconds)
+        if answer.exchange.trace is not None:
+            answer.exchange.trace.first_byte(now)

@@ -95,6 +95,15 @@ class ServedNames:
     """What it says about each model. Engines say `created` differently each time, so this is no news."""
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A pod gets no more requests because it will leave. Times are seconds on the registry's clock."""
+
+    began: float
+    ends: float
+    """When it leaves at the latest."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pod:
     """The last known state of one engine replica. Only its registry changes it."""
@@ -119,8 +128,8 @@ class Pod:
     """False until the first answer, and after too many consecutive failures."""
     gone: bool = False
     """True once the pod has left the registry: no more requests are sent there."""
-    draining: bool = False
-    """True while it gets no more requests because it will leave."""
+    drain: Drain | None = None
+    """None unless it is being drained."""
     up_since: float | None = None
     """When it was last found to answer after it did not, in seconds on the registry's clock."""
     when_down: dict[Callable[[], None], None] = field(default_factory=dict)

@@ -105,9 +105,9 @@ class PodRegistry:
             if not self._has_one_model:  # they may serve another one
                 raise NoPodAvailable(f"No pod is known to serve the model `{requested}`: {_why_unknown(unidentified)}.")
             index_name, pods = name, unidentified
-        healthy = [pod for pod in pods if pod.healthy and not pod.draining]
+        healthy = [pod for pod in pods if pod.healthy and pod.drain is None]
         awake = [pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None]
-        found = awake or healthy or [pod for pod in pods if not pod.draining]
+        found = awake or healthy or [pod for pod in pods if pod.drain is None]
         if not found:
             raise NoPodAvailable(f"Every pod that serves the model `{requested}` is being drained.")
         return index_name, found
@@ -199,7 +199,7 @@ class PodRegistry:
 
     def any_healthy(self) -> bool:
         """Whether at least one pod is healthy and gets requests."""
-        return any(pod.healthy and not pod.draining for pod in self.pods)
+        return any(pod.healthy and pod.drain is None for pod in self.pods)
 
     def metrics_of(self, pod: Pod, now: float) -> EngineMetrics | None:
         """The pod's last metrics; None if there are none or they are too old to be useful."""

@@ -64,7 +64,9 @@ class Candidates:
         matches = None if approximate else prepared.matches
         now = prepared.request.now
         others = self._peers.totals(now)
-        endpoints = [endpoint for pod in prepared.pods if not (pod.gone or pod.draining) for endpoint in pod.endpoints]
+        endpoints = [
+            endpoint for pod in prepared.pods if not pod.gone and pod.drain is None for endpoint in pod.endpoints
+        ]
         withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}

@@ -28,6 +28,7 @@ from matrixinfer.routing.isolation import is_salted, isolating, salted
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
+from matrixinfer.telemetry.stages import Stages
 from matrixinfer.trust.media import MediaNames
 from matrixinfer.trust.parity import Parity
 
@@ -136,13 +137,14 @@ class Preparer:
         read: Reader | None = None,
         headers: Mapping[str, str] = NO_HEADERS,
         ticket: Ticket | None = None,
+        stages: Stages | None = None,
     ) -> Prepared:
-        """Prepare a request that came to `path`; `read` reads a body that brings no prompt.
+        """Prepare a request that came to `path`; `read` reads a body that brings no prompt. `stages` takes its steps.
 
         Raises `RequestError`, and `NoPodAvailable` when no pod serves it. `headers` may decide its route. `ticket` says
         which models it may ask for, and which cache salt keeps its tenant apart.
         """
-        steps = _Steps(self._clock)
+        steps = _Steps(self._clock, stages)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body, read)
             destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
@@ -196,14 +198,14 @@ class Preparer:
             way=way,
         )
 
-    async def again(self, prepared: Prepared, *, waited: float) -> Prepared:
+    async def again(self, prepared: Prepared, *, waited: float, stages: Stages | None = None) -> Prepared:
         """The same request after it has `waited` so many seconds: the pods and the matches of now."""
         model, pods = self._destinations.again(prepared.prompt, prepared.way)
         if model != prepared.request.model:
             raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
         if prepared.way.isolates:
             pods = isolating(pods, prepared.prompt.path)
-        steps = _Steps(self._clock)
+        steps = _Steps(self._clock, stages)
         steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
         steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
         matches, chain = None, prepared.request.chain
@@ -253,6 +255,7 @@ class Preparer:
     async def _tokenize(
         self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
     ) -> Tokenized | TokensLate | None:
+        began = self._clock()
         try:
             return await self._tokenizers.tokenize(prompt, model=model, engines=pods, may_be_late=True)
         except TokensLate as late:
@@ -261,6 +264,9 @@ class Preparer:
         except TokenizeError as error:
             steps.degraded[Degraded.TOKENIZE] = f"not tokenized: {error}"
             return None
+        finally:
+            if steps.stages is not None:
+                steps.stages.add("tokenize", began, self._clock())
 
     async def _find(
         self,
@@ -334,10 +340,11 @@ class Preparer:
 class _Steps:
     """Timings and degradations while a request is prepared."""
 
-    __slots__ = ("_began", "_clock", "_name", "degraded", "timings_ms")
+    __slots__ = ("_began", "_clock", "_name", "degraded", "stages", "timings_ms")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], stages: Stages | None = None) -> None:
         self._clock = clock
+        self.stages = stages
         self._name = ""
         self._began = 0.0
         self.timings_ms: dict[str, float] = {}
@@ -352,7 +359,10 @@ class _Steps:
         self._began = self._clock()
 
     def __exit__(self, *_: object) -> None:
-        self.timings_ms[self._name] = (self._clock() - self._began) * 1000
+        ended = self._clock()
+        self.timings_ms[self._name] = (ended - self._began) * 1000
+        if self.stages is not None:
+            self.stages.add(self._name, self._began, ended)
 
 
 def _is_comparable(tokenized: Tokenized) -> bool:

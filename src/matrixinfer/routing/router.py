@@ -30,6 +30,7 @@ from matrixinfer.routing.prepare import Prepared, Preparer
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics
+from matrixinfer.telemetry.stages import Stages
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
 
@@ -73,6 +74,11 @@ class Router:
         self._scheduler = scheduler
         self._candidates.reconfigure(weights, slow_start_seconds)
 
+    @property
+    def slow_start_seconds(self) -> float:
+        """How long pods that came up get no more than a share."""
+        return self._candidates.slow_start_seconds
+
     @asynccontextmanager
     async def dispatch(
         self,
@@ -84,24 +90,35 @@ class Router:
         ticket: Ticket | None = None,
         read: Reader | None = None,
         headers: Mapping[str, str] = NO_HEADERS,
+        stages: Stages | None = None,
     ) -> AsyncIterator[InFlight]:
         """Choose an endpoint and charge it while the context is open. Raises `RequestError` or `RoutingError`.
 
         With a `ticket` the request is admitted first, which may take a while. The endpoint is chosen after that. `read`
-        reads a body that brings no prompt; `headers` may decide the route.
+        reads a body that brings no prompt; `headers` may decide the route. `stages` takes the steps on the way.
         """
         started = self._clock()
         prepared = await self._preparer.prepare(
-            path, body, request_id=request_id, session=session, ticket=ticket, read=read, headers=headers
+            path,
+            body,
+            request_id=request_id,
+            session=session,
+            ticket=ticket,
+            read=read,
+            headers=headers,
+            stages=stages,
         )
         if ticket is not None:
             waits_from = self._clock()
-            if await ticket.admit(demand_of(prepared)):
-                prepared = await self._preparer.again(prepared, waited=self._clock() - waits_from)
+            prepared = await self._admitted(prepared, ticket, stages)
             started += self._clock() - waits_from
+        began = self._clock()
         request = self._decide(prepared, path)
         try:
-            self._observe(prepared, request, self._clock() - started)
+            decided = self._clock()
+            if stages is not None:
+                stages.add("schedule", began, decided)
+            self._observe(prepared, request, decided - started)
             if prepared.late is not None:
                 self._preparer.follow(prepared, partial(self._learned, request))
             yield request
@@ -143,6 +160,17 @@ class Router:
         self._metrics.keep_models(served)
         if self._ladder is not None:
             self._ladder.keep_models(served)
+
+    async def _admitted(self, prepared: Prepared, ticket: Ticket, stages: Stages | None) -> Prepared:
+        """The request once it is admitted. Where that took a while, pods and matches are those of now."""
+        began = self._clock()
+        try:
+            has_waited = await ticket.admit(demand_of(prepared))
+        finally:
+            ended = self._clock()
+            if stages is not None:
+                stages.add("admission", began, ended)
+        return await self._preparer.again(prepared, waited=ended - began, stages=stages) if has_waited else prepared
 
     def _decide(self, prepared: Prepared, path: str) -> InFlight:
         decision = self._scheduler.schedule(prepared.request, self._candidates.snapshot(prepared))

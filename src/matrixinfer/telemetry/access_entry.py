@@ -25,6 +25,8 @@ class AccessEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int
     error: str | None = None
     """The gateway's own reason, as in the error that it answered with."""
+    trace: str | None = None
+    """Id of its trace, if that is sampled."""
     tenant: str | None = None
     caller: str | None = None
     """The name of the key, or the token's subject, with which it was sent."""
@@ -100,6 +102,7 @@ def text_line(entry: AccessEntry) -> str:
         "first_byte_ms": entry.ms.get("first_byte"),
         "total_ms": entry.ms.get("total"),
         "session": entry.session,
+        "trace": entry.trace,
         "id": entry.id,
     }
     shown = [f"{name}={_plain(value)}" for name, value in fields.items() if value is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from matrixinfer.dashboard.fleet import EndpointRow, Fleet
+from matrixinfer.dashboard.fleet import EndpointRow
 from matrixinfer.dashboard.history import BUCKET_SECONDS, BUCKETS
 from matrixinfer.dashboard.live import DECISIONS, About, Live, View
 from tests.browser.world import World
@@ -12,8 +12,7 @@ from tests.browser.world import World
 
 def live(world: World) -> Live:
     about = About(version="1", api="http://a", decisions_kept=10)
-    fleet = Fleet(world.registry, world.caches, world.outliers, world.load, world.history)
-    return Live(fleet, world.history, world.decisions, lambda: about, world.clock, world.wall)
+    return Live(world.fleet(), world.history, world.decisions, lambda: about, world.clock, world.wall)
 
 
 class Page:
@@ -124,6 +123,44 @@ def test_why_an_endpoint_gets_nothing_is_said() -> None:
     assert rows["pod-0"].state_reason == "has not answered 2 times in a row"
     assert (rows["pod-1"].state_reason or "").startswith("ejected for")
     assert rows["pod-3"].state_reason is None
+
+
+def test_a_pod_that_drains_says_since_when_and_when_it_leaves() -> None:
+    world = World(2)
+    world.drain("pod-1.inference", 60.0)
+    shown = live(world)
+    world.shift += 12.0
+    row = {row.name: row for row in shown.view().endpoints or ()}["pod-1.inference"]
+    assert (row.state, row.leaves_in_s) == ("draining", 48)
+    assert row.state_reason == "gets no more requests since 12 s, leaves in 48 s at the latest"
+    world.die("pod-1.inference")
+    world.shift += 100.0
+    row = {row.name: row for row in shown.view().endpoints or ()}["pod-1.inference"]
+    assert (row.state, row.leaves_in_s) == ("draining", 0)
+    assert (row.state_reason or "").endswith("; has not answered 2 times in a row")
+
+
+def test_a_pod_in_slow_start_says_its_share_while_others_of_its_model_are_there_for_longer() -> None:
+    world = World(3)
+    world.slow_start_seconds = 100.0
+    shown = live(world)
+
+    def states() -> dict[str, tuple[str, float | None]]:
+        world.shift += 1.0
+        return {row.name.split(".")[0]: (row.state, row.share) for row in shown.view().endpoints or ()}
+
+    assert set(states().values()) == {("up", None)}  # all came up just now
+    world.shift += 200.0
+    world.die("pod-2.inference")
+    world.registry.answered("pod-2.inference")
+    assert states() == {"pod-0": ("up", None), "pod-1": ("up", None), "pod-2": ("slow_start", 0.1)}
+    before = shown.view().version
+    world.shift += 1.0
+    assert not shown.view(before).endpoints  # a moment changes no row
+    world.shift += 48.0
+    assert states()["pod-2"] == ("slow_start", 0.5)
+    world.shift += 50.0
+    assert states()["pod-2"] == ("up", None)
 
 
 def test_what_is_unknown_is_not_zero() -> None:

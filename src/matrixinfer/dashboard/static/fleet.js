@@ -4,11 +4,20 @@ import { $, bar, h, setAttribute, setText, Table } from "./dom.js";
 import { compact, count, milliseconds, plural, quotient, roundShare, share, UNKNOWN } from "./format.js";
 import { details, open } from "./dialog.js";
 
-const WORST = { down: 0, ejected: 1, probing: 2, busy: 3, asleep: 4, up: 5 };
+const WORST = { down: 0, ejected: 1, probing: 2, busy: 3, draining: 4, asleep: 5, slow_start: 6, up: 7 };
 const TRUST = { none: 0, stale: 1, partial: 2, exact: 3 };
-const WORDS = { up: "up", busy: "busy", probing: "probing", asleep: "asleep", ejected: "ejected", down: "down" };
+const WORDS = { up: "up", slow_start: "slow start", busy: "busy", probing: "probing", asleep: "asleep", draining: "draining", ejected: "ejected", down: "down" };
 const MAP_FROM = 12;
 /** Endpoints from which on the map is shown. */
+
+const SHORT = { slow_start: "slow", draining: "drains" };
+/** What narrow screens show instead. */
+
+/** The state in a few words: with the share that it gets, or the seconds that are left to it. */
+const stateWords = (row) => {
+  if (row.share !== null) return `slow start ${roundShare(row.share)}`;
+  return row.leaves_in_s !== null ? `draining ${count(row.leaves_in_s)} s` : WORDS[row.state];
+};
 
 const badge = (td, kind, text, title) => {
   let element = td.firstElementChild;
@@ -30,7 +39,7 @@ const heldHint = (row) => (row.held_tokens !== null ? `${count(row.held_tokens)}
 
 const COLUMNS = [
   { key: "name", title: "endpoint", value: (row) => row.name, cell: nameCell },
-  { key: "state", title: "state", value: (row) => WORST[row.state], cell: (row, td) => badge(td, `state-${row.state}`, WORDS[row.state], row.state_reason) },
+  { key: "state", title: "state", value: (row) => WORST[row.state], cell: stateCell },
   { key: "trust", title: "trust", hint: "How far its events are believed", value: (row) => TRUST[row.trust], cell: (row, td) => badge(td, `trust-${row.trust}`, row.trust, row.limits.join("; ") || null) },
   { key: "in_flight", title: "in flight", hint: "Requests that the gateways have there", number: true, value: (row) => row.in_flight, cell: numberCell((row) => count(row.in_flight)) },
   { key: "waiting", title: "waiting", hint: "Requests in the engine's queue", number: true, wide: true, value: (row) => row.waiting ?? -1, cell: numberCell((row) => count(row.waiting)) },
@@ -44,6 +53,17 @@ const COLUMNS = [
 ];
 
 const engine = (row) => [row.engine, row.version].filter(Boolean).join(" ") || UNKNOWN;
+
+function stateCell(row, td) {
+  let element = td.firstElementChild;
+  if (!element) td.append((element = h("span", {}, h("span"), h("span", { class: "narrow" }))));
+  const [words, short] = element.children;
+  setAttribute(element, "class", `badge state-${row.state}`);
+  setAttribute(element, "title", row.state_reason);
+  setAttribute(words, "class", SHORT[row.state] ? "wide" : null);
+  setText(words, stateWords(row));
+  setText(short, SHORT[row.state] ?? "");
+}
 
 function nameCell(row, td) {
   let button = td.firstElementChild;

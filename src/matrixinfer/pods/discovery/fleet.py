@@ -14,6 +14,7 @@ import structlog
 from matrixinfer.config import PodConfig
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.pods.discovery.membership import ADMIN, CONFIG, Listed, Membership
+from matrixinfer.pods.pod import Drain
 from matrixinfer.pods.registry import Pod, PodRegistry
 
 POLL_SECONDS = 0.05
@@ -179,7 +180,8 @@ class Fleet:
         pod = self._registry.pod(name)
         if pod is None:
             return False
-        pod.draining = True
+        now = self._registry.clock()
+        pod.drain = Drain(now, now + seconds)
         log.info("pod_drain_started", pod=name, in_flight=self._in_flight(pod), seconds=seconds)
         task = self._group.create_task(self._drain(pod, seconds), name=f"drain {name}")
         self._drains[name] = task
@@ -191,8 +193,8 @@ class Fleet:
         if task is not None:
             task.cancel()
         pod = self._registry.pod(name)
-        if pod is not None and pod.draining:
-            pod.draining = False
+        if pod is not None and pod.drain is not None:
+            pod.drain = None
             log.info("pod_drain_cancelled", pod=name)
         if self.membership.put_back(name):
             self.apply()
@@ -217,7 +219,7 @@ class Fleet:
             "name": listed.config.name,
             "url": listed.config.url,
             "source": listed.source,
-            "state": "drained" if pod is None else "draining" if pod.draining else "present",
+            "state": "drained" if pod is None else "draining" if pod.drain is not None else "present",
         }
         if pod is not None:
             view |= {"in_flight": self._in_flight(pod), "healthy": pod.healthy, "model": pod.base_model}
