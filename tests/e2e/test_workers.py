@@ -112,17 +112,22 @@ async def test_workers_share_the_port_and_one_admin_listener_shows_all_of_them(t
         stamps = [each["at"] for each in decisions["decisions"]]
         assert stamps == sorted(stamps, reverse=True)
         assert (await fleet.get("/ready"))[0] == 200
-        assert (await fleet.get("/debug/pods"))[0] == 200
+        for page in ("/debug/pods", "/debug/tokenizers", "/debug/index", "/debug/ladder"):
+            for query, number in (("", 1), ("?worker=1", 1), ("?worker=2", 2)):
+                status, shown = await fleet.call("GET", page + query)
+                assert (status, shown["worker"], shown["workers"]) == (200, number, 2)
+        status, answer = await fleet.call("GET", "/debug/pods?worker=3")
+        assert (status, answer["error"]["param"]) == (400, "worker")
         status, ladder = await fleet.call("GET", "/debug/ladder?since=60")
         assert (status, ladder["workers"], ladder["since_seconds"]) == (200, 2, 60)
         assert 0 < ladder["ladder"]["requests"] <= 60
         assert (await fleet.call("GET", "/debug/ladder?since=x"))[0] == 400
         async with fleet.session.get(f"{fleet.admin}/debug/dashboard/events") as events:
             view = json.loads((await events.content.readuntil(b"\n\n")).decode().partition("data: ")[2])
-        assert (view["about"]["workers"], view["names"]) == (2, ["pod-0"])
+        assert (view["about"]["worker"], view["about"]["workers"], view["names"]) == (1, 2, ["pod-0"])
         async with command("explain", "--ladder", "--admin", fleet.admin) as explain:
             printed, _ = await explain.communicate()
-        assert printed.startswith(b"of the requests of one of 2 workers:\n")
+        assert printed.startswith(b"of the requests of worker 1 of 2:\n")
 
         async def hear_each_other() -> bool:
             return await fleet.metric("matrixinfer_peers") == 1
