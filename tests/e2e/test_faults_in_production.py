@@ -1,0 +1,132 @@
+"""The faults of engines again, with everything on: TLS, two workers, keys, limits, salts, a queue, routes and a log.
+
+Nothing may be lost here that is not lost without it, and whatever a request took is given back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from matrixinfer.access.key_file import hash_of
+from tests import servers
+from tests.tls import Files, authority, client_context
+from tests.waiting import eventually
+
+from .fault_world import Front, Load, World, assert_none_lost, fault_world, strike
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+CLIENTS = 16
+FAULTS = (
+    *(("500",), ("503",), ("reset",), ("garbage",), ("slow",), ("freeze",), ("kill",)),
+    *(("500", "freeze"), ("restart", "429")),
+)
+TENANTS = ("large", "small")
+CONFIG = """
+workers: 2
+tls: {{certFile: server.pem, keyFile: server.key}}
+access:
+  keysFile: keys.yaml
+  isolation: {{secretFile: isolation.secret}}
+  countIn: redis
+  tenants: [{{name: large, weight: 3}}, {{name: small}}]
+  limits:
+    windowSeconds: 600
+    requests: 1000000
+    concurrentRequests: {concurrent}
+    inputTokens: 1000000000
+    outputTokens: 1000000000
+    uncachedTokens: 1000000000
+admission: {{maxConcurrentRequests: {places}, queueSize: 100}}
+redis: {{port: {redis}}}
+accessLog: {{path: access.jsonl}}
+routes: [{{name: front, models: [alias], targets: [{{model: m}}]}}]
+api: {{sseKeepAliveSeconds: 0.1}}
+"""
+PLACES = 8
+"""Half of the clients wait."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("production")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(folder: Path, valkey: servers.Server) -> AsyncIterator[World]:
+    ca, ca_file = authority(folder, "ca")
+    Files(folder, "server").write(ca.issue_cert("127.0.0.1"))
+    keys = [{"name": f"key-{each}", "tenant": each, "hash": hash_of(f"sk-{each}")} for each in TENANTS]
+    (folder / "keys.yaml").write_text(json.dumps({"keys": keys}))
+    (folder / "isolation.secret").write_text("s" * 40)
+    front = Front(
+        more=CONFIG.format(concurrent=CLIENTS, places=PLACES, redis=valkey.port),
+        context=client_context(ca_file),
+        keys=[f"sk-{each}" for each in TENANTS],
+        model="alias",
+        workers=2,
+    )
+    async with fault_world(folder, front=front) as made:
+        yield made
+
+
+async def nothing_is_taken(world: World) -> bool:
+    """Whether no request holds a place, waits for one, or is charged to a pod."""
+    return not await world.metric("matrixinfer_admission_requests{") and not await world.metric(
+        "matrixinfer_in_flight{"
+    )
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=" and ".join)
+async def test_no_request_is_lost_and_soon_none_fails(world: World, faults: tuple[str, ...]) -> None:
+    struck = await strike(world, faults, clients=CLIENTS, stream=None)
+    print(Counter(kind for _, kind in struck.load.failed), struck.share, struck.recovered)
+    assert set(struck.left_out) <= {f"e{i}" for i in range(len(faults))}
+    assert struck.share >= 0.99
+    await eventually(lambda: nothing_is_taken(world), pause=0.05)
+
+
+async def test_a_client_whose_requests_fail_at_every_engine_ejects_none(world: World) -> None:
+    cursed, before = Load(), await world.ejections()
+    async with world.loaded(6, stream=None) as load:
+        for _ in range(40):
+            await world.ask(cursed, stream=False, prompt="cursed")
+    assert {kind for _, kind in cursed.failed} == {"500"}
+    assert len(cursed.failed) == 40
+    assert load.failed == []
+    assert await world.ejections() == before
+    assert_none_lost(load)
+
+
+async def test_whoever_has_no_key_reaches_no_engine_and_takes_no_place(world: World) -> None:
+    body = {"model": "alias", "prompt": "x"}
+    for headers in ({}, {"Authorization": "Bearer sk-none"}):
+        async with world.session.post(f"{world.gateway}/v1/completions", json=body, headers=headers) as response:
+            assert response.status == 401
+    with pytest.raises(aiohttp.ClientError):
+        await world.session.post(f"{world.gateway.replace('https', 'http')}/v1/completions", json=body)
+    await eventually(lambda: nothing_is_taken(world), pause=0.05)
+
+
+async def test_every_request_that_was_sent_is_in_the_log_and_no_limit_leaks(world: World, folder: Path) -> None:
+    async def all_are_logged() -> bool:
+        return len(written(folder)) == sent + 2  # of those without a key
+
+    sent = next(world.numbers)
+    await eventually(all_are_logged, pause=0.1)
+    async with world.loaded(CLIENTS, stream=False) as load:  # as many of each key as it may have at a time
+        await eventually(lambda: len(load.answered) > 100)
+    assert load.failed == []
+    assert {each["tenant"] for each in written(folder) if each["status"] == 200} == set(TENANTS)
+
+
+def written(folder: Path) -> list[dict[str, object]]:
+    """The lines of the access logs of all workers."""
+    files = (folder / f"access-{worker}.jsonl" for worker in (1, 2))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
