@@ -14,12 +14,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from matrixinfer.access.key_file import hash_of
 from tests import servers
-from tests.tls import Files, authority, client_context
 from tests.waiting import eventually
 
 from .fault_world import Front, Load, World, assert_none_lost, fault_world, strike
+from .production import ALIAS, TENANTS, WORKERS, production, written
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 CLIENTS = 16
@@ -27,28 +26,6 @@ FAULTS = (
     *(("500",), ("503",), ("reset",), ("garbage",), ("slow",), ("freeze",), ("kill",)),
     *(("500", "freeze"), ("restart", "429")),
 )
-TENANTS = ("large", "small")
-CONFIG = """
-workers: 2
-tls: {{certFile: server.pem, keyFile: server.key}}
-access:
-  keysFile: keys.yaml
-  isolation: {{secretFile: isolation.secret}}
-  countIn: redis
-  tenants: [{{name: large, weight: 3}}, {{name: small}}]
-  limits:
-    windowSeconds: 600
-    requests: 1000000
-    concurrentRequests: {concurrent}
-    inputTokens: 1000000000
-    outputTokens: 1000000000
-    uncachedTokens: 1000000000
-admission: {{maxConcurrentRequests: {places}, queueSize: 100}}
-redis: {{port: {redis}}}
-accessLog: {{path: access.jsonl}}
-routes: [{{name: front, models: [alias], targets: [{{model: m}}]}}]
-api: {{sseKeepAliveSeconds: 0.1}}
-"""
 PLACES = 8
 """Half of the clients wait."""
 
@@ -60,17 +37,13 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(folder: Path, valkey: servers.Server) -> AsyncIterator[World]:
-    ca, ca_file = authority(folder, "ca")
-    Files(folder, "server").write(ca.issue_cert("127.0.0.1"))
-    keys = [{"name": f"key-{each}", "tenant": each, "hash": hash_of(f"sk-{each}")} for each in TENANTS]
-    (folder / "keys.yaml").write_text(json.dumps({"keys": keys}))
-    (folder / "isolation.secret").write_text("s" * 40)
+    settings = production(folder, redis=valkey.port, places=PLACES, concurrent=CLIENTS)
     front = Front(
-        more=CONFIG.format(concurrent=CLIENTS, places=PLACES, redis=valkey.port),
-        context=client_context(ca_file),
-        keys=[f"sk-{each}" for each in TENANTS],
-        model="alias",
-        workers=2,
+        more="\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.config.items()),
+        context=settings.context,
+        keys=settings.keys,
+        model=ALIAS,
+        workers=WORKERS,
     )
     async with fault_world(folder, front=front) as made:
         yield made
@@ -105,7 +78,7 @@ async def test_a_client_whose_requests_fail_at_every_engine_ejects_none(world: W
 
 
 async def test_whoever_has_no_key_reaches_no_engine_and_takes_no_place(world: World) -> None:
-    body = {"model": "alias", "prompt": "x"}
+    body = {"model": ALIAS, "prompt": "x"}
     for headers in ({}, {"Authorization": "Bearer sk-none"}):
         async with world.session.post(f"{world.gateway}/v1/completions", json=body, headers=headers) as response:
             assert response.status == 401
@@ -124,9 +97,3 @@ async def test_every_request_that_was_sent_is_in_the_log_and_no_limit_leaks(worl
         await eventually(lambda: len(load.answered) > 100)
     assert load.failed == []
     assert {each["tenant"] for each in written(folder) if each["status"] == 200} == set(TENANTS)
-
-
-def written(folder: Path) -> list[dict[str, object]]:
-    """The lines of the access logs of all workers."""
-    files = (folder / f"access-{worker}.jsonl" for worker in (1, 2))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
