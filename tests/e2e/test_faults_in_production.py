@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from matrixinfer.access.key_file import hash_of
 from tests import servers
 from tests.waiting import eventually
 
@@ -87,9 +88,38 @@ async def test_whoever_has_no_key_reaches_no_engine_and_takes_no_place(world: Wo
     await eventually(lambda: nothing_is_taken(world), pause=0.05)
 
 
+async def test_new_keys_and_routes_hold_at_every_worker_under_load(world: World, folder: Path) -> None:
+    config = folder / "gateway.yaml"
+    before = config.read_text()
+    keys = json.loads((folder / "keys.yaml").read_text())["keys"]
+    more = [*keys, {"name": "new", "tenant": "small", "hash": hash_of("sk-new")}]
+    (folder / "more.yaml").write_text(json.dumps({"keys": more}))
+
+    async def status(model: str) -> int:
+        body, headers = {"model": model, "prompt": "x"}, {"Authorization": "Bearer sk-new", "Connection": "close"}
+        async with world.session.post(f"{world.gateway}/v1/completions", json=body, headers=headers) as response:
+            return response.status
+
+    async def reload() -> dict[str, object]:
+        async with world.session.post(f"{world.admin}/admin/reload") as response:
+            return dict(await response.json())
+
+    async with world.loaded(CLIENTS, stream=None) as load:
+        await eventually(lambda: len(load.answered) > CLIENTS)
+        config.write_text(before.replace("keys.yaml", "more.yaml").replace('["alias"]', '["alias", "other"]'))
+        outcome = await reload()
+        assert outcome["result"] in ("applied", "unchanged"), outcome  # the file is looked at as well
+        assert [await status("other") for _ in range(12)] == [200] * 12
+        config.write_text(before)
+        await reload()
+        assert [await status("m") for _ in range(12)] == [401] * 12
+    assert load.failed == []
+    assert_none_lost(load)
+
+
 async def test_every_request_that_was_sent_is_in_the_log_and_no_limit_leaks(world: World, folder: Path) -> None:
     async def all_are_logged() -> bool:
-        return len(written(folder)) == sent + 2  # of those without a key
+        return len(written(folder)) == sent + 2 + 24  # those without a key, and with one that came and went
 
     sent = next(world.numbers)
     await eventually(all_are_logged, pause=0.1)

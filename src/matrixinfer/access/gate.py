@@ -63,6 +63,10 @@ class Gate:
         self._rules = rules
         self._metrics = metrics
 
+    def reconfigure(self, rules: Rules) -> None:
+        """These rules are for new requests; the others keep theirs."""
+        self._rules = rules
+
     @property
     def identifies(self) -> bool:
         """Whether requests need a key or a token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matrixinfer.access.gate import Gate
@@ -56,6 +56,7 @@ class Behind:
     engines: Engines
     state: TrafficState
     router: Router
+    routes: ModelRoutes
     upstream: Upstream
     memory: Memory
     metrics: Metrics
@@ -78,6 +79,7 @@ class Front:
     bodies: Bodies
     retries: Retries
     proxy: Proxy
+    credentials: Credentials
     pods_admin: PodsAdmin
 
 
@@ -108,7 +110,19 @@ def build_front(behind: Behind) -> Front:
         max_connections=config.connections.max or descriptors.for_clients(),
         sockets=None if worker is None else worker.sockets(),
     )
-    return Front(gateway=gateway, bodies=bodies, retries=retries, proxy=proxy, pods_admin=pods_admin)
+    return Front(
+        gateway=gateway,
+        bodies=bodies,
+        retries=retries,
+        proxy=proxy,
+        credentials=credentials,
+        pods_admin=pods_admin,
+    )
+
+
+def stripped(config: Config) -> Sequence[str]:
+    """Further headers of clients that engines do not get."""
+    return () if config.access is None else config.access.strip_headers
 
 
 def _retries(config: Config) -> Retries:
@@ -118,8 +132,7 @@ def _retries(config: Config) -> Retries:
 
 def _credentials(behind: Behind) -> Credentials:
     config = behind.config
-    strips = () if config.access is None else config.access.strip_headers
-    return Credentials(behind.engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
+    return Credentials(behind.engines.keys.at, always=config.engine_keys.send == "always", strips=stripped(config))
 
 
 def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining: asyncio.Event) -> Proxy:
@@ -142,7 +155,7 @@ def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, credentials: Crede
     api = Api(behind.router, proxy, behind.metrics, bodies, behind.request_log, gate, behind.state.stored)
     fan_out = FanOut(registry, behind.upstream, bodies, config.limits, credentials, changed=behind.ask_again)
     passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
-    models = Models(registry, behind.engines.find_model, ModelRoutes(config.routes).names())
+    models = Models(registry, behind.engines.find_model, behind.routes.names)
     public = dict(status)
     if not config.public_metrics:
         del public["/metrics"]

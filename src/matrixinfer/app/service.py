@@ -15,7 +15,7 @@ import structlog
 
 from matrixinfer.access.gate import Gate
 from matrixinfer.app.access_log import open_access_log
-from matrixinfer.app.access_setup import gate as access_gate
+from matrixinfer.app.access_setup import Access
 from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
@@ -47,6 +47,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.samples import SAMPLED_CLASSES
+from matrixinfer.routing.routes import Routes
 from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.plugin_loader import discover
@@ -100,13 +101,14 @@ class Service:
         self.metrics = Metrics()
         self._memory = Memory(config.limits.memory_bytes)
         self.state = state = traffic_state(config, self.metrics, clock)
+        self._routes = Routes(config.routes)
         self._sizer = Sizer(max_tokens=config.scheduler.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         self.engines = engines = Engines(config, self.metrics, history=state.history, ladder=state.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
             tokenizers = await self._open_tokenizers(stack, clock)
             self.router = build_router(
-                config, engines, tokenizers, state, self._scheduler, self._sizer, self.metrics, clock
+                config, engines, tokenizers, state, self._scheduler, self._sizer, self.metrics, clock, self._routes
             )
             self._upstream = stack.enter_context(
                 upstream(config.limits, self.metrics, engines.shortages, engines.tls.at)
@@ -121,8 +123,9 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
-            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
-            self.front = build_front(self._behind(gate, request_log))
+            self.access = Access(config, self.metrics.access, engines.setup.store)
+            await stack.enter_async_context(self.access)
+            self.front = build_front(self._behind(self.access.gate, request_log))
             self.gateway = await stack.enter_async_context(self.front.gateway)
             await self._open_reloads(stack, lambda config: build_scheduler(config, plugins, watch))
             if self._worker is not None:
@@ -172,6 +175,8 @@ class Service:
             scheduler=self._scheduler,
             build=build,
             router=self.router,
+            routes=self._routes,
+            access=self.access,
             sizer=self._sizer,
             front=self.front,
             outliers=self.state.outliers,
@@ -273,6 +278,7 @@ class Service:
             engines=self.engines,
             state=self.state,
             router=self.router,
+            routes=self._routes,
             upstream=self._upstream,
             memory=self._memory,
             metrics=self.metrics,

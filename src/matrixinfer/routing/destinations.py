@@ -55,7 +55,7 @@ class Destinations:
         find_response: Callable[[str, str | None], Awaitable[str | None]] | None = None,
         routes: Routes | None = None,
     ) -> None:
-        self._routes = routes or Routes(())
+        self._routes = Routes(()) if routes is None else routes  # one without a route may get some later
         self._registry = registry
         self._find_model = find_model
         self._find_response = find_response
