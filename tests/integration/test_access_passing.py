@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Stores(Engine):
             return await super().__call__(request)
         self.heads.append(request.headers.copy())
         self.raw.append((request.path, await request.read()))
-        return web.json_response({})
+        return web.json_response({}, status=self.status)
 
 
 @pytest.fixture
@@ -158,6 +159,38 @@ async def test_isolated_tenants_cannot_choose_the_ids_of_responses(folder: Path)
         assert (await client.post("sk-ann", path="/v1/responses", input="x", request_id="resp_of_bob")).status == 200
         assert (await client.post("sk-ann", input="x", request_id="mine")).status == 200
     assert ["request_id" in body for body in engine.bodies] == [False, True]
+
+
+async def test_adapters_count_as_requests_and_wait_like_others(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann"}])
+    text = "access: {keysFile: keys.yaml, limits: {requests: 2}}\nadmission: {maxConcurrentRequests: 1}\n"
+    text += "accessLog: {path: access.jsonl}\n"
+    first, second, path = Stores(), Stores(), "/v1/load_lora_adapter"
+    async with gateway(text, first, second, base=tmp_path) as client:
+        assert await send(client, path, b"{}", "sk-mallory") == 401
+        body: Any = {"path": path, "lora_name": "x"}
+        answers = await asyncio.gather(*(client.post("sk-ann", **body) for _ in range(3)))
+        assert sorted(answer.status for answer in answers) == [200, 200, 429]
+        assert {answer.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
+        assert await client.metric('matrixinfer_requests_total{code="200",model="unknown"}') == 2
+        assert await client.metric("matrixinfer_admission_wait_seconds_count") == 2
+        assert await client.metric('matrixinfer_admission_requests{state="running"}') == 0
+    assert (len(first.raw), len(second.raw)) == (2, 2)
+    lines = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]
+    assert sorted((each["status"], each.get("caller")) for each in lines if each["path"] == path) == sorted(
+        [(401, None), (200, "ann"), (200, "ann"), (429, "ann")], key=str
+    )
+
+
+async def test_adapters_that_no_engine_loads_count_nothing(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann"}])
+    engine, path = Stores(), "/v1/load_lora_adapter"
+    engine.status = 500
+    text = "access: {keysFile: keys.yaml, limits: {requests: 1}}\n"
+    async with gateway(text, engine, base=tmp_path) as client:
+        assert [await send(client, path, b'{"lora_name":"x"}') for _ in range(2)] == [500, 500]
+        engine.status = 200
+        assert [await send(client, path, b'{"lora_name":"x"}') for _ in range(2)] == [200, 429]
 
 
 async def test_a_key_for_some_models_changes_only_their_adapters(tmp_path: Path) -> None:

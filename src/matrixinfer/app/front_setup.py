@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from matrixinfer.access.gate import Gate
 from matrixinfer.app.dashboard_setup import dashboard
@@ -80,6 +81,7 @@ class Front:
     retries: Retries
     proxy: Proxy
     credentials: Credentials
+    fan_out: FanOut
     pods_admin: PodsAdmin
 
 
@@ -93,7 +95,8 @@ def build_front(behind: Behind) -> Front:
     credentials = _credentials(behind)
     proxy = _proxy(behind, retries, credentials, draining)
     pods_admin = PodsAdmin(behind.fleet, drain_seconds=config.discovery.drain_seconds)
-    served = _api_routes(behind, proxy, bodies, credentials, status)
+    fan_out = FanOut(behind.engines.registry, behind.upstream, config.limits, credentials, changed=behind.ask_again)
+    served = _api_routes(behind, proxy, bodies, fan_out, status)
     gateway = Gateway(
         config,
         api={**served, **OpenApi(served).routes()},
@@ -116,6 +119,7 @@ def build_front(behind: Behind) -> Front:
         retries=retries,
         proxy=proxy,
         credentials=credentials,
+        fan_out=fan_out,
         pods_admin=pods_admin,
     )
 
@@ -150,11 +154,10 @@ def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining:
     )
 
 
-def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, credentials: Credentials, status: Routes) -> Routes:
+def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, fan_out: FanOut, status: Routes) -> Routes:
     config, registry, gate = behind.config, behind.engines.registry, behind.gate
     api = Api(behind.router, proxy, behind.metrics, bodies, behind.request_log, gate, behind.state.stored)
-    fan_out = FanOut(registry, behind.upstream, bodies, config.limits, credentials, changed=behind.ask_again)
-    passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
+    passing = Passing(config.api.paths, api.dispatch, partial(api.apart, answer=fan_out))
     models = Models(registry, behind.engines.find_model, behind.routes.names)
     public = dict(status)
     if not config.public_metrics:

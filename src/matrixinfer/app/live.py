@@ -61,6 +61,7 @@ class Live:
         self.router.reconfigure(scheduler, config.scheduler.weights, config.discovery.slow_start_seconds)
         self.front.bodies.reconfigure(config.limits)
         self.front.proxy.reconfigure(config.limits)
+        self.front.fan_out.reconfigure(config.limits)
         self.front.retries.reconfigure(config.retries)
         self.outliers.reconfigure(config.outliers)
         self.front.gateway.reconfigure(config.drain)
