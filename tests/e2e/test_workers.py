@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from matrixinfer.access.key_file import hash_of
 from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .test_serve import command, engine
@@ -209,6 +210,34 @@ async def test_a_reload_takes_effect_at_every_worker_or_at_none(tmp_path: Path) 
         status, outcome = await fleet.call("POST", "/admin/reload")
         assert (status, outcome["restart"]) == (409, ["blocks.size"])
         assert await statuses() == {413}
+
+
+@pytest.mark.parametrize("isolates", [False, True])
+async def test_a_stored_response_is_its_tenant_s_at_every_worker(tmp_path: Path, isolates: bool) -> None:
+    keys = [{"name": name, "hash": hash_of(f"sk-{name}")} for name in ("ann", "bob")]
+    (tmp_path / "keys.yaml").write_text(json.dumps({"keys": keys}))
+    (tmp_path / "secret").write_text("s" * 40)
+    access: Json = {"keysFile": "keys.yaml", **({"isolation": {"secretFile": "secret"}} if isolates else {})}
+    async with (
+        engine() as (_, one),
+        engine() as (_, two),
+        workers(2, {**pods(one["url"], two["url"]), "access": access}, tmp_path) as fleet,
+    ):
+
+        async def ask(name: str, path: str, body: object = None) -> tuple[int, Json]:
+            headers = {"Authorization": f"Bearer sk-{name}", "Connection": "close"}  # each at any worker
+            method = "GET" if body is None else "POST"
+            async with fleet.session.request(method, fleet.listen + path, json=body, headers=headers) as response:
+                return response.status, await response.json()
+
+        status, made = await ask("ann", "/v1/responses", {"model": "sim", "input": "hello", "max_output_tokens": 2})
+        assert status == 200, made
+        page = f"/v1/responses/{made['id']}"
+        more = {"model": "sim", "input": "and?", "max_output_tokens": 2, "previous_response_id": made["id"]}
+        assert [(await ask("bob", page))[0] for _ in range(12)] == [404] * 12
+        assert [(await ask("bob", "/v1/responses", more))[0] for _ in range(12)] == [404] * 12
+        assert [(await ask("ann", page))[0] for _ in range(12)] == [200] * 12
+        assert [(await ask("ann", "/v1/responses", more))[0] for _ in range(12)] == [200] * 12
 
 
 async def test_sigterm_drains_every_worker(tmp_path: Path) -> None:

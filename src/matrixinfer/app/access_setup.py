@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from matrixinfer.access.fair_queue import Standing
 from matrixinfer.access.gate import Gate, Rules
 from matrixinfer.access.identity import Identity, read_keys
 from matrixinfer.access.limits import Limits
+from matrixinfer.access.response_ids import ResponseIds
 from matrixinfer.access.salts import MIN_SECRET_CHARS, Salts
 from matrixinfer.access.shared import SharedLedger
 from matrixinfer.config import Config
@@ -36,16 +38,18 @@ class Policy:
 class Access:
     """The gate before all requests, and what of it may change. Use as an async context manager.
 
-    With `store`, limits may be counted for all gateways together.
+    With `store`, limits may be counted for all gateways together. `secret` is that of all workers of this gateway; where
+    tenants are kept apart, all gateways have one in the configuration.
     """
 
-    def __init__(self, config: Config, metrics: AccessMetrics, store: Store | None) -> None:
+    def __init__(self, config: Config, metrics: AccessMetrics, store: Store | None, secret: bytes) -> None:
         self.gate: Gate | None = None
         """None if everybody may send anything at any time."""
         self.policy = Policy(config=config)
         """The one in effect."""
         self._metrics = metrics
         self._store = store
+        self._secret = secret
         self._limits: Limits | None = None
         self._queue: Admission | None = None
         self._stack = AsyncExitStack()
@@ -101,7 +105,14 @@ class Access:
             await _close(policy)
 
     def _rules(self, policy: Policy) -> Rules:
-        return Rules(identifier=policy.identity, limits=self._limits, salts=policy.salts, queue=self._queue)
+        ids = self._secret if policy.salts is None else policy.salts.secret
+        return Rules(
+            identifier=policy.identity,
+            limits=self._limits,
+            salts=policy.salts,
+            response_ids=None if policy.identity is None else ResponseIds(ids, secrets.token_bytes),
+            queue=self._queue,
+        )
 
 
 async def _close(policy: Policy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -123,7 +124,8 @@ class Service:
             )
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
-            self.access = Access(config, self.metrics.access, engines.setup.store)
+            secret = secrets.token_bytes() if self._worker is None else self._worker.folder.secret.read_bytes()
+            self.access = Access(config, self.metrics.access, engines.setup.store, secret)
             await stack.enter_async_context(self.access)
             self.front = build_front(self._behind(self.access.gate, request_log))
             self.gateway = await stack.enter_async_context(self.front.gateway)
