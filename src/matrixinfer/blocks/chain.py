@@ -1,9 +1,9 @@
-"""One prompt's block hashes, computed as they are read."""
+"""One prompt's block hashes, and what else lookups ask about the prompt's blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from matrixinfer.blocks.names import ROOT, Medium, media_in
 
@@ -21,34 +21,27 @@ class SharedHashes(list[int]):
         self.limit = limit
 
 
-class BlockChain(Sequence[int]):
-    """A prompt's block hashes, as a sequence that hashes a block when it is first read.
+class BlockChain(list[int]):
+    """A prompt's block hashes, which nobody changes. `data` are its tokens in the form of `token_bytes`.
 
-    Lookups stop at the first block that no pod holds, and so does hashing.
+    `media` are the prompt's images, audio and video, in ascending order.
     """
 
-    __slots__ = ("_data", "_hashes", "_processor", "_salt_parent", "_shared", "_size", "media")
+    __slots__ = ("_data", "_processor", "_salt_parent", "media")
 
     def __init__(
         self,
         processor: TokenBlockProcessor,
         data: bytes,
-        size: int,
         salt_parent: int | None,
-        hashes: SharedHashes,
+        hashes: Iterable[int],
         media: Sequence[Medium] = (),
     ) -> None:
+        super().__init__(hashes)
         self.media = media
-        """The prompt's images, audio and video, in ascending order."""
         self._processor = processor
         self._data = data
         self._salt_parent = salt_parent
-        self._hashes: list[int] = hashes
-        self._shared = hashes.limit
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
 
     @property
     def block_size(self) -> int:
@@ -85,11 +78,6 @@ class BlockChain(Sequence[int]):
             self.end_key(blocks), view[blocks * size * 4 : length * 4], view[length * 4 : (length + ahead) * 4], media
         )
 
-    @property
-    def hashed(self) -> int:
-        """Number of blocks hashed so far."""
-        return min(len(self._hashes), self._size)
-
     def tail(self, blocks: int, engine_block: int) -> tuple[int, int] | None:
         """The number and the hash of the tokens of an engine block beyond the first `blocks` blocks (see `overhang`).
 
@@ -104,41 +92,3 @@ class BlockChain(Sequence[int]):
             return None
         media = media_in(self.media, start, start + tokens) if self.media else ()
         return tokens, self._processor.tail(data, self[blocks - 1], media)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            positions = range(self._size)[index]
-            if positions:
-                self._extend(max(positions[0], positions[-1]) + 1)
-            return [self._hashes[position] for position in positions]
-        if index < 0:
-            index += self._size
-        if not 0 <= index < self._size:
-            raise IndexError(index)
-        if index >= len(self._hashes):
-            self._extend(index + 1)
-        return self._hashes[index]
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[i] for i in range(self._size))
-
-    def _extend(self, count: int) -> None:
-        known = len(self._hashes)
-        if count <= known:
-            return
-        if known < self._shared < count:
-            self._extend(self._shared)
-            known = self._shared
-        if count > self._shared:
-            self._hashes, self._shared = list(self._hashes), self._size  # further hashes belong to this prompt only
-        size = self._processor.block_size * 4
-        parent = self._hashes[-1] if known else self._salt_parent
-        data = memoryview(self._data)[known * size : count * size]
-        media = media_in(self.media, known * size // 4, count * size // 4) if self.media else ()
-        self._hashes += self._processor.hashes(data, parent, media)

@@ -43,11 +43,11 @@ class TokenBlockProcessor:
         max_blocks: int | None = None,
         hashes: SharedHashes | None = None,
     ) -> BlockChain:
-        """The prompt's block hashes, which are computed as they are read.
+        """The prompt's block hashes.
 
         `max_blocks` bounds the chain. With the scheme `block` a salted prompt has no blocks, because it must not match,
         and one with media none from the first of these on.
-        `hashes` are the known hashes of the first blocks; the chain extends this list as it computes more.
+        `hashes` are the known hashes of the first blocks; this list is extended by those that are computed.
         """
         blocks = len(tokens) // self.block_size
         if max_blocks is not None:
@@ -57,14 +57,20 @@ class TokenBlockProcessor:
         if media and self.scheme == "block":
             blocks = min(blocks, media[0][0] // self.block_size)
         used = tokens[: (blocks + 1) * self.block_size]
-        return BlockChain(
-            self,
-            token_bytes(used),
-            blocks,
-            None if salt is None else salt_parent(salt),
-            SharedHashes(limit=blocks) if hashes is None or media else hashes,
-            media,
-        )
+        data, root = token_bytes(used), None if salt is None else salt_parent(salt)
+        if hashes is None or media:
+            return BlockChain(self, data, root, self.hashes(data[: blocks * self.block_size * 4], root, media), media)
+        self._extend(hashes, data, min(blocks, hashes.limit), root)
+        chain = BlockChain(self, data, root, hashes if len(hashes) == blocks else hashes[:blocks])
+        self._extend(chain, data, blocks, root)
+        return chain
+
+    def _extend(self, hashes: list[int], data: bytes, blocks: int, root: int | None) -> None:
+        """Hash the blocks from those on that are known, up to `blocks`. The first block follows `root`."""
+        known = len(hashes)
+        if known < blocks:
+            some = memoryview(data)[known * self.block_size * 4 : blocks * self.block_size * 4]
+            hashes += self.hashes(some, hashes[-1] if known else root)
 
     def overhang(self, blocks: int, engine_block: int) -> int | None:
         """Tokens by which an engine block of `engine_block` tokens extends beyond the first `blocks` blocks.

@@ -60,7 +60,8 @@ class Candidates:
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
-        matches = None if prepared.is_approximate else prepared.matches
+        approximate = prepared.is_approximate
+        matches = None if approximate else prepared.matches
         now = prepared.request.now
         others = self._peers.totals(now)
         endpoints = [endpoint for pod in prepared.pods if not (pod.gone or pod.draining) for endpoint in pod.endpoints]
@@ -69,7 +70,12 @@ class Candidates:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
         return [
             self._candidate(
-                endpoint, prepared, matches, others.get(endpoint.name, NO_LOAD), withheld.get(endpoint.name)
+                endpoint,
+                prepared,
+                matches,
+                others.get(endpoint.name, NO_LOAD) if others else NO_LOAD,
+                withheld.get(endpoint.name) if withheld else None,
+                approximate,
             )
             for endpoint in endpoints
         ]
@@ -89,14 +95,19 @@ class Candidates:
         return self._lookup.limits_of(endpoint)
 
     def _candidate(
-        self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load, withheld: str | None
+        self,
+        endpoint: Endpoint,
+        prepared: Prepared,
+        matches: Matches | None,
+        others: Load,
+        withheld: str | None,
+        approximate: bool,
     ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
         match = self._lookup.match_at(name, matches)
         cache = match.cache
-        reads_cache, approximate = prepared.prompt.reads_cache, prepared.is_approximate
         trust, pending, recent, credit, chunks, guessed = holdings(
-            name, request, match, load, self._history, self._weights, reads_cache, approximate
+            name, request, match, load, self._history, self._weights, prepared.prompt.reads_cache, approximate
         )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         published = self._registry.load_of(endpoint, request.now) if endpoint.pod.loads else None

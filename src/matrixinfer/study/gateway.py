@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from matrixinfer.blocks import BlockChain, SharedHashes
+from matrixinfer.blocks import BlockChain
 from matrixinfer.config import OutliersConfig, PodConfig, PodWatchConfig, SchedulerConfig
 from matrixinfer.index.ends import Rule
 from matrixinfer.kvevents.footprint import Footprint
@@ -275,7 +275,7 @@ class Gateway(Router):
         now, known, prompt = self._clock(), self._index.known, job.prompt
         self.receive(now)
         full = prompt // self._block_size
-        chain = BlockChain(self._blocks, b"", full, None, SharedHashes(job.hashes[:full], limit=full))
+        chain = BlockChain(self._blocks, b"", None, job.hashes[:full])
         request = SchedulingRequest(
             id="",
             model=MODEL,

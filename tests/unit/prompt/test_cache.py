@@ -79,17 +79,18 @@ def test_cached_ids_and_hashes_equal_those_of_a_fresh_text(
     tested = cache(reference, max_bytes=max_bytes)
     before, after = (BEFORE, AFTER) if around else (BEFORE[:0], AFTER[:0])
     text = start
-    for i, change in enumerate([(1.0, 0.0, ""), *changes]):
+    for change in [(1.0, 0.0, ""), *changes]:
         text = edited(text, change)
         ids, hashes = tested.encode(text, before=before, after=after)
         expected = np.concatenate([before, reference(text), after])
         assert ids.dtype == np.uint32
         assert ids.tolist() == expected.tolist()
-        known = len(hashes)
-        chain = blocks.chain(ids, hashes=hashes)
-        assert hashes == list(blocks.chain(expected))[:known]
-        list(chain) if i % 2 else chain[: len(chain) // 2]
-        assert hashes == list(blocks.chain(expected))[: len(hashes)]
+        whole = blocks.chain(expected)
+        assert hashes == whole[: len(hashes)]
+        assert blocks.chain(ids, max_blocks=len(whole) // 2, hashes=hashes) == whole[: len(whole) // 2]
+        assert hashes == whole[: len(hashes)]
+        assert blocks.chain(ids, hashes=hashes) == whole
+        assert hashes == whole[: len(hashes)]
 
 
 def test_a_conversation_that_has_grown_costs_the_new_turn(made: Tokenizer) -> None:
@@ -97,7 +98,7 @@ def test_a_conversation_that_has_grown_costs_the_new_turn(made: Tokenizer) -> No
     tested = cache(reference)
     history = "".join(f"<|im_start|>user\nQuestion {i}<|im_end|>\n" for i in range(50))
     ids, hashes = tested.encode(history)
-    list(blocks.chain(ids, hashes=hashes))
+    blocks.chain(ids, hashes=hashes)
     asked = reference.chars
     new = "<|im_start|>user\nOne more<|im_end|>"
     ids, hashes = tested.encode(history + new)
@@ -112,7 +113,7 @@ def test_a_prompt_with_few_hashes_does_not_shorten_those_of_others(made: Tokeniz
     system = "<|im_start|>system\nBe kind to everyone.<|im_end|>"
     first, other = system + "<|im_start|>user\nFirst of two" * 4, system + "<|im_start|>user\nOther of two" * 4
     ids, hashes = tested.encode(first)
-    list(blocks.chain(ids, hashes=hashes))
+    blocks.chain(ids, hashes=hashes)
     tested.encode(other)  # only the blocks that both texts begin with are hashed
     _, again = tested.encode(first)
     assert again == list(blocks.chain(reference(first[: first.rindex("<|im_start|>")])))
@@ -144,7 +145,7 @@ def test_only_hashes_that_count_towards_the_memory_bound_are_kept(made: Tokenize
         for length in (1, 3, 6):
             text = f"<|im_start|>user {i}" + "<|im_end|>what was that" * length + "<|im_start|>" + f"tail {i} " * 200
             ids, hashes = tested.encode(text)
-            list(blocks.chain(ids, hashes=hashes))
+            blocks.chain(ids, hashes=hashes)
     kept = {id(each.hashes): len(each.hashes) for each, _ in tested._beginnings._entries.values()}
     owned = sum(len(each.ids) for each, _ in tested._beginnings._entries.values()) // 4
     assert tested.stats.evicted > 0
