@@ -18,7 +18,7 @@ TIMES ?= 10
 SECONDS ?= 600
 INDEX ?= memory
 
-.PHONY: help demo demo-ui screenshots chromium test test-unit test-rest test-repeat test-vllm soak fault-table check-engines check lint bench \
+.PHONY: help demo demo-ui screenshots chromium test test-unit test-rest test-repeat test-vllm test-streams soak fault-table check-engines check lint bench \
   bench-peers head-to-head traces study format \
   lock clean
 .NOTPARALLEL:
@@ -46,6 +46,9 @@ test-repeat: .venv/dev.stamp ## All tests, TIMES times; every second time beside
 test-vllm: .venv/dev.stamp ## Predictions against real vLLM, version VLLM, which it installs into .vllm (an hour, 3.4 GB)
 	$(BIN)/python -m tests.vllm.install $(VLLM_DIR) $(VLLM)
 	VLLM=$(VLLM) VLLM_DIR=$(VLLM_DIR) $(BIN)/pytest -v $(TESTS)
+
+test-streams: .venv/dev.stamp ## 2,000 streams at once over two workers: each must be whole, and nothing may stay open (two minutes)
+	$(BIN)/python -m tests.streams --json bench/results/streams.json
 
 soak: .venv/dev.stamp ## Clients, faults and churn for SECONDS; fails if a request or memory is lost (INDEX=redis: two gateways)
 	$(BIN)/python -m tests.soak --seconds $(SECONDS) --index $(INDEX) --json bench/results/soak-$(INDEX).json

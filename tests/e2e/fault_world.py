@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,6 +23,8 @@ from tests.ports import free_port
 from tests.waiting import DEADLINE_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
+SETTLE_SECONDS = 2.0
+"""After this long new requests must not fail any more."""
 CONFIG = """
 listen: 127.0.0.1:{port}
 admin: 127.0.0.1:{admin}
@@ -30,7 +33,25 @@ outliers: {{ejectSeconds: {eject}, maxEjectSeconds: {longest}}}
 drain: {{delaySeconds: {delay}}}
 pods:
 {pods}
+{more}
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """How clients reach the gateway, and what its configuration has besides."""
+
+    more: str = ""
+    context: ssl.SSLContext | None = None
+    """With one, the gateway speaks TLS."""
+    keys: Sequence[str] = ()
+    """API keys, which requests use in turn."""
+    model: str = "m"
+    """The name that clients ask for."""
+    workers: int = 1
+
+
+PLAIN = Front()
 
 
 @dataclass
@@ -63,6 +84,7 @@ class World:
     session: aiohttp.ClientSession
     process: subprocess.Popen[bytes]
     """The gateway's."""
+    front: Front = PLAIN
     engines: list[subprocess.Popen[bytes]] = field(default_factory=list)
     numbers: count[int] = field(default_factory=count)
 
@@ -106,10 +128,13 @@ class World:
             return False
 
     async def pods(self) -> list[dict[str, Any]]:
-        """What the gateway knows of its pods."""
-        async with self.session.get(f"{self.admin}/debug/pods") as response:
-            pods: list[dict[str, Any]] = (await response.json())["pods"]
-            return pods
+        """What each worker of the gateway knows of its pods."""
+        pods: list[dict[str, Any]] = []
+        for worker in range(1, self.front.workers + 1):
+            query = {} if self.front.workers == 1 else {"worker": str(worker)}
+            async with self.session.get(f"{self.admin}/debug/pods", params=query) as response:
+                pods += (await response.json())["pods"]
+        return pods
 
     async def is_whole(self) -> bool:
         """Whether every endpoint is healthy and gets requests; sends one, which may be a probe."""
@@ -137,16 +162,23 @@ class World:
 
     async def ejections(self) -> float:
         """How often the gateway has ejected an endpoint."""
+        return await self.metric("matrixinfer_ejections_total{")
+
+    async def metric(self, beginning: str) -> float:
+        """The sum of the series that begin with this."""
         async with self.session.get(f"{self.admin}/metrics") as response:
             lines = (await response.text()).splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("matrixinfer_ejections_total{"))
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(beginning))
 
     async def ask(self, load: Load, *, stream: bool, prompt: str = "prompt") -> None:
-        body = {"model": "m", "prompt": f"{prompt} {next(self.numbers)}", "stream": stream}
+        number, keys = next(self.numbers), self.front.keys
+        body = {"model": self.front.model, "prompt": f"{prompt} {number}", "stream": stream}
+        headers = {"Authorization": f"Bearer {keys[number % len(keys)]}"} if keys else {}
         load.sent += 1
         start = time.monotonic()
         try:
-            async with self.session.post(f"{self.gateway}/v1/completions", data=json.dumps(body)) as response:
+            url = f"{self.gateway}/v1/completions"
+            async with self.session.post(url, data=json.dumps(body), headers=headers) as response:
                 answer = await response.read()
                 if response.status != 200:
                     load.failed.append((start, str(response.status)))
@@ -158,21 +190,60 @@ class World:
             load.failed.append((start, type(error).__name__))
 
     @asynccontextmanager
-    async def loaded(self, clients: int, *, stream: bool) -> AsyncIterator[Load]:
-        """Clients that ask without a pause while the context is open."""
+    async def loaded(self, clients: int, *, stream: bool | None) -> AsyncIterator[Load]:
+        """Clients that ask without a pause while the context is open; every second one streams if `stream` is None."""
         load, over = Load(), asyncio.Event()
 
-        async def client() -> None:
+        async def client(number: int) -> None:
             while not over.is_set():
-                await self.ask(load, stream=stream)
+                await self.ask(load, stream=number % 2 == 0 if stream is None else stream)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(client())
+            for number in range(clients):
+                group.create_task(client(number))
             try:
                 yield load
             finally:
                 over.set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Struck:
+    """What faults have cost. Times are in seconds."""
+
+    load: Load
+    left_out: Mapping[str, float]
+    """Endpoints that got no requests while the faults lasted, and when after their beginning."""
+    share: float
+    """Of requests that were sent when new ones must not fail any more, and were answered."""
+    recovered: float
+    """Until all endpoints got requests again, after the faults had ended."""
+
+
+async def strike(
+    world: World, faults: Sequence[str], *, clients: int, stream: bool | None, measured: float = 1.0
+) -> Struck:
+    """Engines fail, the first with the first fault and so on, under load. No request may be lost."""
+    async with world.watching() as left_out, world.loaded(clients, stream=stream) as load:
+        await eventually(lambda: len(load.answered) > 2 * clients)
+        left_out.clear()
+        began = time.monotonic()
+        for number, fault in enumerate(faults):
+            await world.inflict(fault, number)
+        await asyncio.sleep(SETTLE_SECONDS + measured)
+        found, healed = {name: at - began for name, at in left_out.items()}, time.monotonic()
+        for number, fault in enumerate(faults):
+            await world.heal(fault, number)
+        await eventually(world.is_whole, pause=0.05)
+        recovered = time.monotonic() - healed
+    assert_none_lost(load)
+    share = load.share_from(began + SETTLE_SECONDS)
+    return Struck(load=load, left_out=found, share=share, recovered=recovered)
+
+
+def assert_none_lost(load: Load) -> None:
+    assert load.broken == []
+    assert load.sent == len(load.answered) + len(load.failed)
 
 
 @contextmanager
@@ -190,24 +261,34 @@ def gateway_process(config: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @asynccontextmanager
 async def fault_world(
-    folder: Path, *, engines: int = 3, ranks: int = 1, eject: float = 0.5, longest: float = 1.0, delay: float = 0.0
+    folder: Path,
+    *,
+    engines: int = 3,
+    ranks: int = 1,
+    eject: float = 0.5,
+    longest: float = 1.0,
+    delay: float = 0.0,
+    front: Front = PLAIN,
 ) -> AsyncIterator[World]:
     """Everything at work. Ejections last from `eject` to `longest` seconds, the delay of a drain `delay` seconds."""
     ports, port, admin = [free_port() for _ in range(engines)], free_port(), free_port()
     events = "" if ranks > 1 else ", kvEvents: none"
     pods = "\n".join(f"- {{name: e{i}, url: 'http://127.0.0.1:{port}'{events}}}" for i, port in enumerate(ports))
     config = folder / "gateway.yaml"
-    config.write_text(CONFIG.format(port=port, admin=admin, pods=pods, eject=eject, longest=longest, delay=delay))
+    settings = {"port": port, "admin": admin, "pods": pods, "eject": eject, "longest": longest, "delay": delay}
+    config.write_text(CONFIG.format(**settings, more=front.more))
     async with AsyncExitStack() as stack:
         process = stack.enter_context(gateway_process(config))
         timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS)
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        connector = aiohttp.TCPConnector(limit=0, ssl=front.context or True)
+        session = aiohttp.ClientSession(connector=connector, timeout=timeout)
         await stack.enter_async_context(session)
-        made = World(ports, ranks, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}", session, process)
+        url = f"{'http' if front.context is None else 'https'}://127.0.0.1:{port}"
+        made = World(ports, ranks, url, f"http://127.0.0.1:{admin}", session, process, front)
         stack.callback(_end, made.engines)
         for number in range(engines):
             made.start(number)
-        await eventually(lambda: _is_ready(session, made.gateway), pause=0.1)
+        await eventually(lambda: _is_ready(made), pause=0.1)
         await eventually(made.is_whole, pause=0.05)
         yield made
 
@@ -219,9 +300,13 @@ def _end(engines: list[subprocess.Popen[bytes]]) -> None:
         engine.wait()
 
 
-async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+async def _is_ready(world: World) -> bool:
+    assert world.process.poll() is None, "the gateway has ended: see its log"
     try:
-        async with session.get(f"{url}/ready") as response:
-            return response.status == 200
+        for url in (world.gateway, world.admin):  # workers serve before their admin listener does
+            async with world.session.get(f"{url}/ready") as response:
+                if response.status != 200:
+                    return False
     except aiohttp.ClientError:
         return False
+    return True

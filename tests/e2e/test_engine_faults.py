@@ -17,7 +17,7 @@ import pytest_asyncio
 from tests.waiting import eventually
 
 from .fault_table import PAGE, replaced, rows
-from .fault_world import Load, World, fault_world
+from .fault_world import SETTLE_SECONDS, Load, World, assert_none_lost, fault_world, strike
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 WRITES = bool(os.environ.get("FAULT_TABLE"))
@@ -27,8 +27,6 @@ PAIRS = (("500", "freeze"), ("reset", "kill"), ("garbage", "503"), ("restart", "
 LOADS = {"idle": (1, False), "12 in flight": (12, False), "12 streams": (12, True)}
 """How many clients there are, and whether they stream."""
 COMBINED_LOADS = LOADS if WRITES else ("12 in flight",)
-SETTLE_SECONDS = 2.0
-"""After this long new requests must not fail any more."""
 MEASURED_SECONDS = 3.0 if WRITES else 1.0
 EJECT, LONGEST = (5.0, 5.0) if WRITES else (0.5, 1.0)
 
@@ -52,56 +50,39 @@ async def ranked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
         yield made
 
 
-async def strike(world: World, faults: tuple[str, ...], name: str, load_name: str, table: list[str]) -> set[str]:
+async def measure(world: World, faults: tuple[str, ...], name: str, load_name: str, table: list[str]) -> set[str]:
     """Requests before, during and after faults; none is lost. Returns the endpoints that were left out meanwhile."""
     clients, stream = LOADS[load_name]
-    async with world.watching() as left_out, world.loaded(clients, stream=stream) as load:
-        await eventually(lambda: len(load.answered) > 2 * clients)
-        left_out.clear()
-        began = time.monotonic()
-        for number, fault in enumerate(faults):
-            await world.inflict(fault, number)
-        await asyncio.sleep(SETTLE_SECONDS + MEASURED_SECONDS)
-        names, healed = set(left_out), time.monotonic()
-        for number, fault in enumerate(faults):
-            await world.heal(fault, number)
-        await eventually(world.is_whole, pause=0.05)
-        recovered = time.monotonic() - healed
-    share = load.share_from(began + SETTLE_SECONDS)
-    after = f"{max(left_out[each] for each in names) - began:.1f} s" if names else "never"
+    struck = await strike(world, faults, clients=clients, stream=stream, measured=MEASURED_SECONDS)
+    load, left_out = struck.load, struck.left_out
+    after = f"{max(left_out.values()):.1f} s" if left_out else "never"
     table.append(
         f"| {name} | {load_name} | {load.sent:,} | {len(load.answered):,} | {len(load.failed):,} "
-        f"| {100 * share:.1f} % | {after} | {recovered:.1f} s |"
+        f"| {100 * struck.share:.1f} % | {after} | {struck.recovered:.1f} s |"
     )
-    print(table[-1], sorted({kind for _, kind in load.failed}), names)
-    assert_none_lost(load)
-    assert share >= 0.99
-    return names
-
-
-def assert_none_lost(load: Load) -> None:
-    assert load.broken == []
-    assert load.sent == len(load.answered) + len(load.failed)
+    print(table[-1], sorted({kind for _, kind in load.failed}), set(left_out))
+    assert struck.share >= 0.99
+    return set(left_out)
 
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_no_request_is_lost_and_soon_none_fails(world: World, table: list[str], fault: str, load: str) -> None:
-    left_out = await strike(world, (fault,), fault, load, table)
+    left_out = await measure(world, (fault,), fault, load, table)
     assert left_out <= {"e0"}
 
 
 @pytest.mark.parametrize("load", COMBINED_LOADS)
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 async def test_two_engines_may_fail_at_once(world: World, table: list[str], pair: tuple[str, str], load: str) -> None:
-    left_out = await strike(world, pair, " and ".join(pair), load, table)
+    left_out = await measure(world, pair, " and ".join(pair), load, table)
     assert left_out <= {"e0", "e1"}
 
 
 @pytest.mark.parametrize("load", COMBINED_LOADS)
 @pytest.mark.parametrize("fault", RANK_FAULTS)
 async def test_a_rank_that_fails_is_left_out_alone(ranked: World, table: list[str], fault: str, load: str) -> None:
-    left_out = await strike(ranked, (fault,), f"{fault}, one rank of four", load, table)
+    left_out = await measure(ranked, (fault,), f"{fault}, one rank of four", load, table)
     assert left_out == {"e0@dp0"}
 
 
@@ -128,7 +109,7 @@ async def test_when_all_engines_are_down_requests_fail_at_once_and_then_succeed_
 
 @pytest.mark.parametrize("pair", [("500", "500"), ("500", "reset"), ("garbage", "reset")], ids=" and ".join)
 async def test_two_engines_that_fail_alike_do_not_excuse_each_other(world: World, pair: tuple[str, str]) -> None:
-    left_out = await strike(world, pair, " and ".join(pair), "12 in flight", [])
+    left_out = await measure(world, pair, " and ".join(pair), "12 in flight", [])
     assert left_out == {"e0", "e1"}
 
 

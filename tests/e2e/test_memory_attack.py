@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from tests import servers
 from tests.waiting import eventually
 
 from .fleet import TOKENIZER
+from .production import WORKERS, Production, production
 from .test_serve import gateway
 
 MEGABYTE = 1024 * 1024
@@ -89,16 +93,21 @@ class Engine:
 class Rig(NamedTuple):
     engine: Engine
     url: str
-    pid: int
+    pids: Sequence[int]
+    """Of the processes that take requests."""
     session: aiohttp.ClientSession
+    context: ssl.SSLContext | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
 
     async def send(self, path: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of the answer; 0 if the connection broke before an answer could be read."""
-        host, port = self.url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        host, port = self.url.rpartition("/")[2].split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=self.context)
+        fields = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items()).encode()
 
         async def write() -> None:
-            writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body)))
+            head = b"POST %s HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n"
+            writer.write(head % (path.encode(), fields, len(body)))
             for start in range(0, len(body), MEGABYTE):
                 writer.write(body[start : start + MEGABYTE])
                 await writer.drain()
@@ -122,9 +131,9 @@ class Rig(NamedTuple):
         return 0.0 if found is None else float(found[1])
 
     def memory(self, field: str) -> int:
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text(), flags=re.MULTILINE)
-        assert found is not None
-        return int(found[1]) * 1024
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
+        found = [re.search(rf"^{field}:\s+(\d+) kB", text, flags=re.MULTILINE) for text in texts]
+        return sum(0 if each is None else int(each[1]) * 1024 for each in found)
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[Counter[str]]:
@@ -151,19 +160,25 @@ class Rig(NamedTuple):
 
 
 @asynccontextmanager
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+async def rig(tmp_path: Path, settings: Production | None = None) -> AsyncIterator[Rig]:
     engine, file = Engine(), tmp_path / "gateway.yaml"
-    async with engine.running() as url, aiohttp.ClientSession() as session:
+    more = {} if settings is None else settings.config
+    context = None if settings is None else settings.context
+    headers = {} if settings is None else {"Authorization": f"Bearer {settings.keys[0]}"}
+    connector = aiohttp.TCPConnector(ssl=context or True)
+    async with engine.running() as url, aiohttp.ClientSession(connector=connector, headers=headers) as session:
         config = {
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
             "models": [{"name": "m", "tokenizer": str(TOKENIZER), "chatTemplate": "chatml"}],
             "pods": [{"name": "e", "url": url, "kvEvents": "none"}],
-            "limits": {"memoryBytes": MEMORY},
+            "limits": {"memoryBytes": MEMORY * more.get("workers", 1)},  # divided among them
+            **more,
         }
         file.write_text(json.dumps(config), encoding="utf-8")
         async with gateway("--config", str(file)) as (process, addresses):
-            target = Rig(engine, addresses["listen"], process.pid, session)
+            pids = children_of(process.pid) if "workers" in more else [process.pid]
+            target = Rig(engine, addresses["listen"], pids, session, context, headers)
 
             async def serves() -> bool:
                 async with session.get(f"{target.url}/ready") as response:
@@ -171,6 +186,10 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
             await eventually(serves)
             yield target
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def check(seen: Counter[str]) -> None:
@@ -189,6 +208,21 @@ async def test_large_bodies_take_no_more_than_the_memory_for_requests(tmp_path: 
         assert set(statuses) <= {200, 503, 0}
         assert statuses[200] >= 1
         assert await target.metric("matrixinfer_requests_refused_total") >= statuses[503] > 0
+        await eventually_free(target)
+
+
+async def test_nor_with_everything_on(tmp_path: Path, valkey: servers.Server) -> None:
+    settings = production(tmp_path, redis=valkey.port, places=64, concurrent=64)
+    async with rig(tmp_path, settings) as target:
+        before = target.memory("VmRSS")
+        large, middle = LARGE.values(), MIDDLE.values()
+        async with target.watched() as seen:
+            answers = await asyncio.gather(*(target.send(*each) for each in (*large, *middle, *large, *middle)))
+        check(seen)
+        assert target.memory("VmHWM") - before < 2 * MEMORY * WORKERS
+        statuses = Counter(status for status, _, _ in answers)
+        assert set(statuses) <= {200, 503, 0}
+        assert statuses[200] >= 1
         await eventually_free(target)
 
 

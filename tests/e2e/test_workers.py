@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from matrixinfer.access.key_file import hash_of
 from tests.waiting import DEADLINE_SECONDS, eventually
 
 from .test_serve import command, engine
@@ -112,17 +113,22 @@ async def test_workers_share_the_port_and_one_admin_listener_shows_all_of_them(t
         stamps = [each["at"] for each in decisions["decisions"]]
         assert stamps == sorted(stamps, reverse=True)
         assert (await fleet.get("/ready"))[0] == 200
-        assert (await fleet.get("/debug/pods"))[0] == 200
+        for page in ("/debug/pods", "/debug/tokenizers", "/debug/index", "/debug/ladder"):
+            for query, number in (("", 1), ("?worker=1", 1), ("?worker=2", 2)):
+                status, shown = await fleet.call("GET", page + query)
+                assert (status, shown["worker"], shown["workers"]) == (200, number, 2)
+        status, answer = await fleet.call("GET", "/debug/pods?worker=3")
+        assert (status, answer["error"]["param"]) == (400, "worker")
         status, ladder = await fleet.call("GET", "/debug/ladder?since=60")
         assert (status, ladder["workers"], ladder["since_seconds"]) == (200, 2, 60)
         assert 0 < ladder["ladder"]["requests"] <= 60
         assert (await fleet.call("GET", "/debug/ladder?since=x"))[0] == 400
         async with fleet.session.get(f"{fleet.admin}/debug/dashboard/events") as events:
             view = json.loads((await events.content.readuntil(b"\n\n")).decode().partition("data: ")[2])
-        assert (view["about"]["workers"], view["names"]) == (2, ["pod-0"])
+        assert (view["about"]["worker"], view["about"]["workers"], view["names"]) == (1, 2, ["pod-0"])
         async with command("explain", "--ladder", "--admin", fleet.admin) as explain:
             printed, _ = await explain.communicate()
-        assert printed.startswith(b"of the requests of one of 2 workers:\n")
+        assert printed.startswith(b"of the requests of worker 1 of 2:\n")
 
         async def hear_each_other() -> bool:
             return await fleet.metric("matrixinfer_peers") == 1
@@ -204,6 +210,34 @@ async def test_a_reload_takes_effect_at_every_worker_or_at_none(tmp_path: Path) 
         status, outcome = await fleet.call("POST", "/admin/reload")
         assert (status, outcome["restart"]) == (409, ["blocks.size"])
         assert await statuses() == {413}
+
+
+@pytest.mark.parametrize("isolates", [False, True])
+async def test_a_stored_response_is_its_tenant_s_at_every_worker(tmp_path: Path, isolates: bool) -> None:
+    keys = [{"name": name, "hash": hash_of(f"sk-{name}")} for name in ("ann", "bob")]
+    (tmp_path / "keys.yaml").write_text(json.dumps({"keys": keys}))
+    (tmp_path / "secret").write_text("s" * 40)
+    access: Json = {"keysFile": "keys.yaml", **({"isolation": {"secretFile": "secret"}} if isolates else {})}
+    async with (
+        engine() as (_, one),
+        engine() as (_, two),
+        workers(2, {**pods(one["url"], two["url"]), "access": access}, tmp_path) as fleet,
+    ):
+
+        async def ask(name: str, path: str, body: object = None) -> tuple[int, Json]:
+            headers = {"Authorization": f"Bearer sk-{name}", "Connection": "close"}  # each at any worker
+            method = "GET" if body is None else "POST"
+            async with fleet.session.request(method, fleet.listen + path, json=body, headers=headers) as response:
+                return response.status, await response.json()
+
+        status, made = await ask("ann", "/v1/responses", {"model": "sim", "input": "hello", "max_output_tokens": 2})
+        assert status == 200, made
+        page = f"/v1/responses/{made['id']}"
+        more = {"model": "sim", "input": "and?", "max_output_tokens": 2, "previous_response_id": made["id"]}
+        assert [(await ask("bob", page))[0] for _ in range(12)] == [404] * 12
+        assert [(await ask("bob", "/v1/responses", more))[0] for _ in range(12)] == [404] * 12
+        assert [(await ask("ann", page))[0] for _ in range(12)] == [200] * 12
+        assert [(await ask("ann", "/v1/responses", more))[0] for _ in range(12)] == [200] * 12
 
 
 async def test_sigterm_drains_every_worker(tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ class Answer(NamedTuple):
 class Client:
     service: Service
     session: aiohttp.ClientSession
+    texts: dict[str, str]
+
+    async def reload(self, text: str) -> dict[str, Any]:
+        """Let the gateway read its configuration again, which is this now."""
+        self.texts["now"] = text
+        async with self.session.post(f"{self.service.gateway.admin_url}/admin/reload") as response:
+            outcome: dict[str, Any] = await response.json()
+            return outcome
 
     async def post(
         self, key: str | None = None, *, path: str = CHAT, headers: Mapping[str, str] | None = None, **body: Any
@@ -101,9 +109,10 @@ async def gateway(text: str, *engines: Engine, base: Path) -> AsyncIterator[Clie
         pods = ", ".join(
             f'{{name: {name}, url: "{url}", kvEvents: none}}' for name, url in zip("abcdefgh", urls, strict=False)
         )
-        config = parse(
-            f"listen: 127.0.0.1:0\nadmin: 127.0.0.1:0\npods: [{pods}]\ntokenization: {{find: none}}\n{text}", base=base
-        )
-        service = await stack.enter_async_context(Service(config))
+        head = f"listen: 127.0.0.1:0\nadmin: 127.0.0.1:0\npods: [{pods}]\ntokenization: {{find: none}}\n"
+        texts = {"now": text}
+        service = Service(parse(head + text, base=base), read=lambda: parse(head + texts["now"], base=base))
+        await stack.enter_async_context(service)
         connector = aiohttp.TCPConnector(limit=0)
-        yield Client(service, await stack.enter_async_context(aiohttp.ClientSession(connector=connector)))
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        yield Client(service, session, texts)

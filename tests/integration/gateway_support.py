@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import aiohttp
@@ -284,8 +285,11 @@ async def rig(
         status = Status(registry, metrics, draining).routes()
         bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(10.0, time.monotonic))
         handlers = Api(cast("Router", router), proxy, metrics, bodies, stored=router.stored)
-        fan_out = FanOut(registry, pool, bodies, limits, credentials, changed=router.changed.append)
-        api = {**handlers.routes(), **Passing(config.api.paths, handlers.dispatch, fan_out).routes()}
+        fan_out = FanOut(registry, pool, limits, credentials, changed=router.changed.append)
+        api = {
+            **handlers.routes(),
+            **Passing(config.api.paths, handlers.dispatch, partial(handlers.apart, answer=fan_out)).routes(),
+        }
         models = Models(registry, router.find_model).routes()
         parity, feeds = Parity(metrics, time.monotonic), FeedReports({}, FeedCaches({}))
         outliers = Outliers(OutliersConfig(), time.monotonic)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,27 @@ class Stores(Engine):
             return await super().__call__(request)
         self.heads.append(request.headers.copy())
         self.raw.append((request.path, await request.read()))
-        return web.json_response({})
+        return web.json_response({}, status=self.status)
+
+
+class Remembers(Engine):
+    """Stores responses under the ids that requests ask for, as vLLM and SGLang do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/v1/responses":
+            body = json.loads(await request.read())
+            if body.get("previous_response_id", next(iter(self.ids), None)) not in {None, *self.ids}:
+                return web.json_response({}, status=404)
+            self.ids.add(body["request_id"])
+            return web.json_response({"id": body["request_id"], "output": []})
+        if request.path.startswith("/v1/responses/"):
+            found = request.path.rpartition("/")[2]
+            return web.json_response({"id": found}, status=200 if found in self.ids else 404)
+        return await super().__call__(request)
 
 
 @pytest.fixture
@@ -82,7 +104,9 @@ async def test_what_may_take_a_prompt_is_salted_and_nothing_else_is_changed(fold
         form = FormData()
         form.add_field("file", b"audio", filename="a.wav")
         assert await send(client, "/v1/audio/transcriptions", form) == 200
+        assert (await client.post("sk-ann", path="/v1/responses", input="hello")).status == 200
         assert (await client.get("/v1/responses/resp_1", "sk-ann")).status == 200
+        assert (await client.get("/v1/responses/resp_2", "sk-ann")).status == 404
     salts = [json.loads(body).get("cache_salt") for path, body in engine.raw if path == "/pooling"]
     assert len(set(salts)) == 2
     assert "mine" not in salts
@@ -157,7 +181,71 @@ async def test_isolated_tenants_cannot_choose_the_ids_of_responses(folder: Path)
     async with gateway(ISOLATED, engine, base=folder) as client:
         assert (await client.post("sk-ann", path="/v1/responses", input="x", request_id="resp_of_bob")).status == 200
         assert (await client.post("sk-ann", input="x", request_id="mine")).status == 200
-    assert ["request_id" in body for body in engine.bodies] == [False, True]
+    made, own = (body["request_id"] for body in engine.bodies)
+    assert made != "resp_of_bob"
+    assert made.startswith("resp_")
+    assert own == "mine"
+
+
+@pytest.mark.parametrize("text", [KEYS, ISOLATED])
+async def test_a_response_stays_with_its_tenant_at_gateways_that_have_not_passed_it_on(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", lambda count=32: b"s" * count)  # as workers have it in common
+    engine = Remembers()
+    async with gateway(text, engine, base=folder) as first, gateway(text, engine, base=folder) as second:
+        made = await first.post("sk-ann", path="/v1/responses", input="my request_id")
+        more: Any = {"path": "/v1/responses", "input": "and?", "previous_response_id": made.body["id"]}
+        assert [(await second.post(key, **more)).status for key in ("sk-bob", "sk-ann")] == [404, 200]
+        page = f"/v1/responses/{made.body['id']}"
+        assert [(await second.get(page, key)).status for key in ("sk-bob", "sk-ann")] == [404, 200]
+        assert [(await first.get(page, key)).status for key in ("sk-bob", "sk-ann")] == [404, 200]
+
+
+@pytest.mark.parametrize(("text", "status"), [(KEYS, 200), (ISOLATED, 404)])
+async def test_a_response_of_unknown_origin_is_nobody_s_only_where_tenants_are_kept_apart(
+    folder: Path, text: str, status: int
+) -> None:
+    engine = Remembers()
+    engine.ids.add("resp_old")
+    async with gateway(text, engine, base=folder) as client:
+        assert (await client.get("/v1/responses/resp_old", "sk-ann")).status == status
+        more: Any = {"path": "/v1/responses", "input": "and?", "previous_response_id": "resp_old"}
+        assert (await client.post("sk-ann", **more)).status == status
+        chosen = await client.post("sk-ann", path="/v1/responses", input="x", request_id="resp_mine")
+        assert (chosen.body["id"] == "resp_mine") is (text == KEYS)
+
+
+async def test_adapters_count_as_requests_and_wait_like_others(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann"}])
+    text = "access: {keysFile: keys.yaml, limits: {requests: 2}}\nadmission: {maxConcurrentRequests: 1}\n"
+    text += "accessLog: {path: access.jsonl}\n"
+    first, second, path = Stores(), Stores(), "/v1/load_lora_adapter"
+    async with gateway(text, first, second, base=tmp_path) as client:
+        assert await send(client, path, b"{}", "sk-mallory") == 401
+        body: Any = {"path": path, "lora_name": "x"}
+        answers = await asyncio.gather(*(client.post("sk-ann", **body) for _ in range(3)))
+        assert sorted(answer.status for answer in answers) == [200, 200, 429]
+        assert {answer.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
+        assert await client.metric('matrixinfer_requests_total{code="200",model="unknown"}') == 2
+        assert await client.metric("matrixinfer_admission_wait_seconds_count") == 2
+        assert await client.metric('matrixinfer_admission_requests{state="running"}') == 0
+    assert (len(first.raw), len(second.raw)) == (2, 2)
+    lines = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]
+    assert sorted((each["status"], each.get("caller")) for each in lines if each["path"] == path) == sorted(
+        [(401, None), (200, "ann"), (200, "ann"), (429, "ann")], key=str
+    )
+
+
+async def test_adapters_that_no_engine_loads_count_nothing(tmp_path: Path) -> None:
+    key_file(tmp_path, [{"name": "ann", "key": "sk-ann"}])
+    engine, path = Stores(), "/v1/load_lora_adapter"
+    engine.status = 500
+    text = "access: {keysFile: keys.yaml, limits: {requests: 1}}\n"
+    async with gateway(text, engine, base=tmp_path) as client:
+        assert [await send(client, path, b'{"lora_name":"x"}') for _ in range(2)] == [500, 500]
+        engine.status = 200
+        assert [await send(client, path, b'{"lora_name":"x"}') for _ in range(2)] == [200, 429]
 
 
 async def test_a_key_for_some_models_changes_only_their_adapters(tmp_path: Path) -> None:

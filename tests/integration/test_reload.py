@@ -92,6 +92,7 @@ async def test_what_may_change_takes_effect_at_once(tmp_path: Path) -> None:
         assert await front.ask(prompt="x" * 300) == (413, None)
         assert service._memory.limit == 20_000_000
         assert service._upstream._pool.connect_seconds == 9
+        assert service.front.fan_out._limits.connect_timeout_seconds == 9
         assert service.router._candidates._weights.host == 0.1
         assert service.router._candidates.slow_start_seconds == 7
         assert "round-robin" in service.router._scheduler.plugins

@@ -70,12 +70,16 @@ class Admission:
         self._config = config
         self._watch = watch
         self._clock = clock
-        self._queue: FairQueue[asyncio.Future[None]] = FairQueue(
-            config.queue_size, lambda tenant: standings.get(tenant, _PLAIN)
-        )
+        self._queue: FairQueue[asyncio.Future[None]] = FairQueue(config.queue_size, _of(standings))
         self._running = 0
         self._rate = Rate(clock)
         self._noted = Intervals(_NOTED_SECONDS, clock)
+
+    def reconfigure(self, config: AdmissionConfig, standings: Mapping[str, Standing]) -> None:
+        """Keep these bounds and treat tenants like this from now on. Whoever waits keeps its turn."""
+        self._config = config
+        self._queue.reconfigure(config.queue_size, _of(standings))
+        self._serve()
 
     async def enter(self, tenant: str, cost: int) -> Pass:
         """Wait for a place for a request that costs so many tokens. Raises `Overloaded`."""
@@ -155,6 +159,10 @@ class Admission:
     def _report(self) -> None:
         self._rate.waiting(len(self._queue) > 0)
         self._watch.admission(self._running, len(self._queue))
+
+
+def _of(standings: Mapping[str, Standing]) -> Callable[[str], Standing]:
+    return lambda tenant: standings.get(tenant, _PLAIN)
 
 
 class Rate:

@@ -77,6 +77,13 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return self._count
 
+    def reconfigure(self, size: int, standing: Callable[[str], Standing]) -> None:
+        """Hold so many and treat tenants like this from now on. Requests that are more than that keep their places."""
+        self._size = size
+        self._standing = standing
+        for tenant, line in self._lines.items():
+            line.standing = standing(tenant)
+
     def push(self, tenant: str, cost: float, item: Item) -> tuple[Entry[Item], Entry[Item] | None]:
         """Add a request. Returns its entry, and the entry that it displaced, if any: possibly its own."""
         line = self._lines.get(tenant)

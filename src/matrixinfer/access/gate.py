@@ -13,6 +13,7 @@ from matrixinfer.access.demand import Demand, Used
 from matrixinfer.access.identity import Identifier
 from matrixinfer.access.limits import Limits, Reservation
 from matrixinfer.access.quota import NOTHING, Amounts
+from matrixinfer.access.response_ids import ResponseIds
 from matrixinfer.access.salts import Salts
 from matrixinfer.errors import Forbidden, LimitExceeded, MatrixInferError, RequestError
 from matrixinfer.telemetry.access_metrics import AccessMetrics
@@ -53,6 +54,7 @@ class Rules:
     identifier: Identifier | None = None
     limits: Limits | None = None
     salts: Salts | None = None
+    response_ids: ResponseIds | None = None
     queue: Queue | None = None
 
 
@@ -62,6 +64,10 @@ class Gate:
     def __init__(self, rules: Rules, metrics: AccessMetrics) -> None:
         self._rules = rules
         self._metrics = metrics
+
+    def reconfigure(self, rules: Rules) -> None:
+        """These rules are for new requests; the others keep theirs."""
+        self._rules = rules
 
     @property
     def identifies(self) -> bool:
@@ -133,6 +139,18 @@ class Ticket:
         if self._rules.salts is None or self._caller is None:
             return own
         return self._rules.salts.of(self._caller.tenant, own)
+
+    def new_response_id(self) -> str | None:
+        """An id for the response that this request makes, which says whose it is; None if the caller is not known."""
+        if self._rules.response_ids is None or self._caller is None:
+            return None
+        return self._rules.response_ids.new(self._caller.tenant)
+
+    def owns(self, response_id: str) -> bool | None:
+        """Whether a stored response is the caller's, as its id says; None if it does not say."""
+        if self._rules.response_ids is None or self._caller is None:
+            return None
+        return self._rules.response_ids.is_owner(self._caller.tenant, response_id)
 
     def check_model(self, model: str, *, is_sure: bool = True) -> None:
         """Raises `Forbidden` if the caller may not ask for a model, whether or not it exists.

@@ -44,26 +44,33 @@ class Identifier(Protocol):
 
 
 class Identity:
-    """Callers with API keys or tokens. Use as an async context manager, which reads the keys. `now`: Unix seconds."""
+    """Callers with API keys or tokens. Use as an async context manager, which reads the keys. `now`: Unix seconds.
+
+    One that is to replace `before` takes over what that has read of the issuer's keys, and must have some.
+    """
 
     def __init__(
         self,
         config: AccessConfig,
         *,
+        before: Identity | None = None,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._before = before
         self._now = now
         self._clock = clock
         self._ring = KeyRing()
         self._tokens: Tokens | None = None
-        self._source: KeySource | None = None
+        self.source: KeySource | None = None
+        """Where the keys of the issuer of tokens come from, if tokens are taken."""
         self._seen: Stamp | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Read the keys. Raises `ConfigError` when the file of keys cannot be used, or an extra is missing."""
+        before, self._before = self._before, None
         async with AsyncExitStack() as stack:
             if self._config.keys_file is not None:
                 self._seen, self._ring = read_keys(self._config.keys_file, self._config.limits)
@@ -71,8 +78,8 @@ class Identity:
                 stack.push_async_callback(cancel_and_wait, task)
             if self._config.jwt is not None:
                 self._open_tokens()
-                if self._source is not None:
-                    await stack.enter_async_context(self._source)
+                if self.source is not None:
+                    await _enter_source(stack, self.source, before)
             self._stack = stack.pop_all()
         return self
 
@@ -98,12 +105,12 @@ class Identity:
         from matrixinfer.access.tokens import UnknownKey  # noqa: PLC0415 - needs an extra
 
         assert self._tokens is not None  # noqa: S101 - its only caller has looked
-        assert self._source is not None  # noqa: S101 - both are made together
-        self._source.check()
+        assert self.source is not None  # noqa: S101 - both are made together
+        self.source.check()
         try:
             return self._tokens.check(token)
         except UnknownKey:
-            await self._source.renew()
+            await self.source.renew()
         try:
             return self._tokens.check(token)
         except UnknownKey as error:
@@ -119,7 +126,7 @@ class Identity:
             raise ConfigError("$.access.jwt", "needs an extra: pip install 'matrixinfer-gateway[jwt]'") from error
         self._tokens = tokens.Tokens(jwt, self._config.limits, self._now)
         fetch = key_source.from_file(jwt.jwks_file) if jwt.jwks_file else key_source.from_url(jwt.jwks_url or "")
-        self._source = key_source.KeySource(jwt, self._tokens, fetch, self._clock)
+        self.source = key_source.KeySource(jwt, self._tokens, fetch, self._clock)
 
     async def _reread(self, file: str) -> None:
         while True:
@@ -139,6 +146,14 @@ class Identity:
                 continue
             after = self._ring.names
             log.info("access_keys_changed", keys=len(after), added=len(after - before), removed=len(before - after))
+
+
+async def _enter_source(stack: AsyncExitStack, source: KeySource, before: Identity | None) -> None:
+    if before is not None and before.source is not None:
+        source.inherit(before.source)
+    await stack.enter_async_context(source)
+    if before is not None and not source.has_keys:
+        raise ConfigError("$.access.jwt", "the keys of the issuer cannot be read")
 
 
 def read_keys(file: str, default: QuotaConfig) -> tuple[Stamp | None, KeyRing]:

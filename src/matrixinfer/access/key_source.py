@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,7 +11,7 @@ from typing import Self
 import aiohttp
 import structlog
 
-from matrixinfer.access.tokens import NoKeys, Tokens, parse_key_set
+from matrixinfer.access.tokens import Key, NoKeys, Tokens, parse_key_set
 from matrixinfer.config.access import JwtConfig
 from matrixinfer.errors import KeysUnavailable, MatrixInferError, client_error
 from matrixinfer.tasks import cancel_and_wait
@@ -39,6 +39,7 @@ class KeySource:
         self._tokens = tokens
         self._fetch = fetch
         self._clock = clock
+        self._keys: Sequence[Key] = ()
         self._read_at: float | None = None
         self._tried_at = -PAUSE_SECONDS
         self._reading = asyncio.Lock()
@@ -46,8 +47,9 @@ class KeySource:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Read the keys, if they can be read now."""
-        await self._read()
+        """Read the keys, if they can be read now and none were inherited."""
+        if self._read_at is None:
+            await self._read()
         self._task = asyncio.create_task(self._refresh(), name="jwks")
         return self
 
@@ -55,6 +57,18 @@ class KeySource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await cancel_and_wait(self._task)
+
+    def inherit(self, other: KeySource) -> None:
+        """Begin with the keys that another one has read. No effect if it reads them elsewhere, or has none."""
+        is_same = (other._config.jwks_url, other._config.jwks_file) == (self._config.jwks_url, self._config.jwks_file)
+        if is_same and other._read_at is not None:
+            self._keys, self._read_at, self._tried_at = other._keys, other._read_at, other._tried_at
+            self._tokens.use(self._keys)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether keys have ever been read."""
+        return self._read_at is not None
 
     def check(self) -> None:
         """Raises `KeysUnavailable` if there are no keys, or only keys that are too old."""
@@ -86,7 +100,7 @@ class KeySource:
             self._is_failing = True
             return
         self._tokens.use(keys)
-        self._read_at = self._clock()
+        self._keys, self._read_at = keys, self._clock()
         if self._is_failing:
             log.info("jwks_read", source=self._source, keys=len(keys))
         self._is_failing = False

@@ -17,14 +17,14 @@ class Salts:
     """
 
     def __init__(self, secret: str) -> None:
-        self._secret = secret.encode()
+        self.secret = secret.encode()
 
     def of(self, tenant: str, own: str | None) -> str:
         """The salt of a tenant's request, in which the client asked for the salt `own`.
 
         43 characters of A–Z, a–z, 0–9, `-` and `_`, which every engine takes.
         """
-        digest = hmac.new(self._secret, encoded(tenant, own), hashlib.sha256).digest()
+        digest = hmac.new(self.secret, encoded(tenant, own), hashlib.sha256).digest()
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from matrixinfer.access.gate import Gate
@@ -60,6 +61,7 @@ class Behind:
     engines: Engines
     state: TrafficState
     router: Router
+    routes: ModelRoutes
     upstream: Upstream
     memory: Memory
     metrics: Metrics
@@ -83,6 +85,8 @@ class Front:
     bodies: Bodies
     retries: Retries
     proxy: Proxy
+    credentials: Credentials
+    fan_out: FanOut
     pods_admin: PodsAdmin
 
 
@@ -96,7 +100,8 @@ def build_front(behind: Behind) -> Front:
     credentials = _credentials(behind)
     proxy = _proxy(behind, retries, credentials, draining)
     pods_admin = PodsAdmin(behind.fleet, drain_seconds=config.discovery.drain_seconds)
-    served = _api_routes(behind, proxy, bodies, credentials, status)
+    fan_out = FanOut(behind.engines.registry, behind.upstream, config.limits, credentials, changed=behind.ask_again)
+    served = _api_routes(behind, proxy, bodies, fan_out, status)
     gateway = Gateway(
         config,
         api={**served, **OpenApi(served).routes()},
@@ -113,7 +118,20 @@ def build_front(behind: Behind) -> Front:
         max_connections=config.connections.max or descriptors.for_clients(),
         sockets=None if worker is None else worker.sockets(),
     )
-    return Front(gateway=gateway, bodies=bodies, retries=retries, proxy=proxy, pods_admin=pods_admin)
+    return Front(
+        gateway=gateway,
+        bodies=bodies,
+        retries=retries,
+        proxy=proxy,
+        credentials=credentials,
+        fan_out=fan_out,
+        pods_admin=pods_admin,
+    )
+
+
+def stripped(config: Config) -> Sequence[str]:
+    """Further headers of clients that engines do not get."""
+    return () if config.access is None else config.access.strip_headers
 
 
 def _retries(config: Config) -> Retries:
@@ -123,8 +141,7 @@ def _retries(config: Config) -> Retries:
 
 def _credentials(behind: Behind) -> Credentials:
     config = behind.config
-    strips = () if config.access is None else config.access.strip_headers
-    return Credentials(behind.engines.keys.at, always=config.engine_keys.send == "always", strips=strips)
+    return Credentials(behind.engines.keys.at, always=config.engine_keys.send == "always", strips=stripped(config))
 
 
 def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining: asyncio.Event) -> Proxy:
@@ -142,13 +159,12 @@ def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining:
     )
 
 
-def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, credentials: Credentials, status: Routes) -> Routes:
+def _api_routes(behind: Behind, proxy: Proxy, bodies: Bodies, fan_out: FanOut, status: Routes) -> Routes:
     config, registry, gate = behind.config, behind.engines.registry, behind.gate
     log, stored = behind.request_log, behind.state.stored
     api = Api(behind.router, proxy, behind.metrics, bodies, log, gate, stored, behind.traces)
-    fan_out = FanOut(registry, behind.upstream, bodies, config.limits, credentials, changed=behind.ask_again)
-    passing = Passing(config.api.paths, api.dispatch, fan_out, gate)
-    models = Models(registry, behind.engines.find_model, ModelRoutes(config.routes).names())
+    passing = Passing(config.api.paths, api.dispatch, partial(api.apart, answer=fan_out))
+    models = Models(registry, behind.engines.find_model, behind.routes.names)
     public = dict(status)
     if not config.public_metrics:
         del public["/metrics"]

@@ -48,6 +48,7 @@ def build_router(
     sizer: Sizer,
     metrics: Metrics,
     clock: Callable[[], float],
+    routes: Routes,
 ) -> Router:
     """The router in front of `engines`, which writes to `state`."""
     registry, caches = engines.registry, engines.setup.caches
@@ -64,7 +65,7 @@ def build_router(
             media=media,
             max_prefix_tokens=config.scheduler.max_prefix_tokens,
             destinations=Destinations(
-                registry, engines.find_model, _find_response(engines, state.stored), routes=Routes(config.routes)
+                registry, engines.find_model, _find_response(engines, state.stored), routes=routes
             ),
             clock=clock,
         ),

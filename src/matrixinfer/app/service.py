@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -15,7 +16,7 @@ import structlog
 
 from matrixinfer.access.gate import Gate
 from matrixinfer.app.access_log import open_access_log
-from matrixinfer.app.access_setup import gate as access_gate
+from matrixinfer.app.access_setup import Access
 from matrixinfer.app.collectors import (
     IndexCollector,
     KeptCollector,
@@ -48,6 +49,7 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.samples import SAMPLED_CLASSES
+from matrixinfer.routing.routes import Routes
 from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.scheduler.plugin_loader import discover
@@ -101,13 +103,14 @@ class Service:
         self.metrics = Metrics()
         self._memory = Memory(config.limits.memory_bytes)
         self.state = state = traffic_state(config, self.metrics, clock)
+        self._routes = Routes(config.routes)
         self._sizer = Sizer(max_tokens=config.scheduler.max_prefix_tokens, reads_bytes=self._scheduler.reads_bytes)
         self.engines = engines = Engines(config, self.metrics, history=state.history, ladder=state.ladder, clock=clock)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(engines)
             tokenizers = await self._open_tokenizers(stack, clock)
             self.router = build_router(
-                config, engines, tokenizers, state, self._scheduler, self._sizer, self.metrics, clock
+                config, engines, tokenizers, state, self._scheduler, self._sizer, self.metrics, clock, self._routes
             )
             self._upstream = stack.enter_context(
                 upstream(config.limits, self.metrics, engines.shortages, engines.tls.at)
@@ -123,8 +126,10 @@ class Service:
             await stack.enter_async_context(self._finder)
             request_log = await open_access_log(config, self.metrics, stack)
             self._traces = await open_tracing(config, self.metrics, stack)
-            gate = await stack.enter_async_context(access_gate(config, self.metrics.access, engines.setup.store))
-            self.front = build_front(self._behind(gate, request_log))
+            secret = secrets.token_bytes() if self._worker is None else self._worker.folder.secret.read_bytes()
+            self.access = Access(config, self.metrics.access, engines.setup.store, secret)
+            await stack.enter_async_context(self.access)
+            self.front = build_front(self._behind(self.access.gate, request_log))
             self.gateway = await stack.enter_async_context(self.front.gateway)
             await self._open_reloads(stack, lambda config: build_scheduler(config, plugins, watch))
             if self._worker is not None:
@@ -174,6 +179,8 @@ class Service:
             scheduler=self._scheduler,
             build=build,
             router=self.router,
+            routes=self._routes,
+            access=self.access,
             sizer=self._sizer,
             front=self.front,
             outliers=self.state.outliers,
@@ -275,6 +282,7 @@ class Service:
             engines=self.engines,
             state=self.state,
             router=self.router,
+            routes=self._routes,
             upstream=self._upstream,
             memory=self._memory,
             metrics=self.metrics,

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Terminal()
     if args.ladder:
-        print_ladder(console, answer["ladder"], workers=answer.get("workers", 1))
+        print_ladder(console, answer["ladder"], worker=answer.get("worker", 1), workers=answer.get("workers", 1))
     elif args.body is not None or args.id is not None:
         for number, decision in enumerate([answer] if args.body is not None else answer["decisions"]):
             if number:

@@ -29,13 +29,13 @@ def since(text: str) -> int:
     return seconds
 
 
-def print_ladder(console: Terminal, ladder: Json, *, workers: int = 1) -> None:
+def print_ladder(console: Terminal, ladder: Json, *, worker: int = 1, workers: int = 1) -> None:
     """Print the rungs as a table, then each loss with its remedy, the largest first.
 
-    Of several `workers`, the ladder is that of one.
+    Of several `workers`, the ladder is that of one `worker`.
     """
     if workers > 1:
-        console.print(f"of the requests of one of {workers} workers:")
+        console.print(f"of the requests of worker {worker} of {workers}:")
     if not ladder["prompt_tokens"]:
         console.print("no request has ended in that time")
         return

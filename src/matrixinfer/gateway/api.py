@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 from aiohttp import web
 
+from matrixinfer.access.demand import Demand
 from matrixinfer.access.gate import CLIENT_GONE, Gate, Ticket
 from matrixinfer.errors import MatrixInferError
 from matrixinfer.gateway import headers
@@ -31,6 +33,9 @@ from matrixinfer.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from matrixinfer.gateway.request_trace import RequestTrace, RequestTraces  # needs an extra
+
+Answerer: TypeAlias = Callable[[web.BaseRequest, bytes, str, Ticket | None], Awaitable[web.StreamResponse]]
+"""Answers a request by its body, its id and the caller's ticket. May raise `MatrixInferError`."""
 
 log = structlog.get_logger(__name__)
 
@@ -87,6 +92,15 @@ class Api:
 
     async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
         """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""
+        return await self._counted(request, partial(self._answer, request, read))
+
+    async def apart(self, request: web.BaseRequest, answer: Answerer) -> web.StreamResponse:
+        """Have `answer` handle a request that is not dispatched to one pod. It is admitted, counted and logged like others."""
+        return await self._counted(request, partial(self._apart, request, answer))
+
+    async def _counted(
+        self, request: web.BaseRequest, answer: Callable[[Held, _Progress], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         progress = _Progress(
             headers.request_id(request.headers), headers.session_id(request.headers), started=time.monotonic()
         )
@@ -94,7 +108,7 @@ class Api:
             progress.trace = self._traces.begin(request, progress.id, progress.started)
         held = self._bodies.hold()
         try:
-            response = await self._answer(request, read, held, progress)
+            response = await answer(held, progress)
             progress.code, progress.reason = response.status, None
         except MatrixInferError as error:
             response = response_to(error, anthropic=request.path.startswith(MESSAGES_PATH))
@@ -110,13 +124,33 @@ class Api:
             self._ended(request.path, progress)
         return response
 
+    async def _read(self, request: web.BaseRequest, held: Held, progress: _Progress, *, is_text: bool) -> bytes:
+        """Identify the caller, then read the body."""
+        if self._gate is not None:
+            progress.ticket = self._gate.ticket(await self._gate.identify(request.headers))
+        body = await self._bodies.read(request, held, is_text=is_text)
+        progress.body_read = time.monotonic()
+        return body
+
+    async def _apart(
+        self, request: web.BaseRequest, answer: Answerer, held: Held, progress: _Progress
+    ) -> web.StreamResponse:
+        body = await self._read(request, held, progress, is_text=True)
+        ticket = progress.ticket
+        if ticket is not None:
+            await ticket.admit(Demand(0, 0, generates=False, body=body))
+        response = await answer(request, body, progress.id, ticket)
+        response.headers[headers.REQUEST_ID] = progress.id
+        if ticket is not None:
+            response.headers.update(ticket.headers)
+            if response.status < 300:
+                ticket.served()
+        return response
+
     async def _answer(
         self, request: web.BaseRequest, read: Reader | None, held: Held, progress: _Progress
     ) -> web.StreamResponse:
-        if self._gate is not None:
-            progress.ticket = self._gate.ticket(await self._gate.identify(request.headers))
-        body = await self._bodies.read(request, held, is_text=read is None)
-        progress.body_read = time.monotonic()
+        body = await self._read(request, held, progress, is_text=read is None)
         path = request.rel_url.raw_path
         async with self._router.dispatch(
             path,

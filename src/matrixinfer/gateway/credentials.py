@@ -24,6 +24,10 @@ class Credentials:
         self._key_at = key_at
         self._always = always
 
+    def reconfigure(self, strips: Sequence[str]) -> None:
+        """Strip these headers from now on."""
+        self._strips = strips
+
     def apply(self, headers: CIMultiDict[str], url: str, *, is_authenticated: bool) -> None:
         """Change `headers`. Credentials that the gateway has accepted never reach a pod."""
         for name in self._strips:

@@ -9,14 +9,11 @@ import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
-from matrixinfer.access.callers import Caller
+from matrixinfer.access.gate import Ticket
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import UNREADABLE, MatrixInferError, NoPodAvailable
 from matrixinfer.gateway import headers
-from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.credentials import Credentials
-from matrixinfer.gateway.errors import response_to
-from matrixinfer.gateway.protected import caller_of
 from matrixinfer.gateway.responses import json_response
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.pod import Pod
@@ -35,7 +32,6 @@ class FanOut:
         self,
         registry: PodRegistry,
         upstream: Upstream,
-        bodies: Bodies,
         limits: LimitsConfig,
         credentials: Credentials,
         *,
@@ -43,49 +39,49 @@ class FanOut:
     ) -> None:
         self._registry = registry
         self._upstream = upstream
-        self._bodies = bodies
         self._limits = limits
         self._credentials = credentials
         self._changed = changed
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer with `results`: the status and the body of each pod's answer, by its name.
+    def reconfigure(self, limits: LimitsConfig) -> None:
+        """Keep these limits from now on."""
+        self._limits = limits
+
+    async def __call__(
+        self, request: web.BaseRequest, body: bytes, identity: str, ticket: Ticket | None
+    ) -> web.StreamResponse:
+        """Answer with `results`: the status and the body of each pod's answer, by its name. Raises `MatrixInferError`.
 
         The status is 200 if that is what all of them say, the pods' own if they agree on another one, and otherwise 502.
         """
-        identity = headers.request_id(request.headers)
-        try:
-            with self._bodies.hold() as held:
-                body = await self._bodies.read(request, held)
-                _check_adapter(caller_of(request), body)
-                results = await self._ask_all(request, body, identity)
-        except MatrixInferError as error:
-            response = response_to(error)
-        else:
-            response = _response(results)
-        response.headers[headers.REQUEST_ID] = identity
-        return response
+        caller = None if ticket is None else ticket.caller
+        if ticket is not None and caller is not None and caller.models is not None:
+            ticket.check_model(decode(_NAMED, body).lora_name)  # an adapter is a model
+        return _response(await self._ask_all(request, body, identity, is_authenticated=caller is not None))
 
     async def _ask_all(
-        self, request: web.BaseRequest, body: bytes, identity: str
+        self, request: web.BaseRequest, body: bytes, identity: str, *, is_authenticated: bool
     ) -> dict[str, tuple[int | None, object]]:
         model = request.rel_url.query.get("model")
         pods = self._registry.pods if model is None else self._registry.resolve(model)[1]
         if not pods:
             raise NoPodAvailable("There is no pod.")
+        fields = headers.to_pod(request.headers, identity, None)
         turns = asyncio.Semaphore(MOST_AT_ONCE)
 
         async def ask(pod: Pod) -> tuple[int | None, object]:
             async with turns:
-                return await self._ask(pod, request, body, identity)
+                sent = fields.copy()
+                self._credentials.apply(sent, pod.url, is_authenticated=is_authenticated)
+                sent["accept-encoding"] = "identity"
+                return await self._ask(pod, request, body, sent)
 
         answers = await asyncio.gather(*(ask(pod) for pod in pods))
         return {pod.name: answer for pod, answer in zip(pods, answers, strict=True)}
 
-    async def _ask(self, pod: Pod, request: web.BaseRequest, body: bytes, identity: str) -> tuple[int | None, object]:
-        sent = headers.to_pod(request.headers, identity, None)
-        self._credentials.apply(sent, pod.url, is_authenticated=caller_of(request) is not None)
-        sent["accept-encoding"] = "identity"
+    async def _ask(
+        self, pod: Pod, request: web.BaseRequest, body: bytes, sent: CIMultiDict[str]
+    ) -> tuple[int | None, object]:
         try:
             async with asyncio.timeout(self._limits.request_timeout_seconds):
                 return await self._send(pod, request, body, sent)
@@ -113,12 +109,6 @@ class _Named(msgspec.Struct):
 
 
 _NAMED = msgspec.json.Decoder(_Named)
-
-
-def _check_adapter(caller: Caller | None, body: bytes) -> None:
-    """An adapter is a model. Raises `Forbidden` if the caller may not use it, and `InvalidRequest` without its name."""
-    if caller is not None and caller.models is not None:
-        caller.check_model(decode(_NAMED, body).lora_name)
 
 
 def _readable(body: bytes) -> object:

@@ -26,16 +26,16 @@ _PAGE, _LARGEST_PAGE = 20, 1000
 class Models:
     """The models of all pods. `find` asks engines for a model that none has reported.
 
-    `routed` are the names of routes, with the models that requests for them may get.
+    `routed` gives the names of routes, with the models that requests for them may get.
     """
 
     def __init__(
         self,
         registry: PodRegistry,
         find: Callable[[str], Awaitable[bool]],
-        routed: Mapping[str, Sequence[str]] | None = None,
+        routed: Callable[[], Mapping[str, Sequence[str]]] = dict,
     ) -> None:
-        self._routed = routed or {}
+        self._routed = routed
         self._registry = registry
         self._find = find
 
@@ -75,7 +75,7 @@ class Models:
     def _models(self) -> Sequence[ServedModel]:
         """What is served under its own name, and under those of routes; a route shows its first model that is served."""
         served = {model.name: model for model in self._registry.models()}
-        for name, targets in self._routed.items():
+        for name, targets in self._routed().items():
             target = next((served[each] for each in targets if each in served), None)
             if target is not None:
                 served[name] = msgspec.structs.replace(target, name=name)

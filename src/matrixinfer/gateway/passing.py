@@ -9,11 +9,9 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from matrixinfer.access.gate import Gate
 from matrixinfer.config import ENGINE_PATHS, OTHER_METHODS
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.listener import Handler, Routes
-from matrixinfer.gateway.protected import protected
 from matrixinfer.prompt import opaque
 from matrixinfer.prompt.anthropic import MESSAGES_PATH
 from matrixinfer.prompt.requests import Reader
@@ -35,9 +33,7 @@ class Passing:
         paths: Sequence[str],
         dispatch: Callable[[web.BaseRequest, Reader], Awaitable[web.StreamResponse]],
         fan_out: Handler,
-        gate: Gate | None = None,
     ) -> None:
-        self._gate = gate
         self._paths = paths
         self._dispatch = dispatch
         self._fan_out = fan_out
@@ -45,9 +41,7 @@ class Passing:
     def routes(self) -> Routes:
         """The paths, the longest first: of those that stand for all below them the most exact one counts."""
         longest_first = sorted(self._paths, key=len, reverse=True)
-        routes = {path: dict.fromkeys(ENGINE_PATHS.get(path, OTHER_METHODS), self._of(path)) for path in longest_first}
-        # What is dispatched needs a key anyway.
-        return protected(routes, self._gate, but=[path for path in routes if path not in ADAPTER_PATHS])
+        return {path: dict.fromkeys(ENGINE_PATHS.get(path, OTHER_METHODS), self._of(path)) for path in longest_first}
 
     def _of(self, path: str) -> Handler:
         if path in ADAPTER_PATHS:

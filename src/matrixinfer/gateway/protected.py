@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from aiohttp import web
 
 from matrixinfer.access.callers import Caller
@@ -17,12 +15,12 @@ from matrixinfer.prompt.anthropic import MESSAGES_PATH
 _CALLER = web.RequestKey("caller", Caller)
 
 
-def protected(routes: Routes, gate: Gate | None, *, but: Collection[str] = ()) -> Routes:
-    """`routes` for callers with a key, except for those paths; `routes` themselves if none is needed."""
+def protected(routes: Routes, gate: Gate | None) -> Routes:
+    """`routes` for callers with a key; `routes` themselves if none is needed."""
     if gate is None or not gate.identifies:
         return routes
     return {
-        path: methods if path in but else {method: _protected(handler, gate) for method, handler in methods.items()}
+        path: {method: _protected(handler, gate) for method, handler in methods.items()}
         for path, methods in routes.items()
     }
 

@@ -13,6 +13,7 @@ from matrixinfer.errors import NoPodAvailable, Overloaded, UnknownModel, Unknown
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.routing.routes import Route, Routes
+from matrixinfer.routing.stored_responses import unknown
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -45,17 +46,17 @@ class Destinations:
     """Finds the pods of requests.
 
     `find_model` asks engines for a model that none has reported, and returns whether one serves it. `find_response`
-    finds the pod that stores a response.
+    finds the pod that stores a response of a tenant, and asks pods for it if it may.
     """
 
     def __init__(
         self,
         registry: PodRegistry,
         find_model: Callable[[str], Awaitable[bool]] | None = None,
-        find_response: Callable[[str, str | None], Awaitable[str | None]] | None = None,
+        find_response: Callable[[str, str | None, bool], Awaitable[str | None]] | None = None,
         routes: Routes | None = None,
     ) -> None:
-        self._routes = routes or Routes(())
+        self._routes = Routes(()) if routes is None else routes  # one without a route may get some later
         self._registry = registry
         self._find_model = find_model
         self._find_response = find_response
@@ -72,11 +73,10 @@ class Destinations:
 
         `headers` decide between routes, and the session or else the request's user sticks to its target.
         """
-        tenant = None if ticket is None else ticket.tenant
-        keeper = None if prompt.response_id is None else await self._keeper(prompt, prompt.response_id, tenant)
+        keeper = None if prompt.response_id is None else await self._keeper(prompt, prompt.response_id, ticket)
         if prompt.response_id is not None and prompt.opaque:
             if keeper is None:
-                raise UnknownResponse(f"No pod stores the response `{prompt.response_id[:200]}`.")
+                raise unknown(prompt.response_id)
             return Destination(prompt, keeper.base_model or "", [keeper], Way(keeper=keeper.name))
         if not prompt.names_model:
             prompt = msgspec.structs.replace(prompt, model=self._registry.only_model())
@@ -121,12 +121,17 @@ class Destinations:
             return False
         return any(pod.healthy and route.allows(pod.name) for pod in pods)
 
-    async def _keeper(self, prompt: Prompt, response_id: str, tenant: str | None) -> Pod | None:
-        """The pod that stores a response; None if no pod is known to."""
+    async def _keeper(self, prompt: Prompt, response_id: str, ticket: Ticket | None) -> Pod | None:
+        """The pod that stores a response; None if no pod is known to. Raises `UnknownResponse` if it is another tenant's."""
         if self._find_response is None:
             return None
+        owns = None if ticket is None else ticket.owns(response_id)
+        if owns is False:
+            raise unknown(response_id)
+        # Where tenants are kept apart, a response that nobody knows the owner of is nobody's.
+        may_search = owns is True or ticket is None or not ticket.isolates
         try:
-            name = await self._find_response(response_id, tenant)
+            name = await self._find_response(response_id, None if ticket is None else ticket.tenant, may_search)
         except Overloaded:
             if prompt.opaque:
                 raise

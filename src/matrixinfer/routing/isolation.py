@@ -40,10 +40,21 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
     dropped = {_FIELD, "request_id"} if prompt.path == RESPONSES_PATH else {_FIELD}
     if dropped & fields.keys():
         body = msgspec.json.encode({key: value for key, value in fields.items() if key not in dropped})
+    return msgspec.structs.replace(prompt, cache_salt=salt), _with_field(body, _FIELD, salt)
+
+
+def owned(body: bytes, response_id: str | None) -> bytes:
+    """The body of a request that makes a response, with the id that this shall have. One of the client's choice stays."""
+    if response_id is None or (b"request_id" in body and "request_id" in decode(_FIELDS, body)):
+        return body
+    return _with_field(body, "request_id", response_id)
+
+
+def _with_field(body: bytes, field: str, value: object) -> bytes:
+    """A JSON object with one more field. It comes last: of equal keys, readers of JSON take the last one."""
     head = body.rstrip(b" \t\r\n")[:-1].rstrip(b" \t\r\n")
     comma = b"" if head.endswith(b"{") else b","
-    body = b'%b%b"%b":%b}' % (head, comma, _FIELD.encode(), msgspec.json.encode(salt))
-    return msgspec.structs.replace(prompt, cache_salt=salt), body
+    return b'%b%b"%b":%b}' % (head, comma, field.encode(), msgspec.json.encode(value))
 
 
 def _names_media(messages: msgspec.Raw | None) -> bool:

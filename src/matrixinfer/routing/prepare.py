@@ -23,8 +23,9 @@ from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
+from matrixinfer.prompt.responses import RESPONSES_PATH
 from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destination, Destinations, Way
-from matrixinfer.routing.isolation import is_salted, isolating, salted
+from matrixinfer.routing.isolation import is_salted, isolating, owned, salted
 from matrixinfer.routing.lookup import Lookup, Matches
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
@@ -150,6 +151,8 @@ class Preparer:
             destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
             if ticket is not None and ticket.isolates and is_salted(destination.prompt, body):
                 destination, body = await _isolated(destination, body, path, ticket)
+            if ticket is not None and path == RESPONSES_PATH and not destination.prompt.opaque:
+                body = await _owned(body, ticket.new_response_id())
             prompt, model, pods, way = destination
         base_model = _base_model(model, pods)
         configured = self._registry.configured_name(base_model, pods)
@@ -383,3 +386,7 @@ async def _isolated(destination: Destination, body: bytes, path: str, ticket: Ti
     is_large = len(body) > LARGE_BYTES
     prompt, body = await asyncio.to_thread(salted, prompt, body, salt) if is_large else salted(prompt, body, salt)
     return Destination(prompt, model, isolating(pods, path), way._replace(isolates=True)), body
+
+
+async def _owned(body: bytes, response_id: str | None) -> bytes:
+    return await asyncio.to_thread(owned, body, response_id) if len(body) > LARGE_BYTES else owned(body, response_id)

@@ -49,6 +49,10 @@ class Routes:
     """The configured routes, the first that fits first."""
 
     def __init__(self, routes: Sequence[RouteConfig]) -> None:
+        self.reconfigure(routes)
+
+    def reconfigure(self, routes: Sequence[RouteConfig]) -> None:
+        """Requests that come from now on take these."""
         self._routes = [(route, {name.lower(): value for name, value in route.headers.items()}) for route in routes]
 
     def __bool__(self) -> bool:

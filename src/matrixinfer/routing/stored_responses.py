@@ -48,18 +48,26 @@ class FindResponse:
         self._stored = stored
         self._search = search
 
-    async def __call__(self, response_id: str, tenant: str | None = None) -> str | None:
+    async def __call__(self, response_id: str, tenant: str | None = None, may_search: bool = True) -> str | None:
         """The name of the pod that stores it; None if none is known to. Raises `UnknownResponse` if it is another tenant's.
 
-        A request to go on with it must then not reach any pod: it could be the one that stores it.
+        So it does if the owner is not known and pods may not be asked: a request to go on with it must not reach any pod, as
+        that could be the one that stores it.
         """
         kept = self._stored.keeper_of(response_id)
         if kept is not None:
             pod, owner = kept
             if tenant is None or owner is None or owner == tenant:
                 return pod
-            raise UnknownResponse(f"No pod stores the response `{response_id[:200]}`.")
+            raise unknown(response_id)
+        if not may_search:
+            raise unknown(response_id)
         found = await self._search(response_id)
         if found is not None:
             self._stored.remember(response_id, found)
         return found
+
+
+def unknown(response_id: str) -> UnknownResponse:
+    """What a client gets that asks for a response which is not there, or not its own."""
+    return UnknownResponse(f"No pod stores the response `{response_id[:200]}`.")

@@ -20,11 +20,13 @@ class ResponsesExchange(Exchange):
 
     previous: str | None = None
     """The id of the response that it continues."""
+    given_id: str | None = None
+    """The id that the request asks for."""
 
     @property
     def id(self) -> str:
         """The id of the response."""
-        return f"resp_{self.request_id}"
+        return self.given_id or f"resp_{self.request_id}"
 
     def answer(self, cached_tokens: int) -> Json:
         """The whole reply in one body."""

@@ -31,6 +31,10 @@ class _Adapter(msgspec.Struct, frozen=True):
     lora_path: str = ""
 
 
+class _Named(msgspec.Struct, frozen=True):
+    request_id: str | None = None
+
+
 class _Detokenize(msgspec.Struct, frozen=True):
     tokens: list[int]
     model: str | None = None
@@ -85,7 +89,8 @@ class VllmHandlers(EngineHandlers):
             return MessagesExchange(**fields)
         if path == responses.RESPONSES_PATH:
             previous = api.decode(body, api.GenerateOptions).previous_response_id
-            return ResponsesExchange(**{**fields, "request_id": uuid.uuid4().hex}, previous=previous)
+            given = api.decode(body, _Named).request_id
+            return ResponsesExchange(**{**fields, "request_id": uuid.uuid4().hex}, previous=previous, given_id=given)
         return super().exchange(path, body, **fields)
 
     def answered(self, prompt: Prompt, options: api.GenerateOptions, exchange: api.Exchange, cached: int) -> None:

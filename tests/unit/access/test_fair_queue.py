@@ -148,6 +148,22 @@ def test_what_requests_really_cost_decides_in_the_end() -> None:
     assert abs(tokens["modest"] / tokens.total() - 0.5) < 0.025
 
 
+def test_new_weights_and_sizes_count_for_those_that_wait() -> None:
+    queue, tokens = queue_of(), Counter[str]()
+    for i in range(1000):
+        queue.push("a", 10, i)
+        queue.push("b", 10, i)
+    queue.reconfigure(2000, lambda tenant: Standing(3.0 if tenant == "a" else 1.0))
+    for entry in served(queue, 400):
+        tokens[entry.tenant] += 1
+    assert abs(tokens["a"] / tokens.total() - 0.75) < 0.025
+    queue.reconfigure(100, lambda _: Standing())
+    assert len(queue) == 1600
+    mine, displaced = queue.push("b", 10, -1)
+    assert displaced is mine  # the newest of the tenant that has most waiting
+    assert len(queue) == 1600
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100)), max_size=60),
     st.sampled_from("abc"),

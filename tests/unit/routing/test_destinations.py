@@ -27,7 +27,7 @@ def registry() -> PodRegistry:
 
 
 async def pods_of(previous: str | None, known: dict[str, str]) -> list[str]:
-    async def find(name: str, tenant: str | None) -> str | None:
+    async def find(name: str, tenant: str | None, may_search: bool) -> str | None:
         return known.get(name)
 
     body = b'{"model":"m","input":"x"%s}' % (
@@ -49,7 +49,7 @@ async def test_a_pod_that_does_not_serve_the_model_or_has_gone_is_not_chosen() -
 
 
 async def test_a_request_about_a_stored_response_goes_to_its_pod_or_nowhere() -> None:
-    async def find(name: str, tenant: str | None) -> str | None:
+    async def find(name: str, tenant: str | None, may_search: bool) -> str | None:
         return {"r1": "c"}.get(name)
 
     destinations = Destinations(registry(), find_response=find)
@@ -60,7 +60,7 @@ async def test_a_request_about_a_stored_response_goes_to_its_pod_or_nowhere() ->
 
 
 async def test_a_search_that_is_refused_refuses_only_requests_about_the_response() -> None:
-    async def find(name: str, tenant: str | None) -> str | None:
+    async def find(name: str, tenant: str | None, may_search: bool) -> str | None:
         raise Overloaded("too many")
 
     destinations = Destinations(registry(), find_response=find)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import msgspec
@@ -14,13 +14,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
-from matrixinfer.errors import PayloadTooLarge
+from matrixinfer.errors import InvalidRequest, PayloadTooLarge
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.listener import Handler, Routes
 from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
+_Fields: TypeAlias = dict[str, msgspec.Raw]
 
 
 class AdminFront:
@@ -57,7 +58,6 @@ class AdminFront:
         return {
             **self.status_routes(),
             "/debug/decisions": {"GET": self.decisions},
-            "/debug/ladder": {"GET": self.ladder},
             **file_routes(),
             "/debug/dashboard/events": {"GET": self._pages.serve},
             "/debug/": one,
@@ -119,23 +119,39 @@ class AdminFront:
         return await self._reload()
 
     async def ask_one(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The answer of the first worker that is there: all know the same, or nearly."""
-        return _passed_on(await self._first(request.method, request.rel_url.raw_path_qs, await _body(request)))
-
-    async def ladder(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The ladder of one worker's requests, and of how many workers it is one."""
-        answer = await self._first("GET", request.rel_url.raw_path_qs)
-        if answer.status != 200:
+        """The answer of one worker, which says whose it is: of `?worker=`, or of the first that is there."""
+        among = self._asked_for(request.rel_url.query.get("worker"))
+        worker, answer = await self._first(among, request.method, request.rel_url.raw_path_qs, await _body(request))
+        if worker is None and len(among) == 1:
+            return error_response(503, f"Worker {among[0].number} is not running now.")
+        if worker is None or answer.status != 200:
             return _passed_on(answer)
-        return json_response({**msgspec.json.decode(answer.body), "workers": len(self._workers)})
+        return _passed_on(answer._replace(body=self._signed(answer.body, worker)))
 
     async def _dashboard(self, _: int) -> tuple[int, bytes]:
         """What one worker shows on the dashboard: all of it, as the next answer may be another worker's."""
-        for worker in self._workers:
-            answer = await worker.ask("GET", "/debug/dashboard", b"")
-            if answer is not None and answer.status == 200:
-                return 0, _with_workers(answer.body, len(self._workers))
-        raise ConnectionResetError("no worker is running now")  # the page connects again
+        worker, answer = await self._first(self._workers, "GET", "/debug/dashboard")
+        if worker is None or answer.status != 200:
+            raise ConnectionResetError("no worker is running now")  # the page connects again
+        parts = msgspec.json.decode(answer.body, type=_Fields)
+        parts["about"] = msgspec.Raw(self._signed(bytes(parts["about"]), worker))
+        return 0, msgspec.json.encode(parts)
+
+    def _asked_for(self, number: str | None) -> Sequence[WorkerProcess]:
+        """The workers that may answer. Raises `InvalidRequest`."""
+        if number is None:
+            return self._workers
+        found = [each for each in self._workers if str(each.number) == number]
+        if not found:
+            message = f"worker: expected a number from 1 to {len(self._workers)}, got `{number[:20]}`"
+            raise InvalidRequest(message, param="worker")
+        return found
+
+    def _signed(self, body: bytes, worker: WorkerProcess) -> bytes:
+        """A JSON object that says which worker it is from, and how many there are."""
+        fields = msgspec.json.decode(body, type=_Fields)
+        own = {"worker": worker.number, "workers": len(self._workers)}
+        return msgspec.json.encode({**fields, **own})
 
     async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
         """Change something at every worker. The answer is the worst of theirs."""
@@ -155,12 +171,14 @@ class AdminFront:
         for path in tuple(self.drained):
             await worker.ask("POST", path)
 
-    async def _first(self, method: str, path: str, body: bytes = b"") -> Answer:
-        for worker in self._workers:
+    async def _first(
+        self, workers: Sequence[WorkerProcess], method: str, path: str, body: bytes = b""
+    ) -> tuple[WorkerProcess | None, Answer]:
+        for worker in workers:
             answer = await worker.ask(method, path, body)
             if answer is not None:
-                return answer
-        return _nobody()
+                return worker, answer
+        return None, _nobody()
 
     async def _all(self, method: str, path: str, body: bytes = b"") -> list[Answer]:
         answers = await asyncio.gather(*(each.ask(method, path, body) for each in self._workers))
@@ -183,13 +201,6 @@ class AdminFront:
             self.drained.add(drain)
         else:
             self.drained.discard(drain)
-
-
-def _with_workers(view: bytes, count: int) -> bytes:
-    """The dashboard's `view` of one worker, which says how many there are."""
-    parts = msgspec.json.decode(view, type=dict[str, msgspec.Raw])
-    about = msgspec.json.decode(parts["about"], type=dict[str, msgspec.Raw])
-    return msgspec.json.encode({**parts, "about": {**about, "workers": count}})
 
 
 def _passed_on(answer: Answer) -> web.Response:

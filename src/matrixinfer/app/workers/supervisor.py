@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -73,6 +74,8 @@ class Supervisor:
             path = Path(tempfile.mkdtemp(prefix="matrixinfer-"))  # for this user alone
             stack.callback(shutil.rmtree, path, ignore_errors=True)
             self._folder = Folder(path=path)
+            self._folder.secret.touch(mode=0o600)
+            self._folder.secret.write_bytes(secrets.token_bytes())
             self._write(self.config)
             self._sockets = listening_sockets(self.config.listen, self.config.workers)
             for each in self._sockets:

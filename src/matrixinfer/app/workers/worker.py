@@ -40,6 +40,11 @@ class Folder:
         return self.path / "config.json"
 
     @property
+    def secret(self) -> Path:
+        """A secret of this gateway's workers, drawn at its start."""
+        return self.path / "secret"
+
+    @property
     def hub(self) -> Path:
         """The socket over which workers share loads and ejections."""
         return self.path / "hub"

@@ -51,7 +51,7 @@ export class Traffic {
   show(state) {
     const { hour, about, at } = state;
     const spent = Math.min(state.up_s, about.buckets * about.bucket_seconds);
-    const part = about.workers > 1 ? `, at one of ${about.workers} workers` : "";
+    const part = about.workers > 1 ? `, at worker ${about.worker} of ${about.workers}` : "";
     setText($("span"), `the last ${duration(Math.round(spent))}${part}`);
     this.#tiles(hour, state);
     const points = [...state.points.values()].sort((a, b) => a.number - b.number);
