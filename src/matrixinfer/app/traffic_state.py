@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def traffic_state(config: Config, metrics: Metrics, clock: Callable[[], float]) 
     """The state of a gateway that has seen no request yet."""
     return TrafficState(
         load=LoadLedger(clock, config.scheduler.pending_seconds),
-        peer_loads=PeerLoads(),
+        peer_loads=PeerLoads(uuid.uuid4().hex),
         history=RoutingHistory(keeps_exact=config.index.kind == "redis"),
         outliers=Outliers(
             config.outliers,

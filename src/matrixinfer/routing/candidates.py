@@ -13,6 +13,7 @@ from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.unseen import Unseen
 from matrixinfer.scheduler.framework import Adapters, Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
@@ -48,6 +49,7 @@ class Candidates:
         self._peers = PeerLoads() if peers is None else peers
         self._reuse = reuse
         self._observed = Observed(load, self._peers)
+        self._unseen = Unseen(load, self._peers, self._observed)
 
     def reconfigure(self, weights: WeightsConfig, slow_start_seconds: float) -> None:
         """Count so from the next decision on."""
@@ -57,6 +59,7 @@ class Candidates:
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         self._observed.forget(endpoint)
+        self._unseen.forget(endpoint)
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
@@ -64,14 +67,22 @@ class Candidates:
         now = prepared.request.now
         others = self._peers.totals(now)
         endpoints = [endpoint for pod in prepared.pods if not (pod.gone or pod.draining) for endpoint in pod.endpoints]
-        withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
+        names = [endpoint.name for endpoint in endpoints]
+        unseen, hears_others = self._unseen.expected(names, now), bool(self._peers.count(now))
+        withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
         return [
             self._candidate(
-                endpoint, prepared, matches, others.get(endpoint.name, NO_LOAD), withheld.get(endpoint.name)
+                endpoint,
+                prepared,
+                matches,
+                others.get(name, NO_LOAD),
+                withheld.get(name),
+                unseen.get(name, 0.0),
+                hears_others,
             )
-            for endpoint in endpoints
+            for endpoint, name in zip(endpoints, names, strict=True)
         ]
 
     def _held_back(
@@ -89,7 +100,14 @@ class Candidates:
         return self._lookup.limits_of(endpoint)
 
     def _candidate(
-        self, endpoint: Endpoint, prepared: Prepared, matches: Matches | None, others: Load, withheld: str | None
+        self,
+        endpoint: Endpoint,
+        prepared: Prepared,
+        matches: Matches | None,
+        others: Load,
+        withheld: str | None,
+        unseen: float,
+        hears_others: bool,
     ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
         match = self._lookup.match_at(name, matches)
@@ -118,6 +136,10 @@ class Candidates:
                 foreign = seen.foreign
             else:
                 foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
+            if foreign and waiting:
+                unseen += min(waiting, foreign) * load.arrivals.work
+            if not hears_others and cache is not None:
+                foreign += self._observed.came(name, cache.footprint)
         if now < seen.due:
             condition = seen.condition
         else:
@@ -138,6 +160,7 @@ class Candidates:
             queued_tokens=own_tokens + others.queued_tokens,
             peers_in_flight=others.in_flight,
             foreign=foreign,
+            unseen_tokens=unseen,
             queue_seconds=queue_seconds,
             condition=condition,
             running=running,

@@ -143,7 +143,7 @@ class Gateway(Router):
         self._caches = LetterCaches(known.caches, block_size)
         lookup = Lookup(self._registry, known.memory, self._caches)
         self._load = LoadLedger(clock, config.pending_seconds)
-        self._peers = PeerLoads()
+        self._peers = PeerLoads(name)
         self._announcements = Announcements(name)
         self._load.subscribe(self._announcements.add_in_flight)
         known.history.subscribe(self._announcements.add_computed)
@@ -252,7 +252,11 @@ class Gateway(Router):
 
     def say(self, now: float) -> bytes | None:
         """The gateway's load, and the prompts that it has sent lately."""
-        return self._announcements.message({pod: Load(*each) for pod, each in self._load.loads().items()}, now)
+        load = {pod: Load(*each) for pod, each in self._load.loads().items()}
+        message = self._announcements.message(load, now)
+        if message is not None:
+            self._peers.publishes(load)
+        return message
 
     def hear(self, message: bytes) -> None:
         """Count what another gateway has sent."""

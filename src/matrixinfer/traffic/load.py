@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from matrixinfer.scheduler.prefill import prefill_work
+from matrixinfer.traffic.arrivals import Arrivals
 from matrixinfer.traffic.pending import Pending
 from matrixinfer.traffic.pod_load import READING_SECONDS, PodLoad, View
 from matrixinfer.traffic.speed import Speeds
@@ -38,6 +39,7 @@ class LoadLedger:
         self._pending_seconds = pending_seconds
         self._max_pending_blocks = max_pending_blocks
         self._speeds = Speeds()
+        self.arrivals = Arrivals()
         self._pods: dict[str, PodLoad] = {}
         self._pending: dict[tuple[str, str], Pending] = {}
         self._fading: deque[tuple[float, Pending, list[int]]] = deque()
@@ -85,6 +87,7 @@ class LoadLedger:
         if prompt_tokens is not None:
             work = prefill_work(queued_tokens, max(prompt_tokens, queued_tokens))
         load.began(charge, queued_tokens, work, now)
+        self.arrivals.sent(work, now)
         try:
             for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
@@ -119,6 +122,11 @@ class LoadLedger:
         """Prompt tokens of the requests at `pod` that have not received their first byte."""
         load = self._pods.get(pod)
         return 0 if load is None else load.queued_tokens
+
+    def computed_tokens(self, pod: str) -> int:
+        """Prompt tokens that `pod` has computed for requests from here since it is known."""
+        load = self._pods.get(pod)
+        return 0 if load is None else load.computed_tokens
 
     def loads(self) -> dict[str, tuple[int, int]]:
         """Requests in flight and queued tokens of each pod that has requests in flight."""

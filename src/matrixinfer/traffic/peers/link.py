@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Peers:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = PeerStats()
-        self.announcements = Announcements(uuid.uuid4().hex)
+        self.announcements = Announcements(loads.gateway)
         self.loads = loads
         self._channel = channel
         self._outliers = outliers
@@ -141,6 +140,7 @@ class Peers:
             if message is not None:
                 async with asyncio.timeout(DEADLINE_SECONDS):
                     await self._channel.publish(message)
+                self.loads.publishes(load)
                 self.stats.sent += 1
                 await asyncio.sleep(pause_after(message, self.loads.count(self._clock())))
             else:
