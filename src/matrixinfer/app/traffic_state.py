@@ -56,10 +56,13 @@ class TrafficState:
 
 def traffic_state(config: Config, metrics: Metrics, clock: Callable[[], float]) -> TrafficState:
     """The state of a gateway that has seen no request yet."""
+    load = LoadLedger(clock, config.scheduler.pending_seconds)
+    history = RoutingHistory(keeps_exact=config.index.kind == "redis")
+    history.watch_gone(load)
     return TrafficState(
-        load=LoadLedger(clock, config.scheduler.pending_seconds),
+        load=load,
         peer_loads=PeerLoads(uuid.uuid4().hex),
-        history=RoutingHistory(keeps_exact=config.index.kind == "redis"),
+        history=history,
         outliers=Outliers(
             config.outliers,
             clock,

@@ -146,6 +146,7 @@ class Gateway(Router):
         self._peers = PeerLoads(name)
         self._announcements = Announcements(name)
         self._load.subscribe(self._announcements.add_in_flight)
+        known.history.watch_gone(self._load)
         known.history.subscribe(self._announcements.add_computed)
         self._candidates = Candidates(
             self._registry,

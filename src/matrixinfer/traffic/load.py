@@ -6,7 +6,7 @@ Pending blocks that other gateways report count as well, for a limited time (`Lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 from matrixinfer.scheduler.prefill import prefill_work
@@ -28,7 +28,7 @@ class LoadLedger:
     """Per pod: the requests in flight, the prompt tokens they still have to compute, and their pending blocks.
 
     A block is pending at a pod while a request that brings it is in flight there, and for `pending_seconds` after
-    that; by then the engine's events have reported it. `clock` returns seconds and is monotonic. The ledger keeps at
+    that; by then the engine's events have reported it. If they report before that it has gone, it is pending no longer. `clock` returns seconds and is monotonic. The ledger keeps at
     most `max_pending_blocks` blocks, counted per request; beyond that, requests are charged without their blocks.
     """
 
@@ -108,6 +108,20 @@ class LoadLedger:
         pending = self._pending.setdefault((pod, model), Pending((pod, model)))
         pending.add(blocks)
         self._fade(pending, blocks)
+
+    def gone(self, pod: str, model: str | None, blocks: Collection[int]) -> None:
+        """`pod` has removed blocks of `model`; without a model it has lost everything.
+
+        They are pending no longer, unless a request in flight brings them again.
+        """
+        if model is not None:
+            pending = self._pending.get((pod, model))
+            if pending is not None:
+                pending.gone(blocks)
+            return
+        for key, each in self._pending.items():
+            if key[0] == pod:
+                each.gone()
 
     def now(self) -> float:
         """The time, in seconds."""
