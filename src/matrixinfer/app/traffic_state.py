@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -55,10 +56,13 @@ class TrafficState:
 
 def traffic_state(config: Config, metrics: Metrics, clock: Callable[[], float]) -> TrafficState:
     """The state of a gateway that has seen no request yet."""
+    load = LoadLedger(clock, config.scheduler.pending_seconds)
+    history = RoutingHistory(keeps_exact=config.index.kind == "redis")
+    history.watch_gone(load)
     return TrafficState(
-        load=LoadLedger(clock, config.scheduler.pending_seconds),
-        peer_loads=PeerLoads(),
-        history=RoutingHistory(keeps_exact=config.index.kind == "redis"),
+        load=load,
+        peer_loads=PeerLoads(uuid.uuid4().hex),
+        history=history,
         outliers=Outliers(
             config.outliers,
             clock,

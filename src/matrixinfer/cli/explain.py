@@ -32,6 +32,7 @@ _WHERE_KNOWN = (
     "foreign",
     "metrics_age_s",
     "queue_ms",
+    "unseen_tokens",
     "held_tokens",
     "cache_tokens",
     "evicted_tokens_per_second",

@@ -13,6 +13,7 @@ from matrixinfer.routing.holdings import Matches, holdings
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.unseen import Unseen
 from matrixinfer.scheduler.framework import Adapters, Candidate
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
@@ -48,6 +49,7 @@ class Candidates:
         self._peers = PeerLoads() if peers is None else peers
         self._reuse = reuse
         self._observed = Observed(load, self._peers)
+        self._unseen = Unseen(load, self._peers, self._observed)
 
     def reconfigure(self, weights: WeightsConfig, slow_start_seconds: float) -> None:
         """Count so from the next decision on."""
@@ -57,6 +59,7 @@ class Candidates:
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
         self._observed.forget(endpoint)
+        self._unseen.forget(endpoint)
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
@@ -67,7 +70,9 @@ class Candidates:
         endpoints = [
             endpoint for pod in prepared.pods if not pod.gone and pod.drain is None for endpoint in pod.endpoints
         ]
-        withheld = self._outliers.withheld(endpoint.name for endpoint in endpoints)
+        names = [endpoint.name for endpoint in endpoints]
+        unseen, hears_others = self._unseen.expected(names, now), bool(self._peers.count(now))
+        withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
         return [
@@ -75,11 +80,13 @@ class Candidates:
                 endpoint,
                 prepared,
                 matches,
-                others.get(endpoint.name, NO_LOAD) if others else NO_LOAD,
-                withheld.get(endpoint.name) if withheld else None,
+                others.get(name, NO_LOAD) if others else NO_LOAD,
+                withheld.get(name) if withheld else None,
+                unseen.get(name, 0.0) if unseen else 0.0,
+                hears_others,
                 approximate,
             )
-            for endpoint in endpoints
+            for endpoint, name in zip(endpoints, names, strict=True)
         ]
 
     def _held_back(
@@ -103,6 +110,8 @@ class Candidates:
         matches: Matches | None,
         others: Load,
         withheld: str | None,
+        unseen: float,
+        hears_others: bool,
         approximate: bool,
     ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
@@ -131,6 +140,10 @@ class Candidates:
                 foreign = seen.foreign
             else:
                 foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
+            if foreign and waiting:
+                unseen += min(waiting, foreign) * load.arrivals.work
+            if not hears_others and cache is not None:
+                foreign += self._observed.came(name, cache.footprint)
         if now < seen.due:
             condition = seen.condition
         else:
@@ -151,6 +164,7 @@ class Candidates:
             queued_tokens=own_tokens + others.queued_tokens,
             peers_in_flight=others.in_flight,
             foreign=foreign,
+            unseen_tokens=unseen,
             queue_seconds=queue_seconds,
             condition=condition,
             running=running,

@@ -151,6 +151,7 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
             "in_flight": candidate.in_flight,
             "peers_in_flight": candidate.peers_in_flight,
             "foreign": candidate.foreign,
+            "unseen_tokens": round(candidate.unseen_tokens),
             "running": candidate.running,
             "waiting": candidate.waiting,
             "metrics_age_s": _rounded(candidate.metrics_age, 3),

@@ -17,12 +17,18 @@ SAMPLE_SECONDS = 1.0
 HALF_LIFE_SECONDS = 30.0
 """A turnover counts for half of it after this time."""
 _NEVER = float("-inf")
+_READING_SHARE = 0.02
+"""What one reading of an endpoint's gauges counts for in the share of others."""
+_LEAST_OWN, _MOST_SHARE = 0.01, 64.0
+_LEAST_OTHERS = 0.05
+_LEAST_WORK = 64.0
+"""Requests that compute fewer tokens cannot be told from what decoding stores."""
 
 
 class Seen:
     """What one endpoint has shown. Plain attributes, because every decision reads them of every endpoint."""
 
-    __slots__ = ("again_at", "condition", "due", "evicted", "foreign", "read_at", "sampled_at", "turnover")
+    __slots__ = ("again_at", "base", "condition", "due", "evicted", "foreign", "read_at", "sampled_at", "turnover")
 
     def __init__(self) -> None:
         self.read_at = _NEVER
@@ -31,6 +37,8 @@ class Seen:
         """Requests that no gateway sent."""
         self.again_at = 0.0
         """When the reports of peers about the time of the reading have come."""
+        self.base: int | None = None
+        """Tokens that its cache had stored for others when the gauges were read; None until that is known."""
         self.condition = UNKNOWN
         self.due = _NEVER
         """When `condition` must be made again."""
@@ -46,6 +54,14 @@ class Observed:
         self._load = load
         self._peers = peers
         self._seen: dict[str, Seen] = {}
+        self._own = 0.0
+        """Requests of the gateways that are heard, and of others, that the gauges of an endpoint show: averages."""
+        self._others = 0.0
+
+    @property
+    def others_share(self) -> float:
+        """Requests of others for each one of the gateways that are heard."""
+        return min(_MOST_SHARE, self._others / self._own) if self._own > _LEAST_OWN else 0.0
 
     def of(self, name: str) -> Seen:
         """What an endpoint has shown so far."""
@@ -58,10 +74,30 @@ class Observed:
         """Requests at an endpoint that no gateway sent, where its engine counted `counted` when it was read."""
         seen = self.of(name)
         if seen.read_at != read_at or now >= seen.again_at:
-            count = counted - self._load.most_in_flight(name, read_at) - self._peers.most_in_flight(name, read_at)
+            own = self._load.most_in_flight(name, read_at) + self._peers.most_in_flight(name, read_at)
+            count = counted - own
+            if seen.read_at != read_at:
+                seen.base = None
+                self._own += (own - self._own) * _READING_SHARE
+                self._others += (max(0, count) - self._others) * _READING_SHARE
             due = read_at + LATE_SECONDS
             seen.read_at, seen.foreign, seen.again_at = read_at, max(0, count), due if now < due else float("inf")
         return seen.foreign
+
+    def came(self, name: str, footprint: Footprint | None) -> int:
+        """Requests of others that have come since the gauges were read, as far as what the engine has stored shows.
+
+        Events come at once, where gauges are read each second: until then several gateways would send to the pod that
+        was idle. What own requests store, and prompts of the usual size, are known; the rest is of others.
+        """
+        work = self._load.arrivals.work
+        if footprint is None or work < _LEAST_WORK or self.others_share < _LEAST_OTHERS:
+            return 0
+        seen = self.of(name)
+        stored = footprint.held_tokens + footprint.evicted_tokens - self._load.computed_tokens(name)
+        if seen.base is None:
+            seen.base = stored
+        return max(0, round((stored - seen.base - self._load.queued_tokens(name)) / work))
 
     def condition(
         self, name: str, now: float, *, rate: float, footprint: Footprint | None, reported: int | None

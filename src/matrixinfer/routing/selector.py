@@ -62,6 +62,7 @@ class Selector:
         self._max_blocks = max(1, scheduler.max_prefix_tokens // self._known.blocks.block_size)
         self._scheduler = Scheduler(scheduler, Services(clock=clock, rng=generator), plugins, broken=plugins.broken)
         self._load = LoadLedger(clock, scheduler.pending_seconds)
+        self._known.history.watch_gone(self._load)
         self._observed = Observed(self._load, PeerLoads())
         self._accounts = _Accounts(self._load, self._known.history)
         self._clock = clock

@@ -108,6 +108,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     foreign: int | None = None
     """Requests there that neither this gateway nor those that it hears have sent, by the engine's own count; None if that
     count is unknown, or when it was taken."""
+    unseen_tokens: float = 0.0
+    """Tokens that it must probably compute besides, for requests that this gateway has not heard of: those that others
+    have sent since they were last heard, and those that wait in the engine's queue."""
     queue_seconds: float | None = None
     """Estimated time until the prompts of the requests in flight there are computed; None if nobody estimates it."""
     condition: Condition = UNKNOWN

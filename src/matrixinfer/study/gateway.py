@@ -143,9 +143,10 @@ class Gateway(Router):
         self._caches = LetterCaches(known.caches, block_size)
         lookup = Lookup(self._registry, known.memory, self._caches)
         self._load = LoadLedger(clock, config.pending_seconds)
-        self._peers = PeerLoads()
+        self._peers = PeerLoads(name)
         self._announcements = Announcements(name)
         self._load.subscribe(self._announcements.add_in_flight)
+        known.history.watch_gone(self._load)
         known.history.subscribe(self._announcements.add_computed)
         self._candidates = Candidates(
             self._registry,
@@ -252,7 +253,11 @@ class Gateway(Router):
 
     def say(self, now: float) -> bytes | None:
         """The gateway's load, and the prompts that it has sent lately."""
-        return self._announcements.message({pod: Load(*each) for pod, each in self._load.loads().items()}, now)
+        load = {pod: Load(*each) for pod, each in self._load.loads().items()}
+        message = self._announcements.message(load, now)
+        if message is not None:
+            self._peers.publishes(load)
+        return message
 
     def hear(self, message: bytes) -> None:
         """Count what another gateway has sent."""

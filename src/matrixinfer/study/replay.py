@@ -24,7 +24,7 @@ from matrixinfer.study.ladder import ReplayLadder
 from matrixinfer.study.pool import Pool
 from matrixinfer.study.publisher import Publisher
 from matrixinfer.study.trace import LetterBlocks, Trace
-from matrixinfer.traffic.peers.link import INTERVAL_SECONDS
+from matrixinfer.traffic.peers.announcements import MOST_PAUSE_SECONDS, pause_after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class Fleet:
     """Arrivals come so many times as fast. Times between an answer and the next turn stay."""
     event_delay: float = 0.01
     """Seconds from the end of a step to the gateway that has applied its events."""
+    gossip_delay: float = 0.005
+    """Seconds until what a gateway has sent is counted by the others."""
     event_loss: float = 0.0
     """Share of event batches that gateways do not get live, and must ask for."""
     replay_delay: float = 0.1
@@ -90,6 +92,16 @@ class Pod:
         """Of earlier runs of the engine, as `preemptions`."""
 
 
+class Conversation:
+    """When a gateway may speak again, and when it will."""
+
+    __slots__ = ("due", "free_at")
+
+    def __init__(self) -> None:
+        self.free_at = 0.0
+        self.due = math.inf
+
+
 class Replay:
     """One trace, on one fleet, by one policy. `shares_cache` gives all pods one cache, as large as theirs together."""
 
@@ -124,6 +136,7 @@ class Replay:
         self._next_of: dict[int, list[int]] = {}
         self._open = len(trace.turns)
         self._progress = progress
+        self._conversation: list[Conversation] = []
         self._rng = random.Random(fleet.seed)  # noqa: S311  # a simulation
 
     def clock(self) -> float:
@@ -145,7 +158,9 @@ class Replay:
                 self._at(fault.at, self._fault(fault))
         self._at(0.0, self._scrape)
         if self.fleet.gossip and self.fleet.gateways > 1:
-            self._at(INTERVAL_SECONDS, self._talk)
+            self._conversation = [Conversation() for _ in self._routers]
+            for number in range(self.fleet.gateways):
+                self._speak_at(number, 0.0)
         events = self._events
         while events and self._open:
             self.now, _, act = heappop(events)
@@ -193,6 +208,8 @@ class Replay:
             return
         job.router = self._rng.randrange(len(self._routers)) if len(self._routers) > 1 else 0
         job.pod = self._routers[job.router].route(job, [name for name in self.pods if name not in able])
+        if self._conversation:
+            self._speak_at(job.router, now)
         self.ladder.sent(job, self._routers[job.router])
         pod = self.pods[job.pod]
         pod.engine.submit(Run(job, job.prompt, job.reply, job.hashes), now)
@@ -299,14 +316,25 @@ class Replay:
         )
         self._at(now + self.fleet.scrape_interval, self._scrape)
 
-    def _talk(self, now: float) -> None:
-        routers = self._routers
-        for speaker in routers:
-            message = speaker.say(now)
-            if message is not None:
-                others = [router for router in routers if router is not speaker]
-                self._at(now + self.fleet.event_delay, partial(_hear, others, message))
-        self._at(now + INTERVAL_SECONDS, self._talk)
+    def _speak_at(self, number: int, when: float) -> None:
+        """Let a gateway speak at a time, or as soon after it as it may; not later than it would have."""
+        says = self._conversation[number]
+        due = max(when, says.free_at)
+        if due < says.due:
+            says.due = due
+            self._at(due, partial(self._speak, number))
+
+    def _speak(self, number: int, now: float) -> None:
+        says = self._conversation[number]
+        if says.due != now:
+            return  # it has spoken already
+        speaker, says.due = self._routers[number], math.inf
+        message = speaker.say(now)
+        if message is not None:
+            others = [router for router in self._routers if router is not speaker]
+            says.free_at = now + pause_after(message, len(others))
+            self._at(now + self.fleet.gossip_delay, partial(_hear, others, message))
+        self._speak_at(number, now + MOST_PAUSE_SECONDS if message is None else says.free_at)
 
     # Faults
 

@@ -9,15 +9,24 @@ too; an endpoint that has lost everything loses both.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import sha256
 from heapq import nlargest
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
+from weakref import WeakSet
 
 _MAX_MASKS = 1024
 
 OnSent: TypeAlias = Callable[[str, str, Sequence[int], bool], None]
 """Arguments: endpoint, model, the prompt's hashes, and whether these are of chunks of its bytes."""
+
+
+class WatchesGone(Protocol):
+    """Hears what endpoints lose."""
+
+    def gone(self, pod: str, model: str | None, blocks: Collection[int]) -> None:
+        """Endpoint `pod` has removed `blocks` of `model`; without a model it has lost everything."""
+        ...
 
 
 class RoutingHistory:
@@ -35,6 +44,7 @@ class RoutingHistory:
         self._chunks = _Recent(max_blocks)
         self._masks: dict[str, int] = {}  # model -> mask that distinguishes its blocks from those of others
         self._subscribers: list[OnSent] = []
+        self._watches: WeakSet[WatchesGone] = WeakSet()
 
     def __contains__(self, name: str) -> bool:
         return name in self._blocks.sent or name in self._chunks.sent
@@ -52,6 +62,10 @@ class RoutingHistory:
         """Call `on_sent` for each prompt of `computed`. Returns a function that unsubscribes."""
         self._subscribers.append(on_sent)
         return lambda: self._subscribers.remove(on_sent)
+
+    def watch_gone(self, watch: WatchesGone) -> None:
+        """Have `watch` hear of whatever endpoints lose. It is forgotten when nobody else holds it."""
+        self._watches.add(watch)
 
     def computed(
         self, name: str, model: str, chain: Sequence[int], *, is_exact: bool, chunks: Sequence[int] = ()
@@ -86,15 +100,19 @@ class RoutingHistory:
         """How many chunks of a prompt's bytes, consecutive from its start, were sent to the endpoint lately."""
         return self._chunks.match(name, chunks, self._mask(model)) if name in self._chunks.sent else 0
 
-    def drop(self, name: str, model: str, blocks: Iterable[int]) -> None:
+    def drop(self, name: str, model: str, blocks: Collection[int]) -> None:
         """Forget `blocks` of an endpoint, whose events report that it has removed them."""
         if name in self._blocks.sent:
             self._blocks.drop(name, blocks, self._mask(model))
+        for watch in self._watches:
+            watch.gone(name, model, blocks)
 
     def forget(self, name: str) -> None:
         """Forget everything about an endpoint: its cache is empty, or it has gone."""
         self._blocks.forget(name)
         self._chunks.forget(name)
+        for watch in self._watches:
+            watch.gone(name, None, ())
 
     def _mask(self, model: str) -> int:
         mask = self._masks.get(model)

@@ -6,10 +6,11 @@ Pending blocks that other gateways report count as well, for a limited time (`Lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 from matrixinfer.scheduler.prefill import prefill_work
+from matrixinfer.traffic.arrivals import Arrivals
 from matrixinfer.traffic.pending import Pending
 from matrixinfer.traffic.pod_load import READING_SECONDS, PodLoad, View
 from matrixinfer.traffic.speed import Speeds
@@ -27,7 +28,7 @@ class LoadLedger:
     """Per pod: the requests in flight, the prompt tokens they still have to compute, and their pending blocks.
 
     A block is pending at a pod while a request that brings it is in flight there, and for `pending_seconds` after
-    that; by then the engine's events have reported it. `clock` returns seconds and is monotonic. The ledger keeps at
+    that; by then the engine's events have reported it. If they report before that it has gone, it is pending no longer. `clock` returns seconds and is monotonic. The ledger keeps at
     most `max_pending_blocks` blocks, counted per request; beyond that, requests are charged without their blocks.
     """
 
@@ -38,6 +39,7 @@ class LoadLedger:
         self._pending_seconds = pending_seconds
         self._max_pending_blocks = max_pending_blocks
         self._speeds = Speeds()
+        self.arrivals = Arrivals()
         self._pods: dict[str, PodLoad] = {}
         self._pending: dict[tuple[str, str], Pending] = {}
         self._fading: deque[tuple[float, Pending, list[int]]] = deque()
@@ -85,6 +87,7 @@ class LoadLedger:
         if prompt_tokens is not None:
             work = prefill_work(queued_tokens, max(prompt_tokens, queued_tokens))
         load.began(charge, queued_tokens, work, now)
+        self.arrivals.sent(work, now)
         try:
             for on_charge in self._subscribers if wanted else ():
                 on_charge(pod, model, hashes, start, charge)
@@ -106,6 +109,20 @@ class LoadLedger:
         pending.add(blocks)
         self._fade(pending, blocks)
 
+    def gone(self, pod: str, model: str | None, blocks: Collection[int]) -> None:
+        """`pod` has removed blocks of `model`; without a model it has lost everything.
+
+        They are pending no longer, unless a request in flight brings them again.
+        """
+        if model is not None:
+            pending = self._pending.get((pod, model))
+            if pending is not None:
+                pending.gone(blocks)
+            return
+        for key, each in self._pending.items():
+            if key[0] == pod:
+                each.gone()
+
     def now(self) -> float:
         """The time, in seconds."""
         return self._clock()
@@ -119,6 +136,11 @@ class LoadLedger:
         """Prompt tokens of the requests at `pod` that have not received their first byte."""
         load = self._pods.get(pod)
         return 0 if load is None else load.queued_tokens
+
+    def computed_tokens(self, pod: str) -> int:
+        """Prompt tokens that `pod` has computed for requests from here since it is known."""
+        load = self._pods.get(pod)
+        return 0 if load is None else load.computed_tokens
 
     def loads(self) -> dict[str, tuple[int, int]]:
         """Requests in flight and queued tokens of each pod that has requests in flight."""

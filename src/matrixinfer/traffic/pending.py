@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class Pending:
@@ -62,6 +62,17 @@ class Pending:
                 del self._fading[block]
         if self._ends is not None:
             self._ends.drop(blocks[-1:], until)
+
+    def gone(self, blocks: Collection[int] | None = None) -> None:
+        """The pod has removed `blocks`, or all: those that no request in flight brings are not pending any more."""
+        fading = self._fading
+        if blocks is None:
+            fading.clear()
+        elif fading:
+            for block in blocks:
+                fading.pop(block, None)
+        if self._ends is not None:
+            self._ends.gone(blocks)
 
     def ends_within(self, hashes: Sequence[int], start: int, count: int, now: float) -> int:
         """How many of `count` pending blocks from `start` on there are up to the last one that ends a request."""

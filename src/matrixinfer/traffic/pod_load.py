@@ -61,6 +61,7 @@ class PodLoad:
         "_assumed",
         "_head_since",
         "_waiting",
+        "computed_tokens",
         "counts",
         "in_flight",
         "known",
@@ -72,6 +73,7 @@ class PodLoad:
 
     def __init__(self, speed: Speed) -> None:
         self.in_flight = 0
+        self.computed_tokens = 0
         self.queued_tokens = 0
         self.queued_work = 0.0
         """Those tokens, each counted by how long it takes (`matrixinfer.scheduler.prefill`)."""
@@ -108,6 +110,7 @@ class PodLoad:
     def computed(self, charge: Charge, tokens: int, now: float) -> None:
         """A request's prompt is computed, or no longer wanted."""
         self.queued_tokens -= tokens
+        self.computed_tokens += tokens
         if next(iter(self._waiting), None) is charge:
             self._head_since = now
         self.queued_work -= self._waiting.pop(charge, 0.0)

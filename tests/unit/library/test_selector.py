@@ -263,3 +263,12 @@ def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
 def test_a_setting_of_another_type_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError):
         Selector(Index(), **wrong)
+
+
+def test_what_the_engine_has_evicted_is_not_pending_after_its_request() -> None:
+    fleet = Fleet()
+    fleet.selector.charge(fleet.selector.select(PROMPT, ["a"], model="m")).finish()
+    fleet.store("a")
+    assert fleet.seen("a").predicted_hit(320, 16) == 304
+    fleet.index.apply("a", *fleet.engines["a"].clear())
+    assert (fleet.seen("a").pending_blocks, fleet.seen("a").predicted_hit(320, 16)) == (0, 0)

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
+from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
 from tests.unit.scheduler.support import FakeClock
 
@@ -76,6 +77,39 @@ def test_a_block_that_another_request_brings_does_not_fade() -> None:
     one.release()
     clock.now = 50.0
     assert ledger.pending("a", "m", [1, 2], 0) == 1
+
+
+def test_blocks_that_events_report_as_gone_are_pending_no_longer() -> None:
+    ledger, history, chain = LoadLedger(FakeClock(), 2.0), RoutingHistory(), [1, 2, 3, 4]
+    history.watch_gone(ledger)
+    ledger.charge("a", "m", hashes=chain, start=0, queued_tokens=0).release()
+    history.drop("a", "other", [3, 4])
+    history.drop("b", "m", [3, 4])
+    assert ledger.pending("a", "m", chain, 0) == 4
+    history.drop("a", "m", [3, 4])
+    assert ledger.pending("a", "m", chain, 0) == 2
+    assert ledger.pending("a", "m", chain, 0, whole_prompts=True) == 0  # no prompt ends there any more
+    history.forget("a")
+    assert ledger.pending("a", "m", chain, 0) == 0
+
+
+def test_a_block_that_is_gone_stays_pending_while_a_request_brings_it_again() -> None:
+    ledger = LoadLedger(FakeClock(), 2.0)
+    ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0).release()
+    again = ledger.charge("a", "m", hashes=[1, 2], start=0, queued_tokens=0)
+    ledger.gone("a", "m", [1, 2])
+    assert ledger.pending("a", "m", [1, 2], 0) == 2
+    again.release()
+    assert ledger.pending("a", "m", [1, 2], 0) == 2
+    ledger.gone("a", None, ())
+    assert ledger.pending("a", "m", [1, 2], 0) == 0
+
+
+def test_a_history_keeps_no_ledger_alive() -> None:
+    history = RoutingHistory()
+    history.watch_gone(LoadLedger(FakeClock(), 2.0))
+    history.drop("a", "m", [1])
+    assert not history._watches  # noqa: SLF001
 
 
 def test_pending_blocks_of_peers_are_not_load_and_fade() -> None:

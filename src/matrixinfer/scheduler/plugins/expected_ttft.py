@@ -26,7 +26,7 @@ class ExpectedTtft(Plugin):
     """Scores by the estimated time to the first token, and by what the request costs the others at that pod.
 
     `expected = queue + prefill + decode + eviction + delay of others`, in milliseconds. The queue is what the requests in
-    flight there still have to compute; prefill is the part of this prompt that is not cached; both at the rate that the
+    flight there still have to compute, and what other gateways have probably sent there unheard; prefill is the part of this prompt that is not cached; both at the rate that the
     pod's answers have shown. Each request in flight counts as `requestTokens` more. Tokens that the prompt pushes out of a
     full cache count by how likely they are needed again: one half if the cache keeps a block for `reuseSeconds`, more if it
     keeps it for a shorter time, and never less than three tenths. A pod with room evicts nothing.
@@ -128,6 +128,8 @@ class ExpectedTtft(Plugin):
             # `prefill_work`, without a call
             prefill = uncached * (1.0 + (whole - 0.5 * uncached) * attention) / rate
             waiting = pod.queued_tokens / rate if queue is None else queue * 1e3
+            if pod.unseen_tokens:
+                waiting += pod.unseen_tokens / rate
             cost = waiting + prefill * later
             if load:
                 cost += load * (per_request / rate + prefill * stall + waiting * wait)

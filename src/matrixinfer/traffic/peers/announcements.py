@@ -11,6 +11,17 @@ REPEAT_SECONDS = 1.0
 """A prompt that is still being computed is published again after this long, because its blocks expire at peers."""
 AT_LEAST_EVERY_SECONDS = 1.0
 """Longest time between two messages, even if nothing has changed."""
+LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.02, 0.1
+_BYTES_PER_SECOND = 1_000_000
+_HEARD_PER_SECOND = 500
+"""Messages of all peers that a gateway should have to read, and bytes that it should publish."""
+
+
+def pause_after(message: bytes, peers: int) -> float:
+    """Seconds from one message to the next. What peers do not know yet is decided without, so it is short."""
+    return min(
+        MOST_PAUSE_SECONDS, max(LEAST_PAUSE_SECONDS, len(message) / _BYTES_PER_SECOND, peers / _HEARD_PER_SECOND)
+    )
 
 
 class Announcements:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -22,13 +21,11 @@ from matrixinfer.scheduler.framework import Trust
 from matrixinfer.tasks import cancel_and_wait
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
-from matrixinfer.traffic.peers.announcements import Announcements
+from matrixinfer.traffic.peers.announcements import MOST_PAUSE_SECONDS, Announcements, pause_after
 from matrixinfer.traffic.peers.channel import Channel
 from matrixinfer.traffic.peers.loads import SILENT_SECONDS, PeerLoads
 from matrixinfer.traffic.peers.message import Load, MalformedMessage, Sent, decode
 
-INTERVAL_SECONDS = 0.1
-"""Shortest time between two messages."""
 DEADLINE_SECONDS = 2.0
 """Deadline for publishing one message."""
 RETRY_SECONDS, RETRY_MAX_SECONDS = 0.25, 5.0
@@ -69,7 +66,7 @@ class Peers:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = PeerStats()
-        self.announcements = Announcements(uuid.uuid4().hex)
+        self.announcements = Announcements(loads.gateway)
         self.loads = loads
         self._channel = channel
         self._outliers = outliers
@@ -143,11 +140,12 @@ class Peers:
             if message is not None:
                 async with asyncio.timeout(DEADLINE_SECONDS):
                     await self._channel.publish(message)
+                self.loads.publishes(load)
                 self.stats.sent += 1
-                await asyncio.sleep(INTERVAL_SECONDS)
+                await asyncio.sleep(pause_after(message, self.loads.count(self._clock())))
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(INTERVAL_SECONDS):
+                    async with asyncio.timeout(MOST_PAUSE_SECONDS):
                         await self._wanted.wait()
 
     async def _listen(self) -> None:

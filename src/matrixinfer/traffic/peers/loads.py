@@ -19,7 +19,10 @@ _MAX_ENDPOINTS = 10_000
 class PeerLoads:
     """The load of each peer, and the total per endpoint. Every `now` is in seconds and must not decrease."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: str = "") -> None:
+        self.gateway = gateway
+        """The id of this gateway, unlike any other's."""
+        self._own: Mapping[str, Load] = {}
         self._peers: dict[
             str, tuple[float, Mapping[str, Load]]
         ] = {}  # peer -> time of its last report, and the report; oldest first
@@ -43,6 +46,20 @@ class PeerLoads:
         """The total load of all peers at each endpoint; endpoints without load are absent."""
         self._forget_silent(now)
         return self._totals
+
+    def publishes(self, load: Mapping[str, Load]) -> None:
+        """This gateway has published its load."""
+        self._own = load
+
+    def published(self, name: str) -> tuple[int, int]:
+        """The load of an endpoint as all gateways know it, this one's included: queued tokens, and requests in flight."""
+        others, own = self._totals.get(name, NO_LOAD), self._own.get(name, NO_LOAD)
+        return others.queued_tokens + own.queued_tokens, others.in_flight + own.in_flight
+
+    def place(self, now: float) -> tuple[int, int]:
+        """This gateway's number among all that are heard, in an order that all know, and how many there are."""
+        self._forget_silent(now)
+        return sum(peer < self.gateway for peer in self._peers), len(self._peers) + 1
 
     def most_in_flight(self, name: str, at: float) -> int:
         """The most requests that peers are known to have had in flight at an endpoint around a time."""

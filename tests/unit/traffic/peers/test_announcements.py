@@ -2,7 +2,14 @@ from __future__ import annotations
 
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import Charge, LoadLedger
-from matrixinfer.traffic.peers.announcements import AT_LEAST_EVERY_SECONDS, REPEAT_SECONDS, Announcements
+from matrixinfer.traffic.peers.announcements import (
+    AT_LEAST_EVERY_SECONDS,
+    LEAST_PAUSE_SECONDS,
+    MOST_PAUSE_SECONDS,
+    REPEAT_SECONDS,
+    Announcements,
+    pause_after,
+)
 from matrixinfer.traffic.peers.message import MAX_PROMPTS, Load, Message, decode
 from tests.unit.scheduler.support import FakeClock
 
@@ -118,3 +125,9 @@ def test_prompts_of_a_lost_connection_are_not_published_late() -> None:
     again = world.message()
     assert again is not None
     assert (set(again.load), again.sent) == ({"a", "b"}, [])
+
+
+def test_messages_follow_each_other_fast_unless_they_are_large_or_many_gateways_send_them() -> None:
+    assert pause_after(bytes(2_000), 7) == LEAST_PAUSE_SECONDS
+    assert LEAST_PAUSE_SECONDS < pause_after(bytes(50_000), 7) < pause_after(bytes(2_000), 40) < MOST_PAUSE_SECONDS
+    assert pause_after(bytes(1 << 20), 63) == MOST_PAUSE_SECONDS
