@@ -256,7 +256,7 @@ async def test_waiting_in_turn_is_a_span() -> None:
         second = asyncio.create_task(sender.send())
         await eventually(lambda: sender.waiting() == 1)
         engine.hold.set()
-        assert list(await asyncio.gather(first, second)) == [200, 200]
+        assert set(await asyncio.gather(first, second)) == {200}
         await eventually(has(kept, f"POST {PATH}", 2))
     one, other = kept.named("admission")
     answered = kept.named("text_completion m")[0].end_time_unix_nano

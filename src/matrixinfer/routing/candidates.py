@@ -71,7 +71,8 @@ class Candidates:
             endpoint for pod in prepared.pods if not pod.gone and pod.drain is None for endpoint in pod.endpoints
         ]
         names = [endpoint.name for endpoint in endpoints]
-        unseen, hears_others = self._unseen.expected(names, now), bool(self._peers.count(now))
+        hears_others = self._peers.count(now) > 0
+        unseen = self._unseen.expected(names, now) if hears_others or self._observed.others_share else {}
         withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
