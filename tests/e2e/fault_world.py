@@ -170,15 +170,29 @@ class World:
             lines = (await response.text()).splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(beginning))
 
-    async def ask(self, load: Load, *, stream: bool, prompt: str = "prompt") -> None:
+    def connection(self) -> aiohttp.ClientSession:
+        """A client with one connection to the gateway."""
+        connector = aiohttp.TCPConnector(limit=1, ssl=self.front.context or True)
+        return aiohttp.ClientSession(connector=connector, timeout=self.session.timeout)
+
+    async def ask(
+        self,
+        load: Load,
+        *,
+        stream: bool,
+        prompt: str = "prompt",
+        key: str | None = None,
+        session: aiohttp.ClientSession | None = None,
+    ) -> None:
         number, keys = next(self.numbers), self.front.keys
         body = {"model": self.front.model, "prompt": f"{prompt} {number}", "stream": stream}
-        headers = {"Authorization": f"Bearer {keys[number % len(keys)]}"} if keys else {}
+        key = keys[number % len(keys)] if key is None and keys else key
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         load.sent += 1
         start = time.monotonic()
         try:
             url = f"{self.gateway}/v1/completions"
-            async with self.session.post(url, data=json.dumps(body), headers=headers) as response:
+            async with (session or self.session).post(url, data=json.dumps(body), headers=headers) as response:
                 answer = await response.read()
                 if response.status != 200:
                     load.failed.append((start, str(response.status)))

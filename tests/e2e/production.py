@@ -15,6 +15,8 @@ from tests.tls import Files, authority, client_context
 WORKERS = 2
 TENANTS = ("large", "small")
 KEYS = [f"sk-{each}" for each in TENANTS]
+FEW, FEW_KEY = 40, "sk-few"
+"""A key that may send so many requests."""
 ALIAS = "alias"
 """What clients may call the model `m`."""
 
@@ -35,7 +37,11 @@ def production(folder: Path, *, redis: int, places: int, concurrent: int) -> Pro
     """
     ca, ca_file = authority(folder, "ca")
     Files(folder, "server").write(ca.issue_cert("127.0.0.1"))
-    keys = [{"name": f"key-{each}", "tenant": each, "hash": hash_of(f"sk-{each}")} for each in TENANTS]
+    keys: list[dict[str, Any]] = [
+        {"name": f"key-{each}", "tenant": each, "hash": hash_of(f"sk-{each}")} for each in TENANTS
+    ]
+    few = {"windowSeconds": 600, "requests": FEW}
+    keys.append({"name": "few", "tenant": "small", "hash": hash_of(FEW_KEY), "limits": few})
     (folder / "keys.yaml").write_text(json.dumps({"keys": keys}))
     (folder / "isolation.secret").write_text("s" * 40)
     config = {
@@ -56,7 +62,7 @@ def production(folder: Path, *, redis: int, places: int, concurrent: int) -> Pro
                 "uncachedTokens": 10**9,
             },
         },
-        "admission": {"maxConcurrentRequests": places, "queueSize": 100},
+        "admission": {"maxConcurrentRequests": places, "queueSize": 400},
         "accessLog": {"path": "access.jsonl"},
         "routes": [{"name": "front", "models": [ALIAS], "targets": [{"model": "m"}]}],
         "api": {"sseKeepAliveSeconds": 0.1},

@@ -165,7 +165,7 @@ async def test_two_gateways_with_many_clients_let_through_what_the_limit_says(
     key_file(tmp_path, [{"name": "a", "key": "sk-a"}])
     text = (
         "access: {keysFile: keys.yaml, countIn: redis, limits: {requests: 20, windowSeconds: 3600}}\n"
-        f"redis: {{host: 127.0.0.1, port: {valkey.port}, deadlineSeconds: 60}}\n"
+        f"redis: {{host: 127.0.0.1, port: {valkey.port}}}\n"  # with the deadline of lookups by default
     )
     engines = Engine(), Engine()
     async with (

@@ -11,10 +11,10 @@ import math
 import time
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import structlog
 
@@ -28,6 +28,11 @@ from matrixinfer.tasks import cancel_and_wait
 
 FAILURES = 3
 """Failures in a row after which this gateway counts on its own for a while. One failure affects only its request."""
+TURNS = 25
+"""How many deadlines of lookups a reservation waits for Redis, each for at least a turn of the event loop.
+
+Lookups may do without an answer; limits would be exceeded. A burst that keeps this process busy is no sign of a lost server.
+"""
 RENEW_SECONDS = LEASE_SECONDS / 3
 RETRY_SECONDS = 0.5
 MAX_UNSETTLED = 100_000
@@ -38,6 +43,9 @@ _WORDS = {
     "output_tokens": "output tokens",
     "uncached_tokens": "uncached input tokens",
 }
+
+Reserved: TypeAlias = tuple[Verdict, int]
+"""What became of a reservation, and the slice in which the request began."""
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +67,7 @@ class Reservation:
 class Limits:
     """The limits of all callers. Use as an async context manager. `shared` counts for all gateways, if given.
 
-    `deadline_seconds` bounds how long a request waits for it. `on_degraded` is called with True when this gateway begins
+    A request waits for it for `TURNS` times `deadline_seconds`. `on_degraded` is called with True when this gateway begins
     to count on its own, and with False when it stops.
     """
 
@@ -152,13 +160,12 @@ class Limits:
         self._unsettled.append((reservation, change))
         self._wanted.set()
 
-    async def _reserve_shared(self, caller: Caller, request: str, amounts: Amounts) -> tuple[Verdict, int] | None:
+    async def _reserve_shared(self, caller: Caller, request: str, amounts: Amounts) -> Reserved | None:
         """As `SharedLedger.reserve`; None if this process must count on its own."""
         if self._shared is None or not self._circuit.admits():
             return None
         try:
-            async with asyncio.timeout(self._deadline):
-                found = await self._shared.reserve(caller.account, caller.quota, amounts, request)
+            found = await self._patiently(self._shared.reserve(caller.account, caller.quota, amounts, request))
         except (IndexUnavailable, TimeoutError) as error:
             self._circuit.failed()
             if self._circuit.state != "closed":
@@ -173,6 +180,16 @@ class Limits:
             self._on_degraded(False)
             log.info("limits_shared_again")
         return found
+
+    async def _patiently(self, reserving: Coroutine[None, None, Reserved]) -> Reserved:
+        task = asyncio.create_task(reserving)
+        try:
+            for _ in range(TURNS):
+                if (await asyncio.wait((task,), timeout=self._deadline))[0]:
+                    return task.result()
+        finally:
+            task.cancel()  # no effect if it is done
+        raise TimeoutError
 
     def _degrade(self, reason: str) -> None:
         if not self.is_degraded:
