@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from structlog.testing import capture_logs
 
 from matrixinfer.app.service import Service
-from matrixinfer.config import BlocksConfig, Config, PodConfig, TracingConfig, checked
+from matrixinfer.config import ApiConfig, BlocksConfig, Config, PodConfig, TracingConfig, checked
 from matrixinfer.config.admission import AdmissionConfig
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -31,6 +31,7 @@ from tests.waiting import eventually
 from .fleet import gateway
 
 PATH = "/v1/completions"
+STORED = "/v1/responses/resp_1"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CLIENT = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1,other=2"}
 ANSWER = {
@@ -62,7 +63,7 @@ class Engine:
             self.seen.append(request.headers)
             await request.read()
             return await self.answer(request)
-        return web.Response(status=200 if request.path == "/health" else 404)
+        return web.Response(status=200 if request.path in ("/health", STORED, "/own/path") else 404)
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.hold is not None:
@@ -102,13 +103,20 @@ class Sender:
 
 @asynccontextmanager
 async def before(
-    *engines: Engine, config: TracingConfig, admission: AdmissionConfig | None = None
+    *engines: Engine, config: TracingConfig, admission: AdmissionConfig | None = None, front: ApiConfig | None = None
 ) -> AsyncIterator[Sender]:
     """A gateway before engines."""
     async with AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(pod(each.handle)) for each in engines]
         pods = tuple(PodConfig(name=f"p{i}", url=url, kv_events="none") for i, url in enumerate(urls))
-        settings = Config(listen="127.0.0.1:0", admin="127.0.0.1:0", pods=pods, tracing=config, admission=admission)
+        settings = Config(
+            listen="127.0.0.1:0",
+            admin="127.0.0.1:0",
+            pods=pods,
+            tracing=config,
+            admission=admission,
+            api=front or ApiConfig(),
+        )
         service = await stack.enter_async_context(Service(checked(settings)))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         registry = service.engines.registry
@@ -204,6 +212,21 @@ async def test_each_pod_that_is_tried_has_a_span() -> None:
         assert (attributes(each)["error.type"], attributes(each)["http.response.status_code"]) == ("503", 503)
     parents = [each["traceparent"].split("-")[2] for engine in engines for each in engine.seen]
     assert sorted(parents) == sorted([first.span_id.hex(), second.span_id.hex()])
+
+
+@pytest.mark.parametrize(
+    ("path", "server", "client"),
+    [(STORED, "GET /v1/responses/", "responses m"), ("/own/path", "GET", "other m")],
+)
+async def test_names_of_spans_have_nothing_that_clients_make_up(path: str, server: str, client: str) -> None:
+    front = ApiConfig(paths=("/v1/responses/", "/own/"))
+    async with collector() as kept, before(Engine(), config=tracing(kept.url), front=front) as sender:
+        async with sender.session.get(f"{sender.service.gateway.url}{path}?key=sk-1") as response:
+            assert response.status == 200
+        await eventually(has(kept, server))
+    assert kept.below(kept.one(server))[-1] == client
+    assert attributes(kept.one(server))["url.path"] == path
+    assert b"sk-1" not in kept.received
 
 
 async def test_an_attempt_that_breaks_is_followed_by_another_one() -> None:

@@ -35,7 +35,7 @@ _OPERATIONS: Final = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-"""What the conventions call these. Other paths are named by their last part."""
+"""What the conventions call these. Others are named by the last part of their route."""
 _STORED = "/v1/responses/"
 
 
@@ -79,7 +79,7 @@ class RequestTraces:
             attributes,
             start_time=int(started * 1e9) + offset,
         )
-        return RequestTrace(self._tracer, span, path=path, started=started, offset=offset)
+        return RequestTrace(self._tracer, span, route=route, started=started, offset=offset)
 
 
 class RequestTrace:
@@ -91,17 +91,17 @@ class RequestTrace:
         "_context",
         "_first_byte",
         "_offset",
-        "_path",
+        "_route",
         "_sent",
         "_span",
         "_started",
         "_tracer",
     )
 
-    def __init__(self, tracer: Tracer, span: Span, *, path: str, started: float, offset: int) -> None:
+    def __init__(self, tracer: Tracer, span: Span, *, route: str | None, started: float, offset: int) -> None:
         self._tracer = tracer
         self._span = span
-        self._path = path
+        self._route = route
         self._started = started
         self._offset = offset
         self._context = set_span_in_context(span, Context())
@@ -179,7 +179,9 @@ class RequestTrace:
 
     @property
     def _operation(self) -> str:
-        return _OPERATIONS.get(self._path) or self._path.rstrip("/").rpartition("/")[2]
+        if self._route is None:
+            return "other"
+        return _OPERATIONS.get(self._route) or self._route.rstrip("/").rpartition("/")[2]
 
     def _answered(self, exchange: Exchange, now: float, error: str | None) -> None:
         """The last attempt is over; the client has got its answer, or a part of it."""
