@@ -43,13 +43,14 @@ class PodRegistry:
         self.clock = clock
         self.newest_up = float("-inf")
         """When a pod was last found to answer after it did not."""
-        self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
+        self._configured = _names(models)
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
 
-    def reconfigure(self, watch: PodWatchConfig) -> None:
-        """Judge health and age by this from now on."""
+    def reconfigure(self, watch: PodWatchConfig, models: Sequence[ModelConfig]) -> None:
+        """Judge health and age by this from now on, and know models by these aliases."""
         self._watch = watch
+        self._configured = _names(models)
 
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
@@ -320,6 +321,11 @@ class PodRegistry:
         names = [(pod, pod.index_name(name)) for pod in self.pods]
         serving = [(pod, index_name) for pod, index_name in names if index_name is not None]
         return serving[0][1] if serving else name, [pod for pod, _ in serving]
+
+
+def _names(models: Sequence[ModelConfig]) -> dict[str, str]:
+    """The name of each model, by it and by its aliases."""
+    return {alias: model.name for model in models for alias in (model.name, *model.aliases)}
 
 
 def _why_unknown(unidentified: Sequence[Pod]) -> str:
