@@ -191,6 +191,21 @@ async def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
         assert front.metric("config_generation") == 3
 
 
+async def test_a_model_gets_other_aliases(tmp_path: Path, tokenizer: LocalTokenizer) -> None:
+    async with SimEngine(SimEngineConfig(), tokenizer) as engine:
+        text = UNWATCHED + pods(a=engine.url) + ", models: [{name: sim, aliases: [%s]}]"
+        async with world(tmp_path, text % "old") as front:
+            assert ((await front.ask(model="old"))[0], (await front.ask(model="new"))[0]) == (200, 404)
+            front.write(text % "new")
+            status, outcome = await front.reload()
+            assert (status, outcome["changed"]) == (200, ["models[sim].aliases"])
+            assert ((await front.ask(model="old"))[0], (await front.ask(model="new"))[0]) == (404, 200)
+            front.write(text.replace("name: sim", "name: sim, chatTemplate: chatml") % "newer")
+            status, outcome = await front.reload()
+            assert (status, outcome["restart"]) == (409, ["models[sim].chatTemplate"])
+            assert (await front.ask(model="new"))[0] == 200
+
+
 async def test_requests_in_flight_are_not_touched(tmp_path: Path, tokenizer: LocalTokenizer) -> None:
     slow = SimEngineConfig(timing=Timing(step=0.05, prefill_token=0.0, decode_sequence=0.0))
     async with SimEngine(slow, tokenizer) as one, SimEngine(slow, tokenizer) as two:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -14,7 +14,7 @@ from matrixinfer.app.collectors import FeedCollector, PodCollector
 from matrixinfer.app.index_setup import IndexSetup, token_blocks
 from matrixinfer.app.redis_collector import RedisCollector
 from matrixinfer.app.unserved import UnservedModels
-from matrixinfer.config import Config, PodConfig, PodWatchConfig, bare_pod
+from matrixinfer.config import Config, ModelConfig, PodConfig, PodWatchConfig, bare_pod
 from matrixinfer.index.redis.dry_run import DryRunIndex
 from matrixinfer.index.watched import WatchedIndex
 from matrixinfer.kvevents.feed import PodFeed
@@ -173,7 +173,12 @@ class Engines:
                     follower(pod)
             has_started = True
             unserved()
-            yield Watching(self.registry, watcher, follower, self.loads, models_changed, discovered)
+
+            def renamed(models: Sequence[ModelConfig]) -> None:
+                self.keys.reconfigure(models)
+                unserved.reconfigure(models)
+
+            yield Watching(self.registry, watcher, follower, self.loads, models_changed, discovered, renamed)
 
     async def find_model(self, name: str) -> bool:
         """Ask the pods for a model that none has reported. Returns whether one serves it now."""
@@ -230,6 +235,7 @@ class Watching:
         loads: LoadFollower,
         on_models_changed: Callable[[], None],
         discovered: Callable[[Pod], None],
+        renamed: Callable[[Sequence[ModelConfig]], None],
     ) -> None:
         self.discovered = discovered
         """Call it with a pod that has reported something new about itself; the watcher does."""
@@ -238,11 +244,14 @@ class Watching:
         self._follower = follower
         self._loads = loads
         self._on_models_changed = on_models_changed
+        self._renamed = renamed
 
-    def reconfigure(self, watch: PodWatchConfig) -> None:
-        """Watch pods in this way from now on."""
-        self._registry.reconfigure(watch)
+    def reconfigure(self, watch: PodWatchConfig, models: Sequence[ModelConfig]) -> None:
+        """Watch pods in this way from now on, and know models by these aliases."""
+        self._registry.reconfigure(watch, models)
         self._watcher.reconfigure(watch)
+        self._renamed(models)
+        self._on_models_changed()
 
     def join(self, config: PodConfig) -> None:
         """Add a pod. Raises `ValueError` if there is one of that name."""

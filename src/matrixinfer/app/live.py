@@ -65,7 +65,7 @@ class Live:
         self.front.retries.reconfigure(config.retries)
         self.outliers.reconfigure(config.outliers)
         self.front.gateway.reconfigure(config.drain)
-        self.watching.reconfigure(config.pod_watch)
+        self.watching.reconfigure(config.pod_watch, config.models)
         self.front.pods_admin.drain_seconds = config.discovery.drain_seconds
         self.pods.fleet.published(CONFIG, config.pods)
         await self.pods.discovery.replace(config.discovery.sources)

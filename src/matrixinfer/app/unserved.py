@@ -21,6 +21,10 @@ class UnservedModels:
         self._models = models
         self._warned: set[str] = set()
 
+    def reconfigure(self, models: Sequence[ModelConfig]) -> None:
+        """Look for these from the next time on."""
+        self._models = models
+
     def __call__(self) -> None:
         """Warn once of each configured model that no pod serves now, and say when one is served again."""
         pods = self._registry.pods

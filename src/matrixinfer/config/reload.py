@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final
 
 from matrixinfer.config.base import Seconds, Section, described
@@ -30,7 +31,8 @@ RELOADABLE: Final = (
     "scheduler.weights",
     "scheduler.slowPluginSeconds",
 )
-"""Keys that may change while the gateway runs, with all below them. All others need a restart."""
+"""Keys that may change while the gateway runs, with all below them. So may the aliases of models; all others need a restart."""
+_ALIASES = re.compile(r"models\[.*\]\.aliases")
 
 
 class ReloadConfig(Section, frozen=True):
@@ -42,4 +44,6 @@ class ReloadConfig(Section, frozen=True):
 
 def needs_restart(key: str) -> bool:
     """Whether a change of this key takes effect only after a restart."""
+    if _ALIASES.fullmatch(key):
+        return False
     return not any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in RELOADABLE)

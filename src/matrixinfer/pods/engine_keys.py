@@ -33,7 +33,7 @@ class EngineKeys:
     def __init__(self, config: Config, registry: PodRegistry) -> None:
         self._config = config
         self._registry = registry
-        self._by_model = {name: _of_model(model) for model in config.models for name in (model.name, *model.aliases)}
+        self._by_model = _by_name(config.models)
         common = config.engine_keys
         self._common = place(common.api_key_file, common.api_key_env, "$.engineKeys.apiKey")
         self._read: dict[tuple[str | None, str | None], Secret | None] = {}
@@ -41,6 +41,10 @@ class EngineKeys:
         self._pods: Sequence[Pod] = ()
         self._by_url: dict[str, Pod] = {}
         self._task: asyncio.Task[None] | None = None
+
+    def reconfigure(self, models: Sequence[ModelConfig]) -> None:
+        """Know models by these aliases from now on."""
+        self._by_model = _by_name(models)
 
     def load(self) -> None:
         """Read every key that the configuration names. Raises `ConfigError`."""
@@ -125,6 +129,10 @@ def _of_pod(pod: PodConfig) -> SecretPlace | None:
 
 def _of_model(model: ModelConfig) -> SecretPlace | None:
     return place(model.api_key_file, model.api_key_env, f"apiKey of model {model.name}")
+
+
+def _by_name(models: Sequence[ModelConfig]) -> dict[str, SecretPlace | None]:
+    return {name: _of_model(model) for model in models for name in (model.name, *model.aliases)}
 
 
 def _normal(url: str) -> str:

@@ -44,13 +44,14 @@ class PodRegistry:
         self.newest_up = float("-inf")
         """When a pod was last found to answer after it did not."""
         self._known_to_serve: dict[str, tuple[str, Sequence[Pod]]] = {}  # emptied when pods or their models change
-        self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
+        self._configured = _names(models)
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
 
-    def reconfigure(self, watch: PodWatchConfig) -> None:
-        """Judge health and age by this from now on."""
+    def reconfigure(self, watch: PodWatchConfig, models: Sequence[ModelConfig]) -> None:
+        """Judge health and age by this from now on, and know models by these aliases."""
         self._watch = watch
+        self._configured = _names(models)
 
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
@@ -329,6 +330,11 @@ class PodRegistry:
             if serving:  # so that names which nobody serves take no memory
                 self._known_to_serve[name] = found
         return found
+
+
+def _names(models: Sequence[ModelConfig]) -> dict[str, str]:
+    """The name of each model, by it and by its aliases."""
+    return {alias: model.name for model in models for alias in (model.name, *model.aliases)}
 
 
 def _why_unknown(unidentified: Sequence[Pod]) -> str:
