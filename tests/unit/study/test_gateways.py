@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from matrixinfer.study import presets
 from matrixinfer.study.generators import generate
-from matrixinfer.study.measures import measures
 from matrixinfer.study.policies import POLICIES
 from matrixinfer.study.replay import Fleet
 from matrixinfer.study.runs import replay
