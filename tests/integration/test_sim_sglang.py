@@ -138,7 +138,7 @@ async def test_a_chat_is_rendered_as_sglang_does(tokenizer: LocalTokenizer) -> N
         made_user = await tokens(client, messages=turns)
         continued = await tokens(client, messages=turns, continue_final_message=True)
         as_given = await tokens(client, messages=turns, add_generation_prompt=False)
-        joined = await tokens(client, messages=parts)
+        in_parts = await tokens(client, messages=parts)
         answer = await client.post(CHAT, {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 1})
         given = await client.post(CHAT, {"messages": MESSAGES, "input_ids": with_tools, "max_tokens": 1})
         await client.post("/tokenize", {}, status=400)
@@ -148,7 +148,7 @@ async def test_a_chat_is_rendered_as_sglang_does(tokenizer: LocalTokenizer) -> N
     assert made_user == encode(as_user, add_special_tokens=False).tolist()
     assert continued == plain + encode("They flow", add_special_tokens=False).tolist()
     assert as_given == encode(template.render(turns, add_generation_prompt=False), add_special_tokens=False).tolist()
-    assert joined == encode(template.render([{"role": "user", "content": "a b"}]), add_special_tokens=False).tolist()
+    assert in_parts == encode(template.render([{"role": "user", "content": "ab"}]), add_special_tokens=False).tolist()
     assert answer["usage"]["prompt_tokens"] == given["usage"]["prompt_tokens"] == len(with_tools)
     assert given["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(with_tools) - 1) // 4 * 4
 

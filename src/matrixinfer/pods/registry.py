@@ -43,6 +43,7 @@ class PodRegistry:
         self.clock = clock
         self.newest_up = float("-inf")
         """When a pod was last found to answer after it did not."""
+        self._known_to_serve: dict[str, tuple[str, Sequence[Pod]]] = {}  # emptied when pods or their models change
         self._configured = {alias: model.name for model in models for alias in (model.name, *model.aliases)}
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
@@ -57,6 +58,7 @@ class PodRegistry:
             raise ValueError(f"a pod named `{config.name}` already exists")
         pod = self._by_name[config.name] = Pod(config=config, kv_sources=_configured_sources(config))
         self.pods = (*self.pods, pod)
+        self._known_to_serve.clear()
         return pod
 
     def leave(self, name: str) -> Pod | None:
@@ -65,6 +67,7 @@ class PodRegistry:
         if pod is not None:
             pod.gone = True
             self.pods = tuple(self._by_name.values())
+            self._known_to_serve.clear()
         return pod
 
     def pod(self, name: str) -> Pod | None:
@@ -276,6 +279,7 @@ class PodRegistry:
         if served is not None:
             before = {} if state.served is None else state.served.cards
             state.served = replace(served, cards=kept(served.cards, before))
+            self._known_to_serve.clear()
         if facts is not None:
             state.facts = facts
         if kv_sources is not None:
@@ -315,11 +319,16 @@ class PodRegistry:
                     cards.append(card)
         return merged(cards)
 
-    def _serving(self, name: str) -> tuple[str, list[Pod]]:
+    def _serving(self, name: str) -> tuple[str, Sequence[Pod]]:
         """The pods known to serve a name. If engines name the same model differently, the first pod's name is used."""
-        names = [(pod, pod.index_name(name)) for pod in self.pods]
-        serving = [(pod, index_name) for pod, index_name in names if index_name is not None]
-        return serving[0][1] if serving else name, [pod for pod, _ in serving]
+        found = self._known_to_serve.get(name)
+        if found is None:
+            names = [(pod, pod.index_name(name)) for pod in self.pods]
+            serving = [(pod, index_name) for pod, index_name in names if index_name is not None]
+            found = serving[0][1] if serving else name, tuple(pod for pod, _ in serving)
+            if serving:  # so that names which nobody serves take no memory
+                self._known_to_serve[name] = found
+        return found
 
 
 def _why_unknown(unidentified: Sequence[Pod]) -> str:

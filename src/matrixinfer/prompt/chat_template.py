@@ -20,15 +20,6 @@ from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.sandbox import Sandbox
 
 CHATML = """\
-{%- macro text(content) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- elif content %}
-        {%- for part in content if part.type == 'text' %}
-            {{- part.text }}
-        {%- endfor %}
-    {%- endif %}
-{%- endmacro %}
 {%- if tools %}
     {{- '<|im_start|>system\\nTools:\\n' }}
     {%- for tool in tools %}
@@ -37,7 +28,14 @@ CHATML = """\
     {{- '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ text(message.content) }}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- elif message.content %}
+        {%- for part in message.content if part.type == 'text' %}
+            {{- part.text }}
+        {%- endfor %}
+    {%- endif %}
     {%- for call in message.tool_calls or [] %}
         {{- '\\n<tool_call>\\n' ~ call.function | tojson ~ '\\n</tool_call>' }}
     {%- endfor %}

@@ -26,6 +26,8 @@ class Dialect(Enum):
     SGLANG_OLD = "SGLang before 0.5.18"
     SGLANG_UNKNOWN = "SGLang of unknown version"
 
+    __hash__ = object.__hash__  # every request asks for members of sets
+
     @property
     def is_sglang(self) -> bool:
         """Whether the engines are SGLang's; every other kind is taken for vLLM's."""

@@ -188,20 +188,12 @@ class TokenizerManager:
             )
         if may_be_late and self._asks(prompt, model, engines):
             return await self._ask_briefly(prompt, model, engines)
-        # What is done here and now needs no deadline.
-        tokenized = self._at_once(prompt, model, engines)
-        return tokenized or await self._tokenize(prompt, model, engines)
-
-    def _at_once(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized | None:
-        """Tokenize a short prompt as the engines' only dialect does; None where it must wait for a thread or an engine."""
         tokenizer, dialects = self._local.get(model), _dialects(prompt, engines)
-        if tokenizer is None or len(dialects) != 1 or _sent_ids(prompt, dialects[0]) is not None:
-            return None
-        if _needs_engine(prompt, tokenizer, dialects[0]):
-            return None
-        tokens = self._run_here(model, tokenizer, prompt, dialects[0])
+        if tokenizer is None or len(dialects) != 1 or not _is_local(prompt, tokenizer, dialects[0]):
+            return await self._tokenize(prompt, model, engines)
+        tokens = self._run_here(model, tokenizer, prompt, dialects[0])  # here and now, so it needs no deadline
         if tokens is None:
-            return None
+            return await self._tokenize(prompt, model, engines, in_thread=True)
         return Tokenized(tokens=_truncated_by(dialects[0], tokens, prompt), source="local")
 
     def _asks(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> bool:
@@ -213,25 +205,32 @@ class TokenizerManager:
             return False
         return any(_needs_engine(prompt, tokenizer, dialect) for dialect in dialects_of(engines))
 
-    async def _tokenize(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+    async def _tokenize(
+        self, prompt: Prompt, model: str, engines: Sequence[Engine], *, in_thread: bool = False
+    ) -> Tokenized:
+        """Tokenize within the deadline. `in_thread`: what is done here is not fast enough for the event loop."""
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                return await self._tokenize_for_all(prompt, model, engines)
+                return await self._tokenize_for_all(prompt, model, engines, in_thread)
         except TimeoutError as error:
             raise TokenizeError(f"no token ids within {self._settings.timeout_seconds} s") from error
 
-    async def _tokenize_for_all(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
+    async def _tokenize_for_all(
+        self, prompt: Prompt, model: str, engines: Sequence[Engine], in_thread: bool
+    ) -> Tokenized:
         dialects = _dialects(prompt, engines)
-        first = await self._tokenize_for(prompt, model, engines, dialects[0])
+        first = await self._tokenize_for(prompt, model, engines, dialects[0], in_thread)
         for other in dialects[1:]:
-            ids = (await self._tokenize_for(prompt, model, engines, other)).tokens.ids
+            ids = (await self._tokenize_for(prompt, model, engines, other, in_thread)).tokens.ids
             if not np.array_equal(ids, first.tokens.ids):
                 raise TokenizeError(
                     f"{dialects[0].value} and {other.value} serve the model and render this differently"
                 )
         return first
 
-    async def _tokenize_for(self, prompt: Prompt, model: str, engines: Sequence[Engine], dialect: Dialect) -> Tokenized:
+    async def _tokenize_for(
+        self, prompt: Prompt, model: str, engines: Sequence[Engine], dialect: Dialect, in_thread: bool
+    ) -> Tokenized:
         """Tokenize as the engines of one dialect do."""
         sent = _sent_ids(prompt, dialect)
         if sent is not None:
@@ -241,7 +240,10 @@ class TokenizerManager:
             speakers = [each for each in engines if dialect_of(each.engine, each.version) is dialect]
             tokenized = await self._ask(prompt, model, speakers)
         else:
-            tokenized = Tokenized(tokens=await self._run(model, tokenizer, prompt, dialect), source="local")
+            tokens = None if in_thread else self._run_here(model, tokenizer, prompt, dialect)
+            if tokens is None:
+                tokens = await self._run_in_thread(tokenizer, prompt, dialect)
+            tokenized = Tokenized(tokens=tokens, source="local")
         return replace(tokenized, tokens=_truncated_by(dialect, tokenized.tokens, prompt))
 
     def _load(self) -> dict[str, Tokenizer]:
@@ -256,11 +258,7 @@ class TokenizerManager:
             if model.tokenizer is not None
         }
 
-    async def _run(self, model: str, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
-        """Tokenize on the event loop if that is fast, else in a thread."""
-        tokens = self._run_here(model, tokenizer, prompt, dialect)
-        if tokens is not None:
-            return tokens
+    async def _run_in_thread(self, tokenizer: Tokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
         is_long = prompt.size > LARGE_BYTES or _items(prompt) > _LONG_ITEMS
         with self._memory.hold() as held:
             self._claim(prompt, held)
@@ -350,6 +348,11 @@ def _needs_engine(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> boo
     if isinstance(tokenizer, loader.TextTokenizer):
         return tokenizer.asks_engine(prompt.chat, dialect)
     return prompt.chat.own_template and not dialect.is_sglang  # SGLang ignores a request's template
+
+
+def _is_local(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> bool:
+    """Whether this tokenizer makes the token ids: the prompt brings none, and needs no engine."""
+    return _sent_ids(prompt, dialect) is None and not _needs_engine(prompt, tokenizer, dialect)
 
 
 def _dialects(prompt: Prompt, engines: Sequence[Engine]) -> Sequence[Dialect]:

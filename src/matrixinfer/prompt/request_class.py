@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from matrixinfer.prompt.base import Chat
@@ -29,7 +29,7 @@ def request_class(path: str, chat: Chat | None) -> str:
     return api if chat is None else "+".join((api, *_features(chat)))
 
 
-def _features(chat: Chat) -> Iterator[str]:
+def _features(chat: Chat) -> Sequence[str]:
     tools, reasoning, parts, other = bool(chat.tools), False, False, False
     for message in chat.messages:
         if isinstance(message.get("content"), list):
@@ -48,5 +48,7 @@ def _features(chat: Chat) -> Iterator[str]:
         reasoning = True
     if chat.documents or chat.own_template or chat.continue_final_message or not chat.add_generation_prompt:
         other = True
+    if not (tools or reasoning or parts or other):
+        return ()
     flags = {"tools": tools, "reasoning": reasoning, "parts": parts, "other": other}
-    yield from (name for name, is_set in flags.items() if is_set)
+    return [name for name, is_set in flags.items() if is_set]

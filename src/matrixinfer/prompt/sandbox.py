@@ -54,7 +54,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def compiled(self, tree: nodes.Template) -> jinja2.Template:
         """Compile a template so that it stays within bounds when it is rendered. Changes `tree`."""
         template_limits.instrument(tree, self)
-        return self.from_string(tree)
+        template = self.from_string(tree)
+        template.globals = dict(template.globals)  # each rendering copies them, which takes long for a `ChainMap`
+        return template
 
     @property
     def tick(self) -> None:

@@ -63,12 +63,14 @@ class Candidates:
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
-        matches = None if prepared.is_approximate else prepared.matches
+        approximate = prepared.is_approximate
+        matches = None if approximate else prepared.matches
         now = prepared.request.now
         others = self._peers.totals(now)
         endpoints = [endpoint for pod in prepared.pods if not (pod.gone or pod.draining) for endpoint in pod.endpoints]
         names = [endpoint.name for endpoint in endpoints]
-        unseen, hears_others = self._unseen.expected(names, now), bool(self._peers.count(now))
+        unseen = self._unseen.expected(names, now)
+        reads_events = self._observed.has_others and not self._peers.count(now)
         withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
@@ -77,10 +79,11 @@ class Candidates:
                 endpoint,
                 prepared,
                 matches,
-                others.get(name, NO_LOAD),
-                withheld.get(name),
-                unseen.get(name, 0.0),
-                hears_others,
+                others.get(name, NO_LOAD) if others else NO_LOAD,
+                withheld.get(name) if withheld else None,
+                approximate,
+                unseen.get(name, 0.0) if unseen else 0.0,
+                reads_events,
             )
             for endpoint, name in zip(endpoints, names, strict=True)
         ]
@@ -106,15 +109,15 @@ class Candidates:
         matches: Matches | None,
         others: Load,
         withheld: str | None,
+        approximate: bool,
         unseen: float,
-        hears_others: bool,
+        reads_events: bool,
     ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
         match = self._lookup.match_at(name, matches)
         cache = match.cache
-        reads_cache, approximate = prepared.prompt.reads_cache, prepared.is_approximate
         trust, pending, recent, credit, chunks, guessed = holdings(
-            name, request, match, load, self._history, self._weights, reads_cache, approximate
+            name, request, match, load, self._history, self._weights, prepared.prompt.reads_cache, approximate
         )
         metrics = self._registry.metrics_of(endpoint.pod, request.now)
         published = self._registry.load_of(endpoint, request.now) if endpoint.pod.loads else None
@@ -138,7 +141,7 @@ class Candidates:
                 foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
             if foreign and waiting:
                 unseen += min(waiting, foreign) * load.arrivals.work
-            if not hears_others and cache is not None:
+            if reads_events and cache is not None:
                 foreign += self._observed.came(name, cache.footprint)
         if now < seen.due:
             condition = seen.condition

@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import msgspec
 
 from matrixinfer.routing.reasons import reason
 from matrixinfer.scheduler.framework import Candidate, Decision, SchedulingRequest
 
+T = TypeVar("T")
 PODS_KEPT = 16
 """A record keeps at most this many candidates: the best ones, then filtered ones."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, kw_only=True, eq=False):
     """One decision and its outcome."""
 
     id: str
@@ -181,6 +182,7 @@ def record(
     removed = (candidate for candidate in decision.candidates if candidate.name in decision.filtered)
     kept = tuple(islice((*decision.ranked, *removed), pods))
     names = [candidate.name for candidate in kept]
+    keeps_all = len(kept) == len(decision.candidates)
     return Record(
         id=request.id,
         at=time.time(),
@@ -194,10 +196,12 @@ def record(
         chunks=len(request.chunks),
         pods=len(decision.candidates),
         kept=kept,
-        scores={scorer: _of(scores, names) for scorer, scores in decision.scores.items()},
-        totals=_of(decision.totals, names),
-        expected_ms=_of(decision.expected_ms, names),
-        filtered={name: reason for name in names if (reason := decision.filtered.get(name)) is not None},
+        scores=decision.scores
+        if keeps_all
+        else {scorer: _of(scores, names) for scorer, scores in decision.scores.items()},
+        totals=decision.totals if keeps_all else _of(decision.totals, names),
+        expected_ms=decision.expected_ms if keeps_all else _of(decision.expected_ms, names),
+        filtered=decision.filtered if keeps_all else _of(decision.filtered, names),
         limits={each.name: limits_of(each.name) for each in kept if each.trust != "exact"},
         notes=(*notes, *decision.notes),
         timings_ms={**timings_ms, **decision.timings_ms},
@@ -205,7 +209,7 @@ def record(
     )
 
 
-def _of(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+def _of(values: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
     return {name: values[name] for name in names if name in values}
 
 

@@ -6,8 +6,9 @@ The library's `Selector` decides by them as the gateway does.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
+
+import msgspec
 
 from matrixinfer.blocks import BlockChain
 from matrixinfer.config import WeightsConfig
@@ -22,15 +23,14 @@ from matrixinfer.trust.cache_views import Caches, CacheView
 Search: TypeAlias = Generator[Question, Mapping[str, int], dict[str, int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matches:
+class Matches(msgspec.Struct, frozen=True, kw_only=True):
     """Matches by publisher of KV events: a pod, or one of its data-parallel ranks."""
 
     blocks: Mapping[str, int]
     """Consecutive token blocks held from the start; publishers that hold none are absent."""
     tails: Mapping[str, int]
     """Tokens held beyond those blocks, where engine blocks straddle them; absent where there are none."""
-    ends: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    ends: Mapping[str, tuple[int, int]] = msgspec.field(default_factory=dict)
     """The longest reusable prefix of publishers that do not reuse all that they hold: token blocks, and tokens beyond
     them. Absent where there is none."""
 
@@ -126,6 +126,8 @@ def holdings(
         guessed = _guessed(request, match, trust, max((matched or 0) + pending, recent), chunks)
     if trust == "exact" and not tiers and not guessed:
         return trust, pending, recent, None, chunks, 0
+    if not (matched or recent or guessed):
+        return trust, pending, 0, 0.0, chunks, 0
     credit = cached_credit(
         trust,
         weights,

@@ -29,11 +29,11 @@ class Lookup:
         """
         if len({pod.base_model for pod in pods}) == 1:
             found = await self._index.match(model, chain)
-            publishers = {each.name for pod in pods for each in pod.endpoints}
+            endpoints = [each.name for pod in pods for each in pod.endpoints]
             return Matches(
                 blocks=found,
-                tails=await self._tails(model, chain, found),
-                ends=await self._ends(model, publishers, chain, found),
+                tails=await self._tails(model, chain, found) if found else found,
+                ends=await self._ends(model, endpoints, chain, found),
             )
         matches: dict[str, int] = {}
         tails: dict[str, int] = {}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
 
 import msgspec
+from msgspec.structs import replace
 
 from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
@@ -49,9 +49,10 @@ class Degraded(Enum):
     INDEX = "index"
     """The index: it did not answer."""
 
+    __hash__ = object.__hash__  # every request asks for members of maps
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A request with everything that had to be awaited for it."""
 
     prompt: Prompt

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
@@ -25,8 +25,7 @@ Trust: TypeAlias = Literal["exact", "partial", "stale", "none"]
 perhaps more. `stale`: that may no longer be cached. `none`: it says nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulingRequest:
+class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request as plugins see it."""
 
     id: str
@@ -205,8 +204,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return min(self.waiting, self.in_flight + self.foreign)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
+class Scores(msgspec.Struct, frozen=True, kw_only=True):
     """A scorer's answer: one value from 0 to 100 per candidate, and a note if the values need a reason."""
 
     values: Sequence[float]
@@ -223,8 +221,7 @@ class Services:
     rng: random.Random
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided, and everything that is needed to explain it."""
 
     request: SchedulingRequest
@@ -239,9 +236,9 @@ class Decision:
     """Candidate's name to weighted sum of scores."""
     timings_ms: Mapping[str, float]
     """Milliseconds spent in each plugin."""
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
     """What the decision had to do without, for people."""
-    expected_ms: Mapping[str, float] = field(default_factory=dict)
+    expected_ms: Mapping[str, float] = msgspec.field(default_factory=dict)
     """Candidate's name to the milliseconds that a scorer expects there; empty if none does."""
 
     @property
@@ -265,7 +262,7 @@ class Plugin(Protocol):
     """What every plugin needs.
 
     A class attribute `reads_bytes = True` asks for `SchedulingRequest.chunks` and `Candidate.recent_chunks` also when all
-    token ids are known.
+    token ids are known. With `needs_session = True` it takes no part in decisions about requests without a session.
     """
 
     name: ClassVar[str]

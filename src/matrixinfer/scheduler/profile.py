@@ -30,6 +30,8 @@ class Profile:
     """Plugins that see decisions: every enabled plugin that has the method, at whatever stage it is enabled."""
     reads_bytes: bool
     """Whether any plugin asks for the prompt's chunks; see `framework.Plugin`."""
+    needs_session: frozenset[str]
+    """The plugins that are left out where a request has no session."""
 
 
 def build(
@@ -64,9 +66,8 @@ def build(
             for name, plugin in plugins.items()
             if _has(plugin, _METHODS["PostSchedule"])
         ),
-        reads_bytes=any(
-            _has(plugin, "reads_bytes") and getattr(plugin, "reads_bytes", False) is True for plugin in plugins.values()
-        ),
+        reads_bytes=any(_is_set(plugin, "reads_bytes") for plugin in plugins.values()),
+        needs_session=frozenset(name for name, plugin in plugins.items() if _is_set(plugin, "needs_session")),
     )
 
 
@@ -148,6 +149,10 @@ def _enabled(stage: str, config: PluginStage, known: _Known) -> dict[str, tuple[
             raise ConfigError(f"{path}.weight", f"expected a finite number, got {ref.weight}")
         found[path] = (ref.name, ref.weight)
     return found
+
+
+def _is_set(plugin: Plugin, flag: str) -> bool:
+    return _has(plugin, flag) and getattr(plugin, flag, False) is True
 
 
 def _has(plugin: type[Plugin] | Plugin, method: str) -> bool:

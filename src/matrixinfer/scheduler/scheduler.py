@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from itertools import islice
 from operator import index
 from types import MappingProxyType
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.errors import NoPodAvailable, PluginError
@@ -101,7 +102,10 @@ class Scheduler:
         totals = [0.0] * len(pods)
         scores: dict[str, Mapping[str, float]] = {}
         expected_ms: Mapping[str, float] = {}
+        left_out = self._profile.needs_session if request.session is None else ()
         for name, weight, scorer in self._profile.scorers:
+            if name in left_out:
+                continue
             answer = attempts.run("Score", name, _score, scorer, request, pods)
             if answer is None:
                 continue
@@ -138,7 +142,10 @@ class Scheduler:
             else:
                 attempts.notes.append("every endpoint is ejected or busy; they are used nevertheless")
                 filtered = {}
+        left_out = self._profile.needs_session if request.session is None else ()
         for name, plugin in self._profile.filters:
+            if name in left_out:
+                continue
             reasons = attempts.run("Filter", name, _filter, plugin, request, pods)
             if reasons is None or reasons.count(None) == len(pods):
                 continue
@@ -153,9 +160,14 @@ class Scheduler:
         return pods, filtered
 
     def _post_schedule(self, request: SchedulingRequest, decision: Decision, attempts: _Attempts) -> Decision:
+        left_out = self._profile.needs_session if request.session is None else ()
         for name, listener in self._profile.listeners:
+            if name in left_out:
+                continue
             attempts.run("PostSchedule", name, _post_schedule, listener, request, decision)
-        return replace(decision, timings_ms=attempts.timings_ms, notes=tuple(attempts.notes))
+        if len(attempts.notes) == len(decision.notes):
+            return decision
+        return replace(decision, notes=tuple(attempts.notes))
 
 
 class _Unwatched:
@@ -241,6 +253,8 @@ def _post_schedule(plugin: PostSchedule, request: SchedulingRequest, decision: D
 
 def _one_each(answer: Iterable[T], pods: Pods, what: str) -> list[T]:
     """The items of a plugin's answer, one per pod. An answer may be an iterator that never ends."""
+    if type(answer) is list and len(answer) == len(pods):
+        return [*answer]
     items = list(islice(answer, len(pods) + 1))
     if len(items) != len(pods):
         given = len(answer) if isinstance(answer, Sized) else len(items)

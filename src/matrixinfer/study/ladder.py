@@ -39,7 +39,7 @@ class ReplayLadder:
         self._pods = pods
         self._block_size = block_size
         self._clock = clock
-        self._log = LadderLog(clock, most_blocks=_MOST_BLOCKS, kept_seconds=float("inf"))
+        self._log = LadderLog(clock, most_blocks=_MOST_BLOCKS, kept_seconds=float("inf"), most_touched=float("inf"))
         self._log.serves(MODEL, MODEL)
         self._sent: dict[int, _Sent] = {}
 

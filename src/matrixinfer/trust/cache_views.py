@@ -86,6 +86,8 @@ class FeedCaches:
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of its feed."""
         feed, warms = self._feeds.get(name), self._is_warming(name)
+        if feed is None and not warms:
+            return reasons.NOT_FOLLOWED
         words = reasons.limits_of(feed, doubted=self._doubts(name) and not warms)
         return (reasons.WARMING, *words) if warms else words
 

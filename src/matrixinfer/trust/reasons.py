@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matrixinfer.kvevents.feed import FeedState, PodFeed
 
 UNFOLLOWED = "nobody follows its events, so that what it has cached is unknown; see `matrixinfer doctor`"
+NOT_FOLLOWED = (UNFOLLOWED,)
 HISTORY = (
     "events from before the first one that was read are missing, so hits may be longer than predicted; "
     "enable the engine's replay endpoint, or reset its cache"
@@ -25,7 +26,7 @@ OTHER_SCHEME = "its blocks in Redis are made differently, so that none ever matc
 def limits_of(feed: PodFeed | None, *, doubted: bool = False) -> Sequence[str]:
     """What the events of a feed cannot tell, and why they are not believed now. Empty where trust is exact."""
     if feed is None:
-        return (UNFOLLOWED,)
+        return NOT_FOLLOWED
     if feed.untrusted is not None:
         return (feed.untrusted, *feed.limits)
     now = [

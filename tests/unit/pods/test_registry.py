@@ -51,6 +51,22 @@ def test_served_names_map_to_the_engine_s_own_and_adapters_to_themselves() -> No
     assert resolve(fleet, "big") == ("big", ["b"])
 
 
+def test_every_change_of_what_pods_serve_counts_from_the_next_request_on() -> None:
+    fleet = registry("a", "b")
+    fleet.learn("a", served=TINY)
+    fleet.learn("b", served=TINY)
+    assert resolve(fleet, "tiny") == ("tiny", ["a", "b"])
+    fleet.learn("a", served=BIG)
+    assert resolve(fleet, "tiny") == ("tiny", ["b"])
+    fleet.join(PodConfig(name="c", url="http://c", model="tiny"))
+    assert resolve(fleet, "tiny") == ("tiny", ["b", "c"])
+    fleet.leave("b")
+    assert resolve(fleet, "tiny") == ("tiny", ["c"])
+    fleet.learn("c", served=BIG)
+    with pytest.raises(UnknownModel):
+        fleet.resolve("tiny")
+
+
 def test_configured_aliases_are_rewritten_only_for_pods_that_do_not_know_them() -> None:
     fleet = registry("a", models=(ModelConfig(name="tiny", aliases=("small", "tiny-x")),))
     fleet.learn("a", served=TINY)

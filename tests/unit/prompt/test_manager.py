@@ -20,9 +20,9 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
-from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.base import Chat, Prompt, Tokens
 from matrixinfer.prompt.dialect import Dialect
-from matrixinfer.prompt.encoders import Reference
+from matrixinfer.prompt.encoders import NeedsThread, Reference
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.memory import Memory
@@ -81,9 +81,13 @@ def conversation(messages: list[Any], **fields: Any) -> Prompt:
 
 
 def manager(
-    path: Path | None = None, remote: RemoteTokenizer | None = None, memory: Memory | None = None, **settings: Any
+    path: Path | None = None,
+    remote: RemoteTokenizer | None = None,
+    memory: Memory | None = None,
+    template: str = "chatml",
+    **settings: Any,
 ) -> TokenizerManager:
-    models = [ModelConfig(name="m", tokenizer=None if path is None else str(path), chat_template="chatml")]
+    models = [ModelConfig(name="m", tokenizer=None if path is None else str(path), chat_template=template)]
     return TokenizerManager(models, TokenizationConfig(**settings), remote, memory=memory)
 
 
@@ -206,10 +210,32 @@ async def test_a_truncated_prompt_keeps_what_the_engine_keeps(model: Path) -> No
 
 VLLM, OLD_VLLM, SGLANG = Pod(), Pod(version="0.32.0"), Pod(engine="sglang", version="0.5.23")
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+IN_A_MACRO = """\
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- else %}
+        {%- for part in content %}
+            {{- part.text }}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\n' ~ text(message.content) ~ '<|im_end|>\n' }}
+{%- endfor %}
+"""
+"""SGLang does not see that content may be a list of parts here, and passes one text."""
 
 
-async def test_a_chat_is_rendered_as_the_engine_that_serves_the_model_does(model: Path) -> None:
-    async with manager(model) as tokenizers:
+@pytest.fixture
+def in_a_macro(tmp_path: Path) -> str:
+    file = tmp_path / "macro.jinja"
+    file.write_text(IN_A_MACRO, encoding="utf-8")
+    return str(file)
+
+
+async def test_a_chat_is_rendered_as_the_engine_that_serves_the_model_does(model: Path, in_a_macro: str) -> None:
+    async with manager(model, template=in_a_macro) as tokenizers:
         ids = {
             pod: (await tokenizers.tokenize(chat(PARTS), model="m", engines=[pod])).tokens.ids.tolist()
             for pod in (VLLM, OLD_VLLM, SGLANG)
@@ -219,9 +245,11 @@ async def test_a_chat_is_rendered_as_the_engine_that_serves_the_model_does(model
     assert ids[VLLM] != ids[SGLANG]
 
 
-async def test_engines_that_render_a_chat_alike_are_tokenized_for_together_and_others_not_at_all(model: Path) -> None:
+async def test_engines_that_render_a_chat_alike_are_tokenized_for_together_and_others_not_at_all(
+    model: Path, in_a_macro: str
+) -> None:
     fleet = [VLLM, SGLANG, OLD_VLLM, VLLM]
-    async with manager(model) as tokenizers:
+    async with manager(model, template=in_a_macro) as tokenizers:
         for prompt in (chat("hello"), text("hello"), text([1, 2])):
             assert (await tokenizers.tokenize(prompt, model="m", engines=fleet)).tokens.ids.tolist()
         with pytest.raises(TokenizeError, match=r"vLLM 0\.33 or later and SGLang 0\.5\.23 or later .* differently"):
@@ -314,6 +342,24 @@ async def test_large_prompts_are_tokenized_in_a_thread(model: Path, monkeypatch:
         ):
             await tokenizers.tokenize(prompt, model="m", engines=[])
     assert threads == [True, False, False, False, False]
+
+
+async def test_a_prompt_that_needs_a_thread_is_tried_on_the_event_loop_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop: list[bool] = []
+    honest = LocalTokenizer.tokenize
+
+    def tokenize(self: LocalTokenizer, prompt: Prompt, dialect: Dialect) -> Tokens:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        if on_loop[-1]:
+            raise NeedsThread("it is not fast")
+        return honest(self, prompt, dialect)
+
+    monkeypatch.setattr(LocalTokenizer, "tokenize", tokenize)
+    async with manager(model) as tokenizers:
+        await tokenizers.tokenize(text("word"), model="m", engines=[])
+    assert on_loop == [True, False]
 
 
 async def test_the_deadline_applies_to_a_slow_tokenizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

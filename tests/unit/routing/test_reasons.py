@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from matrixinfer.routing.decision_log import record
 from matrixinfer.routing.reasons import reason

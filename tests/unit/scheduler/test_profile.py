@@ -118,10 +118,19 @@ def test_two_pickers_are_one_too_many() -> None:
 
 
 def test_the_default_profile_is_valid_and_routes() -> None:
-    decision = scheduler(SchedulerConfig()).schedule(request(), pods(3))
+    decision = scheduler(SchedulerConfig()).schedule(request(session="s"), pods(3))
     assert len(decision.ranked) == 3
     assert list(decision.scores) == ["expected-ttft", "session-affinity"]
     assert decision.notes == ("expected-ttft: the index could not say what 3 of 3 pods hold",)
+
+
+def test_a_plugin_that_needs_a_session_takes_no_part_without_one() -> None:
+    made = scheduler(profile(filters=("expected-ttft",), scorers=("session-affinity",)))
+    first = made.schedule(request(session="s"), pods(3))
+    alone = made.schedule(request(), pods(3))
+    assert ("session-affinity" in first.scores, "session-affinity" in alone.scores) == (True, False)
+    assert "session-affinity" not in alone.timings_ms
+    assert made.schedule(request(session="s"), pods(3)).chosen.name == first.chosen.name
 
 
 def test_a_plugin_enabled_at_two_stages_is_one_instance() -> None:

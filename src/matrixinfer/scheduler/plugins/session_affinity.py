@@ -20,10 +20,11 @@ class SessionAffinity(Plugin):
 
     It is soft: other scorers may outweigh it. It ends `ttlSeconds` after the session's last request, and does not count
     while that pod has more than `maxLoad` times the mean load. A session is what the client names one by a header (see
-    the guide); requests without one score 0 everywhere. The `maxSessions` sessions used last are kept.
+    the guide); it takes no part in the decision about a request without one. The `maxSessions` sessions used last are kept.
     """
 
     name: ClassVar[str] = "session-affinity"
+    needs_session: ClassVar[bool] = True
 
     class Args(Section, frozen=True):
         """How long a session is remembered, and when its pod is too busy."""

@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import msgspec
 
-from matrixinfer.traffic.ladder.reuse import ReuseTracker, Visit
+from matrixinfer.traffic.ladder.reuse import MOST_TOUCHED, ReuseTracker, Visit
 from matrixinfer.traffic.ladder.rungs import Ladder, flat, of
 from matrixinfer.traffic.ladder.tally import LOST, Tally, total
 
@@ -20,6 +20,7 @@ _MOST_MODELS = 16
 _MOST_ADAPTERS = 1_024
 _MOST_LEFT = 64
 _MASK = (1 << 63) - 1
+_ENDS = f"{LOST}ends"
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -62,7 +63,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class LadderLog:
     """The tallies of the last day by minute, and which blocks were used when, both within fixed bounds.
 
-    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, none without `tracks`: where a
+    `clock` is in seconds and never goes back. `most_blocks` are remembered for each model, and `most_touched` looked at in ten seconds, none without `tracks`: where a
     block's hash does not depend on those before it, it does not say whether its prefix was seen before.
     """
 
@@ -73,11 +74,13 @@ class LadderLog:
         most_blocks: int = 16_384,
         kept_seconds: float = KEPT_SECONDS,
         tracks: bool = True,
+        most_touched: float = MOST_TOUCHED,
     ) -> None:
         self._tracks = tracks
         self._clock = clock
         self._kept_seconds = kept_seconds
         self._most_blocks = most_blocks
+        self._most_touched = most_touched
         self._trackers: dict[str, ReuseTracker] = {}  # by base model
         self._bases: dict[str, tuple[str, int]] = {}  # model -> base model and mask
         self._emptied: dict[str, float] = {}  # endpoint -> when it lost its blocks
@@ -99,13 +102,15 @@ class LadderLog:
         tally.add("requests", 1)
         known, unknown = request.prompt_tokens, request.unknown_tokens
         tally.add("prompt", known + unknown)
-        tally.add(f"{LOST}ids_unknown", unknown)
+        if unknown:
+            tally.add(f"{LOST}ids_unknown", unknown)
         tally.capacity, tally.pods = request.capacity, request.pods
         if request.bypasses:
             tally.add(f"{LOST}caches_bypassed", known)
             return
         if known:
-            tally.add(f"{LOST}{request.why_other}", request.best - request.predicted)
+            if request.best > request.predicted:
+                tally.add(f"{LOST}{request.why_other}", request.best - request.predicted)
             self._compare(tally, request)
         self._look(tally, request, now)
 
@@ -124,7 +129,9 @@ class LadderLog:
         base, mask = known
         tracker = self._trackers.get(base)
         if tracker is None and self._tracks and len(self._trackers) < _MOST_MODELS:
-            tracker = self._trackers[base] = ReuseTracker(self._most_blocks, horizon=self._kept_seconds)
+            tracker = self._trackers[base] = ReuseTracker(
+                self._most_blocks, horizon=self._kept_seconds, most_touched=self._most_touched
+            )
         return tracker, mask
 
     def stored(self, model: str, endpoint: str, hashes: Sequence[int]) -> None:
@@ -172,9 +179,11 @@ class LadderLog:
         start = min(stop, -(-request.held // size))
         beyond = (stop - start) * size
         cut = max(0, request.usable // size * size - max(stop * size, request.held))
-        tally.add(f"{LOST}not_looked_up", cut)
-        tally.add(f"{LOST}reuses_less", request.held - request.best)
-        tally.add(f"{LOST}ends", known - request.held - beyond - cut)
+        if cut:
+            tally.add(f"{LOST}not_looked_up", cut)
+        if request.held != request.best:
+            tally.add(f"{LOST}reuses_less", request.held - request.best)
+        tally.add(_ENDS, known - request.held - beyond - cut)
         tracker, mask = self.serves(request.model, request.base_model)
         if tracker is None:
             tally.add(f"{LOST}unsampled", beyond)
@@ -182,7 +191,8 @@ class LadderLog:
         found = tracker.visit(
             request.hashes, start, stop, mask=mask, since=request.decided_at, now=now, endpoint=request.endpoint
         )
-        tally.look(found, size, beyond=beyond, capacity=request.capacity, why=partial(self._why, request))
+        if beyond or found.rate < tally.rate:
+            tally.look(found, size, beyond=beyond, capacity=request.capacity, why=partial(self._why, request))
 
     def _why(self, request: Ended, last: Visit) -> str:
         """Why no pod has blocks that the caches could have kept since their last visit."""

@@ -97,6 +97,25 @@ def test_memory_is_bounded_whatever_the_hashes_are(seed: int, most: int, are_eve
         assert len(tracker) <= most
 
 
+def test_fewer_blocks_are_sampled_while_too_many_are_touched() -> None:
+    rng, tree = random.Random(3), dict[tuple[int, ...], int]()
+    exact, bounded = (ReuseTracker(10**6, most_touched=most) for most in (float("inf"), 1_000))
+    shares = [[0.0, 0.0], [0.0, 0.0]]
+    touched: list[int] = []
+    for number in range(4_000):
+        session = int(rng.paretovariate(0.6)) % 400
+        hashes = [tree.setdefault((session, at), rng.randrange(ALL)) for at in range(rng.randint(5, 40))]
+        now = number / 20
+        for share, tracker in zip(shares, (exact, bounded), strict=True):
+            found = tracker.visit(hashes, 0, len(hashes), since=now, now=now, endpoint="a")
+            share[0] += found.blocks / found.rate
+            share[1] += sum(run.blocks for run in found.reused) / found.rate
+        touched.append(round(found.blocks))
+    assert (exact.rate, bounded.rate) == (1.0, 0.125)
+    assert sum(touched[-200:]) < 1_000  # in the last ten seconds
+    assert abs(shares[0][1] / shares[0][0] - shares[1][1] / shares[1][0]) < 0.04
+
+
 def test_what_nobody_has_used_for_the_horizon_goes_first() -> None:
     tracker = ReuseTracker(100, horizon=50.0)
     old, new = list(range(90)), list(range(1_000, 1_020))
