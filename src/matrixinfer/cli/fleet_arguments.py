@@ -51,6 +51,9 @@ def add_fleet(parser: argparse.ArgumentParser) -> None:
         "--gossip", action="store_true", help="let gateways share what they have in flight, as with Redis"
     )
     parser.add_argument(
+        "--shared-index", action="store_true", help="let gateways look up in one index, as with `index.kind: redis`"
+    )
+    parser.add_argument(
         "--rate-scale", type=duration, default=1.0, metavar="X", help="let arrivals come X times as fast"
     )
     parser.add_argument("--seed", type=integer, default=0, metavar="S", help="seed of all draws (default: %(default)s)")
@@ -121,6 +124,7 @@ def fleet_of(trace: Trace, args: argparse.Namespace) -> Fleet:
         pod_tokens=args.kv_tokens_per_pod or engine.kv_tokens,
         gateways=args.gateways,
         gossip=args.gossip,
+        shared_index=args.shared_index,
         rate_scale=args.rate_scale,
         event_delay=args.event_delay,
         event_loss=args.event_loss,

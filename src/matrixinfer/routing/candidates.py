@@ -71,8 +71,8 @@ class Candidates:
             endpoint for pod in prepared.pods if not pod.gone and pod.drain is None for endpoint in pod.endpoints
         ]
         names = [endpoint.name for endpoint in endpoints]
-        hears_others = self._peers.count(now) > 0
-        unseen = self._unseen.expected(names, now) if hears_others or self._observed.others_share else {}
+        unseen = self._unseen.expected(names, now)
+        reads_events = self._observed.has_others and not self._peers.count(now)
         withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
@@ -83,9 +83,9 @@ class Candidates:
                 matches,
                 others.get(name, NO_LOAD) if others else NO_LOAD,
                 withheld.get(name) if withheld else None,
-                unseen.get(name, 0.0) if unseen else 0.0,
-                hears_others,
                 approximate,
+                unseen.get(name, 0.0) if unseen else 0.0,
+                reads_events,
             )
             for endpoint, name in zip(endpoints, names, strict=True)
         ]
@@ -111,9 +111,9 @@ class Candidates:
         matches: Matches | None,
         others: Load,
         withheld: str | None,
-        unseen: float,
-        hears_others: bool,
         approximate: bool,
+        unseen: float,
+        reads_events: bool,
     ) -> Candidate:
         name, load, request = endpoint.name, self._load, prepared.request
         match = self._lookup.match_at(name, matches)
@@ -143,7 +143,7 @@ class Candidates:
                 foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
             if foreign and waiting:
                 unseen += min(waiting, foreign) * load.arrivals.work
-            if not hears_others and cache is not None:
+            if reads_events and cache is not None:
                 foreign += self._observed.came(name, cache.footprint)
         if now < seen.due:
             condition = seen.condition

@@ -63,6 +63,11 @@ class Observed:
         """Requests of others for each one of the gateways that are heard."""
         return min(_MOST_SHARE, self._others / self._own) if self._own > _LEAST_OWN else 0.0
 
+    @property
+    def has_others(self) -> bool:
+        """Whether somebody who is not heard sends requests, too. Gauges and counts never agree exactly."""
+        return self.others_share >= _LEAST_OTHERS
+
     def of(self, name: str) -> Seen:
         """What an endpoint has shown so far."""
         seen = self._seen.get(name)
@@ -91,7 +96,7 @@ class Observed:
         was idle. What own requests store, and prompts of the usual size, are known; the rest is of others.
         """
         work = self._load.arrivals.work
-        if footprint is None or work < _LEAST_WORK or self.others_share < _LEAST_OTHERS:
+        if footprint is None or work < _LEAST_WORK or not self.has_others:
             return 0
         seen = self.of(name)
         stored = footprint.held_tokens + footprint.evicted_tokens - self._load.computed_tokens(name)

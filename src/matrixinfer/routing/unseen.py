@@ -17,8 +17,6 @@ from matrixinfer.traffic.peers.loads import PeerLoads
 _PER_PEER = 4.0
 """Requests that a peer is expected to send while nobody hears of them, for each own one that another one precedes: those
 before and after it, twice over, because equal prices on both sides would not keep gateways apart."""
-_LEAST_SHARE = 0.05
-"""Fewer requests of others than this, for each own one, are none: gauges and counts never agree exactly."""
 _LEAST_TOKENS = 1.0
 
 
@@ -36,8 +34,7 @@ class Unseen:
         number, count = self._peers.place(now)
         if count > 1:
             return self._of_peers(names, number, count)
-        share = self._observed.others_share
-        return {} if share < _LEAST_SHARE else self._of_strangers(names, share)
+        return self._of_strangers(names, self._observed.others_share) if self._observed.has_others else {}
 
     def forget(self, name: str) -> None:
         """An endpoint has gone."""

@@ -110,7 +110,8 @@ def _scaled(footprint: Footprint | None, block_size: int) -> Footprint | None:
 class Gateway(Router):
     """Decides by `pick`, which gets a request and its candidates; None stands for the scheduler with `config`.
 
-    Frames and readings of metrics come in from outside, at the virtual time of `clock`.
+    Frames and readings of metrics come in from outside, at the virtual time of `clock`. With `reads` it looks up in the
+    index of that gateway, which alone follows the engines.
     """
 
     def __init__(
@@ -123,14 +124,15 @@ class Gateway(Router):
         clock: Callable[[], float],
         seed: int,
         pick: Pick | None = None,
+        reads: Gateway | None = None,
         ask: Callable[[str, int], None] = lambda _pod, _start: None,
     ) -> None:
         self._block_size = block_size
         self._clock = clock
         self._ask = ask
         self._pick = pick
-        self._index = Index(block_size=1)
-        self._index.known = dataclasses.replace(self._index.known, blocks=blocks)
+        self._writer = reads
+        self._index: Index = _index(blocks) if reads is None else reads._index  # noqa: SLF001 - of its own kind
         self._blocks = blocks
         self._frames: deque[Frame] = deque()
         self._asked: set[str] = set()
@@ -140,13 +142,15 @@ class Gateway(Router):
         self._ongoing: dict[str, int] = {}  # tokens of the prompts in flight
         self._registry = PodRegistry((), (), PodWatchConfig(), clock)
         known = self._index.known
-        self._caches = LetterCaches(known.caches, block_size)
+        own = LetterCaches(known.caches, block_size)
+        self._caches: LetterCaches = own if reads is None else reads._caches  # noqa: SLF001 - of its own kind
         lookup = Lookup(self._registry, known.memory, self._caches)
         self._load = LoadLedger(clock, config.pending_seconds)
         self._peers = PeerLoads(name)
         self._announcements = Announcements(name)
         self._load.subscribe(self._announcements.add_in_flight)
-        known.history.watch_gone(self._load)
+        if reads is None:
+            known.history.watch_gone(self._load)  # whoever reads a shared index hears of no events
         known.history.subscribe(self._announcements.add_computed)
         self._candidates = Candidates(
             self._registry,
@@ -170,6 +174,8 @@ class Gateway(Router):
         self._registry.learn(pod, served=served, kv_sources=())
         self._registry.answered(pod)
         self._pods.add(pod)
+        if self._writer is not None:
+            return
         self._index.follow(pod, model=MODEL, can_replay=True)
         self._caches.changed(pod)
         self._ask_if_wanted(pod)
@@ -181,19 +187,23 @@ class Gateway(Router):
         self._pods.discard(pod)
         self._load.forget(pod)
         self._candidates.forget(pod)
-        self._index.forget(pod)
+        if self._writer is None:
+            self._index.forget(pod)
 
     def down(self, pod: str) -> None:
         """The engine does not answer any more."""
         for _ in range(PodWatchConfig().unhealthy_after_failures):
             self._registry.failed(pod)
         self._caches.changed(pod)
-        self._index.disconnected(pod)
+        if self._writer is None:
+            self._index.disconnected(pod)
 
     def up(self, pod: str) -> None:
         """The engine answers again."""
         self._registry.answered(pod)
         self._caches.changed(pod)
+        if self._writer is not None:
+            return
         self._index.reconnected(pod)
         self._ask_if_wanted(pod)
 
@@ -209,6 +219,8 @@ class Gateway(Router):
 
     def heartbeat(self, pod: str) -> None:
         """Ask a silent pod whether its last frames were lost."""
+        if self._writer is not None:
+            return
         beat = self._index.heartbeat(pod) if pod in self._pods and pod not in self._asked else None
         if beat is not None:
             self._heartbeats[pod] = beat
@@ -216,10 +228,15 @@ class Gateway(Router):
 
     def publish(self, frame: Frame) -> None:
         """A frame is on its way. Frames arrive in the order in which they are published."""
+        if self._writer is not None:
+            return
         self._frames.append(frame)
 
     def receive(self, now: float) -> None:
         """Apply the frames that have arrived."""
+        if self._writer is not None:
+            self._writer.receive(now)
+            return
         frames, index = self._frames, self._index
         while frames and frames[0].due <= now:
             _, pod, number, payload = frames.popleft()
@@ -339,6 +356,12 @@ class Gateway(Router):
         """The pod has not computed the prompt, or broke off."""
         self._ongoing[job.pod] -= job.prompt
         _ticket(job).charge.cancel()
+
+
+def _index(blocks: LetterBlocks) -> Index:
+    made = Index(block_size=1)
+    made.known = dataclasses.replace(made.known, blocks=blocks)
+    return made
 
 
 def _ticket(job: Job) -> Ticket:

@@ -46,6 +46,7 @@ def _baseline(kind: type[baselines.Baseline]) -> Callable[[Replay, int], Router]
 
 def _gateway(config: SchedulerConfig, pick: rivals.Pick | None = None) -> Callable[[Replay, int], Router]:
     def make(replay: Replay, gateway: int) -> Router:
+        writer = replay.writer
         return Gateway(
             name=f"gateway-{gateway}",
             config=config,
@@ -54,6 +55,7 @@ def _gateway(config: SchedulerConfig, pick: rivals.Pick | None = None) -> Callab
             clock=replay.clock,
             seed=_seed(replay, gateway),
             pick=pick,
+            reads=writer if isinstance(writer, Gateway) else None,
             ask=lambda pod, start: replay.asked(gateway, pod, start),
         )
 

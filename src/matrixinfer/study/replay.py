@@ -38,6 +38,8 @@ class Fleet:
     gateways: int = 1
     gossip: bool = False
     """Gateways tell each other what they have in flight, as they do over a shared Redis."""
+    shared_index: bool = False
+    """Gateways look up in one index, as in a shared Redis, instead of following the engines themselves."""
     rate_scale: float = 1.0
     """Arrivals come so many times as fast. Times between an answer and the next turn stay."""
     event_delay: float = 0.01
@@ -147,7 +149,7 @@ class Replay:
         """Replay everything."""
         for number in range(self.fleet.pods):
             self._add_pod(number)
-        self._routers = [self._new_router(number) for number in range(self.fleet.gateways)]
+        self._start_routers()
         for number, turn in enumerate(self.trace.turns):
             if turn.after is None:
                 self._at(turn.delay / self.fleet.rate_scale, self._arrival(number))
@@ -268,6 +270,16 @@ class Replay:
             )
         pod = self.pods[name] = Pod(name, Engine(fleet.shape, pool), publisher)
         return pod
+
+    @property
+    def writer(self) -> Router | None:
+        """The gateway whose index all share (`Fleet.shared_index`); None if each has its own, or to the first itself."""
+        return self._routers[0] if self.fleet.shared_index and self._routers else None
+
+    def _start_routers(self) -> None:
+        self._routers = []
+        for number in range(self.fleet.gateways):
+            self._routers.append(self._new_router(number))
 
     def _new_router(self, number: int) -> Router:
         router = self._router_of(self, number)
@@ -407,7 +419,7 @@ class Replay:
         for job in self.jobs:
             if job.ended is None:
                 job.router = -1
-        self._routers = [self._new_router(number) for number in range(self.fleet.gateways)]
+        self._start_routers()
 
 
 def _hear(routers: Sequence[Router], message: bytes, _: float) -> None:
