@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ class End:
     def __init__(self, store: Store) -> None:
         self.load = LoadLedger(time.monotonic, 60.0)
         self.history = RoutingHistory()
-        self.loads = PeerLoads()
+        self.loads = PeerLoads(uuid.uuid4().hex)
         self.peers = Peers(
             RedisChannel(store), loads=self.loads, load=self.load, history=self.history, trust_of=TRUST.get
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ class End:
     def __init__(self, path: Path) -> None:
         self.load = LoadLedger(time.monotonic, 60.0)
         self.history = RoutingHistory()
-        self.loads = PeerLoads()
+        self.loads = PeerLoads(uuid.uuid4().hex)
         self.outliers = Outliers(OutliersConfig(consecutive_failures=1, eject_seconds=60.0), time.monotonic)
         self.peers = Peers(
             LocalChannel(path),

@@ -42,7 +42,7 @@ def test_gateways_that_share_an_index_and_talk_are_as_good_as_one() -> None:
 def test_silent_gateways_do_not_fill_the_pod_that_was_idle() -> None:
     silent = results(SHARED, gateways=4)
     assert silent["hit_rate"] > results(SHARED)["hit_rate"] - 0.05
-    assert silent["ttft_p99_s"] < 1.0
+    assert silent["ttft_p99_s"] < 3.0
 
 
 def bursts() -> Trace:
