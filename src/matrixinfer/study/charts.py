@@ -45,7 +45,7 @@ def _policies(figure: Any, cells: Sequence[Cell]) -> None:
     axes.set(yscale="log", ylabel="multiple of the best policy's")
     axes.set_title("All traces and conditions: geometric mean, and the worst cell (line)")
     axes.set_xticks(range(len(order)), order)
-    axes.legend()
+    axes.legend(loc="upper left")
 
 
 def _cells(figure: Any, cells: Sequence[Cell]) -> None:

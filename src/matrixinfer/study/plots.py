@@ -48,7 +48,7 @@ def _ttft(figure: Any, outcomes: Sequence[Outcome]) -> None:
             axes.plot(np.maximum(times, 1e-3), np.arange(1, len(times) + 1) / len(times), label=outcome.policy)
     axes.set(xscale="log", xlabel="time to first token, seconds", ylabel="share of requests", ylim=(0, 1))
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _hits(figure: Any, outcomes: Sequence[Outcome]) -> None:
@@ -63,7 +63,7 @@ def _hits(figure: Any, outcomes: Sequence[Outcome]) -> None:
         axes.plot(edges[:-1][shown], cached[shown] / prompt[shown], label=outcome.policy)
     axes.set(xlabel="arrival, seconds", ylabel="hit rate (share of prompt tokens)", ylim=(0, 1))
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _load(figure: Any, outcomes: Sequence[Outcome]) -> None:
@@ -96,4 +96,4 @@ def _ladder(figure: Any, outcomes: Sequence[Outcome]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="share of prompt tokens", xlim=(0, 1))
-    axes.legend()
+    axes.legend(loc="lower right")
