@@ -255,9 +255,14 @@ class TestExpectedTtft:
         assert times == pytest.approx([520.0 + 10 * 10.0 + (10 + 5) * 0.1 * 520.0, 520.0 + 5 * 0.1 * 520.0])
 
     def test_requests_in_flight_make_a_queue_count_for_more(self) -> None:
-        queues = [pod("a", in_flight=n, prefill_rate=8_000.0, queue_seconds=0.2) for n in (0, 1, 4)]
+        queues = [pod("a", in_flight=n, prefill_rate=8_000.0, queue_seconds=0.2) for n in (0, 1, 4, 4)]
         times = self.expected(*queues, requestTokens=0, stallShare=0, waitShare=0.5)
-        assert times == pytest.approx([720.0, 820.0, 1_120.0])
+        assert times == pytest.approx([720.0, 820.0, 1_120.0, 1_120.0])
+
+    def test_with_two_pods_the_queue_counts_for_half_as_much_more(self) -> None:
+        queues = [pod("a", in_flight=n, prefill_rate=8_000.0, queue_seconds=0.2) for n in (0, 4)]
+        times = self.expected(*queues, requestTokens=0, stallShare=0, waitShare=0.5)
+        assert times == pytest.approx([720.0, 920.0])
 
     def test_the_end_of_a_long_prompt_costs_more_than_its_start(self) -> None:
         asked = request(prompt_tokens=100_000, block_size=100, chain=tuple(range(1_000)))

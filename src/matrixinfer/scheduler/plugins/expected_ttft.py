@@ -18,6 +18,8 @@ _UNKNOWN_RATE = 8_000.0
 """Tokens per second where nobody measures it; only the scale of the estimate depends on it, not its order."""
 _LEAST_REUSE = 0.3
 """The share of what a cache evicts that is needed again, however long it keeps blocks: an estimate has no certainty."""
+_ROOM_FOR_COPIES = 4
+"""From so many pods on the wait share counts in full. The fewer they are, the more room in caches a copy takes."""
 _TIE_MS = 1.0
 """What a full cache costs against an empty one, so that equal pods are told apart by their footprints."""
 
@@ -37,7 +39,8 @@ class ExpectedTtft(Plugin):
     again for the mean number of requests in flight, so that a warm conversation is not computed again wherever it is quiet.
 
     So a hit is worth a wait, but only as long as computing it elsewhere takes: when the queue before a hot prefix is longer
-    than that, the prefix is computed at a second pod, and both serve it from then on.
+    than that, the prefix is computed at a second pod, and both serve it from then on. `waitShare` counts half
+    with two pods, and three quarters with three: there a copy takes the room of more else.
 
     `score = 100 − 50 × excess / scaleMs` while the excess over the least expected time is up to `scaleMs`, so that
     differences in milliseconds stay what they are in the sum with other scorers; beyond that it approaches 0.
@@ -70,7 +73,7 @@ class ExpectedTtft(Plugin):
             Meta(ge=0, le=10),
             described(
                 "How much the queue counts again for each request in flight at the pod. More computes a hot prefix at "
-                "further pods earlier."
+                "further pods earlier. Half of it counts with two pods, all of it from four on."
             ),
         ] = 0.5
         reuse_seconds: Annotated[
@@ -116,7 +119,8 @@ class ExpectedTtft(Plugin):
     def _milliseconds(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> list[float]:
         """What the request costs at each pod. One loop, because there may be hundreds of them."""
         prompt, others, size = request.whole_tokens, request.other_tokens, request.block_size
-        per_request, stall, wait, costs = self._request_tokens, self._stall_share, self._wait_share, list[float]()
+        per_request, stall, costs = self._request_tokens, self._stall_share, list[float]()
+        wait = self._wait_share * min(1.0, len(candidates) / _ROOM_FOR_COPIES)
         whole, attention = prompt + others, 1.0 / ATTENTION_TOKENS
         loads = [pod.load if pod.foreign is None else pod.in_flight + pod.foreign for pod in candidates]
         later = 1.0 + stall * sum(loads) / max(1, len(loads))
