@@ -59,7 +59,8 @@ class TokenBlockProcessor:
         used = tokens[: (blocks + 1) * self.block_size]
         data, root = token_bytes(used), None if salt is None else salt_parent(salt)
         if hashes is None or media:
-            return BlockChain(self, data, root, self.hashes(data[: blocks * self.block_size * 4], root, media), media)
+            full = memoryview(data)[: blocks * self.block_size * 4]
+            return BlockChain(self, data, root, self.hashes(full, root, media), media)
         self._extend(hashes, data, min(blocks, hashes.limit), root)
         chain = BlockChain(self, data, root, hashes if len(hashes) == blocks else hashes[:blocks])
         self._extend(chain, data, blocks, root)

@@ -133,7 +133,7 @@ class Forest:
 
     def drop_last(self, run: Run, block: int) -> None:
         """Remove the last block of a run, whatever is below it."""
-        self._table.pop(block)
+        self._table.discard((block,))
         del run.ids[-8:]
         if not run.ids:
             self._leave_out(run, block)
@@ -142,8 +142,7 @@ class Forest:
         """Make the blocks after `position` a run of their own, which branches off there."""
         rest = run.split(position)
         self._take_in(rest, rest[0])
-        for block in rest:
-            self._table.pop(block)
+        self._table.discard(rest)
         self._table.add(rest, rest.number)
 
     def below(self, block: int | None) -> Iterator[tuple[Run, int, int]]:

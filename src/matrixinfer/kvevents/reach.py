@@ -78,13 +78,9 @@ class Reach:
         """Support the token blocks of the blocks [first, last) of a run, which can be reached."""
         if self._rules.rule is not None and forest.tier == DEVICE:
             self._reusable.touch(run[position] for position in range(first, last))
-        parent, names = run.completed(first, last)
-        if names:
-            self._tiers.add(forest.tier, run.model, names, parent)
-        if run.has_tails:
-            self.has_tails = True
-            for before, tail in run.tails(first, last):
-                self._tiers.add(forest.tier, run.model, [tail], before)
+        for model, names, parent in _supported(run, first, last):
+            self._tiers.add(forest.tier, model, names, parent)
+        self.has_tails = self.has_tails or run.has_tails
 
     def _unsupport(self, forest: Forest, run: Run, first: int, last: int) -> None:
         """Drop the supports of the blocks [first, last) of a run, which can no longer be reached."""
@@ -95,15 +91,19 @@ class Reach:
             self._tiers.remove(forest.tier, run.model, names[::-1])
 
 
+def _supported(run: Run, first: int, last: int) -> list[Supported]:
+    """The token blocks and tails that the blocks [first, last) of a run support."""
+    parent, names = run.completed(first, last)
+    found: list[Supported] = [(run.model, names, parent)] if names else []
+    if run.has_tails:
+        found += [(run.model, [tail], before) for before, tail in run.tails(first, last)]
+    return found
+
+
 def _present(forests: Iterable[Forest], tier: int) -> Iterator[Supported]:
     """What the blocks on tiers up to `tier` support that can be reached, parents first."""
     for forest in forests:
         if forest.tier <= tier:
             for run, position, block in forest.below(None):
-                if block in forest.cut:
-                    continue
-                parent, names = run.completed(position, position + 1)
-                yield run.model, names, parent
-                if run.has_tails:
-                    for before, tail in run.tails(position, position + 1):
-                        yield run.model, [tail], before
+                if block not in forest.cut:
+                    yield from _supported(run, position, position + 1)

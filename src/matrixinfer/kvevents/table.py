@@ -51,19 +51,6 @@ class BlockTable:
             added += 1
         self._count += added
 
-    def pop(self, block: int) -> int | None:
-        """Remove a block and return its number; None if it is not in the table."""
-        bucket = self._buckets[block & _MASK]
-        if bucket is None:
-            return None
-        at = bucket.find(_KEY.pack(block))
-        if at % _SIZE and (at := _aligned(bucket, block, at)) < 0:
-            return None
-        number: int = _NUMBER.unpack_from(bucket, at + 8)[0]
-        del bucket[at : at + _SIZE]
-        self._count -= 1
-        return number
-
     def discard(self, blocks: Iterable[int]) -> None:
         """Remove those of `blocks` that are in the table."""
         buckets, pack, removed = self._buckets, _KEY.pack, 0

@@ -292,6 +292,7 @@ def array_length(raw: msgspec.Raw) -> int | None:
 
 def _annotated(events: Sequence[Event]) -> Sequence[Event]:
     """The events, with the maps at the end of arrays read."""
+    # A list, because `any` takes twice as long, and every frame comes here.
     if not [event for event in events if isinstance(event, _StoredArray) and isinstance(event.lora_name, dict)]:
         return events
     return [_with_map(event) if isinstance(event, _StoredArray) else event for event in events]
