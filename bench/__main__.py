@@ -22,6 +22,7 @@ from bench import (
     report,
     shared_index,
     tokenization,
+    workers,
 )
 from bench.measure import QUICK, Figure, Scale
 
@@ -34,6 +35,7 @@ PARTS: Mapping[str, Callable[[Scale], Iterator[Figure] | Iterator[Figure | str]]
     "growth": growth.run,
     "engines": engines.run,
     "proxy": proxy.run,
+    "workers": workers.run,
     "redis": shared_index.run,
     "first byte": first_byte.run,
     "dashboard": dashboard.run,

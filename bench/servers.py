@@ -16,6 +16,7 @@ import uvloop
 from aiohttp import web
 
 from bench.prompts import MODEL, tokenizer_path
+from bench.tiny import Engine, response
 from matrixinfer.app.service import Service
 from matrixinfer.config import (
     Config,
@@ -163,6 +164,17 @@ async def _serving(handler: _Handler) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
+async def tiny() -> AsyncIterator[str]:
+    """The least engine."""
+    answers = {b"/v1/models": response(_MODELS), b"/metrics": response(_METRICS, b"text/plain")}
+    answers |= {b"/health": response(b""), CHAT_PATH.encode(): response(_ANSWER)}
+    server = await asyncio.get_running_loop().create_server(lambda: Engine(answers), "127.0.0.1", 0)
+    async with server:
+        host, port = server.sockets[0].getsockname()[:2]
+        yield f"http://{host}:{port}"
+
+
+@asynccontextmanager
 async def upstream() -> AsyncIterator[str]:
     """The minimal engine."""
     async with _serving(answer) as url:
@@ -176,6 +188,7 @@ async def main(kind: str, *arguments: str) -> None:
         "deciding": deciding,
         "gateway": gateway,
         "dashboard": dashboard,
+        "tiny": tiny,
     }
     async with kinds[kind](*arguments) as url:
         print(url, flush=True)

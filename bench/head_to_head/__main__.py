@@ -24,9 +24,11 @@ from tests.vllm.model import Shape, make_model
 from bench import report
 from bench.head_to_head.driver import Driver, Run
 from bench.head_to_head.routers import BLOCK, Command, commands
+from bench.head_to_head.simulated import SimulatedEngine, python
 from bench.head_to_head.workload import Conversation, conversations
 from bench.measure import Figure
 from bench.peers.routers import OURS, PEERS, running
+from matrixinfer.scheduler.policies import POLICIES
 
 _SHAPE = Shape(hidden=256, layers=24, heads=4, kv_heads=2, inner=1024)
 """Prefill of 2,000 tokens takes about a second."""
@@ -36,6 +38,7 @@ _RESET_SECONDS = 60.0
 _AFTER = 64
 """Requests that are over before something happens."""
 RESULTS = Path(__file__).parents[1] / "results" / "head-to-head.json"
+SIMULATED = RESULTS.with_name("head-to-head-simulated.json")
 
 
 class Lab:
@@ -145,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--conversations", type=int, default=24)
     parser.add_argument("--blocks", type=int, default=_BLOCKS, help="of each cache (default: %(default)s)")
+    parser.add_argument("--simulated", action="store_true", help="simulated engines in the place of the real ones")
+    parser.add_argument("--all-policies", action="store_true", help="all policies of ours, not only two")
     parser.add_argument("--only", action="append", choices=_SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--routers", default="", metavar="TEXT,…", help="only routers whose names contain a TEXT")
     args = parser.parse_args(argv)
@@ -152,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for peer in PEERS:
         peer.install(args.peers)
     figures = asyncio.run(_run(args))
-    report.publish(figures, RESULTS, as_json=False)
+    report.publish(figures, SIMULATED if args.simulated else RESULTS, as_json=False)
     return 0
 
 
@@ -161,9 +166,10 @@ async def _run(args: argparse.Namespace) -> dict[str, list[Figure]]:
     logs_of(folder).mkdir(parents=True, exist_ok=True)
     model = make_model(folder / "model-slow", _SHAPE)
     options = Options(block_size=BLOCK, blocks=args.blocks, topic="", arguments=("--enable-scale-out",))
+    kind = SimulatedEngine if args.simulated else Engine
     engines = [
-        Engine(
-            executable=executable(folder, args.vllm),
+        kind(
+            executable=python() if args.simulated else executable(folder, args.vllm),
             model=model,
             options=options,
             folder=folder,
@@ -172,9 +178,10 @@ async def _run(args: argparse.Namespace) -> dict[str, list[Figure]]:
         )
         for core in range(2)
     ]
+    policies = [each for each in POLICIES if each != "kv_aware"] if args.all_policies else ["round_robin"]
     chosen = {
         name: command
-        for name, command in commands(engines).items()
+        for name, command in commands(engines, policies).items()
         if any(text in name for text in args.routers.split(","))
     }
     talk = conversations(args.seed, per_group=max(1, args.conversations // 4))

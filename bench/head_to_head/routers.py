@@ -17,14 +17,17 @@ BLOCK = 32
 Command = Callable[[Path, int, Sequence[str]], list[str]]
 
 
-def commands(engines: Sequence[Engine]) -> Mapping[str, Command]:
-    """How each router is started in front of these engines. Names say the router and its policy."""
+def commands(engines: Sequence[Engine], policies: Sequence[str] = ("round_robin",)) -> Mapping[str, Command]:
+    """How each router is started in front of these engines. Names say the router and its policy.
+
+    `policies` are ours besides the default.
+    """
     peers = {peer.package: peer for peer in PEERS}
     vllm = peers["vllm-router"]
     return MappingProxyType(
         {
             OURS: _ours(engines, "kv_aware"),
-            "ours round_robin": _ours(engines, "round_robin"),
+            **{f"{OURS} {policy}": _ours(engines, policy) for policy in policies},
             "sglang-router cache_aware": peers["sglang-router"].arguments,
             "smg cache_aware": peers["smg"].arguments,
             "vllm-router cache_aware": vllm.arguments,

@@ -93,7 +93,11 @@ class Router:
 
     def cpu_seconds(self) -> float:
         """CPU time of its process and of all that it has started."""
-        return sum(map(cpu_seconds, _family(self.pid)))
+        return sum(map(cpu_seconds, self.family()))
+
+    def family(self) -> Sequence[int]:
+        """Its process and all that it has started."""
+        return _family(self.pid)
 
 
 @contextmanager

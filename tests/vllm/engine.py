@@ -90,7 +90,7 @@ class Engine:
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 str(self.executable),
-                *self._arguments(),
+                *self.arguments(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -134,7 +134,8 @@ class Engine:
         )
         return shlex.join(map(str, words))
 
-    def _arguments(self) -> Iterator[str]:
+    def arguments(self) -> Iterator[str]:
+        """What follows the executable."""
         options, (api, events, replays) = self.options, self.ports
         events_config = {
             "enable_kv_cache_events": True,
