@@ -209,6 +209,10 @@ class PodRegistry:
             return None
         return metrics
 
+    def fresh_until(self, metrics: EngineMetrics) -> float:
+        """When these metrics become too old."""
+        return metrics.read_at + self._watch.stale_after_seconds
+
     def name_at(self, pod: str, requested: str) -> str:
         """The model name to send to a pod: the requested name if the pod knows it, else the name that it is an alias of."""
         state = self._by_name.get(pod)

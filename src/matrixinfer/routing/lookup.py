@@ -19,7 +19,8 @@ class Lookup:
     def __init__(self, registry: PodRegistry, index: BlockIndex, caches: Caches) -> None:
         self._registry = registry
         self._index = index
-        self._caches = caches
+        self.caches = caches
+        """What is known of every endpoint's cache."""
 
     async def match(self, model: str, requested: str, pods: Sequence[Pod], chain: BlockChain) -> Matches:
         """Match a prompt's `chain` at the endpoints of `pods`. Raises `IndexUnavailable`.
@@ -56,7 +57,7 @@ class Lookup:
     ) -> Mapping[str, tuple[int, int]]:
         """Where not all that is held is reused: how much is, in blocks and tokens beyond them."""
         found: dict[str, tuple[int, int]] = {}
-        for names, asking in searches(publishers, chain, matches, self._caches):
+        for names, asking in searches(publishers, chain, matches, self.caches):
             try:
                 question = next(asking)
                 while True:
@@ -69,15 +70,11 @@ class Lookup:
     async def _tails(self, model: str, chain: BlockChain, matches: Mapping[str, int]) -> Mapping[str, int]:
         """Where engine blocks straddle token blocks: how many tokens behind each match its last engine block holds."""
         tails: dict[str, int] = {}
-        for (tokens, block), names in straddled(chain, matches, self._caches).items():
+        for (tokens, block), names in straddled(chain, matches, self.caches).items():
             holders = await self._index.match(model, [block])
             tails.update((name, tokens) for name in names if name in holders)
         return tails
 
-    def limits_of(self, endpoint: str) -> Sequence[str]:
-        """Why the cache of an endpoint is not known exactly, in words."""
-        return self._caches.limits_of(endpoint)
-
     def match_at(self, endpoint: str, matches: Matches | None) -> Match:
         """The match at one endpoint, by what is known about its cache now."""
-        return match_at(endpoint, self._caches.of(endpoint), matches)
+        return match_at(endpoint, self.caches.of(endpoint), matches)
