@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 from weakref import ref
 
@@ -54,6 +54,10 @@ class Caches(Protocol):
         """`CacheView.rule` of an endpoint, at less cost."""
         ...
 
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """Those of these endpoints that have a rule."""
+        ...
+
     def limits_of(self, name: str) -> Sequence[str]:
         """What its events cannot tell, and why they are not believed exactly, in words. Empty where trust is exact."""
         ...
@@ -86,6 +90,15 @@ class FeedCaches:
         """The rule that its feed gives."""
         feed = self._feeds.get(name)
         return None if feed is None else feed.ledger.rules.rule
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """The rules that their feeds give."""
+        feeds = self._feeds
+        return {
+            name: rule
+            for name in names
+            if (feed := feeds.get(name)) is not None and (rule := feed.ledger.rules.rule) is not None
+        }
 
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of its feed."""
