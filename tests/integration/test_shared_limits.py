@@ -90,6 +90,49 @@ async def test_what_is_given_back_never_makes_more_than_the_limit(valkey: server
         assert len(await tries(limits, who, Amounts(1, 10), 20)) == 10
 
 
+async def test_clients_that_leave_before_redis_answers_take_nothing(valkey: servers.Server) -> None:
+    valkey.flush()
+    who = caller(requests=20, concurrent_requests=20)
+    async with gateway(valkey) as limits:
+        assert len(await tries(limits, caller("b", requests=1), Amounts(1), 1)) == 1  # it is connected
+        valkey.freeze()
+        leaving = [asyncio.create_task(limits.reserve(who, Amounts(1))) for _ in range(20)]
+        await asyncio.sleep(0.1)  # their commands are sent
+        for each in leaving:
+            each.cancel()
+        await asyncio.wait(leaving)
+        valkey.thaw()
+        assert all(each.cancelled() for each in leaving)
+
+        async def is_all_there() -> bool:
+            taken = await tries(limits, who, Amounts(1), 20)
+            for each in taken:
+                limits.settle(each, NOTHING)
+            await eventually(lambda: not limits.unsettled)
+            return len(taken) == 20
+
+        await eventually(is_all_there, pause=0.1)
+
+
+async def test_what_redis_reserves_too_late_is_given_back(valkey: servers.Server) -> None:
+    valkey.flush()
+    who = caller(requests=1)
+    async with Store(valkey.config()) as store, Limits(SharedLedger(store), deadline_seconds=0.02) as limits:
+        assert len(await tries(limits, caller("b", requests=1), Amounts(1), 1)) == 1
+        valkey.freeze()
+        try:
+            alone = await limits.reserve(who, Amounts(1))
+        finally:
+            valkey.thaw()
+        assert alone is not None
+        assert not alone.is_shared
+
+        async def is_free() -> bool:
+            return any(each.is_shared for each in await tries(limits, who, Amounts(1), 1))
+
+        await eventually(is_free, pause=0.1)
+
+
 async def test_a_gateway_that_ends_settles_what_has_ended(valkey: servers.Server) -> None:
     valkey.flush()
     who = caller(requests=1)

@@ -11,8 +11,9 @@ import math
 import time
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -37,6 +38,8 @@ RENEW_SECONDS = LEASE_SECONDS / 3
 RETRY_SECONDS = 0.5
 MAX_UNSETTLED = 100_000
 """Requests that have ended and are not settled in Redis yet; the oldest are dropped beyond it, and stay as reserved."""
+MAX_ABANDONED = 1000
+"""Reservations that nobody waits for any more, but that Redis may still make."""
 _WORDS = {
     "requests": "requests",
     "input_tokens": "input tokens",
@@ -89,6 +92,7 @@ class Limits:
         self.is_degraded = False
         """Whether each gateway counts on its own, because Redis does not answer."""
         self._unsettled: deque[tuple[Reservation, Amounts]] = deque(maxlen=MAX_UNSETTLED)
+        self._abandoned: set[asyncio.Task[Reserved]] = set()
         self._running: defaultdict[str, set[str]] = defaultdict(set)
         self._wanted = asyncio.Event()
         self._is_closing = False
@@ -118,6 +122,8 @@ class Limits:
             await asyncio.wait(self._tasks[:1], timeout=RETRY_SECONDS)
         for task in self._tasks:
             await cancel_and_wait(task)
+        for late in tuple(self._abandoned):
+            late.cancel()
 
     async def reserve(self, caller: Caller, amounts: Amounts) -> Reservation | None:
         """Take what a request may use; None if nothing limits the caller. Raises `LimitExceeded`."""
@@ -165,7 +171,7 @@ class Limits:
         if self._shared is None or not self._circuit.admits():
             return None
         try:
-            found = await self._patiently(self._shared.reserve(caller.account, caller.quota, amounts, request))
+            found = await self._patiently(self._shared, caller, request, amounts)
         except (IndexUnavailable, TimeoutError) as error:
             self._circuit.failed()
             if self._circuit.state != "closed":
@@ -181,15 +187,35 @@ class Limits:
             log.info("limits_shared_again")
         return found
 
-    async def _patiently(self, reserving: Coroutine[None, None, Reserved]) -> Reserved:
-        task = asyncio.create_task(reserving)
+    async def _patiently(self, shared: SharedLedger, caller: Caller, request: str, amounts: Amounts) -> Reserved:
+        """Raises `IndexUnavailable`, and `TimeoutError` when there is no answer in time."""
+        task = asyncio.create_task(shared.reserve(caller.account, caller.quota, amounts, request))
         try:
             for _ in range(TURNS):
                 if (await asyncio.wait((task,), timeout=self._deadline))[0]:
                     return task.result()
-        finally:
-            task.cancel()  # no effect if it is done
+        except asyncio.CancelledError:  # the client has gone
+            self._abandon(task, caller.account, request, amounts)
+            raise
+        self._abandon(task, caller.account, request, amounts)  # this process counts on its own
         raise TimeoutError
+
+    def _abandon(self, task: asyncio.Task[Reserved], account: str, request: str, taken: Amounts) -> None:
+        """Give a reservation back once it is made. Cancelling does not do: Redis may have read the command already."""
+        if len(self._abandoned) >= MAX_ABANDONED:
+            task.cancel()
+            return
+        self._abandoned.add(task)
+        task.add_done_callback(partial(self._give_back, account, request, taken))
+
+    def _give_back(self, account: str, request: str, taken: Amounts, task: asyncio.Task[Reserved]) -> None:
+        self._abandoned.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            return  # if Redis has made it nevertheless, its lease ends
+        verdict, number = task.result()
+        if verdict.refused_by is None:
+            made = Reservation(account=account, request=request, number=number, taken=taken, is_shared=True, headers={})
+            self.settle(made, NOTHING)
 
     def _degrade(self, reason: str) -> None:
         if not self.is_degraded:
