@@ -21,6 +21,7 @@ from matrixinfer.config import (
     DiscoveryConfig,
     DnsSource,
     FileSource,
+    LimitsConfig,
     OutliersConfig,
     PodConfig,
     PodWatchConfig,
@@ -75,11 +76,12 @@ class World:
 
 
 @asynccontextmanager
-async def world(*pods: PodConfig, **discovery: Any) -> AsyncIterator[World]:
+async def world(*pods: PodConfig, limits: LimitsConfig | None = None, **discovery: Any) -> AsyncIterator[World]:
     config = Config(
         listen="127.0.0.1:0",
         admin="127.0.0.1:0",
         pods=pods,
+        limits=limits or LimitsConfig(),
         pod_watch=PodWatchConfig(scrape_interval_seconds=0.1),
         outliers=OutliersConfig(max_ejected_share=0.0),
         discovery=DiscoveryConfig(**{"start_empty": True, **discovery}),
@@ -191,6 +193,19 @@ async def test_a_body_that_cannot_be_read_is_refused(body: bytes) -> None:
         async with front.client.post(f"{front.service.gateway.admin_url}/admin/pods", data=body) as response:
             assert response.status == 400, await response.text()
         assert (await front.pods()).keys() == {"a"}
+
+
+async def test_a_body_that_never_comes_is_not_waited_for() -> None:
+    async with world(
+        PodConfig(name="a", url="http://127.0.0.1:1"), limits=LimitsConfig(body_timeout_seconds=0.1)
+    ) as front:
+
+        async def nothing() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.Event().wait()
+
+        async with front.client.post(f"{front.service.gateway.admin_url}/admin/pods", data=nothing()) as response:
+            assert response.status == 408, await response.text()
 
 
 async def test_a_pod_of_another_source_is_not_removed() -> None:

@@ -6,15 +6,21 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from io import BytesIO
 from typing import Any, cast
 
 import aiohttp
+import pytest
 from aiohttp import web
 from yarl import URL
 
 from matrixinfer.app.workers.front import AdminFront
 from matrixinfer.app.workers.process import Answer, WorkerProcess
+from matrixinfer.config import LimitsConfig
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.listener import Listener
+from matrixinfer.prompt.memory import Memory
+from matrixinfer.telemetry.intervals import Intervals
 
 Call = Callable[[str, str], Awaitable[None]]
 
@@ -33,19 +39,26 @@ class Told:
 
 @asynccontextmanager
 async def front(worker: Told) -> AsyncIterator[tuple[AdminFront, Call]]:
-    async def reload() -> web.StreamResponse:
-        return web.Response()
-
-    made = AdminFront([cast("WorkerProcess", worker)], asyncio.Event(), lambda: b"", reload)
-    async with Listener("127.0.0.1", 0, made.routes(), asyncio.Event()) as listening, aiohttp.ClientSession() as client:
+    async with listening(worker, LimitsConfig()) as (made, at), aiohttp.ClientSession() as client:
 
         async def call(method: str, path: str) -> None:
             body: Any = {"name": f"{worker.pod}.svc.cluster.local"} if path == "" else None
-            url = URL(f"{listening.url}/admin/pods{path}", encoded=True)
+            url = URL(f"{at}/admin/pods{path}", encoded=True)
             async with client.request(method, url, json=body) as response:
                 assert response.status == 200, await response.text()
 
         yield made, call
+
+
+@asynccontextmanager
+async def listening(worker: Told, limits: LimitsConfig) -> AsyncIterator[tuple[AdminFront, str]]:
+    async def reload() -> web.StreamResponse:
+        return web.Response()
+
+    bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(1.0, lambda: 0.0))
+    made = AdminFront([cast("WorkerProcess", worker)], asyncio.Event(), bodies, lambda: b"", reload)
+    async with Listener("127.0.0.1", 0, made.routes(), asyncio.Event()) as listener:
+        yield made, listener.url
 
 
 async def told(made: AdminFront) -> list[tuple[str, str]]:
@@ -71,3 +84,30 @@ async def test_a_pod_may_have_the_name_of_what_is_done_with_pods() -> None:
         await call("POST", "")
         await call("DELETE", "/drain")
         assert await told(made) == []
+
+
+@pytest.mark.parametrize("path", ["/admin/pods", "/debug/route"])
+async def test_a_body_that_never_comes_is_not_waited_for(path: str) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    worker, limits = Told("b"), LimitsConfig(body_timeout_seconds=0.1)
+    async with (
+        listening(worker, limits) as (_, at),
+        aiohttp.ClientSession() as client,
+        client.post(at + path, data=nothing()) as response,
+    ):
+        assert response.status == 408, await response.text()
+    assert worker.asked == []
+
+
+async def test_bodies_have_no_more_memory_than_they_may() -> None:
+    worker, limits = Told("b"), LimitsConfig(memory_bytes=16 * 1024 * 1024)
+    async with (
+        listening(worker, limits) as (_, at),
+        aiohttp.ClientSession() as client,
+        client.post(f"{at}/debug/route", data=BytesIO(bytes(10 * 1024 * 1024))) as response,
+    ):
+        assert response.status == 413, await response.text()
+    assert worker.asked == []

@@ -99,7 +99,7 @@ def build_front(behind: Behind) -> Front:
     retries = _retries(config)
     credentials = _credentials(behind)
     proxy = _proxy(behind, retries, credentials, draining)
-    pods_admin = PodsAdmin(behind.fleet, drain_seconds=config.discovery.drain_seconds)
+    pods_admin = PodsAdmin(behind.fleet, bodies, drain_seconds=config.discovery.drain_seconds)
     fan_out = FanOut(behind.engines.registry, behind.upstream, config.limits, credentials, changed=behind.ask_again)
     served = _api_routes(behind, proxy, bodies, fan_out, status)
     gateway = Gateway(

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from matrixinfer.config import PodConfig, checked_pods, convert
 from matrixinfer.errors import UNREADABLE, ConfigError, InvalidRequest
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.listener import Routes
 from matrixinfer.gateway.responses import json_response
@@ -23,8 +24,9 @@ _MAX_BODY_BYTES = 64 * 1024
 class PodsAdmin:
     """Changes the pods at run time. What is changed here is not written anywhere: it ends with the process."""
 
-    def __init__(self, fleet: Fleet, *, drain_seconds: float) -> None:
+    def __init__(self, fleet: Fleet, bodies: Bodies, *, drain_seconds: float) -> None:
         self.drain_seconds = drain_seconds
+        self._bodies = bodies
         self._fleet = fleet
 
     def routes(self) -> Routes:
@@ -39,7 +41,7 @@ class PodsAdmin:
     async def add(self, request: web.BaseRequest) -> web.StreamResponse:
         """Add the pod in the body, in the form of `pods[]`, or change it."""
         try:
-            (pod,) = checked_pods([convert(await _body(request), PodConfig, path="$")])
+            (pod,) = checked_pods([convert(await self._body(request), PodConfig, path="$")])
             _refuse_files(pod)
             result = self._fleet.add(pod)
         except ConfigError as error:
@@ -77,6 +79,18 @@ class PodsAdmin:
             return _unknown(name)
         return json_response({"name": name, "result": "draining", "seconds": seconds}, status=202)
 
+    async def _body(self, request: web.BaseRequest) -> object:
+        if (request.content_length or 0) > _MAX_BODY_BYTES:
+            raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
+        with self._bodies.hold() as held:
+            body = await self._bodies.read(request, held, is_text=False)
+        if len(body) > _MAX_BODY_BYTES:
+            raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
+        try:
+            return msgspec.json.decode(body)
+        except UNREADABLE as error:
+            raise ConfigError("$", f'expected a pod as JSON, such as {{"name": …, "url": …}}: {error}') from error
+
 
 def _refuse_files(pod: PodConfig) -> None:
     """Whoever reaches the admin listener must not have files and variables of this machine sent to any address."""
@@ -85,20 +99,6 @@ def _refuse_files(pod: PodConfig) -> None:
     tls = pod.tls
     if tls is not None and (tls.ca_file, tls.cert_file, tls.key_file) != (None, None, None):
         raise ConfigError("$.tls", "expected no files: name them in the config file, in `engineTls`")
-
-
-async def _body(request: web.BaseRequest) -> object:
-    if (request.content_length or 0) > _MAX_BODY_BYTES:
-        raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
-    body = await request.content.read(_MAX_BODY_BYTES + 1)
-    while len(body) <= _MAX_BODY_BYTES and (more := await request.content.read(_MAX_BODY_BYTES)):
-        body += more
-    if len(body) > _MAX_BODY_BYTES:
-        raise ConfigError("$", f"expected at most {_MAX_BODY_BYTES} bytes")
-    try:
-        return msgspec.json.decode(body)
-    except UNREADABLE as error:
-        raise ConfigError("$", f'expected a pod as JSON, such as {{"name": …, "url": …}}: {error}') from error
 
 
 def _name(request: web.BaseRequest) -> tuple[str, str]:

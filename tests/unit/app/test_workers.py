@@ -11,12 +11,14 @@ from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 
-from matrixinfer.app.workers import front
 from matrixinfer.app.workers.front import AdminFront
 from matrixinfer.app.workers.share import share_of
 from matrixinfer.app.workers.worker import VARIABLE, Folder, Worker, from_environment, to_environment
-from matrixinfer.config import parse
+from matrixinfer.config import LimitsConfig, parse
 from matrixinfer.errors import ConfigError, PayloadTooLarge
+from matrixinfer.gateway.body import Bodies
+from matrixinfer.prompt.memory import Memory
+from matrixinfer.telemetry.intervals import Intervals
 
 TEXT = """
 workers: 3
@@ -58,14 +60,18 @@ def test_local_limits_would_be_multiplied() -> None:
     parse(f"workers: 1\n{access}", base=Path())
 
 
-async def test_a_body_that_is_too_large_is_the_clients_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "_MAX_BODY_BYTES", 10)
-    admin = AdminFront([], asyncio.Event(), lambda: b"", never)
+async def test_a_body_that_is_too_large_is_the_clients_fault() -> None:
+    admin = front_of(LimitsConfig(max_body_bytes=10))
     body = StreamReader(BaseProtocol(asyncio.get_running_loop()), limit=64)
     body.feed_data(b"x" * 11)
     body.feed_eof()
     with pytest.raises(PayloadTooLarge):
         await admin.ask_all(make_mocked_request("POST", "/admin/pods", payload=body))
+
+
+def front_of(limits: LimitsConfig) -> AdminFront:
+    bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(1.0, lambda: 0.0))
+    return AdminFront([], asyncio.Event(), bodies, lambda: b"", never)
 
 
 async def never() -> web.StreamResponse:

@@ -14,13 +14,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from matrixinfer.app.workers.process import Answer, WorkerProcess
 from matrixinfer.dashboard.pages import HEADERS, file_routes
 from matrixinfer.dashboard.stream import Stream
-from matrixinfer.errors import InvalidRequest, PayloadTooLarge
+from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.errors import error_response
 from matrixinfer.gateway.listener import Handler, Routes
 from matrixinfer.gateway.responses import json_response
 from matrixinfer.telemetry.merged import Families, merged, parsed, rendered
 
-_MAX_BODY_BYTES = 64 * 1024 * 1024
 _Fields: TypeAlias = dict[str, msgspec.Raw]
 
 
@@ -31,6 +31,7 @@ class AdminFront:
         self,
         workers: Sequence[WorkerProcess],
         draining: asyncio.Event,
+        bodies: Bodies,
         own_metrics: Callable[[], bytes],
         reload: Callable[[], Awaitable[web.StreamResponse]],
     ) -> None:
@@ -39,6 +40,7 @@ class AdminFront:
         self.drained: set[str] = set()
         self._workers = workers
         self._draining = draining
+        self._bodies = bodies
         self._own_metrics = own_metrics
         self._reload = reload
         self._pages = Stream(self._dashboard, draining, HEADERS)
@@ -121,7 +123,9 @@ class AdminFront:
     async def ask_one(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer of one worker, which says whose it is: of `?worker=`, or of the first that is there."""
         among = self._asked_for(request.rel_url.query.get("worker"))
-        worker, answer = await self._first(among, request.method, request.rel_url.raw_path_qs, await _body(request))
+        with self._bodies.hold() as held:
+            body = await self._bodies.read(request, held, is_text=False)
+            worker, answer = await self._first(among, request.method, request.rel_url.raw_path_qs, body)
         if worker is None and len(among) == 1:
             return error_response(503, f"Worker {among[0].number} is not running now.")
         if worker is None or answer.status != 200:
@@ -155,8 +159,9 @@ class AdminFront:
 
     async def ask_all(self, request: web.BaseRequest) -> web.StreamResponse:
         """Change something at every worker. The answer is the worst of theirs."""
-        body = await _body(request)
-        answers = await self._all(request.method, request.rel_url.raw_path_qs, body)
+        with self._bodies.hold() as held:
+            body = await self._bodies.read(request, held, is_text=False)
+            answers = await self._all(request.method, request.rel_url.raw_path_qs, body)
         worst = max(answers, key=lambda each: each.status, default=None)
         if worst is None:
             return _passed_on(_nobody())
@@ -210,12 +215,3 @@ def _passed_on(answer: Answer) -> web.Response:
 def _nobody() -> Answer:
     response = error_response(503, "No worker is running now.")
     return Answer(503, response.body if isinstance(response.body, bytes) else b"", "application/json")
-
-
-async def _body(request: web.BaseRequest) -> bytes:
-    body = bytearray()
-    while chunk := await request.content.readany():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"The body is larger than {_MAX_BODY_BYTES} bytes.")
-    return bytes(body)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
@@ -31,17 +32,21 @@ from matrixinfer.app.workers.sockets import listening_sockets
 from matrixinfer.app.workers.worker import SOCKETS_PATH, Folder
 from matrixinfer.config import Config, split_address
 from matrixinfer.errors import ConfigError
+from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.guard import guarded
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.gateway.reload_admin import outcome_response
 from matrixinfer.gateway.tls import ListenerTls
+from matrixinfer.prompt.memory import Memory
 from matrixinfer.tasks import cancel_and_wait
+from matrixinfer.telemetry.intervals import Intervals
 from matrixinfer.traffic.peers.local import Hub
 
 GRACE_SECONDS: Final = 10.0
 """How much longer than `drain` allows a worker may take to end before it is killed."""
 CUT_SECONDS: Final = 10.0
 """The same after a second signal."""
+_NOTED_SECONDS: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +95,9 @@ class Supervisor:
                 on_begin=self._notifier.reloading,
                 on_end=self._notifier.ready,
             )
-            self._front = AdminFront(self.workers, self._draining, self._own_metrics, self._reload)
+            limits = share_of(self.config).limits
+            self._bodies = Bodies(limits, Memory(limits.memory_bytes), Intervals(_NOTED_SECONDS, time.monotonic))
+            self._front = AdminFront(self.workers, self._draining, self._bodies, self._own_metrics, self._reload)
             await stack.enter_async_context(self._front_listener())
             await self._all_ready()
             self._reloader = await stack.enter_async_context(reloader)
@@ -213,6 +220,7 @@ class Supervisor:
                 await self._reload_workers()
             raise
         self.config = config
+        self._bodies.reconfigure(share_of(config).limits)
 
     async def _reload_workers(self) -> None:
         answers = await asyncio.gather(*(each.ask("POST", "/admin/reload") for each in self.workers))
