@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ MAX_REMEMBERED = 4096
 """Tokens whose signatures are not checked again."""
 MAX_TOKEN_CHARS = 16 * 1024
 _MAX_NAME_CHARS = 256
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can escape and nothing can encode."""
 _MAX_SECONDS = 1e15
 """Later than that never comes, and would not fit a float."""
 
@@ -140,7 +143,7 @@ class Tokens:
 
 
 def _name(value: object, claim: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME_CHARS:
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME_CHARS or _SURROGATE.search(value):
         raise Unauthenticated(f"The token is not valid: `{claim}` is no name.")
     return value
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -172,12 +173,15 @@ class AccessLog:
             self._file.write(b"".join(map(self._line, batch)))
             self.written += len(batch)
         except OSError as error:
-            self.dropped += len(batch)
-            self._known.forget()
-            if self._may_log("failed"):
-                log.warning(
-                    "access_log_write_failed", path=self.config.path, error=error.strerror, dropped=self.dropped
-                )
+            self._lost(batch, error.strerror)
+        except Exception as error:  # noqa: BLE001  # Supervision boundary: nothing else would start the thread again.
+            self._lost(batch, type(error).__name__)
+
+    def _lost(self, batch: Sequence[AccessEntry], reason: str | None) -> None:
+        self.dropped += len(batch)
+        self._known.forget()
+        if self._may_log("failed"):
+            log.warning("access_log_write_failed", path=self.config.path, error=reason, dropped=self.dropped)
 
     def _line(self, entry: AccessEntry) -> bytes:
         if self.config.format == "text":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -138,6 +139,20 @@ async def test_what_cannot_be_written_is_counted_and_the_rest_is_whole(tmp_path:
         access_log.add(entry(3, [5, 6, 7]))
         await eventually(lambda: access_log.written == 2)
     assert [(each.id, list(each.blocks)) for each in read(path)] == [("r3", [5, 6, 7])]
+
+
+@pytest.mark.parametrize("layout", ["json", "text"])
+async def test_an_entry_that_cannot_be_written_does_not_end_the_log(
+    tmp_path: Path, layout: Literal["json", "text"]
+) -> None:
+    path = tmp_path / "access.log"
+    async with AccessLog(AccessLogConfig(path=str(path), format=layout)) as access_log:
+        bad = entry(1)
+        bad.path = "/half a \ud83d"
+        access_log.add(bad)
+        await eventually(lambda: access_log.dropped == 1)
+        access_log.add(entry(2))
+    assert (access_log.written, path.read_text().count("r1"), path.read_text().count("r2")) == (1, 0, 1)
 
 
 async def test_a_log_that_nobody_takes_holds_bounded_memory(tmp_path: Path) -> None:
