@@ -133,6 +133,21 @@ async def test_what_redis_reserves_too_late_is_given_back(valkey: servers.Server
         await eventually(is_free, pause=0.1)
 
 
+async def test_what_redis_refuses_to_settle_keeps_nobody_elses_place(valkey: servers.Server) -> None:
+    valkey.flush()
+    bad, good = caller("bad", concurrent_requests=1, input_tokens=10), caller("good", concurrent_requests=1)
+    async with gateway(valkey) as limits:
+        (first,), (second,) = [await tries(limits, each, Amounts(1, 1), 1) for each in (bad, good)]
+        limits.settle(first, Amounts(1, 2**63))  # more than Redis can add
+        limits.settle(second, Amounts(1))
+
+        async def is_free() -> bool:
+            return len(await tries(limits, good, Amounts(1), 1)) == 1
+
+        await eventually(is_free, pause=0.1)
+        await eventually(lambda: not limits.unsettled)
+
+
 async def test_a_gateway_that_ends_settles_what_has_ended(valkey: servers.Server) -> None:
     valkey.flush()
     who = caller(requests=1)

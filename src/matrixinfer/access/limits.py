@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import time
 import uuid
 from collections import defaultdict, deque
@@ -20,11 +19,12 @@ from typing import Self, TypeAlias
 import structlog
 
 from matrixinfer.access.callers import Caller
-from matrixinfer.access.quota import KINDS, NOTHING, Amounts, Ledger, Verdict, is_limited, limits_of, slice_at
+from matrixinfer.access.limit_answers import exceeded, headers_of
+from matrixinfer.access.quota import NOTHING, Amounts, Ledger, Verdict, is_limited, slice_at
 from matrixinfer.access.shared import LEASE_SECONDS, SharedLedger
-from matrixinfer.config.access import QuotaConfig
-from matrixinfer.errors import IndexUnavailable, LimitExceeded
+from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.circuit import Circuit
+from matrixinfer.index.redis.store import is_refused
 from matrixinfer.tasks import cancel_and_wait
 
 FAILURES = 3
@@ -36,16 +36,12 @@ Lookups may do without an answer; limits would be exceeded. A burst that keeps t
 """
 RENEW_SECONDS = LEASE_SECONDS / 3
 RETRY_SECONDS = 0.5
+REFUSALS = 5
+"""How often Redis may refuse to settle a request before the next one is settled."""
 MAX_UNSETTLED = 100_000
 """Requests that have ended and are not settled in Redis yet; the oldest are dropped beyond it, and stay as reserved."""
 MAX_ABANDONED = 1000
 """Reservations that nobody waits for any more, but that Redis may still make."""
-_WORDS = {
-    "requests": "requests",
-    "input_tokens": "input tokens",
-    "output_tokens": "output tokens",
-    "uncached_tokens": "uncached input tokens",
-}
 
 Reserved: TypeAlias = tuple[Verdict, int]
 """What became of a reservation, and the slice in which the request began."""
@@ -141,7 +137,7 @@ class Limits:
             found = self._ledger.reserve(caller.account, quota, amounts, now), slice_at(quota, now)
         verdict, number = found
         if verdict.refused_by is not None:
-            raise _exceeded(quota, verdict, amounts)
+            raise exceeded(quota, verdict, amounts)
         if is_shared:
             self._running[caller.account].add(request)
         return Reservation(
@@ -224,14 +220,19 @@ class Limits:
             log.warning("limits_not_shared", reason=reason, note="each gateway counts on its own until Redis answers")
 
     async def _settle_all(self, shared: SharedLedger) -> None:
+        refusals = 0
         while True:
             while self._unsettled:
                 reservation, change = self._unsettled[0]
                 try:
                     await shared.settle(reservation.account, reservation.request, reservation.number, change)
-                except IndexUnavailable:
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
+                except IndexUnavailable as error:
+                    refusals += is_refused(error)
+                    if refusals <= REFUSALS:
+                        await asyncio.sleep(RETRY_SECONDS)
+                        continue
+                    log.warning("limit_not_settled", reason=str(error), note="the request counts as it was reserved")
+                refusals = 0
                 if self._unsettled and self._unsettled[0][0] is reservation:  # else dropped meanwhile
                     self._unsettled.popleft()
             if self._is_closing:
@@ -245,52 +246,6 @@ class Limits:
             for account, requests in list(self._running.items()):
                 try:
                     await shared.renew(account, list(requests))
-                except IndexUnavailable:
-                    break
-
-
-def headers_of(quota: QuotaConfig, verdict: Verdict, amounts: Amounts) -> dict[str, str]:
-    """The rate-limit headers of an answer, once `amounts` are taken as well: limit, rest and seconds until all is free.
-
-    `tokens` is the limit of tokens of which least is left.
-    """
-    found: dict[str, str] = {}
-    tightest: tuple[int, int] | None = None
-    reset = f"{math.ceil(verdict.reset or quota.window_seconds)}s"
-    for kind, limit, used, taken in zip(KINDS, limits_of(quota), verdict.used, amounts, strict=True):
-        if limit is None:
-            continue
-        rest = max(0, limit - used - taken)
-        found |= _headers(kind.replace("_", "-"), limit, rest, reset)
-        if kind != "requests" and (tightest is None or rest < tightest[1]):
-            tightest = limit, rest
-    if tightest is not None:
-        found |= _headers("tokens", *tightest, reset)
-    return found
-
-
-def _headers(name: str, limit: int, rest: int, reset: str) -> dict[str, str]:
-    return {
-        f"x-ratelimit-limit-{name}": str(limit),
-        f"x-ratelimit-remaining-{name}": str(rest),
-        f"x-ratelimit-reset-{name}": reset,
-    }
-
-
-def _exceeded(quota: QuotaConfig, verdict: Verdict, amounts: Amounts) -> LimitExceeded:
-    kind = verdict.refused_by or ""
-    headers = headers_of(quota, verdict, NOTHING)
-    if kind == "concurrent_requests":
-        message = f"This key may have {quota.concurrent_requests} requests at a time, and has as many."
-    else:
-        position = KINDS.index(kind)
-        limit, words = limits_of(quota)[position], _WORDS[kind]
-        message = (
-            f"This key may use {limit} {words} per {quota.window_seconds:g} s, and has used {verdict.used[position]}"
-        )
-        message += f"; this request asks for {amounts[position]}." if kind != "requests" else "."
-    if verdict.retry_after is None:
-        headers["x-should-retry"] = "false"  # what official clients look at
-    else:
-        headers["retry-after"] = str(max(1, math.ceil(verdict.retry_after)))
-    return LimitExceeded(message, kind="requests" if "requests" in kind else "tokens", headers=headers)
+                except IndexUnavailable as error:
+                    if not is_refused(error):
+                        break

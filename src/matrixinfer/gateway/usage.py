@@ -35,7 +35,9 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2}|\r\r\Z")
 """An empty line. Lines end in LF, CRLF or CR; a CR at the end of the bytes at hand may be half a CRLF."""
 
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0)]
+_MOST_TOKENS = 2**31 - 1
+"""No request has more. What reports more is not believed: it would use up the limits of whoever asked."""
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=_MOST_TOKENS)]
 
 
 class _Details(msgspec.Struct):

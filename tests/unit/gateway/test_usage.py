@@ -75,6 +75,8 @@ def test_the_end_of_a_long_stream_is_enough_wherever_it_is_cut(name: str) -> Non
         compact({"usage": {"prompt_tokens": "7"}}),
         compact({"usage": {"prompt_tokens": 7.5}}),
         compact({"usage": {"prompt_tokens": -7}}),
+        compact({"usage": {"prompt_tokens": 2**31}}),
+        compact({"usage": {"prompt_tokens": 7, "completion_tokens": 2**63 - 1}}),
         compact({"usage": {"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": -1}}}),
         b'{"usage":{"prompt_tokens":7',
         b'{"usage":{"prompt_tokens":\xff}}',

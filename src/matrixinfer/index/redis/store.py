@@ -154,6 +154,11 @@ def is_wrong_type(error: object) -> bool:
     return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
+def is_refused(error: IndexUnavailable) -> bool:
+    """Whether the server has answered, and refuses this very command: it may take others."""
+    return isinstance(error.__cause__, ResponseError)
+
+
 @contextmanager
 def unavailable() -> Iterator[None]:
     """Turn the client's exceptions into `IndexUnavailable`, without the arguments of commands."""
