@@ -32,11 +32,13 @@ async def hello(request: web.BaseRequest) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def listener(config: ListenerTlsConfig) -> AsyncIterator[Listener]:
+async def listener(config: ListenerTlsConfig, *, most: int | None = None) -> AsyncIterator[Listener]:
     tls = ListenerTls(config, "$.tls")
     connections = ConnectionsConfig(head_timeout_seconds=DEADLINE_SECONDS)
     routes = {"/": {"GET": hello, "POST": hello}}
-    async with Listener(HOST, 0, routes, asyncio.Event(), connections=connections, tls=tls) as listening:
+    async with Listener(
+        HOST, 0, routes, asyncio.Event(), connections=connections, max_connections=most, tls=tls
+    ) as listening:
         yield listening
 
 
@@ -77,6 +79,46 @@ async def test_requests_come_over_tls_and_nothing_else_is_understood(made: tuple
         with pytest.raises(aiohttp.ClientError):
             await fetch(listening.url.replace("https", "http"), client_context(ca_file))
         assert await fetch(listening.url, client_context(ca_file)) == "hello"
+
+
+async def test_connections_without_a_handshake_make_room_for_others(made: tuple[trustme.CA, str, Files]) -> None:
+    _, ca_file, files = made
+    async with listener(config(files), most=3) as listening, aiohttp.ClientSession() as session:
+        context, port = client_context(ca_file), int(listening.url.rpartition(":")[2])
+        async with session.get(listening.url, ssl=context) as response:
+            assert await response.text() == "hello"
+        silent = [await asyncio.open_connection(HOST, port) for _ in range(20)]
+        assert await fetch(listening.url, context) == "hello"
+        async with session.get(listening.url, ssl=context) as response:  # on the connection that it has
+            assert await response.text() == "hello"
+        for reader, _ in silent[:17]:
+            assert await reader.read() == b""
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_no_more_connections_than_the_limit_are_served(made: tuple[trustme.CA, str, Files]) -> None:
+    _, ca_file, files = made
+    async with listener(config(files), most=2) as listening:
+        context, port = client_context(ca_file), int(listening.url.rpartition(":")[2])
+        held = [await asyncio.open_connection(HOST, port, ssl=context) for _ in range(2)]
+        reader, writer = await asyncio.open_connection(HOST, port, ssl=context)
+        assert (await reader.readline()).split()[1] == b"503"
+        for _, each in (*held, (reader, writer)):
+            each.close()
+        assert await fetch_until_it_works(listening.url, context) == "hello"
+
+
+async def fetch_until_it_works(url: str, context: ssl.SSLContext) -> str:
+    found: list[str] = []
+
+    async def works() -> bool:
+        async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as response:
+            found.append(await response.text())
+            return response.status == 200
+
+    await eventually(works)
+    return found[-1]
 
 
 async def test_the_next_handshake_uses_a_new_certificate_and_open_connections_stay(

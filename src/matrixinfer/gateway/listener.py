@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -21,6 +20,7 @@ from matrixinfer.gateway import headers
 from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.cors import Cors
 from matrixinfer.gateway.errors import error_response, response_to
+from matrixinfer.gateway.handshakes import Handshakes
 from matrixinfer.gateway.heads import ClientRequest
 from matrixinfer.gateway.sockets import ANY, BACKLOG, accept_waiting, open_for_both, refuse
 from matrixinfer.gateway.tls import ListenerTls
@@ -66,7 +66,7 @@ class Listener:
     ) -> None:
         self._bound = bound
         self._tls = tls
-        self._context: ssl.SSLContext | None = None
+        self._handshakes: Handshakes | None = None
         self._stack = AsyncExitStack()
         self._cors = cors
         self._host = host
@@ -82,9 +82,10 @@ class Listener:
 
     async def __aenter__(self) -> Self:
         """Listen. Raises `OSError` when the address is taken, and `ConfigError` when its certificate cannot be read."""
+        context = None
         if self._tls is not None:
             await self._stack.enter_async_context(self._tls)
-            self._context = self._tls.context()
+            context = self._tls.context()
         self._server = Server(
             self._serve,
             keep_alive_seconds=self._connections.keep_alive_seconds,
@@ -101,7 +102,10 @@ class Listener:
         is_local = self._bound is not None and self._bound.family == socket.AF_UNIX
         listen = loop.create_unix_server if is_local else loop.create_server
         try:
-            self._listening = await listen(self._server, backlog=BACKLOG, **where, **self._tls_options())
+            self._listening = await listen(self._server, backlog=BACKLOG, start_serving=context is None, **where)
+            if context is not None:
+                self._handshakes = Handshakes(self._server, context, self._connections.head_timeout_seconds)
+                self._handshakes.listen(self._listening)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -126,25 +130,22 @@ class Listener:
             f"{scheme}://[{self._host}]:{self._port}" if ":" in self._host else f"{scheme}://{self._host}:{self._port}"
         )
 
-    def _tls_options(self) -> dict[str, Any]:
-        """How connections are accepted: a handshake may take as long as the head of a request."""
-        if self._context is None:
-            return {}
-        return {"ssl": self._context, "ssl_handshake_timeout": self._connections.head_timeout_seconds}
-
     async def adopt(self, key: int, bound: socket.socket) -> None:
         """Accept connections of another socket as well, until `release`. No effect once it stops."""
         if self._server is None or key in self._adopted:
             bound.close()
             return
         loop = asyncio.get_running_loop()
-        self._adopted[key] = await loop.create_server(self._server, sock=bound, backlog=BACKLOG, **self._tls_options())
+        adopted = await loop.create_server(self._server, sock=bound, backlog=BACKLOG, start_serving=self._tls is None)
+        self._adopted[key] = adopted
+        if self._handshakes is not None:
+            self._handshakes.listen(adopted)
 
     def release(self, key: int) -> None:
         """Leave further connections of an adopted socket to others."""
         adopted = self._adopted.pop(key, None)
         if adopted is not None:
-            adopted.close()
+            self._leave(adopted)
 
     async def stop(self, grace: float) -> None:
         """Stop accepting, close idle connections now and busy ones after their answer, at most `grace` seconds later."""
@@ -158,7 +159,7 @@ class Listener:
         waiting = accept_waiting(listening)
         if self._bound is not None:
             refuse(listening)
-        listening.close()
+        self._leave(listening)
         loop = asyncio.get_running_loop()
         await self._accept(server, waiting, min(grace, _BEGIN_SECONDS))
         ends = loop.time() + grace
@@ -168,22 +169,22 @@ class Listener:
             group.create_task(server.shutdown(grace + CANCEL_SECONDS))
             group.create_task(self._finish(ends))
 
+    def _leave(self, listening: asyncio.Server) -> None:
+        """Accept no more connections there."""
+        if self._handshakes is not None:
+            self._handshakes.leave(listening)
+        listening.close()
+
     async def _accept(self, server: Server, waiting: Sequence[socket.socket], seconds: float) -> None:
-        """Accept connections, of which those with TLS get so many seconds for their handshakes."""
+        """Accept connections. Those with TLS get so many seconds for their handshakes."""
         loop = asyncio.get_running_loop()
-        if self._context is None:
-            for connection in waiting:
+        for connection in waiting:
+            if self._handshakes is None:
                 await loop.connect_accepted_socket(server, connection)
-            return
-        tasks = [
-            asyncio.create_task(loop.connect_accepted_socket(server, connection, **self._tls_options()))
-            for connection in waiting
-        ]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            else:
+                self._handshakes.take(connection)
+        if self._handshakes is not None:
+            await self._handshakes.finish(seconds)
 
     async def _finish(self, ends: float) -> None:
         loop = asyncio.get_running_loop()
