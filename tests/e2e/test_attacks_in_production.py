@@ -20,7 +20,7 @@ from .fault_world import Front, Load, World, assert_none_lost, fault_world
 from .production import ALIAS, KEYS, TENANTS, WORKERS, production
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
-CONCURRENT, PLACES = 16, 4
+CONCURRENT, PLACES, CONNECTIONS = 16, 4, 80
 LEASE_SECONDS = 60
 """After which what a dead gateway held in Redis is free again: what is given back is free long before."""
 SECRET = "hunter2"
@@ -36,8 +36,9 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def world(folder: Path, valkey: servers.Server) -> AsyncIterator[World]:
     valkey.flush()
     settings = production(folder, redis=valkey.port, places=PLACES, concurrent=CONCURRENT)
+    config = {**settings.config, "connections": {"max": CONNECTIONS}}
     front = Front(
-        more="\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.config.items()),
+        more="\n".join(f"{key}: {json.dumps(value)}" for key, value in config.items()),
         context=settings.context,
         keys=settings.keys,
         model=ALIAS,
@@ -142,6 +143,26 @@ def descriptors(world: World) -> int:
     main = world.process.pid
     children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
     return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (main, *children))
+
+
+async def test_who_connects_and_says_nothing_keeps_nobody_out(world: World) -> None:
+    before = descriptors(world)
+    host, port = world.gateway.removeprefix("https://").split(":")
+    silent = [await asyncio.open_connection(host, int(port)) for _ in range(3 * CONNECTIONS)]
+    load = Load()
+
+    async def ask() -> None:
+        async with world.connection() as session:
+            await world.ask(load, stream=True, session=session)
+
+    try:
+        await asyncio.gather(*(ask() for _ in range(CONCURRENT)))
+        assert descriptors(world) <= before + CONNECTIONS + CONCURRENT
+    finally:
+        for _, writer in silent:
+            writer.close()
+    assert load.failed == []
+    assert_none_lost(load)
 
 
 async def test_no_log_repeats_what_clients_sent(world: World, folder: Path) -> None:
