@@ -1,4 +1,4 @@
-"""Clients that mean no good, with everything on: TLS, two workers, keys, limits, salts, a queue, routes and logs.
+"""Clients that mean no good, with everything on: TLS, two workers, keys, limits, salts, a queue, routes, logs and traces.
 
 Whatever they do, they keep nothing: no place, no limit, no connection. And no log repeats what they sent.
 """
@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests import servers
+from tests.ports import free_port
 from tests.waiting import eventually
 
 from .fault_world import Front, Load, World, assert_none_lost, fault_world
@@ -36,7 +37,12 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def world(folder: Path, valkey: servers.Server) -> AsyncIterator[World]:
     valkey.flush()
     settings = production(folder, redis=valkey.port, places=PLACES, concurrent=CONCURRENT)
-    config = {**settings.config, "connections": {"max": CONNECTIONS}}
+    nobody = f"http://127.0.0.1:{free_port()}"
+    config = {
+        **settings.config,
+        "connections": {"max": CONNECTIONS},
+        "tracing": {"enabled": True, "endpoint": nobody, "intervalSeconds": 0.2},
+    }
     front = Front(
         more="\n".join(f"{key}: {json.dumps(value)}" for key, value in config.items()),
         context=settings.context,
