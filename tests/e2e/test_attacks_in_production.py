@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,14 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("attacks")
 
 
+@pytest.fixture(scope="module")
+def valkey(folder: Path) -> Iterator[servers.Server]:
+    with servers.server(folder / "valkey") as server:
+        yield server
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(folder: Path, valkey: servers.Server) -> AsyncIterator[World]:
-    valkey.flush()
     settings = production(folder, redis=valkey.port, places=PLACES, concurrent=CONCURRENT)
     nobody = f"http://127.0.0.1:{free_port()}"
     config = {
@@ -149,6 +155,49 @@ def descriptors(world: World) -> int:
     main = world.process.pid
     children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
     return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (main, *children))
+
+
+@pytest.mark.parametrize("fault", ["freeze", "kill", "replica"])
+async def test_a_lost_redis_costs_no_request(world: World, valkey: servers.Server, fault: str) -> None:
+    async def more(count: int) -> None:
+        wanted = len(load.answered) + count
+        await eventually(lambda: len(load.answered) > wanted, pause=0.05)
+
+    async def counts_together() -> bool:
+        return not await world.metric("matrixinfer_limits_degraded ")
+
+    async with world.loaded(2 * PLACES, stream=None) as load:
+        await more(20)
+        with broken(valkey, fault):
+            await eventually(lambda: is_not(counts_together()), pause=0.05)
+            await more(50)
+        await eventually(counts_together, pause=0.05)
+        await more(20)
+    assert load.failed == []
+    assert_none_lost(load)
+    if fault != "freeze":  # what it had read before it froze ends with its lease
+        async with asyncio.timeout(LEASE_SECONDS / 2):
+            await eventually(lambda: nothing_is_held(world, valkey), pause=0.05)
+
+
+@contextmanager
+def broken(valkey: servers.Server, fault: str) -> Iterator[None]:
+    """A server that does not answer, is gone, or takes no writes."""
+    if fault == "replica":
+        with valkey.client() as client:
+            client.replicaof("127.0.0.1", free_port())
+            yield
+            client.replicaof("no", "one")
+        return
+    valkey.freeze() if fault == "freeze" else valkey.kill()
+    try:
+        yield
+    finally:
+        valkey.thaw() if fault == "freeze" else valkey.start()
+
+
+async def is_not(answer: Awaitable[bool]) -> bool:
+    return not await answer
 
 
 async def test_who_connects_and_says_nothing_keeps_nobody_out(world: World) -> None:

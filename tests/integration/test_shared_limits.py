@@ -21,6 +21,7 @@ from matrixinfer.index.redis.store import Store
 from tests import servers
 from tests.integration.access_support import Engine, key_file
 from tests.integration.access_support import gateway as served
+from tests.ports import free_port
 from tests.waiting import DEADLINE_SECONDS, eventually
 
 pytestmark = pytest.mark.server
@@ -146,6 +147,26 @@ async def test_what_redis_refuses_to_settle_keeps_nobody_elses_place(valkey: ser
 
         await eventually(is_free, pause=0.1)
         await eventually(lambda: not limits.unsettled)
+
+
+async def test_what_a_replica_does_not_take_is_settled_when_it_takes_writes_again(
+    valkey: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valkey.flush()
+    monkeypatch.setattr(limits_module, "RETRY_SECONDS", 0.01)
+    who = caller(concurrent_requests=1)
+    async with gateway(valkey) as limits:
+        (taken,) = await tries(limits, who, Amounts(1), 1)
+        with valkey.client() as client:
+            client.replicaof("127.0.0.1", free_port())
+            try:
+                limits.settle(taken, NOTHING)
+                await asyncio.sleep(0.5)  # long enough for many refusals
+                assert limits.unsettled == 1
+            finally:
+                client.replicaof("no", "one")
+        await eventually(lambda: not limits.unsettled)
+        assert len(await tries(limits, who, Amounts(1), 1)) == 1
 
 
 async def test_a_gateway_that_ends_settles_what_has_ended(valkey: servers.Server) -> None:

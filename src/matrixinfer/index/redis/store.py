@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -32,6 +33,8 @@ T = TypeVar("T")
 Client = Redis | RedisCluster
 
 
+_STATE = re.compile("(?!ERR |WRONGTYPE )[A-Z]{3,} ")
+"""Begins errors that are about the server, such as `BUSY` and `MISCONF`; those that have a class are, too."""
 _REFUSALS = ("unknown command", "acl failure", "can't run this command", "noperm")
 """Parts of errors that mean that this user, or this server, does not run a script or a command in it."""
 
@@ -155,8 +158,9 @@ def is_wrong_type(error: object) -> bool:
 
 
 def is_refused(error: IndexUnavailable) -> bool:
-    """Whether the server has answered, and refuses this very command: it may take others."""
-    return isinstance(error.__cause__, ResponseError)
+    """Whether the server has answered, and refuses this very command. It may take others, unlike a replica or a full one."""
+    cause = error.__cause__
+    return type(cause) is ResponseError and _STATE.match(str(cause)) is None
 
 
 @contextmanager
