@@ -46,7 +46,8 @@ class Reach:
         if block in forest.cut:
             forest.cut.discard(block)
         else:
-            for below, position, child in forest.below(block):
+            # The last ones first: a shared index is written in several steps, and no block may be left without its parent.
+            for below, position, child in reversed([*forest.below(block)]):
                 forest.cut.add(child)
                 self._unsupport(forest, below, position, position + 1)
                 if self._rules.rule is not None:
