@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
@@ -16,11 +18,13 @@ from yarl import URL
 
 from matrixinfer.app.workers.front import AdminFront
 from matrixinfer.app.workers.process import Answer, WorkerProcess
+from matrixinfer.app.workers.worker import Folder, MergedMetrics, Worker
 from matrixinfer.config import LimitsConfig
 from matrixinfer.gateway.body import Bodies
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.telemetry.intervals import Intervals
+from tests.waiting import eventually
 
 Call = Callable[[str, str], Awaitable[None]]
 
@@ -111,3 +115,37 @@ async def test_bodies_have_no_more_memory_than_they_may() -> None:
     ):
         assert response.status == 413, await response.text()
     assert worker.asked == []
+
+
+async def test_many_who_ask_for_the_metrics_of_all_workers_ask_the_supervisor_once(tmp_path: Path) -> None:
+    asked = 0
+    may_answer = asyncio.Event()
+
+    async def metrics(_: web.BaseRequest) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        await may_answer.wait()
+        return web.Response(text=f"answers {asked}")
+
+    folder = Folder(path=tmp_path)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound.bind(str(folder.front))
+    merged = MergedMetrics(Worker(number=1, listens=(), alive=0, folder=folder))
+    supervisor = Listener("front", 0, {"/metrics": {"GET": metrics}}, asyncio.Event(), bound=bound)
+    worker = Listener("127.0.0.1", 0, {"/metrics": {"GET": merged.expose}}, asyncio.Event())
+    async with supervisor, worker, aiohttp.ClientSession() as client:
+
+        async def scrape() -> str:
+            async with client.get(f"{worker.url}/metrics") as response:
+                return await response.text()
+
+        first = asyncio.create_task(scrape())
+        await eventually(lambda: asked == 1)
+        others = [asyncio.create_task(scrape()) for _ in range(20)]
+        gone = asyncio.create_task(scrape())
+        await asyncio.sleep(0.1)
+        gone.cancel()
+        may_answer.set()
+        assert await first == "answers 1"
+        assert await asyncio.gather(*others) == ["answers 2"] * 20
+        assert await scrape() == "answers 3"

@@ -165,13 +165,32 @@ class Sockets:
 
 
 class MergedMetrics:
-    """Answers `/metrics` at a worker's API with those of all workers."""
+    """Answers `/metrics` at a worker's API with those of all workers.
+
+    To merge them is work for the supervisor, and anybody may ask: those who ask meanwhile get the next answer together.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._path = str(worker.folder.front)
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[tuple[bytes, str] | None] | None = None
 
     async def expose(self, _: web.BaseRequest) -> web.StreamResponse:
         """Prometheus metrics."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._in_turn(), name="merged metrics")
+        found = await asyncio.shield(self._next)
+        if found is None:
+            return error_response(503, "The metrics of all workers cannot be read now.")
+        body, content_type = found
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _in_turn(self) -> tuple[bytes, str] | None:
+        async with self._turn:
+            self._next = None  # who asks from now on wants later ones
+            return await self._ask()
+
+    async def _ask(self) -> tuple[bytes, str] | None:
         with suppress(aiohttp.ClientError, OSError):
             connector = aiohttp.UnixConnector(self._path)
             timeout = aiohttp.ClientTimeout(total=MERGED_SECONDS)
@@ -180,6 +199,5 @@ class MergedMetrics:
                 session.get("http://front/metrics") as answer,
             ):
                 if answer.status == 200:
-                    headers = {"Content-Type": answer.headers["Content-Type"]}
-                    return web.Response(body=await answer.read(), headers=headers)
-        return error_response(503, "The metrics of all workers cannot be read now.")
+                    return await answer.read(), answer.headers["Content-Type"]
+        return None
