@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from aiohttp import web
 
 from matrixinfer.config import ConnectionsConfig, ListenerTlsConfig
 from matrixinfer.errors import ConfigError
+from matrixinfer.gateway import handshakes
 from matrixinfer.gateway.listener import Listener
 from matrixinfer.gateway.tls import ListenerTls
 from tests.tls import Files, authority, client_context, encrypt, put
@@ -95,6 +97,24 @@ async def test_connections_without_a_handshake_make_room_for_others(made: tuple[
             assert await reader.read() == b""
         for _, writer in silent:
             writer.close()
+
+
+async def test_where_the_system_can_make_no_connection_one_is_made_later(
+    made: tuple[trustme.CA, str, Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ca_file, files = made
+    accept, failures = socket.socket.accept, iter([OSError(errno.EMFILE, "none is free"), ConnectionAbortedError()])
+
+    def accepted(listening: socket.socket) -> Any:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        return accept(listening)
+
+    monkeypatch.setattr(handshakes, "_REST_SECONDS", 0.01)
+    monkeypatch.setattr(socket.socket, "accept", accepted)
+    async with listener(config(files)) as listening:
+        assert await fetch(listening.url, client_context(ca_file)) == "hello"
+    assert next(failures, None) is None
 
 
 async def test_no_more_connections_than_the_limit_are_served(made: tuple[trustme.CA, str, Files]) -> None:
