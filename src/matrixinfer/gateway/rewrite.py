@@ -12,11 +12,8 @@ from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt import opaque
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.fields import decode
+from matrixinfer.prompt.fields import top_level
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
-
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
 
 _ASKED = b'{"include_usage":true}'
 _RANK_FIELDS = ("routed_dp_rank", "data_parallel_rank")
@@ -75,7 +72,7 @@ class BodyRewriter:
         if may_add and name == prompt.model and b"stream_options" not in body:
             return PodBody(pin_rank(_with_field(body, "stream_options", _ASKED), pinned), adds_usage=True)
         try:
-            fields = decode(_FIELDS, body)
+            fields = top_level(body)
         except InvalidRequest:
             if name != asked:
                 raise
@@ -113,7 +110,7 @@ def pin_rank(body: bytes, rank: int | None) -> bytes:
         return body
     if any(field.encode() in body for field in _RANK_FIELDS):
         with suppress(InvalidRequest):
-            fields = decode(_FIELDS, body)
+            fields = top_level(body)
             body = msgspec.json.encode({key: value for key, value in fields.items() if key not in _RANK_FIELDS})
     return b'%b,"%b":%d}' % (body.rstrip(b" \t\r\n")[:-1], _RANK_FIELDS[0].encode(), rank)
 
@@ -126,7 +123,7 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw | None:
     given: dict[str, msgspec.Raw] = {}
     try:
         if options is not None and bytes(options) != b"null":
-            given = decode(_FIELDS, options)
+            given = top_level(bytes(options))
         asked = msgspec.json.decode(given.get("include_usage", b"null"))
     except (InvalidRequest, *UNREADABLE):
         return None

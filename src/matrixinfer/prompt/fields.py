@@ -108,6 +108,19 @@ def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | Non
         raise InvalidRequest(f"the body is not valid JSON: {error}", param=param) from error
 
 
+MOST_FIELDS = 1_000_000
+"""Of a body's JSON, at any depth, as far as colons count them. The fields of more are not taken apart: they would take more
+memory than a request may."""
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+
+
+def top_level(body: bytes) -> dict[str, Raw]:
+    """The fields of a JSON object. Raises `InvalidRequest`."""
+    if body.count(b":") > MOST_FIELDS:
+        raise InvalidRequest("the body has too many fields to change one")
+    return decode(_FIELDS, body)
+
+
 def messages(data: Raw) -> list[Object]:
     """Decode the field `messages`. Raises `InvalidRequest`.
 

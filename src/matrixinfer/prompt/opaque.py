@@ -10,12 +10,12 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from matrixinfer.errors import UNREADABLE
+from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt import forms
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.fields import top_level
 
 _MAX_NAME = 1024
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _URLENCODED = "application/x-www-form-urlencoded"
 
 
@@ -65,8 +65,8 @@ def with_model(body: bytes, model: str) -> bytes:
     if body.startswith(b"--"):
         return forms.with_field(body, "model", model)
     try:
-        fields = _FIELDS.decode(body)
-    except UNREADABLE:
+        fields = top_level(body)
+    except InvalidRequest:
         return body
     if "model" not in fields:
         return body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -9,11 +10,10 @@ import msgspec
 from matrixinfer.errors import InvalidRequest, NoPodAvailable
 from matrixinfer.pods.registry import Pod
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.fields import decode
+from matrixinfer.prompt.fields import decode, top_level
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.responses import RESPONSES_PATH
 
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ANY = msgspec.json.Decoder(object)
 _FIELD = "cache_salt"
 _SGLANG_PATHS = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH))
@@ -26,26 +26,52 @@ _PAST_THE_SALT = frozenset(
 """Fields that name blocks, media or sessions in an engine, which the salt does not tell apart."""
 
 
+_ABSENT = msgspec.Raw()
+_UUID = re.compile(rb'(?:u|\\u0075){2}(?:i|\\u0069)(?:d|\\u0064)"')
+_LONGEST_UUID = 25
+_PIECE = 256 * 1024
+_MOST_PARTS = 1_000_000
+"""Of a body's JSON. More are not decoded: they would take more memory than a request may."""
+
+
+class _Told(msgspec.Struct):
+    """The fields that matter here, empty where they are not there. All others are skipped."""
+
+    kv_transfer_params: msgspec.Raw = _ABSENT
+    ec_transfer_params: msgspec.Raw = _ABSENT
+    features: msgspec.Raw = _ABSENT
+    bootstrap_host: msgspec.Raw = _ABSENT
+    bootstrap_room: msgspec.Raw = _ABSENT
+    session_params: msgspec.Raw = _ABSENT
+    messages: msgspec.Raw = _ABSENT
+    cache_salt: msgspec.Raw = _ABSENT
+    request_id: msgspec.Raw = _ABSENT
+
+
+_TOLD = msgspec.json.Decoder(_Told)
+
+
 def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
     """The prompt with this salt, and the body with it in place of the client's own.
 
     Raises `InvalidRequest` if the request asks for what an engine has computed for somebody else, past the salt.
     """
-    fields = decode(_FIELDS, body)
-    for name in _PAST_THE_SALT & fields.keys():
-        if bytes(fields[name]) != b"null":
+    told = decode(_TOLD, body)
+    for name in _PAST_THE_SALT:
+        if bytes(getattr(told, name)) not in (b"", b"null"):
             raise InvalidRequest(f"`{name}` cannot be used where tenants are kept apart.", param=name)
-    if _names_media(fields.get("messages")):
+    if _names_media(told.messages):
         raise InvalidRequest("`uuid` of media cannot be used where tenants are kept apart.", param="messages")
     dropped = {_FIELD, "request_id"} if prompt.path == RESPONSES_PATH else {_FIELD}
-    if dropped & fields.keys():
-        body = msgspec.json.encode({key: value for key, value in fields.items() if key not in dropped})
+    if any(bytes(getattr(told, name)) for name in dropped):
+        kept = {key: value for key, value in top_level(body).items() if key not in dropped}
+        body = msgspec.json.encode(kept)
     return msgspec.structs.replace(prompt, cache_salt=salt), _with_field(body, _FIELD, salt)
 
 
 def owned(body: bytes, response_id: str | None) -> bytes:
     """The body of a request that makes a response, with the id that this shall have. One of the client's choice stays."""
-    if response_id is None or (b"request_id" in body and "request_id" in decode(_FIELDS, body)):
+    if response_id is None or (b"request_id" in body and bytes(decode(_TOLD, body).request_id)):
         return body
     return _with_field(body, "request_id", response_id)
 
@@ -57,13 +83,16 @@ def _with_field(body: bytes, field: str, value: object) -> bytes:
     return b'%b%b"%b":%b}' % (head, comma, field.encode(), msgspec.json.encode(value))
 
 
-def _names_media(messages: msgspec.Raw | None) -> bool:
+def _names_media(messages: msgspec.Raw) -> bool:
     """Whether messages, or lists of them, name media by ids of the client's choice: vLLM caches it under them for everybody.
 
-    Raises `InvalidRequest` if that cannot be read.
+    Messages that have such a word, and too many parts to look at, count as if they did. Raises `InvalidRequest` if they
+    cannot be read.
     """
-    if messages is None or not any(part in bytes(messages) for part in (b"uuid", b"\\u")):  # keys may be escaped
+    if not _may_name(text := bytes(messages)):
         return False
+    if sum(map(text.count, (b"{", b"[", b","))) > _MOST_PARTS:
+        return True
     found = [decode(_ANY, messages, "messages")]
     while found:
         each = found.pop()
@@ -74,6 +103,14 @@ def _names_media(messages: msgspec.Raw | None) -> bool:
                 return True
             found.append(each.get("content"))
     return False
+
+
+def _may_name(text: bytes) -> bool:
+    """Whether a string of this JSON ends in `uuid`, piece by piece, so that other threads can run in between."""
+    if b"\\u" not in text:  # nothing is escaped
+        return b'uuid"' in text
+    starts = range(0, len(text), _PIECE)
+    return any(_UUID.search(text, start, start + _PIECE + _LONGEST_UUID) is not None for start in starts)
 
 
 def isolating(pods: Sequence[Pod], path: str) -> list[Pod]:
@@ -98,5 +135,5 @@ def is_salted(prompt: Prompt, body: bytes) -> bool:
         return True
     if prompt.response_id is not None or prompt.path in _TOKENIZING or not body or body.startswith(b"--"):
         return False
-    decode(_FIELDS, body)
+    decode(_TOLD, body)
     return True

@@ -15,6 +15,7 @@ from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
 from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import PodRegistry, ServedNames
+from matrixinfer.prompt import fields
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.requests import parse
 
@@ -166,3 +167,13 @@ def test_usage_is_asked_for_where_no_model_is_named_as_well() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_a_body_of_too_many_fields_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fields, "MOST_FIELDS", 5)
+    body = request(stream=True, stream_options={}, a=1, b=2)
+    assert rewrite(body, adds_usage=True) == PodBody(body, adds_usage=False)
+    pinned = rewrite(request(a=1, b=2, c=3, routed_dp_rank=7), engine="sglang", rank=9).bytes
+    assert json.loads(pinned)["routed_dp_rank"] == 1
+    with pytest.raises(InvalidRequest, match="too many fields"):
+        rewrite(request(model="nice", a=1, b=2, c=3, d=4))
