@@ -1,0 +1,221 @@
+"""Engines get the token ids that the gateway has made, where that has been shown to change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from matrixinfer.blocks import TokenIds
+from matrixinfer.config import TokenizationConfig
+from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.sim.config import SimEngineConfig
+from matrixinfer.sim.handlers import EngineHandlers
+from matrixinfer.sim.model import Timing
+from matrixinfer.sim.server import SimEngine
+from matrixinfer.trust import parity, sampling
+from matrixinfer.trust.parity import RUN
+from tests.virtual_time import VirtualTimeLoop
+from tests.waiting import eventually
+
+from .fleet import Fleet, gateway
+
+pytestmark = pytest.mark.virtual_time
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+VLLM = SimEngineConfig(
+    model="m", block_size=16, num_blocks=5_000, timing=Timing(step=0.0005, prefill_token=0, decode_sequence=0)
+)
+SGLANG = replace(VLLM, flavor="sglang", cache_report=True)
+GRACE = 0.1
+SENDS = TokenizationConfig(send_ids="when_verified")
+Json = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_GRACE_SECONDS", GRACE)
+
+
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What engines have tokenized: chats and texts."""
+    found: list[str] = []
+    encode = EngineHandlers._encode  # noqa: SLF001 - there is nothing else to see it by
+
+    def seen(self: EngineHandlers, chat: Any, text: str | None, *, add_special_tokens: bool) -> TokenIds:
+        found.append("text" if chat is None else "chat")
+        return encode(self, chat, text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(EngineHandlers, "_encode", seen)
+    return found
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A gateway that is to send token ids."""
+
+    fleet: Fleet
+    path: str
+
+    def body(self, number: object, **more: Any) -> Json:
+        text = f"{number}: " + "The river is long and old, and it flows to the sea. " * 20
+        prompt = {"prompt": text} if self.path == COMPLETIONS else {"messages": [{"role": "user", "content": text}]}
+        return {"model": "m", "max_tokens": 4, **prompt, **more}
+
+    async def sent_ids(self, number: object, **more: Any) -> bool:
+        """Send a request, and say whether the engine got token ids. Its answer must be that of the engine itself."""
+        body = self.body(number, **more)
+        answer, pod = await self.fleet.post(self.path, body)
+        direct, _ = await self.fleet.post(self.path, body, to=self.fleet.engines[int(str(pod)[-1])].url)
+        assert answer["choices"] == direct["choices"]
+        assert answer["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
+        record = next(self.fleet.service.state.decisions.newest())
+        await asyncio.sleep(2 * GRACE)
+        self.fleet.service.state.parity.sampling.settle()
+        return record.sent_ids
+
+    async def until_sent(self) -> int:
+        """How many requests went as they came before the first one that carried token ids."""
+        for number in range(200):
+            if await self.sent_ids(f"first {number}"):
+                return number
+        raise AssertionError("no request carried token ids")
+
+    async def metric(self, series: str) -> float:
+        return await self.fleet.metric(series)
+
+
+@asynccontextmanager
+async def sending(
+    loop: VirtualTimeLoop,
+    tokenizer: LocalTokenizer,
+    engine: SimEngineConfig,
+    *,
+    path: str = CHAT,
+    pods: int = 1,
+    settings: TokenizationConfig = SENDS,
+    chat_template: str = "chatml",
+) -> AsyncIterator[Sender]:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
+        fleet = await stack.enter_async_context(gateway(engines, tokenization=settings, chat_template=chat_template))
+        await eventually(fleet.is_settled)
+        with loop.hold_while(lambda: not fleet.is_settled()):
+            yield Sender(fleet, path)
+
+
+@pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=["vllm", "sglang"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "text"])
+async def test_plain_prompts_carry_ids_once_the_engine_is_known_to_honour_them(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, engine: SimEngineConfig, path: str
+) -> None:
+    async with sending(loop, tokenizer, engine, path=path) as target:
+        before = await target.until_sent()
+        assert before >= RUN, "the engine's events must have shown the ids first"
+        results = [await target.sent_ids(f"later {number}") for number in range(40)]
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 1
+        sent = await target.metric('matrixinfer_token_ids_sent_total{pod="pod-0"}')
+    assert 30 <= sum(results) < 40, "some go as they came, to prove the ids"
+    assert sent == sum(results) + 1
+
+
+async def test_the_engine_tokenizes_only_what_comes_without_ids(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tokenized: list[str]
+) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        before, sent = len(tokenized), 0
+        for number in range(20):
+            sent += await target.sent_ids(f"later {number}")
+    assert len(tokenized) - before == 20 + (20 - sent)  # each is also sent to the engine directly, as it came
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "The river is long. " * 40}]}]},
+        {"reasoning_effort": "low"},
+        {"logprobs": True},
+        {"truncate_prompt_tokens": 20},
+    ],
+    ids=["tools", "parts", "reasoning", "logprobs", "truncated"],
+)
+async def test_other_requests_go_as_they_came(loop: VirtualTimeLoop, tokenizer: LocalTokenizer, more: Json) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        body = target.body("other", **more)
+        for _ in range(3):
+            await target.fleet.post(CHAT, body)
+            assert not next(target.fleet.service.state.decisions.newest()).sent_ids
+
+
+@pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=["vllm", "sglang"])
+async def test_an_engine_that_ignores_ids_never_gets_any(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, engine: SimEngineConfig
+) -> None:
+    async with sending(loop, tokenizer, replace(engine, takes_ids=False)) as target:
+        assert not any([await target.sent_ids(number) for number in range(40)])
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="ignored"}') == 1
+
+
+async def test_ids_that_differ_from_the_engines_are_never_sent(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tmp_path: Any
+) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}!{% endfor %}", encoding="utf-8")
+    async with sending(loop, tokenizer, VLLM, chat_template=str(template)) as target:
+        assert not any([await target.sent_ids(number) for number in range(30)])
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 0
+
+
+async def test_an_engine_that_has_restarted_is_asked_again(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        (pod,) = target.fleet.service.engines.registry.pods
+        target.fleet.engines[0].restart()
+        await eventually(lambda: pod.restarts == 1)
+        assert not await target.sent_ids("after")
+        await asyncio.sleep(60)
+        await target.until_sent()
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 2
+
+
+async def test_each_pod_must_show_the_ids_itself(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:
+    async with sending(loop, tokenizer, VLLM, pods=2) as target:
+        for number in range(60):
+            await target.sent_ids(number)
+        for name in ("pod-0", "pod-1"):
+            assert await target.metric(f'matrixinfer_token_ids_sent_total{{pod="{name}"}}') > 0
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 2
+
+
+async def test_nothing_is_sent_or_asked_by_default(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, tokenized: list[str]
+) -> None:
+    assert TokenizationConfig().send_ids == "never"
+    async with sending(loop, tokenizer, VLLM, settings=TokenizationConfig()) as target:
+        assert not any([await target.sent_ids(number) for number in range(20)])
+        assert tokenized == ["chat"] * 40
+
+
+async def test_the_canary_goes_on(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "SAMPLED_EVERY", 4)
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        series = 'matrixinfer_tokenizer_parity_total{check="events",class="chat",model="m",result="agreed"}'
+        usage = series.replace("events", "usage")
+        before = await target.metric(series), await target.metric(usage)
+        results = [await target.sent_ids(f"later {number}") for number in range(20)]
+        after = await target.metric(series), await target.metric(usage)
+    plain = len(results) - sum(results)
+    assert 4 <= plain <= 6
+    assert after[1] - before[1] == plain, "an engine that was given the ids counts them, which proves nothing"
+    assert after[0] - before[0] >= plain - 1
