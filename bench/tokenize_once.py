@@ -27,6 +27,8 @@ from tests.vllm.target import CHAT, COMPLETIONS, Target, gateway
 
 from bench import report
 from bench.measure import Figure
+from matrixinfer.config import LogConfig
+from matrixinfer.telemetry.log import configure
 
 _SIZES = {"16 KiB": 16 * 1024, "64 KiB": 64 * 1024}
 _PATHS = {"chat": CHAT, "text": COMPLETIONS}
@@ -169,6 +171,7 @@ def main() -> None:
     parser.add_argument("--vllm-dir", type=Path, default=Path(".vllm"), help="where it is installed")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
+    configure(LogConfig(level="error"))
     figures = asyncio.run(_run(args.vllm_dir.resolve(), args.vllm))
     report.publish({"tokenize once": list(figures)}, RESULTS, as_json=args.json)
 

@@ -12,11 +12,14 @@ import pytest
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.config import TokenizationConfig
+from matrixinfer.errors import InvalidRequest
+from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
-from matrixinfer.sim.handlers import EngineHandlers
+from matrixinfer.sim.handlers import EngineHandlers, EnginePrompt
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
+from matrixinfer.sim.vllm_handlers import VllmHandlers
 from matrixinfer.trust import parity, sampling
 from matrixinfer.trust.parity import RUN
 from tests.virtual_time import VirtualTimeLoop
@@ -61,6 +64,8 @@ class Sender:
 
     fleet: Fleet
     path: str
+    unheld: list[str]
+    """Not empty while the clock does not wait for the engines' events."""
 
     def body(self, number: object, **more: Any) -> Json:
         text = f"{number}: " + "The river is long and old, and it flows to the sea. " * 20
@@ -105,8 +110,9 @@ async def sending(
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
         fleet = await stack.enter_async_context(gateway(engines, tokenization=settings, chat_template=chat_template))
         await eventually(fleet.is_settled)
-        with loop.hold_while(lambda: not fleet.is_settled()):
-            yield Sender(fleet, path)
+        unheld: list[str] = []
+        with loop.hold_while(lambda: not unheld and not fleet.is_settled()):
+            yield Sender(fleet, path, unheld)
 
 
 @pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=["vllm", "sglang"])
@@ -178,12 +184,49 @@ async def test_an_engine_that_has_restarted_is_asked_again(loop: VirtualTimeLoop
     async with sending(loop, tokenizer, VLLM) as target:
         await target.until_sent()
         (pod,) = target.fleet.service.engines.registry.pods
+        target.unheld.append("what a new engine has published is known only with its first event")
         target.fleet.engines[0].restart()
         await eventually(lambda: pod.restarts == 1)
         assert not await target.sent_ids("after")
+        await eventually(target.fleet.is_settled)
+        target.unheld.clear()
         await asyncio.sleep(60)
         await target.until_sent()
         assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 2
+
+
+async def test_an_engine_that_refuses_a_request_gets_it_as_it_came_and_no_more_ids(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        read = VllmHandlers.read
+
+        def refusing(self: VllmHandlers, prompt: Prompt, body: bytes) -> EnginePrompt:
+            if b"prompt_token_ids" in body:
+                raise InvalidRequest("no ids today", param="kv_transfer_params")
+            return read(self, prompt, body)
+
+        monkeypatch.setattr(VllmHandlers, "read", refusing)
+        assert not any([await target.sent_ids(f"later {number}") for number in range(10)])
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="refused"}') == 1
+
+
+async def test_a_malformed_request_gets_the_engines_own_words_and_proves_nothing(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        for number in range(5):
+            body = target.body(f"malformed {number}", n=1000)
+            answers = []
+            for url in (target.fleet.url, target.fleet.engines[0].url):
+                async with target.fleet.session.post(url + CHAT, json=body) as response:
+                    answers.append((response.status, await response.json()))
+            assert answers[0] == answers[1]
+            assert answers[0][0] == 400
+        assert any([await target.sent_ids(f"later {number}") for number in range(3)])
+        assert await target.metric('matrixinfer_token_ids_probes_total{result="refused"}') == 0
 
 
 async def test_each_pod_must_show_the_ids_itself(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:

@@ -259,7 +259,7 @@ class TokenizationConfig(Section, frozen=True):
         described(
             "Whether engines get the token ids of plain prompts with the request, so that they need not render and tokenize "
             "them again. `when_verified`: where an engine's events have shown that our ids are its own, and it has answered "
-            "a short question the same way with token ids as without; see [Tokenize once](tokenization.md#tokenize-once)."
+            "a short question the same way with token ids as without."
         ),
     ] = "never"
     wait_milliseconds: Annotated[
