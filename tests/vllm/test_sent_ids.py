@@ -18,6 +18,7 @@ from .target import CHAT, COMPLETIONS, Json, Target, gateway
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 _MOST = 100
+STREAMED: Json = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def asked(path: str, text: str) -> Json:
@@ -51,11 +52,11 @@ async def test_answers_to_token_ids_are_the_answers_to_the_prompts(engines: Sequ
             for text in texts:
                 body = {"model": NAME, "temperature": 0, "seed": 1, "max_tokens": 12, **asked(path, text)}
                 await direct(target, first[0], path, body)  # so that all that are compared find the same in the cache
-                for more in ({}, {"n": 2, "temperature": 0.7}, {"stop": ["a"]}, {"stream": True}):
+                for more in ({}, {"n": 2, "temperature": 0.7}, {"stop": ["a"]}, STREAMED):
                     answer = await target.ask(tally, path, body | more)
                     if sent_ids(target):
                         carried += 1
-                        expected = await direct(target, first[0], path, body | more | {"stream": False})
+                        expected = await direct(target, first[0], path, body | ({} if more is STREAMED else more))
                         choice = expected["choices"][0]
                         assert answer.text == (choice["text"] if path == COMPLETIONS else choice["message"]["content"])
             assert carried >= len(texts) * 3
