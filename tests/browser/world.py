@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -75,6 +75,9 @@ class FakeCaches:
 
     def rule_of(self, name: str) -> Rule | None:
         return None
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        return {}
 
     def limits_of(self, name: str) -> Sequence[str]:
         return self.limits.get(name, ())
@@ -179,7 +182,7 @@ class World:
         """Let a pod get no more requests."""
         pod = self.registry.pod(name)
         assert pod is not None
-        pod.drain = Drain(self.clock(), self.clock() + seconds)
+        self.registry.drains(pod, Drain(self.clock(), self.clock() + seconds))
 
     def die(self, name: str) -> None:
         for _ in range(2):

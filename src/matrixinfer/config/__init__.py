@@ -10,6 +10,16 @@ from matrixinfer.config.api import ENGINE_PATHS, OTHER_METHODS, ApiConfig, CorsC
 from matrixinfer.config.base import Count, Seconds, Section, Share, convert, described
 from matrixinfer.config.discovery import DiscoveryConfig, DnsSource, FileSource, name_server
 from matrixinfer.config.engine_keys import EngineKeysConfig
+from matrixinfer.config.fleet import CLUSTER_SUFFIX, KvEventsConfig, ModelConfig, PodConfig
+from matrixinfer.config.index import IndexConfig, RedisConfig, TlsConfig
+from matrixinfer.config.limits import (
+    ConnectionsConfig,
+    DrainConfig,
+    LimitsConfig,
+    OutliersConfig,
+    PodWatchConfig,
+    RetriesConfig,
+)
 from matrixinfer.config.reading import bare_pod, checked, checked_pods, load, parse, parse_pods, split_address
 from matrixinfer.config.reload import ReloadConfig
 from matrixinfer.config.routes import RouteConfig, RouteTarget
@@ -22,25 +32,7 @@ from matrixinfer.config.scheduling import (
     SchedulerConfig,
     WeightsConfig,
 )
-from matrixinfer.config.schema import (
-    CLUSTER_SUFFIX,
-    Config,
-    ConnectionsConfig,
-    DrainConfig,
-    DriftConfig,
-    IndexConfig,
-    KvEventsConfig,
-    LimitsConfig,
-    LogConfig,
-    ModelConfig,
-    OutliersConfig,
-    PodConfig,
-    PodWatchConfig,
-    RedisConfig,
-    RetriesConfig,
-    TlsConfig,
-    TokenizationConfig,
-)
+from matrixinfer.config.schema import Config, DriftConfig, LogConfig, TokenizationConfig
 from matrixinfer.config.tls import EngineTlsConfig, ListenerTlsConfig
 from matrixinfer.config.tracing import TracingConfig
 

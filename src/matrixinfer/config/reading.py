@@ -18,6 +18,8 @@ from matrixinfer.config.base import convert
 from matrixinfer.config.discovery import MAX_PODS, absolute_paths, check_discovery
 from matrixinfer.config.engine_keys import key_places
 from matrixinfer.config.files import with_absolute_files
+from matrixinfer.config.fleet import CLUSTER_SUFFIX, KvEventsConfig, ModelConfig, PodConfig
+from matrixinfer.config.index import RedisConfig
 from matrixinfer.config.normalise import (
     given_block_keys,
     with_aliases,
@@ -26,7 +28,7 @@ from matrixinfer.config.normalise import (
     without_aliases,
 )
 from matrixinfer.config.routes import check_routes
-from matrixinfer.config.schema import CLUSTER_SUFFIX, Config, KvEventsConfig, ModelConfig, PodConfig, RedisConfig
+from matrixinfer.config.schema import Config
 from matrixinfer.config.secrets import place
 from matrixinfer.config.tls import check_engine_tls, check_tls
 from matrixinfer.config.tracing import check_tracing

@@ -51,6 +51,8 @@ class PodFeed:
     def __init__(self, ledger: Ledger, *, can_replay: bool) -> None:
         self.ledger = ledger
         self.stats = FeedStats()
+        self.changes = 0
+        """Counts how often anything that is known here may have changed, but for the ledger and the remarks."""
         self.epoch = 0
         """Counts what was asked for: the answer to a replay that was asked for in an earlier epoch is void."""
         self.queue = HeldFrames()
@@ -163,7 +165,9 @@ class PodFeed:
     def live(self, seq: int, payload: bytes, *, whole: bool = True) -> None:
         """Take a frame from the live socket. Unless `whole`, a long frame may leave something to `go_on` with."""
         self._count_frame(payload)
-        self._unanswered = 0
+        if self._unanswered:
+            self._unanswered = 0
+            self.changes += 1
         self._handle(Source.LIVE, seq, payload, self._step(Input.LIVE_FRAME))
         if whole and self._rest is not None:
             self.finish()
@@ -281,6 +285,7 @@ class PodFeed:
 
     def suspect(self, what: str, words: str | None) -> None:
         """What comes may be the events of another cache, as `words` say, so that the index may be wrong; None: no longer."""
+        self.changes += 1
         if words is None:
             self._suspicions.pop(what, None)
         else:
@@ -301,6 +306,7 @@ class PodFeed:
         if step is None:
             return Fate.DROP
         self._phase, self._knowledge, counted, actions, fate = step
+        self.changes += 1
         for counter in counted:
             setattr(self.stats, counter, getattr(self.stats, counter) + 1)
         if actions:

@@ -97,6 +97,8 @@ class Ledger:
         """The events do not show a block's salt: a salted prompt looks like a plain one."""
         self.hides_adapters = False
         """The events do not show a block's adapter."""
+        self.changes = 0
+        """Counts how often anything here may have changed, but for the blocks and the footprint."""
 
     # What is known
 
@@ -107,6 +109,7 @@ class Ledger:
         self.hides_salts, self.hides_adapters = layout.hides_salts, layout.hides_adapters
         self.limits = self._limits.words
         self.is_exact = not (self.hides_salts or self.hides_adapters or self.limits)
+        self.changes += 1
 
     @property
     def supports(self) -> Supports:
@@ -238,6 +241,7 @@ class Ledger:
         """Expect another engine: clear, and forget block size, layout and whether it drops blocks."""
         self.start_over()
         self.rules.forget_drops()
+        self._show()
 
     def start_over(self) -> None:
         """Read the same engine's history once more: clear, and learn block size and layout again."""

@@ -15,7 +15,7 @@ from matrixinfer.pods.boot import is_another_run
 from matrixinfer.pods.engine_kind import EngineFacts, EngineKind
 from matrixinfer.pods.load_reports import FRESH_SECONDS, LoadReport
 from matrixinfer.pods.model_cards import ModelCard, ServedModel, kept, merged
-from matrixinfer.pods.pod import Endpoint, EngineMetrics, Pod, RankMetrics, ServedNames
+from matrixinfer.pods.pod import Drain, Endpoint, EngineMetrics, Pod, RankMetrics, ServedNames
 from matrixinfer.pods.publishers import KvSource, configured_source
 
 __all__ = ["Endpoint", "EngineMetrics", "Pod", "PodRegistry", "RankMetrics", "ServedModel", "ServedNames"]
@@ -44,6 +44,8 @@ class PodRegistry:
         self.newest_up = float("-inf")
         """When a pod was last found to answer after it did not."""
         self._known_to_serve: dict[str, tuple[str, Sequence[Pod]]] = {}  # emptied when pods or their models change
+        self._named: dict[str, tuple[Sequence[Pod], str]] = {}  # the last answers of `configured_name`
+        self._resolved: dict[str, tuple[str, Sequence[Pod]]] = {}  # and when pods or their endpoints come, go or sleep
         self._configured = _names(models)
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
@@ -52,6 +54,7 @@ class PodRegistry:
         """Judge health and age by this from now on, and know models by these aliases."""
         self._watch = watch
         self._configured = _names(models)
+        self._serves_another()
 
     def join(self, config: PodConfig) -> Pod:
         """Add a pod. Raises `ValueError` if a pod with that name exists."""
@@ -59,7 +62,7 @@ class PodRegistry:
             raise ValueError(f"a pod named `{config.name}` already exists")
         pod = self._by_name[config.name] = Pod(config=config, kv_sources=_configured_sources(config))
         self.pods = (*self.pods, pod)
-        self._known_to_serve.clear()
+        self._serves_another()
         return pod
 
     def leave(self, name: str) -> Pod | None:
@@ -68,7 +71,7 @@ class PodRegistry:
         if pod is not None:
             pod.gone = True
             self.pods = tuple(self._by_name.values())
-            self._known_to_serve.clear()
+            self._serves_another()
         return pod
 
     def pod(self, name: str) -> Pod | None:
@@ -80,8 +83,13 @@ class PodRegistry:
         state = self._by_name.get(pod)
         return state is not None and any(each.name == endpoint for each in state.endpoints)
 
-    def resolve(self, requested: str) -> tuple[str, list[Pod]]:
-        """The index's name of a model, and the pods that may serve it.
+    def drains(self, pod: Pod, drain: Drain | None) -> None:
+        """A pod is being drained, or is so no longer."""
+        pod.drain = drain
+        self._resolved.clear()
+
+    def resolve(self, requested: str) -> tuple[str, Sequence[Pod]]:
+        """The index's name of a model, and the pods that may serve it: the same object until they or their endpoints change.
 
         Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods; never one that is
         drained. If no pod is known to serve the
@@ -89,10 +97,14 @@ class PodRegistry:
         if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
         model now, but one may later.
         """
+        known = self._resolved.get(requested)
+        if known is not None:
+            return known
         if not self.pods:
             raise NoPodAvailable(_NO_PODS)
         name = self._configured.get(requested, requested)
         index_name, pods = self._serving(name)
+        is_known = bool(pods)
         if not pods:
             unidentified = [pod for pod in self.pods if pod.served is None]
             if requested not in self._configured:
@@ -111,6 +123,8 @@ class PodRegistry:
         found = awake or healthy or [pod for pod in pods if pod.drain is None]
         if not found:
             raise NoPodAvailable(f"Every pod that serves the model `{requested}` is being drained.")
+        if is_known:  # so that names which nobody serves take no memory
+            self._resolved[requested] = index_name, tuple(found)
         return index_name, found
 
     def is_served(self, requested: str) -> bool:
@@ -121,6 +135,12 @@ class PodRegistry:
         """The configured name of a model that `pods` serve, found by the model's own name or an alias; else its own name."""
         if model in self._configured:
             return self._configured[model]
+        known = self._named.get(model)
+        if known is None or known[0] is not pods:
+            known = self._named[model] = pods, self._found_by_alias(model, pods)
+        return known[1]
+
+    def _found_by_alias(self, model: str, pods: Sequence[Pod]) -> str:
         aliases = {
             alias for pod in pods if pod.served is not None and pod.base_model == model for alias in pod.served.aliases
         }
@@ -209,6 +229,10 @@ class PodRegistry:
             return None
         return metrics
 
+    def fresh_until(self, metrics: EngineMetrics) -> float:
+        """When these metrics become too old."""
+        return metrics.read_at + self._watch.stale_after_seconds
+
     def name_at(self, pod: str, requested: str) -> str:
         """The model name to send to a pod: the requested name if the pod knows it, else the name that it is an alias of."""
         state = self._by_name.get(pod)
@@ -241,6 +265,7 @@ class PodRegistry:
         state.failures += 1
         if state.failures >= self._watch.unhealthy_after_failures:
             state.healthy = False
+            self._resolved.clear()
             for act in tuple(state.when_down):
                 act()
 
@@ -263,6 +288,7 @@ class PodRegistry:
             state.failures = 0
             if not state.healthy:
                 state.healthy = True
+                self._resolved.clear()
                 state.up_since = self.newest_up = self.clock()
 
     def learn(
@@ -279,13 +305,17 @@ class PodRegistry:
             return
         if served is not None:
             before = {} if state.served is None else state.served.cards
+            is_news = served != state.served
             state.served = replace(served, cards=kept(served.cards, before))
-            self._known_to_serve.clear()
-        if facts is not None:
+            if is_news:
+                self._serves_another()
+        if facts is not None and facts != state.facts:
             state.facts = facts
-        if kv_sources is not None:
+            self._resolved.clear()
+        if kv_sources is not None and kv_sources != state.kv_sources:
             state.kv_sources = kv_sources
             state.name_endpoints()
+            self._resolved.clear()
 
     def measured(self, pod: str, metrics: EngineMetrics) -> None:
         """Record a reading of the pod's metrics."""
@@ -294,10 +324,13 @@ class PodRegistry:
             return
         if state.metrics is not None and is_another_run(state.metrics.boot, metrics.boot):
             state.restarts += 1
+        if metrics.sleep != state.asleep:
+            self._resolved.clear()
         state.metrics = metrics
         if metrics.running is not None and metrics.ranks.keys() != state.ranks:
             state.ranks = frozenset(metrics.ranks)
             state.name_endpoints()
+            self._resolved.clear()
 
     def published_load(self, pod: str, endpoint: str, report: LoadReport) -> None:
         """Record the load that an endpoint of the pod has published."""
@@ -308,6 +341,12 @@ class PodRegistry:
         """The load that an endpoint has published; None if it publishes none, or has not lately."""
         report = endpoint.pod.loads.get(endpoint.name)
         return None if report is None or now - report.read_at > FRESH_SECONDS else report
+
+    def _serves_another(self) -> None:
+        """Pods, or the models of one, have changed."""
+        self._known_to_serve.clear()
+        self._named.clear()
+        self._resolved.clear()
 
     def _card(self, name: str) -> ModelCard:
         """What the pods that serve a name say about it; what they say about their own model if the name is an alias here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Protocol
@@ -76,3 +76,20 @@ def dialects_of(engines: Iterable[Engine]) -> list[Dialect]:
     """The dialects that `engines` speak, each once."""
     kinds = dict.fromkeys([(each.engine, each.version) for each in engines])
     return list(dict.fromkeys(dialect_of(*kind) for kind in kinds))
+
+
+class Dialects:
+    """Remembers the dialects of the engines that were asked about last, if they were given as a tuple.
+
+    Who gives the same tuple again says that no engine in it has become another.
+    """
+
+    def __init__(self) -> None:
+        self._engines: Sequence[Engine] = ()
+        self._dialects: Sequence[Dialect] = ()
+
+    def of(self, engines: Sequence[Engine]) -> Sequence[Dialect]:
+        """The dialects that `engines` speak, each once."""
+        if engines is not self._engines or not isinstance(engines, tuple):
+            self._engines, self._dialects = engines, dialects_of(engines)
+        return self._dialects

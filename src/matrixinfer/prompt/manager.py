@@ -23,7 +23,7 @@ from matrixinfer.prompt import loader
 from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
 from matrixinfer.prompt.bounds import LARGE_BYTES, SMALL_BYTES, Bounds
 from matrixinfer.prompt.cache import CacheStats
-from matrixinfer.prompt.dialect import Dialect, dialect_of, dialects_of
+from matrixinfer.prompt.dialect import Dialect, Dialects, dialect_of
 from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
@@ -109,6 +109,7 @@ class TokenizerManager:
         self._memory = memory or Memory(LimitsConfig().memory_bytes)
         self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
         self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
+        self._dialects = Dialects()
         self._slow: dict[str, float] = {}
         self._late: set[asyncio.Task[Tokenized]] = set()
         self._following: set[asyncio.Task[None]] = set()
@@ -188,7 +189,7 @@ class TokenizerManager:
             )
         if may_be_late and self._asks(prompt, model, engines):
             return await self._ask_briefly(prompt, model, engines)
-        tokenizer, dialects = self._local.get(model), _dialects(prompt, engines)
+        tokenizer, dialects = self._local.get(model), self._rendered_in(prompt, engines)
         if tokenizer is None or len(dialects) != 1 or not _is_local(prompt, tokenizer, dialects[0]):
             return await self._tokenize(prompt, model, engines)
         tokens = self._run_here(model, tokenizer, prompt, dialects[0])  # here and now, so it needs no deadline
@@ -203,7 +204,13 @@ class TokenizerManager:
             return True
         if prompt.chat is None or not (prompt.chat.own_template or isinstance(tokenizer, loader.TextTokenizer)):
             return False
-        return any(_needs_engine(prompt, tokenizer, dialect) for dialect in dialects_of(engines))
+        return any(_needs_engine(prompt, tokenizer, dialect) for dialect in self._dialects.of(engines))
+
+    def _rendered_in(self, prompt: Prompt, engines: Sequence[Engine]) -> Sequence[Dialect]:
+        """The dialects that the prompt must be rendered in, at least one."""
+        if prompt.chat is None and prompt.path != COMPLETIONS_PATH:
+            return (Dialect.VLLM,)
+        return self._dialects.of(engines) or (Dialect.VLLM,)
 
     async def _tokenize(
         self, prompt: Prompt, model: str, engines: Sequence[Engine], *, in_thread: bool = False
@@ -218,7 +225,7 @@ class TokenizerManager:
     async def _tokenize_for_all(
         self, prompt: Prompt, model: str, engines: Sequence[Engine], in_thread: bool
     ) -> Tokenized:
-        dialects = _dialects(prompt, engines)
+        dialects = self._rendered_in(prompt, engines)
         first = await self._tokenize_for(prompt, model, engines, dialects[0], in_thread)
         for other in dialects[1:]:
             ids = (await self._tokenize_for(prompt, model, engines, other, in_thread)).tokens.ids
@@ -353,13 +360,6 @@ def _needs_engine(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> boo
 def _is_local(prompt: Prompt, tokenizer: Tokenizer, dialect: Dialect) -> bool:
     """Whether this tokenizer makes the token ids: the prompt brings none, and needs no engine."""
     return _sent_ids(prompt, dialect) is None and not _needs_engine(prompt, tokenizer, dialect)
-
-
-def _dialects(prompt: Prompt, engines: Sequence[Engine]) -> Sequence[Dialect]:
-    """The dialects that the prompt must be rendered in, at least one."""
-    if prompt.chat is None and prompt.path != COMPLETIONS_PATH:
-        return (Dialect.VLLM,)
-    return dialects_of(engines) or (Dialect.VLLM,)
 
 
 def _sent_ids(prompt: Prompt, dialect: Dialect) -> TokenIds | None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from matrixinfer.config import WeightsConfig
-from matrixinfer.pods.load_reports import LoadReport
 from matrixinfer.pods.outliers import Outliers
-from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
+from matrixinfer.pods.registry import Endpoint, PodRegistry
 from matrixinfer.pods.slow_start import held_back
-from matrixinfer.routing.holdings import Matches, holdings
+from matrixinfer.routing.holdings import Match, holdings, match_at
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
 from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.standings import Standings
 from matrixinfer.routing.unseen import Unseen
-from matrixinfer.scheduler.framework import Adapters, Candidate
+from matrixinfer.scheduler.framework import Adapters, Candidate, SchedulingRequest
 from matrixinfer.traffic.history import RoutingHistory
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.loads import NO_LOAD, PeerLoads
 from matrixinfer.traffic.peers.message import Load
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class Candidates:
@@ -41,15 +46,15 @@ class Candidates:
     ) -> None:
         self.slow_start_seconds = slow_start_seconds
         self._registry = registry
-        self._lookup = lookup
+        self._caches = lookup.caches
         self._load = load
         self._history = history
         self._weights = weights
         self._outliers = outliers
         self._peers = PeerLoads() if peers is None else peers
-        self._reuse = reuse
         self._observed = Observed(load, self._peers)
         self._unseen = Unseen(load, self._peers, self._observed)
+        self._standings = Standings(registry, self._caches, load, self._observed, reuse)
 
     def reconfigure(self, weights: WeightsConfig, slow_start_seconds: float) -> None:
         """Count so from the next decision on."""
@@ -58,37 +63,34 @@ class Candidates:
 
     def forget(self, endpoint: str) -> None:
         """An endpoint has gone."""
+        self._standings.forget(endpoint)
         self._observed.forget(endpoint)
         self._unseen.forget(endpoint)
 
     def snapshot(self, prepared: Prepared) -> list[Candidate]:
         """The endpoints of the request's pods now, without pods that have left meanwhile. Changes nothing."""
-        approximate = prepared.is_approximate
-        matches = None if approximate else prepared.matches
         now = prepared.request.now
         others = self._peers.totals(now)
         endpoints = [
             endpoint for pod in prepared.pods if not pod.gone and pod.drain is None for endpoint in pod.endpoints
         ]
         names = [endpoint.name for endpoint in endpoints]
+        found = self._holding(prepared, endpoints, others)
         unseen = self._unseen.expected(names, now)
         reads_events = self._observed.has_others and not self._peers.count(now)
+        if unseen or reads_events:
+            found = [self._besides(each, unseen.get(each.name, 0.0), reads_events) for each in found]
         withheld = self._outliers.withheld(names)
         if now - self._registry.newest_up < self.slow_start_seconds:
             withheld = {**self._held_back(endpoints, withheld, others, now), **withheld}
-        return [
-            self._candidate(
-                endpoint,
-                prepared,
-                matches,
-                others.get(name, NO_LOAD) if others else NO_LOAD,
-                withheld.get(name) if withheld else None,
-                approximate,
-                unseen.get(name, 0.0) if unseen else 0.0,
-                reads_events,
-            )
-            for endpoint, name in zip(endpoints, names, strict=True)
-        ]
+        if withheld:
+            found = [replace(each, withheld=withheld.get(each.name)) for each in found]
+        if prepared.request.adapter is not None:
+            found = [
+                replace(each, adapters=self._adapters(endpoint, now))
+                for each, endpoint in zip(found, endpoints, strict=True)
+            ]
+        return found
 
     def _held_back(
         self, endpoints: Sequence[Endpoint], withheld: Mapping[str, str], others: Mapping[str, Load], now: float
@@ -102,96 +104,72 @@ class Candidates:
 
     def limits_of(self, endpoint: str) -> Sequence[str]:
         """Why the cache of an endpoint is not known exactly, in words."""
-        return self._lookup.limits_of(endpoint)
+        return self._caches.limits_of(endpoint)
 
-    def _candidate(
-        self,
-        endpoint: Endpoint,
-        prepared: Prepared,
-        matches: Matches | None,
-        others: Load,
-        withheld: str | None,
-        approximate: bool,
-        unseen: float,
-        reads_events: bool,
-    ) -> Candidate:
-        name, load, request = endpoint.name, self._load, prepared.request
-        match = self._lookup.match_at(name, matches)
-        cache = match.cache
-        trust, pending, recent, credit, chunks, guessed = holdings(
-            name, request, match, load, self._history, self._weights, prepared.prompt.reads_cache, approximate
-        )
-        metrics = self._registry.metrics_of(endpoint.pod, request.now)
-        published = self._registry.load_of(endpoint, request.now) if endpoint.pod.loads else None
-        engine: EngineMetrics | RankMetrics | LoadReport | None = metrics
-        if published is not None:
-            engine = published
-        elif metrics is not None and endpoint.rank is not None:
-            engine = metrics.ranks.get(endpoint.rank)
-        engine_block = None if cache is None else cache.engine_block
-        if engine_block is None and metrics is not None:
-            engine_block = metrics.block_size
-        now, read = request.now, published or metrics
-        own_in_flight, own_tokens, queue_seconds, rate = load.view(name, now)
-        running, waiting = (engine.running, engine.waiting) if engine else (None, None)
-        seen = self._observed.of(name)
-        foreign = None
-        if read is not None and running is not None:
-            if seen.read_at == read.read_at and now < seen.again_at:
-                foreign = seen.foreign
+    def _holding(
+        self, prepared: Prepared, endpoints: Sequence[Endpoint], others: Mapping[str, Load]
+    ) -> list[Candidate]:
+        """The endpoints with what they hold of the prompt."""
+        request, matches, reads_cache = prepared.request, prepared.matches, prepared.prompt.reads_cache
+        now, approximate, standing_of = request.now, prepared.is_approximate, self._standings.of
+        if approximate:
+            matches = None
+        # Where blocks are all that there is to know, this says what `holdings` says.
+        is_plain = matches is not None and reads_cache and not request.chunks
+        blocks, tails = (NOTHING, NOTHING) if matches is None else (matches.blocks, matches.tails)
+        pending, until = self._load.pending_at(request.model), self._load.now()
+        found = list[Candidate]()
+        for endpoint in endpoints:
+            name = endpoint.name
+            standing = standing_of(endpoint, others.get(name, NO_LOAD) if others else NO_LOAD, now)
+            cache, candidate = standing.cache, standing.candidate
+            if standing.waits:
+                unseen = standing.waits * self._load.arrivals.work
+                candidate = replace(candidate, unseen_tokens=unseen)
+            if not is_plain or cache is None or not cache.is_plain:
+                match = match_at(name, cache, matches)
+                candidate = self._with(candidate, request, match, reads_cache, approximate)
             else:
-                foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
-            if foreign and waiting:
-                unseen += min(waiting, foreign) * load.arrivals.work
-            if reads_events and cache is not None:
-                foreign += self._observed.came(name, cache.footprint)
-        if now < seen.due:
-            condition = seen.condition
-        else:
-            condition = self._observed.condition(
-                name,
-                now,
-                rate=rate,
-                footprint=None if cache is None else cache.footprint,
-                reported=None if metrics is None else metrics.cache_tokens,
-            )
-        if others.queued_tokens:
-            queue_seconds += others.queued_tokens / rate
-        return Candidate(
-            name=name,
-            url=endpoint.pod.url,
-            rank=endpoint.rank,
-            in_flight=own_in_flight + others.in_flight,
-            queued_tokens=own_tokens + others.queued_tokens,
-            peers_in_flight=others.in_flight,
-            foreign=foreign,
-            unseen_tokens=unseen,
-            queue_seconds=queue_seconds,
-            condition=condition,
-            running=running,
-            waiting=waiting,
-            cache_usage=engine.cache_usage if engine else None,
-            metrics_age=None if read is None else now - read.read_at,
-            feed=None if cache is None else cache.feed,
+                held = blocks.get(name, 0)
+                ahead = pending[name].count(request.chain, held, until) if name in pending else 0
+                if held or ahead:
+                    tail = tails.get(name, 0) if tails else 0
+                    candidate = replace(candidate, matched_blocks=held, matched_tail=tail, pending_blocks=ahead)
+            found.append(candidate)
+        return found
+
+    def _with(
+        self, candidate: Candidate, request: SchedulingRequest, match: Match, reads_cache: bool, approximate: bool
+    ) -> Candidate:
+        """The candidate with what it holds of the prompt, whatever its cache is like."""
+        trust, pending, recent, credit, chunks, guessed = holdings(
+            candidate.name, request, match, self._load, self._history, self._weights, reads_cache, approximate
+        )
+        return replace(
+            candidate,
             trust=trust,
-            engine_block=engine_block,
             matched_blocks=match.blocks,
             matched_tail=match.tail,
-            dropped_tokens=0 if match.cache is None else match.cache.drop,
             tiers=match.tiers,
             pending_blocks=pending,
             recent_blocks=recent,
-            withheld=withheld,
             cached_credit=credit,
             recent_chunks=chunks,
             guessed_tokens=guessed,
-            adapters=None if request.adapter is None or metrics is None else _adapters(metrics),
-            reuse=self._reuse(name),
         )
 
+    def _besides(self, candidate: Candidate, unseen: float, reads_events: bool) -> Candidate:
+        """The candidate with what other gateways have probably sent there unheard."""
+        foreign = candidate.foreign
+        if foreign is not None and reads_events:
+            cache = self._caches.of(candidate.name)
+            if cache is not None:
+                foreign += self._observed.came(candidate.name, cache.footprint)
+        return replace(candidate, foreign=foreign, unseen_tokens=candidate.unseen_tokens + unseen)
 
-def _adapters(metrics: EngineMetrics) -> Adapters | None:
-    """What an engine says about its adapters."""
-    if metrics.adapters is None:
-        return None
-    return Adapters(names=frozenset(metrics.adapters), most=metrics.most_adapters)
+    def _adapters(self, endpoint: Endpoint, now: float) -> Adapters | None:
+        """What an engine says about its adapters."""
+        metrics = self._registry.metrics_of(endpoint.pod, now)
+        if metrics is None or metrics.adapters is None:
+            return None
+        return Adapters(names=frozenset(metrics.adapters), most=metrics.most_adapters)

@@ -69,10 +69,8 @@ def searches(
     Each comes with the endpoints by the names of their ends. `counts` are the matches.
     """
     by_rule: dict[Rule, list[str]] = {}
-    for name in names:
-        rule = caches.rule_of(name)
-        if rule is not None:
-            by_rule.setdefault(rule, []).append(name)
+    for name, rule in caches.rules_of(names).items():
+        by_rule.setdefault(rule, []).append(name)
     for rule, ruled in by_rule.items():
         ends = {EndpointName.parse(name).ends: name for name in ruled}
         longest = max(counts.get(name, 0) for name in ruled)

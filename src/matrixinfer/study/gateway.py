@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -79,6 +79,10 @@ class LetterCaches:
     def rule_of(self, name: str) -> Rule | None:
         """Engines of one full-attention group have none."""
         return self._caches.rule_of(name)
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """As for one."""
+        return self._caches.rules_of(names)
 
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of its feed."""

@@ -6,7 +6,8 @@ Pending blocks that other gateways report count as well, for a limited time (`Lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 from matrixinfer.scheduler.prefill import prefill_work
@@ -18,6 +19,7 @@ from matrixinfer.traffic.speed import Speeds
 _MAX_PODS = 10_000
 _DELETED_PER_CHARGE = 64
 """Expired blocks to delete per charge, besides two for each new block, so that deletion outpaces growth."""
+_NONE: Mapping[str, Pending] = MappingProxyType({})
 
 
 OnCharge: TypeAlias = Callable[[str, str, Sequence[int], int, "Charge"], None]
@@ -41,7 +43,7 @@ class LoadLedger:
         self._speeds = Speeds()
         self.arrivals = Arrivals()
         self._pods: dict[str, PodLoad] = {}
-        self._pending: dict[tuple[str, str], Pending] = {}
+        self._pending: dict[str, dict[str, Pending]] = {}  # by model and pod
         self._fading: deque[tuple[float, Pending, list[int]]] = deque()
         self._stored_blocks = 0
         self._subscribers: list[OnCharge] = []
@@ -80,7 +82,7 @@ class LoadLedger:
         load, pending = self._load(pod), None
         if blocks:
             self._stored_blocks += len(blocks)
-            pending = self._pending.setdefault((pod, model), Pending((pod, model)))
+            pending = self._pending_of(pod, model)
             pending.add(blocks)
         charge = Charge(self, load, pending, blocks, queued_tokens, streams=streams, sent_at=now)
         work: float = queued_tokens
@@ -105,7 +107,7 @@ class LoadLedger:
         if not blocks:
             return
         self._stored_blocks += len(blocks)
-        pending = self._pending.setdefault((pod, model), Pending((pod, model)))
+        pending = self._pending_of(pod, model)
         pending.add(blocks)
         self._fade(pending, blocks)
 
@@ -115,13 +117,13 @@ class LoadLedger:
         They are pending no longer, unless a request in flight brings them again.
         """
         if model is not None:
-            pending = self._pending.get((pod, model))
+            pending = self.pending_at(model).get(pod)
             if pending is not None:
                 pending.gone(blocks)
             return
-        for key, each in self._pending.items():
-            if key[0] == pod:
-                each.gone()
+        for pods in self._pending.values():
+            if pod in pods:
+                pods[pod].gone()
 
     def now(self) -> float:
         """The time, in seconds."""
@@ -165,6 +167,10 @@ class LoadLedger:
         """Number of stored blocks, counted per request. Later requests delete expired ones."""
         return self._stored_blocks
 
+    def pending_at(self, model: str) -> Mapping[str, Pending]:
+        """The pending blocks of a model by pod. Pods without any are absent."""
+        return self._pending.get(model, _NONE)
+
     def pending(self, pod: str, model: str, hashes: Sequence[int], start: int, *, whole_prompts: bool = False) -> int:
         """How many consecutive blocks from position `start` on are pending at `pod`.
 
@@ -172,7 +178,7 @@ class LoadLedger:
         that it holds will reuse that one. Reads `hashes` only if any block is pending there. The search is exponential,
         then binary.
         """
-        pending = self._pending.get((pod, model))
+        pending = self.pending_at(model).get(pod)
         if pending is None:
             return 0
         count = pending.count(hashes, start, self._clock())
@@ -181,12 +187,19 @@ class LoadLedger:
     def forget(self, pod: str) -> None:
         """Delete all data of `pod`, which has gone. Charges that are still open there no longer count."""
         self._pods.pop(pod, None)
-        for key in [key for key in self._pending if key[0] == pod]:
-            del self._pending[key]
+        for model in [model for model, pods in self._pending.items() if pod in pods]:
+            self._drop(model, pod)
         fading = [each for each in self._fading if each[1].key[0] == pod]
         if fading:
             self._stored_blocks -= sum(len(blocks) for _, _, blocks in fading)
             self._fading = deque(each for each in self._fading if each[1].key[0] != pod)
+
+    def _pending_of(self, pod: str, model: str) -> Pending:
+        pods = self._pending.setdefault(model, {})
+        pending = pods.get(pod)
+        if pending is None:
+            pending = pods[pod] = Pending((pod, model))
+        return pending
 
     def _load(self, pod: str) -> PodLoad:
         load = self._pods.get(pod)
@@ -212,8 +225,15 @@ class LoadLedger:
         self._fading.append((until, pending, blocks))
 
     def _drop_if_empty(self, pending: Pending) -> None:
-        if pending.empty and self._pending.get(pending.key) is pending:
-            del self._pending[pending.key]
+        pod, model = pending.key
+        if pending.empty and self.pending_at(model).get(pod) is pending:
+            self._drop(model, pod)
+
+    def _drop(self, model: str, pod: str) -> None:
+        pods = self._pending[model]
+        del pods[pod]
+        if not pods:
+            del self._pending[model]
 
     def _delete_expired(self, budget: int, now: float) -> None:
         """Delete up to `budget` expired blocks. This frees memory; lookups ignore expired blocks anyway."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
+from weakref import ref
 
 import msgspec
 
@@ -17,7 +18,7 @@ from matrixinfer.trust.levels import trust
 
 
 class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One endpoint's cache, according to its events. A struct, because one is made per endpoint and decision."""
+    """One endpoint's cache, according to its events."""
 
     trust: Trust
     feed: str
@@ -38,17 +39,23 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Its writer may not tell ranks apart: what the index lists under the pod's name counts for each of its ranks."""
     footprint: Footprint | None = None
     """How full it is, as known now; None where another process follows its events."""
+    is_plain: bool = False
+    """Its events say all that it holds, in blocks of one kind on one tier, and it reuses every prefix of that."""
 
 
 class Caches(Protocol):
     """A source of cache views."""
 
     def of(self, name: str) -> CacheView | None:
-        """What is known about an endpoint's cache now; None when nobody follows it."""
+        """What is known about an endpoint's cache now; None when nobody follows it. The same object while nothing changes."""
         ...
 
     def rule_of(self, name: str) -> Rule | None:
         """`CacheView.rule` of an endpoint, at less cost."""
+        ...
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """Those of these endpoints that have a rule."""
         ...
 
     def limits_of(self, name: str) -> Sequence[str]:
@@ -72,6 +79,7 @@ class FeedCaches:
         self._feeds = feeds
         self._doubts = doubts
         self._is_warming = is_warming
+        self._views: dict[str, _Kept] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -83,6 +91,15 @@ class FeedCaches:
         feed = self._feeds.get(name)
         return None if feed is None else feed.ledger.rules.rule
 
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """The rules that their feeds give."""
+        feeds = self._feeds
+        return {
+            name: rule
+            for name in names
+            if (feed := feeds.get(name)) is not None and (rule := feed.ledger.rules.rule) is not None
+        }
+
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of its feed."""
         feed, warms = self._feeds.get(name), self._is_warming(name)
@@ -92,23 +109,53 @@ class FeedCaches:
         return (reasons.WARMING, *words) if warms else words
 
     def of(self, name: str) -> CacheView | None:
-        """The view that its feed gives."""
+        """The view that its feed gives. Every decision asks for all, so one is made only when something has changed."""
         feed = self._feeds.get(name)
         if feed is None:
             return None
-        ledger, state = feed.ledger, feed.state
-        rule = ledger.rules.rule
-        return CacheView(
-            trust=trust(state, silent=feed.is_silent, doubted=self._doubts(name)),
-            feed=state.value,
-            engine_block=ledger.block_size if rule is None else rule.unit,
-            has_tails=ledger.has_tails,
-            tiers=ledger.tiers.names,
-            hides_salts=ledger.hides_salts,
-            rule=rule,
-            drop=0 if rule is not None else ledger.rules.drop,
-            footprint=ledger.footprint,
-        )
+        kept, doubted = self._views.get(name), self._doubts(name)
+        if (
+            kept is None
+            or kept.feed() is not feed
+            or kept.changes != feed.changes
+            or kept.ledger_changes != feed.ledger.changes
+            or kept.doubted is not doubted
+            or kept.remarks is not feed.remarks.words
+        ):
+            kept = self._views[name] = _Kept(feed, doubted)
+            if len(self._views) > len(self._feeds):
+                self._views = {each: view for each, view in self._views.items() if each in self._feeds}
+        return kept.view
+
+
+class _Kept:
+    """A view, and what it rests on."""
+
+    __slots__ = ("changes", "doubted", "feed", "ledger_changes", "remarks", "view")
+
+    def __init__(self, feed: PodFeed, doubted: bool) -> None:
+        self.feed = ref(feed)
+        self.doubted = doubted
+        self.changes, self.ledger_changes, self.remarks = feed.changes, feed.ledger.changes, feed.remarks.words
+        self.view = _view(feed, doubted)
+
+
+def _view(feed: PodFeed, doubted: bool) -> CacheView:
+    ledger, state = feed.ledger, feed.state
+    rule, tiers = ledger.rules.rule, ledger.tiers.names
+    believed = trust(state, silent=feed.is_silent, doubted=doubted)
+    return CacheView(
+        trust=believed,
+        feed=state.value,
+        engine_block=ledger.block_size if rule is None else rule.unit,
+        has_tails=ledger.has_tails,
+        tiers=tiers,
+        hides_salts=ledger.hides_salts,
+        rule=rule,
+        drop=0 if rule is not None else ledger.rules.drop,
+        footprint=ledger.footprint,
+        is_plain=believed == "exact" and rule is None and not tiers,
+    )
 
 
 class FeedReports:

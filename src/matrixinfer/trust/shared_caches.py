@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
 from matrixinfer.index.ends import Rule
@@ -34,6 +34,10 @@ class ReportedCaches:
         """The rule that its agent reported last."""
         state = self._states.of(name)
         return None if state is None or state.rule is None else Rule(*state.rule)
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """The rules that their agents reported last."""
+        return {name: rule for name in names if (rule := self.rule_of(name)) is not None}
 
     def limits_of(self, name: str) -> Sequence[str]:
         """What its agent reported last, and what else keeps it from being believed."""
@@ -92,6 +96,10 @@ class SharedCaches:
         return (
             self._own.rule_of(name) if self._writes(name) else self._reported.rule_of(name) or self._own.rule_of(name)
         )
+
+    def rules_of(self, names: Iterable[str]) -> Mapping[str, Rule]:
+        """The rules of whoever writes them now, or the last ones reported."""
+        return {name: rule for name in names if (rule := self.rule_of(name)) is not None}
 
     def limits_of(self, name: str) -> Sequence[str]:
         """The words of whoever writes it now, or the last ones reported."""

@@ -242,7 +242,8 @@ async def test_client_errors_come_before_any_decision() -> None:
     with pytest.raises(UnknownModel):
         await world.dispatch(request(model="none"))
     for pod in world.registry.pods:
-        pod.served = None
+        world.registry.leave(pod.name)
+        world.registry.join(pod.config)
     with pytest.raises(NoPodAvailable):
         await world.dispatch(request(model="none"))
     assert world.load.total() == 0

@@ -191,7 +191,8 @@ async def test_only_whole_engine_blocks_of_known_tokens_must_be_held(
     world = World(Partly(40))  # the engine block that the image begins in is never indexed
     body = chat([text("t" * 160), image("AAAA"), text(WORDS)])
     pod = await world.turn(body)
-    world.feeds[pod].ledger.block_size = engine_block
+    ledger = world.feeds[pod].ledger
+    ledger.block_size, ledger.changes = engine_block, ledger.changes + 1
     world.index.add("m", pod, list(world.blocks.chain(np.arange(40, dtype=np.uint32)))[:held], None)
     decision = await world.explain(body)
     assert (decision["pods"][pod]["guessed_hit_tokens"] > 0) == counts

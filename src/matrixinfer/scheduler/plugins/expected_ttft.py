@@ -124,24 +124,30 @@ class ExpectedTtft(Plugin):
         whole, attention = prompt + others, 1.0 / ATTENTION_TOKENS
         loads = [pod.load if pod.foreign is None else pod.in_flight + pod.foreign for pod in candidates]
         later = 1.0 + stall * sum(loads) / max(1, len(loads))
+        cold = whole * (1.0 + (whole - 0.5 * whole) * attention)
         for pod, load in zip(candidates, loads, strict=True):
-            cache, queue, foreign = pod.condition, pod.queue_seconds, pod.foreign
+            cache, queue = pod.condition, pod.queue_seconds
             rate = (cache.prefill_rate or _UNKNOWN_RATE) / 1e3  # tokens per millisecond
-            uncached = prompt - pod.credit * size
-            uncached = others + uncached if uncached > 0.0 else others
-            # `prefill_work`, without a call
-            prefill = uncached * (1.0 + (whole - 0.5 * uncached) * attention) / rate
+            uncached: float = whole
+            work = cold
+            if pod.matched_blocks or pod.pending_blocks or pod.cached_credit:
+                missing = prompt - pod.credit * size
+                uncached = others + missing if missing > 0.0 else others
+                # `prefill_work`, without a call
+                work = uncached * (1.0 + (whole - 0.5 * uncached) * attention)
+            prefill = work / rate
             waiting = pod.queued_tokens / rate if queue is None else queue * 1e3
             if pod.unseen_tokens:
                 waiting += pod.unseen_tokens / rate
             cost = waiting + prefill * later
             if load:
                 cost += load * (per_request / rate + prefill * stall + waiting * wait)
-            if foreign and pod.waiting:
-                cost += min(pod.waiting, foreign) * per_request / rate
-            if cache.held_tokens and cache.cache_tokens:
-                cost += _TIE_MS * cache.held_tokens / cache.cache_tokens
-                if uncached > cache.cache_tokens - cache.held_tokens:
+                if pod.foreign and pod.waiting:
+                    cost += min(pod.waiting, pod.foreign) * per_request / rate
+            held, most = cache.held_tokens, cache.cache_tokens
+            if held and most:
+                cost += _TIE_MS * held / most
+                if uncached > most - held:
                     cost += self._evicted(cache, uncached) / rate
             costs.append(cost)
         return costs

@@ -10,10 +10,15 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 
 _NOISE = 1e-9
 """Totals that differ by no more are equal: the order of additions alone can cause such a difference."""
+_SETTLED = 3
+"""Places that are looked at closely. Who comes after them gets the request only if all of those fail."""
 
 
 class MaxScore(Plugin):
-    """Ranks by total. Equal totals are ranked by load, then by queued prompt tokens, then at random."""
+    """Ranks by total. Equal totals are ranked by load, then by queued prompt tokens, then at random.
+
+    Beyond the first three places equal totals stay in their order, from a random one of them on.
+    """
 
     name: ClassVar[str] = "max-score"
 
@@ -34,11 +39,15 @@ class MaxScore(Plugin):
             while end < len(order) and totals[order[end]] >= floor:
                 end += 1
             if end - start > 1:
-                order[start:end] = self._settled(order[start:end], candidates)
+                order[start:end] = self._settled(order[start:end], candidates, start)
             start = end
         return order
 
-    def _settled(self, tied: list[int], candidates: Sequence[Candidate]) -> list[int]:
+    def _settled(self, tied: list[int], candidates: Sequence[Candidate], start: int) -> list[int]:
+        """The order of candidates that share the places from `start` on."""
+        if start >= _SETTLED:
+            at = self._rng.randrange(len(tied))
+            return tied[at:] + tied[:at]
         lots = {i: self._rng.random() for i in tied}
         by_lot = sorted(tied, key=lots.__getitem__)
         return sorted(by_lot, key=lambda i: (candidates[i].load, candidates[i].queued_tokens))
