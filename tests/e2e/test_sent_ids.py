@@ -123,6 +123,10 @@ async def test_plain_prompts_carry_ids_once_the_engine_is_known_to_honour_them(
     async with sending(loop, tokenizer, engine, path=path) as target:
         before = await target.until_sent()
         assert before >= RUN, "the engine's events must have shown the ids first"
+        async with target.fleet.session.get(f"{target.fleet.service.gateway.admin_url}/debug/tokenizers") as response:
+            shown = (await response.json())["tokenizers"]["m"]
+        assert shown["sent_ids"] == {"pod-0": {path: {"result": "honoured", "reason": None}}}
+        assert shown["classes"]["text" if path == COMPLETIONS else "chat"]["proven_at"] == ["pod-0"]
         results = [await target.sent_ids(f"later {number}") for number in range(40)]
         assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 1
         sent = await target.metric('matrixinfer_token_ids_sent_total{pod="pod-0"}')

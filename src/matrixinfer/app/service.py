@@ -245,7 +245,11 @@ class Service:
     def _tokenizer_views(self) -> Mapping[str, Mapping[str, object]]:
         """Where the token ids of each model come from, and what asking for them costs."""
         costs = {name: cost.view() for name, cost in self._remote.costs.items()}
-        return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
+        sends = {} if self._token_ids is None else {"sent_ids": self._token_ids.view}
+        return {
+            name: {**source.view(), "asking": costs.get(name), **{key: view(name) for key, view in sends.items()}}
+            for name, source in self._finder.sources.items()
+        }
 
     async def _open_peers(self, stack: AsyncExitStack) -> None:
         """Share load with other gateways and workers, if there may be any."""

@@ -63,6 +63,12 @@ class TokenIdSender:
         """The endpoint has refused a request with ids that it answers without them."""
         self._honouring.refused(request.pod.pod, request.prepared.prompt.path)
 
+    def view(self, model: str) -> dict[str, object]:
+        """What was found about the engines of a model, by pod and path, as JSON-able data."""
+        pods = self._registry.pods
+        serving = [pod for pod in pods if self._registry.configured_name(pod.base_model or "", [pod]) == model]
+        return {pod.name: found for pod in serving if (found := self._honouring.view(pod.name))}
+
     def forget(self, pod: str) -> None:
         """A pod has gone."""
         self._honouring.forget(pod)

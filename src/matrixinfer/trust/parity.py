@@ -132,7 +132,8 @@ class _Class:
 
     def view(self) -> dict[str, object]:
         checks: dict[str, object] = {name: check.view() for name, check in self.checks.items()}
-        return {"approximate": self.approximate} | checks
+        proven = sorted(endpoint for endpoint, agreed in self.agreed_at.items() if agreed >= RUN)
+        return {"approximate": self.approximate} | checks | ({"proven_at": proven} if proven else {})
 
 
 class Parity:

@@ -98,6 +98,11 @@ class Honouring:
             known.asked_at = self._clock()
             self._report(pod, known.found)
 
+    def view(self, pod: str) -> dict[str, dict[str, str | None]]:
+        """What was found about the pod's engine, by path, as JSON-able data."""
+        known = {path: each.found for path, each in self._known.get(pod, {}).items()}
+        return {path: {"result": found.outcome, "reason": found.why} for path, found in known.items() if found}
+
     def forget(self, pod: str) -> None:
         """The pod has gone."""
         self._known.pop(pod, None)
