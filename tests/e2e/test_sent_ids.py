@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.config import TokenizationConfig
+from matrixinfer.config import DriftConfig, TokenizationConfig
 from matrixinfer.errors import InvalidRequest
+from matrixinfer.gateway import token_ids
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -76,7 +79,9 @@ class Sender:
         """Send a request, and say whether the engine got token ids. Its answer must be that of the engine itself."""
         body = self.body(number, **more)
         answer, pod = await self.fleet.post(self.path, body)
-        direct, _ = await self.fleet.post(self.path, body, to=self.fleet.engines[int(str(pod)[-1])].url)
+        direct, _ = await self.fleet.post(
+            self.path, body, to=self.fleet.engines[int(str(pod).partition("@")[0][-1])].url
+        )
         assert answer["choices"] == direct["choices"]
         assert answer["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
         record = next(self.fleet.service.state.decisions.newest())
@@ -105,10 +110,13 @@ async def sending(
     pods: int = 1,
     settings: TokenizationConfig = SENDS,
     chat_template: str = "chatml",
+    drift: DriftConfig | None = None,
 ) -> AsyncIterator[Sender]:
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
-        fleet = await stack.enter_async_context(gateway(engines, tokenization=settings, chat_template=chat_template))
+        fleet = await stack.enter_async_context(
+            gateway(engines, tokenization=settings, chat_template=chat_template, drift=drift)
+        )
         await eventually(fleet.is_settled)
         unheld: list[str] = []
         with loop.hold_while(lambda: not unheld and not fleet.is_settled()):
@@ -240,6 +248,63 @@ async def test_each_pod_must_show_the_ids_itself(loop: VirtualTimeLoop, tokenize
         for name in ("pod-0", "pod-1"):
             assert await target.metric(f'matrixinfer_token_ids_sent_total{{pod="{name}"}}') > 0
         assert await target.metric('matrixinfer_token_ids_probes_total{result="honoured"}') == 2
+
+
+async def test_each_rank_must_show_the_ids_itself(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:
+    async with sending(loop, tokenizer, replace(VLLM, data_parallel_size=2)) as target:
+        for number in range(60):
+            await target.sent_ids(number)
+        for name in ("pod-0@dp0", "pod-0@dp1"):
+            assert await target.metric(f'matrixinfer_token_ids_sent_total{{pod="{name}"}}') > 0
+
+
+async def test_streams_carry_ids_and_all_else_that_the_gateway_adds(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer
+) -> None:
+    engine = replace(VLLM, served_model_names=("m", "other"))
+    async with sending(loop, tokenizer, engine, drift=DriftConfig(inject_usage=True)) as target:
+        await target.until_sent()
+        body = target.body("streamed", stream=True, model="other")
+        async with target.fleet.session.post(target.fleet.engines[0].url + CHAT, json=body) as response:
+            direct = await response.text()
+        async with target.fleet.session.post(target.fleet.url + CHAT, json=body) as response:
+            streamed = await response.text()
+        record = next(target.fleet.service.state.decisions.newest())
+    assert record.sent_ids
+    assert record.counted is not None, "the usage report that the gateway asks for was read"
+    assert [line["choices"] for line in events(streamed)] == [line["choices"] for line in events(direct)]
+    assert {line["model"] for line in events(streamed)} == {"other"}
+
+
+def events(stream: str) -> list[Json]:
+    return [json.loads(part.removeprefix("data: ")) for part in stream.split("\n\n") if part[6:7] == "{"]
+
+
+async def test_large_bodies_are_made_in_a_thread(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_ids, "LARGE_BYTES", 10)
+    threads: set[str] = set()
+    make = token_ids.with_ids
+
+    def seen(*arguments: Any) -> bytes | None:
+        threads.add(threading.current_thread().name)
+        return make(*arguments)
+
+    monkeypatch.setattr(token_ids, "with_ids", seen)
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+    assert threading.current_thread().name not in threads
+    assert threads
+
+
+async def test_where_there_is_no_room_for_ids_the_request_goes_as_it_came(
+    loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        monkeypatch.setattr(token_ids, "_BYTES_PER_TOKEN", 10**9)
+        assert not any([await target.sent_ids(f"later {number}") for number in range(5)])
 
 
 async def test_nothing_is_sent_or_asked_by_default(
