@@ -34,6 +34,8 @@ _WRITERS, _FRAME_BLOCKS = 8, 32
 _FRAMES_PER_SECOND = 50.0
 _DAY = 86_400.0
 _HOLDERS = (1, 2, 8, 64)
+_WAYS = {"script": (True, True), "script, every block": (True, False), "pipeline": (False, False)}
+"""Kinds of lookups: whether they run scripts, and whether these may search."""
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ def _load(server: Valkey, prompts: Sequence[Sequence[int]], scale: Scale) -> Ite
     hold_queries(loader, _PODS, prompts)
     step = max(1, scale.redis_keys // 50)
     for number in range(50):
-        fill(loader, _PODS, step, seed=number)
+        fill(loader, _PODS, step, seed=100 + number)  # other blocks than those of the prompts
         yield f"{server.client.dbsize():,} keys loaded"
     loader.flush()
     server.client.hset(layout.EPOCHS, mapping=dict.fromkeys(_PODS, now - 3600))
@@ -96,10 +98,9 @@ def _load(server: Valkey, prompts: Sequence[Sequence[int]], scale: Scale) -> Ite
 def _lookups(
     server: Valkey, runner: asyncio.Runner, prompts: Sequence[Sequence[int]], scale: Scale
 ) -> Iterator[Figure]:
-    ways = {"script": True, "pipeline": False}
     for length in _LENGTHS:
         chains = [prompt[:length] for prompt in prompts]
-        rounds = runner.run(_alternate(server, ways, chains, scale))
+        rounds = runner.run(_alternate(server, chains, scale))
         for way, took in rounds.items():
             case, target = f"{length} blocks, {way}", _TARGET_MS if way == "script" else None
             yield Figure(case=case, name="p50", value=min(took.p50) * 1e3, unit="ms", target=target)
@@ -114,16 +115,14 @@ def _lookups(
         )
 
 
-async def _alternate(
-    server: Valkey, ways: dict[str, bool], chains: Sequence[Sequence[int]], scale: Scale
-) -> dict[str, _Rounds]:
-    rounds = {way: _Rounds() for way in ways}
+async def _alternate(server: Valkey, chains: Sequence[Sequence[int]], scale: Scale) -> dict[str, _Rounds]:
+    rounds = {way: _Rounds() for way in _WAYS}
     count = max(len(chains), scale.redis_lookups)
     for turn in range(scale.rounds + 1):
-        for way, scripts in ways.items():
+        for way, (scripts, prefix_closed) in _WAYS.items():
             config = RedisConfig(host="127.0.0.1", port=server.port, scripts=scripts, deadline_seconds=60)
             async with Store(config) as store:
-                reader = BlockReader(store, max_age=_DAY)
+                reader = BlockReader(store, max_age=_DAY, prefix_closed=prefix_closed)
                 _check(await reader.match(MODEL, chains[0]), len(chains[0]))
                 kept = rounds[way] if turn else _Rounds()  # the first round warms the caches
                 prompts = itertools.islice(itertools.cycle(chains), count)

@@ -3,7 +3,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
-from matrixinfer.blocks import TokenBlockProcessor
+from matrixinfer.blocks import Scheme, TokenBlockProcessor
 from matrixinfer.index.base import BlockIndex
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.index.redis.index import RedisIndex
@@ -29,6 +29,7 @@ class TestMemoryIndexOfBlocksAlone(TestMemoryIndex):
 class TestRedisIndex(BlockIndexConformance):
     max_examples = 30
     scripts = True
+    scheme: Scheme = "prefix"
 
     @pytest.fixture(autouse=True)
     def server_of_the_test(self, valkey: Server) -> None:
@@ -39,7 +40,7 @@ class TestRedisIndex(BlockIndexConformance):
         self.server.flush()
         async with (
             Store(self.server.config(scripts=self.scripts)) as store,
-            RedisIndex(store, TokenBlockProcessor(), max_age=86_400.0) as index,
+            RedisIndex(store, TokenBlockProcessor(scheme=self.scheme), max_age=86_400.0) as index,
         ):
             yield index
 
@@ -48,6 +49,14 @@ class TestRedisIndex(BlockIndexConformance):
 
 
 class TestRedisIndexByPipeline(TestRedisIndex):
+    scripts = False
+
+
+class TestRedisIndexOfBlocksAlone(TestRedisIndex):
+    scheme = "block"
+
+
+class TestRedisIndexOfBlocksAloneByPipeline(TestRedisIndexOfBlocksAlone):
     scripts = False
 
 

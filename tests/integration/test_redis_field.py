@@ -12,7 +12,7 @@ import structlog
 from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.memory import MemoryIndex
-from matrixinfer.index.redis import layout, read_scripts
+from matrixinfer.index.redis import layout, match_script
 from matrixinfer.index.redis.index import RedisIndex
 from matrixinfer.index.redis.match_watch import LOOKUPS, MatchWatch
 from matrixinfer.index.redis.pod_states import PodStates
@@ -193,7 +193,7 @@ async def test_a_lookup_is_capped_and_says_so(valkey: Server, monkeypatch: pytes
         found = await reader.match("m", HASHES)
         assert 1 < found["a.ns"] == found["b.ns"] < len(HASHES)
         assert reader.stats.outcomes["capped"] == 1
-    assert read_scripts.BUDGET > 10
+    assert match_script.BUDGET > 10
 
 
 async def test_a_model_may_have_another_name_in_redis(valkey: Server) -> None:

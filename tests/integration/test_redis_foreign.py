@@ -145,6 +145,14 @@ async def test_both_spellings_of_a_pod_are_one_pod(valkey: Server) -> None:
     assert await both_ways(valkey, chain(9)) == {"pod-a.ns": 9}
 
 
+@pytest.mark.parametrize("others", [0, 40])  # so many that the pod is looked up by name
+async def test_a_stamp_that_can_be_read_decides_over_one_that_cannot(valkey: Server, others: int) -> None:
+    more: dict[str | bytes, str | bytes] = {f"pod-{n}.ns": str(NOW - MAX_AGE - 1) for n in range(others)}
+    old: dict[str | bytes, str | bytes] = {f"pod-a.ns{SUFFIX}": str(NOW - MAX_AGE - 1)}
+    fill(valkey, [{"pod-a.ns": "soon", **more}, {"pod-a.ns": "soon", **more}, {"pod-a.ns": "soon", **old, **more}])
+    assert await both_ways(valkey, chain(3)) == {"pod-a.ns": 2}
+
+
 async def test_the_last_blocks_over_several_round_trips(valkey: Server) -> None:
     count = LAST_CHUNK + 10
     held = {"pod-a.ns": 3, f"pod-b.ns{SUFFIX}": LAST_CHUNK, "pod-c.ns~ends": count - 1, "pod-d.ns~ends": 9}

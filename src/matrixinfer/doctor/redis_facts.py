@@ -15,7 +15,7 @@ from matrixinfer.config import Config, RedisConfig
 from matrixinfer.doctor.facts import PodFacts, RedisFacts
 from matrixinfer.doctor.redis_foreign import gather_foreign_facts
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis import layout, read_scripts
+from matrixinfer.index.redis import layout, match_script
 from matrixinfer.index.redis.failures import failure_of
 from matrixinfer.index.redis.index import scheme_of
 from matrixinfer.index.redis.pod_states import PodState, PodStates
@@ -102,9 +102,9 @@ def _is_trusted(state: PodState | None) -> bool:
 async def _refuses_scripts(store: Store) -> bool:
     if store.is_cluster or not store.config.scripts:
         return False
-    args = (layout.prefix_of("-"), 0, 0, "0", 0, 0, 0)
+    args = (layout.prefix_of("-"), 0, 0, match_script.packed([0]), 0, 0, 0, 0)
     try:
-        await store.run(Script(read_scripts.MATCH), (layout.EPOCHS, layout.LEASES), args)
+        await store.run(Script(match_script.MATCH), (layout.EPOCHS, layout.LEASES), args)
     except ScriptsRefused:
         return True
     return False

@@ -98,7 +98,7 @@ class Forest:
         """Remove those of `blocks` that are the last of their run with nothing below them; return the others.
 
         Blocks are taken in order, so neighbours should come last block first. The runs they were in are added to
-        `shrunk`; their tokens and names are left as they are.
+        `shrunk`, those that branch off others before these; their tokens and names are left as they are.
         """
         left: list[int] = []
         first, count = 0, len(blocks)
@@ -121,6 +121,7 @@ class Forest:
                 continue
             del run.ids[-8 * len(some) :]
             self._table.discard(some)
+            shrunk.pop(run, None)  # a run is the last one to shrink before those that it branches off from
             shrunk[run] = None
             first += len(some)
             if not run.ids:

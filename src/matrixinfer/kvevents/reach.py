@@ -46,7 +46,7 @@ class Reach:
         if block in forest.cut:
             forest.cut.discard(block)
         else:
-            for below, position, child in forest.below(block):
+            for below, position, child in _last_first(forest, block):
                 forest.cut.add(child)
                 self._unsupport(forest, below, position, position + 1)
                 if self._rules.rule is not None:
@@ -57,7 +57,7 @@ class Reach:
 
     def drop_all(self, forest: Forest) -> None:
         """Drop every support of a forest."""
-        for run, position, block in forest.below(None):
+        for run, position, block in _last_first(forest, None):
             if block not in forest.cut:
                 self._unsupport(forest, run, position, position + 1)
         self._tiers.flush()
@@ -89,6 +89,11 @@ class Reach:
         _, names = run.completed(first, last)
         if names:
             self._tiers.remove(forest.tier, run.model, names[::-1])
+
+
+def _last_first(forest: Forest, block: int | None) -> Iterator[tuple[Run, int, int]]:
+    """`Forest.below`, but children first: a shared index is written in several steps, and none may leave a block without parent."""
+    return reversed([*forest.below(block)])
 
 
 def _supported(run: Run, first: int, last: int) -> list[Supported]:

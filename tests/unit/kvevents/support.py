@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from matrixinfer.blocks import Medium, TokenBlockProcessor
+from matrixinfer.config.endpoint_names import ENDS_SUFFIX
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.wire import EngineHash, decode
@@ -54,13 +56,15 @@ def frame(*events: Any, timestamp: float = 1.5, rank: int | None = 0) -> bytes:
 class RecordingIndex(MemoryIndex):
     """An index that records its contents.
 
-    A `strict` one trusts its writer less: no block without its parent, nothing removed that is not there.
+    A `strict` one trusts its writer less: no block without its parent, not even for a moment, and nothing removed that is
+    not there.
     """
 
     def __init__(self, *, prefix_closed: bool = True, strict: bool = False) -> None:
         super().__init__(prefix_closed=prefix_closed)
         self._strict = strict
         self._held: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self._children: defaultdict[int, set[int]] = defaultdict(set)
 
     def contents(self, pod: str = POD) -> dict[str, set[int]]:
         """The blocks that a pod holds, by model; models without any are absent."""
@@ -70,12 +74,18 @@ class RecordingIndex(MemoryIndex):
         held = self._held[pod][model]
         assert not self._strict or parent is None or parent in held or not self.prefix_closed
         held.update(hashes)
+        if not pod.endswith(ENDS_SUFFIX):
+            for before, block in pairwise(hashes if parent is None else [parent, *hashes]):
+                self._children[before].add(block)
         super().add(model, pod, hashes, parent)
 
     def remove(self, model: str, pod: str, hashes: Iterable[int]) -> None:
         gone, held = list(hashes), self._held[pod][model]
         assert not self._strict or held.issuperset(gone)
-        held.difference_update(gone)
+        for block in gone:
+            held.discard(block)
+            if self._strict and self.prefix_closed and not pod.endswith(ENDS_SUFFIX):
+                assert held.isdisjoint(self._children.get(block, ()))
         super().remove(model, pod, gone)
 
     def clear(self, pod: str) -> None:

@@ -51,7 +51,15 @@ class RedisIndex:
     ) -> None:
         self.watch = watch
         self._redis_name = redis_name
-        self.reader = BlockReader(store, max_age=max_age, clock=clock, starts=starts, endpoints=endpoints)
+        self._prefix_closed = blocks.scheme == "prefix"
+        self.reader = BlockReader(
+            store,
+            max_age=max_age,
+            prefix_closed=self._prefix_closed,
+            clock=clock,
+            starts=starts,
+            endpoints=endpoints,
+        )
         self.writer = BlockWriter(
             store,
             meta=scheme_of(blocks),
@@ -75,8 +83,8 @@ class RedisIndex:
 
     @property
     def prefix_closed(self) -> bool:
-        """Always false: writers of other projects leave holes, and entries expire one by one."""
-        return False
+        """Whether the blocks written here are chained. Lookups search only what living writers of this project wrote."""
+        return self._prefix_closed
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:
         """Record that `pod` holds `hashes`. `parent` is ignored."""

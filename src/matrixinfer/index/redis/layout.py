@@ -150,7 +150,7 @@ def named(entries: Entries) -> dict[str, int]:
 def count(blocks: Iterable[Entries], floors: Floors) -> dict[str, int]:
     """How many of a prompt's `blocks` each pod holds, consecutively from the start; pods without a match are absent.
 
-    Names of reusable ends do not match. `read_scripts.MATCH` does the same.
+    Names of reusable ends do not match. `match_script.MATCH` does the same.
     """
     counts: dict[str, int] = {}
     for position, entries in enumerate(blocks):

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 import structlog
 
 from matrixinfer.errors import IndexUnavailable
-from matrixinfer.index.redis import layout, read_scripts
+from matrixinfer.index.redis import layout, match_script, read_scripts
 from matrixinfer.index.redis.circuit import Circuit, State
-from matrixinfer.index.redis.read_scripts import BUDGET, CROWDED, CUT, MOST_HOLDERS
+from matrixinfer.index.redis.match_script import BUDGET, CROWDED, CUT, MOST_HOLDERS
 from matrixinfer.index.redis.store import Script, ScriptsRefused, Store, is_wrong_type, unavailable
 
 CHUNK = 512
@@ -58,7 +58,8 @@ class BlockReader:
 
     `max_age` is in seconds; `clock` returns Unix seconds. `starts` returns when engines started, in Unix seconds by pod, as
     far as that is known and nobody vouches for what the pod holds. `endpoints` returns the names to look for where blocks
-    have more than `MOST_HOLDERS` holders; without it such blocks are read whole.
+    have more than `MOST_HOLDERS` holders; without it such blocks are read whole. `prefix_closed` says that this project's
+    writers only write chained blocks, so that an entry of a living one proves all blocks before it (`match_script`).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class BlockReader:
         store: Store,
         *,
         max_age: float,
+        prefix_closed: bool = False,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         starts: Callable[[], Mapping[str, float]] = dict,
@@ -78,12 +80,13 @@ class BlockReader:
         """Models that are looked up by name, and until when."""
         self._store = store
         self._max_age = max_age
+        self._prefix_closed = prefix_closed
         self._clock = clock
         self._monotonic = monotonic
         self._circuit = Circuit(monotonic)
         self._slots = asyncio.Semaphore(max(1, store.config.connections - _RESERVED))
         self._scripted = store.config.scripts and not store.is_cluster
-        self._match = Script(read_scripts.MATCH)
+        self._match = Script(match_script.MATCH)
         self._last = Script(read_scripts.LAST)
 
     @property
@@ -214,7 +217,8 @@ class BlockReader:
         names, all_named = self._names(model)
         while True:
             most = 0 if self._endpoints is None else MOST_HOLDERS
-            more = (most, BUDGET if most else NO_BUDGET, len(starts) // 2, *starts, *names)
+            budget = BUDGET if most else NO_BUDGET
+            more = (int(self._prefix_closed), most, budget, len(starts) // 2, *starts, *names)
             state, found = await self._run(self._match, model, hashes, more)
             if state != CROWDED or names:
                 return found, all_named and state != CUT
@@ -231,7 +235,7 @@ class BlockReader:
     ) -> tuple[int, dict[str, int]]:
         """The state that a script returns, and its pairs."""
         now = self._clock()
-        args = (layout.prefix_of(model), now, int(now - self._max_age), " ".join(map(str, hashes)), *more)
+        args = (layout.prefix_of(model), now, int(now - self._max_age), match_script.packed(hashes), *more)
         answer = await self._store.run(script, (layout.EPOCHS, layout.LEASES), args)
         with unavailable():
             state, wrong, *found = answer
