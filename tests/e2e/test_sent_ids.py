@@ -25,6 +25,7 @@ from matrixinfer.sim.server import SimEngine
 from matrixinfer.sim.vllm_handlers import VllmHandlers
 from matrixinfer.trust import parity, sampling
 from matrixinfer.trust.parity import RUN
+from matrixinfer.trust.sent_ids.bodies import with_ids
 from tests.virtual_time import VirtualTimeLoop
 from tests.waiting import eventually
 
@@ -285,11 +286,10 @@ async def test_large_bodies_are_made_in_a_thread(
 ) -> None:
     monkeypatch.setattr(token_ids, "LARGE_BYTES", 10)
     threads: set[str] = set()
-    make = token_ids.with_ids
 
     def seen(*arguments: Any) -> bytes | None:
         threads.add(threading.current_thread().name)
-        return make(*arguments)
+        return with_ids(*arguments)
 
     monkeypatch.setattr(token_ids, "with_ids", seen)
     async with sending(loop, tokenizer, VLLM) as target:
