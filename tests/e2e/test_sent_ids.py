@@ -29,7 +29,7 @@ from matrixinfer.trust.sent_ids.bodies import with_ids
 from tests.virtual_time import VirtualTimeLoop
 from tests.waiting import eventually
 
-from .fleet import Fleet, gateway
+from .fleet import TOKENIZER, Fleet, gateway
 
 pytestmark = pytest.mark.virtual_time
 
@@ -240,6 +240,16 @@ async def test_a_malformed_request_gets_the_engines_own_words_and_proves_nothing
             assert answers[0][0] == 400
         assert any([await target.sent_ids(f"later {number}") for number in range(3)])
         assert await target.metric('matrixinfer_token_ids_probes_total{result="refused"}') == 0
+
+
+async def test_ids_of_another_tokenizer_must_be_shown_again(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:
+    async with sending(loop, tokenizer, VLLM) as target:
+        await target.until_sent()
+        tokenizers = target.fleet.service._finder._tokenizers  # noqa: SLF001 - it finds another one in its own time
+        tokenizers.use("m", LocalTokenizer.load(TOKENIZER, "chatml"))
+        results = [await target.sent_ids(f"later {number}") for number in range(8)]
+    assert not any(results[:RUN])
+    assert any(results)
 
 
 async def test_each_pod_must_show_the_ids_itself(loop: VirtualTimeLoop, tokenizer: LocalTokenizer) -> None:

@@ -225,6 +225,7 @@ class Service:
             self._remote,
             memory=self._memory,
             block_size=engines.blocks.block_size,
+            on_changed=self.state.parity.unprove,
         )
         self._finder = self._find_tokenizers(tokenizers, clock)
         return await stack.enter_async_context(tokenizers)

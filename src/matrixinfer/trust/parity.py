@@ -170,6 +170,11 @@ class Parity:
             for known in classes.values():
                 known.agreed_at.pop(endpoint, None)
 
+    def unprove(self, model: str) -> None:
+        """The token ids of `model` come from another tokenizer from now on: no endpoint has shown these."""
+        for known in self._models.get(model, {}).values():
+            known.agreed_at.clear()
+
     def view(self) -> dict[str, dict[str, object]]:
         """Every model compared so far, with its classes of request, as JSON-able data."""
         self.sampling.settle()

@@ -261,3 +261,14 @@ def test_a_proof_grows_stale_and_goes_with_the_endpoint() -> None:
     assert world.is_proven()
     world.parity.forget("p")
     assert not world.is_proven()
+
+
+def test_another_tokenizer_of_the_model_must_be_proven_again() -> None:
+    world = Proving()
+    world.prove()
+    world.parity.unprove("another")
+    assert world.is_proven()
+    world.parity.unprove("m")
+    assert not world.is_proven()
+    world.prove()
+    assert world.is_proven()
