@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.config import DriftConfig, TokenizationConfig
+from matrixinfer.config import DriftConfig, TokenizationConfig, TracingConfig
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.gateway import token_ids
 from matrixinfer.prompt.base import Prompt
@@ -26,6 +28,7 @@ from matrixinfer.sim.vllm_handlers import VllmHandlers
 from matrixinfer.trust import parity, sampling
 from matrixinfer.trust.parity import RUN
 from matrixinfer.trust.sent_ids.bodies import with_ids
+from tests.collector import Collector, attributes, collector
 from tests.virtual_time import VirtualTimeLoop
 from tests.waiting import eventually
 
@@ -112,11 +115,12 @@ async def sending(
     settings: TokenizationConfig = SENDS,
     chat_template: str = "chatml",
     drift: DriftConfig | None = None,
+    tracing: TracingConfig | None = None,
 ) -> AsyncIterator[Sender]:
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(SimEngine(engine, tokenizer)) for _ in range(pods)]
         fleet = await stack.enter_async_context(
-            gateway(engines, tokenization=settings, chat_template=chat_template, drift=drift)
+            gateway(engines, tokenization=settings, chat_template=chat_template, drift=drift, tracing=tracing)
         )
         await eventually(fleet.is_settled)
         unheld: list[str] = []
@@ -211,7 +215,12 @@ async def test_an_engine_that_has_restarted_is_asked_again(loop: VirtualTimeLoop
 async def test_an_engine_that_refuses_a_request_gets_it_as_it_came_and_no_more_ids(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with sending(loop, tokenizer, VLLM) as target:
+    async with (
+        collector() as kept,
+        sending(
+            loop, tokenizer, VLLM, tracing=TracingConfig(enabled=True, endpoint=kept.url, interval_seconds=0.05)
+        ) as target,
+    ):
         await target.until_sent()
         read = VllmHandlers.read
 
@@ -223,6 +232,18 @@ async def test_an_engine_that_refuses_a_request_gets_it_as_it_came_and_no_more_i
         monkeypatch.setattr(VllmHandlers, "read", refusing)
         assert not any([await target.sent_ids(f"later {number}") for number in range(10)])
         assert await target.metric('matrixinfer_token_ids_probes_total{result="refused"}') == 1
+
+        async def is_exported() -> bool:
+            await asyncio.to_thread(time.sleep, 0.02)  # a thread exports, in time that this clock does not know
+            return any(attributes(each).get("error.type") == "400" for each in kept.spans)
+
+        await eventually(is_exported)
+    (refused,) = [each for each in kept.named("chat m") if attributes(each).get("error.type") == "400"]
+    assert kept.below(span_of(kept, refused)).count("chat m") == 2
+
+
+def span_of(kept: Collector, child: Span) -> Span:
+    return next(each for each in kept.spans if each.span_id == child.parent_span_id)
 
 
 async def test_a_malformed_request_gets_the_engines_own_words_and_proves_nothing(

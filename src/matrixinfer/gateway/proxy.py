@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import NoReturn, cast
 
 from aiohttp import web
@@ -52,6 +52,10 @@ class _Refused(Exception):
 
 class _IdsRefused(Exception):
     """The pod answered a request with token ids as if it were malformed. It may not be without them."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(str(status))
+        self.status = status
 
 
 class Proxy:
@@ -147,8 +151,11 @@ class Proxy:
         body = await sender.body_for(in_flight, exchange.held)
         in_flight.sends_ids(sends=body is not None)
         if body is not None:
-            with suppress(_IdsRefused):
+            try:
                 return await self._send(exchange, retry, body, may_move=may_move, has_ids=True)
+            except _IdsRefused as error:
+                if exchange.trace is not None:
+                    exchange.trace.refused(error.status)
             in_flight.sends_ids(sends=False)
         response = await self._send(exchange, retry, in_flight.prepared.body, may_move=may_move)
         if body is not None and response.status < _FIRST_ERROR:
@@ -337,4 +344,4 @@ class Proxy:
 def _check(status: int) -> None:
     """Raise `_IdsRefused` for an answer that may be due to token ids."""
     if status in REFUSALS:
-        raise _IdsRefused
+        raise _IdsRefused(status)
