@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -183,7 +183,7 @@ def record(
     """
     request = decision.request
     removed = (candidate for candidate in decision.candidates if candidate.name in decision.filtered)
-    kept = tuple(islice((*decision.ranked, *removed), pods))
+    kept = tuple(islice(chain(decision.ranked, removed), pods))
     names = [candidate.name for candidate in kept]
     keeps_all = len(kept) == len(decision.candidates)
     return Record(
