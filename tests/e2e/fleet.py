@@ -25,6 +25,7 @@ from matrixinfer.config import (
     PodConfig,
     RedisConfig,
     SchedulerConfig,
+    TokenizationConfig,
     TracingConfig,
     checked,
 )
@@ -171,6 +172,7 @@ async def gateway(
     blocks: BlocksConfig | None = None,
     access_log: AccessLogConfig | None = None,
     tracing: TracingConfig | None = None,
+    tokenization: TokenizationConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """A gateway in front of engines that run."""
     config = msgspec.structs.replace(
@@ -182,6 +184,7 @@ async def gateway(
         blocks=blocks or BlocksConfig(),
         access_log=access_log,
         tracing=tracing or TracingConfig(),
+        tokenization=tokenization or TokenizationConfig(),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(checked(config)) as service, aiohttp.ClientSession(connector=connector) as session:

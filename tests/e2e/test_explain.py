@@ -48,7 +48,7 @@ async def test_predicted_and_reported_hits_are_shown_together(
             await gateway.settled()
         second, first = await decisions(gateway)
         assert (first["predicted_hit_tokens"], second["predicted_hit_tokens"]) == (0, 256)
-        reported = {"attempts": [pod], "status": 200, "prompt_tokens": 300, "cached_tokens": 288}
+        reported = {"attempts": [pod], "sent_ids": False, "status": 200, "prompt_tokens": 300, "cached_tokens": 288}
         assert second["reported"] == reported | {"cached_tokens": 288}
         assert second["pods"][pod]["trust"] == "exact"
         assert [each["id"] for each in await decisions(gateway, limit="1")] == ["request-1"]

@@ -18,10 +18,12 @@ import pytest
 
 from matrixinfer.doctor.checks import CHECKS
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.openai import CHAT_PATH as CHAT
+from matrixinfer.prompt.openai import COMPLETIONS_PATH as COMPLETIONS
 from matrixinfer.sim.server import SimEngine
 from tests.ports import consecutive_ports, free_port
 
-from .doctor_support import FAST, SHORT_PATIENCE, DoctorCommand, altered, answering, log_settings
+from .doctor_support import FAST, SHORT_PATIENCE, UNHURRIED, DoctorCommand, altered, answering, log_settings
 from .kvevents_support import Engine as Publisher
 from .kvevents_support import stored
 
@@ -75,6 +77,28 @@ async def test_a_healthy_fleet_has_no_problems(
     assert (code, err) == (0, "")
     assert "token ids come from the engine's own /tokenize" in out
     assert out.endswith("\n\n2 pods: no problems found\n")
+
+
+@pytest.mark.parametrize("flavor", ["vllm", "sglang"])
+async def test_an_engine_is_asked_for_token_ids_if_they_are_to_be_sent(
+    flavor: Any, tokenizer: LocalTokenizer, doctor: DoctorCommand
+) -> None:
+    settings = {**UNHURRIED, "sendIds": "when_verified"}
+    config = replace(FAST, flavor=flavor, cache_report=True)
+    async with SimEngine(config, tokenizer) as engine, SimEngine(replace(config, takes_ids=False), tokenizer) as old:
+        pods = [{"name": "a", "url": engine.url}, {"name": "b", "url": old.url}]
+        report = await doctor.check(*pods, tokenization=settings)
+        silent = await doctor.check(*pods, tokenization=settings, arguments=("--no-probe",))
+    assert [(found["pod"], found["level"], found["message"]) for found in report.of("sent ids")] == [
+        ("a", "ok", f"the engine makes the same answer from token ids: {CHAT} and {COMPLETIONS} may carry them"),
+        ("b", "ok", f"the engine makes the same answer from token ids: {COMPLETIONS} may carry them"),
+        (
+            "b",
+            "warning",
+            f"{CHAT} gets no token ids (ignored): the engine answered the messages beside the token ids",
+        ),
+    ]
+    assert not silent.of("sent ids")
 
 
 async def test_every_data_parallel_rank_is_probed(tokenizer: LocalTokenizer, doctor: DoctorCommand) -> None:

@@ -19,6 +19,7 @@ from matrixinfer.config import (
     ModelConfig,
     PodConfig,
     SchedulerConfig,
+    TokenizationConfig,
 )
 from matrixinfer.kvevents.feed import PodFeed
 from tests.waiting import eventually
@@ -169,6 +170,7 @@ async def gateway(
     events: Mapping[int, str] | None = None,
     injects_usage: bool = False,
     followed: int | None = None,
+    sends_ids: bool = False,
 ) -> AsyncIterator[Target]:
     """A gateway with token blocks of `hashed` tokens. `events` replaces the event endpoints of engines, by number.
 
@@ -191,6 +193,7 @@ async def gateway(
         blocks=BlocksConfig(size=hashed),
         scheduler=SchedulerConfig(pending_seconds=0.0),
         drift=DriftConfig(inject_usage=injects_usage),
+        tokenization=TokenizationConfig(send_ids="when_verified" if sends_ids else "never"),
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with Service(config) as service, aiohttp.ClientSession(connector=connector) as session:

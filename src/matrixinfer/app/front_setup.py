@@ -36,6 +36,7 @@ from matrixinfer.gateway.reload_admin import Reload, ReloadAdmin
 from matrixinfer.gateway.retries import Retries
 from matrixinfer.gateway.rewrite import BodyRewriter
 from matrixinfer.gateway.server import Gateway
+from matrixinfer.gateway.token_ids import TokenIdSender
 from matrixinfer.gateway.upstream import Upstream
 from matrixinfer.pods.discovery.fleet import Fleet
 from matrixinfer.prompt.memory import Memory
@@ -75,6 +76,8 @@ class Behind:
     reload: Reload | None
     """None where the configuration cannot be read again."""
     worker: Worker | None
+    token_ids: TokenIdSender | None
+    """None where engines make all token ids themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,7 @@ def _proxy(behind: Behind, retries: Retries, credentials: Credentials, draining:
         draining,
         credentials,
         config.api.sse_keep_alive_seconds,
+        behind.token_ids,
     )
 
 

@@ -36,6 +36,7 @@ from matrixinfer.app.reload import ReloadCollector, Reloader
 from matrixinfer.app.router_setup import build_router, build_scheduler
 from matrixinfer.app.served import served_models
 from matrixinfer.app.systemd import Notifier
+from matrixinfer.app.token_ids_setup import open_token_ids
 from matrixinfer.app.tracing_setup import open_tracing
 from matrixinfer.app.traffic_state import traffic_state
 from matrixinfer.app.workers.worker import Worker
@@ -116,6 +117,9 @@ class Service:
                 upstream(config.limits, self.metrics, engines.shortages, engines.tls.at)
             )
             await self._open_peers(stack)
+            self._token_ids = await open_token_ids(
+                config.tokenization, engines, tokenizers, state.parity, self.metrics, clock, stack
+            )
             self._register_collectors(tokenizers)
             self.watching = await stack.enter_async_context(
                 engines.watching(on_gone=self.router.forget, on_models_changed=self.router.keep_models)
@@ -171,6 +175,8 @@ class Service:
         self.watching.leave(name)
         if pod is not None:
             self._upstream.forget(pod.url)
+            if self._token_ids is not None:
+                self._token_ids.forget(name)
 
     async def _open_reloads(self, stack: AsyncExitStack, build: Callable[[SchedulerConfig], Scheduler]) -> None:
         """Read the configuration again when that is wanted, if it can be read."""
@@ -219,6 +225,7 @@ class Service:
             self._remote,
             memory=self._memory,
             block_size=engines.blocks.block_size,
+            on_changed=self.state.parity.unprove,
         )
         self._finder = self._find_tokenizers(tokenizers, clock)
         return await stack.enter_async_context(tokenizers)
@@ -239,7 +246,11 @@ class Service:
     def _tokenizer_views(self) -> Mapping[str, Mapping[str, object]]:
         """Where the token ids of each model come from, and what asking for them costs."""
         costs = {name: cost.view() for name, cost in self._remote.costs.items()}
-        return {name: {**source.view(), "asking": costs.get(name)} for name, source in self._finder.sources.items()}
+        sends = {} if self._token_ids is None else {"sent_ids": self._token_ids.view}
+        return {
+            name: {**source.view(), "asking": costs.get(name), **{key: view(name) for key, view in sends.items()}}
+            for name, source in self._finder.sources.items()
+        }
 
     async def _open_peers(self, stack: AsyncExitStack) -> None:
         """Share load with other gateways and workers, if there may be any."""
@@ -294,6 +305,7 @@ class Service:
             ask_again=self.watching.ask_again,
             reload=None if self._read is None else self._reload,
             worker=self._worker,
+            token_ids=self._token_ids,
         )
 
 

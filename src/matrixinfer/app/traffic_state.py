@@ -69,7 +69,7 @@ def traffic_state(config: Config, metrics: Metrics, clock: Callable[[], float]) 
             OutlierLog(metrics),
             can_check=config.retries.after_send > 0 and config.limits.max_attempts > 1,
         ),
-        parity=Parity(metrics, clock),
+        parity=Parity(metrics, clock, proves_endpoints=config.tokenization.send_ids != "never"),
         decisions=DecisionLog(config.scheduler.decisions_kept),
         stored=StoredResponses(),
         ladder=LadderLog(clock, tracks=config.blocks.scheme == "prefix"),

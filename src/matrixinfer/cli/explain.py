@@ -309,7 +309,8 @@ def _estimated(decision: Json) -> str:
 
 
 def _outcome(reported: Json) -> str:
-    sent = f"sent to {', then '.join(reported['attempts'])}"
+    as_ids = " with token ids" if reported.get("sent_ids") else ""  # gateways of earlier releases do not say it
+    sent = f"sent to {', then '.join(reported['attempts'])}{as_ids}"
     if reported["status"] is None:
         return f"{sent}; no answer"
     if reported["cached_tokens"] is None:

@@ -43,6 +43,14 @@ class TokenizationConfig(Section, frozen=True):
         ),
     ] = "local"
     download_seconds: Annotated[Seconds, described("Deadline of one download.")] = 120.0
+    send_ids: Annotated[
+        Literal["never", "when_verified"],
+        described(
+            "Whether engines get the token ids of plain prompts with the request, so that they need not render and tokenize "
+            "them again. `when_verified`: where an engine's events have shown that our ids are its own, and it has answered "
+            "a short question the same way with token ids as without."
+        ),
+    ] = "never"
     wait_milliseconds: Annotated[
         Annotated[float, Meta(ge=0)],
         described(

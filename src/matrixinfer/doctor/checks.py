@@ -90,6 +90,7 @@ POD_CHECKS: Mapping[str, PodCheck] = MappingProxyType(
         "usage": engine_checks.usage,
         "blocks": engine_checks.blocks,
         "tokens": engine_checks.tokens,
+        "sent ids": engine_checks.sent_ids,
         "clock": engine_checks.clock,
     }
 )

@@ -146,6 +146,22 @@ def tokens(pod: PodFacts) -> Iterator[Verdict]:
         yield from _refused(source)
 
 
+def sent_ids(pod: PodFacts) -> Iterator[Verdict]:
+    """Whether the engine makes the same answer from token ids, where the gateway is to send them."""
+    same = [each.path for each in pod.sent_ids if each.outcome == "honoured"]
+    if same:
+        yield ok(f"the engine makes the same answer from token ids: {' and '.join(same)} may carry them")
+    for each in pod.sent_ids:
+        if each.outcome != "honoured":
+            yield warning(
+                f"{each.path} gets no token ids ({each.outcome}): {each.why}",
+                "the engine makes them itself, as with tokenization.sendIds: never; vLLM takes them in chats since 0.27, "
+                "SGLang since 0.5.15"
+                if each.outcome in ("ignored", "refused")
+                else "see what `tokens` says of this pod; the gateway asks again from time to time",
+            )
+
+
 def _refused(source: Source) -> Iterator[Verdict]:
     """What was found and is not used."""
     for path, reason in source.refused.items():

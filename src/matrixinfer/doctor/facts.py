@@ -14,6 +14,7 @@ from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.prompt.samples import SampleFacts
 from matrixinfer.prompt.source import Source
+from matrixinfer.trust.sent_ids.found import Probed
 
 Following: TypeAlias = Literal["discover", "none", "configured"]
 """How the config says to find a pod's KV events."""
@@ -114,6 +115,8 @@ class PodFacts:
     """What it costs to ask for token ids, as in `/debug/tokenizers`."""
     wait_ms: float | None = None
     """How long a decision waits for them."""
+    sent_ids: Sequence[Probed] = ()
+    """What the engine does with token ids, by path; empty unless the gateway is to send them."""
     feeds: Sequence[FeedFacts] = ()
     """The publishers that the gateway would follow."""
 

@@ -33,6 +33,9 @@ from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.samples import SampleFacts, compare
 from matrixinfer.prompt.source import Source
+from matrixinfer.trust.sent_ids.bodies import CLASSES
+from matrixinfer.trust.sent_ids.found import Probed
+from matrixinfer.trust.sent_ids.probe import IdsProber
 
 MAX_PODS = 8
 """Pods that are checked at the same time."""
@@ -91,6 +94,9 @@ async def gather_facts(config: Config, *, probes: bool, patience: float, on_step
             remote=remote,
             finder=finder,
             prober=prober if probes else None,
+            ids_prober=IdsProber(session, tokenizers, registry)
+            if probes and config.tokenization.send_ids != "never"
+            else None,
             blocks=blocks,
             patience=patience,
             on_step=on_step,
@@ -128,6 +134,7 @@ class _PodGatherer:
     remote: RemoteTokenizer
     finder: TokenizerFinder
     prober: Prober | None
+    ids_prober: IdsProber | None
     blocks: TokenBlockProcessor
     patience: float
     on_step: OnStep
@@ -152,6 +159,7 @@ class _PodGatherer:
         self.on_step(pod.name, "comparing token ids")
         source, compared = await self._tokens(pod, configured)
         feeds = await self._feeds(pod, answers.metrics)
+        sent_ids = await self._sent_ids(pod)
         self.on_step(pod.name, "done")
         return PodFacts(
             name=pod.name,
@@ -175,8 +183,16 @@ class _PodGatherer:
             source=source,
             asking=self.remote.costs[configured].view() if configured in self.remote.costs else None,
             wait_ms=self.config.tokenization.wait_milliseconds,
+            sent_ids=sent_ids,
             feeds=feeds,
         )
+
+    async def _sent_ids(self, pod: Pod) -> Sequence[Probed]:
+        """What the engine does with token ids, if the gateway is to send them. A sleeping engine would answer nothing."""
+        if self.ids_prober is None or pod.base_model is None or pod.asleep is not None:
+            return ()
+        self.on_step(pod.name, "sending token ids")
+        return [await self.ids_prober.probe(pod, path) for path in CLASSES]
 
     async def _tokens(self, pod: Pod, configured: str) -> tuple[Source | None, Sequence[SampleFacts]]:
         """Where the token ids of the pod's model come from, and how they compare with the pod's own."""

@@ -18,6 +18,7 @@ from matrixinfer.gateway.pod_connection import PodAnswer
 from matrixinfer.gateway.response_ids import ResponseId
 from matrixinfer.gateway.rewrite import PodBody
 from matrixinfer.gateway.usage import UsageStripper
+from matrixinfer.prompt.memory import Held
 from matrixinfer.routing.in_flight import InFlight
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Exchange:
     """Learns which pod stores the response that the answer is, where engines store them."""
     trace: RequestTrace | None = None
     """None where requests are not traced."""
+    held: Held | None = None
+    """The memory that its body takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,7 @@ class Api:
                 ticket=progress.ticket,
                 counts_events=self._request_log is not None,
                 trace=progress.trace,
+                held=held,
             )
             if path == RESPONSES_PATH:
                 tenant = None if progress.ticket is None else progress.ticket.tenant

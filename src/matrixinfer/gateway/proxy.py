@@ -27,6 +27,7 @@ from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
 from matrixinfer.gateway.rewrite import BodyRewriter, PodBody
+from matrixinfer.gateway.token_ids import REFUSALS, TokenIdSender
 from matrixinfer.gateway.unless_down import UnlessDown
 from matrixinfer.gateway.upstream import MAX_WHOLE_BYTES, Upstream
 from matrixinfer.routing.in_flight import InFlight
@@ -49,6 +50,14 @@ class _Refused(Exception):
         self.status = status
 
 
+class _IdsRefused(Exception):
+    """The pod answered a request with token ids as if it were malformed. It may not be without them."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(str(status))
+        self.status = status
+
+
 class Proxy:
     """Forwards requests over one client session. Once `draining` is set, every answer ends its connection."""
 
@@ -62,7 +71,9 @@ class Proxy:
         draining: asyncio.Event,
         credentials: Credentials,
         keep_alive_seconds: float | None = None,
+        token_ids: TokenIdSender | None = None,
     ) -> None:
+        self._token_ids = token_ids
         self._credentials = credentials
         self._keep_alive_seconds = keep_alive_seconds
         self._upstream = upstream
@@ -134,15 +145,38 @@ class Proxy:
         raise PodUnreachable(f"No pod answered (tried {', '.join(tried)}; last failure: {kind}).")
 
     async def _attempt(self, exchange: Exchange, retry: Retry, *, may_move: bool) -> web.StreamResponse:
+        in_flight, sender = exchange.in_flight, self._token_ids
+        if sender is None:
+            return await self._send(exchange, retry, in_flight.prepared.body, may_move=may_move)
+        body = await sender.body_for(in_flight, exchange.held)
+        in_flight.sends_ids(sends=body is not None)
+        if body is not None:
+            try:
+                return await self._send(exchange, retry, body, may_move=may_move, has_ids=True)
+            except _IdsRefused as error:
+                if exchange.trace is not None:
+                    exchange.trace.refused(error.status)
+            in_flight.sends_ids(sends=False)
+        response = await self._send(exchange, retry, in_flight.prepared.body, may_move=may_move)
+        if body is not None and response.status < _FIRST_ERROR:
+            sender.refused(in_flight)  # without the ids it is well-formed
+        return response
+
+    async def _send(
+        self, exchange: Exchange, retry: Retry, data: bytes, *, may_move: bool, has_ids: bool = False
+    ) -> web.StreamResponse:
+        """Send a body to the pod, rewritten for it, and pass its answer on. `has_ids` may raise `_IdsRefused`."""
         in_flight = exchange.in_flight
-        chosen, prepared = in_flight.pod, in_flight.prepared
+        chosen, prompt = in_flight.pod, in_flight.prepared.prompt
         adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
-        body = self._rewriter.body_for(chosen.pod, prepared.prompt, prepared.body, chosen.rank, adds_usage=adds_usage)
+        body = self._rewriter.body_for(chosen.pod, prompt, data, chosen.rank, adds_usage=adds_usage)
         moves = may_move and retry.may_send_again and in_flight.following() is not None
         with UnlessDown(in_flight) if moves else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status = answer.upstream.status
+                if has_ids:
+                    _check(status)
                 in_flight.answered(status, headers.retry_after(answer.upstream.headers))
                 if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
@@ -305,3 +339,9 @@ class Proxy:
         self._metrics.first_byte(seconds)
         if answer.exchange.trace is not None:
             answer.exchange.trace.first_byte(now)
+
+
+def _check(status: int) -> None:
+    """Raise `_IdsRefused` for an answer that may be due to token ids."""
+    if status in REFUSALS:
+        raise _IdsRefused(status)

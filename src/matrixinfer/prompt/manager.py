@@ -87,7 +87,8 @@ class TokensLate(TokenizeError):
 class TokenizerManager:
     """Tokenizes prompts with the model's own tokenizer if there is one, else by asking an engine.
 
-    Use as an async context manager, which loads the tokenizers and owns the threads and the late answers.
+    Use as an async context manager, which loads the tokenizers and owns the threads and the late answers. `on_changed`
+    is called with a model whose token ids come from elsewhere from now on.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class TokenizerManager:
         memory: Memory | None = None,
         block_size: int = 128,
         clock: Callable[[], float] = time.perf_counter,
+        on_changed: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._on_changed = on_changed
         self._models = models
         self._settings = settings
         self._remote = remote
@@ -145,6 +148,8 @@ class TokenizerManager:
     def use(self, model: str, tokenizer: Tokenizer | None) -> None:
         """From now on, tokenize prompts for `model`, the index's name of the model, with this tokenizer; None asks an engine."""
         self._slow.pop(model, None)
+        if tokenizer is not self._local.get(model):
+            self._on_changed(model)
         if tokenizer is None:
             self._local.pop(model, None)
         else:

@@ -75,6 +75,15 @@ class Audit:
         self._prediction = None if here is None else late.prediction(prepared, here)
         return self._prediction is not None
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its token ids are being looked for in the endpoint's events."""
+        return self._comparison is not None and self._comparison.is_sampled
+
+    def sends_ids(self) -> None:
+        """The endpoint gets the token ids from us, so that its count of them proves nothing. Not for sampled requests."""
+        self._comparison = None
+
     def moved(self) -> None:
         """The request goes to another endpoint, for which nothing was predicted."""
         self._end(computed=False)
@@ -202,6 +211,7 @@ class Auditor:
         """An endpoint has gone."""
         self._drift.forget(endpoint)
         self._drops.forget(endpoint)
+        self._parity.forget(endpoint)
         if self._media is not None:
             self._media.forget(endpoint)
 
@@ -223,7 +233,7 @@ class Auditor:
         comparison = self.comparison(prepared)
         if comparison is None or prepared.ids is None:
             return None
-        if feed is not None and present is not None and comparison.is_due(feed):
+        if feed is not None and present is not None and comparison.is_due(chosen.name, feed):
             witness = self._witness(prepared, prepared.ids, chosen, feed)
             if witness is not None:
                 comparison.watch(chosen.name, feed, witness, present)

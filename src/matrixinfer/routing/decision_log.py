@@ -64,6 +64,8 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
     """Milliseconds from the request to the first byte of its answer; None until there is one."""
     is_over: bool = False
     """Whether the answer is over, however it ended."""
+    sent_ids: bool = False
+    """Whether the endpoint got the prompt's token ids with the request."""
 
     def learned(self, request: SchedulingRequest, here: Candidate | None) -> None:
         """The token ids have come after the decision. `here` is the endpoint if its hit can still be predicted."""
@@ -115,6 +117,7 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
             "guessed_hit_tokens": chosen.guessed_tokens,
             "reported": {
                 "attempts": list(self.attempts),
+                "sent_ids": self.sent_ids,
                 "status": self.status,
                 "prompt_tokens": self.counted,
                 "cached_tokens": self.cached,

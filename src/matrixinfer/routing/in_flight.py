@@ -97,6 +97,17 @@ class InFlight:
         """Whether the token count that the answer reports is that of this prompt."""
         return self.prepared.prompt.counted
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the engine's events are to show its token ids, which proves something only if the engine makes them."""
+        return self._audit.is_sampled
+
+    def sends_ids(self, *, sends: bool) -> None:
+        """Whether the endpoint gets the prompt's token ids with the request."""
+        self._record.sent_ids = sends
+        if sends:
+            self._audit.sends_ids()
+
     def watch_down(self, pod: str, act: Callable[[], None]) -> None:
         """Call `act` when a pod is declared down, until `unwatch_down`."""
         self._registry.watch_down(pod, act)

@@ -50,6 +50,8 @@ class SimEngineConfig:
     """vLLM: `usage` reports how many prompt tokens were cached."""
     cache_report: bool = False
     """The same for SGLang."""
+    takes_ids: bool = True
+    """Chats may bring the token ids of their prompts; releases before vLLM 0.27 and SGLang 0.5.15 ignore them."""
     load_feed: bool = False
     """SGLang: publish the load of each rank."""
     max_model_len: int | None = None

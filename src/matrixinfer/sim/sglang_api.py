@@ -132,6 +132,7 @@ def server_info(config: SimEngineConfig, events: Json) -> Json:
         "dp_size": config.data_parallel_size,
         "page_size": config.block_size,
         "context_length": config.context_length,
+        "chat_template": None,
         "max_total_num_tokens": config.cache_tokens,
         "max_running_requests": config.max_sequences,
         "enable_cache_report": config.cache_report,

@@ -63,7 +63,7 @@ class SglangHandlers(EngineHandlers):
         if prompt.chat is None:
             return EnginePrompt(self._encode(None, prompt.text, add_special_tokens=True))
         options = api.decode(body, Options)
-        if options.input_ids is not None:
+        if options.input_ids is not None and self._config.takes_ids:
             return EnginePrompt(np.array(options.input_ids, dtype=np.uint32))
         return EnginePrompt(self._chat_ids(options, special=False))
 

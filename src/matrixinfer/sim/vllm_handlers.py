@@ -14,10 +14,12 @@ from aiohttp import web
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import InvalidRequest, RequestError, UnknownModel, UnknownResponse
-from matrixinfer.prompt import anthropic, responses
+from matrixinfer.prompt import anthropic, openai, responses
 from matrixinfer.prompt.base import Chat, Prompt
+from matrixinfer.prompt.conversation import has_media
 from matrixinfer.sim import api, messages_api, pooling_api
-from matrixinfer.sim.handlers import EngineHandlers, json_response
+from matrixinfer.sim.forwarded_ids import forwarded_ids, without_ids
+from matrixinfer.sim.handlers import EngineHandlers, EnginePrompt, json_response
 from matrixinfer.sim.messages_api import MessagesExchange
 from matrixinfer.sim.model import EngineRequest
 from matrixinfer.sim.responses_api import ResponsesExchange, Stored, StoredAnswers
@@ -72,6 +74,8 @@ class VllmHandlers(EngineHandlers):
     def parse(self, path: str, body: bytes, options: api.GenerateOptions) -> Prompt:
         """The prompt; of a response that continues another one, with the conversation that is stored."""
         previous = options.previous_response_id
+        if path == openai.CHAT_PATH:
+            body = without_ids(body)
         if path != responses.RESPONSES_PATH or previous is None:
             return super().parse(path, body, options)
         stored = self._stored.get(previous)
@@ -82,6 +86,14 @@ class VllmHandlers(EngineHandlers):
             raise InvalidRequest("expected `input`", param="input")
         chat = msgspec.structs.replace(prompt.chat, messages=[*stored.messages, *prompt.chat.messages])
         return msgspec.structs.replace(prompt, chat=chat)
+
+    def read(self, prompt: Prompt, body: bytes) -> EnginePrompt:
+        """The prompt's token ids and media; those that a chat brings, where the engine uses them."""
+        if prompt.path == openai.CHAT_PATH and self._config.takes_ids:
+            ids = forwarded_ids(body)
+            if ids is not None and prompt.chat is not None and not has_media(prompt.chat.messages):
+                return EnginePrompt(ids)
+        return super().read(prompt, body)
 
     def exchange(self, path: str, body: bytes, **fields: Any) -> api.Exchange:
         """The request's exchange, in the shape of its API."""

@@ -73,6 +73,14 @@ class Metrics:
             buckets=_DECISION_BUCKETS,
         )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
+        self._ids_sent = self._counter(
+            "token_ids_sent", "Requests sent to a pod with the token ids of their prompt.", "pod"
+        )
+        self._ids_probes = self._counter(
+            "token_ids_probes",
+            "Questions to engines whether they make the same answer from token ids, by what was found.",
+            "result",
+        )
         self._routes = self._counter("route_requests", "Requests that took a route, by its target.", "route", "target")
         self._degraded = self._counter("degraded", "Decisions that were made without an input, by reason.", "reason")
         self._parity = self._counter(
@@ -123,6 +131,7 @@ class Metrics:
             self._ejections,
             self._ejected,
             self._routed,
+            self._ids_sent,
             self._drift,
             self._reported_tokens,
             self._predicted_tokens,
@@ -199,6 +208,14 @@ class Metrics:
         self._decision.observe(seconds)
         for stage, milliseconds in stages_ms.items():
             self._stages[stage,].observe(milliseconds / 1000)
+
+    def token_ids_sent(self, pod: str) -> None:
+        """A request goes to a pod with the token ids of its prompt."""
+        self._ids_sent[pod,].inc()
+
+    def token_ids_probed(self, result: str) -> None:
+        """An engine was asked whether it makes the same answer from token ids."""
+        self._ids_probes[result,].inc()
 
     def engine_tokenized(self, _: str, seconds: float) -> None:
         """An engine has tokenized a prompt."""

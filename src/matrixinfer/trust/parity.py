@@ -27,6 +27,8 @@ RUN = 3
 """Mismatches in a row after which a class is routed approximately, and agreements after which it no longer is."""
 SAMPLED_EVERY = 16
 """One request in this many of a class has its token ids compared with the engine's events, once `RUN` have agreed."""
+_STALE = 256
+"""After so many requests without such a comparison, earlier ones prove nothing any more."""
 
 log = structlog.get_logger(__name__)
 
@@ -80,9 +82,15 @@ class Comparison:
             self._model, prompt.request_class, pod=pod, path=prompt.path, ours=self._count, engines=engines
         )
 
-    def is_due(self, feed: PodFeed) -> bool:
-        """Whether this request is to be sampled."""
-        return self._parity.is_due(self._model, self._prompt.request_class) and self._parity.sampling.can_watch(feed)
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the prompt is being looked for in the engine's events."""
+        return self._sample is not None
+
+    def is_due(self, pod: str, feed: PodFeed) -> bool:
+        """Whether this request is to be sampled at the endpoint `pod`."""
+        is_due = self._parity.is_due(self._model, self._prompt.request_class, pod)
+        return is_due and self._parity.sampling.can_watch(feed)
 
     def watch(self, pod: str, feed: PodFeed, witness: Witness, present: Present) -> None:
         """Start to look for the prompt in the engine's events. `present` is the request's entry in the sampling."""
@@ -112,17 +120,31 @@ class _Class:
     approximate: bool = False
     unsampled: int = 0
     """Requests since the last one that was sampled."""
+    agreed_at: dict[str, int] = field(default_factory=dict)
+    """By endpoint: how often its events have agreed since a comparison with it last did not."""
+
+    def note_at(self, endpoint: str, check: Check, *, agrees: bool) -> None:
+        """One more comparison with an endpoint."""
+        if not agrees:
+            self.agreed_at.pop(endpoint, None)
+        elif check == "events":
+            self.agreed_at[endpoint] = self.agreed_at.get(endpoint, 0) + 1
 
     def view(self) -> dict[str, object]:
         checks: dict[str, object] = {name: check.view() for name, check in self.checks.items()}
-        return {"approximate": self.approximate} | checks
+        proven = sorted(endpoint for endpoint, agreed in self.agreed_at.items() if agreed >= RUN)
+        return {"approximate": self.approximate} | checks | ({"proven_at": proven} if proven else {})
 
 
 class Parity:
-    """The verdicts on all models, by class of request. `clock` gives seconds and never goes back."""
+    """The verdicts on all models, by class of request. `clock` gives seconds and never goes back.
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
+    `proves_endpoints`: samples are taken at each endpoint until they prove that its ids are ours; see `is_proven`.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], *, proves_endpoints: bool = False) -> None:
         self._metrics = metrics
+        self._proves_endpoints = proves_endpoints
         self._models: dict[str, dict[str, _Class]] = {}
         self.sampling = Sampling(clock, self._judged)
 
@@ -130,6 +152,28 @@ class Parity:
         """Whether the token ids of `model` have lately differed for this class of request."""
         known = self._models.get(model, {}).get(request_class)
         return known is not None and known.approximate
+
+    def is_proven(self, model: str, request_class: str, endpoint: str) -> bool:
+        """Whether the events of `endpoint` have shown our token ids, and nothing lately has spoken against them.
+
+        One endpoint may render what all others do not, so each of them is judged by itself, too.
+        """
+        known = self._models.get(model, {}).get(request_class)
+        if known is None or known.approximate or known.unsampled >= _STALE:
+            return False
+        is_agreed = known.checks["events"].streak >= RUN and known.checks["usage"].streak >= 0
+        return is_agreed and known.agreed_at.get(endpoint, 0) >= RUN
+
+    def forget(self, endpoint: str) -> None:
+        """An endpoint has gone, or its engine is another one now."""
+        for classes in self._models.values():
+            for known in classes.values():
+                known.agreed_at.pop(endpoint, None)
+
+    def unprove(self, model: str) -> None:
+        """The token ids of `model` come from another tokenizer from now on: no endpoint has shown these."""
+        for known in self._models.get(model, {}).values():
+            known.agreed_at.clear()
 
     def view(self) -> dict[str, dict[str, object]]:
         """Every model compared so far, with its classes of request, as JSON-able data."""
@@ -152,11 +196,13 @@ class Parity:
         """An answer of `pod` reports `engines` prompt tokens where we counted `ours`."""
         self._note(model, request_class, "usage", agrees=ours == engines, pod=pod, path=path, ours=ours, engine=engines)
 
-    def is_due(self, model: str, request_class: str) -> bool:
+    def is_due(self, model: str, request_class: str, endpoint: str) -> bool:
         """Whether this request should be sampled: all are until a run of agreements, then one in `SAMPLED_EVERY`."""
         known = self._class(model, request_class)
         known.unsampled += 1
-        return known.checks["events"].streak < RUN or known.unsampled >= SAMPLED_EVERY
+        if known.checks["events"].streak < RUN or known.unsampled >= SAMPLED_EVERY:
+            return True
+        return self._proves_endpoints and known.agreed_at.get(endpoint, 0) < RUN
 
     def sampled(self, model: str, request_class: str) -> None:
         """A request of this class is being sampled."""
@@ -179,14 +225,16 @@ class Parity:
             first_difference=position,
         )
 
-    def _note(self, model: str, request_class: str, check: Check, *, agrees: bool, **facts: object) -> None:
+    def _note(self, model: str, request_class: str, check: Check, *, agrees: bool, pod: str, **facts: object) -> None:
         known = self._class(model, request_class)
+        if self._proves_endpoints:
+            known.note_at(pod, check, agrees=agrees)
         verdict = known.checks[check]
         verdict.note(agrees=agrees)
         self._metrics.parity(model, request_class, check, "agreed" if agrees else "mismatch")
         where = {"model": model, "class": request_class, "check": check}
         if not agrees and _is_logged(verdict):
-            log.warning("tokenizer_differed", **where, times=verdict.mismatched, **facts)
+            log.warning("tokenizer_differed", **where, times=verdict.mismatched, pod=pod, **facts)
         approximate = any(each.differing for each in known.checks.values())
         if approximate != known.approximate:
             known.approximate = approximate

@@ -110,6 +110,21 @@ def test_explain_prints_ids_pods_and_models_as_they_are(
         assert all(line.isprintable() for line in out.splitlines())
 
 
+@pytest.mark.parametrize(("sent_ids", "shown"), [(True, "sent to a with token ids; "), (False, "sent to a; ")])
+def test_explain_says_whether_token_ids_were_sent(
+    sent_ids: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decision = decision_view("a", {"a": candidate_view()})
+    decision["reported"]["sent_ids"] = sent_ids
+
+    async def answer(_: object) -> dict[str, Any]:
+        return {"decisions": [decision]}
+
+    monkeypatch.setattr(explain, "_ask", answer)
+    assert main(["explain", "a"]) == 0
+    assert f"{shown}answered 200" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("fields", "tokens", "shown"),
     [

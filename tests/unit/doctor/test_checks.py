@@ -15,6 +15,7 @@ from matrixinfer.doctor.gather import seconds_ahead
 from matrixinfer.pods.publishers import KvSource
 from matrixinfer.pods.registry import ServedNames
 from matrixinfer.prompt.samples import SampleFacts
+from matrixinfer.trust.sent_ids.found import Outcome, Probed
 
 PROBE = ProbeFacts(tokens=400, predicted=384, cached=384, hits=384)
 FEED = FeedFacts(
@@ -55,6 +56,10 @@ def feed(**changes: Any) -> PodFacts:
 
 def probe(**changes: Any) -> PodFacts:
     return feed(probe=replace(PROBE, **changes))
+
+
+def sent_ids(outcome: Outcome, why: str) -> PodFacts:
+    return replace(POD, sent_ids=(Probed(path="/v1/chat/completions", outcome=outcome, why=why),))
 
 
 def bad(*pods: PodFacts, models: tuple[ModelConfig, ...] = ()) -> list[Finding]:
@@ -121,6 +126,8 @@ ROWS: list[tuple[str, PodFacts, str, str, str]] = [
     ("not here", replace(POD, samples=(SampleFacts(name="a chat", gateway_error="no template"),)), "tokens", "blind", "no template"),
     ("nowhere", replace(POD, samples=(SampleFacts(name="a chat", gateway_error="x", engine_error="y"),)), "tokens", "blind", "a chat cannot"),
     ("not there", replace(POD, samples=(SampleFacts(name="a chat", engine_error="404"),)), "tokens", "warning", "could not be compared"),
+    ("ignores ids", sent_ids("ignored", "it answers the messages"), "sent ids", "warning", "/v1/chat/completions gets no token ids (ignored): it answers the messages"),
+    ("other answer", sent_ids("differs", "it is another"), "sent ids", "warning", "gets no token ids (differs): it is another"),
     ("fast clock", replace(POD, clock_ahead=3.4), "clock", "warning", "3 s ahead of"),
     ("slow clock", feed(clock_ahead=-90.0), "clock", "warning", "90 s behind"),
 ]  # fmt: skip

@@ -46,7 +46,13 @@ def test_a_record_says_why_and_what_came_of_it() -> None:
     made.status, made.counted, made.cached = 200, 100, 32
     view = made.view()
     assert (view["chosen"], view["ranked"], view["predicted_hit_tokens"]) == ("p2", ["p2", "p1"], 32)
-    assert view["reported"] == {"attempts": ["p2"], "status": 200, "prompt_tokens": 100, "cached_tokens": 32}
+    assert view["reported"] == {
+        "attempts": ["p2"],
+        "sent_ids": False,
+        "status": 200,
+        "prompt_tokens": 100,
+        "cached_tokens": 32,
+    }
     pods = view["pods"]
     assert isinstance(pods, dict)
     assert list(pods) == ["p2", "p1", "p0"]

@@ -164,20 +164,20 @@ def test_counts_that_agree_do_not_excuse_ids_that_differ() -> None:
 
 def test_every_request_of_a_class_is_sampled_until_a_run_agrees_and_then_few() -> None:
     world = World()
-    assert all(world.parity.is_due("m", "chat") for _ in range(100))
+    assert all(world.parity.is_due("m", "chat", "p") for _ in range(100))
     for _ in range(RUN):
         world.sample(None, None)
     world.settled()
     due = 0
     for _ in range(10 * SAMPLED_EVERY):
-        if world.parity.is_due("m", "text"):
+        if world.parity.is_due("m", "text", "p"):
             world.parity.sampled("m", "text")
             due += 1
     assert due == 10
-    assert world.parity.is_due("m", "chat")
+    assert world.parity.is_due("m", "chat", "p")
     world.sample(None, 5)
     world.settled()
-    assert world.parity.is_due("m", "text")
+    assert world.parity.is_due("m", "text", "p")
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -189,3 +189,86 @@ def test_trust_changes_only_after_a_whole_run(agreements: list[bool]) -> None:
         if len(last) == RUN and len(set(last)) == 1:
             expected = not agrees
         assert world.is_approximate() is expected
+
+
+class Proving(World):
+    """Endpoints are proven one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parity = Parity(self.metrics, lambda: self.now, proves_endpoints=True)
+
+    def prove(self, times: int = RUN) -> None:
+        for _ in range(times):
+            self.sample(None, None)
+            self.settled()
+
+    def is_proven(self, endpoint: str = "p") -> bool:
+        return self.parity.is_proven("m", "text", endpoint)
+
+
+def test_ids_are_proven_where_the_events_of_the_endpoint_have_shown_them() -> None:
+    world = Proving()
+    world.count(*[10] * 100)
+    assert not world.is_proven()  # equal counts are no proof
+    world.prove(RUN - 1)
+    assert not world.is_proven()
+    world.prove(1)
+    assert world.is_proven()
+    assert not world.is_proven("q")
+    assert not world.parity.is_proven("m", "chat", "p")
+    assert not world.parity.is_proven("n", "text", "p")
+
+
+def test_one_difference_ends_the_proof_at_once() -> None:
+    world = Proving()
+    world.prove()
+    world.count(11)
+    assert not world.is_proven()
+    world.count(10)
+    assert not world.is_proven()  # the endpoint must show them again
+    world.prove()
+    assert world.is_proven()
+    world.sample(None, 3)
+    world.settled()
+    assert not world.is_proven()
+
+
+def test_a_difference_at_another_endpoint_ends_the_proof_until_events_agree_again() -> None:
+    world = Proving()
+    world.prove()
+    world.parity.counted("m", "text", pod="q", path="/v1/completions", ours=10, engines=11)
+    assert not world.is_proven()
+    world.count(10)
+    assert world.is_proven()
+    assert not world.is_proven("q")
+
+
+def test_every_endpoint_is_sampled_until_it_is_proven() -> None:
+    world = Proving()
+    world.prove()
+    assert not world.parity.is_due("m", "text", "p")
+    assert world.parity.is_due("m", "text", "q")
+
+
+def test_a_proof_grows_stale_and_goes_with_the_endpoint() -> None:
+    world = Proving()
+    world.prove()
+    for _ in range(10_000):
+        world.parity.is_due("m", "text", "p")
+    assert not world.is_proven()
+    world.parity.sampled("m", "text")
+    assert world.is_proven()
+    world.parity.forget("p")
+    assert not world.is_proven()
+
+
+def test_another_tokenizer_of_the_model_must_be_proven_again() -> None:
+    world = Proving()
+    world.prove()
+    world.parity.unprove("another")
+    assert world.is_proven()
+    world.parity.unprove("m")
+    assert not world.is_proven()
+    world.prove()
+    assert world.is_proven()
