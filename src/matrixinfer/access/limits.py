@@ -199,7 +199,7 @@ class Limits:
         raise TimeoutError
 
     def _abandon(self, task: asyncio.Task[Reserved], account: str, request: str, taken: Amounts) -> None:
-        """Give a reservation back once it is made. Cancelling does not do: Redis may have read the command already."""
+        """Give a reservation back once it is made. Cancelling is not enough: Redis may have read the command."""
         if len(self._abandoned) >= MAX_ABANDONED:
             task.cancel()
             return

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 class Handshakes:
     """Has `server` serve each connection once its handshake is done, which takes at most `seconds`.
 
-    Where there is no room, the one that has taken longest is broken off: those of clients that mean it take an instant.
+    Where there is no room, the one that has taken longest is broken off: most clients take an instant.
     """
 
     def __init__(self, server: Server, context: ssl.SSLContext, seconds: float) -> None:

@@ -31,7 +31,7 @@ _UUID = re.compile(rb'(?:u|\\u0075){2}(?:i|\\u0069)(?:d|\\u0064)"')
 _LONGEST_UUID = 25
 _PIECE = 256 * 1024
 _MOST_PARTS = 1_000_000
-"""Of a body's JSON. More are not decoded: they would take more memory than a request may."""
+"""The most values of messages. More are not decoded: they would take more memory than a request may."""
 
 
 class _Fields(msgspec.Struct):
@@ -86,8 +86,8 @@ def _with_field(body: bytes, field: str, value: object) -> bytes:
 def _names_media(messages: msgspec.Raw) -> bool:
     """Whether messages, or lists of them, name media by ids of the client's choice: vLLM caches it under them for everybody.
 
-    Messages that have such a word, and too many parts to look at, count as if they did. Raises `InvalidRequest` if they
-    cannot be read.
+    Messages with the word `uuid` and too many parts to look at count as if they did. Raises `InvalidRequest` if they cannot
+    be read.
     """
     if not _may_name(text := bytes(messages)):
         return False

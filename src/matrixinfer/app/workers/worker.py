@@ -167,7 +167,7 @@ class Sockets:
 class MergedMetrics:
     """Answers `/metrics` at a worker's API with those of all workers.
 
-    To merge them is work for the supervisor, and anybody may ask: those who ask meanwhile get the next answer together.
+    Merging costs the supervisor CPU time, and no key is needed to ask: requests that come meanwhile share the next answer.
     """
 
     def __init__(self, worker: Worker) -> None:
