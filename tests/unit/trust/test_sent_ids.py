@@ -195,6 +195,17 @@ async def test_another_run_of_the_engine_is_asked_again(change: dict[str, Any]) 
         assert world.asked == ["a", "a"]
 
 
+async def test_another_run_is_noticed_once_and_at_any_path() -> None:
+    world, engine = World(), pod()
+    world.gate.set()
+    async with world.run() as target:
+        await until(target, engine)
+        engine.restarts += 1
+        for path in (TEXT, CHAT, CHAT):
+            assert not target.honours(engine, path)
+            assert world.changed == ["a"]
+
+
 async def test_an_answer_about_an_earlier_run_does_not_count() -> None:
     world, engine = World(), pod()
     async with world.run() as target:
