@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +104,7 @@ class World:
         return replace(standing.candidate, metrics_age=None if age is None else 0.0), standing.cache, standing.waits
 
 
-SLIDING = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 32}
+SLIDING: dict[str, Any] = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 32}
 ACTS: tuple[Callable[[World, int], object], ...] = (
     lambda world, n: world.charge(n * 1_000),
     lambda world, n: world.charge(0),
