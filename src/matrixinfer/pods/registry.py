@@ -86,7 +86,7 @@ class PodRegistry:
         return state is not None and any(each.name == endpoint for each in state.endpoints)
 
     def drains(self, pod: Pod, drain: Drain | None) -> None:
-        """A pod is being drained, or is so no longer."""
+        """A pod begins to drain; None ends that."""
         pod.drain = drain
         self._resolved.clear()
 

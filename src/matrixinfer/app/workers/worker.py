@@ -187,7 +187,7 @@ class MergedMetrics:
 
     async def _in_turn(self) -> tuple[bytes, str] | None:
         async with self._turn:
-            self._next = None  # who asks from now on wants later ones
+            self._next = None  # requests from now on get later metrics
             return await self._ask()
 
     async def _ask(self) -> tuple[bytes, str] | None:
