@@ -13,6 +13,7 @@ import ssl
 
 import structlog
 
+from matrixinfer.errors import shortage_in
 from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.sockets import BACKLOG
 
@@ -89,7 +90,9 @@ class Handshakes:
                 connection, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError:  # the system has nothing left for it
+            except OSError as error:  # the system has nothing left for it
+                if self._server.noted("resources_ran_out"):
+                    log.warning("resources_ran_out", place="clients", reason=shortage_in(error) or error.strerror)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(listener.fileno())
                 loop.call_later(_REST_SECONDS, self._watch, listener)
