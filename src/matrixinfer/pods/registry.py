@@ -85,7 +85,7 @@ class PodRegistry:
         state = self._by_name.get(pod)
         return state is not None and any(each.name == endpoint for each in state.endpoints)
 
-    def drains(self, pod: Pod, drain: Drain | None) -> None:
+    def set_drain(self, pod: Pod, drain: Drain | None) -> None:
         """A pod begins to drain; None ends that."""
         pod.drain = drain
         self._resolved.clear()

@@ -55,7 +55,7 @@ def join_or_leave(fleet: PodRegistry, name: str) -> None:
 def drain_or_not(fleet: PodRegistry, name: str) -> None:
     pod = fleet.pod(name)
     if pod is not None:
-        fleet.drains(pod, Drain(0.0, 1.0) if pod.drain is None else None)
+        fleet.set_drain(pod, Drain(0.0, 1.0) if pod.drain is None else None)
 
 
 ACTS: tuple[Callable[[PodRegistry, str, int], object], ...] = (
