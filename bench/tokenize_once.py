@@ -1,6 +1,6 @@
 """`python -m bench.tokenize_once`: a real vLLM engine that gets texts, and the same prompts as token ids, in turns.
 
-Prompts are in the engine's cache already, so what is left before the first token is mostly what the ids spare. Both
+Prompts are in the engine's cache already, so what is left before the first token is mostly what the ids save. Both
 gateways tokenize; only one sends what it has made.
 """
 

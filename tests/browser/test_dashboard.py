@@ -166,7 +166,7 @@ async def test_pods_that_drain_or_have_just_come_say_how_long_and_how_much(width
         assert await complaints(page) == []
         pod = world.registry.pod("pod-3.inference")
         assert pod is not None
-        world.registry.drains(pod, None)
+        world.registry.set_drain(pod, None)
         world.slow_start_seconds = 0.0
         await expect(page.locator("#fleet-counts")).to_have_text("4 pods · 4 up")
 

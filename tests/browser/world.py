@@ -182,7 +182,7 @@ class World:
         """Let a pod get no more requests."""
         pod = self.registry.pod(name)
         assert pod is not None
-        self.registry.drains(pod, Drain(self.clock(), self.clock() + seconds))
+        self.registry.set_drain(pod, Drain(self.clock(), self.clock() + seconds))
 
     def die(self, name: str) -> None:
         for _ in range(2):

@@ -16,6 +16,7 @@ import pytest
 import structlog
 import trustme
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from matrixinfer.config import ConnectionsConfig, ListenerTlsConfig
 from matrixinfer.errors import ConfigError
@@ -113,8 +114,17 @@ async def test_where_the_system_can_make_no_connection_one_is_made_later(
     monkeypatch.setattr(handshakes, "_REST_SECONDS", 0.01)
     monkeypatch.setattr(socket.socket, "accept", accepted)
     async with listener(config(files)) as listening:
-        assert await fetch(listening.url, client_context(ca_file)) == "hello"
+        with capture_logs() as logs:
+            assert await fetch(listening.url, client_context(ca_file)) == "hello"
     assert next(failures, None) is None
+    assert [entry for entry in logs if entry["event"] == "resources_ran_out"] == [
+        {
+            "event": "resources_ran_out",
+            "log_level": "warning",
+            "place": "clients",
+            "reason": "this process has no free file descriptor",
+        }
+    ]
 
 
 async def test_no_more_connections_than_the_limit_are_served(made: tuple[trustme.CA, str, Files]) -> None:

@@ -118,8 +118,10 @@ class Limits:
             await asyncio.wait(self._tasks[:1], timeout=RETRY_SECONDS)
         for task in self._tasks:
             await cancel_and_wait(task)
-        for late in tuple(self._abandoned):
-            late.cancel()
+        late = tuple(self._abandoned)
+        for each in late:
+            each.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def reserve(self, caller: Caller, amounts: Amounts) -> Reservation | None:
         """Take what a request may use; None if nothing limits the caller. Raises `LimitExceeded`."""
@@ -197,7 +199,7 @@ class Limits:
         raise TimeoutError
 
     def _abandon(self, task: asyncio.Task[Reserved], account: str, request: str, taken: Amounts) -> None:
-        """Give a reservation back once it is made. Cancelling does not do: Redis may have read the command already."""
+        """Give a reservation back once it is made. Cancelling is not enough: Redis may have read the command."""
         if len(self._abandoned) >= MAX_ABANDONED:
             task.cancel()
             return

@@ -13,6 +13,7 @@ import ssl
 
 import structlog
 
+from matrixinfer.errors import shortage_in
 from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.sockets import BACKLOG
 
@@ -25,7 +26,7 @@ log = structlog.get_logger(__name__)
 class Handshakes:
     """Has `server` serve each connection once its handshake is done, which takes at most `seconds`.
 
-    Where there is no room, the one that has taken longest is broken off: those of clients that mean it take an instant.
+    Where there is no room, the one that has taken longest is broken off: most clients take an instant.
     """
 
     def __init__(self, server: Server, context: ssl.SSLContext, seconds: float) -> None:
@@ -89,7 +90,9 @@ class Handshakes:
                 connection, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError:  # the system has nothing left for it
+            except OSError as error:  # the system has nothing left for it
+                if self._server.noted("resources_ran_out"):
+                    log.warning("resources_ran_out", place="clients", reason=shortage_in(error) or error.strerror)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(listener.fileno())
                 loop.call_later(_REST_SECONDS, self._watch, listener)

@@ -36,7 +36,7 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2}|\r\r\Z")
 
 
 _MOST_TOKENS = 2**31 - 1
-"""No request has more. What reports more is not believed: it would use up the limits of whoever asked."""
+"""No request has more. A larger count is not believed: it would use up the limits of the caller."""
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=_MOST_TOKENS)]
 
 

@@ -45,7 +45,9 @@ class PodRegistry:
         """When a pod was last found to answer after it did not."""
         self._known_to_serve: dict[str, tuple[str, Sequence[Pod]]] = {}  # emptied when pods or their models change
         self._named: dict[str, tuple[Sequence[Pod], str]] = {}  # the last answers of `configured_name`
-        self._resolved: dict[str, tuple[str, Sequence[Pod]]] = {}  # and when pods or their endpoints come, go or sleep
+        self._resolved: dict[
+            str, tuple[str, Sequence[Pod]]
+        ] = {}  # emptied also when health, drains, sleep, engines or endpoints change
         self._configured = _names(models)
         self._has_one_model = len(models) == 1
         self._names_in_redis = {model.name: model.index_name for model in models if model.index_name is not None}
@@ -83,19 +85,19 @@ class PodRegistry:
         state = self._by_name.get(pod)
         return state is not None and any(each.name == endpoint for each in state.endpoints)
 
-    def drains(self, pod: Pod, drain: Drain | None) -> None:
-        """A pod is being drained, or is so no longer."""
+    def set_drain(self, pod: Pod, drain: Drain | None) -> None:
+        """A pod begins to drain; None ends that."""
         pod.drain = drain
         self._resolved.clear()
 
     def resolve(self, requested: str) -> tuple[str, Sequence[Pod]]:
-        """The index's name of a model, and the pods that may serve it: the same object until they or their endpoints change.
+        """The index's name of a model, and the pods that may serve it.
 
         Returns only healthy pods that are awake, or sleeping ones if none is, or as a last resort all pods; never one that is
-        drained. If no pod is known to serve the
-        only configured model, pods that have not reported their models yet are assumed to serve it. Raises `UnknownModel`
-        if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod serves the
-        model now, but one may later.
+        drained. The same tuple means that none of these pods has another model, engine or endpoint than before. If no pod is
+        known to serve the only configured model, pods that have not reported their models yet are assumed to serve it. Raises
+        `UnknownModel` if the model is not configured and all pods have reported other models; `NoPodAvailable` if no pod
+        serves the model now, but one may later.
         """
         known = self._resolved.get(requested)
         if known is not None:
@@ -120,11 +122,11 @@ class PodRegistry:
             index_name, pods = name, unidentified
         healthy = [pod for pod in pods if pod.healthy and pod.drain is None]
         awake = [pod for pod in healthy if pod.metrics is None or pod.metrics.sleep is None]
-        found = awake or healthy or [pod for pod in pods if pod.drain is None]
+        found = tuple(awake or healthy or [pod for pod in pods if pod.drain is None])
         if not found:
             raise NoPodAvailable(f"Every pod that serves the model `{requested}` is being drained.")
         if is_known:  # so that names which nobody serves take no memory
-            self._resolved[requested] = index_name, tuple(found)
+            self._resolved[requested] = index_name, found
         return index_name, found
 
     def is_served(self, requested: str) -> bool:

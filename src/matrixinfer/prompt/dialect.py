@@ -81,7 +81,7 @@ def dialects_of(engines: Iterable[Engine]) -> list[Dialect]:
 class Dialects:
     """Remembers the dialects of the engines that were asked about last, if they were given as a tuple.
 
-    Who gives the same tuple again says that no engine in it has become another.
+    A tuple that is given again must hold the same engines, of the same kind and version, as before.
     """
 
     def __init__(self) -> None:

@@ -109,8 +109,8 @@ def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | Non
 
 
 MOST_FIELDS = 1_000_000
-"""Of a body's JSON, at any depth, as far as colons count them. The fields of more are not taken apart: they would take more
-memory than a request may."""
+"""The most fields of a body, at any depth, counted by its colons. A body with more is not taken apart: its fields would take
+more memory than a request may."""
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 

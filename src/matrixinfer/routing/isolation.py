@@ -31,10 +31,10 @@ _UUID = re.compile(rb'(?:u|\\u0075){2}(?:i|\\u0069)(?:d|\\u0064)"')
 _LONGEST_UUID = 25
 _PIECE = 256 * 1024
 _MOST_PARTS = 1_000_000
-"""Of a body's JSON. More are not decoded: they would take more memory than a request may."""
+"""The most values of messages. More are not decoded: they would take more memory than a request may."""
 
 
-class _Told(msgspec.Struct):
+class _Fields(msgspec.Struct):
     """The fields that matter here, empty where they are not there. All others are skipped."""
 
     kv_transfer_params: msgspec.Raw = _ABSENT
@@ -48,7 +48,7 @@ class _Told(msgspec.Struct):
     request_id: msgspec.Raw = _ABSENT
 
 
-_TOLD = msgspec.json.Decoder(_Told)
+_FIELDS = msgspec.json.Decoder(_Fields)
 
 
 def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes]:
@@ -56,14 +56,14 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
 
     Raises `InvalidRequest` if the request asks for what an engine has computed for somebody else, past the salt.
     """
-    told = decode(_TOLD, body)
+    fields = decode(_FIELDS, body)
     for name in _PAST_THE_SALT:
-        if bytes(getattr(told, name)) not in (b"", b"null"):
+        if bytes(getattr(fields, name)) not in (b"", b"null"):
             raise InvalidRequest(f"`{name}` cannot be used where tenants are kept apart.", param=name)
-    if _names_media(told.messages):
+    if _names_media(fields.messages):
         raise InvalidRequest("`uuid` of media cannot be used where tenants are kept apart.", param="messages")
     dropped = {_FIELD, "request_id"} if prompt.path == RESPONSES_PATH else {_FIELD}
-    if any(bytes(getattr(told, name)) for name in dropped):
+    if any(bytes(getattr(fields, name)) for name in dropped):
         kept = {key: value for key, value in top_level(body).items() if key not in dropped}
         body = msgspec.json.encode(kept)
     return msgspec.structs.replace(prompt, cache_salt=salt), _with_field(body, _FIELD, salt)
@@ -71,7 +71,7 @@ def salted(prompt: Prompt, body: bytes, salt: str | None) -> tuple[Prompt, bytes
 
 def owned(body: bytes, response_id: str | None) -> bytes:
     """The body of a request that makes a response, with the id that this shall have. One of the client's choice stays."""
-    if response_id is None or (b"request_id" in body and bytes(decode(_TOLD, body).request_id)):
+    if response_id is None or (b"request_id" in body and bytes(decode(_FIELDS, body).request_id)):
         return body
     return _with_field(body, "request_id", response_id)
 
@@ -86,8 +86,8 @@ def _with_field(body: bytes, field: str, value: object) -> bytes:
 def _names_media(messages: msgspec.Raw) -> bool:
     """Whether messages, or lists of them, name media by ids of the client's choice: vLLM caches it under them for everybody.
 
-    Messages that have such a word, and too many parts to look at, count as if they did. Raises `InvalidRequest` if they
-    cannot be read.
+    Messages with the word `uuid` and too many parts to look at count as if they did. Raises `InvalidRequest` if they cannot
+    be read.
     """
     if not _may_name(text := bytes(messages)):
         return False
@@ -135,5 +135,5 @@ def is_salted(prompt: Prompt, body: bytes) -> bool:
         return True
     if prompt.response_id is not None or prompt.path in _TOKENIZING or not body or body.startswith(b"--"):
         return False
-    decode(_TOLD, body)
+    decode(_FIELDS, body)
     return True

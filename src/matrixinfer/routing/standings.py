@@ -10,11 +10,13 @@ from collections.abc import Callable
 from matrixinfer.pods.load_reports import FRESH_SECONDS, LoadReport
 from matrixinfer.pods.registry import Endpoint, EngineMetrics, PodRegistry, RankMetrics
 from matrixinfer.routing.observed import Observed
-from matrixinfer.scheduler.framework import Candidate
+from matrixinfer.scheduler.framework import Candidate, Condition
 from matrixinfer.traffic.load import LoadLedger
 from matrixinfer.traffic.peers.message import Load
 from matrixinfer.traffic.pod_load import View
 from matrixinfer.trust.cache_views import Caches, CacheView
+
+_EVER = float("inf")
 
 
 class Standing:
@@ -81,56 +83,71 @@ class Standings:
         return kept
 
     def _fill(self, standing: Standing, now: float) -> None:
-        endpoint, cache, own, others = standing.endpoint, standing.cache, standing.load, standing.others
-        name, pod, seen = endpoint.name, endpoint.pod, self._observed.of(endpoint.name)
+        endpoint, cache = standing.endpoint, standing.cache
+        pod, seen = endpoint.pod, self._observed.of(endpoint.name)
         metrics, report = self._registry.metrics_of(pod, now), self._registry.load_of(endpoint, now)
-        engine: EngineMetrics | RankMetrics | LoadReport | None = report
-        if engine is None:
-            engine = metrics if metrics is None or endpoint.rank is None else metrics.ranks.get(endpoint.rank)
-        read, until = report or metrics, float("inf")
-        running, waiting = (None, None) if engine is None else (engine.running, engine.waiting)
+        engine = report or _gauges(endpoint, metrics)
+        read = report or metrics
         foreign = None
-        if read is not None and running is not None:
-            foreign = self._observed.foreign(name, running + (waiting or 0), read.read_at, now)
-            standing.waits = min(waiting or 0, foreign)
-            until = seen.again_at
+        if read is not None and engine is not None and engine.running is not None:
+            waiting = engine.waiting or 0
+            foreign = self._observed.foreign(endpoint.name, engine.running + waiting, read.read_at, now)
+            standing.waits = min(waiting, foreign)
         condition = self._observed.condition(
-            name,
+            endpoint.name,
             now,
-            rate=own.rate,
+            rate=standing.load.rate,
             footprint=None if cache is None else cache.footprint,
             reported=None if metrics is None else metrics.cache_tokens,
         )
-        until = min(until, seen.due)
-        if metrics is not None:
-            until = min(until, self._registry.fresh_until(metrics))
-        if report is not None:
-            until = min(until, report.read_at + FRESH_SECONDS)
-        engine_block = None if cache is None else cache.engine_block
-        if engine_block is None and metrics is not None:
-            engine_block = metrics.block_size
-        queue_seconds = own.queue_seconds
-        if others.queued_tokens:
-            queue_seconds += others.queued_tokens / own.rate
-        standing.report, standing.until = pod.loads.get(name), until
-        standing.candidate = Candidate(
-            name=name,
-            url=pod.url,
-            rank=endpoint.rank,
-            in_flight=own.in_flight + others.in_flight,
-            queued_tokens=own.queued_tokens + others.queued_tokens,
-            peers_in_flight=others.in_flight,
-            foreign=foreign,
-            queue_seconds=queue_seconds,
-            condition=condition,
-            running=running,
-            waiting=waiting,
-            cache_usage=None if engine is None else engine.cache_usage,
-            metrics_age=None if read is None else now - read.read_at,
-            feed=None if cache is None else cache.feed,
-            trust="none" if cache is None else cache.trust,
-            engine_block=engine_block,
-            matched_blocks=0,
-            dropped_tokens=0 if cache is None else cache.drop,
-            reuse=standing.reuse,
+        standing.report = pod.loads.get(endpoint.name)
+        standing.until = min(
+            seen.due,
+            _EVER if foreign is None else seen.again_at,
+            _EVER if metrics is None else self._registry.fresh_until(metrics),
+            _EVER if report is None else report.read_at + FRESH_SECONDS,
         )
+        age = None if read is None else now - read.read_at
+        standing.candidate = _candidate(standing, metrics, engine, condition, foreign, age)
+
+
+def _gauges(endpoint: Endpoint, metrics: EngineMetrics | None) -> EngineMetrics | RankMetrics | None:
+    return metrics if metrics is None or endpoint.rank is None else metrics.ranks.get(endpoint.rank)
+
+
+def _candidate(
+    standing: Standing,
+    metrics: EngineMetrics | None,
+    engine: EngineMetrics | RankMetrics | LoadReport | None,
+    condition: Condition,
+    foreign: int | None,
+    age: float | None,
+) -> Candidate:
+    endpoint, cache, own, others = standing.endpoint, standing.cache, standing.load, standing.others
+    engine_block = None if cache is None else cache.engine_block
+    if engine_block is None and metrics is not None:
+        engine_block = metrics.block_size
+    queue_seconds = own.queue_seconds
+    if others.queued_tokens:
+        queue_seconds += others.queued_tokens / own.rate
+    return Candidate(
+        name=endpoint.name,
+        url=endpoint.pod.url,
+        rank=endpoint.rank,
+        in_flight=own.in_flight + others.in_flight,
+        queued_tokens=own.queued_tokens + others.queued_tokens,
+        peers_in_flight=others.in_flight,
+        foreign=foreign,
+        queue_seconds=queue_seconds,
+        condition=condition,
+        running=None if engine is None else engine.running,
+        waiting=None if engine is None else engine.waiting,
+        cache_usage=None if engine is None else engine.cache_usage,
+        metrics_age=age,
+        feed=None if cache is None else cache.feed,
+        trust="none" if cache is None else cache.trust,
+        engine_block=engine_block,
+        matched_blocks=0,
+        dropped_tokens=0 if cache is None else cache.drop,
+        reuse=standing.reuse,
+    )

@@ -120,7 +120,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     cache_usage: float | None = None
     """The engine's own metrics: requests running, requests waiting, share of KV blocks in use (0 to 1)."""
     metrics_age: float | None = None
-    """Seconds since those metrics were read."""
+    """Seconds since those metrics were read, to within a tenth of a second."""
     feed: str | None = None
     """State of the pod's KV events: `complete`, or why more or less may be cached than is indexed; None without a feed."""
     trust: Trust = "none"

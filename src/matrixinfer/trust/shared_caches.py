@@ -29,6 +29,7 @@ class ReportedCaches:
         self._states = states
         self._unvouched = unvouched
         self._reuses_less = reuses_less
+        self._views: dict[str, tuple[PodState, CacheView]] = {}
 
     def rule_of(self, name: str) -> Rule | None:
         """The rule that its agent reported last."""
@@ -60,6 +61,14 @@ class ReportedCaches:
         state = self._states.of(name)
         if state is None:
             return _UNVOUCHED if self._unvouched else None
+        believed, kept = self._trust(name, state), self._views.get(name)
+        if kept is None or kept[0] is not state or kept[1].trust != believed:
+            kept = self._views[name] = state, _view(state, believed)
+            if len(self._views) > len(self._states.pods):
+                self._views = {each: view for each, view in self._views.items() if self._states.of(each) is not None}
+        return kept[1]
+
+    def _trust(self, name: str, state: PodState) -> Trust:
         believed = _TRUST.get(state.trust, "none")
         if state.model in self._states.foreign:
             believed = "none"  # its blocks are hashed differently, so nothing would ever match
@@ -67,17 +76,7 @@ class ReportedCaches:
             believed = "stale"
         if believed == "exact" and self._reuses_less(name):
             believed = "partial"
-        return CacheView(
-            trust=believed,
-            feed=state.feed,
-            engine_block=state.engine_block,
-            has_tails=state.has_tails,
-            tiers=state.tiers,
-            hides_salts=state.hides_salts,
-            rule=None if state.rule is None else Rule(*state.rule),
-            drop=state.drop,
-            footprint=None if state.footprint is None else Footprint.of(*state.footprint),
-        )
+        return believed
 
 
 class SharedCaches:
@@ -115,6 +114,21 @@ _TRUST: Mapping[str, Trust] = {level: level for level in get_args(Trust)}
 _UNVOUCHED = CacheView(
     trust="partial", feed="unknown", engine_block=None, has_tails=False, tiers=(), hides_salts=True, by_pod=True
 )
+
+
+def _view(state: PodState, believed: Trust) -> CacheView:
+    return CacheView(
+        trust=believed,
+        feed=state.feed,
+        engine_block=state.engine_block,
+        has_tails=state.has_tails,
+        tiers=state.tiers,
+        hides_salts=state.hides_salts,
+        rule=None if state.rule is None else Rule(*state.rule),
+        drop=state.drop,
+        footprint=None if state.footprint is None else Footprint.of(*state.footprint),
+        is_plain=believed == "exact" and state.rule is None and not state.tiers,
+    )
 
 
 def state_of(feed: PodFeed | None, *, doubted: bool = False) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from matrixinfer.traffic.load import Charge, LoadLedger
 from matrixinfer.traffic.peers.loads import NO_LOAD, PeerLoads
 from matrixinfer.traffic.peers.message import Load
 from matrixinfer.trust.cache_views import CacheView, FeedCaches
-from tests.unit.kvevents.support import frame, stored
+from tests.unit.kvevents.support import CLEARED, frame, stored
 
 
 class World:
@@ -103,6 +104,7 @@ class World:
         return replace(standing.candidate, metrics_age=None if age is None else 0.0), standing.cache, standing.waits
 
 
+SLIDING: dict[str, Any] = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 32}
 ACTS: tuple[Callable[[World, int], object], ...] = (
     lambda world, n: world.charge(n * 1_000),
     lambda world, n: world.charge(0),
@@ -114,6 +116,8 @@ ACTS: tuple[Callable[[World, int], object], ...] = (
     lambda world, n: world.publish(stored([n + 1], list(range(16)))),
     lambda world, n: world.publish(stored([n + 1], list(range(32)), block_size=32)),
     lambda world, n: world.publish(stored([n + 1], list(range(16)), medium="CPU")),
+    lambda world, n: world.publish(stored([n + 1], list(range(16)), **SLIDING)),
+    lambda world, n: world.publish(CLEARED),
     lambda world, n: world.feeds["a"].live(world.seq, b"no batch"),
     lambda world, n: world.feeds["a"].live(world.seq + 5, frame()),
     lambda world, n: world.feeds["a"].disconnected(),
@@ -142,7 +146,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=400)
+@settings(max_examples=1500)
 def test_what_is_kept_is_what_would_be_found(steps: list[tuple[int, int, float]]) -> None:
     world = World()
     for number, n, seconds in steps:

@@ -117,3 +117,26 @@ def test_a_shared_cache_is_believed_as_far_as_its_writer_reports() -> None:
     assert shared.of("pod-a") == ReportedCaches(reported("exact", alive=False)).of("pod-a")
     mine.add("pod-a")
     assert shared.of("pod-a") == own.of("pod-a")
+
+
+def test_what_is_reported_is_the_same_view_until_it_is_believed_otherwise() -> None:
+    states, less = reported("exact"), set[str]()
+    caches = ReportedCaches(states, reuses_less=less.__contains__)
+    first = caches.of("pod-a")
+    assert first is not None
+    assert caches.of("pod-a") is first
+    less.add("pod-a")
+    believed = caches.of("pod-a")
+    assert (believed and believed.trust) == "partial"
+    less.clear()
+    assert caches.of("pod-a") == first
+    states._leases["pod-a"] = 99  # noqa: SLF001 - as if read from Redis
+    believed = caches.of("pod-a")
+    assert (believed and believed.trust) == "stale"
+    states._states["pod-a"] = PodState(  # noqa: SLF001 - as if read from Redis
+        trust="exact", feed="complete", model="m", engine_block=32
+    )
+    believed = caches.of("pod-a")
+    assert (believed and believed.engine_block) == 32
+    states._states.clear()  # noqa: SLF001 - as if read from Redis
+    assert caches.of("pod-a") is None

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from matrixinfer.config import PodConfig
 from matrixinfer.pods.engine_kind import EngineFacts
 from matrixinfer.pods.pod import Pod, ServedNames
+from matrixinfer.prompt import fields
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.sent_ids.bodies import with_ids
 from matrixinfer.trust.sent_ids.found import Probed
@@ -88,6 +89,13 @@ def test_what_may_depend_on_the_text_is_left_to_the_engine(more: dict[str, Any],
 
 def test_fields_that_are_null_do_not_count() -> None:
     assert made(CHAT, "vllm", {"messages": MESSAGES, "tools": None, "max_tokens": None}) is not None
+
+
+def test_a_body_of_too_many_fields_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"messages": MESSAGES} | {f"x{n}": None for n in range(5)}
+    assert made(CHAT, "vllm", body) is not None
+    monkeypatch.setattr(fields, "MOST_FIELDS", 5)
+    assert made(CHAT, "vllm", body) is None
 
 
 def test_a_prompt_at_the_end_of_the_context_is_left_to_the_engine() -> None:
@@ -185,6 +193,17 @@ async def test_another_run_of_the_engine_is_asked_again(change: dict[str, Any]) 
         world.now += SOON_SECONDS
         await until(target, engine)
         assert world.asked == ["a", "a"]
+
+
+async def test_another_run_is_noticed_once_and_at_any_path() -> None:
+    world, engine = World(), pod()
+    world.gate.set()
+    async with world.run() as target:
+        await until(target, engine)
+        engine.restarts += 1
+        for path in (TEXT, CHAT, CHAT):
+            assert not target.honours(engine, path)
+            assert world.changed == ["a"]
 
 
 async def test_an_answer_about_an_earlier_run_does_not_count() -> None:

@@ -167,7 +167,7 @@ class Sockets:
 class MergedMetrics:
     """Answers `/metrics` at a worker's API with those of all workers.
 
-    To merge them is work for the supervisor, and anybody may ask: those who ask meanwhile get the next answer together.
+    Merging costs the supervisor CPU time, and no key is needed to ask: requests that come meanwhile share the next answer.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -187,7 +187,7 @@ class MergedMetrics:
 
     async def _in_turn(self) -> tuple[bytes, str] | None:
         async with self._turn:
-            self._next = None  # who asks from now on wants later ones
+            self._next = None  # requests from now on get later metrics
             return await self._ask()
 
     async def _ask(self) -> tuple[bytes, str] | None:

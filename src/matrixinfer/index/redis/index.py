@@ -83,7 +83,7 @@ class RedisIndex:
 
     @property
     def prefix_closed(self) -> bool:
-        """Whether the blocks written here are chained. Lookups search only what living writers of this project wrote."""
+        """Whether what is written here is so. Other writers may leave holes: lookups rely on it for living writers of ours alone."""
         return self._prefix_closed
 
     def add(self, model: str, pod: str, hashes: Sequence[int], parent: int | None) -> None:

@@ -181,7 +181,7 @@ class Fleet:
         if pod is None:
             return False
         now = self._registry.clock()
-        self._registry.drains(pod, Drain(now, now + seconds))
+        self._registry.set_drain(pod, Drain(now, now + seconds))
         log.info("pod_drain_started", pod=name, in_flight=self._in_flight(pod), seconds=seconds)
         task = self._group.create_task(self._drain(pod, seconds), name=f"drain {name}")
         self._drains[name] = task
@@ -194,7 +194,7 @@ class Fleet:
             task.cancel()
         pod = self._registry.pod(name)
         if pod is not None and pod.drain is not None:
-            self._registry.drains(pod, None)
+            self._registry.set_drain(pod, None)
             log.info("pod_drain_cancelled", pod=name)
         if self.membership.put_back(name):
             self.apply()

@@ -11,13 +11,13 @@ from matrixinfer.scheduler.framework import Candidate, Plugin, SchedulingRequest
 _NOISE = 1e-9
 """Totals that differ by no more are equal: the order of additions alone can cause such a difference."""
 _SETTLED = 3
-"""Places that are looked at closely. Who comes after them gets the request only if all of those fail."""
+"""Places where the order of equal totals matters. An endpoint after them gets the request only if those before it fail."""
 
 
 class MaxScore(Plugin):
     """Ranks by total. Equal totals are ranked by load, then by queued prompt tokens, then at random.
 
-    Beyond the first three places equal totals stay in their order, from a random one of them on.
+    Equal totals that all come after the third place keep their order, beginning with a random one.
     """
 
     name: ClassVar[str] = "max-score"

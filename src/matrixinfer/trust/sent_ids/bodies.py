@@ -14,8 +14,9 @@ import msgspec
 from msgspec import Raw
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.errors import UNREADABLE
+from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.pods.engine_kind import EngineKind
+from matrixinfer.prompt.fields import top_level
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 
 CLASSES: Mapping[str, str] = MappingProxyType({CHAT_PATH: "chat", COMPLETIONS_PATH: "text"})
@@ -34,7 +35,6 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {CHAT_PATH: _SHAPING | {"messages", "max_completion_tokens"}, COMPLETIONS_PATH: _SHAPING | {"prompt"}}
 )
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_BODY = msgspec.json.Decoder(dict[str, Raw])
 _COUNT = msgspec.json.Decoder(int)
 _NULL = b"null"
 _SLICE = 8192
@@ -54,11 +54,11 @@ def with_ids(path: str, engine: EngineKind | None, body: bytes, ids: TokenIds, c
     if not takes_ids(path, engine):
         return None
     try:
-        fields = _BODY.decode(body)
+        fields = top_level(body)
         if any(name not in _FIELDS[path] and bytes(value) != _NULL for name, value in fields.items()):
             return None
         limits = [_COUNT.decode(fields[name]) for name in _LIMITS if bytes(fields.get(name, _NULL)) != _NULL]
-    except UNREADABLE:
+    except (InvalidRequest, *UNREADABLE):
         return None
     if len(ids) + max((1, *limits)) > context_length:
         return None

@@ -59,6 +59,7 @@ class Honouring:
         self._metrics = metrics
         self._on_other_run = on_other_run
         self._known: dict[str, dict[str, _Known]] = {}
+        self._runs: dict[str, object] = {}
         self._asking: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -75,11 +76,12 @@ class Honouring:
     def honours(self, pod: Pod, path: str) -> bool:
         """Whether the pod's engine is known to make the same answer from token ids. If not, it is asked soon."""
         known, run, now = self._known.get(pod.name, {}).get(path), _run_of(pod), self._clock()
+        if self._runs.setdefault(pod.name, run) != run:  # whichever path the last question was about
+            self._runs[pod.name] = run
+            self._on_other_run(pod)
         is_same = known is not None and known.run == run
         if known is not None and is_same and (known.found is None or known.found.outcome == "honoured"):
             return known.found is not None
-        if known is not None and not is_same:
-            self._on_other_run(pod)
         patience = AGAIN_SECONDS if is_same else SOON_SECONDS
         if known is not None and now < known.asked_at + patience:
             return False
@@ -106,6 +108,7 @@ class Honouring:
     def forget(self, pod: str) -> None:
         """The pod has gone."""
         self._known.pop(pod, None)
+        self._runs.pop(pod, None)
 
     async def _find_out(self, pod: Pod, path: str, entry: _Known) -> None:
         try:
