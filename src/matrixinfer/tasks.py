@@ -1,8 +1,10 @@
-"""Ends a task that its owner no longer needs."""
+"""Ends tasks that their owner no longer needs."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from typing import Any
 
 _RETRY_SECONDS = 1.0
 
@@ -19,3 +21,15 @@ async def cancel_and_wait(task: asyncio.Task[None] | None) -> None:
         await asyncio.wait([task], timeout=_RETRY_SECONDS)
     if not task.cancelled() and (error := task.exception()) is not None:
         raise error
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks as `cancel_and_wait` does, all at the same time. How they end does not matter."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        done, left = await asyncio.wait(left, timeout=_RETRY_SECONDS)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # so that nobody is told that it was lost

@@ -25,7 +25,7 @@ from matrixinfer.access.shared import LEASE_SECONDS, SharedLedger
 from matrixinfer.errors import IndexUnavailable
 from matrixinfer.index.redis.circuit import Circuit
 from matrixinfer.index.redis.store import is_refused
-from matrixinfer.tasks import cancel_and_wait
+from matrixinfer.tasks import cancel_all, cancel_and_wait
 
 FAILURES = 3
 """Failures in a row after which this gateway counts on its own for a while. One failure affects only its request."""
@@ -118,10 +118,7 @@ class Limits:
             await asyncio.wait(self._tasks[:1], timeout=RETRY_SECONDS)
         for task in self._tasks:
             await cancel_and_wait(task)
-        late = tuple(self._abandoned)
-        for each in late:
-            each.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await cancel_all(self._abandoned)
 
     async def reserve(self, caller: Caller, amounts: Amounts) -> Reservation | None:
         """Take what a request may use; None if nothing limits the caller. Raises `LimitExceeded`."""

@@ -16,6 +16,7 @@ import structlog
 from matrixinfer.errors import shortage_in
 from matrixinfer.gateway.connection import Server
 from matrixinfer.gateway.sockets import BACKLOG
+from matrixinfer.tasks import cancel_all
 
 _REST_SECONDS = 1.0
 """How long no connection is accepted after the system could not make one."""
@@ -67,9 +68,7 @@ class Handshakes:
         """Wait for those that have begun, at most for some time, and break off the others."""
         if self._pending:
             await asyncio.wait(tuple(self._pending), timeout=seconds)
-        for task in tuple(self._pending):
-            task.cancel()
-        await asyncio.gather(*self._pending, return_exceptions=True)
+        await cancel_all(self._pending)
 
     async def _shake(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()

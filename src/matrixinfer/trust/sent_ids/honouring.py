@@ -16,6 +16,7 @@ from typing import Self, TypeAlias
 import structlog
 
 from matrixinfer.pods.pod import Pod
+from matrixinfer.tasks import cancel_all
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.sent_ids.found import Probed
 
@@ -68,10 +69,7 @@ class Honouring:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = tuple(self._asking)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(self._asking)
 
     def honours(self, pod: Pod, path: str) -> bool:
         """Whether the pod's engine is known to make the same answer from token ids. If not, it is asked soon."""

@@ -14,6 +14,7 @@ import msgspec
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, MatrixInferError, TokenizeError, client_error
+from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.pod import Pod
 from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.manager import TokenizerManager
@@ -139,11 +140,9 @@ class IdsProber:
     async def _own_stops(self, pod: Pod) -> str | None:
         """The chat template that SGLang was started with, if that may be one of its own with stop strings."""
         try:
-            async with self._session.get(
-                f"{pod.url}/server_info", timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS), allow_redirects=False
-            ) as response:
-                template = _TEMPLATE.decode(await _read(response)).get("chat_template")
-        except (aiohttp.ClientError, OSError, *UNREADABLE) as error:
+            body = (await EngineApi(self._session, ANSWER_SECONDS).ask(f"{pod.url}/server_info")).body
+            template = _TEMPLATE.decode(body).get("chat_template")
+        except (EngineDown, OutOfResources, *UNREADABLE) as error:
             raise _Failed("/server_info, which names the chat template, cannot be read") from error
         return None if template is None or str(template).endswith(".jinja") else str(template)
 
