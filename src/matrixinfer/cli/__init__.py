@@ -82,18 +82,20 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of all commands, or of some: each imports what it needs to run."""
     parser = _Parser(prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference.")
     parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in commands:
         importlib.import_module(f"matrixinfer.cli.{command}").add_parser(subparsers)
     return parser
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    named = words[:1] if words and words[0] in COMMANDS else COMMANDS
+    args = build_parser(named).parse_args(words)
     try:
         return int(args.run(args))
     except MatrixInferError as error:

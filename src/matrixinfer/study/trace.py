@@ -97,15 +97,22 @@ class LetterBlocks(TokenBlockProcessor):
 
     def of(self, letters: Sequence[int], parent: int | None = None) -> list[int]:
         """The hash of each letter after those before it."""
-        known, out = self._known, []
-        for letter in letters:
-            key = (parent, letter)
-            parent = known.get(key)
-            if parent is None:
-                (parent,) = super().hashes(letter.to_bytes(4, "big"), key[0])
-                known[key] = parent
-            out.append(parent)
+        known, out = self._known, list[int]()
+        for at, letter in enumerate(letters):
+            key = known.get((parent, letter))
+            if key is None:
+                return out + self._new(letters[at:], parent)
+            out.append(key)
+            parent = key
         return out
+
+    def _new(self, letters: Sequence[int], parent: int | None) -> list[int]:
+        """The hashes of letters of which the first is new after its parent, and so all are."""
+        data = array("I", letters)
+        data.byteswap()
+        hashes = super().hashes(data.tobytes(), parent)
+        self._known.update(zip(zip((parent, *hashes), letters, strict=False), hashes, strict=True))
+        return hashes
 
     def hashes(
         self,
