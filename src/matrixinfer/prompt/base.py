@@ -5,8 +5,8 @@ One module per API reads a `Prompt` from a request's body. A `Tokenizer` turns a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any, Protocol, TypeAlias
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
@@ -16,6 +16,9 @@ from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.outline import Outline
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+
+Rendered: TypeAlias = dict[Hashable, Any]
+"""What was made of a chat, by what has made it; see `grown`."""
 
 
 class SentFields(Struct, frozen=True, kw_only=True, eq=False):
@@ -51,6 +54,8 @@ class Chat(Struct, frozen=True, kw_only=True, eq=False):
 
     sent: SentFields | None = None
     """None in APIs whose chats only vLLM builds in a way that is known here."""
+    rendered: Rendered | None = None
+    """Where renderings of it are kept, at first those of the chat whose very messages it continues; None for nowhere."""
 
     @property
     def own_template(self) -> bool:

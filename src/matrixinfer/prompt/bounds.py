@@ -51,23 +51,32 @@ class Bounds:
         """Bytes of JSON that are token ids."""
         return self.max_bytes * _IDS
 
-    def cost(self, body: bytes | memoryview) -> int:
-        """The memory, in bytes, that decoding and rendering the body may take. Raises `TooMuch`."""
+    def cost(self, body: bytes | memoryview, values: int | None = None) -> int:
+        """The memory, in bytes, that decoding and rendering the body may take. Raises `TooMuch`.
+
+        `values` is what its values may take, if that is known.
+        """
         if len(body) > self.max_bytes:
             raise TooMuch(f"the request is larger than {self.max_bytes} bytes")
-        return len(body) * _TEXT_COST + self.values(body)
+        return len(body) * _TEXT_COST + self.values(body, values)
 
-    def values(self, body: bytes | memoryview) -> int:
-        """The memory, in bytes, that the values in a body may take. Raises `TooMuch`."""
-        cost = 0
-        for start in range(0, len(body), _SLICE):
-            some = _bytes(body, start)
-            cost += int(np.count_nonzero(some == _COMMA)) * _VALUE_COST
-            cost += int(np.count_nonzero((some | _BIT) == _BRACE)) * _CONTAINER_COST
+    def values(self, body: bytes | memoryview, known: int | None = None) -> int:
+        """The memory, in bytes, that the values in a body may take, if it is not `known`. Raises `TooMuch`."""
+        cost = values_of(body) if known is None else known
         most = self.max_bytes * _COST_PER_BYTE
         if cost > most:
             raise TooMuch(f"its JSON has so many values that decoding them could take more than {most} bytes")
         return cost
+
+
+def values_of(body: bytes | memoryview) -> int:
+    """The memory, in bytes, that the values in a body, or in a part of one, may take."""
+    cost = 0
+    for start in range(0, len(body), _SLICE):
+        some = _bytes(body, start)
+        cost += int(np.count_nonzero(some == _COMMA)) * _VALUE_COST
+        cost += int(np.count_nonzero((some | _BIT) == _BRACE)) * _CONTAINER_COST
+    return cost
 
 
 def count_of(body: bytes | memoryview, byte: int) -> int:

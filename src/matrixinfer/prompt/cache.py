@@ -249,6 +249,14 @@ class Lru(Generic[K, V]):
         entry = self._entries.get(key)
         return None if entry is None else entry[0]
 
+    def pop(self, key: K) -> V | None:
+        """Drop a value and return it; None if there is none."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        self.bytes -= entry[1]
+        return entry[0]
+
     def put(self, key: K, value: V, size: int) -> list[V]:
         """Store `value`, whose content takes `size` bytes, unless it is larger than the whole cache.
 
@@ -257,11 +265,8 @@ class Lru(Generic[K, V]):
         cost = size + _ENTRY_BYTES
         if cost > self._max_bytes:
             return []
-        gone = []
-        old = self._entries.pop(key, None)
-        if old is not None:
-            gone.append(old[0])
-            self.bytes -= old[1]
+        old = self.pop(key)
+        gone = [] if old is None else [old]
         self._entries[key] = value, cost
         self.bytes += cost
         while self.bytes > self._max_bytes:

@@ -7,16 +7,17 @@ final message) is that of `apply_chat_template` in transformers 5.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
 
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt import effort
+from matrixinfer.prompt import effort, template_limits
 from matrixinfer.prompt.content_format import sglang_passes_parts, vllm_passes_parts
 from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.resuming import VARIABLE, Rendering
 from matrixinfer.prompt.sandbox import Sandbox
 
 CHATML = """\
@@ -97,6 +98,10 @@ class ChatTemplate:
             raise TokenizeError("the form of this template's content depends on the engine's version, which is unknown")
         return takes
 
+    def shaped(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the template gets them, each shaped by itself."""
+        return [_shaped(message, aliases=self._aliases_reasoning) for message in messages]
+
     def render(
         self,
         /,
@@ -105,9 +110,13 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        rendering: Rendering | None = None,
         **variables: Any,
     ) -> str:
         """The prompt's text. `messages` are not modified; `variables` are further variables from the request.
+
+        A new `rendering` may continue an earlier one of this template, and can then be continued itself. The messages are
+        then what `shaped` makes of them.
 
         Raises `TokenizeError` for any failure. Its message may quote the template's own error text, never the prompt.
         """
@@ -115,17 +124,23 @@ class ChatTemplate:
             if add_generation_prompt:
                 raise TokenizeError("`continue_final_message` and `add_generation_prompt` cannot both be set")
             messages, final = self._marked(messages)
+        is_shaped = rendering is not None
+        rendering = Rendering() if rendering is None else rendering
         context: dict[str, Any] = {
             **self._special_tokens,
             **variables,
-            "messages": [_shaped(message, aliases=self._aliases_reasoning) for message in messages],
+            "messages": list(messages) if is_shaped else self.shaped(messages),
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
+            VARIABLE: rendering,
         }
         try:
             with contextlib.nullcontext() if effort.is_under_way() else effort.Effort(_SECONDS):
-                text = self._template.render(context)
+                write = rendering.written.append
+                for text in self._template.generate(context):
+                    write(text)
+                text = template_limits.joined(rendering.written)
         except effort.Abandoned:
             raise
         except jinja2.TemplateError as error:

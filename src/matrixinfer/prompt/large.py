@@ -118,7 +118,7 @@ def may_hold_media(body: bytes) -> bool:
     return _MEDIUM.search(body) is not None
 
 
-def may_be_ids(body: bytes) -> bool:
+def may_be_ids(body: bytes | memoryview) -> bool:
     """Whether a prompt seems to be a list of token ids."""
     return _SENT_IDS.search(body) is not None
 

@@ -26,9 +26,11 @@ from matrixinfer.prompt.chat_template import CHATML, RESERVED, ChatTemplate
 from matrixinfer.prompt.conversation import engine_messages, engine_tools, has_media, without_developers
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.effort import Abandoned
+from matrixinfer.prompt.grown import Grown, not_rendered
 from matrixinfer.prompt.multimodal import before_media, with_media
 from matrixinfer.prompt.openai import COMPLETIONS_PATH
 from matrixinfer.prompt.outline import Outline, contents_of
+from matrixinfer.prompt.resuming import Rendering
 from matrixinfer.prompt.segments import Cutter, cutter_of
 from matrixinfer.prompt.sglang import sglang_chat, without_wrappers
 from matrixinfer.prompt.template_traits import TemplateTraits, adapt, probe
@@ -156,7 +158,7 @@ class LocalTokenizer:
         special = prompt.add_special_tokens or (dialect.is_sglang and prompt.path == COMPLETIONS_PATH)
         if prompt.chat is not None:
             start = self._clock()
-            complete = not has_media(prompt.chat.messages)
+            complete = not has_media(not_rendered(prompt.chat))
             if dialect.is_sglang:
                 text, continued = self.render_for_sglang(prompt.chat, dialect)
                 special = False
@@ -186,10 +188,13 @@ class LocalTokenizer:
         if dialect is Dialect.VLLM_OLD and chat.sent is not None and chat.sent.reasoning_effort is not None:
             raise TokenizeError("what vLLM before 0.24 makes of a reasoning effort is not known here")
         template, chat = self._template(chat), self._adapted(chat)
-        parts = template.takes_parts(dialect)
-        return _rendered(
-            template, chat, engine_messages(chat.messages, parts=parts, in_schema_order=chat.in_schema_order)
+        parts, in_schema_order = template.takes_parts(dialect), chat.in_schema_order
+        grown = Grown(chat, template, parts, in_schema_order)
+        messages = grown.messages(
+            lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))
         )
+        tools = grown.tools(engine_tools)
+        return grown.render(lambda rendering: _written(template, chat, messages, tools, rendering))
 
     def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
@@ -229,14 +234,17 @@ class LocalTokenizer:
                 "the tokenizer has several chat templates; set `chatTemplate` to the one that SGLang uses"
             )
         template = self._template(replace(chat, chat_template=None))
-        shaped = sglang_chat(chat, dialect, parts=template.takes_parts(dialect))
-        documents = shaped.variables.pop("documents", None)
+        grown = Grown(chat, template, dialect)
+        shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
+        variables: dict[str, Any] = {"documents": None, **shaped.variables}
         try:
-            text = template.render(shaped.messages, shaped.tools, documents, **shaped.variables)
+            text = grown.render(
+                lambda rendering: template.render(shaped.messages, shaped.tools, rendering=rendering, **variables)
+            )
         except TokenizeError:
             if not shaped.tools:
                 raise
-            text = template.render(shaped.messages, without_wrappers(shaped.tools), documents, **shaped.variables)
+            text = template.render(shaped.messages, without_wrappers(shaped.tools), **variables)
         return text, shaped.continued
 
     def _continued(self, text: str) -> TokenIds:
@@ -287,14 +295,26 @@ class LocalTokenizer:
 
 def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
     """Render engine messages with the template."""
+    return _written(template, chat, messages, engine_tools(chat.tools), None)
+
+
+def _written(
+    template: ChatTemplate,
+    chat: Chat,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    rendering: Rendering | None,
+) -> str:
+    """Render engine messages and tools, perhaps from where an earlier rendering has ended."""
     sent = chat.chat_template_kwargs or {}
     variables = {key: value for key, value in sent.items() if key not in RESERVED}
     return template.render(
         messages if template.knows_developers else without_developers(messages),
-        engine_tools(chat.tools),
+        tools,
         sent.get("documents") if chat.documents is None else chat.documents,
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
+        rendering=rendering,
         **variables,
     )
 

@@ -28,11 +28,14 @@ from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.memory import Held, Memory
-from matrixinfer.prompt.openai import COMPLETIONS_PATH
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
+from matrixinfer.prompt.read_chats import ReadChats
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import Reader, parse
 from matrixinfer.prompt.workers import Lanes
 
+_CHATS = 4
+"""Chats that were read lately take one part in this many of what a tokenizer's cache may take."""
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
 MAX_LATE = 64
@@ -111,6 +114,7 @@ class TokenizerManager:
         self._local: dict[str, Tokenizer] = {}
         self._memory = memory or Memory(LimitsConfig().memory_bytes)
         self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
+        self._chats = ReadChats(settings.cache_bytes // _CHATS)
         self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
         self._dialects = Dialects()
         self._slow: dict[str, float] = {}
@@ -166,11 +170,13 @@ class TokenizerManager:
         A large prompt holds the memory that its content takes. `read` reads a body that brings no prompt instead.
         """
         if len(body) <= LARGE_BYTES:
-            return parse(path, body) if read is None else read(path, body)
+            return parse(path, body, lately=self._chats) if read is None else read(path, body)
         if read is not None:
             return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
-        prompt = await self._lanes.read(parse, path, body, self._bounds, claim.take)
+        arguments = path, body, self._bounds, claim.take, self._chats
+        is_short = path == CHAT_PATH and self._chats.rest(body) <= LARGE_BYTES
+        prompt = parse(*arguments) if is_short else await self._lanes.read(parse, *arguments)
         return replace(prompt, claim=claim)
 
     async def tokenize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -9,9 +10,10 @@ import numpy as np
 from msgspec import Raw
 
 from matrixinfer.blocks import TokenIds
-from matrixinfer.errors import UNREADABLE
+from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt import fields
-from matrixinfer.prompt.base import Chat, Prompt, SentFields, TokenId
+from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields, TokenId
+from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools, Span
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -43,22 +45,66 @@ _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
 _IDS = msgspec.json.Decoder(list[TokenId])
 
 
-def chat(path: str, body: bytes) -> Prompt:
+def chat(path: str, body: bytes, lately: ReadChats | None = None, values: int | None = None) -> Prompt:
     """Read a request to `/v1/chat/completions`. Raises `InvalidRequest`.
 
-    Tools reach the template even with `tool_choice: none`, as in vLLM unless it runs with
-    `--exclude-tools-when-tool-choice-none`. With `echo`, vLLM computes log-probabilities of the whole prompt.
+    Of a chat that continues one in `lately`, only the rest is decoded; `values` is what `ReadChats.keep` takes. Tools reach the template even with `tool_choice:
+    none`, as in vLLM unless it runs with `--exclude-tools-when-tool-choice-none`. With `echo`, vLLM computes
+    log-probabilities of the whole prompt.
     """
+    if lately is not None and (earlier := lately.find(body)) is not None:
+        with suppress(InvalidRequest):  # reading the whole body raises it again, with the right places in it
+            if (continued := _continued(path, body, lately, earlier, values)) is not None:
+                return continued
+        lately = None
     request = fields.decode(_CHAT, body)
     tools = fields.decode(fields.OBJECTS, request.tools, "tools")
+    messages = fields.messages(request.messages)
+    rendered = None
+    if lately is not None and len(body) >= LEAST_BYTES:
+        sent = SentTools.of(bytes(request.tools), tools)
+        span, salt = Span.of(request.messages, body), request.cache_salt
+        rendered = lately.keep(body, span, messages, sent, cache_salt=salt, values=values)
+    return _prompt(path, len(body), request, messages, tools, bytes(request.messages), rendered)
+
+
+def _continued(path: str, body: bytes, lately: ReadChats, earlier: ReadChat, values: int | None) -> Prompt | None:
+    """A chat that continues an earlier one; None if it must be read as a whole. Raises `InvalidRequest`."""
+    stood_in = earlier.stood_in(body)
+    if stood_in is None:
+        return None
+    request = fields.decode(_CHAT, stood_in)
+    more = earlier.more(request.messages)
+    if more is None or request.cache_salt != earlier.cache_salt:
+        return None
+    messages = [*earlier.messages, *(fields.messages(Raw(more)) if more else ())]
+    sent = bytes(request.tools)
+    tools = earlier.tools
+    if sent != tools.sent:
+        tools = SentTools.of(sent, fields.decode(fields.OBJECTS, request.tools, "tools"))
+    span, salt = earlier.span(request.messages), request.cache_salt
+    rendered = lately.keep(body, span, messages, tools, cache_salt=salt, earlier=earlier, values=values)
+    return _prompt(path, len(body), request, messages, tools.tools, body[span.start : span.stop], rendered)
+
+
+def _prompt(
+    path: str,
+    size: int,
+    request: _ChatRequest,
+    messages: list[fields.Object],
+    tools: list[fields.Object] | None,
+    sent: bytes,
+    rendered: Rendered | None,
+) -> Prompt:
+    """The prompt of a chat whose messages were sent as the bytes `sent`."""
     effort = request.reasoning_effort
     return fields.prompt(
         path,
         request,
-        len(body),
-        prefix=bytes(request.messages) if not tools else bytes(request.tools) + bytes(request.messages),
+        size,
+        prefix=sent if not tools else bytes(request.tools) + sent,
         chat=Chat(
-            messages=fields.messages(request.messages),
+            messages=messages,
             tools=tools,
             documents=request.documents,
             add_generation_prompt=request.add_generation_prompt is not False,
@@ -74,6 +120,7 @@ def chat(path: str, body: bytes) -> Prompt:
                 tool_choice=request.tool_choice,
                 input_ids=_ids(request.input_ids),
             ),
+            rendered=rendered,
         ),
         add_special_tokens=request.add_special_tokens is True,
         truncates="left",

@@ -9,8 +9,9 @@ from typing import TypeAlias
 from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt import anthropic, openai, pooling, responses
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch
+from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, MEDIA_BYTES, Bounds, TooMuch, values_of
 from matrixinfer.prompt.large import Claim, may_be_ids, may_hold_media, read_large
+from matrixinfer.prompt.read_chats import ReadChats
 
 Reader: TypeAlias = Callable[[str, bytes], Prompt]
 
@@ -32,22 +33,35 @@ READERS: Mapping[str, Reader] = MappingProxyType(
 """Path to reader. A reader takes the path and the body, and raises `InvalidRequest`."""
 
 
-def parse(path: str, body: bytes, bounds: Bounds = DEFAULT_BOUNDS, claim: Claim = lambda _: True) -> Prompt:
+def parse(
+    path: str,
+    body: bytes,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    claim: Claim = lambda _: True,
+    lately: ReadChats | None = None,
+) -> Prompt:
     """Read a request within `bounds`. Raises `InvalidRequest`, whose `param` names the invalid field.
 
     `claim` takes memory, in bytes, for what is decoded, and returns whether there is room. Beyond the bounds, and without
-    memory, the prompt stays unread; `Prompt.inexact` says why.
+    memory, the prompt stays unread; `Prompt.inexact` says why. What chats that were read `lately` begin with is not
+    decoded again; that changes nothing else.
     """
     reader = READERS.get(path)
     if reader is None:
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
+    if reader is not openai.chat:
+        lately = None
     if len(body) <= LARGE_BYTES:
-        return reader(path, body)
-    is_plain = len(body) <= bounds.max_bytes and not may_be_ids(body)
+        return reader(path, body) if lately is None else openai.chat(path, body, lately)
+    earlier = None if lately is None else lately.find(body)
+    before, values = (0, 0) if earlier is None or earlier.values is None else (len(earlier.beginning), earlier.values)
+    rest = memoryview(body)[before:]
+    is_plain = len(body) <= bounds.max_bytes and not may_be_ids(rest)
     if is_plain and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
         try:
-            if claim(bounds.cost(body)):
-                return reader(path, body)
+            values += values_of(rest)
+            if claim(bounds.cost(body, values)):
+                return reader(path, body) if lately is None else openai.chat(path, body, lately, values)
         except TooMuch:
             pass  # said by `read_large`
     return read_large(reader, path, body, bounds, claim)

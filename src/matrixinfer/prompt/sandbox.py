@@ -20,7 +20,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from matrixinfer.prompt import template_limits
+from matrixinfer.prompt import resuming, template_limits
 from matrixinfer.prompt.effort import check
 
 _TICKS = 16
@@ -41,7 +41,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, *, now: Callable[[], datetime]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters = {**template_limits.bounded_filters(self.filters), "tojson": _tojson}
+        self.filters = {**template_limits.bounded_filters(self.filters), **resuming.FILTERS, "tojson": _tojson}
         self._ticks = 0
         self.globals |= {
             "dict": _Dicts(),
@@ -52,8 +52,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def compiled(self, tree: nodes.Template) -> jinja2.Template:
-        """Compile a template so that it stays within bounds when it is rendered. Changes `tree`."""
+        """Compile a template so that it stays within bounds, and can be continued, when it is rendered. Changes `tree`."""
         template_limits.instrument(tree, self)
+        resuming.instrument(tree, self)
         template = self.from_string(tree)
         template.globals = dict(template.globals)  # each rendering copies them, which takes long for a `ChainMap`
         return template

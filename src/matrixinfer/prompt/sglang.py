@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Chat, SentFields
 from matrixinfer.prompt.dialect import Dialect
+from matrixinfer.prompt.grown import Grown
 
 _EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
 _TRUE = frozenset({"1", "true", "yes", "y", "on"})
@@ -43,13 +45,16 @@ class SglangChat:
     """The text of the assistant's message to continue, which is encoded separately; empty if there is none."""
 
 
-def sglang_chat(chat: Chat, dialect: Dialect, *, parts: bool) -> SglangChat:
-    """What the template gets; content is a list of parts if `parts`. Raises `TokenizeError`."""
+def sglang_chat(chat: Chat, dialect: Dialect, grown: Grown | None = None, *, parts: bool) -> SglangChat:
+    """What the template gets; content is a list of parts if `parts`. Raises `TokenizeError`.
+
+    `grown` knows the messages that were shaped before.
+    """
     if dialect is Dialect.SGLANG_OLD:
         raise TokenizeError("how SGLang before 0.5.18 renders chats is not known here")
     if chat.sent is None:
         raise TokenizeError("how SGLang renders chats of this API is not known here")
-    messages = [_shaped(_message(message), parts=parts) for message in chat.messages]
+    messages = list((grown or Grown(chat)).messages(partial(_shaped_messages, parts=parts)))
     continued = ""
     last = messages[-1]
     if last["role"] == "assistant" and isinstance(last["content"], str):
@@ -67,6 +72,10 @@ def sglang_chat(chat: Chat, dialect: Dialect, *, parts: bool) -> SglangChat:
 def without_wrappers(tools: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The bare functions: SGLang's second attempt when the template fails with the tools as they are."""
     return [tool["function"] for tool in tools]
+
+
+def _shaped_messages(messages: Iterable[Mapping[str, Any]], *, parts: bool) -> list[dict[str, Any]]:
+    return [_shaped(_message(message), parts=parts) for message in messages]
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What was made of a conversation so far, so that only its new messages are shaped and rendered.
+
+`read_chats` gives a chat that continues another one the very same messages, and what was made of them (`Chat.rendered`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.resuming import Kept, Rendering, begins_with
+
+_MAX_MADE = 4
+"""How many templates and engines a conversation is remembered for."""
+
+Shaped = list[dict[str, Any]]
+Sent = Sequence[Mapping[str, Any]]
+
+
+class _Made(NamedTuple):
+    messages: Sent
+    shaped: Shaped
+    tools: Sent | None
+    shaped_tools: Shaped | None
+    loops: dict[int, Kept]
+
+
+_NOTHING = _Made((), [], None, None, {})
+
+
+class Grown:
+    """What is made of a chat with one template for one kind of engine, which `key` names.
+
+    Starts with what was made of the chats that it continues, and is kept for those that continue it.
+    """
+
+    def __init__(self, chat: Chat, *key: Hashable) -> None:
+        self._chat = chat
+        self._key = key
+        made = _NOTHING if chat.rendered is None else chat.rendered.get(key, _NOTHING)
+        self._made: _Made = made if begins_with(chat.messages, made.messages) else _NOTHING
+        self._shaped: Shaped = []
+        self._tools: Shaped | None = None
+
+    def messages(self, shape: Callable[[Sent], Shaped]) -> Shaped:
+        """The shaped messages; `shape` shapes each by itself."""
+        self._shaped = [*self._made.shaped, *shape(self._chat.messages[len(self._made.messages) :])]
+        return self._shaped
+
+    def tools(self, shape: Callable[[Iterable[Mapping[str, Any]] | None], Shaped | None]) -> Shaped | None:
+        """The shaped tools."""
+        is_known = self._chat.tools is not None and self._chat.tools is self._made.tools
+        self._tools = self._made.shaped_tools if is_known else shape(self._chat.tools)
+        return self._tools
+
+    def render(self, write: Callable[[Rendering], str]) -> str:
+        """What `write` renders; it is given what to continue."""
+        rendering = Rendering(self._made.loops)
+        text = write(rendering)
+        rendered, chat = self._chat.rendered, self._chat
+        if rendered is not None and not chat.continue_final_message:
+            if len(rendered) >= _MAX_MADE and self._key not in rendered:
+                rendered.clear()
+            rendered[self._key] = _Made(chat.messages, self._shaped, chat.tools, self._tools, rendering.kept)
+        return text
+
+
+def not_rendered(chat: Chat) -> Sent:
+    """The messages of a chat that were not rendered as text before."""
+    made: Iterable[_Made] = () if chat.rendered is None else tuple(chat.rendered.values())
+    known = (len(each.messages) for each in made if begins_with(chat.messages, each.messages))
+    return chat.messages[max(known, default=0) :]
