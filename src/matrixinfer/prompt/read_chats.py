@@ -188,7 +188,7 @@ class ReadChats:
         stop = span.stop - 1
         while body[stop - 1] in _BLANKS:
             stop -= 1
-        if not LEAST_BYTES <= stop <= len(body) <= MOST_BYTES or _STAND_IN in body[: span.start]:
+        if not LEAST_BYTES <= stop <= len(body) <= MOST_BYTES:
             return None
         before, known, memory = 0, 0, 0
         if earlier is not None:

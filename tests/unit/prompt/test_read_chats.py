@@ -214,6 +214,7 @@ def test_nothing_is_kept_where_nothing_may_be() -> None:
         b',"messages":[{"role":"user","content":"other"}]}',
         b',"\\u006dessages":[{"role":"user","content":"other"}]}',
         b',"messages":["the messages before these",{"role":"user"}]}',
+        b',"messages":[{"role":"user","name":"12"},{"role":"user"}]}',  # the first is as long as what stands in for messages
         b',"messages":[]}',
         b',"messages":null}',
         b',"x":"the messages before these"}',
@@ -350,4 +351,6 @@ async def test_a_large_chat_that_goes_on_needs_no_thread(monkeypatch: pytest.Mon
 
 
 def test_the_stand_in_is_valid_json() -> None:
-    assert msgspec.json.decode(read_chats._STAND_IN) == "the messages before these"  # noqa: SLF001
+    stand_in = read_chats._STAND_IN  # noqa: SLF001
+    assert msgspec.json.decode(stand_in) == "the messages before these"
+    assert len(stand_in) == len('{"role":"user","name":"12"}')

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from matrixinfer.errors import TokenizeError
+from matrixinfer.prompt import resuming
 from matrixinfer.prompt.base import Chat, Rendered, SentFields
 from matrixinfer.prompt.chat_template import CHATML, ChatTemplate
 from matrixinfer.prompt.dialect import Dialect
@@ -90,8 +91,16 @@ def outcome(template: ChatTemplate, chat: dict[str, Any], rendering: Rendering |
         return f"error: {error}"
 
 
-def steps(template: ChatTemplate, seed: int) -> int:
-    """Render a conversation turn by turn, and each turn from the beginning as well. Returns how often a loop continued."""
+def compiled(source: str) -> tuple[ChatTemplate, ChatTemplate]:
+    """A template, and the same one that can only be rendered as a whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming, "instrument", lambda *_: None)
+        whole = ChatTemplate(source, now=lambda: NOW, aliases_reasoning=False, **SPECIAL)
+    return ChatTemplate(source, now=lambda: NOW, aliases_reasoning=False, **SPECIAL), whole
+
+
+def steps(template: ChatTemplate, reference: ChatTemplate, seed: int) -> int:
+    """Render a conversation turn by turn, and each turn with the reference as well. Returns how often a loop continued."""
     kept: Any = {}
     continued = 0
     shaped: dict[int, dict[str, Any]] = {}
@@ -102,7 +111,7 @@ def steps(template: ChatTemplate, seed: int) -> int:
             shaped.setdefault(id(each), template.shaped([each])[0])
         messages = [shaped[id(each)] for each in chat["messages"]]
         rendering = Rendering(kept)
-        assert outcome(template, chat | {"messages": messages}, rendering) == outcome(template, chat, None)
+        assert outcome(template, chat | {"messages": messages}, rendering) == outcome(reference, chat, None)
         continued += rendering.continued
         kept = rendering.kept or kept
     return continued
@@ -112,11 +121,11 @@ def steps(template: ChatTemplate, seed: int) -> int:
 def test_a_conversation_that_grows_is_rendered_as_from_the_beginning(name: str) -> None:
     source = {**REAL, **DIALECT, "chatml": CHATML}[name]
     try:
-        template = ChatTemplate(source, now=lambda: NOW, aliases_reasoning=False, **SPECIAL)
+        templates = compiled(source)
     except TokenizeError:
         return  # it is meant not to compile
     for seed in range(40):
-        steps(template, seed)
+        steps(*templates, seed)
 
 
 CONTINUED = ("chatml", "deepseekv3", "gemma3", "glm4moe", "llama3_1", "llama3_2", "phi3", "qwen2_5", "qwen3", "qwen3_6")
@@ -124,14 +133,15 @@ CONTINUED = ("chatml", "deepseekv3", "gemma3", "glm4moe", "llama3_1", "llama3_2"
 
 @pytest.mark.parametrize("name", CONTINUED)
 def test_templates_of_usual_models_are_continued(name: str) -> None:
-    template = ChatTemplate({**REAL, "chatml": CHATML}[name], now=lambda: NOW, aliases_reasoning=False, **SPECIAL)
-    assert sum(steps(template, seed) for seed in range(40)) > 10
+    templates = compiled({**REAL, "chatml": CHATML}[name])
+    assert sum(steps(*templates, seed) for seed in range(40)) > 10
 
 
 LOOP = "{% for m in messages %}"
 FUTURE = {
     "the last message": LOOP + "{{ messages[-1].content }}|{% endfor %}",
     "a message by a computed index": LOOP + "{{ messages[loop.index0 + 2].content }}|{% endfor %}",
+    "a message by an index, if there is one": LOOP + "{{ (messages[loop.index0 + 2] | default(m)).role }}|{% endfor %}",
     "the one before the first": LOOP + "{{ messages[loop.index0 - 1].content }}|{% endfor %}",
     "all of them": LOOP + "{{ messages | length }}|{% endfor %}",
     "all of them in a slice": LOOP + "{{ messages[loop.index0:] | length }}|{% endfor %}",
@@ -151,6 +161,9 @@ FUTURE = {
     "a namespace by two names": "{% set a = namespace(n=0) %}{% set b = a %}" + LOOP + "{% set a.n = b.n + 1 %}{{ b.n }}|{% endfor %}",
     "a namespace that may have two names": "{% set a = namespace(n=0) %}{% if messages[-1].role == 'user' %}{% set b = a %}{% else %}"
     "{% set b = namespace(n=0) %}{% endif %}" + LOOP + "{% set a.n = b.n + 1 %}{{ b.n }}|{% endfor %}",
+    "a namespace that a step makes": "{% set s = namespace(a=none) %}"
+    + LOOP
+    + "{% if loop.first %}{% set s.a = namespace(n=0) %}{% endif %}{% set t = s.a %}{% set t.n = t.n + 1 %}{{ t.n }}|{% endfor %}",
     "a namespace in a list": "{% set a = namespace(n=0) %}{% set b = [a] %}" + LOOP + "{% set a.n = a.n + 1 %}{{ b[0].n }}{% endfor %}",
     "a cycler": "{% set c = cycler('a', 'b') %}" + LOOP + "{{ c.next() }}{% endfor %}",
     "a joiner": "{% set c = joiner() %}" + LOOP + "{{ c() }}{{ m.role }}{% endfor %}",
@@ -174,6 +187,9 @@ FUTURE = {
     "a loop in a condition": "{% if messages | length > 2 %}" + LOOP + "{{ m.content }}|{% endfor %}{% else %}{{ messages[0].role }}{% endif %}",
     "another object": LOOP + "{% if m.content is sameas messages[0].content %}!{% endif %}{{ m.role }}{% endfor %}",
     "a template's blocks": "{% block a %}" + LOOP + "{{ m.role }}{% endfor %}{% endblock %}",
+    "a macro that may not be there": "{% if messages[-1].role == 'user' %}{% macro f() %}{% endmacro %}{% endif %}"
+    + LOOP
+    + "{{ f is defined }}{% endfor %}",
     "a macro in a loop": LOOP + "{% macro f() %}{{ m.role }}{% endmacro %}{{ f() }}{% endfor %}",
     "undefined things": LOOP + "{{ m.nothing }}{{ nothing }}{{ messages[100].role is defined }}{{ m.role }}{% endfor %}",
     "an index that is none": LOOP + "{{ messages[m.content] }}{{ messages[nothing] }}{{ messages[true].role }}{% endfor %}",
@@ -184,9 +200,9 @@ FUTURE = {
 
 @pytest.mark.parametrize("name", FUTURE)
 def test_nothing_of_a_longer_conversation_is_missed(name: str) -> None:
-    template = ChatTemplate(FUTURE[name], now=lambda: NOW, aliases_reasoning=False)
+    templates = compiled(FUTURE[name])
     for seed in range(60):
-        steps(template, seed)
+        steps(*templates, seed)
 
 
 def test_a_clock_is_read_each_time() -> None:
