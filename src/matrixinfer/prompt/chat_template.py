@@ -78,6 +78,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             self._parts = _forms_of_content(source, tree)
             self._template = environment.compiled(tree)
+            self._continuing = environment.compiled(environment.parse(source), continues=True)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TokenizeError(f"the chat template does not compile: {error}") from error
         self.source = source
@@ -110,13 +111,14 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        is_shaped: bool = False,
         rendering: Rendering | None = None,
         **variables: Any,
     ) -> str:
         """The prompt's text. `messages` are not modified; `variables` are further variables from the request.
 
-        A new `rendering` may continue an earlier one of this template, and can then be continued itself. The messages are
-        then what `shaped` makes of them.
+        With `is_shaped`, the messages are what `shaped` makes of them. A new `rendering` may continue an earlier one of this
+        template, and can then be continued itself.
 
         Raises `TokenizeError` for any failure. Its message may quote the template's own error text, never the prompt.
         """
@@ -124,8 +126,6 @@ class ChatTemplate:
             if add_generation_prompt:
                 raise TokenizeError("`continue_final_message` and `add_generation_prompt` cannot both be set")
             messages, final = self._marked(messages)
-        is_shaped = rendering is not None
-        rendering = Rendering() if rendering is None else rendering
         context: dict[str, Any] = {
             **self._special_tokens,
             **variables,
@@ -133,14 +133,10 @@ class ChatTemplate:
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
-            VARIABLE: rendering,
         }
         try:
             with contextlib.nullcontext() if effort.is_under_way() else effort.Effort(_SECONDS):
-                write = rendering.written.append
-                for text in self._template.generate(context):
-                    write(text)
-                text = template_limits.joined(rendering.written)
+                text = self._template.render(context) if rendering is None else self._continue(context, rendering)
         except effort.Abandoned:
             raise
         except jinja2.TemplateError as error:
@@ -148,6 +144,12 @@ class ChatTemplate:
         except Exception as error:  # boundary: a template is a foreign program and may raise anything
             raise TokenizeError(f"the chat template failed: {type(error).__name__}") from error
         return _cut(text, final) if continue_final_message else text
+
+    def _continue(self, context: dict[str, Any], rendering: Rendering) -> str:
+        write = rendering.written.append
+        for text in self._continuing.generate({**context, VARIABLE: rendering}):
+            write(text)
+        return template_limits.joined(rendering.written)
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
         """The messages with a mark after the text to continue, and that text."""

@@ -87,7 +87,7 @@ class ChatRequest(Request, kw_only=True):
     chat_template_kwargs: Object | None = None
 
 
-def decode(decoder: msgspec.json.Decoder[T], data: bytes | Raw, param: str | None = None) -> T:
+def decode(decoder: msgspec.json.Decoder[T], data: bytes | memoryview | Raw, param: str | None = None) -> T:
     """Decode `data`: the whole body, or its field `param`. Raises `InvalidRequest`."""
     try:
         return decoder.decode(data)
@@ -121,7 +121,7 @@ def top_level(body: bytes) -> dict[str, Raw]:
     return decode(_FIELDS, body)
 
 
-def messages(data: Raw) -> list[Object]:
+def messages(data: Raw | bytes | memoryview) -> list[Object]:
     """Decode the field `messages`. Raises `InvalidRequest`.
 
     A long list is decoded message by message, so that other threads can run in between: the decoder holds the GIL.

@@ -54,15 +54,16 @@ class Grown:
         self._tools = self._made.shaped_tools if is_known else shape(self._chat.tools)
         return self._tools
 
-    def render(self, write: Callable[[Rendering], str]) -> str:
-        """What `write` renders; it is given what to continue."""
+    def render(self, write: Callable[[Rendering | None], str]) -> str:
+        """What `write` renders; it is given what to continue, where that may be."""
+        rendered, chat = self._chat.rendered, self._chat
+        if rendered is None or chat.continue_final_message:
+            return write(None)
         rendering = Rendering(self._made.loops)
         text = write(rendering)
-        rendered, chat = self._chat.rendered, self._chat
-        if rendered is not None and not chat.continue_final_message:
-            if len(rendered) >= _MAX_MADE and self._key not in rendered:
-                rendered.clear()
-            rendered[self._key] = _Made(chat.messages, self._shaped, chat.tools, self._tools, rendering.kept)
+        if len(rendered) >= _MAX_MADE and self._key not in rendered:
+            rendered.clear()
+        rendered[self._key] = _Made(chat.messages, self._shaped, chat.tools, self._tools, rendering.kept)
         return text
 
 

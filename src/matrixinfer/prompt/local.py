@@ -194,7 +194,9 @@ class LocalTokenizer:
             lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))
         )
         tools = grown.tools(engine_tools)
-        return grown.render(lambda rendering: _written(template, chat, messages, tools, rendering))
+        return grown.render(
+            lambda rendering: _written(template, chat, messages, tools, is_shaped=True, rendering=rendering)
+        )
 
     def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
@@ -237,14 +239,13 @@ class LocalTokenizer:
         grown = Grown(chat, template, dialect)
         shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
         variables: dict[str, Any] = {"documents": None, **shaped.variables}
+        write = partial(template.render, shaped.messages, shaped.tools, is_shaped=True, **variables)
         try:
-            text = grown.render(
-                lambda rendering: template.render(shaped.messages, shaped.tools, rendering=rendering, **variables)
-            )
+            text = grown.render(lambda rendering: write(rendering=rendering))
         except TokenizeError:
             if not shaped.tools:
                 raise
-            text = template.render(shaped.messages, without_wrappers(shaped.tools), **variables)
+            text = template.render(shaped.messages, without_wrappers(shaped.tools), is_shaped=True, **variables)
         return text, shaped.continued
 
     def _continued(self, text: str) -> TokenIds:
@@ -295,7 +296,7 @@ class LocalTokenizer:
 
 def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
     """Render engine messages with the template."""
-    return _written(template, chat, messages, engine_tools(chat.tools), None)
+    return _written(template, chat, messages, engine_tools(chat.tools))
 
 
 def _written(
@@ -303,9 +304,11 @@ def _written(
     chat: Chat,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
-    rendering: Rendering | None,
+    *,
+    is_shaped: bool = False,
+    rendering: Rendering | None = None,
 ) -> str:
-    """Render engine messages and tools, perhaps from where an earlier rendering has ended."""
+    """Render engine messages and tools; for `is_shaped` and `rendering` see `ChatTemplate.render`."""
     sent = chat.chat_template_kwargs or {}
     variables = {key: value for key, value in sent.items() if key not in RESERVED}
     return template.render(
@@ -314,6 +317,7 @@ def _written(
         sent.get("documents") if chat.documents is None else chat.documents,
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
+        is_shaped=is_shaped,
         rendering=rendering,
         **variables,
     )

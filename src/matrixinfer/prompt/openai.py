@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,7 +13,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields, TokenId
-from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools, Span
+from matrixinfer.prompt.read_chats import ReadChat, ReadChats, SentTools, Span, is_stand_in, stood_in
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -48,63 +48,86 @@ _IDS = msgspec.json.Decoder(list[TokenId])
 def chat(path: str, body: bytes, lately: ReadChats | None = None, values: int | None = None) -> Prompt:
     """Read a request to `/v1/chat/completions`. Raises `InvalidRequest`.
 
-    Of a chat that continues one in `lately`, only the rest is decoded; `values` is what `ReadChats.keep` takes. Tools reach the template even with `tool_choice:
-    none`, as in vLLM unless it runs with `--exclude-tools-when-tool-choice-none`. With `echo`, vLLM computes
-    log-probabilities of the whole prompt.
+    Of a chat that continues one in `lately`, only the rest is decoded; `values` is what `ReadChats.keep` takes. Tools reach
+    the template even with `tool_choice: none`, as in vLLM unless it runs with `--exclude-tools-when-tool-choice-none`. With
+    `echo`, vLLM computes log-probabilities of the whole prompt.
     """
-    if lately is not None and (earlier := lately.find(body)) is not None:
-        with suppress(InvalidRequest):  # reading the whole body raises it again, with the right places in it
-            if (continued := _continued(path, body, lately, earlier, values)) is not None:
-                return continued
-        lately = None
-    request = fields.decode(_CHAT, body)
-    tools = fields.decode(fields.OBJECTS, request.tools, "tools")
-    messages = fields.messages(request.messages)
-    rendered = None
-    if lately is not None and len(body) >= LEAST_BYTES:
-        sent = SentTools.of(bytes(request.tools), tools)
-        span, salt = Span.of(request.messages, body), request.cache_salt
-        rendered = lately.keep(body, span, messages, sent, cache_salt=salt, values=values)
-    return _prompt(path, len(body), request, messages, tools, bytes(request.messages), rendered)
+    earlier = None if lately is None else lately.find(body)
+    # Where the body is not valid, decoding it as a whole says what is wrong, and where.
+    with suppress(InvalidRequest):
+        read = _read_at_once(body) if earlier is None else _read_rest(body, earlier)
+        if read is not None:
+            return _prompt(path, body, read, _keep(body, read, lately, earlier, values))
+    read = _read_twice(body)
+    return _prompt(path, body, read, None if earlier is not None else _keep(body, read, lately, None, values))
 
 
-def _continued(path: str, body: bytes, lately: ReadChats, earlier: ReadChat, values: int | None) -> Prompt | None:
-    """A chat that continues an earlier one; None if it must be read as a whole. Raises `InvalidRequest`."""
-    stood_in = earlier.stood_in(body)
-    if stood_in is None:
+class _Read(NamedTuple):
+    """A chat's fields and messages."""
+
+    request: _ChatRequest
+    messages: list[fields.Object]
+    span: Span
+    tools: SentTools
+
+
+def _read_at_once(body: bytes) -> _Read | None:
+    """Decode each byte of a body once, if it is seen easily where its messages are. Raises `InvalidRequest`."""
+    span = Span.guessed(body)
+    reduced = None if span is None else stood_in(body, span)
+    if span is None or reduced is None:
         return None
-    request = fields.decode(_CHAT, stood_in)
+    request = fields.decode(_CHAT, reduced)
+    if not is_stand_in(request.messages):
+        return None
+    messages = fields.messages(memoryview(body)[span.start : span.stop])
+    return _Read(request, messages, span, _tools(request))
+
+
+def _read_twice(body: bytes) -> _Read:
+    """Decode a body to find where its messages are, and then these. Raises `InvalidRequest`."""
+    request = fields.decode(_CHAT, body)
+    tools = _tools(request)
+    return _Read(request, fields.messages(request.messages), Span.of(request.messages, body), tools)
+
+
+def _read_rest(body: bytes, earlier: ReadChat) -> _Read | None:
+    """A chat that continues an earlier one; None if it must be read as a whole. Raises `InvalidRequest`."""
+    reduced = earlier.stood_in(body)
+    if reduced is None:
+        return None
+    request = fields.decode(_CHAT, reduced)
     more = earlier.more(request.messages)
     if more is None or request.cache_salt != earlier.cache_salt:
         return None
-    messages = [*earlier.messages, *(fields.messages(Raw(more)) if more else ())]
-    sent = bytes(request.tools)
-    tools = earlier.tools
-    if sent != tools.sent:
-        tools = SentTools.of(sent, fields.decode(fields.OBJECTS, request.tools, "tools"))
-    span, salt = earlier.span(request.messages), request.cache_salt
-    rendered = lately.keep(body, span, messages, tools, cache_salt=salt, earlier=earlier, values=values)
-    return _prompt(path, len(body), request, messages, tools.tools, body[span.start : span.stop], rendered)
+    messages = [*earlier.messages, *(fields.messages(more) if more else ())]
+    tools = earlier.tools if bytes(request.tools) == earlier.tools.sent else _tools(request)
+    return _Read(request, messages, earlier.span(request.messages), tools)
 
 
-def _prompt(
-    path: str,
-    size: int,
-    request: _ChatRequest,
-    messages: list[fields.Object],
-    tools: list[fields.Object] | None,
-    sent: bytes,
-    rendered: Rendered | None,
-) -> Prompt:
-    """The prompt of a chat whose messages were sent as the bytes `sent`."""
+def _tools(request: _ChatRequest) -> SentTools:
+    return SentTools.of(bytes(request.tools), fields.decode(fields.OBJECTS, request.tools, "tools"))
+
+
+def _keep(
+    body: bytes, read: _Read, lately: ReadChats | None, earlier: ReadChat | None, values: int | None
+) -> Rendered | None:
+    if lately is None:
+        return None
+    salt = read.request.cache_salt
+    return lately.keep(body, read.span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)
+
+
+def _prompt(path: str, body: bytes, read: _Read, rendered: Rendered | None) -> Prompt:
+    request, tools, sent = read.request, read.tools.tools, body[read.span.start : read.span.stop]
     effort = request.reasoning_effort
     return fields.prompt(
         path,
         request,
-        size,
+        len(body),
         prefix=sent if not tools else bytes(request.tools) + sent,
         chat=Chat(
-            messages=messages,
+            messages=read.messages,
             tools=tools,
             documents=request.documents,
             add_generation_prompt=request.add_generation_prompt is not False,

@@ -9,6 +9,7 @@ so far (`stood_in`), but for that item. Bytes are compared, not digests of them.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import threading
 from bisect import bisect_left, bisect_right, insort
@@ -34,6 +35,9 @@ _STEPS = 5
 _ALIKE = 8
 """How many chats with the same rounded length, and the same bytes before it, are kept."""
 _BLANKS = b" \t\r\n"
+_MESSAGES = re.compile(rb'"messages"[ \t\r\n]*:[ \t\r\n]*\[')
+_LOOKED_AT = 16
+"""How many bytes before a bracket are looked at to see which list it ends."""
 _MESSAGE_BYTES = 800
 """Memory of a plain message besides its text, decoded and as templates get it."""
 _TEXT_COST = 8
@@ -61,6 +65,16 @@ class Span(NamedTuple):
 
     start: int
     stop: int
+
+    @classmethod
+    def guessed(cls, body: bytes) -> Span | None:
+        """From the first key `messages` to the last bracket. None if that ends another list, by how it looks."""
+        found, stop = _MESSAGES.search(body), body.rfind(b"]")
+        end = body[max(0, stop - _LOOKED_AT) : max(0, stop)].rstrip(_BLANKS)
+        # A message ends with a text or a list. The schemas of tools end with objects, other lists do with something else.
+        if found is None or not end.endswith((b'"}', b"]}")):
+            return None
+        return cls(found.end() - 1, stop + 1) if found.end() <= stop else None
 
     @classmethod
     def of(cls, messages: Raw, body: bytes) -> Span:
@@ -112,6 +126,20 @@ class ReadChat(NamedTuple):
     def span(self, messages: Raw) -> Span:
         """Where the messages are in the body; `messages` are those of `stood_in`."""
         return Span(self.start, len(self.beginning) + memoryview(messages).nbytes - 1 - len(_STAND_IN))
+
+
+def stood_in(body: bytes, span: Span) -> bytes | None:
+    """The body with one item in place of the messages in this span. None if it has that item already."""
+    head, tail = body[: span.start], body[span.stop :]
+    return None if _STAND_IN in head or _STAND_IN in tail else b"%b[%b]%b" % (head, _STAND_IN, tail)
+
+
+def is_stand_in(messages: Raw) -> bool:
+    """Whether the messages in a body are those that `stood_in` has put there, so that they were in this very span.
+
+    They may be others: of equal keys, the last one counts, and what looks like a key may be part of a text.
+    """
+    return bytes(messages) == b"[%b]" % _STAND_IN
 
 
 class ReadChats:

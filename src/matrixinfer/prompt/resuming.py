@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, TypeGuard
 
 from jinja2 import Environment, Undefined, nodes
 from jinja2.meta import find_undeclared_variables
@@ -41,6 +42,7 @@ _UNKNOWN = (
     *(nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport),
     *(nodes.EvalContextModifier, nodes.ContextReference, nodes.DerivedContextReference),
 )
+_SCALARS = frozenset({str, int, float, bool, NoneType})
 _MAX_VALUES = 1000
 """How many values are compared, or looked at, before a rendering is done as a whole."""
 
@@ -92,10 +94,10 @@ class Rendering:
         """
         self._at = self._last = -1
         self._skipped = self._known = 0
-        spaces = [each for each in read if isinstance(each, Namespace)]
+        spaces = [each for each in read if _is_namespace(each)]
         if type(items) is not list or len(items) < 2 or len(set(map(id, spaces))) < len(spaces):
             return items
-        before = [_Held(each) if isinstance(each, Namespace) else each for each in read]
+        before = [_Held(each) if _is_namespace(each) else each for each in read]
         self._loop, self._read, self._start = loop, read, len(self.written)
         self._now, self._last = Kept(items, before, (), []), len(items) - 1
         earlier = self._earlier.get(loop)
@@ -105,7 +107,7 @@ class Rendering:
         self.written += earlier.texts
         self._known = len(earlier.texts)
         for value, held in zip(read, earlier.after, strict=True):
-            if isinstance(value, Namespace):
+            if _is_namespace(value):
                 _attributes(value).update(held)
         self._skipped = len(earlier.items) - 1
         if is_counted:
@@ -123,7 +125,7 @@ class Rendering:
         return False
 
     def _keep(self) -> None:
-        after = [_Held(each) if isinstance(each, Namespace) else None for each in self._read]
+        after = [_Held(each) if _is_namespace(each) else None for each in self._read]
         if self._now is not None and _is_plain(after):
             if self._known:
                 new = self._start + self._known
@@ -278,6 +280,10 @@ class _Held(dict[str, Any]):
         super().__init__(_attributes(namespace))
 
 
+def _is_namespace(value: object) -> TypeGuard[Namespace]:
+    return issubclass(type(value), Namespace)  # `isinstance` asks a namespace for its attribute `__class__`
+
+
 def _attributes(namespace: Namespace) -> dict[str, Any]:
     attributes: dict[str, Any] = object.__getattribute__(namespace, "_Namespace__attrs")
     return attributes
@@ -291,7 +297,7 @@ def _are_same(one: object, other: object) -> bool:
         left -= 1
         if one is other:
             continue
-        if type(one) is not type(other) or not left:
+        if type(one) is not type(other) or left <= 0:
             return False
         inside, others = _values(one), _values(other)
         if inside is None or others is None:
@@ -304,11 +310,12 @@ def _are_same(one: object, other: object) -> bool:
     return True
 
 
-def _values(value: object) -> list[Any] | None:
+def _values(value: Any) -> list[Any] | None:
     """What is in a container, its keys in their order included; None if it is none."""
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is dict or kind is _Held:
         return [*value, *value.values()]
-    return list(value) if isinstance(value, list | tuple) else None
+    return list(value) if kind is list or kind is tuple else None
 
 
 def _is_same_value(one: object, other: object) -> bool:
@@ -329,10 +336,10 @@ def _is_plain(value: object) -> bool:
     while waiting:
         value = waiting.pop()
         left -= 1
-        if not left:
+        if type(value) in _SCALARS:
+            continue
+        inside = _values(value)
+        if left <= 0 or (inside is None and not issubclass(type(value), Undefined)):
             return False
-        if (inside := _values(value)) is not None:
-            waiting += inside
-        elif not isinstance(value, str | int | float | Undefined | None):
-            return False
+        waiting += inside or ()
     return True

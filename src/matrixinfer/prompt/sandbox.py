@@ -51,10 +51,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "strftime_now": lambda form: now().strftime(form[:_MAX_FORM]),
         }
 
-    def compiled(self, tree: nodes.Template) -> jinja2.Template:
-        """Compile a template so that it stays within bounds, and can be continued, when it is rendered. Changes `tree`."""
+    def compiled(self, tree: nodes.Template, *, continues: bool = False) -> jinja2.Template:
+        """Compile a template so that it stays within bounds when it is rendered. Changes `tree`.
+
+        With `continues`, it is always given a `Rendering`, and can be continued.
+        """
         template_limits.instrument(tree, self)
-        resuming.instrument(tree, self)
+        if continues:
+            resuming.instrument(tree, self)
         template = self.from_string(tree)
         template.globals = dict(template.globals)  # each rendering copies them, which takes long for a `ChainMap`
         return template

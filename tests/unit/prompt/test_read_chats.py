@@ -16,13 +16,13 @@ import pytest
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import InvalidRequest
-from matrixinfer.prompt import read_chats
+from matrixinfer.prompt import fields, read_chats
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, Bounds
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChats
+from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChats, Span
 from matrixinfer.prompt.requests import parse
 
 from .support import folder, tokenizer
@@ -37,20 +37,20 @@ def said(*contents: str) -> list[dict[str, Any]]:
     return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
 
 
-def encoded(messages: list[dict[str, Any]], **fields: Any) -> bytes:
-    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
+def encoded(messages: list[dict[str, Any]], **options: Any) -> bytes:
+    return json.dumps({"model": "m", "messages": messages, **options}).encode()
 
 
 def known(prompt: Prompt) -> Any:
     """All that a prompt says, to be compared."""
-    fields = msgspec.structs.asdict(prompt) | {"prefix": bytes(prompt.prefix)}
+    whole = msgspec.structs.asdict(prompt) | {"prefix": bytes(prompt.prefix)}
     if prompt.chat is not None:
         chat = msgspec.structs.asdict(prompt.chat)
         sent = msgspec.structs.asdict(chat["sent"])
         sent["input_ids"] = None if sent["input_ids"] is None else sent["input_ids"].tolist()
-        fields["chat"] = chat | {"sent": sent, "rendered": None}
+        whole["chat"] = chat | {"sent": sent, "rendered": None}
     # As JSON, in which the order of keys counts, and 1 is not 1.0.
-    return msgspec.json.encode(fields)
+    return msgspec.json.encode(whole)
 
 
 def outcome(body: bytes, lately: ReadChats | None, bounds: Bounds = DEFAULT_BOUNDS) -> Any:
@@ -58,6 +58,13 @@ def outcome(body: bytes, lately: ReadChats | None, bounds: Bounds = DEFAULT_BOUN
         return known(parse(CHAT_PATH, body, bounds, lately=lately))
     except InvalidRequest as error:
         return str(error), error.param
+
+
+def expected(body: bytes, bounds: Bounds = DEFAULT_BOUNDS) -> Any:
+    """What a reader makes of a body that knows no other chats, and decodes the whole body before the messages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Span, "guessed", lambda _: None)
+        return outcome(body, None, bounds)
 
 
 def shared(one: Prompt, other: Prompt) -> int:
@@ -107,12 +114,12 @@ def bodies(seed: int) -> Iterator[bytes]:
     for _ in range(14):
         messages = changed(chance, messages, options)
         sent = [*messages, chance.choice(ODD)] if chance.random() < 0.1 else messages
-        fields = [f"{json.dumps(key)}:{json.dumps(value)}" for key, value in options.items() if key != first]
+        others = [f"{json.dumps(key)}:{json.dumps(value)}" for key, value in options.items() if key != first]
         if chance.random() < 0.1:
-            fields.append(chance.choice(ODD_FIELDS))
+            others.append(chance.choice(ODD_FIELDS))
         whole = listed if chance.random() < 0.9 else chance.choice(("[{},]", "[{}", "{}]", "[[{}]]"))
         head = f'"model":"m",{json.dumps(first)}:{json.dumps(options.get(first))}'
-        yield f'{{{head},"messages":{whole.format(comma.join(sent))},{",".join(fields)}}}'.encode()
+        yield f'{{{head},"messages":{whole.format(comma.join(sent))},{",".join(others)}}}'.encode()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -120,7 +127,8 @@ def test_any_sequence_of_bodies_is_read_as_by_a_new_reader(seed: int) -> None:
     lately = ReadChats(1 << 24)
     for part in range(5):
         for body in bodies(seed * 100 + part):
-            assert outcome(body, lately) == outcome(body, None)
+            assert outcome(body, lately) == expected(body)
+            assert outcome(body, None) == expected(body)
 
 
 def test_the_random_bodies_continue_one_another() -> None:
@@ -232,7 +240,7 @@ def test_what_follows_the_messages_is_read_as_ever(more: bytes) -> None:
     parse(CHAT_PATH, body, lately=lately)
     continued = body[:-2] + b',{"role":"user","content":"x"}]' + more
     assert lately.find(continued) is not None
-    assert outcome(continued, lately) == outcome(continued, None)
+    assert outcome(continued, lately) == expected(continued)
 
 
 def test_lists_that_look_like_messages_are_told_from_them() -> None:
@@ -246,7 +254,65 @@ def test_lists_that_look_like_messages_are_told_from_them() -> None:
         for more in (b',{"role":"user"}', b""):
             for at in (each.find(b"}]") + 1, each.rfind(b"}]") + 1):
                 changed = each[:at] + more + each[at:]
-                assert outcome(changed, lately) == outcome(changed, None)
+                assert outcome(changed, lately) == expected(changed)
+
+
+PARTS = b'[{"role":"user","content":[{"type":"text","text":"hi"}]}]'
+
+
+@pytest.mark.parametrize(
+    ("body", "guessed"),
+    [
+        (b'{"model":"m","messages":[{"role":"user","content":"hi"}]}', True),
+        (b'{"messages" : [ {"role":"user","content":"hi"} ] , "stream":true}', True),
+        (b'{"messages":%b,"stream":true}' % PARTS, True),
+        (b'{"tools":[{"type":"function","function":{"name":"f"}}],"messages":%b}' % PARTS, True),
+        (b'{"messages":%b,"tools":[{"type":"function","function":{"name":"f"}}]}' % PARTS, False),
+        (b'{"messages":%b,"stop":["a"]}' % PARTS, False),
+        (b'{"messages":%b,"documents":[{"a":"b"}]}' % PARTS, True),
+        (b'{"documents":[{"messages":[{"a":"b"}]}],"messages":%b}' % PARTS, True),
+        (b'{"metadata":{"messages":%b},"messages":%b}' % (PARTS, PARTS), True),
+        (b'{"messages":%b,"messages":%b}' % (PARTS, PARTS), True),
+        (b'{"messages":%b,"\\u006dessages":[{"role":"b"}]}' % PARTS, True),
+        (b'{"\\u006dessages":["the messages before these"],"x":{"messages":%b}}' % PARTS, True),
+        (b'{"\\u006dessages":%b,"x":{"messages":%b}}' % (PARTS, PARTS), True),
+        (b'{"\\u006dessages":%b}' % PARTS, False),
+        (b'{"x":"\\"messages\\":[","messages":%b}' % PARTS, True),
+        (b'{"x\\"messages":[],"messages":%b}' % PARTS, True),
+        (b'{"x":"\\"}]","messages":[{"role":"\\"}]"}],"y":"]}],\\"\\"}]"}', True),
+        (b'{"messages":%b,"y":"\\"}]}",":":"\\"}]"}' % PARTS, True),
+        (b'{"messages":%b,"model":"\xff"}' % PARTS, True),
+        (b'{"messages":[{"role":"\xff"}]}', True),
+        (b'{"messages":[{"role":1,"a":"b"},"x",{"a":"b"}]}', True),
+        (b'{"messages":[{"role":"user","content":"hi"}],}', True),
+        (b'{"messages":[{"role":"user","content":"hi"}]', True),
+        (b'{"messages":[{"role":"user","content":"hi"}]}}', True),
+        (b'{"messages":[{"a":"b"}],"messages":null}', True),
+        (b'{"messages":[]}', False),
+        (b'{"messages":["the messages before these"]}', False),
+        (b'{"messages":', False),
+        (b"]", False),
+        (b"", False),
+    ],
+)
+def test_where_messages_are_is_guessed_but_never_believed(body: bytes, guessed: bool) -> None:
+    assert (Span.guessed(body) is not None) == guessed
+    assert outcome(body, None) == expected(body)
+
+
+@pytest.mark.parametrize("tail", [b"}", b',"stream":true}'])
+def test_a_chat_is_decoded_once(monkeypatch: pytest.MonkeyPatch, tail: bytes) -> None:
+    decoded: list[int] = []
+    decode = fields.decode
+
+    def noting(decoder: Any, data: Any, *place: Any) -> Any:
+        decoded.append(memoryview(data).nbytes)
+        return decode(decoder, data, *place)
+
+    monkeypatch.setattr(fields, "decode", noting)
+    body = encoded(said(LONG, "x"))[:-1] + tail
+    parse(CHAT_PATH, body)
+    assert sum(decoded) < len(body) + 100
 
 
 def long_chat(kib: int, *more: str) -> bytes:
@@ -258,7 +324,7 @@ def test_large_chats_are_read_within_the_same_bounds() -> None:
     kib = 0
     for kib in range(240, 300, 4):
         body = long_chat(kib)
-        assert outcome(body, lately) == outcome(body, None)
+        assert outcome(body, lately) == expected(body)
     for more in ('"input": [1, 2, 3]', "x", "[" * 300_000, ",[" * 100_000, '"prompt":[1]', "x" * LARGE_BYTES):
         for bounds in (
             DEFAULT_BOUNDS,
@@ -267,7 +333,7 @@ def test_large_chats_are_read_within_the_same_bounds() -> None:
         ):
             for raw in (json.dumps(more), f'"","x":{{{more}:0}}' if more[0] == '"' else f'"","x":"{more[:9]}"'):
                 body = long_chat(kib)[:-2] + b',{"role":"user","content":%b}]}' % raw.encode()
-                assert outcome(body, lately, bounds) == outcome(body, None, bounds)
+                assert outcome(body, lately, bounds) == expected(body, bounds)
 
 
 def claimed(body: bytes, lately: ReadChats | None) -> list[int]:
