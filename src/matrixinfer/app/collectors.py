@@ -120,7 +120,13 @@ class TokenCacheCollector(Collector):
             chars.add_metric([model, "miss"], stats.miss_chars)
             size.add_metric([model], stats.bytes)
             evicted.add_metric([model], stats.evicted)
-        yield from (chars, size, evicted)
+        chats = self._tokenizers.chats.memory
+        yield from (
+            chars,
+            size,
+            evicted,
+            GaugeMetricFamily("matrixinfer_read_chats_bytes", "Memory of chats read lately, estimated.", value=chats),
+        )
 
 
 class TokenSourceCollector(Collector):

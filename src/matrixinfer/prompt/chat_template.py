@@ -147,7 +147,9 @@ class ChatTemplate:
 
     def _continue(self, context: dict[str, Any], rendering: Rendering) -> str:
         write = rendering.written.append
-        for text in self._continuing.generate({**context, VARIABLE: rendering}):
+        template = self._continuing
+        # Not `generate`, which passes each text on once more.
+        for text in template.root_render_func(template.new_context({**context, VARIABLE: rendering})):
             write(text)
         return template_limits.joined(rendering.written)
 

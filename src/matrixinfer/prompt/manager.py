@@ -114,7 +114,8 @@ class TokenizerManager:
         self._local: dict[str, Tokenizer] = {}
         self._memory = memory or Memory(LimitsConfig().memory_bytes)
         self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
-        self._chats = ReadChats(settings.cache_bytes // _CHATS)
+        self.chats = ReadChats(settings.cache_bytes // _CHATS)
+        """Chats read lately, which others may continue."""
         self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
         self._dialects = Dialects()
         self._slow: dict[str, float] = {}
@@ -170,12 +171,12 @@ class TokenizerManager:
         A large prompt holds the memory that its content takes. `read` reads a body that brings no prompt instead.
         """
         if len(body) <= LARGE_BYTES:
-            return parse(path, body, lately=self._chats) if read is None else read(path, body)
+            return parse(path, body, lately=self.chats) if read is None else read(path, body)
         if read is not None:
             return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
-        arguments = path, body, self._bounds, claim.take, self._chats
-        is_short = path == CHAT_PATH and self._chats.rest(body) <= LARGE_BYTES
+        arguments = path, body, self._bounds, claim.take, self.chats
+        is_short = path == CHAT_PATH and self.chats.rest(body) <= LARGE_BYTES
         prompt = parse(*arguments) if is_short else await self._lanes.read(parse, *arguments)
         return replace(prompt, claim=claim)
 

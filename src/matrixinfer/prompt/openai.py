@@ -13,7 +13,7 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields, TokenId
-from matrixinfer.prompt.read_chats import ReadChat, ReadChats, SentTools, Span, is_stand_in, stood_in
+from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools, Span, is_stand_in, stood_in
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -67,7 +67,10 @@ class _Read(NamedTuple):
 
     request: _ChatRequest
     messages: list[fields.Object]
-    span: Span
+    sent: bytes
+    """The messages as they were sent."""
+    span: Span | None
+    """Where they are; None if they are those of `request`."""
     tools: SentTools
 
 
@@ -80,15 +83,15 @@ def _read_at_once(body: bytes) -> _Read | None:
     request = fields.decode(_CHAT, reduced)
     if not is_stand_in(request.messages):
         return None
-    messages = fields.messages(memoryview(body)[span.start : span.stop])
-    return _Read(request, messages, span, _tools(request))
+    sent = body[span.start : span.stop]
+    return _Read(request, fields.messages(sent), sent, span, _tools(request))
 
 
 def _read_twice(body: bytes) -> _Read:
     """Decode a body to find where its messages are, and then these. Raises `InvalidRequest`."""
     request = fields.decode(_CHAT, body)
     tools = _tools(request)
-    return _Read(request, fields.messages(request.messages), Span.of(request.messages, body), tools)
+    return _Read(request, fields.messages(request.messages), bytes(request.messages), None, tools)
 
 
 def _read_rest(body: bytes, earlier: ReadChat) -> _Read | None:
@@ -102,7 +105,8 @@ def _read_rest(body: bytes, earlier: ReadChat) -> _Read | None:
         return None
     messages = [*earlier.messages, *(fields.messages(more) if more else ())]
     tools = earlier.tools if bytes(request.tools) == earlier.tools.sent else _tools(request)
-    return _Read(request, messages, earlier.span(request.messages), tools)
+    span = earlier.span(request.messages)
+    return _Read(request, messages, body[span.start : span.stop], span, tools)
 
 
 def _tools(request: _ChatRequest) -> SentTools:
@@ -112,14 +116,14 @@ def _tools(request: _ChatRequest) -> SentTools:
 def _keep(
     body: bytes, read: _Read, lately: ReadChats | None, earlier: ReadChat | None, values: int | None
 ) -> Rendered | None:
-    if lately is None:
+    if lately is None or len(body) < LEAST_BYTES:
         return None
-    salt = read.request.cache_salt
-    return lately.keep(body, read.span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)
+    span, salt = read.span or Span.of(read.request.messages, body), read.request.cache_salt
+    return lately.keep(body, span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)
 
 
 def _prompt(path: str, body: bytes, read: _Read, rendered: Rendered | None) -> Prompt:
-    request, tools, sent = read.request, read.tools.tools, body[read.span.start : read.span.stop]
+    request, tools, sent = read.request, read.tools.tools, read.sent
     effort = request.reasoning_effort
     return fields.prompt(
         path,

@@ -69,6 +69,8 @@ class Span(NamedTuple):
     @classmethod
     def guessed(cls, body: bytes) -> Span | None:
         """From the first key `messages` to the last bracket. None if that ends another list, by how it looks."""
+        if len(body) < LEAST_BYTES:
+            return None  # decoding it twice takes no longer
         found, stop = _MESSAGES.search(body), body.rfind(b"]")
         end = body[max(0, stop - _LOOKED_AT) : max(0, stop)].rstrip(_BLANKS)
         # A message ends with a text or a list. The schemas of tools end with objects, other lists do with something else.
@@ -149,6 +151,7 @@ class ReadChats:
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._chats: Lru[int, ReadChat] = Lru(max_bytes)
         self._numbers = itertools.count()
         self._alike: dict[_Place, list[int]] = {}
@@ -216,7 +219,7 @@ class ReadChats:
         stop = span.stop - 1
         while body[stop - 1] in _BLANKS:
             stop -= 1
-        if not LEAST_BYTES <= stop <= len(body) <= MOST_BYTES:
+        if not LEAST_BYTES <= stop <= len(body) <= min(MOST_BYTES, self._max_bytes):
             return None
         before, known, memory = 0, 0, 0
         if earlier is not None:

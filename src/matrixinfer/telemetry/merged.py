@@ -22,6 +22,7 @@ SUMMED: Final = frozenset(
         "kv_held_frames",
         "kv_ledger_bytes",
         "loop_tasks",
+        "read_chats_bytes",
         "redis_waiting_blocks",
         "redis_writer",
         "request_bytes",

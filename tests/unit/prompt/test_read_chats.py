@@ -296,8 +296,11 @@ PARTS = b'[{"role":"user","content":[{"type":"text","text":"hi"}]}]'
     ],
 )
 def test_where_messages_are_is_guessed_but_never_believed(body: bytes, guessed: bool) -> None:
-    assert (Span.guessed(body) is not None) == guessed
-    assert outcome(body, None) == expected(body)
+    assert Span.guessed(body) is None
+    for text in (b"x" * LEAST_BYTES, b'\\"' * LEAST_BYTES):
+        long = body.replace(b"{", b'{"n":"%b",' % text, 1)
+        assert (Span.guessed(long) is not None) == guessed
+        assert outcome(long, None) == expected(long)
 
 
 @pytest.mark.parametrize("tail", [b"}", b',"stream":true}'])
