@@ -69,6 +69,8 @@ class Grown:
 
 def not_rendered(chat: Chat) -> Sent:
     """The messages of a chat that were not rendered as text before."""
-    made: Iterable[_Made] = () if chat.rendered is None else tuple(chat.rendered.values())
+    if not chat.rendered:
+        return chat.messages
+    made: Iterable[_Made] = tuple(chat.rendered.values())
     known = (len(each.messages) for each in made if begins_with(chat.messages, each.messages))
     return chat.messages[max(known, default=0) :]

@@ -189,6 +189,10 @@ class LocalTokenizer:
             raise TokenizeError("what vLLM before 0.24 makes of a reasoning effort is not known here")
         template, chat = self._template(chat), self._adapted(chat)
         parts, in_schema_order = template.takes_parts(dialect), chat.in_schema_order
+        if chat.rendered is None:
+            return _rendered(
+                template, chat, engine_messages(chat.messages, parts=parts, in_schema_order=in_schema_order)
+            )
         grown = Grown(chat, template, parts, in_schema_order)
         messages = grown.messages(
             lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))

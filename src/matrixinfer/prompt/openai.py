@@ -52,6 +52,8 @@ def chat(path: str, body: bytes, lately: ReadChats | None = None, values: int | 
     the template even with `tool_choice: none`, as in vLLM unless it runs with `--exclude-tools-when-tool-choice-none`. With
     `echo`, vLLM computes log-probabilities of the whole prompt.
     """
+    if len(body) < LEAST_BYTES:
+        return _prompt(path, body, _read_twice(body), None)
     earlier = None if lately is None else lately.find(body)
     # Where the body is not valid, decoding it as a whole says what is wrong, and where.
     with suppress(InvalidRequest):
@@ -116,7 +118,7 @@ def _tools(request: _ChatRequest) -> SentTools:
 def _keep(
     body: bytes, read: _Read, lately: ReadChats | None, earlier: ReadChat | None, values: int | None
 ) -> Rendered | None:
-    if lately is None or len(body) < LEAST_BYTES:
+    if lately is None:
         return None
     span, salt = read.span or Span.of(read.request.messages, body), read.request.cache_salt
     return lately.keep(body, span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)

@@ -1,9 +1,9 @@
 """Remembers chats that were read lately, so that one that continues such a chat is decoded only from where it goes on.
 
-Why that is exact: a chat's body is known up to the end of its last message, and that this is a place inside of the list
-`messages` of the outermost object. How JSON goes on from a place depends on nothing but which objects and lists are open
-there. So a body that begins with the same bytes means the same as one in which a single item stands in for the messages
-so far (`stood_in`), but for that item. Bytes are compared, not digests of them.
+Why that is exact: everything up to the end of a body's last message is known to be valid, and to end inside the list
+`messages` of the outermost object. How JSON goes on from a place depends only on which objects and lists are open there. So
+a body that begins with the same bytes means what it means with one item in place of the messages so far (`stood_in`), but
+for that item. Bytes are compared, not digests of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from matrixinfer.prompt.base import Rendered
 from matrixinfer.prompt.bounds import values_of
 from matrixinfer.prompt.cache import Lru
 
-LEAST_BYTES = 8 * 1024
-"""Shorter chats are decoded as fast as they are found."""
+LEAST_BYTES = 32 * 1024
+"""Shorter chats are decoded and rendered about as fast as they are found and remembered."""
 MOST_BYTES = 1024 * 1024
 """Larger bodies are read without the media in them, so not as they are."""
 _STAND_IN = b'"the messages before these"'
@@ -69,8 +69,6 @@ class Span(NamedTuple):
     @classmethod
     def guessed(cls, body: bytes) -> Span | None:
         """From the first key `messages` to the last bracket. None if that ends another list, by how it looks."""
-        if len(body) < LEAST_BYTES:
-            return None  # decoding it twice takes no longer
         found, stop = _MESSAGES.search(body), body.rfind(b"]")
         end = body[max(0, stop - _LOOKED_AT) : max(0, stop)].rstrip(_BLANKS)
         # A message ends with a text or a list. The schemas of tools end with objects, other lists do with something else.
