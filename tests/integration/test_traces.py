@@ -24,6 +24,7 @@ from matrixinfer.prompt import tokenizer_files
 from matrixinfer.prompt.conversation import engine_messages, engine_tools
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.read_chats import ReadChats
 from matrixinfer.prompt.requests import parse
 
 TRACES = Path(os.environ.get("MATRIXINFER_TRACES", "no traces"))
@@ -83,9 +84,10 @@ def test_conversations_have_the_ids_of_transformers(name: str, trace: Any) -> No
     tokens = tokenizer_files.special_tokens(FOLDER, where="$")
     theirs = make(tokenizer_object=Tokenizer.from_file(str(FOLDER / "tokenizer.json")), **tokens)
     parts = ours._templates["default"].takes_parts(Dialect.VLLM)  # noqa: SLF001 - what the template was found to take
-    compared = 0
+    compared, lately = 0, ReadChats(1 << 26)
     for number, body in enumerate(trace()):
-        ids = ours.tokenize(parse("/v1/chat/completions", json.dumps({"model": "m"} | body).encode())).ids
+        sent = json.dumps({"model": "m"} | body).encode()
+        ids = ours.tokenize(parse("/v1/chat/completions", sent, lately=lately)).ids
         if number % SAMPLED == 0:
             expected = theirs.apply_chat_template(
                 engine_messages(body["messages"], parts=parts),

@@ -24,8 +24,10 @@ from matrixinfer.prompt.base import Rendered
 from matrixinfer.prompt.bounds import values_of
 from matrixinfer.prompt.cache import Lru
 
-LEAST_BYTES = 32 * 1024
-"""Shorter chats are decoded and rendered about as fast as they are found and remembered."""
+LEAST_BYTES = 8 * 1024
+"""Shorter chats are decoded and rendered as fast as they are found and remembered."""
+PLAIN_BYTES = 32 * 1024
+"""So are those up to here, unless they bring tools, which are much of what templates write."""
 MOST_BYTES = 1024 * 1024
 """Larger bodies are read without the media in them, so not as they are."""
 _STAND_IN = b'"the messages before these"'
@@ -68,7 +70,12 @@ class Span(NamedTuple):
 
     @classmethod
     def guessed(cls, body: bytes) -> Span | None:
-        """From the first key `messages` to the last bracket. None if that ends another list, by how it looks."""
+        """From the first key `messages` to the last bracket. None if that ends another list, by how it looks.
+
+        None for short bodies as well: their messages are found as fast by decoding.
+        """
+        if len(body) < PLAIN_BYTES:
+            return None
         found, stop = _MESSAGES.search(body), body.rfind(b"]")
         end = body[max(0, stop - _LOOKED_AT) : max(0, stop)].rstrip(_BLANKS)
         # A message ends with a text or a list. The schemas of tools end with objects, other lists do with something else.
@@ -217,7 +224,8 @@ class ReadChats:
         stop = span.stop - 1
         while body[stop - 1] in _BLANKS:
             stop -= 1
-        if not LEAST_BYTES <= stop <= len(body) <= min(MOST_BYTES, self._max_bytes):
+        least = LEAST_BYTES if tools.tools else PLAIN_BYTES
+        if not least <= stop <= len(body) <= min(MOST_BYTES, self._max_bytes):
             return None
         before, known, memory = 0, 0, 0
         if earlier is not None:

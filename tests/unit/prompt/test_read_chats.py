@@ -22,7 +22,7 @@ from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, Bounds
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChats, Span
+from matrixinfer.prompt.read_chats import LEAST_BYTES, PLAIN_BYTES, ReadChats, Span
 from matrixinfer.prompt.requests import parse
 
 from .support import folder, tokenizer
@@ -30,7 +30,7 @@ from .template_cases import TOOLS
 from .test_resuming import message
 
 LONG = "A long text, so that the chat is worth to be remembered. " * 600
-"""Longer than `LEAST_BYTES`."""
+"""Longer than `PLAIN_BYTES`."""
 
 
 def said(*contents: str) -> list[dict[str, Any]]:
@@ -212,8 +212,11 @@ def test_nothing_is_kept_where_nothing_may_be() -> None:
     parse(CHAT_PATH, encoded(said(LONG)), lately=lately)
     assert (len(lately), lately.memory, lately.find(encoded(said(LONG)))) == (0, 0, None)
     lately = ReadChats(1 << 24)
-    parse(CHAT_PATH, encoded(said("x" * (LEAST_BYTES - 100))), lately=lately)
+    parse(CHAT_PATH, encoded(said("x" * (PLAIN_BYTES - 100))), lately=lately)
+    parse(CHAT_PATH, encoded(said("x"), tools=TOOLS), lately=lately)
     assert len(lately) == 0
+    parse(CHAT_PATH, encoded(said("x" * LEAST_BYTES), tools=TOOLS), lately=lately)
+    assert len(lately) == 1
 
 
 @pytest.mark.parametrize(
@@ -297,7 +300,7 @@ PARTS = b'[{"role":"user","content":[{"type":"text","text":"hi"}]}]'
 )
 def test_where_messages_are_is_guessed_but_never_believed(body: bytes, guessed: bool) -> None:
     assert outcome(body, None) == expected(body)
-    for text in (b"x" * LEAST_BYTES, b'\\"' * LEAST_BYTES):
+    for text in (b"x" * PLAIN_BYTES, b'\\"' * PLAIN_BYTES):
         long = body.replace(b"{", b'{"n":"%b",' % text, 1)
         assert (Span.guessed(long) is not None) == guessed
         assert outcome(long, None) == expected(long)
