@@ -20,7 +20,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from matrixinfer.prompt import resuming, template_limits
+from matrixinfer.prompt import resumable, resuming, template_limits
 from matrixinfer.prompt.effort import check
 
 _TICKS = 16
@@ -58,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """
         template_limits.instrument(tree, self)
         if continues:
-            resuming.instrument(tree, self)
+            resumable.instrument(tree, self)
         template = self.from_string(tree)
         template.globals = dict(template.globals)  # each rendering copies them, which takes long for a `ChainMap`
         return template
