@@ -63,7 +63,7 @@ def run(scale: Scale) -> Iterator[Figure | str]:
 def _memory(server: Valkey, scale: Scale) -> Iterator[Figure]:
     """Growth of the server's memory with each further pod that has the same blocks."""
     draw = random.Random(6)
-    blocks = [draw.getrandbits(63) for _ in range(scale.redis_keys // 20)]
+    blocks = [draw.getrandbits(63) for _ in range(scale.redis_keys // 40)]
     before = server.used_bytes()
     for pods in _HOLDERS:
         loader = Loader(server)
@@ -127,7 +127,8 @@ async def _alternate(server: Valkey, chains: Sequence[Sequence[int]], scale: Sca
                 kept = rounds[way] if turn else _Rounds()  # the first round warms the caches
                 prompts = itertools.islice(itertools.cycle(chains), count)
                 await _one_by_one(server, reader.match, prompts, kept)
-                await _concurrently(reader.match, itertools.islice(itertools.cycle(chains), count), kept)
+                at_once = count if scripts else count // 4  # pipelines take ten times as long
+                await _concurrently(reader.match, itertools.islice(itertools.cycle(chains), at_once), kept)
     return rounds
 
 
