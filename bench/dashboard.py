@@ -139,7 +139,7 @@ def _page_of(pods: int) -> Callable[[], None]:
 
 async def _rounds(api: str, admin: str, pid: int, scale: Scale) -> tuple[list[float], list[float]]:
     """Share of a core that the process takes in each round: without a page, and with one. They take turns to be first."""
-    pairs, seconds = (8, 1.0) if scale.proxy_rounds > 1 else (1, 0.2)
+    pairs, seconds = (6, 1.0) if scale.proxy_rounds > 1 else (1, 0.2)
     closed: list[float] = []
     opened: list[float] = []
     bodies = [chat(2, session) for session in range(scale.sessions)]

@@ -36,7 +36,6 @@ _ENGINE = SimEngineConfig(
     timing=Timing(step=0.002, prefill_token=0.0002, decode_sequence=0.0001),
     tokenize_seconds=0.1,
 )
-_ROUNDS = 3
 _PODS = 4
 _TURNS = 5
 _TURN_CHARS = 3_000
@@ -64,7 +63,7 @@ def run(scale: Scale) -> Iterator[Figure]:
         os.environ["HF_HUB_CACHE"] = folder
         _fill(Path(folder))
         times: dict[str, list[float]] = {mode: [] for mode in _MODES}
-        for _ in range(min(_ROUNDS, scale.feed_rounds)):
+        for _ in range(scale.feed_rounds):
             for mode in _MODES:
                 times[mode].append(asyncio.run(_measure(tokenizer, mode, scale.sessions)))
     for mode, seconds in times.items():

@@ -48,7 +48,7 @@ class Scale:
     """Different prompts of each size."""
     engine_blocks: int = 100_000
     """Engine blocks in the cache whose events are ingested."""
-    feed_rounds: int = 4
+    feed_rounds: int = 3
     """Rounds of benchmarks that take seconds: complete feeds, and many engines at once."""
     engines: int = 64
     """Engines followed at the same time."""

@@ -51,7 +51,9 @@ def _same(tokens: Tokens, expected: bytes) -> None:
             assert tokens.part(first, last) == expected[4 * first : 4 * last]
 
 
-def test_only_the_last_tokens_keep_room_in_reserve() -> None:
+def test_only_the_last_tokens_keep_room_in_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAGE", 1_024)
+    monkeypatch.setattr(module, "_PAGE_BYTES", 4_096)
     tokens = Tokens()
     for count in range(16, 40_001, 16):
         tokens.append(bytes(64))
