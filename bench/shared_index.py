@@ -125,10 +125,9 @@ async def _alternate(server: Valkey, chains: Sequence[Sequence[int]], scale: Sca
                 reader = BlockReader(store, max_age=_DAY, prefix_closed=prefix_closed)
                 _check(await reader.match(MODEL, chains[0]), len(chains[0]))
                 kept = rounds[way] if turn else _Rounds()  # the first round warms the caches
-                prompts = itertools.islice(itertools.cycle(chains), count)
-                await _one_by_one(server, reader.match, prompts, kept)
-                at_once = count if scripts else count // 4  # pipelines take ten times as long
-                await _concurrently(reader.match, itertools.islice(itertools.cycle(chains), at_once), kept)
+                asked = count if scripts else count // 2  # a pipeline takes ten times as long
+                await _one_by_one(server, reader.match, itertools.islice(itertools.cycle(chains), asked), kept)
+                await _concurrently(reader.match, itertools.islice(itertools.cycle(chains), asked), kept)
     return rounds
 
 
