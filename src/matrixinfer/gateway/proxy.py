@@ -23,6 +23,7 @@ from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
 from matrixinfer.gateway.credentials import Credentials
+from matrixinfer.gateway.deadlines import Deadlines
 from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
@@ -81,11 +82,13 @@ class Proxy:
         self._rewriter = rewriter
         self._metrics = metrics
         self._limits = limits
+        self._deadlines = Deadlines(limits.request_timeout_seconds)
         self._draining = draining
 
     def reconfigure(self, limits: LimitsConfig) -> None:
         """Keep these limits from the next request on."""
         self._limits = limits
+        self._deadlines = Deadlines(limits.request_timeout_seconds)
         self._upstream.reconfigure(limits)
 
     async def forward(self, exchange: Exchange) -> web.StreamResponse:
@@ -94,19 +97,20 @@ class Proxy:
         Raises `PodUnreachable` when no pod answered and `PodTimeout` when one is silent, or answers, for too long; after the
         first byte the client's connection is closed already. Raises `ConnectionError` when the client has gone.
         """
-        scope = asyncio.timeout(self._limits.request_timeout_seconds)
+        deadlines = self._deadlines
+        deadline = deadlines.begin()
         try:
-            async with scope:
+            with deadline:
                 return await self._try_pods(exchange)
         except TimeoutError as error:
-            if not scope.expired():
+            if not deadline.has_passed:
                 raise
             self._metrics.upstream_error(exchange.in_flight.pod.name, "timeout")
             if exchange.has_begun:
                 cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
             else:
                 exchange.in_flight.timed_out()
-            within = f"{self._limits.request_timeout_seconds:g} s"
+            within = f"{deadlines.seconds:g} s"
             raise PodTimeout(f"Pod {exchange.in_flight.pod.name} sent no whole answer within {within}.") from error
 
     async def _try_pods(self, exchange: Exchange) -> web.StreamResponse:
