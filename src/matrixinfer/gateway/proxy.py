@@ -174,8 +174,7 @@ class Proxy:
         chosen, prompt = in_flight.pod, in_flight.prepared.prompt
         adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
         body = self._rewriter.body_for(chosen.pod, prompt, data, chosen.rank, adds_usage=adds_usage)
-        moves = may_move and retry.may_send_again and in_flight.following() is not None
-        with UnlessDown(in_flight) if moves else _ALWAYS:
+        with UnlessDown(in_flight) if may_move and retry.may_send_again else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status = answer.upstream.status
