@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import NoReturn, cast
 
 from aiohttp import web
-from aiohttp.http import HttpVersion11, StreamWriter
+from aiohttp.http import StreamWriter
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
@@ -24,6 +24,7 @@ from matrixinfer.gateway import headers
 from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
 from matrixinfer.gateway.credentials import Credentials
 from matrixinfer.gateway.deadlines import Deadlines
+from matrixinfer.gateway.heads import PodResponse
 from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
@@ -320,14 +321,7 @@ class Proxy:
         status, reason, length = upstream.status, upstream.reason, answer.length
         if length is None or (body is not None and len(body) != length):
             passed.popall("content-length", None)
-        response: web.StreamResponse
-        if body is None and length is None and exchange.request.version < HttpVersion11:
-            response = web.StreamResponse(status=status, reason=reason, headers=passed)
-        else:
-            # Unlike `StreamResponse`, it sends its headers together with the first byte.
-            response = web.Response(status=status, reason=reason, headers=passed, body=body)
-            if body is None and length is None:
-                response.enable_chunked_encoding()
+        response = PodResponse(status, reason, passed, body)
         if self._draining.is_set():
             response.force_close()
         return response
