@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -53,7 +53,7 @@ _MAX_SESSION_CHARS = 256
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's request id if it is short and printable, otherwise a new one."""
     given = headers.get(REQUEST_ID)
-    return given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given is not None and _ID.fullmatch(given) else os.urandom(16).hex()
 
 
 def session_id(headers: Mapping[str, str]) -> str | None:
