@@ -181,8 +181,9 @@ class Proxy:
                 status = answer.upstream.status
                 if has_ids:
                     _check(status)
-                in_flight.answered(status, headers.retry_after(answer.upstream.headers))
-                if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
+                is_error = status >= _FIRST_ERROR
+                in_flight.answered(status, headers.retry_after(answer.upstream.headers) if is_error else None)
+                if is_error and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
                 length = None if answer.is_stripped else answer.upstream.content_length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
