@@ -18,9 +18,9 @@ from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
 from matrixinfer.sim.server import SimEngine
 from matrixinfer.study.engine import EngineShape
+from matrixinfer.study.fleet import Fleet as ReplayFleet
 from matrixinfer.study.policies import POLICIES
 from matrixinfer.study.reading import read
-from matrixinfer.study.replay import Fleet as ReplayFleet
 from matrixinfer.study.runs import replay
 from matrixinfer.telemetry.access_entry import AccessEntry
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from matrixinfer.app.service import Service
-from matrixinfer.config import Config, PodConfig, TokenizationConfig, checked
+from matrixinfer.config import Config, PodConfig, SchedulerConfig, TokenizationConfig, checked
 from matrixinfer.prompt import manager
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
@@ -58,6 +58,7 @@ async def gateway(
             admin="127.0.0.1:0",
             pods=tuple(PodConfig(name=f"pod-{i}", url=each.url, kv_events=kv_events) for i, each in enumerate(engines)),
             tokenization=TokenizationConfig(find="none", **more),
+            scheduler=SchedulerConfig(seed=1),
         )
         async with Service(checked(config)) as service:
             target = Fleet(engines=engines, service=service, session=session)

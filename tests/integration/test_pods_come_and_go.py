@@ -25,6 +25,7 @@ from matrixinfer.config import (
     OutliersConfig,
     PodConfig,
     PodWatchConfig,
+    SchedulerConfig,
     checked,
 )
 from matrixinfer.errors import ConfigError
@@ -84,6 +85,7 @@ async def world(*pods: PodConfig, limits: LimitsConfig | None = None, **discover
         limits=limits or LimitsConfig(),
         pod_watch=PodWatchConfig(scrape_interval_seconds=0.1),
         outliers=OutliersConfig(max_ejected_share=0.0),
+        scheduler=SchedulerConfig(seed=1),
         discovery=DiscoveryConfig(**{"start_empty": True, **discovery}),
     )
     async with Service(checked(config)) as service, aiohttp.ClientSession() as client:

@@ -16,8 +16,8 @@ from matrixinfer.cli.arguments import (
 from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
 from matrixinfer.study.faults import Fault
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.reading import read
-from matrixinfer.study.replay import Fleet
 from matrixinfer.study.trace import Trace
 
 

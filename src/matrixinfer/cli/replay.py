@@ -18,9 +18,9 @@ from matrixinfer.cli.ladder import print_ladders
 from matrixinfer.cli.terminal import Rows, standard_output
 from matrixinfer.errors import ConfigError
 from matrixinfer.study import generators, presets
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.plots import plot, require_matplotlib
 from matrixinfer.study.policies import POLICIES, chosen
-from matrixinfer.study.replay import Fleet
 from matrixinfer.study.report.page import Chapter, page
 from matrixinfer.study.runs import Outcome, replay_all
 from matrixinfer.study.trace import LetterBlocks, Trace

@@ -14,7 +14,7 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.memory import Held
 from matrixinfer.routing.in_flight import InFlight
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.telemetry.metrics import Metrics
 from matrixinfer.trust.parity import Parity
 from matrixinfer.trust.sent_ids.bodies import CLASSES, takes_ids, with_ids

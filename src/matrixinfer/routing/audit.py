@@ -17,7 +17,7 @@ from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.kvevents.states import SETTLED
 from matrixinfer.kvevents.witness import Witness
 from matrixinfer.routing.lookup import Lookup
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.routing.sizing import Sizer
 from matrixinfer.scheduler.framework import Candidate
 from matrixinfer.trust.drift import Drift

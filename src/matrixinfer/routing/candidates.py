@@ -14,7 +14,7 @@ from matrixinfer.pods.slow_start import held_back
 from matrixinfer.routing.holdings import Match, holdings, match_at
 from matrixinfer.routing.lookup import Lookup
 from matrixinfer.routing.observed import Observed
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.routing.standings import Standings
 from matrixinfer.routing.unseen import Unseen
 from matrixinfer.scheduler.framework import Adapters, Candidate, SchedulingRequest

@@ -6,7 +6,7 @@ from matrixinfer.access.demand import Demand
 from matrixinfer.prompt.anthropic import COUNT_PATH, MESSAGES_PATH
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.responses import RESPONSES_PATH
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 
 _GENERATING = frozenset((CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, MESSAGES_PATH))
 

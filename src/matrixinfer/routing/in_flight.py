@@ -9,7 +9,7 @@ from matrixinfer.pods.registry import PodRegistry
 from matrixinfer.routing.audit import Audit
 from matrixinfer.routing.blame import Blame
 from matrixinfer.routing.decision_log import Record
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.traffic.load import Charge
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 
 from matrixinfer.routing.in_flight import InFlight
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.scheduler.framework import Candidate, Decision
 from matrixinfer.scheduler.plugins.bounded_load import BoundedLoad
 from matrixinfer.scheduler.plugins.expected_ttft import ExpectedTtft

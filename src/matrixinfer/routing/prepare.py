@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 
 import msgspec
 from msgspec.structs import replace
 
 from matrixinfer.access.gate import Ticket
-from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor, TokenIds
+from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
 from matrixinfer.prompt.base import Prompt, Tokens
@@ -24,9 +23,10 @@ from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
 from matrixinfer.prompt.responses import RESPONSES_PATH
-from matrixinfer.routing.destinations import ANYWHERE, NO_HEADERS, Destination, Destinations, Way
+from matrixinfer.routing.destinations import NO_HEADERS, Destination, Destinations
 from matrixinfer.routing.isolation import is_salted, isolating, owned, salted
 from matrixinfer.routing.lookup import Lookup, Matches
+from matrixinfer.routing.prepared import Degraded, Prepared, Steps
 from matrixinfer.routing.sizing import Sizer, Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest
 from matrixinfer.telemetry.stages import Stages
@@ -35,69 +35,6 @@ from matrixinfer.trust.parity import Parity
 
 _PREFIX_KEPT = 64 * 1024
 """Bytes of a prompt that are kept for plugins until its answer ends."""
-
-
-class Degraded(Enum):
-    """What a decision has to do without. The values are labels of `matrixinfer_degraded_total`."""
-
-    TOKENIZE = "tokenize"
-    """Token ids: the prompt is routed by load, and by where its bytes were sent lately."""
-    LATE = "late"
-    """Token ids: an engine is still being asked for them. The prompt is routed as without them."""
-    MEDIA = "media"
-    """The token ids behind the first image, audio or video."""
-    PARITY = "parity"
-    """The index: our token ids have lately differed from the engine's."""
-    INDEX = "index"
-    """The index: it did not answer."""
-
-    __hash__ = object.__hash__  # every request asks for members of maps
-
-
-class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A request with everything that had to be awaited for it."""
-
-    prompt: Prompt
-    body: bytes
-    """As the client sent it, but for a salt that keeps its tenant apart."""
-    request: SchedulingRequest
-    pods: Sequence[Pod]
-    """Those that serve the model."""
-    matches: Matches | None
-    """What their endpoints hold of the prompt; None when the index was not asked or could not answer."""
-    base_model: str
-    """The model that the engines run; below an adapter, if one was asked for."""
-    ids: TokenIds | None
-    """Token ids of the prompt, shape (n,)."""
-    tokenizer: str | None
-    """The model whose tokenizer made the ids; None unless they can be compared with the engine's."""
-    sizing: Sizing
-    """What is known about its size and its bytes beyond the ids."""
-    degraded: Mapping[Degraded, str]
-    """What the decision has to do without, and why in words."""
-    timings_ms: Mapping[str, float]
-    """Milliseconds of each step."""
-    outline: Outline | None = None
-    """The prompt's outline, where what the engine makes of its media is still to be learnt."""
-    way: Way = ANYWHERE
-    """What decided about the pods that may get it."""
-    late: TokensLate | None = None
-    """Passes on the token ids that were not there in time."""
-
-    def without_body(self) -> Prepared:
-        """The same for what outlasts the request, whose body is then no longer counted."""
-        return replace(self, body=b"", late=None)
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What the decision says about it in words."""
-        return [*([] if self.way.route is None else [self.way.route.note]), *self.degraded.values()]
-
-    @property
-    def is_approximate(self) -> bool:
-        """Whether matches mean nothing, so that the request is routed by what was sent where."""
-        # Nothing is missing as a rule, and every candidate asks.
-        return bool(self.degraded) and (Degraded.PARITY in self.degraded or Degraded.INDEX in self.degraded)
 
 
 class Preparer:
@@ -145,7 +82,7 @@ class Preparer:
         Raises `RequestError`, and `NoPodAvailable` when no pod serves it. `headers` may decide its route. `ticket` says
         which models it may ask for, and which cache salt keeps its tenant apart.
         """
-        steps = _Steps(self._clock, stages)
+        steps = Steps(self._clock, stages)
         with steps.step("parse"):
             prompt = await self._tokenizers.read(path, body, read)
             destination = await self._destinations.of(prompt, request_id, session, headers, ticket)
@@ -208,7 +145,7 @@ class Preparer:
             raise NoPodAvailable(f"The model `{prepared.prompt.model}` has changed while the request waited.")
         if prepared.way.isolates:
             pods = isolating(pods, prepared.prompt.path)
-        steps = _Steps(self._clock, stages)
+        steps = Steps(self._clock, stages)
         steps.timings_ms.update(prepared.timings_ms, queue=waited * 1000)
         steps.degraded.update({why: words for why, words in prepared.degraded.items() if why is not Degraded.INDEX})
         matches, chain = None, prepared.request.chain
@@ -228,7 +165,7 @@ class Preparer:
         """If the token ids are late, call `use` with the request that has them, when they come. They may never come."""
 
         async def complete(tokenized: Tokenized) -> None:
-            steps = _Steps(self._clock)
+            steps = Steps(self._clock)
             steps.degraded.update(prepared.degraded)
             configured = self._registry.configured_name(prepared.base_model, prepared.pods)
             chain, matches = await self._find(
@@ -256,7 +193,7 @@ class Preparer:
             late.then(complete)
 
     async def _tokenize(
-        self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: _Steps
+        self, prompt: Prompt, model: str, pods: Sequence[Pod], steps: Steps
     ) -> Tokenized | TokensLate | None:
         began = self._clock()
         try:
@@ -278,7 +215,7 @@ class Preparer:
         configured: str,
         pods: Sequence[Pod],
         tokenized: Tokenized,
-        steps: _Steps,
+        steps: Steps,
         media: Sequence[Medium] = (),
     ) -> tuple[BlockChain, Matches | None]:
         """The block hashes of a tokenized prompt with these media, and their matches."""
@@ -288,13 +225,13 @@ class Preparer:
             chain = self._chain(prompt, tokenized.tokens, media)
             return chain, await self._match(prompt, model, pods, chain, steps)
 
-    async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: _Steps) -> Sizing:
+    async def _size(self, prompt: Prompt, model: str, tokenized: Tokenized | None, steps: Steps) -> Sizing:
         if prompt.opaque or not self._sizer.needs_bytes(tokenized):
             return self._sizer.plain(prompt, model)
         with steps.step("bytes"):
             return await self._sizer.cut(prompt, model, tokenized)
 
-    def _note_limits(self, tokenized: Tokenized, model: str, request_class: str, steps: _Steps) -> None:
+    def _note_limits(self, tokenized: Tokenized, model: str, request_class: str, steps: Steps) -> None:
         """Note where the token ids are only a part of the engine's, or are not to be believed."""
         if not tokenized.tokens.complete:
             known = len(tokenized.tokens.ids)
@@ -329,7 +266,7 @@ class Preparer:
         )
 
     async def _match(
-        self, prompt: Prompt, model: str, pods: Sequence[Pod], chain: BlockChain, steps: _Steps
+        self, prompt: Prompt, model: str, pods: Sequence[Pod], chain: BlockChain, steps: Steps
     ) -> Matches | None:
         if not prompt.reads_cache:
             return None  # the engine computes the whole prompt, so no pod is better than another
@@ -338,34 +275,6 @@ class Preparer:
         except IndexUnavailable as error:
             steps.degraded[Degraded.INDEX] = f"index unavailable: {error}"
             return None
-
-
-class _Steps:
-    """Timings and degradations while a request is prepared."""
-
-    __slots__ = ("_began", "_clock", "_name", "degraded", "stages", "timings_ms")
-
-    def __init__(self, clock: Callable[[], float], stages: Stages | None = None) -> None:
-        self._clock = clock
-        self.stages = stages
-        self._name = ""
-        self._began = 0.0
-        self.timings_ms: dict[str, float] = {}
-        self.degraded: dict[Degraded, str] = {}
-
-    def step(self, name: str) -> _Steps:
-        """Time what runs within this context. Steps do not nest."""
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._began = self._clock()
-
-    def __exit__(self, *_: object) -> None:
-        ended = self._clock()
-        self.timings_ms[self._name] = (ended - self._began) * 1000
-        if self.stages is not None:
-            self.stages.add(self._name, self._began, ended)
 
 
 def _is_comparable(tokenized: Tokenized) -> bool:

@@ -26,7 +26,8 @@ from matrixinfer.routing.destinations import NO_HEADERS
 from matrixinfer.routing.holdings import charge
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.routing.ladder import LadderRecorder
-from matrixinfer.routing.prepare import Prepared, Preparer
+from matrixinfer.routing.prepare import Preparer
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.scheduler.framework import Candidate, SchedulingRequest
 from matrixinfer.scheduler.scheduler import Scheduler
 from matrixinfer.telemetry.metrics import Metrics

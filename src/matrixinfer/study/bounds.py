@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from matrixinfer.study.fleet import Pod
 from matrixinfer.study.jobs import Job, Router
-from matrixinfer.study.replay import Pod, Replay
+from matrixinfer.study.replay import Replay
 
 
 class Oracle(Router):

@@ -23,7 +23,7 @@ from matrixinfer.routing.candidates import Candidates
 from matrixinfer.routing.embedded_index import Index, Replay
 from matrixinfer.routing.holdings import Matches, charge
 from matrixinfer.routing.lookup import Lookup
-from matrixinfer.routing.prepare import Prepared
+from matrixinfer.routing.prepared import Prepared
 from matrixinfer.routing.sizing import Sizing
 from matrixinfer.scheduler.framework import SchedulingRequest, Services
 from matrixinfer.scheduler.plugin_loader import discover

@@ -10,8 +10,9 @@ from types import MappingProxyType
 from matrixinfer.scheduler.policies import POLICIES as PROFILES
 from matrixinfer.study.engine import EngineShape
 from matrixinfer.study.faults import Fault
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.policies import POLICIES
-from matrixinfer.study.replay import Fleet, Replay
+from matrixinfer.study.replay import Replay
 from matrixinfer.study.trace import LetterBlocks, Trace
 
 BOUNDS = ("pooled", "clairvoyant")

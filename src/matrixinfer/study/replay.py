@@ -10,62 +10,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import TypeAlias
 
 from matrixinfer.pods.registry import EngineMetrics
-from matrixinfer.study.engine import Engine, EngineShape, Run
+from matrixinfer.study.engine import Engine, Run
 from matrixinfer.study.faults import Fault
+from matrixinfer.study.fleet import Fleet, Pod, Sample
+from matrixinfer.study.gossip import Gossip
 from matrixinfer.study.jobs import Job, Router
 from matrixinfer.study.ladder import ReplayLadder
 from matrixinfer.study.pool import Pool
 from matrixinfer.study.publisher import Publisher
 from matrixinfer.study.trace import LetterBlocks, Trace
-from matrixinfer.traffic.peers.announcements import MOST_PAUSE_SECONDS, pause_after
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """What the trace is replayed on."""
-
-    shape: EngineShape
-    pods: int = 8
-    pod_tokens: int = 1_000_000
-    """Tokens that one pod's KV cache holds."""
-    gateways: int = 1
-    gossip: bool = False
-    """Gateways tell each other what they have in flight, as they do over a shared Redis."""
-    shared_index: bool = False
-    """Gateways look up in one index, as in a shared Redis, instead of following the engines themselves."""
-    rate_scale: float = 1.0
-    """Arrivals come so many times as fast. Times between an answer and the next turn stay."""
-    event_delay: float = 0.01
-    """Seconds from the end of a step to the gateway that has applied its events."""
-    gossip_delay: float = 0.005
-    """Seconds until what a gateway has sent is counted by the others."""
-    event_loss: float = 0.0
-    """Share of event batches that gateways do not get live, and must ask for."""
-    replay_delay: float = 0.1
-    """Seconds until an engine has answered what it is asked for."""
-    scrape_interval: float = 1.0
-    """Seconds between two readings of an engine's metrics."""
-    faults: Sequence[Fault] = ()
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """The fleet at one moment."""
-
-    at: float
-    requests: Sequence[int]
-    """Requests at each pod."""
-    usage: Sequence[float]
-    """Share of each pod's cache that running requests use."""
-
 
 RouterOf: TypeAlias = Callable[["Replay", int], Router]
 """Makes the router of a gateway."""
@@ -74,34 +32,6 @@ _RETRY_SECONDS = 1.0
 _MOST_ATTEMPTS = 600
 
 _Event: TypeAlias = tuple[float, int, Callable[[float], None]]
-
-
-class Pod:
-    """One replica: its engine, and where its events come from."""
-
-    def __init__(self, name: str, engine: Engine, publisher: Publisher | None) -> None:
-        self.name = name
-        self.engine = engine
-        self.publisher = publisher
-        self.is_up = True
-        self.is_listed = True
-        self.scheduled = math.inf
-        """When the loop will look at it."""
-        self.resets = False
-        """A reset waits until it is idle."""
-        self.preemptions = 0
-        self.busy_seconds = 0.0
-        """Of earlier runs of the engine, as `preemptions`."""
-
-
-class Conversation:
-    """When a gateway may speak again, and when it will."""
-
-    __slots__ = ("due", "free_at")
-
-    def __init__(self) -> None:
-        self.free_at = 0.0
-        self.due = math.inf
 
 
 class Replay:
@@ -138,7 +68,7 @@ class Replay:
         self._next_of: dict[int, list[int]] = {}
         self._open = len(trace.turns)
         self._progress = progress
-        self._conversation: list[Conversation] = []
+        self._gossip: Gossip | None = None
         self._rng = random.Random(fleet.seed)  # noqa: S311  # a simulation
 
     def clock(self) -> float:
@@ -160,9 +90,8 @@ class Replay:
                 self._at(fault.at, self._fault(fault))
         self._at(0.0, self._scrape)
         if self.fleet.gossip and self.fleet.gateways > 1:
-            self._conversation = [Conversation() for _ in self._routers]
-            for number in range(self.fleet.gateways):
-                self._speak_at(number, 0.0)
+            self._gossip = Gossip(self._routers, self.fleet.gossip_delay, self._at)
+            self._gossip.start()
         events = self._events
         while events and self._open:
             self.now, _, act = heappop(events)
@@ -210,8 +139,8 @@ class Replay:
             return
         job.router = self._rng.randrange(len(self._routers)) if len(self._routers) > 1 else 0
         job.pod = self._routers[job.router].route(job, [name for name in self.pods if name not in able])
-        if self._conversation:
-            self._speak_at(job.router, now)
+        if self._gossip is not None:
+            self._gossip.speak_at(job.router, now)
         self.ladder.sent(job, self._routers[job.router])
         pod = self.pods[job.pod]
         pod.engine.submit(Run(job, job.prompt, job.reply, job.hashes), now)
@@ -277,7 +206,7 @@ class Replay:
         return self._routers[0] if self.fleet.shared_index and self._routers else None
 
     def _start_routers(self) -> None:
-        self._routers = []
+        self._routers.clear()
         for number in range(self.fleet.gateways):
             self._routers.append(self._new_router(number))
 
@@ -327,26 +256,6 @@ class Replay:
             )
         )
         self._at(now + self.fleet.scrape_interval, self._scrape)
-
-    def _speak_at(self, number: int, when: float) -> None:
-        """Let a gateway speak at a time, or as soon after it as it may; not later than it would have."""
-        says = self._conversation[number]
-        due = max(when, says.free_at)
-        if due < says.due:
-            says.due = due
-            self._at(due, partial(self._speak, number))
-
-    def _speak(self, number: int, now: float) -> None:
-        says = self._conversation[number]
-        if says.due != now:
-            return  # it has spoken already
-        speaker, says.due = self._routers[number], math.inf
-        message = speaker.say(now)
-        if message is not None:
-            others = [router for router in self._routers if router is not speaker]
-            says.free_at = now + pause_after(message, len(others))
-            self._at(now + self.fleet.gossip_delay, partial(_hear, others, message))
-        self._speak_at(number, now + MOST_PAUSE_SECONDS if message is None else says.free_at)
 
     # Faults
 
@@ -420,8 +329,3 @@ class Replay:
             if job.ended is None:
                 job.router = -1
         self._start_routers()
-
-
-def _hear(routers: Sequence[Router], message: bytes, _: float) -> None:
-    for router in routers:
-        router.hear(message)

@@ -8,9 +8,10 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 
+from matrixinfer.study.fleet import Fleet, Sample
 from matrixinfer.study.measures import measures
 from matrixinfer.study.policies import POLICIES, Policy
-from matrixinfer.study.replay import Fleet, Replay, Sample
+from matrixinfer.study.replay import Replay
 from matrixinfer.study.trace import LetterBlocks, Trace
 from matrixinfer.study.workers import workers
 from matrixinfer.traffic.ladder.rungs import Ladder

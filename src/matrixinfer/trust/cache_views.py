@@ -43,6 +43,11 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Its events say all that it holds, in blocks of one kind on one tier, and it reuses every prefix of that."""
 
 
+def is_plain(believed: Trust, rule: Rule | None, tiers: Sequence[str]) -> bool:
+    """`CacheView.is_plain`."""
+    return believed == "exact" and rule is None and not tiers
+
+
 class Caches(Protocol):
     """A source of cache views."""
 
@@ -154,7 +159,7 @@ def _view(feed: PodFeed, doubted: bool) -> CacheView:
         rule=rule,
         drop=0 if rule is not None else ledger.rules.drop,
         footprint=ledger.footprint,
-        is_plain=believed == "exact" and rule is None and not tiers,
+        is_plain=is_plain(believed, rule, tiers),
     )
 
 

@@ -12,7 +12,7 @@ from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.footprint import Footprint
 from matrixinfer.scheduler.framework import Trust
 from matrixinfer.trust import reasons
-from matrixinfer.trust.cache_views import Caches, CacheView
+from matrixinfer.trust.cache_views import Caches, CacheView, is_plain
 from matrixinfer.trust.levels import trust_in
 
 
@@ -117,6 +117,7 @@ _UNVOUCHED = CacheView(
 
 
 def _view(state: PodState, believed: Trust) -> CacheView:
+    rule = None if state.rule is None else Rule(*state.rule)
     return CacheView(
         trust=believed,
         feed=state.feed,
@@ -124,10 +125,10 @@ def _view(state: PodState, believed: Trust) -> CacheView:
         has_tails=state.has_tails,
         tiers=state.tiers,
         hides_salts=state.hides_salts,
-        rule=None if state.rule is None else Rule(*state.rule),
+        rule=rule,
         drop=state.drop,
         footprint=None if state.footprint is None else Footprint.of(*state.footprint),
-        is_plain=believed == "exact" and state.rule is None and not state.tiers,
+        is_plain=is_plain(believed, rule, state.tiers),
     )
 
 

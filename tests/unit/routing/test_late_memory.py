@@ -15,7 +15,7 @@ from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
-from matrixinfer.routing.prepare import Degraded
+from matrixinfer.routing.prepared import Degraded
 from tests.waiting import eventually
 
 from .test_router import World, request

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from matrixinfer.sim.model import Timing
 from matrixinfer.study.engine import EngineShape
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.gateway import Gateway
 from matrixinfer.study.generators import generate
 from matrixinfer.study.policies import POLICIES
-from matrixinfer.study.replay import Fleet, Replay
+from matrixinfer.study.replay import Replay
 from matrixinfer.study.trace import Trace
 
 TIMING = Timing(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from matrixinfer.study.faults import Fault
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.measures import measures
 from matrixinfer.study.policies import POLICIES
-from matrixinfer.study.replay import Fleet, Replay
+from matrixinfer.study.replay import Replay
 from matrixinfer.study.runs import replay, replay_all
 from matrixinfer.study.trace import Alphabet, LetterBlocks, Trace, Turn, filled
 from tests.unit.study.support import Watched, chats, fleet

@@ -16,8 +16,8 @@ from multiprocessing import get_context
 
 from matrixinfer.config import SchedulerConfig
 from matrixinfer.study import generators
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.policies import profile
-from matrixinfer.study.replay import Fleet
 from matrixinfer.study.runs import replay
 from matrixinfer.study.trace import LetterBlocks, Trace
 from matrixinfer.study.tuning.space import Setting

@@ -13,10 +13,10 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.generators import generate
 from matrixinfer.study.policies import chosen as policies
 from matrixinfer.study.presets import preset
-from matrixinfer.study.replay import Fleet
 from matrixinfer.study.report.advice import Advice, Results, advise, chosen, regret
 from matrixinfer.study.report.charts import ladder as drawn_ladder
 from matrixinfer.study.report.charts import load_maps

@@ -17,9 +17,9 @@ from matrixinfer.config import PluginRef, PluginsConfig, SchedulerConfig, load, 
 from matrixinfer.scheduler.plugin_loader import discover
 from matrixinfer.scheduler.policies import POLICIES
 from matrixinfer.study.engine import EngineShape
+from matrixinfer.study.fleet import Fleet
 from matrixinfer.study.generators import generate
 from matrixinfer.study.presets import preset
-from matrixinfer.study.replay import Fleet
 from matrixinfer.study.tuning.confidence import difference, quantile
 from matrixinfer.study.tuning.output import configuration, document, sentence
 from matrixinfer.study.tuning.runs import Runs, Traffic, fitting
