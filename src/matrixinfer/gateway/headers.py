@@ -109,4 +109,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     for connection in headers.getall("connection", ()):
         names = names.union({name.strip().lower() for name in connection.split(",")} - _FRAMING)
-    return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])
+    kept = CIMultiDict(headers)
+    for name in names:
+        if name in kept:
+            del kept[name]
+    return kept
