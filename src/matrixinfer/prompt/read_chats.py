@@ -93,16 +93,17 @@ class Span(NamedTuple):
 class ReadChat(NamedTuple):
     """What is known of a chat that was read."""
 
-    beginning: bytes
-    """Its body up to the end of the last message."""
+    body: bytes
     start: int
     """Where in it the list of messages begins."""
+    stop: int
+    """Where in it the last message ends."""
     messages: list[dict[str, Any]]
     tools: SentTools
     cache_salt: str | None
     """A chat with another one shares nothing with this."""
     values: int | None
-    """What the values in the beginning may take, see `Bounds`; None if it was not looked at as that of a large body."""
+    """What the values up to there may take, see `Bounds`; None if it was not looked at as that of a large body."""
     rendered: Rendered
     memory: int
     """Bytes that the messages take, estimated."""
@@ -111,13 +112,18 @@ class ReadChat(NamedTuple):
     before: int | None
     """The number of the chat that it continues."""
 
+    def begins(self, body: bytes) -> bool:
+        """Whether a body begins with all up to the last message of this."""
+        end = self.stop - _SAMPLE_BYTES
+        return body[end : self.stop] == self.body[end : self.stop] and body.startswith(self.body[:end])
+
     def stood_in(self, body: bytes) -> bytes | None:
         """A body that begins like this one, with one item in place of the messages that both have.
 
         None if that item could be mistaken for another one.
         """
-        rest = body[len(self.beginning) :]
-        return None if _STAND_IN in rest else b"%b[%b%b" % (self.beginning[: self.start], _STAND_IN, rest)
+        rest = body[self.stop :]
+        return None if _STAND_IN in rest else b"%b[%b%b" % (body[: self.start], _STAND_IN, rest)
 
     def more(self, messages: Raw) -> bytes | None:
         """The JSON list of further messages, empty if there are none; `messages` are those of `stood_in`.
@@ -132,7 +138,7 @@ class ReadChat(NamedTuple):
 
     def span(self, messages: Raw) -> Span:
         """Where the messages are in the body; `messages` are those of `stood_in`."""
-        return Span(self.start, len(self.beginning) + memoryview(messages).nbytes - 1 - len(_STAND_IN))
+        return Span(self.start, self.stop + memoryview(messages).nbytes - 1 - len(_STAND_IN))
 
 
 def stood_in(body: bytes, span: Span) -> bytes | None:
@@ -191,8 +197,8 @@ class ReadChats:
         alike = self._alike.get(place, [])
         chats = [chat for each in alike if (chat := self._chats.peek(each)) is not None]
         found = max(
-            (each for each in chats if body.startswith(each.beginning)),
-            key=lambda each: len(each.beginning),
+            (each for each in chats if each.begins(body)),
+            key=lambda each: each.stop,
             default=None,
         )
         if found is not None:
@@ -203,7 +209,7 @@ class ReadChats:
     def rest(self, body: bytes) -> int:
         """How many bytes of a large chat were not looked at yet."""
         earlier = self.find(body)
-        return len(body) - (0 if earlier is None or earlier.values is None else len(earlier.beginning))
+        return len(body) - (0 if earlier is None or earlier.values is None else earlier.stop)
 
     def keep(
         self,
@@ -229,12 +235,13 @@ class ReadChats:
             return None
         before, known, memory = 0, 0, 0
         if earlier is not None:
-            before, known, memory = len(earlier.beginning), len(earlier.messages), earlier.memory
+            before, known, memory = earlier.stop, len(earlier.messages), earlier.memory
         if earlier is not None and stop == before and tools is earlier.tools:
             return earlier.rendered
         chat = ReadChat(
-            beginning=body[:stop],
+            body=body,
             start=span.start,
+            stop=stop,
             messages=messages,
             tools=tools,
             cache_salt=cache_salt,
@@ -258,7 +265,7 @@ class ReadChats:
         if not self._lengths[length]:
             insort(self._sorted, length)
         self._lengths[length] += 1
-        gone = self._chats.put(chat.number, chat, chat.memory + len(chat.beginning) + chat.tools.memory)
+        gone = self._chats.put(chat.number, chat, chat.memory + len(chat.body) + chat.tools.memory)
         if len(alike) > _ALIKE and (first := self._chats.pop(alike[0])) is not None:
             gone.append(first)
         if chat.number not in self._chats:

@@ -54,7 +54,7 @@ def parse(
     if len(body) <= LARGE_BYTES:
         return reader(path, body) if lately is None else openai.chat(path, body, lately)
     earlier = None if lately is None else lately.find(body)
-    before, values = (0, 0) if earlier is None or earlier.values is None else (len(earlier.beginning), earlier.values)
+    before, values = (0, 0) if earlier is None or earlier.values is None else (earlier.stop, earlier.values)
     rest = memoryview(body)[before:]
     is_plain = len(body) <= bounds.max_bytes and not may_be_ids(rest)
     if is_plain and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
