@@ -73,7 +73,7 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables
+bench: .venv/dev.stamp ## Figures as JSON (bench/results/) and as tables (five minutes)
 	$(BIN)/python -m bench
 
 bench-peers: .venv/dev.stamp ## The same load through vllm-router, sglang-router and smg, which it installs into .peers (ten minutes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -56,8 +57,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     scale = QUICK if args.quick else Scale()
-    results = {part: _measure(part, scale) for part in args.only or PARTS}
-    report.publish(results, None if args.only or args.quick else RESULTS, as_json=args.json)
+    results, seconds = {}, {}
+    for part in args.only or PARTS:
+        start = time.perf_counter()
+        results[part] = _measure(part, scale)
+        seconds[part] = time.perf_counter() - start
+    report.publish(results, None if args.only or args.quick else RESULTS, as_json=args.json, seconds=seconds)
 
 
 def _measure(part: str, scale: Scale) -> list[Figure]:

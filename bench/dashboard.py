@@ -139,13 +139,13 @@ def _page_of(pods: int) -> Callable[[], None]:
 
 async def _rounds(api: str, admin: str, pid: int, scale: Scale) -> tuple[list[float], list[float]]:
     """Share of a core that the process takes in each round: without a page, and with one. They take turns to be first."""
-    seconds = 2.0 if scale.proxy_rounds > 1 else 0.2
+    pairs, seconds = (6, 1.0) if scale.proxy_rounds > 1 else (1, 0.2)
     closed: list[float] = []
     opened: list[float] = []
     bodies = [chat(2, session) for session in range(scale.sessions)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await _send(session, api, bodies, seconds / 4)
-        for number in range(scale.proxy_rounds):
+        for number in range(pairs):
             for is_open in (number % 2 == 1, number % 2 == 0):
                 async with _page(session, admin) if is_open else nullcontext():
                     (opened if is_open else closed).append(await _cpu(session, api, bodies, pid, seconds))

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvloop
 
-from bench.feed import read_text, record
+from bench.feed import record
 from bench.measure import Figure, Scale
 from bench.prompts import MODEL
 from bench.publishers import in_process, publish_history, publish_live
@@ -24,7 +24,7 @@ from matrixinfer.kvevents.subscriber import FeedSource, Subscriber
 from matrixinfer.telemetry import log
 
 _TARGET_MS = 5.0
-_IDLE_SECONDS = 1.0
+_IDLE_SECONDS = 0.5
 _CACHE_BLOCKS = 4_000
 _STEADY_FRAMES, _STEADY_RATE = 100, 50.0
 _HISTORY_FRAMES = 9_000  # the engine keeps its last 10,000, as vLLM does
@@ -63,9 +63,8 @@ class _Case:
 def run(scale: Scale) -> Iterator[Figure]:
     """An idle loop, engines at a steady rate and at full speed, and the replay of a long history."""
     log.configure(LogConfig(level="error"))
-    text = read_text()
-    feeds = [record(text, _CACHE_BLOCKS, pod=pod).payloads for pod in range(scale.engines)]
-    history = record(text, scale.engine_blocks).payloads[:_HISTORY_FRAMES]
+    feeds = [record(_CACHE_BLOCKS, pod=pod).payloads for pod in range(scale.engines)]
+    history = record(scale.engine_blocks).payloads[:_HISTORY_FRAMES]
     cases: dict[str, _Case] = {}
     for _ in range(scale.feed_rounds):
         uvloop.run(_follow_live(feeds, cases))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -61,18 +62,20 @@ class Recording:
         return self.filling.payloads + self.turnover.payloads
 
 
-def read_text() -> TokenIds:
+@cache
+def _text() -> TokenIds:
     """The tokens that all conversations are cut from."""
     tokenizer = LocalTokenizer.load(tokenizer_path(), "chatml")
     return tokenizer.encode(prose(0, 1_000_000), add_special_tokens=False)
 
 
-def record(text: TokenIds, blocks: int, *, block_tokens: int = 16, pod: int = 0) -> Recording:
+@cache  # several parts read the same feeds
+def record(blocks: int, *, block_tokens: int = 16, pod: int = 0) -> Recording:
     """The feed of a cache of `blocks` blocks. Half of a pod's conversations are its own, half come to every pod."""
-    cache = PagedPrefixCache(blocks, block_tokens)
+    prefixes = PagedPrefixCache(blocks, block_tokens)
     filling, turnover = Frames(), Frames()
-    for prompts in _requests(text, pod):
-        for events in _serve(cache, [Cached(prompt, block_tokens) for prompt in prompts]):
+    for prompts in _requests(_text(), pod):
+        for events in _serve(prefixes, [Cached(prompt, block_tokens) for prompt in prompts]):
             removes = any(isinstance(event, BlockRemoved) for event in events)
             (turnover if removes or turnover.removed else filling).append(events)
         if turnover.removed >= blocks:

@@ -36,6 +36,7 @@ _ENGINE = SimEngineConfig(
     timing=Timing(step=0.002, prefill_token=0.0002, decode_sequence=0.0001),
     tokenize_seconds=0.1,
 )
+_ROUNDS = 4
 _PODS = 4
 _TURNS = 5
 _TURN_CHARS = 3_000
@@ -62,10 +63,8 @@ def run(scale: Scale) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HUB_CACHE"] = folder
         _fill(Path(folder))
-        times: dict[str, list[float]] = {mode: [] for mode in _MODES}
-        for _ in range(scale.feed_rounds):
-            for mode in _MODES:
-                times[mode].append(asyncio.run(_measure(tokenizer, mode, scale.sessions)))
+        rounds = _ROUNDS if scale.feed_rounds > 1 else 1
+        times = asyncio.run(_measure(tokenizer, rounds, scale.sessions))
     for mode, seconds in times.items():
         target = _TARGET if mode in ("found", "asked") else None
         yield Figure(case=mode, name="first byte", value=min(seconds) * 1e3, unit="ms")
@@ -80,24 +79,35 @@ def _fill(cache: Path) -> None:
     (snapshot / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
 
 
-async def _measure(tokenizer: LocalTokenizer, mode: str, sessions: int) -> float:
-    """Mean seconds to the first byte, with engines that hold nothing at first."""
-    tokenization, policy = _MODES[mode]
+async def _measure(tokenizer: LocalTokenizer, rounds: int, sessions: int) -> dict[str, list[float]]:
+    """Mean seconds to the first byte, by mode and round. No engine has seen the conversations before."""
+    times: dict[str, list[float]] = {mode: [] for mode in _MODES}
     async with AsyncExitStack() as stack:
-        engines = [await stack.enter_async_context(SimEngine(_ENGINE, tokenizer)) for _ in range(_PODS)]
-        config = Config(
-            listen="127.0.0.1:0",
-            admin=None,
-            pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
-            tokenization=tokenization,
-            scheduler=with_policy(SchedulerConfig(), policy),
-        )
-        service = await stack.enter_async_context(Service(checked(config)))
+        services = {mode: await _gateway(stack, tokenizer, mode) for mode in _MODES}
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        if mode == "found":
-            await _until_found(service)
-        talks = await asyncio.gather(*(_talk(session, service.gateway.url, each) for each in range(sessions)))
-        return mean(seconds for talk in talks for seconds in talk)
+        await _until_found(services["found"])
+        for number in range(rounds):
+            for mode, service in services.items():
+                starting = (
+                    _talk(session, service.gateway.url, each, number * sessions + each) for each in range(sessions)
+                )
+                talks = await asyncio.gather(*starting)
+                times[mode].append(mean(seconds for talk in talks for seconds in talk))
+    return times
+
+
+async def _gateway(stack: AsyncExitStack, tokenizer: LocalTokenizer, mode: str) -> Service:
+    """A gateway with engines of its own."""
+    tokenization, policy = _MODES[mode]
+    engines = [await stack.enter_async_context(SimEngine(_ENGINE, tokenizer)) for _ in range(_PODS)]
+    config = Config(
+        listen="127.0.0.1:0",
+        admin=None,
+        pods=tuple(PodConfig(name=f"pod-{i}", url=engine.url) for i, engine in enumerate(engines)),
+        tokenization=tokenization,
+        scheduler=with_policy(SchedulerConfig(), policy),
+    )
+    return await stack.enter_async_context(Service(checked(config)))
 
 
 async def _until_found(service: Service) -> None:
@@ -111,10 +121,10 @@ async def _until_found(service: Service) -> None:
     raise TimeoutError("the gateway did not find the tokenizer")
 
 
-async def _talk(session: aiohttp.ClientSession, url: str, number: int) -> list[float]:
-    """One conversation after the other's start: its times to the first byte."""
-    await asyncio.sleep(0.05 * number)
-    text, messages, times = prose(number + 1, _TURNS * _TURN_CHARS), [], []
+async def _talk(session: aiohttp.ClientSession, url: str, place: int, seed: int) -> list[float]:
+    """One conversation, which starts after those before it: its times to the first byte."""
+    await asyncio.sleep(0.05 * place)
+    text, messages, times = prose(seed + 1, _TURNS * _TURN_CHARS), [], []
     for turn in range(_TURNS):
         content = text[turn * _TURN_CHARS : (turn + 1) * _TURN_CHARS]
         messages.append({"role": "user", "content": content})

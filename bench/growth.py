@@ -10,10 +10,10 @@ from time import perf_counter
 
 import numpy as np
 
-from bench.feed import read_text, record
+from bench.feed import record
 from bench.ingest import apply, new_feed
 from bench.measure import Figure, Scale, in_fresh_process, peak_bytes, resident_bytes
-from matrixinfer.blocks import TokenBlockProcessor, TokenIds
+from matrixinfer.blocks import TokenBlockProcessor
 from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.sim.events import BlockStored, EventBatch, encode
@@ -26,9 +26,8 @@ _PHASES = ("filling", "turnover")
 
 def run(scale: Scale) -> Iterator[Figure]:
     """Memory of one pod and of a fleet, then the longest frame while an index grows, and while a ledger grows."""
-    text = read_text()
-    yield from _memory("1 pod", text, 1, scale.engine_blocks)
-    yield from _memory(f"{_FLEET} pods", text, _FLEET, scale.engine_blocks // 4)
+    yield from _memory("1 pod", 1, scale.engine_blocks)
+    yield from _memory(f"{_FLEET} pods", _FLEET, scale.engine_blocks // 4)
     grown = scale.index_blocks
     for case, pods, blocks, index_tokens in (
         (f"index to {grown:,} blocks", 10, grown // 10, 16),
@@ -40,10 +39,10 @@ def run(scale: Scale) -> Iterator[Figure]:
         yield Figure(case=case, name="median frame", value=median(frames), unit="ms")
 
 
-def _memory(case: str, text: TokenIds, pods: int, blocks: int) -> Iterator[Figure]:
+def _memory(case: str, pods: int, blocks: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         for pod in range(pods):
-            recording = record(text, blocks, pod=pod)
+            recording = record(blocks, pod=pod)
             for name in _PHASES:
                 _write(Path(folder, f"{name}-{pod}"), getattr(recording, name).payloads)
         after, peak, engine_blocks, index_blocks = in_fresh_process(memory, Path(folder), pods)

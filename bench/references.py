@@ -1,11 +1,9 @@
-"""Stages compared with other implementations of them, in paired rounds."""
+"""Hashing compared with SHA-256 alone, in paired rounds. `bench.tokenization` compares tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
-
-import tokenizers
 
 from bench.measure import Figure, Scale, each, ratio, rounds_of
 from bench.prompts import prose, tokenizer_path
@@ -16,33 +14,19 @@ _BLOCK_BYTES = 128 * 4
 
 
 def run(scale: Scale) -> Iterator[Figure]:
-    """Tokenizing compared with Hugging Face `tokenizers`, hashing with SHA-256 alone."""
-    ours = LocalTokenizer.load(tokenizer_path(), "chatml")
-    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_path() / "tokenizer.json"))
+    """By prompt size."""
+    tokenizer = LocalTokenizer.load(tokenizer_path(), "chatml")
     blocks = TokenBlockProcessor()
     for kib in scale.prompt_kib:
         texts = [prose(session, kib * 1024) for session in range(scale.sessions)]
-        tokens = [ours.encode(text, add_special_tokens=False) for text in texts]
+        tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         data = [ids.astype(">u4").tobytes() for ids in tokens]
-        yield from _pair(
-            f"tokenize {kib} KiB ({ours.name}, reference: tokenizers)",
-            each(lambda text: ours.encode(text, add_special_tokens=False), texts),
-            each(lambda text: theirs.encode_batch_fast([text], add_special_tokens=False), texts),
-            scale,
-        )
-        yield from _pair(
-            f"hash {kib} KiB (chained, reference: SHA-256 alone)",
-            each(lambda ids: blocks.chain(ids)[:], tokens),
-            each(_sha256_per_block, data),
-            scale,
-        )
-
-
-def _pair(case: str, ours: Callable[[], None], theirs: Callable[[], None], scale: Scale) -> Iterator[Figure]:
-    seconds, reference = rounds_of(ours, theirs, scale=scale)
-    yield Figure(case=case, name="ours", value=min(seconds) / scale.sessions * 1e6, unit="µs")
-    yield Figure(case=case, name="reference", value=min(reference) / scale.sessions * 1e6, unit="µs")
-    yield Figure(case=case, name="ratio", value=ratio(seconds, reference), unit="×")
+        calls = each(lambda ids: blocks.chain(ids)[:], tokens), each(_sha256_per_block, data)
+        seconds, reference = rounds_of(*calls, scale=scale)
+        case = f"hash {kib} KiB (chained, reference: SHA-256 alone)"
+        yield Figure(case=case, name="ours", value=min(seconds) / scale.sessions * 1e6, unit="µs")
+        yield Figure(case=case, name="reference", value=min(reference) / scale.sessions * 1e6, unit="µs")
+        yield Figure(case=case, name="ratio", value=ratio(seconds, reference), unit="×")
 
 
 def _sha256_per_block(data: bytes) -> list[bytes]:

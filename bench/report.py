@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from rich import box
 from rich.console import Console
@@ -19,8 +20,8 @@ from bench.measure import Figure
 Results = Mapping[str, Sequence[Figure]]
 
 
-def as_data(results: Results) -> dict[str, object]:
-    """All figures by part, and the machine that they were measured on."""
+def as_data(results: Results, seconds: Mapping[str, float]) -> dict[str, object]:
+    """All figures by part, the seconds that each part took, and the machine that they were measured on."""
     return {
         "machine": {
             "cpus": os.cpu_count(),
@@ -28,6 +29,7 @@ def as_data(results: Results) -> dict[str, object]:
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("aiohttp", "gigatoken", "tokenizers", "uvloop")},
         },
+        "seconds": {part: round(took, 1) for part, took in seconds.items()},
         "parts": {
             part: [
                 {
@@ -45,26 +47,33 @@ def as_data(results: Results) -> dict[str, object]:
     }
 
 
-def publish(results: Results, file: Path | None, *, as_json: bool) -> None:
-    """Write the figures as JSON to `file`, if there is one, and print them as JSON or as tables."""
-    data = json.dumps(as_data(results), indent=2, ensure_ascii=False)
+def publish(
+    results: Results, file: Path | None, *, as_json: bool, seconds: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """Write the figures as JSON to `file`, if there is one, and print them as JSON or as tables.
+
+    `seconds` says how long each part took, where that was measured.
+    """
+    data = json.dumps(as_data(results, seconds), indent=2, ensure_ascii=False)
     if file is not None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(data + "\n", encoding="utf-8")
     if as_json:
         print(data)
     else:
-        show(results)
+        show(results, seconds)
 
 
-def show(results: Results) -> None:
-    """Print one table per part. A figure with a target shows the target, and whether it is met."""
+def show(results: Results, seconds: Mapping[str, float]) -> None:
+    """Print one table per part, with the time that it took. A figure with a target shows the target, and whether it is met."""
     console = Console()
     if not console.is_terminal:
         console.width = 120
     for part, figures in results.items():
         names = list(dict.fromkeys(figure.name for figure in figures))
-        table = Table("", title=part, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        took = f"measured in {seconds[part]:.0f} s" if part in seconds else None
+        table = Table("", title=part, caption=took, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+        table.pad_edge = False
         for name in names:
             units = {figure.unit for figure in figures if figure.name == name}
             table.add_column(f"{name}\n{'/'.join(sorted(units))}", justify="right")
@@ -72,6 +81,8 @@ def show(results: Results) -> None:
             cells = {figure.name: _cell(figure) for figure in figures if figure.case == case}
             table.add_row(case, *(cells.get(name, Text()) for name in names))
         console.print(table)
+    if len(seconds) > 1:
+        console.print(f"all parts: {sum(seconds.values()):.0f} s")
 
 
 def _cell(figure: Figure) -> Text:

@@ -34,7 +34,7 @@ _TARGET = 1 / 1.8
 
 def run(scale: Scale) -> Iterator[Figure | str]:
     """Requests per second and CPU time per request, with one worker and with two."""
-    rounds, seconds = (6, 3.0) if scale.proxy_rounds > 1 else (1, 0.2)
+    rounds, seconds = (6, 1.5) if scale.proxy_rounds > 1 else (1, 0.2)
     took: dict[int, list[float]] = {1: [], 2: []}
     spent: dict[int, list[float]] = {1: [], 2: []}
     cores = sorted(os.sched_getaffinity(0))

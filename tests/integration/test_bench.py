@@ -21,7 +21,9 @@ def test_a_part_runs_and_every_figure_is_a_number(part: str) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--json", "--only", part]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)["parts"][part]
+    printed = json.loads(done.stdout)
+    assert printed["seconds"][part] > 0
+    figures = printed["parts"][part]
     assert figures
     assert all(math.isfinite(figure["value"]) for figure in figures)
     judged = [figure for figure in figures if figure["target"] is not None]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+from matrixinfer.index.room import is_roomy
+
 Table: TypeAlias = list[dict[int, int]]
 """A sharded map whose keys are blocks: block `b` is in `table[b % len(table)]`."""
 
@@ -21,6 +23,7 @@ _SHARDS = (
     512,
 )  # dicts per table, a quarter of a doubling apart; forks are few, so their table may share a size
 _UNSHARDED_BLOCKS = 8_192  # up to this size a table is one dict, because there can be many models (adapters)
+_SHARD_EVERY = 1_024  # blocks added between two looks at the sizes of tables
 _SAMPLED_SHARDS = 16  # dicts to measure when estimating the size of a table
 _HASH_BYTES = 48  # memory of an integer of 63 bits
 _END = -1  # not a block: the sentinel before the oldest and after the newest leaf
@@ -33,7 +36,7 @@ class Tree:
     bits, until its children are gone. Unless `chained`, blocks have no parents.
     """
 
-    __slots__ = ("_chained", "_forks", "_leaves", "_parent_of", "pods", "size")
+    __slots__ = ("_added", "_chained", "_forks", "_leaves", "_parent_of", "_tidying", "pods", "size")
 
     def __init__(self, *, chained: bool) -> None:
         self.pods: Table = [{}]
@@ -42,10 +45,13 @@ class Tree:
         self._parent_of: Table = [{}]  # for all blocks except roots
         self._forks: Table = [{}]  # number of children of blocks with two or more; other inner blocks have one child
         self._leaves = _Ring()
+        self._added = 0  # blocks since the sizes of the tables were last looked at
+        self._tidying = _tidying(self._tables())
 
     def insert(self, blocks: Sequence[int], parent: int | None) -> None:
         """Add new blocks that are already in `pods`: each follows the one before it, and the first follows `parent`."""
         self.size += len(blocks)
+        self._added += len(blocks)
         if not self._chained:
             self._leaves.extend(blocks)
             return
@@ -69,23 +75,31 @@ class Tree:
 
     def prune(self, empty: Iterable[int]) -> int:
         """Remove blocks that have lost all holders, if they are leaves. Returns how many blocks were removed."""
-        return sum(self._prune(block) for block in empty if block in self._leaves)
+        removed, older = 0, self._leaves.older
+        for block in empty:
+            if block in older[block % len(older)]:
+                removed += self._prune(block)
+        self._tidy(removed)
+        return removed
 
     def evict(self, blocks: int) -> int:
         """Remove up to `blocks` blocks from the end of the least recently stored branch, regardless of their holders.
 
         Returns how many blocks were removed.
         """
-        return self._prune(self._leaves.oldest, evicted=blocks)
+        removed = self._prune(self._leaves.oldest, evicted=blocks)
+        self._tidy(removed)
+        return removed
 
     def shard(self) -> None:
-        """Once the tree is large, split its tables into shards: one table per call, because each takes a millisecond."""
-        if self.size <= _UNSHARDED_BLOCKS or len(self._forks) > 1:
+        """Split large tables into shards: one table per call, because each takes a millisecond."""
+        if self._added < _SHARD_EVERY:
             return
         for table, shards in zip(self._tables(), _SHARDS, strict=True):
-            if len(table) == 1:
+            if len(table) == 1 and len(table[0]) > _UNSHARDED_BLOCKS:
                 _spread(table, shards)
                 return
+        self._added = 0
 
     def free(self) -> Iterator[int]:
         """Free an unused tree, dict by dict. Yields the number of entries of each dict."""
@@ -96,6 +110,11 @@ class Tree:
     def memory_bytes(self) -> int:
         """Estimated memory of the tables and the hashes."""
         return sum(map(_table_bytes, self._tables())) + _HASH_BYTES * self.size
+
+    def _tidy(self, removed: int) -> None:
+        """Look at a dict for every fourth block that was removed."""
+        for _ in range(-(-removed // 4)):
+            next(self._tidying)
 
     def _prune(self, leaf: int, evicted: int = 0) -> int:
         """Remove a leaf, and each ancestor that becomes a leaf, while they have no holders or fewer than `evicted` are gone.
@@ -191,6 +210,16 @@ def _spread(table: Table, shards: int) -> None:
     table[:] = ({} for _ in range(shards))
     for block, value in whole.items():
         table[block % shards][block] = value
+
+
+def _tidying(tables: Iterable[Table]) -> Iterator[None]:
+    """Look at one dict after the other, for ever, and copy those that are roomy."""
+    while True:
+        for table in tables:
+            for at in range(len(table)):
+                if is_roomy(table[at]):
+                    table[at] = dict(table[at])
+                yield
 
 
 def _table_bytes(table: Table) -> int:

@@ -45,6 +45,6 @@ def chain_of(forest: Forest, run: Run, last: int) -> MediaChain | None:
 
 def _joined(parts: Sequence[tuple[Run, int]]) -> MediaChain | None:
     root, _ = parts[0]
-    tokens = b"".join(bytes(run.tokens[: (end - run.base) * 4]) for run, end in parts)
+    tokens = b"".join(run.tokens.part(0, end - run.base) for run, end in parts)
     media = [medium for run, end in parts for medium in run.media if medium[0] < end]
     return MediaChain(root.model, root.seed, tokens, media) if media else None

@@ -171,7 +171,7 @@ class Predecessors:
         begin = run.end(position) - run.block_size
         media = media_in(run.media, begin + first, begin + last) if run.media else ()
         start = begin - run.base
-        return before, bytes(run.tokens[(start + first) * 4 : (start + last) * 4]), tuple(media)
+        return before, run.tokens.part(start + first, start + last), tuple(media)
 
 
 def ending_at(forest: Forest, run: Run, end: int) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from struct import Struct
 
 from matrixinfer.blocks import ROOT, Medium, TokenBlockProcessor, media_in
+from matrixinfer.kvevents.tokens import Tokens
 
 pack_id = Struct("<Q").pack
 """An engine block as eight bytes, as in `Run.ids`."""
@@ -16,7 +17,7 @@ class Run:
     """Consecutive engine blocks of one chain: a mutable record that only the forest and the ledger change.
 
     It grows at its end like a chain, and shrinks there as the engine evicts. Offsets count tokens from the chain's root.
-    `tokens` (four bytes each) and `names` (of the token blocks completed) begin at `base`, the last token-block
+    `tokens` and `names` (of the token blocks completed) begin at `base`, the last token-block
     boundary at or before `start`.
     """
 
@@ -57,7 +58,7 @@ class Run:
         self.number = -1
         self.ids = bytearray()
         """The blocks, eight bytes each."""
-        self.tokens = bytearray()
+        self.tokens = Tokens()
         self.media: tuple[Medium, ...] = ()
         """The media that begin among `tokens`, in ascending order; positions count from the chain's root."""
         self.names = array("Q")
@@ -105,16 +106,18 @@ class Run:
         `media` begin among them, counted from their first token.
         """
         if media:
-            end = self.base + len(self.tokens) // 4
+            end = self.base + self.tokens.count
             self.media += tuple((end + start, name) for start, name in media)
         self.ids += array("Q", ids).tobytes()
-        self.tokens += tokens
-        done = len(self.names)
-        size = self._blocks.block_size
-        with memoryview(self.tokens) as view:
-            parent = self.names[-1] if done else self.seed
-            unnamed = self._media_in(done * size, len(view) // 4) if self.media else ()
-            self.names.extend(self._blocks.hashes(view[done * size * 4 :], parent, unnamed))
+        self.tokens.append(tokens)
+        size, done, count = self._blocks.block_size, len(self.names), self.tokens.count
+        if count - done * size < size:
+            return
+        parent = self.names[-1] if done else self.seed
+        unnamed = self._media_in(done * size, count) if self.media else ()
+        with self.tokens.since(done * size) as view:
+            self.names.extend(self._blocks.hashes(view, parent, unnamed))
+        self.tokens.page(len(self.names) * size)
 
     def branch(self, position: int, block_size: int) -> Run:
         """An empty run of blocks of `block_size`, which follows the block at `position`."""
@@ -122,7 +125,7 @@ class Run:
         run = Run(self._blocks, model=self.model, block_size=block_size, parent=self[position], start=start)
         completed = (run.base - self.base) // self._blocks.block_size
         run.seed = self.names[completed - 1] if completed else self.seed
-        run.tokens += self.tokens[(run.base - self.base) * 4 : (start - self.base) * 4]
+        run.tokens.append(self.tokens.part(run.base - self.base, start - self.base))
         if self.media:
             run.media = tuple(medium for medium in self.media if run.base <= medium[0] < start)
         return run
@@ -138,7 +141,7 @@ class Run:
     def tokens_of(self, position: int) -> bytes:
         """The tokens of one block."""
         end = self._end_of(position) - self.base
-        return bytes(self.tokens[(end - self.block_size) * 4 : end * 4])
+        return self.tokens.part(end - self.block_size, end)
 
     def media_of(self, position: int) -> Sequence[Medium]:
         """The media that begin in one block, counted from its first token."""
@@ -153,25 +156,24 @@ class Run:
         """Keep the blocks up to `position`; return those after it as a run that follows."""
         rest = self.branch(position, self.block_size)
         at = rest.start - self.base
-        rest.append(list(self)[position + 1 :], self.tokens[at * 4 :], self._media_in(at, len(self.tokens) // 4))
+        count = self.tokens.count
+        rest.append(list(self)[position + 1 :], self.tokens.part(at, count), self._media_in(at, count))
         del self.ids[8 * position + 8 :]
         self.truncate()
         return rest
 
     def truncate(self) -> None:
         """Drop the tokens and names after the last block."""
-        length = self._end_of(len(self) - 1) - self.base
-        del self.tokens[length * 4 :]
-        del self.names[length // self._blocks.block_size :]
+        length, size = self._end_of(len(self) - 1) - self.base, self._blocks.block_size
+        self.tokens.cut(length, length // size * size)
+        del self.names[length // size :]
         if self.media:
             self.media = tuple(medium for medium in self.media if medium[0] < self.base + length)
-        if self.tokens.__alloc__() > len(self.tokens) * 9 // 8 + 64:  # or up to half of it would stay unused
-            self.tokens = bytearray(self.tokens)
 
     @property
     def recorded(self) -> int:
         """The number of blocks whose tokens are kept: between a removal and `truncate`, more than there are blocks."""
-        return (self.base + len(self.tokens) // 4 - self.start) // self.block_size
+        return (self.base + self.tokens.count - self.start) // self.block_size
 
     def completed(self, first: int, last: int) -> tuple[int | None, list[int]]:
         """The token block before those that end in the engine blocks [first, last) (None: the root), and those."""
@@ -188,7 +190,7 @@ class Run:
         end = self._end_of(position - 1) - self.base
         size = self._blocks.block_size
         name = self.names[end // size - 1] if end >= size else self.seed
-        return name, bytes(self.tokens[end // size * size * 4 : end * 4])
+        return name, self.tokens.part(end // size * size, end)
 
     def end(self, position: int) -> int:
         """How many tokens a prefix has that ends with the block at `position`."""
@@ -203,8 +205,8 @@ class Run:
         start = (end - 1) // size * size
         named = (start - self.base) // size
         key = self.names[named - 1] if named else self.seed
-        tokens = self.tokens[(start - self.base) * 4 : (end - self.base) * 4]
-        return ROOT if key is None else key, bytes(tokens), self._media_in(start - self.base, end - self.base)
+        first, last = start - self.base, end - self.base
+        return ROOT if key is None else key, self.tokens.part(first, last), self._media_in(first, last)
 
     @property
     def has_tails(self) -> bool:
@@ -214,18 +216,16 @@ class Run:
 
     def tails(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """(token block, tail) for each of the engine blocks [first, last) with a tail, which follows that token block."""
-        size = self._blocks.block_size
-        for position in range(first, last):
-            end = self._end_of(position)
+        size, step = self._blocks.block_size, self.block_size
+        for end in range(self._end_of(first), self._end_of(last), step):
             over = end % size
-            before = self.names[(end - self.base) // size - 1] if end - self.base >= size else self.seed
-            if end < size or before is None or over != self._blocks.overhang(end // size, self.block_size):
+            if end < size or over != self._blocks.overhang(end // size, step):
                 continue
             at = end - self.base
-            yield (
-                before,
-                self._blocks.tail(self.tokens[(at - over) * 4 : at * 4], before, self._media_in(at - over, at)),
-            )
+            before = self.names[at // size - 1] if at >= size else self.seed
+            if before is not None:
+                own = self.tokens.part(at - over, at)
+                yield before, self._blocks.tail(own, before, self._media_in(at - over, at))
 
     def _end_of(self, position: int) -> int:
         """The offset of the end of the engine block at `position`."""

@@ -6,7 +6,11 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 
 from matrixinfer.index.base import BlockIndex
+from matrixinfer.index.room import is_roomy
 from matrixinfer.traffic.history import RoutingHistory
+
+_COPIED = 50_000
+"""The most token blocks of a model whose dict is copied to save memory: that holds the loop for a millisecond."""
 
 
 class Watch:
@@ -85,6 +89,8 @@ class Supports:
                 self._shorten(watch, counts)
         if not counts:
             self._counts.pop(model, None)  # adapters come and go
+        elif len(counts) <= _COPIED and is_roomy(counts):
+            self._counts[model] = dict(counts)
 
     def flush(self) -> None:
         """Remove from the index what has lost its last support."""

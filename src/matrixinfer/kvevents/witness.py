@@ -50,7 +50,7 @@ class Witness:
         start = 4 * self.held
         if parent != self._parent or rest != self._tokens[start - len(rest) : start]:
             return
-        theirs = bytes(run.tokens[start - 4 * run.base :])
+        theirs = run.tokens.part(self.held - run.base, run.tokens.count)
         self.chains += 1
         self.first_difference = self.difference(theirs)
         if self.first_difference is None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from matrixinfer.index.holders import walk
 from matrixinfer.index.memory import MemoryIndex
+from matrixinfer.index.room import is_roomy
 from matrixinfer.testing.index_oracle import ENDS, MODELS, PODS, Model, Operation, Tree, histories, name_of, trees
 
 A, B, C = ([name_of(100 * chain + node) for node in range(10)] for chain in (1, 2, 3))
@@ -17,6 +18,7 @@ def unsharded_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
             patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", request.param)
+            patch.setattr("matrixinfer.index.tree._SHARD_EVERY", 1)
             patch.setattr("matrixinfer.index.tree._SHARDS", (2, 3, 5, 7, 2))
         yield
 
@@ -285,11 +287,29 @@ def test_pods_that_come_and_go_have_the_blocks_they_stored_last(turns: list[tupl
 def test_no_dict_of_a_large_tree_is_large_enough_to_block_the_loop(prefix_closed: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matrixinfer.index.tree._UNSHARDED_BLOCKS", 1_000)
+        patch.setattr("matrixinfer.index.tree._SHARD_EVERY", 100)
         patch.setattr("matrixinfer.index.tree._SHARDS", (512, 609, 724, 861, 512))
         index = MemoryIndex(prefix_closed=prefix_closed)
         for start in range(0, 50_000, 100):
             index.add("llama", "pod-a", [name_of(node) for node in range(start, start + 100)], None)
-    assert max(len(shard) for table in index._trees["llama"]._tables() for shard in table) < 300
+    tables = index._trees["llama"]._tables()
+    assert max(len(shard) for shard in tables[0]) < 300
+    assert max(len(shard) for table in tables for shard in table) <= 1_100
+
+
+@pytest.mark.parametrize("bound", [4_000_000, 12_000])
+def test_few_dicts_keep_room_for_blocks_that_are_gone(bound: int) -> None:
+    """Whether pods remove the blocks, or the bound of the index does."""
+    index = MemoryIndex(max_blocks=bound)
+    for start in range(0, 60_000, 50):
+        index.add("llama", "pod-a", [name_of(node) for node in range(start, start + 50)], None)
+        if start >= 12_000 < bound:
+            old = range(start - 12_000, start - 11_950)
+            index.remove("llama", "pod-a", [name_of(node) for node in reversed(old)])
+    assert index.stats().blocks == 12_000
+    tree = index._trees["llama"]
+    shards = [shard for table in tree._tables()[:2] for shard in table]
+    assert sum(map(is_roomy, shards)) < len(shards) / 3
 
 
 def test_equal_sets_of_pods_share_one_object() -> None:
