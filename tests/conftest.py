@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import structlog
+from aiohttp import web_app
 from hypothesis import HealthCheck, settings
 
 from . import servers
@@ -32,6 +33,13 @@ def own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def freed_engines() -> Iterator[None]:
+    """aiohttp remembers the handlers of the last thousand routes: of simulated engines, each with a tokenizer of 90 MB."""
+    yield
+    web_app._cached_build_middleware.cache_clear()  # noqa: SLF001
 
 
 @pytest.fixture(scope="session")

@@ -105,12 +105,11 @@ class Answer:
 class Passage:
     """What happens to an answer on its way to the client: it is read for what it reports, and changed."""
 
-    __slots__ = ("_changes", "_exchange", "_is_whole", "_pod", "_response_id", "_tail")
+    __slots__ = ("_changes", "_exchange", "_is_whole", "_response_id", "_tail")
 
     def __init__(self, answer: Answer, *, is_whole: bool) -> None:
         self._exchange = answer.exchange
         self._is_whole = is_whole
-        self._pod = answer.exchange.in_flight.pod.pod
         self._response_id = answer.exchange.response_id if answer.upstream.status == 200 else None
         self._tail = usage.Tail() if answer.may_report else None
         stripper, renamer = UsageStripper() if answer.is_stripped else None, answer.renamer
@@ -123,7 +122,7 @@ class Passage:
         if self._tail is not None:
             self._tail.add(chunk)
         if self._response_id is not None:
-            self._response_id.add(chunk, self._pod)
+            self._response_id.add(chunk, self._exchange.in_flight.pod.pod)
         for change in self._changes:
             chunk = change.change(chunk)
         return chunk

@@ -84,11 +84,7 @@ class Api:
 
     def routes(self) -> Routes:
         """Paths of the API."""
-        return {path: {"POST": self.complete} for path in READERS}
-
-    async def complete(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Dispatch a request with a prompt, and pass its answer on."""
-        return await self.dispatch(request)
+        return {path: {"POST": self.dispatch} for path in READERS}
 
     async def dispatch(self, request: web.BaseRequest, read: Reader | None = None) -> web.StreamResponse:
         """Dispatch a request, and pass its answer on. `read` reads a body that brings no prompt."""

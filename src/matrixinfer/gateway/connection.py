@@ -72,6 +72,11 @@ class Server(web.Server):
         """A protocol for a new connection."""
         return Connection(self, loop=asyncio.get_running_loop(), **self._options)
 
+    def busy(self) -> set[asyncio.Task[None]]:
+        """The tasks of the connections that are answering a request. Each ends with its connection."""
+        tasks = (each._task_handler for each in self.connections if each._request_in_progress)  # noqa: SLF001
+        return {task for task in tasks if task is not None}
+
     async def first_requests(self, seconds: float) -> None:
         """Wait until every connection has sent a request, which may be on its way, at most for some time."""
         ends = self._loop.time() + seconds

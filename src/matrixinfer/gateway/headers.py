@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -53,7 +53,7 @@ _MAX_SESSION_CHARS = 256
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's request id if it is short and printable, otherwise a new one."""
     given = headers.get(REQUEST_ID)
-    return given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex
+    return given if given is not None and _ID.fullmatch(given) else os.urandom(16).hex()
 
 
 def session_id(headers: Mapping[str, str]) -> str | None:
@@ -109,4 +109,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     for connection in headers.getall("connection", ()):
         names = names.union({name.strip().lower() for name in connection.split(",")} - _FRAMING)
-    return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in names])
+    kept = CIMultiDict(headers)
+    for name in names:
+        if name in kept:
+            del kept[name]
+    return kept

@@ -21,14 +21,28 @@ if TYPE_CHECKING:
     from aiohttp.web_protocol import RequestHandler
 
 
-class HeadWriter(StreamWriter):
-    """Writes bytes above 127 as they came."""
+class PodResponse(web.StreamResponse):
+    """A pod's answer as the client gets it: with its whole body, or to be streamed. Its head goes out with the first byte."""
 
-    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
-        """Write the head of an answer."""
-        await super().write_headers(status_line, headers)
-        if not _is_plain(status_line, headers):
-            self._headers_buf = _serialized(status_line, headers)
+    _send_headers_immediately = False
+
+    def __init__(self, status: int, reason: str, headers: CIMultiDict[str], body: bytes | None) -> None:
+        super().__init__(status=status, reason=reason, headers=headers)
+        self._whole = body
+        if body is not None:
+            self._headers.setdefault("Content-Length", str(len(body)))
+
+    async def _write_headers(self) -> None:
+        await super()._write_headers()
+        writer, request = self._payload_writer, self._req
+        if isinstance(writer, StreamWriter) and request is not None and not _is_plain(self._reason, self._headers):
+            version = request.version
+            line = f"HTTP/{version.major}.{version.minor} {self._status} {self._reason}"
+            writer._headers_buf = _serialized(line, self._headers)  # noqa: SLF001
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Write what is left of the body: all of it if it is whole."""
+        await super().write_eof(self._whole or data)
 
 
 class ClientRequest(web.BaseRequest):
@@ -48,9 +62,8 @@ def incoming(
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
 ) -> ClientRequest:
-    """A client's request, whose answer is written by a `HeadWriter`."""
-    loop = asyncio.get_running_loop()
-    return ClientRequest(message, payload, protocol, HeadWriter(protocol, loop), task, loop)
+    """A client's request."""
+    return ClientRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
 
 
 def _is_plain(line: str, headers: CIMultiDict[str]) -> bool:

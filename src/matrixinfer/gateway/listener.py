@@ -75,7 +75,6 @@ class Listener:
         self._draining = draining
         self._connections = connections or ConnectionsConfig()
         self._max_connections = max_connections
-        self._tasks: set[asyncio.Task[object]] = set()
         self._server: Server | None = None
         self._listening: asyncio.Server | None = None
         self._adopted: dict[int, asyncio.Server] = {}
@@ -167,7 +166,7 @@ class Listener:
         server.pre_shutdown()
         async with asyncio.TaskGroup() as group:
             group.create_task(server.shutdown(grace + CANCEL_SECONDS))
-            group.create_task(self._finish(ends))
+            group.create_task(self._finish(server, ends))
 
     def _leave(self, listening: asyncio.Server) -> None:
         """Accept no more connections there."""
@@ -186,27 +185,24 @@ class Listener:
         if self._handshakes is not None:
             await self._handshakes.finish(seconds)
 
-    async def _finish(self, ends: float) -> None:
+    async def _finish(self, server: Server, ends: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while self._tasks and (left := ends - loop.time()) > 0:  # requests may still begin on open connections
-                await asyncio.wait(self._tasks, timeout=left)
+            while (busy := server.busy()) and (left := ends - loop.time()) > 0:  # requests may still begin
+                await asyncio.wait(busy, timeout=left)
         except asyncio.CancelledError:
-            log.warning("requests_cut", requests=len(self._tasks))
-            for task in self._tasks:
+            busy = server.busy()
+            log.warning("requests_cut", requests=len(busy))
+            for task in busy:
                 task.cancel()
             raise
-        if self._tasks:
-            log.warning("requests_cancelled", requests=len(self._tasks))
-            for task in self._tasks:
+        if busy:
+            log.warning("requests_cancelled", requests=len(busy))
+            for task in busy:
                 task.cancel()
-            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
+            await asyncio.wait(busy, timeout=CANCEL_SECONDS)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        task = asyncio.current_task()
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         if self._cors is not None and isinstance(request, ClientRequest):
             request.decorate = partial(self._cors.decorate, request, is_preflight=request.method == "OPTIONS")
         try:

@@ -29,6 +29,8 @@ _MAX_WAITING_BYTES = 256 * 1024
 _PIECE_BYTES = 64 * 1024
 """Longer bodies are sent in pieces of this size, each when the pod has taken those before."""
 _AT_ONCE_BYTES = 256 * 1024
+_COPIED_BYTES = 16 * 1024
+"""Up to this size, a copy behind its head costs less than a second buffer."""
 _FIRST_FINAL_STATUS = 200
 
 FailureKind: TypeAlias = Literal["connect", "connect_timeout", "disconnect", "protocol", "timeout", "went_down"]
@@ -130,7 +132,9 @@ class PodConnection(asyncio.Protocol):
         self.served += 1
         self._begin(silence)
         try:
-            if len(body) <= _AT_ONCE_BYTES:
+            if len(body) <= _COPIED_BYTES:
+                self._write((head + body,))
+            elif len(body) <= _AT_ONCE_BYTES:
                 self._write((head, body))
             else:
                 await self._send_pieces(head, body)
@@ -292,7 +296,11 @@ class PodConnection(asyncio.Protocol):
         self._expect()
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
-        if self._transport is not None:
+        if self._transport is None:
+            return
+        if len(parts) == 1:
+            self._transport.write(parts[0])
+        else:
             self._transport.writelines(parts)
 
     async def _head(self) -> PodAnswer:

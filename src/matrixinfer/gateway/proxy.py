@@ -16,13 +16,15 @@ from contextlib import nullcontext
 from typing import NoReturn, cast
 
 from aiohttp import web
-from aiohttp.http import HttpVersion11, StreamWriter
+from aiohttp.http import StreamWriter
 
 from matrixinfer.config import LimitsConfig
 from matrixinfer.errors import PodTimeout, PodUnreachable
 from matrixinfer.gateway import headers
 from matrixinfer.gateway.answer import Answer, Exchange, Passage, cut
 from matrixinfer.gateway.credentials import Credentials
+from matrixinfer.gateway.deadlines import Deadlines
+from matrixinfer.gateway.heads import PodResponse
 from matrixinfer.gateway.keep_alive import COMMENT, KeepAlive, read_within
 from matrixinfer.gateway.pod_connection import AttemptFailed, PodAnswer
 from matrixinfer.gateway.retries import Retries, Retry
@@ -81,11 +83,13 @@ class Proxy:
         self._rewriter = rewriter
         self._metrics = metrics
         self._limits = limits
+        self._deadlines = Deadlines(limits.request_timeout_seconds)
         self._draining = draining
 
     def reconfigure(self, limits: LimitsConfig) -> None:
         """Keep these limits from the next request on."""
         self._limits = limits
+        self._deadlines = Deadlines(limits.request_timeout_seconds)
         self._upstream.reconfigure(limits)
 
     async def forward(self, exchange: Exchange) -> web.StreamResponse:
@@ -94,19 +98,20 @@ class Proxy:
         Raises `PodUnreachable` when no pod answered and `PodTimeout` when one is silent, or answers, for too long; after the
         first byte the client's connection is closed already. Raises `ConnectionError` when the client has gone.
         """
-        scope = asyncio.timeout(self._limits.request_timeout_seconds)
+        deadlines = self._deadlines
+        deadline = deadlines.begin()
         try:
-            async with scope:
+            with deadline:
                 return await self._try_pods(exchange)
         except TimeoutError as error:
-            if not scope.expired():
+            if not deadline.has_passed:
                 raise
             self._metrics.upstream_error(exchange.in_flight.pod.name, "timeout")
             if exchange.has_begun:
                 cut(exchange.request)  # the answer is long, or its client slow: no fault of the pod
             else:
                 exchange.in_flight.timed_out()
-            within = f"{self._limits.request_timeout_seconds:g} s"
+            within = f"{deadlines.seconds:g} s"
             raise PodTimeout(f"Pod {exchange.in_flight.pod.name} sent no whole answer within {within}.") from error
 
     async def _try_pods(self, exchange: Exchange) -> web.StreamResponse:
@@ -170,15 +175,15 @@ class Proxy:
         chosen, prompt = in_flight.pod, in_flight.prepared.prompt
         adds_usage = exchange.ticket is not None and exchange.ticket.wants_usage
         body = self._rewriter.body_for(chosen.pod, prompt, data, chosen.rank, adds_usage=adds_usage)
-        moves = may_move and retry.may_send_again and in_flight.following() is not None
-        with UnlessDown(in_flight) if moves else _ALWAYS:
+        with UnlessDown(in_flight) if may_move and retry.may_send_again else _ALWAYS:
             answer = Answer(exchange, await self._open(exchange, body, once=retry.was_sent), body)
             try:
                 status = answer.upstream.status
                 if has_ids:
                     _check(status)
-                in_flight.answered(status, headers.retry_after(answer.upstream.headers))
-                if status >= _FIRST_ERROR and may_move and self._may_refuse(in_flight, retry, status):
+                is_error = status >= _FIRST_ERROR
+                in_flight.answered(status, headers.retry_after(answer.upstream.headers) if is_error else None)
+                if is_error and may_move and self._may_refuse(in_flight, retry, status):
                     await self._refuse(answer)
                 length = None if answer.is_stripped else answer.upstream.content_length
                 is_whole = length is not None and length <= MAX_WHOLE_BYTES
@@ -317,14 +322,7 @@ class Proxy:
         status, reason, length = upstream.status, upstream.reason, answer.length
         if length is None or (body is not None and len(body) != length):
             passed.popall("content-length", None)
-        response: web.StreamResponse
-        if body is None and length is None and exchange.request.version < HttpVersion11:
-            response = web.StreamResponse(status=status, reason=reason, headers=passed)
-        else:
-            # Unlike `StreamResponse`, it sends its headers together with the first byte.
-            response = web.Response(status=status, reason=reason, headers=passed, body=body)
-            if body is None and length is None:
-                response.enable_chunked_encoding()
+        response = PodResponse(status, reason, passed, body)
         if self._draining.is_set():
             response.force_close()
         return response

@@ -10,7 +10,10 @@ from matrixinfer.routing.in_flight import InFlight
 
 
 class UnlessDown:
-    """Raises `AttemptFailed` if the pod is declared down within its context: it may be frozen, and never answer."""
+    """Raises `AttemptFailed` if the pod is declared down within its context: it may be frozen, and never answer.
+
+    It does nothing if no other endpoint could get the request.
+    """
 
     __slots__ = ("_in_flight", "_is_down", "_pod", "_task")
 
@@ -24,7 +27,7 @@ class UnlessDown:
         self._in_flight.watch_down(self._pod, self._down)
 
     def _down(self) -> None:
-        if self._task is not None and not self._is_down:
+        if self._task is not None and not self._is_down and self._in_flight.following() is not None:
             self._is_down = True
             self._task.cancel()
 

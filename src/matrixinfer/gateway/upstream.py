@@ -92,7 +92,7 @@ def upstream(
 def _head(method: str, origin: Origin, target: str, headers: CIMultiDict[str], length: int) -> bytes:
     """The head of a request. Raises `ValueError` if a header would add a line to it."""
     lines = [f"{method} {origin.prefix}{target} HTTP/1.1", f"host: {origin.authority}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += map(": ".join, headers.items())
     if length or method not in _WITHOUT_BODY:
         lines.append(f"content-length: {length}")
     lines += ["", ""]

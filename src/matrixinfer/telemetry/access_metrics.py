@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from functools import partial
 
-from matrixinfer.telemetry.children import Children
+from prometheus_client import CollectorRegistry
+
+from matrixinfer.telemetry.children import Children, Count, Level, Times
 
 OTHER_TENANTS = "other"
 _MAX_TENANTS = 1000
@@ -16,48 +18,39 @@ class AccessMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._refused = Children(
-            Counter(
-                "matrixinfer_access_refused",
-                "Requests refused before they were routed, by reason.",
-                ["reason"],
-                registry=registry,
-            )
+            registry, "access_refused", "Requests refused before they were routed, by reason.", ["reason"], Count
         )
         self._tenant_tokens = Children(
-            Counter(
-                "matrixinfer_tenant_tokens",
-                "Tokens that engines reported for a tenant's requests; `cached` is a part of `input`.",
-                ["tenant", "kind"],
-                registry=registry,
-            )
+            registry,
+            "tenant_tokens",
+            "Tokens that engines reported for a tenant's requests; `cached` is a part of `input`.",
+            ["tenant", "kind"],
+            Count,
         )
         self._tenants: set[str] = set()
-        self._limits_degraded = Gauge(
-            "matrixinfer_limits_degraded",
+        self._limits_degraded = Children(
+            registry,
+            "limits_degraded",
             "1 while each gateway counts on its own what keys use, because Redis does not answer.",
-            registry=registry,
-        )
+            [],
+            Level,
+        )[()]
         self._admission = Children(
-            Gauge(
-                "matrixinfer_admission_requests",
-                "Requests that are let through to engines, and requests that wait for that.",
-                ["state"],
-                registry=registry,
-            )
+            registry,
+            "admission_requests",
+            "Requests that are let through to engines, and requests that wait for that.",
+            ["state"],
+            Level,
         )
-        self._wait = Histogram(
-            "matrixinfer_admission_wait_seconds",
+        self._wait = Children(
+            registry,
+            "admission_wait_seconds",
             "Time that requests waited until they were let through.",
-            buckets=_WAIT_BUCKETS,
-            registry=registry,
-        )
+            [],
+            partial(Times, _WAIT_BUCKETS),
+        )[()]
         self._shed = Children(
-            Counter(
-                "matrixinfer_admission_shed",
-                "Requests that were not let through, by reason.",
-                ["reason"],
-                registry=registry,
-            )
+            registry, "admission_shed", "Requests that were not let through, by reason.", ["reason"], Count
         )
 
     def refused(self, reason: str) -> None:
