@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from prometheus_client import CollectorRegistry
-
-from matrixinfer.telemetry.children import Children, Count, Level, Times
+from matrixinfer.telemetry.children import Children
 
 OTHER_TENANTS = "other"
 _MAX_TENANTS = 1000
@@ -18,39 +16,48 @@ class AccessMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._refused = Children(
-            registry, "access_refused", "Requests refused before they were routed, by reason.", ["reason"], Count
+            Counter(
+                "matrixinfer_access_refused",
+                "Requests refused before they were routed, by reason.",
+                ["reason"],
+                registry=registry,
+            )
         )
         self._tenant_tokens = Children(
-            registry,
-            "tenant_tokens",
-            "Tokens that engines reported for a tenant's requests; `cached` is a part of `input`.",
-            ["tenant", "kind"],
-            Count,
+            Counter(
+                "matrixinfer_tenant_tokens",
+                "Tokens that engines reported for a tenant's requests; `cached` is a part of `input`.",
+                ["tenant", "kind"],
+                registry=registry,
+            )
         )
         self._tenants: set[str] = set()
-        self._limits_degraded = Children(
-            registry,
-            "limits_degraded",
+        self._limits_degraded = Gauge(
+            "matrixinfer_limits_degraded",
             "1 while each gateway counts on its own what keys use, because Redis does not answer.",
-            [],
-            Level,
-        )[()]
-        self._admission = Children(
-            registry,
-            "admission_requests",
-            "Requests that are let through to engines, and requests that wait for that.",
-            ["state"],
-            Level,
+            registry=registry,
         )
-        self._wait = Children(
-            registry,
-            "admission_wait_seconds",
+        self._admission = Children(
+            Gauge(
+                "matrixinfer_admission_requests",
+                "Requests that are let through to engines, and requests that wait for that.",
+                ["state"],
+                registry=registry,
+            )
+        )
+        self._wait = Histogram(
+            "matrixinfer_admission_wait_seconds",
             "Time that requests waited until they were let through.",
-            [],
-            partial(Times, _WAIT_BUCKETS),
-        )[()]
+            buckets=_WAIT_BUCKETS,
+            registry=registry,
+        )
         self._shed = Children(
-            registry, "admission_shed", "Requests that were not let through, by reason.", ["reason"], Count
+            Counter(
+                "matrixinfer_admission_shed",
+                "Requests that were not let through, by reason.",
+                ["reason"],
+                registry=registry,
+            )
         )
 
     def refused(self, reason: str) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.registry import Collector
 
 from matrixinfer.telemetry.access_metrics import AccessMetrics
-from matrixinfer.telemetry.children import Children, Count, Level, Times
+from matrixinfer.telemetry.children import Children
 
 UNKNOWN_MODEL = "unknown"
 """Label of requests whose model was not found, whatever name they gave."""
@@ -32,11 +31,13 @@ class Metrics:
         )
         self._duration = self._histogram(
             "request_duration_seconds", "Time from the request to the end of its response."
-        )[()]
+        )
         self._first_byte = self._histogram(
             "time_to_first_byte_seconds", "Time from the request to the first byte of its response."
-        )[()]
-        self._in_flight = self._gauge("in_flight", "Requests in flight at a pod.", "pod")
+        )
+        self._in_flight = Children(
+            Gauge("matrixinfer_in_flight", "Requests in flight at a pod.", ["pod"], registry=self.registry)
+        )
         self._retries = self._counter("retries", "Requests sent to another pod before their first byte.", "reason")
         self._upstream_errors = self._counter(
             "upstream_errors", "Requests that a pod did not answer, or not completely.", "pod", "kind"
@@ -47,20 +48,30 @@ class Metrics:
             "place",
         )
         self._ejections = self._counter("ejections", "Times that an endpoint was ejected.", "pod")
-        self._ejected = self._gauge(
-            "ejected", "1 while an endpoint gets no requests, or only a probe, because it failed requests.", "pod"
+        self._ejected = Children(
+            Gauge(
+                "matrixinfer_ejected",
+                "1 while an endpoint gets no requests, or only a probe, because it failed requests.",
+                ["pod"],
+                registry=self.registry,
+            )
         )
         self._decision = self._histogram(
             "decision_seconds", "Time that it took to choose a pod.", buckets=_DECISION_BUCKETS
-        )[()]
-        self._stages = self._histogram(
-            "decision_stage_seconds", "Time that one stage of the decision took.", "stage", buckets=_DECISION_BUCKETS
+        )
+        self._stages = Children(
+            self._histogram(
+                "decision_stage_seconds",
+                "Time that one stage of the decision took.",
+                "stage",
+                buckets=_DECISION_BUCKETS,
+            )
         )
         self._engine_tokenize = self._histogram(
             "engine_tokenize_seconds",
             "Time that an engine's /tokenize took for one prompt.",
             buckets=_DECISION_BUCKETS,
-        )[()]
+        )
         self._routed = self._counter("routed", "Requests for which a pod was chosen.", "pod")
         self._ids_sent = self._counter(
             "token_ids_sent", "Requests sent to a pod with the token ids of their prompt.", "pod"
@@ -80,11 +91,13 @@ class Metrics:
             "check",
             "result",
         )
-        self._approximate = self._gauge(
-            "tokenizer_approximate",
-            "1 while a class of a model's requests is routed without the index because its token ids differ.",
-            "model",
-            "class",
+        self._approximate = Children(
+            Gauge(
+                "matrixinfer_tokenizer_approximate",
+                "1 while a class of a model's requests is routed without the index because its token ids differ.",
+                ["model", "class"],
+                registry=self.registry,
+            )
         )
         self._drift = self._counter(
             "drift",
@@ -112,7 +125,7 @@ class Metrics:
             "predicted_hit_tokens", "Prompt tokens that were predicted to be in the chosen pod's cache."
         )
         self.access = AccessMetrics(self.registry)
-        self._of_pods: tuple[Children[Count] | Children[Level], ...] = (
+        self._of_pods: tuple[Children[Counter] | Children[Gauge], ...] = (
             self._in_flight,
             self._upstream_errors,
             self._ejections,
@@ -125,7 +138,7 @@ class Metrics:
             self._windows,
             self._resyncs,
         )
-        self._of_models: tuple[Children[Count] | Children[Level], ...] = (
+        self._of_models: tuple[Children[Counter] | Children[Gauge], ...] = (
             self._requests,
             self._parity,
             self._approximate,
@@ -166,7 +179,7 @@ class Metrics:
 
     def at(self, pod: str) -> AbstractContextManager[None]:
         """A request is in flight at a pod within this context. If the pod has gone by its end, nothing is counted."""
-        return self._in_flight[pod,]
+        return self._in_flight[pod,].track_inprogress()
 
     def retry(self, reason: str) -> None:
         """A request is sent to another pod."""
@@ -242,16 +255,13 @@ class Metrics:
         """From now on, a class of a model's requests is routed without the index, or with it again."""
         self._approximate[model, request_class].set(is_approximate)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Children[Count]:
-        return Children(self.registry, name, text, labels, Count)
+    def _counter(self, name: str, text: str, *labels: str) -> Children[Counter]:
+        return Children(Counter(f"matrixinfer_{name}", text, labels, registry=self.registry))
 
-    def _plain_counter(self, name: str, text: str) -> Count:
-        return self._counter(name, text)[()]
-
-    def _gauge(self, name: str, text: str, *labels: str) -> Children[Level]:
-        return Children(self.registry, name, text, labels, Level)
+    def _plain_counter(self, name: str, text: str) -> Counter:
+        return Counter(f"matrixinfer_{name}", text, registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _REQUEST_BUCKETS
-    ) -> Children[Times]:
-        return Children(self.registry, name, text, labels, partial(Times, buckets))
+    ) -> Histogram:
+        return Histogram(f"matrixinfer_{name}", text, labels, buckets=buckets, registry=self.registry)
