@@ -17,12 +17,13 @@ class Tokens:
     The last of them, which are not in a page yet, are the tail.
     """
 
-    __slots__ = ("_pages", "_tail", "count")
+    __slots__ = ("_paged", "_pages", "_tail", "count")
 
     def __init__(self) -> None:
         self.count = 0
         """The number of tokens."""
         self._pages: list[bytes] = []
+        self._paged = 0  # tokens in pages
         self._tail = bytearray()
 
     def append(self, tokens: bytes | bytearray) -> None:
@@ -32,12 +33,12 @@ class Tokens:
 
     def since(self, first: int) -> memoryview:
         """The tokens from `first` on. Nothing may be appended or cut before the view is released."""
-        at = (first - len(self._pages) * _PAGE) * 4
+        at = (first - self._paged) * 4
         return memoryview(self._tail)[at:] if at >= 0 else memoryview(self.part(first, self.count))
 
     def part(self, first: int, last: int) -> bytes:
         """The tokens [first, last)."""
-        paged = len(self._pages) * _PAGE
+        paged = self._paged
         if first >= paged:
             return bytes(self._tail[(first - paged) * 4 : (last - paged) * 4])
         page, start = divmod(first, _PAGE)
@@ -51,24 +52,26 @@ class Tokens:
 
     def page(self, settled: int) -> None:
         """Move to pages what of the first `settled` tokens fills them."""
-        paged = len(self._pages) * _PAGE
-        if settled < paged + _PAGE:
+        count = (settled - self._paged) // _PAGE
+        if count <= 0:
             return
-        end = (settled - paged) // _PAGE * _PAGE_BYTES
+        end = count * _PAGE_BYTES
         with memoryview(self._tail) as view:
             self._pages += [bytes(view[at : at + _PAGE_BYTES]) for at in range(0, end, _PAGE_BYTES)]
             tail = bytearray(view[end:])
         self._tail = tail
+        self._paged += count * _PAGE
 
     def cut(self, count: int, settled: int) -> None:
         """Drop all tokens but the first `count`. No more than the first `settled` stay in pages."""
         self.count = count
-        pages = settled // _PAGE
-        if pages < len(self._pages):
+        if settled < self._paged:
+            pages = settled // _PAGE
             self._tail = bytearray(self.part(pages * _PAGE, count))
             del self._pages[pages:]
+            self._paged = pages * _PAGE
             return
         tail = self._tail
-        del tail[(count - len(self._pages) * _PAGE) * 4 :]
+        del tail[(count - self._paged) * 4 :]
         if tail.__alloc__() > len(tail) * 9 // 8 + 64:  # or up to half of it would stay unused
             self._tail = bytearray(tail)
