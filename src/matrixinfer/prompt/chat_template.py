@@ -111,16 +111,35 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        is_shaped: bool = False,
-        rendering: Rendering | None = None,
         **variables: Any,
     ) -> str:
         """The prompt's text. `messages` are not modified; `variables` are further variables from the request.
 
-        With `is_shaped`, the messages are what `shaped` makes of them. A new `rendering` may continue an earlier one of this
-        template, and can then be continued itself.
-
         Raises `TokenizeError` for any failure. Its message may quote the template's own error text, never the prompt.
+        """
+        return self.render_shaped(
+            self.shaped(messages),
+            tools,
+            documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def render_shaped(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any],
+        rendering: Rendering | None = None,
+    ) -> str:
+        """As `render`, from messages that `shaped` has made.
+
+        A new `rendering` may continue an earlier one of this template, and can then be continued itself.
         """
         if continue_final_message:
             if add_generation_prompt:
@@ -129,7 +148,7 @@ class ChatTemplate:
         context: dict[str, Any] = {
             **self._special_tokens,
             **variables,
-            "messages": list(messages) if is_shaped else self.shaped(messages),
+            "messages": list(messages),
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,

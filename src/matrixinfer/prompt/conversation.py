@@ -80,13 +80,14 @@ def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Developer messages become system messages, and all system messages are merged into one at the front.
     """
-    if all(message["role"] != "developer" for message in messages):
+    roles = [message.get("role") for message in messages]
+    if "developer" not in roles:
         return messages
-    messages = [_as_system(message) if message["role"] == "developer" else message for message in messages]
-    if all(message["role"] != "system" for message in messages[1:]):
+    messages = [_as_system(message) if message.get("role") == "developer" else message for message in messages]
+    if all(message.get("role") != "system" for message in messages[1:]):
         return messages
-    texts = [_joined(message["content"]) for message in messages if message["role"] == "system"]
-    others = [message for message in messages if message["role"] != "system"]
+    texts = [_joined(message["content"]) for message in messages if message.get("role") == "system"]
+    others = [message for message in messages if message.get("role") != "system"]
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
 
 

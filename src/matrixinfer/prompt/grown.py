@@ -13,6 +13,8 @@ from matrixinfer.prompt.resuming import Kept, Rendering, begins_with
 
 _MAX_MADE = 4
 """How many templates and engines a conversation is remembered for."""
+_MAX_VARIABLES = 1000
+"""Values and characters in a request's variables and documents: `ReadChats` does not count the memory of these."""
 
 Shaped = list[dict[str, Any]]
 Sent = Sequence[Mapping[str, Any]]
@@ -20,13 +22,15 @@ Sent = Sequence[Mapping[str, Any]]
 
 class _Made(NamedTuple):
     messages: Sent
+    is_text: bool
+    """Whether there were no media in them."""
     shaped: Shaped
     tools: Sent | None
     shaped_tools: Shaped | None
     loops: dict[int, Kept]
 
 
-_NOTHING = _Made((), [], None, None, {})
+_NOTHING = _Made((), True, [], None, None, {})
 
 
 class Grown:
@@ -35,8 +39,9 @@ class Grown:
     Starts with what was made of the chats that it continues, and is kept for those that continue it.
     """
 
-    def __init__(self, chat: Chat, *key: Hashable) -> None:
+    def __init__(self, chat: Chat, *key: Hashable, is_text: bool = True) -> None:
         self._chat = chat
+        self._is_text = is_text
         self._key = key
         made = _NOTHING if chat.rendered is None else chat.rendered.get(key, _NOTHING)
         self._made: _Made = made if begins_with(chat.messages, made.messages) else _NOTHING
@@ -57,20 +62,40 @@ class Grown:
     def render(self, write: Callable[[Rendering | None], str]) -> str:
         """What `write` renders; it is given what to continue, where that may be."""
         rendered, chat = self._chat.rendered, self._chat
-        if rendered is None or chat.continue_final_message:
+        if (
+            rendered is None
+            or chat.continue_final_message
+            or not _is_small([chat.documents, chat.chat_template_kwargs])
+        ):
             return write(None)
         rendering = Rendering(self._made.loops)
         text = write(rendering)
         if len(rendered) >= _MAX_MADE and self._key not in rendered:
             rendered.clear()
-        rendered[self._key] = _Made(chat.messages, self._shaped, chat.tools, self._tools, rendering.kept)
+        rendered[self._key] = _Made(chat.messages, self._is_text, self._shaped, chat.tools, self._tools, rendering.kept)
         return text
 
 
 def not_rendered(chat: Chat) -> Sent:
-    """The messages of a chat that were not rendered as text before."""
+    """The messages of a chat that may have media in them: those that were not rendered as text before."""
     if not chat.rendered:
         return chat.messages
     made: Iterable[_Made] = tuple(chat.rendered.values())
-    known = (len(each.messages) for each in made if begins_with(chat.messages, each.messages))
+    known = (len(each.messages) for each in made if each.is_text and begins_with(chat.messages, each.messages))
     return chat.messages[max(known, default=0) :]
+
+
+def _is_small(value: object) -> bool:
+    """Whether decoded JSON takes little memory."""
+    waiting, left = [value], _MAX_VARIABLES
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | list | dict):
+            left -= len(value)
+        if left < 0:
+            return False
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -160,7 +160,7 @@ class LocalTokenizer:
             start = self._clock()
             complete = not has_media(not_rendered(prompt.chat))
             if dialect.is_sglang:
-                text, continued = self.render_for_sglang(prompt.chat, dialect)
+                text, continued = self.render_for_sglang(prompt.chat, dialect, is_text=complete)
                 special = False
             elif complete:
                 text = self.render(prompt.chat, dialect)
@@ -198,9 +198,7 @@ class LocalTokenizer:
             lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))
         )
         tools = grown.tools(engine_tools)
-        return grown.render(
-            lambda rendering: _written(template, chat, messages, tools, is_shaped=True, rendering=rendering)
-        )
+        return grown.render(lambda rendering: _written(template, chat, messages, tools, rendering))
 
     def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
@@ -233,23 +231,30 @@ class LocalTokenizer:
         """The template that renders `chat`. Raises `TokenizeError`."""
         return self._template(chat)
 
-    def render_for_sglang(self, chat: Chat, dialect: Dialect) -> tuple[str, str]:
-        """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`."""
+    def render_for_sglang(self, chat: Chat, dialect: Dialect, *, is_text: bool = False) -> tuple[str, str]:
+        """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`.
+
+        `is_text`: it is known that there are no media in the chat.
+        """
         if len(self._templates) > 1:
             raise TokenizeError(
                 "the tokenizer has several chat templates; set `chatTemplate` to the one that SGLang uses"
             )
         template = self._template(replace(chat, chat_template=None))
-        grown = Grown(chat, template, dialect)
+        grown = Grown(chat, template, dialect, is_text=is_text)
         shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
-        variables: dict[str, Any] = {"documents": None, **shaped.variables}
-        write = partial(template.render, shaped.messages, shaped.tools, is_shaped=True, **variables)
+        variables = dict(shaped.variables)
+        documents = variables.pop("documents", None)
+
+        def write(rendering: Rendering | None, tools: Sequence[Mapping[str, Any]] | None = shaped.tools) -> str:
+            return template.render_shaped(shaped.messages, tools, documents, variables=variables, rendering=rendering)
+
         try:
-            text = grown.render(lambda rendering: write(rendering=rendering))
+            text = grown.render(write)
         except TokenizeError:
             if not shaped.tools:
                 raise
-            text = template.render(shaped.messages, without_wrappers(shaped.tools), is_shaped=True, **variables)
+            text = write(None, without_wrappers(shaped.tools))
         return text, shaped.continued
 
     def _continued(self, text: str) -> TokenIds:
@@ -300,7 +305,7 @@ class LocalTokenizer:
 
 def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
     """Render engine messages with the template."""
-    return _written(template, chat, messages, engine_tools(chat.tools))
+    return _written(template, chat, template.shaped(messages), engine_tools(chat.tools))
 
 
 def _written(
@@ -308,22 +313,18 @@ def _written(
     chat: Chat,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
-    *,
-    is_shaped: bool = False,
     rendering: Rendering | None = None,
 ) -> str:
-    """Render engine messages and tools; for `is_shaped` and `rendering` see `ChatTemplate.render`."""
+    """Render engine messages and tools, both shaped; for `rendering` see `ChatTemplate.render_shaped`."""
     sent = chat.chat_template_kwargs or {}
-    variables = {key: value for key, value in sent.items() if key not in RESERVED}
-    return template.render(
+    return template.render_shaped(
         messages if template.knows_developers else without_developers(messages),
         tools,
         sent.get("documents") if chat.documents is None else chat.documents,
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
-        is_shaped=is_shaped,
+        variables={key: value for key, value in sent.items() if key not in RESERVED},
         rendering=rendering,
-        **variables,
     )
 
 

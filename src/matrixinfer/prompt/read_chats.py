@@ -40,6 +40,7 @@ _BLANKS = b" \t\r\n"
 _MESSAGES = re.compile(rb'"messages"[ \t\r\n]*:[ \t\r\n]*\[')
 _LOOKED_AT = 16
 """How many bytes before a bracket are looked at to see which list it ends."""
+_MAX_ROLE = 32
 _MESSAGE_BYTES = 800
 """Memory of a plain message besides its text, decoded and as templates get it."""
 _TEXT_COST = 8
@@ -292,6 +293,12 @@ def _rounded(length: int) -> int:
     return length - length % step
 
 
+def _has_short_role(message: dict[str, Any]) -> bool:
+    """Whether a message has a role that takes next to no memory, and nothing else but content."""
+    role = message.get("role")
+    return len(message) == 2 and type(role) is str and len(role) <= _MAX_ROLE
+
+
 def _address(data: bytes | Raw) -> int:
     address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
     return address
@@ -301,6 +308,6 @@ def _memory(sent: memoryview, messages: Sequence[dict[str, Any]]) -> int:
     """What messages take that were sent as these bytes, decoded and rendered."""
     texts = [content for each in messages if type(content := each.get("content")) is str]
     memory = len(messages) * _MESSAGE_BYTES + 2 * sum(map(sys.getsizeof, texts))
-    if len(texts) == len(messages) and all(len(each) == 2 for each in messages):
+    if len(texts) == len(messages) and all(map(_has_short_role, messages)):
         return memory
     return memory + _TEXT_COST * max(0, len(sent) - sum(map(len, texts))) + values_of(sent)

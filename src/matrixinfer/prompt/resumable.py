@@ -48,8 +48,11 @@ def instrument(tree: nodes.Template, environment: Environment) -> None:
     if not all(id(clock) in used for clock in clocks):
         return
     macros = list(tree.find_all(nodes.Macro))
-    if any(macro not in tree.body for macro in macros) or len({macro.name for macro in macros}) < len(macros):
+    named = {macro.name for macro in macros}
+    if any(macro not in tree.body for macro in macros) or len(named) < len(macros):
         return
+    if any(each.name in named for each in tree.find_all(nodes.Name) if each.ctx != "load"):
+        return  # such a name may stand for something else than the macro
     for number, loop in enumerate(_loops(tree.body)):
         read = _read_by(loop, macros, environment)
         if read is not None and read.isdisjoint(_stored_after(loop, tree)):

@@ -82,10 +82,12 @@ def conversation(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def outcome(template: ChatTemplate, chat: dict[str, Any], rendering: Rendering | None) -> str:
-    arguments = {"add_generation_prompt": True, **chat, **(chat.get("chat_template_kwargs") or {})}
+    arguments = {"tools": None, "documents": None, **chat, "variables": chat.get("chat_template_kwargs") or {}}
     arguments.pop("chat_template_kwargs", None)
+    if rendering is None:
+        arguments["messages"] = template.shaped(arguments["messages"])
     try:
-        return template.render(**arguments, is_shaped=rendering is not None, rendering=rendering)
+        return template.render_shaped(**arguments, rendering=rendering)
     except TokenizeError as error:
         return f"error: {error}"
 
@@ -182,6 +184,7 @@ FUTURE = {
     + LOOP
     + "{{ f is defined }}{% endfor %}",
     "a macro in a loop": LOOP + "{% macro f() %}{{ m.role }}{% endmacro %}{{ f() }}{% endfor %}",
+    "a variable that has the name of a macro": "{% macro f() %}{% endmacro %}{% set f = content %}" + LOOP + "{{ f }}{{ m.role }}{% endfor %}",
     "undefined things": LOOP + "{{ m.nothing }}{{ nothing }}{{ messages[100].role is defined }}{{ m.role }}{% endfor %}",
     "an index that is none": LOOP + "{{ messages[m.content] }}{{ messages[nothing] }}{{ messages[true].role }}{% endfor %}",
     "a text that is buffered": LOOP + "{% set x %}{{ m.role }}{% endset %}{{ x }}{% filter upper %}{{ m.content }}{% endfilter %}{% endfor %}",
@@ -202,9 +205,12 @@ def test_a_clock_is_read_each_time() -> None:
     template = ChatTemplate(source, now=lambda: next(moments), aliases_reasoning=False)
     messages = [{"role": "user", "content": str(i)} for i in range(4)]
     first, second = Rendering(), Rendering()
-    assert template.render(messages[:2], is_shaped=True, rendering=first) == "0501"
+    assert template.render_shaped(messages[:2], None, None, variables={}, rendering=first) == "0501"
     second = Rendering(first.kept)
-    assert (template.render(messages, is_shaped=True, rendering=second), second.continued) == ("060123", 1)
+    assert (template.render_shaped(messages, None, None, variables={}, rendering=second), second.continued) == (
+        "060123",
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,14 +226,14 @@ def test_a_loop_that_reads_a_clock_is_not_continued(source: str) -> None:
     template = ChatTemplate(source, now=lambda: next(moments), aliases_reasoning=False)
     messages = [{"role": "user", "content": str(i)} for i in range(4)]
     first = Rendering()
-    assert template.render(messages[:3], is_shaped=True, rendering=first) == "050607"
-    assert template.render(messages, is_shaped=True, rendering=Rendering(first.kept)) == "08091011"
+    assert template.render_shaped(messages[:3], None, None, variables={}, rendering=first) == "050607"
+    assert template.render_shaped(messages, None, None, variables={}, rendering=Rendering(first.kept)) == "08091011"
 
 
 def test_chance_is_not_continued() -> None:
     template = ChatTemplate(LOOP + "{{ range(100) | random }}{% endfor %}", aliases_reasoning=False)
     first = Rendering()
-    template.render([{"role": "user", "content": ""}] * 3, is_shaped=True, rendering=first)
+    template.render_shaped([{"role": "user", "content": ""}] * 3, None, None, variables={}, rendering=first)
     assert not first.kept
 
 
