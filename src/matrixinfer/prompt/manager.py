@@ -28,7 +28,7 @@ from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.memory import Held, Memory
-from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
+from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, is_short
 from matrixinfer.prompt.read_chats import ReadChats
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import Reader, parse
@@ -176,8 +176,8 @@ class TokenizerManager:
             return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
         arguments = path, body, self._bounds, claim.take, self.chats
-        is_short = path == CHAT_PATH and self.chats.rest(body) <= LARGE_BYTES
-        prompt = parse(*arguments) if is_short else await self._lanes.read(parse, *arguments)
+        is_here = path == CHAT_PATH and is_short(body, self.chats)
+        prompt = parse(*arguments) if is_here else await self._lanes.read(parse, *arguments)
         return replace(prompt, claim=claim)
 
     async def tokenize(

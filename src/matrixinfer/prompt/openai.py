@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields, TokenId
+from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools, Span, is_stand_in, stood_in
 
 CHAT_PATH = "/v1/chat/completions"
@@ -40,7 +41,15 @@ class _CompletionRequest(fields.Request, kw_only=True):
     prompt_logprobs: Any = None
 
 
+class _ChatAround(Struct):
+    """What decides whether a chat may share the messages of another one."""
+
+    messages: Raw
+    cache_salt: str | None = None
+
+
 _CHAT = msgspec.json.Decoder(_ChatRequest)
+_AROUND = msgspec.json.Decoder(_ChatAround)
 _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
 _IDS = msgspec.json.Decoder(list[TokenId])
 
@@ -62,6 +71,21 @@ def chat(path: str, body: bytes, lately: ReadChats | None = None, values: int | 
             return _prompt(path, body, read, _keep(body, read, lately, earlier, values))
     read = _read_twice(body)
     return _prompt(path, body, read, None if earlier is not None else _keep(body, read, lately, None, values))
+
+
+def is_short(body: bytes, lately: ReadChats) -> bool:
+    """Whether a large chat continues one in `lately` that was looked at, and little else of it is to be decoded."""
+    earlier = lately.find(body)
+    if earlier is None or earlier.values is None or len(body) - (earlier.stop - earlier.start) > LARGE_BYTES:
+        return False
+    reduced = earlier.stood_in(body)
+    if reduced is None:
+        return False
+    try:
+        around = _AROUND.decode(reduced)
+    except UNREADABLE:
+        return False
+    return around.cache_salt == earlier.cache_salt and earlier.more(around.messages) is not None
 
 
 class _Read(NamedTuple):

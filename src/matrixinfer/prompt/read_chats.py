@@ -207,11 +207,6 @@ class ReadChats:
             alike.append(found.number)
         return found
 
-    def rest(self, body: bytes) -> int:
-        """How many bytes of a large chat were not looked at yet."""
-        earlier = self.find(body)
-        return len(body) - (0 if earlier is None or earlier.values is None else earlier.stop)
-
     def keep(
         self,
         body: bytes,

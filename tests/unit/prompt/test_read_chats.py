@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import threading
@@ -403,23 +402,60 @@ async def test_conversations_have_the_same_ids_as_with_a_new_gateway(tmp_path: P
                     assert np.array_equal(ids, fresh.tokenize(parse(CHAT_PATH, body)).ids)
 
 
-async def test_a_large_chat_that_goes_on_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def read_with(manager: TokenizerManager, *bodies: bytes) -> tuple[list[bytes], list[Prompt | InvalidRequest]]:
+    """Read bodies. Returns those that were read in a thread, and what they say."""
+    used: list[bytes] = []
+    lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
+    read = lanes.read
+
+    async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
+        used.append(body)
+        return await read(work, path, body, *rest)
+
+    prompts: list[Prompt | InvalidRequest] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "read", noting)
+        for body in bodies:
+            try:
+                prompts.append(await manager.read(CHAT_PATH, body))
+            except InvalidRequest as error:
+                prompts.append(error)
+    return used, prompts
+
+
+async def test_a_large_chat_that_goes_on_needs_no_thread() -> None:
     async with TokenizerManager((), TokenizationConfig(), None) as manager:
-        used: list[bytes] = []
-        lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
-        read = lanes.read
-
-        async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
-            used.append(body)
-            return await read(work, path, body, *rest)
-
-        monkeypatch.setattr(lanes, "read", noting)
         bodies = [long_chat(300), long_chat(301), long_chat(302), long_chat(302, "x" * LARGE_BYTES)]
-        prompts = [await manager.read(CHAT_PATH, body) for body in bodies]
-        assert used == [bodies[0], bodies[3]]
-        assert shared(prompts[1], prompts[2]) == 301
-        assert all(prompt.claim is not None for prompt in prompts)
-        await asyncio.sleep(0)
+        used, prompts = await read_with(manager, *bodies)
+        assert all(isinstance(prompt, Prompt) and prompt.claim is not None for prompt in prompts)
+    assert used == [bodies[0], bodies[3]]
+    assert isinstance(prompts[1], Prompt)
+    assert isinstance(prompts[2], Prompt)
+    assert shared(prompts[1], prompts[2]) == 301
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"cache_salt": "b"}, {"cache_salt": 1}, {"messages": said("x")}, {"user": "x" * LARGE_BYTES}],
+    ids=["other salt", "bad salt", "other messages", "long rest"],
+)
+async def test_a_large_chat_that_shares_no_messages_is_read_in_a_thread(more: dict[str, Any]) -> None:
+    bodies = [long_chat(300), long_chat(300)[:-1] + b"," + json.dumps(more).encode()[1:]]
+    async with TokenizerManager((), TokenizationConfig(), None) as manager:
+        used, _ = await read_with(manager, *bodies)
+    assert used == bodies
+
+
+async def test_what_precedes_the_messages_of_a_large_chat_counts() -> None:
+    head = b'{"documents":[%b{}],' % (b"{}," * 100_000)
+    bodies = [head + long_chat(kib)[1:] for kib in (100, 101, 102)]
+    async with TokenizerManager((), TokenizationConfig(), None) as manager:
+        used, prompts = await read_with(manager, *bodies)
+        assert len(manager.chats) == 2
+    assert used == bodies
+    assert isinstance(prompts[0], Prompt)
+    assert isinstance(prompts[2], Prompt)
+    assert shared(prompts[0], prompts[2]) == 100
 
 
 def test_the_stand_in_is_valid_json() -> None:
