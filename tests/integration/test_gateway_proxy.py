@@ -297,7 +297,8 @@ async def test_a_client_that_asks_before_sending_its_body_is_invited_at_once() -
         writer.close()
 
 
-async def test_a_client_of_http_1_0_gets_its_answer_unchunked() -> None:
+@pytest.mark.parametrize("more", [b"", b"Connection: keep-alive\r\n"])
+async def test_a_client_of_http_1_0_gets_its_answer_unchunked_up_to_the_end_of_the_connection(more: bytes) -> None:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -307,7 +308,7 @@ async def test_a_client_of_http_1_0_gets_its_answer_unchunked() -> None:
 
     async with pod(handle) as url, rig(url) as gateway:
         reader, writer = await asyncio.open_connection(LOOPBACK, int(gateway.url.rsplit(":", 1)[1]))
-        writer.write(b"POST %s HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(BODY), BODY))
+        writer.write(b"POST %b HTTP/1.0\r\n%bContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), more, len(BODY), BODY))
         answer = await asyncio.wait_for(reader.read(), DEADLINE_SECONDS)
         writer.close()
     head, _, body = answer.partition(b"\r\n\r\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import StreamWriter
+from aiohttp.http import HttpVersion11, StreamWriter
 from multidict import CIMultiDict
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class ClientRequest(web.BaseRequest):
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         if self.decorate is not None:
             self.decorate(response.headers)
+        if self.version < HttpVersion11 and "Connection" not in response.headers:
+            response.force_close()  # so it was not told that the connection stays; its end may be that of the body
 
 
 def incoming(
