@@ -224,8 +224,8 @@ class ReadChats:
         `values` is what the values in a large body may take.
         """
         stop = span.stop - 1
-        while body[stop - 1] in _BLANKS:
-            stop -= 1
+        if body[stop - 1] in _BLANKS:
+            stop = span.start + len(body[span.start : stop].rstrip(_BLANKS))
         least = LEAST_BYTES if tools.tools else PLAIN_BYTES
         if not least <= stop <= len(body) <= min(MOST_BYTES, self._max_bytes):
             return None
