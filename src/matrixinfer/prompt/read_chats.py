@@ -34,8 +34,8 @@ _STAND_IN = b'"the messages before these"'
 _SAMPLE_BYTES = 64
 _STEPS = 5
 """Lengths are rounded down to one of two to the power of so many between a power of two and the next."""
-_ALIKE = 8
-"""How many chats with the same rounded length, and the same bytes before it, are kept."""
+_ALIKE = 64
+"""How many chats with the same rounded length, and the same bytes before it, are kept: long instructions are shared by many."""
 _BLANKS = b" \t\r\n"
 _MESSAGES = re.compile(rb'"messages"[ \t\r\n]*:[ \t\r\n]*\[')
 _LOOKED_AT = 16

@@ -194,15 +194,15 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first() -> None:
 
 
 def test_chats_that_differ_only_at_their_end_are_told_apart() -> None:
-    lately = ReadChats(1 << 22)
+    lately = ReadChats(1 << 24)
     # Lengths are rounded down to a multiple of 1024 here, which is before what differs.
     alike = LONG + "x" * ((800 - len(encoded(said(LONG, "00")))) % 1024)
-    for i in range(10, 40):
+    for i in range(10, 90):
         parse(CHAT_PATH, encoded(said(alike, str(i))), lately=lately)
-    assert len(lately) == 8
-    for i in range(10, 40):
+    assert len(lately) == 64
+    for i in range(10, 90):
         found = lately.find(encoded(said(alike, str(i), "more")))
-        assert (found is not None) == (i >= 32)
+        assert (found is not None) == (i >= 26)
         assert found is None or found.messages == said(alike, str(i))
 
 
