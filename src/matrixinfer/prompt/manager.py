@@ -35,7 +35,7 @@ from matrixinfer.prompt.requests import Reader, parse
 from matrixinfer.prompt.workers import Lanes
 
 _CHATS = 4
-"""Chats that were read lately take one part in this many of what a tokenizer's cache may take."""
+"""Chats that were read lately may take one part in so many of what a tokenizer's cache may take, besides that."""
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
 MAX_LATE = 64
@@ -166,18 +166,18 @@ class TokenizerManager:
             self._remote.forget()
 
     async def read(self, path: str, body: bytes, read: Reader | None = None) -> Prompt:
-        """`parse` the body, in a thread if it is large. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
+        """`parse` the body, in a thread if much of it is new. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
 
         A large prompt holds the memory that its content takes. `read` reads a body that brings no prompt instead.
         """
         if len(body) <= LARGE_BYTES:
-            return parse(path, body, lately=self.chats) if read is None else read(path, body)
+            return parse(path, body, chats=self.chats) if read is None else read(path, body)
         if read is not None:
             return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
         arguments = path, body, self._bounds, claim.take, self.chats
-        is_short = path == CHAT_PATH and self.chats.rest(body) <= LARGE_BYTES
-        prompt = parse(*arguments) if is_short else await self._lanes.read(parse, *arguments)
+        known, _ = self.chats.counted(body) if path == CHAT_PATH else (0, 0)
+        prompt = parse(*arguments) if len(body) - known <= LARGE_BYTES else await self._lanes.read(parse, *arguments)
         return replace(prompt, claim=claim)
 
     async def tokenize(

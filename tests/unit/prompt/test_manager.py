@@ -404,9 +404,9 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
 async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     threads: list[str] = []
 
-    def noting(path: str, body: bytes, *bounds: Any, **lately: Any) -> Prompt:
+    def noting(path: str, body: bytes, *bounds: Any, **chats: Any) -> Prompt:
         threads.append(threading.current_thread().name)
-        return parse(path, body, *bounds, **lately)
+        return parse(path, body, *bounds, **chats)
 
     monkeypatch.setattr(prompt_manager, "parse", noting)
     body = json.dumps({"model": "m", "prompt": "x" * size}).encode()

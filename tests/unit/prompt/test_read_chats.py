@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import threading
@@ -16,14 +15,15 @@ import pytest
 
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import InvalidRequest
-from matrixinfer.prompt import fields, read_chats
+from matrixinfer.prompt import fields
 from matrixinfer.prompt.base import Prompt
 from matrixinfer.prompt.bounds import DEFAULT_BOUNDS, LARGE_BYTES, Bounds
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
-from matrixinfer.prompt.read_chats import LEAST_BYTES, PLAIN_BYTES, ReadChats, Span
+from matrixinfer.prompt.read_chats import LEAST_BYTES, PLAIN_BYTES, ReadChats
 from matrixinfer.prompt.requests import parse
+from matrixinfer.prompt.stand_in import ITEM, Span
 
 from .support import folder, tokenizer
 from .template_cases import TOOLS
@@ -53,9 +53,9 @@ def known(prompt: Prompt) -> Any:
     return msgspec.json.encode(whole)
 
 
-def outcome(body: bytes, lately: ReadChats | None, bounds: Bounds = DEFAULT_BOUNDS) -> Any:
+def outcome(body: bytes, chats: ReadChats | None, bounds: Bounds = DEFAULT_BOUNDS) -> Any:
     try:
-        return known(parse(CHAT_PATH, body, bounds, lately=lately))
+        return known(parse(CHAT_PATH, body, bounds, chats=chats))
     except InvalidRequest as error:
         return str(error), error.param
 
@@ -124,48 +124,48 @@ def bodies(seed: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_sequence_of_bodies_is_read_as_by_a_new_reader(seed: int) -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     for part in range(5):
         for body in bodies(seed * 100 + part):
-            assert outcome(body, lately) == expected(body)
+            assert outcome(body, chats) == expected(body)
             assert outcome(body, None) == expected(body)
 
 
 def test_the_random_bodies_continue_one_another() -> None:
-    lately, found = ReadChats(1 << 24), 0
+    chats, found = ReadChats(1 << 24), 0
     for seed in range(20):
         for body in bodies(seed):
-            found += lately.find(body) is not None
-            outcome(body, lately)
+            found += chats.find(body) is not None
+            outcome(body, chats)
     assert found > 50
 
 
 def test_only_new_messages_are_decoded() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     messages = said(LONG, "one")
-    first = parse(CHAT_PATH, encoded(messages), lately=lately)
-    second = parse(CHAT_PATH, encoded([*messages, *said("two", "three")]), lately=lately)
-    third = parse(CHAT_PATH, encoded([*messages, *said("two", "three"), *said("four")], stream=True), lately=lately)
+    first = parse(CHAT_PATH, encoded(messages), chats=chats)
+    second = parse(CHAT_PATH, encoded([*messages, *said("two", "three")]), chats=chats)
+    third = parse(CHAT_PATH, encoded([*messages, *said("two", "three"), *said("four")], stream=True), chats=chats)
     assert (shared(first, second), shared(second, third)) == (2, 4)
     assert third.chat is not None
     assert [each["content"] for each in third.chat.messages] == [LONG, "one", "two", "three", "four"]
 
 
 def test_a_turn_can_be_taken_again() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     messages = said(LONG, "one")
-    first = parse(CHAT_PATH, encoded(messages), lately=lately)
+    first = parse(CHAT_PATH, encoded(messages), chats=chats)
     for again in range(20):
-        assert shared(first, parse(CHAT_PATH, encoded(messages), lately=lately)) == 2
-        assert shared(first, parse(CHAT_PATH, encoded([*messages, *said(str(again), "x")]), lately=lately)) == 2
+        assert shared(first, parse(CHAT_PATH, encoded(messages), chats=chats)) == 2
+        assert shared(first, parse(CHAT_PATH, encoded([*messages, *said(str(again), "x")]), chats=chats)) == 2
 
 
 def test_tools_that_are_the_same_are_not_decoded_again() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     messages = said(LONG, "one")
-    first = parse(CHAT_PATH, encoded(messages, tools=TOOLS), lately=lately)
-    second = parse(CHAT_PATH, encoded([*messages, *said("two")], tools=TOOLS), lately=lately)
-    third = parse(CHAT_PATH, encoded([*messages, *said("two", "three")], tools=TOOLS[:1]), lately=lately)
+    first = parse(CHAT_PATH, encoded(messages, tools=TOOLS), chats=chats)
+    second = parse(CHAT_PATH, encoded([*messages, *said("two")], tools=TOOLS), chats=chats)
+    third = parse(CHAT_PATH, encoded([*messages, *said("two", "three")], tools=TOOLS[:1]), chats=chats)
     assert first.chat is not None
     assert second.chat is not None
     assert third.chat is not None
@@ -174,49 +174,49 @@ def test_tools_that_are_the_same_are_not_decoded_again() -> None:
 
 
 def test_chats_with_different_salts_share_nothing() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     messages = said(LONG, "one")
-    first = parse(CHAT_PATH, encoded(messages, cache_salt="a"), lately=lately)
+    first = parse(CHAT_PATH, encoded(messages, cache_salt="a"), chats=chats)
     for salt, count in (("a", 2), ("b", 0), (None, 0), ("a", 2)):
-        other = parse(CHAT_PATH, encoded([*messages, *said("two")], cache_salt=salt), lately=lately)
+        other = parse(CHAT_PATH, encoded([*messages, *said("two")], cache_salt=salt), chats=chats)
         assert shared(first, other) == count
 
 
 def test_memory_is_bounded_and_the_least_recently_used_go_first() -> None:
-    lately = ReadChats(800_000)
-    first = parse(CHAT_PATH, encoded(said("first" + LONG)), lately=lately)
+    chats = ReadChats(800_000)
+    first = parse(CHAT_PATH, encoded(said("first" + LONG)), chats=chats)
     for i in range(50):
-        parse(CHAT_PATH, encoded(said(f"{i}{LONG}")), lately=lately)
-        assert shared(first, parse(CHAT_PATH, encoded(said("first" + LONG)), lately=lately)) == 1
-    assert lately.memory <= 800_000
-    assert 2 < len(lately) < 20
-    assert lately.find(encoded(said("0" + LONG))) is None
-    assert lately.find(encoded(said("49" + LONG))) is not None
+        parse(CHAT_PATH, encoded(said(f"{i}{LONG}")), chats=chats)
+        assert shared(first, parse(CHAT_PATH, encoded(said("first" + LONG)), chats=chats)) == 1
+    assert chats.memory <= 800_000
+    assert 2 < len(chats) < 20
+    assert chats.find(encoded(said("0" + LONG))) is None
+    assert chats.find(encoded(said("49" + LONG))) is not None
 
 
 def test_chats_that_differ_only_at_their_end_are_told_apart() -> None:
-    lately = ReadChats(1 << 22)
+    chats = ReadChats(1 << 22)
     # Lengths are rounded down to a multiple of 1024 here, which is before what differs.
     alike = LONG + "x" * ((800 - len(encoded(said(LONG, "00")))) % 1024)
     for i in range(10, 40):
-        parse(CHAT_PATH, encoded(said(alike, str(i))), lately=lately)
-    assert len(lately) == 8
+        parse(CHAT_PATH, encoded(said(alike, str(i))), chats=chats)
+    assert len(chats) == 8
     for i in range(10, 40):
-        found = lately.find(encoded(said(alike, str(i), "more")))
+        found = chats.find(encoded(said(alike, str(i), "more")))
         assert (found is not None) == (i >= 32)
         assert found is None or found.messages == said(alike, str(i))
 
 
 def test_nothing_is_kept_where_nothing_may_be() -> None:
-    lately = ReadChats(0)
-    parse(CHAT_PATH, encoded(said(LONG)), lately=lately)
-    assert (len(lately), lately.memory, lately.find(encoded(said(LONG)))) == (0, 0, None)
-    lately = ReadChats(1 << 24)
-    parse(CHAT_PATH, encoded(said("x" * (PLAIN_BYTES - 100))), lately=lately)
-    parse(CHAT_PATH, encoded(said("x"), tools=TOOLS), lately=lately)
-    assert len(lately) == 0
-    parse(CHAT_PATH, encoded(said("x" * LEAST_BYTES), tools=TOOLS), lately=lately)
-    assert len(lately) == 1
+    chats = ReadChats(0)
+    parse(CHAT_PATH, encoded(said(LONG)), chats=chats)
+    assert (len(chats), chats.memory, chats.find(encoded(said(LONG)))) == (0, 0, None)
+    chats = ReadChats(1 << 24)
+    parse(CHAT_PATH, encoded(said("x" * (PLAIN_BYTES - 100))), chats=chats)
+    parse(CHAT_PATH, encoded(said("x"), tools=TOOLS), chats=chats)
+    assert len(chats) == 0
+    parse(CHAT_PATH, encoded(said("x" * LEAST_BYTES), tools=TOOLS), chats=chats)
+    assert len(chats) == 1
 
 
 @pytest.mark.parametrize(
@@ -238,26 +238,26 @@ def test_nothing_is_kept_where_nothing_may_be() -> None:
     ],
 )
 def test_what_follows_the_messages_is_read_as_ever(more: bytes) -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     body = encoded(said(LONG))
-    parse(CHAT_PATH, body, lately=lately)
+    parse(CHAT_PATH, body, chats=chats)
     continued = body[:-2] + b',{"role":"user","content":"x"}]' + more
-    assert lately.find(continued) is not None
-    assert outcome(continued, lately) == expected(continued)
+    assert chats.find(continued) is not None
+    assert outcome(continued, chats) == expected(continued)
 
 
 def test_lists_that_look_like_messages_are_told_from_them() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     listed = json.dumps(said(LONG))
     body = b'{"metadata":{"messages":%b},"messages":%b,"model":"m"}' % (listed.encode(), listed.encode())
-    parse(CHAT_PATH, body, lately=lately)
+    parse(CHAT_PATH, body, chats=chats)
     twice = b'{"messages":%b,"messages":%b,"model":"m"}' % (listed.encode(), listed.encode())
-    parse(CHAT_PATH, twice, lately=lately)
+    parse(CHAT_PATH, twice, chats=chats)
     for each in (body, twice):
         for more in (b',{"role":"user"}', b""):
             for at in (each.find(b"}]") + 1, each.rfind(b"}]") + 1):
                 changed = each[:at] + more + each[at:]
-                assert outcome(changed, lately) == expected(changed)
+                assert outcome(changed, chats) == expected(changed)
 
 
 PARTS = b'[{"role":"user","content":[{"type":"text","text":"hi"}]}]'
@@ -326,11 +326,11 @@ def long_chat(kib: int, *more: str) -> bytes:
 
 
 def test_large_chats_are_read_within_the_same_bounds() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     kib = 0
     for kib in range(240, 300, 4):
         body = long_chat(kib)
-        assert outcome(body, lately) == expected(body)
+        assert outcome(body, chats) == expected(body)
     for more in ('"input": [1, 2, 3]', "x", "[" * 300_000, ",[" * 100_000, '"prompt":[1]', "x" * LARGE_BYTES):
         for bounds in (
             DEFAULT_BOUNDS,
@@ -339,35 +339,35 @@ def test_large_chats_are_read_within_the_same_bounds() -> None:
         ):
             for raw in (json.dumps(more), f'"","x":{{{more}:0}}' if more[0] == '"' else f'"","x":"{more[:9]}"'):
                 body = long_chat(kib)[:-2] + b',{"role":"user","content":%b}]}' % raw.encode()
-                assert outcome(body, lately, bounds) == expected(body, bounds)
+                assert outcome(body, chats, bounds) == expected(body, bounds)
 
 
-def claimed(body: bytes, lately: ReadChats | None) -> list[int]:
+def claimed(body: bytes, chats: ReadChats | None) -> list[int]:
     costs: list[int] = []
 
     def claim(cost: int) -> bool:
         costs.append(cost)
         return True
 
-    parse(CHAT_PATH, body, claim=claim, lately=lately)
+    parse(CHAT_PATH, body, claim=claim, chats=chats)
     return costs
 
 
 def test_a_claim_is_the_same_with_what_was_read_before() -> None:
-    lately = ReadChats(1 << 24)
+    chats = ReadChats(1 << 24)
     for kib in (250, 270, 290, 295):
-        costs = [claimed(long_chat(kib), known_chats) for known_chats in (lately, None)]
+        costs = [claimed(long_chat(kib), known_chats) for known_chats in (chats, None)]
         assert costs[0] == costs[1]
         assert bool(costs[0]) == (len(long_chat(kib)) > LARGE_BYTES)
 
 
 def test_threads_can_read_chats_at_the_same_time() -> None:
-    lately = ReadChats(1_200_000)
+    chats = ReadChats(1_200_000)
     failures: list[object] = []
 
     def read(start: int) -> None:
         for seed in range(start, start + 3):
-            failures.extend(body for body in bodies(seed % 4) if outcome(body, lately) != outcome(body, None))
+            failures.extend(body for body in bodies(seed % 4) if outcome(body, chats) != outcome(body, None))
 
     threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
     for thread in threads:
@@ -375,7 +375,7 @@ def test_threads_can_read_chats_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert lately.memory <= 1_200_000
+    assert chats.memory <= 1_200_000
 
 
 @pytest.mark.parametrize("template", ["chatml", None])
@@ -419,10 +419,8 @@ async def test_a_large_chat_that_goes_on_needs_no_thread(monkeypatch: pytest.Mon
         assert used == [bodies[0], bodies[3]]
         assert shared(prompts[1], prompts[2]) == 301
         assert all(prompt.claim is not None for prompt in prompts)
-        await asyncio.sleep(0)
 
 
 def test_the_stand_in_is_valid_json() -> None:
-    stand_in = read_chats._STAND_IN  # noqa: SLF001
-    assert msgspec.json.decode(stand_in) == "the messages before these"
-    assert len(stand_in) == len('{"role":"user","name":"12"}')
+    assert msgspec.json.decode(ITEM) == "the messages before these"
+    assert len(ITEM) == len('{"role":"user","name":"12"}')
