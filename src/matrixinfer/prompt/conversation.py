@@ -78,15 +78,16 @@ def engine_messages(
 def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Engine messages for a template that does not know the role `developer`.
 
-    Developer messages become system messages, and all system messages are merged into one at the front.
+    Developer messages become system messages, and all system messages are merged into one at the front. A message that was
+    sent without a role may have none.
     """
-    if all(message["role"] != "developer" for message in messages):
+    if all(message.get("role") != "developer" for message in messages):
         return messages
-    messages = [_as_system(message) if message["role"] == "developer" else message for message in messages]
-    if all(message["role"] != "system" for message in messages[1:]):
+    messages = [_as_system(message) if message.get("role") == "developer" else message for message in messages]
+    if all(message.get("role") != "system" for message in messages[1:]):
         return messages
-    texts = [_joined(message["content"]) for message in messages if message["role"] == "system"]
-    others = [message for message in messages if message["role"] != "system"]
+    texts = [_joined(message["content"]) for message in messages if message.get("role") == "system"]
+    others = [message for message in messages if message.get("role") != "system"]
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
 
 

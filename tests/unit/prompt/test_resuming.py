@@ -46,6 +46,8 @@ def message(chance: random.Random, role: str) -> dict[str, Any]:
         made["content"] = chance.choice((None, "", "So:"))
     if role == "assistant" and chance.random() < 0.3:
         made["reasoning_content"] = chance.choice(("thought", ""))
+    if chance.random() < 0.02:
+        made["role"] = None
     return made
 
 
