@@ -18,7 +18,7 @@ from matrixinfer.prompt.outline import Outline
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
 Rendered: TypeAlias = dict[Hashable, Any]
-"""What was made of a chat, by what has made it; see `grown`."""
+"""What was made of a chat, by template and kind of engine; see `grown`."""
 
 
 class SentFields(Struct, frozen=True, kw_only=True, eq=False):
@@ -55,7 +55,7 @@ class Chat(Struct, frozen=True, kw_only=True, eq=False):
     sent: SentFields | None = None
     """None in APIs whose chats only vLLM builds in a way that is known here."""
     rendered: Rendered | None = None
-    """Where renderings of it are kept, at first those of the chat whose very messages it continues; None for nowhere."""
+    """Where its renderings are kept. At first it has those of the chat that this one continues. None if none are kept."""
 
     @property
     def own_template(self) -> bool:

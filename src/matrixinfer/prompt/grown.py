@@ -1,24 +1,31 @@
 """What was made of a conversation so far, so that only its new messages are shaped and rendered.
 
 `read_chats` gives a chat that continues another one the very same messages, and what was made of them (`Chat.rendered`).
+Shaping makes what templates get of each message by itself; rendering makes one text of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from matrixinfer.prompt.base import Chat
 from matrixinfer.prompt.resuming import Kept, Rendering, begins_with
 
 _MAX_MADE = 4
-"""How many templates and engines a conversation is remembered for."""
+"""For how many pairs of a template and a kind of engine a conversation is remembered."""
 
 Shaped = list[dict[str, Any]]
 Sent = Sequence[Mapping[str, Any]]
 
 
+class _Write(Protocol):
+    def __call__(self, *, rendering: Rendering | None) -> str: ...
+
+
 class _Made(NamedTuple):
+    """What was made of a chat."""
+
     messages: Sent
     shaped: Shaped
     tools: Sent | None
@@ -32,7 +39,7 @@ _NOTHING = _Made((), [], None, None, {})
 class Grown:
     """What is made of a chat with one template for one kind of engine, which `key` names.
 
-    Starts with what was made of the chats that it continues, and is kept for those that continue it.
+    It starts with what was made of the chat that this one continues, and `render` keeps it for those that continue this one.
     """
 
     def __init__(self, chat: Chat, *key: Hashable) -> None:
@@ -54,13 +61,13 @@ class Grown:
         self._tools = self._made.shaped_tools if is_known else shape(self._chat.tools)
         return self._tools
 
-    def render(self, write: Callable[[Rendering | None], str]) -> str:
-        """What `write` renders; it is given what to continue, where that may be."""
+    def render(self, write: _Write) -> str:
+        """What `write` renders. It gets a `Rendering` that continues the earlier one, unless nothing is to be kept."""
         rendered, chat = self._chat.rendered, self._chat
         if rendered is None or chat.continue_final_message:
-            return write(None)
+            return write(rendering=None)
         rendering = Rendering(self._made.loops)
-        text = write(rendering)
+        text = write(rendering=rendering)
         if len(rendered) >= _MAX_MADE and self._key not in rendered:
             rendered.clear()
         rendered[self._key] = _Made(chat.messages, self._shaped, chat.tools, self._tools, rendering.kept)
@@ -68,7 +75,7 @@ class Grown:
 
 
 def not_rendered(chat: Chat) -> Sent:
-    """The messages of a chat that were not rendered as text before."""
+    """The messages of a chat that have never been rendered, so that they may hold media."""
     if not chat.rendered:
         return chat.messages
     made: Iterable[_Made] = tuple(chat.rendered.values())

@@ -189,18 +189,12 @@ class LocalTokenizer:
             raise TokenizeError("what vLLM before 0.24 makes of a reasoning effort is not known here")
         template, chat = self._template(chat), self._adapted(chat)
         parts, in_schema_order = template.takes_parts(dialect), chat.in_schema_order
+        shape = partial(engine_messages, parts=parts, in_schema_order=in_schema_order)
         if chat.rendered is None:
-            return _rendered(
-                template, chat, engine_messages(chat.messages, parts=parts, in_schema_order=in_schema_order)
-            )
+            return _rendered(template, chat, engine_tools(chat.tools), shape(chat.messages))
         grown = Grown(chat, template, parts, in_schema_order)
-        messages = grown.messages(
-            lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))
-        )
-        tools = grown.tools(engine_tools)
-        return grown.render(
-            lambda rendering: _written(template, chat, messages, tools, is_shaped=True, rendering=rendering)
-        )
+        messages, tools = grown.messages(lambda new: template.shaped(shape(new))), grown.tools(engine_tools)
+        return grown.render(partial(_rendered, template, chat, tools, messages, is_shaped=True))
 
     def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
@@ -208,7 +202,9 @@ class LocalTokenizer:
         Raises `TokenizeError`.
         """
         template, chat = self._template(chat), self._adapted(chat)
-        text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
+        text = before_media(
+            chat, partial(_rendered, template, chat, engine_tools(chat.tools)), parts=template.takes_parts(dialect)
+        )
         return self._cache.cutter.settled(text)
 
     def render_with_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
@@ -216,7 +212,7 @@ class LocalTokenizer:
         template, chat = self._template(chat), self._adapted(chat)
         if not template.takes_parts(dialect):
             raise TokenizeError("the chat template takes no images, audio or video")
-        return with_media(chat, partial(_rendered, template, chat))
+        return with_media(chat, partial(_rendered, template, chat, engine_tools(chat.tools)))
 
     def _outline(self, chat: Chat, dialect: Dialect, *, special: bool) -> Outline | None:
         """The whole chat with its placeholders; None where it is not known which those are, or what the media are."""
@@ -243,9 +239,8 @@ class LocalTokenizer:
         grown = Grown(chat, template, dialect)
         shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
         variables: dict[str, Any] = {"documents": None, **shaped.variables}
-        write = partial(template.render, shaped.messages, shaped.tools, is_shaped=True, **variables)
         try:
-            text = grown.render(lambda rendering: write(rendering=rendering))
+            text = grown.render(partial(template.render, shaped.messages, shaped.tools, is_shaped=True, **variables))
         except TokenizeError:
             if not shaped.tools:
                 raise
@@ -298,16 +293,11 @@ class LocalTokenizer:
         raise TokenizeError("the tokenizer has no chat template; set `chatTemplate` of the model")
 
 
-def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
-    """Render engine messages with the template."""
-    return _written(template, chat, messages, engine_tools(chat.tools))
-
-
-def _written(
+def _rendered(
     template: ChatTemplate,
     chat: Chat,
-    messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
+    messages: list[dict[str, Any]],
     *,
     is_shaped: bool = False,
     rendering: Rendering | None = None,

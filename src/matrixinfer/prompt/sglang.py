@@ -48,7 +48,7 @@ class SglangChat:
 def sglang_chat(chat: Chat, dialect: Dialect, grown: Grown | None = None, *, parts: bool) -> SglangChat:
     """What the template gets; content is a list of parts if `parts`. Raises `TokenizeError`.
 
-    `grown` knows the messages that were shaped before.
+    `grown` has the messages that were shaped before.
     """
     if dialect is Dialect.SGLANG_OLD:
         raise TokenizeError("how SGLang before 0.5.18 renders chats is not known here")
