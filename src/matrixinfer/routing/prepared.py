@@ -1,4 +1,4 @@
-"""A request with everything that had to be awaited for it, and what had to be done without."""
+"""What the preparer hands to the router, and what it collects on the way."""
 
 from __future__ import annotations
 
