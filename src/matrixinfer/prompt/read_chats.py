@@ -113,7 +113,7 @@ class ReadChats:
         return len(self._chats)
 
     def find(self, body: bytes) -> ReadChat | None:
-        """The chat that `body` continues, or is once more."""
+        """The chat whose messages `body` begins with: it continues that chat, or repeats it."""
         if not LEAST_BYTES <= len(body) <= MOST_BYTES:
             return None
         with self._lock:
@@ -129,11 +129,7 @@ class ReadChats:
         """The longest chat at a place that `body` begins with."""
         alike = self._alike.get(place, [])
         chats = [chat for each in alike if (chat := self._chats.peek(each)) is not None]
-        found = max(
-            (each for each in chats if each.begins(body)),
-            key=lambda each: each.stop,
-            default=None,
-        )
+        found = max((each for each in chats if each.begins(body)), key=lambda each: each.stop, default=None)
         if found is not None:
             alike.remove(found.number)
             alike.append(found.number)
@@ -166,6 +162,7 @@ class ReadChats:
             return None
         if earlier is not None and stop == earlier.stop and tools is earlier.tools:
             return earlier.rendered
+        length, view = _rounded(stop), memoryview(body)
         chat = ReadChat(
             body=body,
             start=span.start,
@@ -173,10 +170,10 @@ class ReadChats:
             messages=messages,
             tools=tools,
             cache_salt=cache_salt,
-            values=None if values is None else values - values_of(memoryview(body)[stop:]),
+            values=None if values is None else values - values_of(view[stop:]),
             rendered=Rendered() if earlier is None else Rendered(earlier.rendered),
-            memory=_memory(memoryview(body)[:stop], messages, earlier),
-            place=(length := _rounded(stop), body[length - _SAMPLE_BYTES : length]),
+            memory=_memory(view[:stop], messages, earlier),
+            place=(length, body[length - _SAMPLE_BYTES : length]),
             number=next(self._numbers),
             before=None if earlier is None else earlier.number,
         )
@@ -187,6 +184,7 @@ class ReadChats:
         return chat.rendered
 
     def _put(self, chat: ReadChat) -> None:
+        """Add a chat, and drop those that there is no room for."""
         length = chat.place[0]
         alike = self._alike.setdefault(chat.place, [])
         alike.append(chat.number)

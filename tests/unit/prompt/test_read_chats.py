@@ -29,7 +29,7 @@ from .support import folder, tokenizer
 from .template_cases import TOOLS
 from .test_resuming import message
 
-LONG = "A long text, so that the chat is worth to be remembered. " * 600
+LONG = "A long text, so that its chat is worth remembering. " * 660
 """Longer than `PLAIN_BYTES`."""
 
 

@@ -203,7 +203,7 @@ def test_a_clock_is_read_each_time() -> None:
     source = "{{ strftime_now('%M') }}" + LOOP + "{{ m.content }}{% endfor %}"
     template = ChatTemplate(source, now=lambda: next(moments), aliases_reasoning=False)
     messages = [{"role": "user", "content": str(i)} for i in range(4)]
-    first, second = Rendering(), Rendering()
+    first = Rendering()
     assert template.render(messages[:2], is_shaped=True, rendering=first) == "0501"
     second = Rendering(first.kept)
     assert (template.render(messages, is_shaped=True, rendering=second), second.continued) == ("060123", 1)
