@@ -6,7 +6,7 @@ One module per API reads a `Prompt` from a request's body. A `Tokenizer` turns a
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
@@ -134,6 +134,13 @@ class Tokens(Struct, frozen=True, kw_only=True, eq=False):
     that hashes further blocks extends this list in place, so later prompts reuse them. None if there is no cache."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per step that ran in this process: `render` (the chat template) and `tokenize`."""
+
+
+class Tokenized(Struct, frozen=True, kw_only=True, eq=False):
+    """A prompt's tokens, and where they come from: the request itself, this process or an engine."""
+
+    tokens: Tokens
+    source: Literal["request", "local", "remote"]
 
 
 class Tokenizer(Protocol):

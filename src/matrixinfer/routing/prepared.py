@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from matrixinfer.blocks import TokenIds
 from matrixinfer.pods.registry import Pod
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.manager import TokensLate
+from matrixinfer.prompt.late import TokensLate
 from matrixinfer.prompt.outline import Outline
 from matrixinfer.routing.destinations import ANYWHERE, Way
 from matrixinfer.routing.lookup import Matches

@@ -20,11 +20,12 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
-from matrixinfer.prompt.base import Chat, Prompt, Tokens
+from matrixinfer.prompt.base import Chat, Prompt, Tokenized, Tokens
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.encoders import NeedsThread, Reference
+from matrixinfer.prompt.late import TokensLate
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
