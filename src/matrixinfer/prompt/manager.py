@@ -33,7 +33,7 @@ from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import Reader, parse
 from matrixinfer.prompt.workers import Lanes
 
-_CHATS = 4
+_CHATS_PART = 4
 """Chats that were read lately may take one part in so many of what a tokenizer's cache may take, besides that."""
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
@@ -76,7 +76,7 @@ class TokenizerManager:
         self._local: dict[str, Tokenizer] = {}
         self._memory = memory or Memory(LimitsConfig().memory_bytes)
         self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
-        self.chats = ReadChats(settings.cache_bytes // _CHATS)
+        self.chats = ReadChats(settings.cache_bytes // _CHATS_PART)
         """Chats read lately, which others may continue."""
         self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
         self._dialects = Dialects()
