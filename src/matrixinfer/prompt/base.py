@@ -17,8 +17,8 @@ from matrixinfer.prompt.outline import Outline
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
-Rendered: TypeAlias = dict[Hashable, Any]
-"""What was made of a chat, by template and kind of engine; see `grown`."""
+Rendered: TypeAlias = dict[tuple[Dialect, Hashable], Any]
+"""What was made of a chat, by kind of engine, and by template and the like; see `grown`."""
 
 
 class SentFields(Struct, frozen=True, kw_only=True, eq=False):

@@ -10,10 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from matrixinfer.prompt.base import Chat
+from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.resuming import Kept, Rendering, begins_with
 
 _MAX_MADE = 4
-"""For how many pairs of a template and a kind of engine a conversation is remembered."""
+"""For how many kinds of engines and templates a conversation is remembered."""
 
 Shaped = list[dict[str, Any]]
 Sent = Sequence[Mapping[str, Any]]
@@ -37,15 +38,15 @@ _NOTHING = _Made((), [], None, None, {})
 
 
 class Grown:
-    """What is made of a chat with one template for one kind of engine, which `key` names.
+    """What is made of a chat for one kind of engine, with what `key` names: a template, and how messages are shaped for it.
 
     It starts with what was made of the chat that this one continues, and `render` keeps it for those that continue this one.
     """
 
-    def __init__(self, chat: Chat, *key: Hashable) -> None:
+    def __init__(self, chat: Chat, kind: Dialect, *key: Hashable) -> None:
         self._chat = chat
-        self._key = key
-        made = _NOTHING if chat.rendered is None else chat.rendered.get(key, _NOTHING)
+        self._key = kind, key
+        made = _NOTHING if chat.rendered is None else chat.rendered.get(self._key, _NOTHING)
         self._made: _Made = made if begins_with(chat.messages, made.messages) else _NOTHING
         self._shaped: Shaped = []
         self._tools: Shaped | None = None
@@ -74,10 +75,10 @@ class Grown:
         return text
 
 
-def not_rendered(chat: Chat) -> Sent:
-    """The messages of a chat that have never been rendered, so that they may hold media."""
+def not_rendered(chat: Chat, kind: Dialect) -> Sent:
+    """The messages of a chat that were never rendered for this kind of engine, so that they may hold media."""
     if not chat.rendered:
         return chat.messages
-    made: Iterable[_Made] = tuple(chat.rendered.values())
-    known = (len(each.messages) for each in made if begins_with(chat.messages, each.messages))
+    made = [made.messages for (made_for, _), made in tuple(chat.rendered.items()) if made_for is kind]
+    known = (len(each) for each in made if begins_with(chat.messages, each))
     return chat.messages[max(known, default=0) :]

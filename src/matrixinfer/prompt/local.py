@@ -158,14 +158,13 @@ class LocalTokenizer:
         special = prompt.add_special_tokens or (dialect.is_sglang and prompt.path == COMPLETIONS_PATH)
         if prompt.chat is not None:
             start = self._clock()
-            complete = not has_media(not_rendered(prompt.chat))
-            if dialect.is_sglang:
+            if dialect.is_sglang:  # raises where there are media
                 text, continued = self.render_for_sglang(prompt.chat, dialect)
                 special = False
-            elif complete:
-                text = self.render(prompt.chat, dialect)
+            elif has_media(not_rendered(prompt.chat, Dialect.VLLM)):
+                text, complete = self.render_before_media(prompt.chat, dialect), False
             else:
-                text = self.render_before_media(prompt.chat, dialect)
+                text = self.render(prompt.chat, dialect)
             timings["render"] = (self._clock() - start) * 1e3
         if text is None:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
@@ -192,7 +191,7 @@ class LocalTokenizer:
         shape = partial(engine_messages, parts=parts, in_schema_order=in_schema_order)
         if chat.rendered is None:
             return _rendered(template, chat, engine_tools(chat.tools), shape(chat.messages))
-        grown = Grown(chat, template, parts, in_schema_order)
+        grown = Grown(chat, Dialect.VLLM, template, parts, in_schema_order)
         messages, tools = grown.messages(lambda new: template.shaped(shape(new))), grown.tools(engine_tools)
         return grown.render(partial(_rendered, template, chat, tools, messages, is_shaped=True))
 
@@ -236,7 +235,7 @@ class LocalTokenizer:
                 "the tokenizer has several chat templates; set `chatTemplate` to the one that SGLang uses"
             )
         template = self._template(replace(chat, chat_template=None))
-        grown = Grown(chat, template, dialect)
+        grown = Grown(chat, dialect, template)
         shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
         variables: dict[str, Any] = {"documents": None, **shaped.variables}
         try:

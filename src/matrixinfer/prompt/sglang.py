@@ -54,7 +54,7 @@ def sglang_chat(chat: Chat, dialect: Dialect, grown: Grown | None = None, *, par
         raise TokenizeError("how SGLang before 0.5.18 renders chats is not known here")
     if chat.sent is None:
         raise TokenizeError("how SGLang renders chats of this API is not known here")
-    messages = list((grown or Grown(chat)).messages(partial(_shaped_messages, parts=parts)))
+    messages = list((grown or Grown(chat, dialect)).messages(partial(_shaped_messages, parts=parts)))
     continued = ""
     last = messages[-1]
     if last["role"] == "assistant" and isinstance(last["content"], str):
