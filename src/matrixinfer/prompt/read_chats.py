@@ -72,7 +72,7 @@ class ReadChat(NamedTuple):
     """What the values up to there may take, see `Bounds`; None if they were not counted, as in small bodies."""
     rendered: Rendered
     memory: int
-    """Bytes that the messages take, estimated."""
+    """Bytes that the messages take, decoded and rendered once, estimated."""
     place: _Place
     number: int
     before: int | None
