@@ -190,7 +190,8 @@ class LocalTokenizer:
         parts, in_schema_order = template.takes_parts(dialect), chat.in_schema_order
         shape = partial(engine_messages, parts=parts, in_schema_order=in_schema_order)
         if chat.rendered is None:
-            return _rendered(template, chat, engine_tools(chat.tools), shape(chat.messages))
+            messages = shape(chat.messages)
+            return _rendered(template, chat, engine_tools(chat.tools), messages)
         grown = Grown(chat, Dialect.VLLM, template, parts, in_schema_order)
         messages, tools = grown.messages(lambda new: template.shaped(shape(new))), grown.tools(engine_tools)
         return grown.render(partial(_rendered, template, chat, tools, messages, is_shaped=True))
