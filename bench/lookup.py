@@ -60,7 +60,7 @@ def run(scale: Scale) -> Iterator[Figure]:
     yield from _lookups({"walk": (walk, _WALK_US), "gallop": (gallop, _GALLOP_US), "dict of sets": (sets, None)}, scale)
     yield from _writes(gallop, scale)
     yield from _ends(scale)
-    # A quarter fills the dict to the same share.
+    # A quarter of the blocks fills the dict of sets to the same share.
     for case, measure, blocks in (
         ("index", index_memory, scale.index_blocks),
         ("dict of sets", sets_memory, scale.index_blocks // 4),

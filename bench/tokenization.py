@@ -74,7 +74,7 @@ def _texts(scale: Scale) -> Iterator[Figure]:
         calls: list[tuple[Callable[[str], object], Callable[[], Sequence[str]]]] = [
             (partial(_cold, encoder, cutter), partial(_copies, texts)),
             (bare.encode, partial(_copies, texts)),
-            (partial(_reference, theirs), partial(_copies, texts[: -(-len(texts) // 2)])),  # it takes so long
+            (partial(_reference, theirs), partial(_copies, texts[: -(-len(texts) // 2)])),  # half: it is slow
             (warm.encode, _Growing(histories, local.render)),
         ]
         ours, fast, slow, again = _paired(calls, scale)

@@ -37,7 +37,7 @@ def own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def freed_engines() -> Iterator[None]:
-    """aiohttp remembers the handlers of the last thousand routes: of simulated engines, each with a tokenizer of 90 MB."""
+    """aiohttp caches the handlers of the last thousand routes, which keep simulated engines with tokenizers of 90 MB."""
     yield
     web_app._cached_build_middleware.cache_clear()  # noqa: SLF001
 

@@ -47,7 +47,7 @@ MatrixInferError
 │   ├── Abandoned              prompt.effort: the work took too long, or nobody waits for it
 │   ├── TooMuch                prompt.bounds: the request has too much in it to be decoded
 │   ├── PromptRefused          prompt.remote: an engine refuses to tokenize the prompt
-│   └── TokensLate             prompt.manager: the token ids have not come in time
+│   └── TokensLate             prompt.late: the token ids have not come in time
 ├── ExaminationFailed        dashboard.examination: the doctor could not be run, or found no end
 ├── AttemptFailed            gateway.pod_connection: a pod sent no answer, or not all of it
 ├── CannotListen             feedtools.listen: the address of an endpoint is invalid

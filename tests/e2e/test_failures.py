@@ -146,7 +146,7 @@ async def test_an_engine_that_joins_is_used_and_one_that_leaves_is_not_remembere
         target.service.join(PodConfig(name="pod-1", url=second.url))
         both = replace(target, engines=[first, second])
         await both.settled()
-        # Lots decide where a family begins: they send all of them to one pod in a run of 2 ** 34.
+        # A family begins at a random pod. So many of them leave one pod idle in one run of 2 ** 34.
         answers = await serve(both, 60, seed=1, families=40)
         assert not wrong(answers)
         assert {answer.endpoint for answer in answers} == {"pod-0", "pod-1"}

@@ -13,7 +13,7 @@ import pytest
 
 from matrixinfer.app.service import Service
 from matrixinfer.config import Config, PodConfig, SchedulerConfig, TokenizationConfig, checked
-from matrixinfer.prompt import manager
+from matrixinfer.prompt import late
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.sim.config import SimEngineConfig
 from matrixinfer.sim.model import Timing
@@ -192,7 +192,7 @@ async def test_nobody_waits_where_waiting_was_in_vain(loop: VirtualTimeLoop, tok
 async def test_not_more_than_so_many_prompts_are_asked_for_in_the_background(
     loop: VirtualTimeLoop, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "MAX_LATE", 2)
+    monkeypatch.setattr(late, "MAX_LATE", 2)
     async with gateway(loop, tokenizer, replace(ENGINE, tokenize_seconds=1.5)) as target:
         for number in range(4):
             await target.post(CHAT, chat(number))

@@ -84,10 +84,10 @@ def test_conversations_have_the_ids_of_transformers(name: str, trace: Any) -> No
     tokens = tokenizer_files.special_tokens(FOLDER, where="$")
     theirs = make(tokenizer_object=Tokenizer.from_file(str(FOLDER / "tokenizer.json")), **tokens)
     parts = ours._templates["default"].takes_parts(Dialect.VLLM)  # noqa: SLF001 - what the template was found to take
-    compared, lately = 0, ReadChats(1 << 26)
+    compared, chats = 0, ReadChats(1 << 26)
     for number, body in enumerate(trace()):
         sent = json.dumps({"model": "m"} | body).encode()
-        ids = ours.tokenize(parse("/v1/chat/completions", sent, lately=lately)).ids
+        ids = ours.tokenize(parse("/v1/chat/completions", sent, chats=chats)).ids
         if number % SAMPLED == 0:
             expected = theirs.apply_chat_template(
                 engine_messages(body["messages"], parts=parts),

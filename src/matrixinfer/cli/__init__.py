@@ -83,7 +83,7 @@ def _discard_output() -> None:
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of all commands, or of some: each imports what it needs to run."""
+    """The parser of these commands, whose modules it imports."""
     parser = _Parser(prog="matrixinfer", description="A KV-cache-aware gateway for LLM inference.")
     parser.add_argument("--version", action="version", version=f"matrixinfer {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -94,6 +94,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    # To import one command's module is faster than to import all.
     named = words[:1] if words and words[0] in COMMANDS else COMMANDS
     args = build_parser(named).parse_args(words)
     try:

@@ -20,8 +20,8 @@ from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.session import client_session
 from matrixinfer.prompt import fields
-from matrixinfer.prompt.base import Prompt, first_difference
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager
+from matrixinfer.prompt.base import Prompt, Tokenized, first_difference
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import RemoteTokenizer
 from matrixinfer.prompt.requests import READERS, parse

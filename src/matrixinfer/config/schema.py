@@ -78,8 +78,8 @@ class TokenizationConfig(Section, frozen=True):
         Annotated[int, Meta(ge=0)],
         described(
             "Memory in which each tokenizer remembers prompts, so that only the new part of a conversation is tokenized; "
-            "and, once more, in which the answers of engines that were asked are remembered. Chats that may go on are "
-            "remembered in a quarter of it."
+            "and, once more, in which the answers of engines that were asked are remembered. Chats that may go on take up "
+            "to another quarter of it, once for all models."
         ),
     ] = 256 * 1024 * 1024
 

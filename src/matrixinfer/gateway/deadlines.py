@@ -1,4 +1,4 @@
-"""One timer for the deadlines of all requests, which are all equally far away: the first to begin is the first to pass."""
+"""One timer for the deadlines of all requests. All last equally long, so the first to begin is the first to pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Deadlines:
-    """Limits to `seconds` how long a context takes."""
+    """Limits contexts to `seconds` each."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -16,7 +16,7 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> Deadline:
-        """A deadline from now on, for the context of what it returns."""
+        """A deadline for a context, which it begins with."""
         return Deadline(self)
 
     def add(self, deadline: Deadline) -> float:
@@ -29,11 +29,11 @@ class Deadlines:
         return when
 
     def discard(self, deadline: Deadline) -> None:
-        """Watch it no longer."""
+        """Stop watching a deadline."""
         self._open.pop(deadline, None)
 
     def _check(self) -> None:
-        """Let those pass that are due. The timer may be early, as it is never set again when the first one ends."""
+        """Let the deadlines pass that are due. The timer may be early: it is not set again when its deadline ends."""
         loop = asyncio.get_running_loop()
         now, self._timer = loop.time(), None
         for deadline in tuple(self._open):
@@ -64,7 +64,7 @@ class Deadline:
         self.when = self._deadlines.add(self)
 
     def pass_now(self) -> None:
-        """It is over."""
+        """Cancel the task in the context."""
         if self._task is not None:
             self.has_passed = True
             self._task.cancel()

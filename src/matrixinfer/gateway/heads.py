@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class PodResponse(web.StreamResponse):
-    """A pod's answer as the client gets it: with its whole body, or to be streamed. Its head goes out with the first byte."""
+    """A pod's answer as the client gets it: `body` is all of it, or None if it is streamed.
+
+    The head goes out with the first byte.
+    """
 
     _send_headers_immediately = False
 
@@ -30,15 +33,15 @@ class PodResponse(web.StreamResponse):
         super().__init__(status=status, reason=reason, headers=headers)
         self._whole = body
         if body is not None:
-            self._headers.setdefault("Content-Length", str(len(body)))
+            self.headers.setdefault("Content-Length", str(len(body)))
 
     async def _write_headers(self) -> None:
         await super()._write_headers()
         writer, request = self._payload_writer, self._req
-        if isinstance(writer, StreamWriter) and request is not None and not _is_plain(self._reason, self._headers):
+        if isinstance(writer, StreamWriter) and request is not None and not _is_plain(self.reason, self.headers):
             version = request.version
-            line = f"HTTP/{version.major}.{version.minor} {self._status} {self._reason}"
-            writer._headers_buf = _serialized(line, self._headers)  # noqa: SLF001
+            line = f"HTTP/{version.major}.{version.minor} {self.status} {self.reason}"
+            writer._headers_buf = _serialized(line, self.headers)  # noqa: SLF001
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Write what is left of the body: all of it if it is whole."""
@@ -64,7 +67,7 @@ def incoming(
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
 ) -> ClientRequest:
-    """A client's request."""
+    """As `web.Server` makes a request, but a `ClientRequest`."""
     return ClientRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
 
 

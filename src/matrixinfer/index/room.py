@@ -1,11 +1,11 @@
-"""The room that dicts keep when entries come and go."""
+"""The room that dicts keep for entries that are gone."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
 
-_ROOMY_BYTES = 75  # per entry: 24 for an entry, 1.5 to 6 for its place in the hash table, times 2.5 or more
-_EMPTY_BYTES = 150  # of a dict, and of the eight places that it has at least
+_ROOMY_BYTES = 75  # per entry, which takes 24, and 1.5 to 6 in the hash table: there is room for 2.5 times as many
+_EMPTY_BYTES = 150  # a dict itself, and the eight places that it has at least
 
 
 def is_roomy(entries: Sized) -> bool:

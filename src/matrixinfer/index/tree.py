@@ -213,7 +213,7 @@ def _spread(table: Table, shards: int) -> None:
 
 
 def _tidying(tables: Iterable[Table]) -> Iterator[None]:
-    """Look at one dict after the other, for ever, and copy those that are roomy."""
+    """Look at one dict after the other, without end, and copy those that are roomy."""
     while True:
         for table in tables:
             for at in range(len(table)):

@@ -17,8 +17,8 @@ class Run:
     """Consecutive engine blocks of one chain: a mutable record that only the forest and the ledger change.
 
     It grows at its end like a chain, and shrinks there as the engine evicts. Offsets count tokens from the chain's root.
-    `tokens` and `names` (of the token blocks completed) begin at `base`, the last token-block
-    boundary at or before `start`.
+    `tokens` and `names` (of the token blocks completed) begin at `base`, the last token-block boundary at or before
+    `start`.
     """
 
     __slots__ = (

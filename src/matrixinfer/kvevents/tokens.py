@@ -1,7 +1,7 @@
 """The tokens of a run of engine blocks, in pages of one size.
 
-A byte string that grows and shrinks keeps room in reserve, and leaves holes between others that no other fits; both
-took a fifth of all memory in a cache that had turned over. Pages are exact, and one fits where another was.
+A byte string that grows and shrinks keeps room in reserve, and leaves holes that no other string fits into. Pages are
+exact, and each fits where another was.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Tokens:
         return b"".join(parts)[start * 4 : end * 4]
 
     def page(self, settled: int) -> None:
-        """Move to pages what of the first `settled` tokens fills them."""
+        """Move as many of the first `settled` tokens to pages as fill whole ones."""
         count = (settled - self._paged) // _PAGE
         if count <= 0:
             return

@@ -6,7 +6,7 @@ One module per API reads a `Prompt` from a request's body. A `Tokenizer` turns a
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
@@ -17,8 +17,8 @@ from matrixinfer.prompt.outline import Outline
 
 TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 
-Rendered: TypeAlias = dict[Hashable, Any]
-"""What was made of a chat, by what has made it; see `grown`."""
+Rendered: TypeAlias = dict[tuple[Dialect, Hashable], Any]
+"""What was made of a chat, by kind of engine, and by template and the like; see `grown`."""
 
 
 class SentFields(Struct, frozen=True, kw_only=True, eq=False):
@@ -55,7 +55,7 @@ class Chat(Struct, frozen=True, kw_only=True, eq=False):
     sent: SentFields | None = None
     """None in APIs whose chats only vLLM builds in a way that is known here."""
     rendered: Rendered | None = None
-    """Where renderings of it are kept, at first those of the chat whose very messages it continues; None for nowhere."""
+    """Where its renderings are kept. At first it has those of the chat that this one continues. None if none are kept."""
 
     @property
     def own_template(self) -> bool:
@@ -134,6 +134,13 @@ class Tokens(Struct, frozen=True, kw_only=True, eq=False):
     that hashes further blocks extends this list in place, so later prompts reuse them. None if there is no cache."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per step that ran in this process: `render` (the chat template) and `tokenize`."""
+
+
+class Tokenized(Struct, frozen=True, kw_only=True, eq=False):
+    """A prompt's tokens, and where they come from: the request itself, this process or an engine."""
+
+    tokens: Tokens
+    source: Literal["request", "local", "remote"]
 
 
 class Tokenizer(Protocol):

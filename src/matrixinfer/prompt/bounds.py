@@ -58,15 +58,15 @@ class Bounds:
         """
         if len(body) > self.max_bytes:
             raise TooMuch(f"the request is larger than {self.max_bytes} bytes")
-        return len(body) * _TEXT_COST + self.values(body, values)
+        values = values_of(body) if values is None else values
+        self.check_values(values)
+        return len(body) * _TEXT_COST + values
 
-    def values(self, body: bytes | memoryview, known: int | None = None) -> int:
-        """The memory, in bytes, that the values in a body may take, if it is not `known`. Raises `TooMuch`."""
-        cost = values_of(body) if known is None else known
+    def check_values(self, values: int) -> None:
+        """Raise `TooMuch` if the values in a body may take more memory than allowed."""
         most = self.max_bytes * _COST_PER_BYTE
-        if cost > most:
+        if values > most:
             raise TooMuch(f"its JSON has so many values that decoding them could take more than {most} bytes")
-        return cost
 
 
 def values_of(body: bytes | memoryview) -> int:

@@ -78,10 +78,10 @@ def engine_messages(
 def without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Engine messages for a template that does not know the role `developer`.
 
-    Developer messages become system messages, and all system messages are merged into one at the front.
+    Developer messages become system messages, and all system messages are merged into one at the front. A message that was
+    sent without a role may have none.
     """
-    roles = [message.get("role") for message in messages]
-    if "developer" not in roles:
+    if all(message.get("role") != "developer" for message in messages):
         return messages
     messages = [_as_system(message) if message.get("role") == "developer" else message for message in messages]
     if all(message.get("role") != "system" for message in messages[1:]):

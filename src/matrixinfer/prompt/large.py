@@ -22,7 +22,7 @@ from matrixinfer.errors import UNREADABLE
 from matrixinfer.prompt import fields
 from matrixinfer.prompt.anthropic import COUNT_PATH
 from matrixinfer.prompt.base import Prompt, TokenId
-from matrixinfer.prompt.bounds import Bounds, TooMuch, count_of
+from matrixinfer.prompt.bounds import Bounds, TooMuch, count_of, values_of
 from matrixinfer.prompt.effort import check
 from matrixinfer.prompt.outline import LEFT_OUT, SOURCES
 from matrixinfer.prompt.responses import RESPONSES_PATH
@@ -132,7 +132,7 @@ def read_large(read: Reader, path: str, body: bytes, bounds: Bounds, claim: Clai
     try:
         ids = _token_ids(skimmed, bounds, claim)
         if ids is None:
-            bounds.values(body)
+            bounds.check_values(values_of(body))
             changed = _without_media(skimmed)
         else:
             changed = {ids.name: Raw(b"[0]")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,14 +158,13 @@ class LocalTokenizer:
         special = prompt.add_special_tokens or (dialect.is_sglang and prompt.path == COMPLETIONS_PATH)
         if prompt.chat is not None:
             start = self._clock()
-            complete = not has_media(not_rendered(prompt.chat))
-            if dialect.is_sglang:
-                text, continued = self.render_for_sglang(prompt.chat, dialect, is_text=complete)
+            if dialect.is_sglang:  # raises where there are media
+                text, continued = self.render_for_sglang(prompt.chat, dialect)
                 special = False
-            elif complete:
-                text = self.render(prompt.chat, dialect)
+            elif has_media(not_rendered(prompt.chat, Dialect.VLLM)):
+                text, complete = self.render_before_media(prompt.chat, dialect), False
             else:
-                text = self.render_before_media(prompt.chat, dialect)
+                text = self.render(prompt.chat, dialect)
             timings["render"] = (self._clock() - start) * 1e3
         if text is None:
             raise TokenizeError("the prompt is neither chat, text nor token ids")
@@ -189,16 +188,13 @@ class LocalTokenizer:
             raise TokenizeError("what vLLM before 0.24 makes of a reasoning effort is not known here")
         template, chat = self._template(chat), self._adapted(chat)
         parts, in_schema_order = template.takes_parts(dialect), chat.in_schema_order
+        shape = partial(engine_messages, parts=parts, in_schema_order=in_schema_order)
         if chat.rendered is None:
-            return _rendered(
-                template, chat, engine_messages(chat.messages, parts=parts, in_schema_order=in_schema_order)
-            )
-        grown = Grown(chat, template, parts, in_schema_order)
-        messages = grown.messages(
-            lambda new: template.shaped(engine_messages(new, parts=parts, in_schema_order=in_schema_order))
-        )
-        tools = grown.tools(engine_tools)
-        return grown.render(lambda rendering: _written(template, chat, messages, tools, rendering))
+            messages = shape(chat.messages)
+            return _rendered(template, chat, engine_tools(chat.tools), messages)
+        grown = Grown(chat, Dialect.VLLM, template, parts, in_schema_order)
+        messages, tools = grown.messages(lambda new: template.shaped(shape(new))), grown.tools(engine_tools)
+        return grown.render(partial(_rendered, template, chat, tools, messages, is_shaped=True))
 
     def render_before_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
         """The text that certainly precedes the first image, audio or video, cut at a token boundary.
@@ -206,7 +202,9 @@ class LocalTokenizer:
         Raises `TokenizeError`.
         """
         template, chat = self._template(chat), self._adapted(chat)
-        text = before_media(chat, partial(_rendered, template, chat), parts=template.takes_parts(dialect))
+        text = before_media(
+            chat, partial(_rendered, template, chat, engine_tools(chat.tools)), parts=template.takes_parts(dialect)
+        )
         return self._cache.cutter.settled(text)
 
     def render_with_media(self, chat: Chat, dialect: Dialect = Dialect.VLLM) -> str:
@@ -214,7 +212,7 @@ class LocalTokenizer:
         template, chat = self._template(chat), self._adapted(chat)
         if not template.takes_parts(dialect):
             raise TokenizeError("the chat template takes no images, audio or video")
-        return with_media(chat, partial(_rendered, template, chat))
+        return with_media(chat, partial(_rendered, template, chat, engine_tools(chat.tools)))
 
     def _outline(self, chat: Chat, dialect: Dialect, *, special: bool) -> Outline | None:
         """The whole chat with its placeholders; None where it is not known which those are, or what the media are."""
@@ -231,30 +229,24 @@ class LocalTokenizer:
         """The template that renders `chat`. Raises `TokenizeError`."""
         return self._template(chat)
 
-    def render_for_sglang(self, chat: Chat, dialect: Dialect, *, is_text: bool = False) -> tuple[str, str]:
-        """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`.
-
-        `is_text`: it is known that there are no media in the chat.
-        """
+    def render_for_sglang(self, chat: Chat, dialect: Dialect) -> tuple[str, str]:
+        """The chat's text as SGLang renders it, and the text to continue, encoded separately. Raises `TokenizeError`."""
         if len(self._templates) > 1:
             raise TokenizeError(
                 "the tokenizer has several chat templates; set `chatTemplate` to the one that SGLang uses"
             )
         template = self._template(replace(chat, chat_template=None))
-        grown = Grown(chat, template, dialect, is_text=is_text)
+        grown = Grown(chat, dialect, template)
         shaped = sglang_chat(chat, dialect, grown, parts=template.takes_parts(dialect))  # has no nulls
         variables = dict(shaped.variables)
         documents = variables.pop("documents", None)
-
-        def write(rendering: Rendering | None, tools: Sequence[Mapping[str, Any]] | None = shaped.tools) -> str:
-            return template.render_shaped(shaped.messages, tools, documents, variables=variables, rendering=rendering)
-
+        write = partial(template.render_shaped, shaped.messages, documents=documents, variables=variables)
         try:
-            text = grown.render(write)
+            text = grown.render(partial(write, tools=shaped.tools))
         except TokenizeError:
             if not shaped.tools:
                 raise
-            text = write(None, without_wrappers(shaped.tools))
+            text = write(tools=without_wrappers(shaped.tools))
         return text, shaped.continued
 
     def _continued(self, text: str) -> TokenIds:
@@ -303,22 +295,20 @@ class LocalTokenizer:
         raise TokenizeError("the tokenizer has no chat template; set `chatTemplate` of the model")
 
 
-def _rendered(template: ChatTemplate, chat: Chat, messages: list[dict[str, Any]]) -> str:
-    """Render engine messages with the template."""
-    return _written(template, chat, template.shaped(messages), engine_tools(chat.tools))
-
-
-def _written(
+def _rendered(
     template: ChatTemplate,
     chat: Chat,
-    messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
+    messages: list[dict[str, Any]],
+    *,
+    is_shaped: bool = False,
     rendering: Rendering | None = None,
 ) -> str:
-    """Render engine messages and tools, both shaped; for `rendering` see `ChatTemplate.render_shaped`."""
+    """Render engine messages and tools. With `is_shaped`, the template has shaped the messages already."""
     sent = chat.chat_template_kwargs or {}
+    messages = messages if template.knows_developers else without_developers(messages)
     return template.render_shaped(
-        messages if template.knows_developers else without_developers(messages),
+        messages if is_shaped else template.shaped(messages),
         tools,
         sent.get("documents") if chat.documents is None else chat.documents,
         add_generation_prompt=chat.add_generation_prompt,

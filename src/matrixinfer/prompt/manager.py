@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
-import structlog
-from msgspec import Struct
 from msgspec.structs import replace
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.config import LimitsConfig, ModelConfig, TokenizationConfig
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt import loader
-from matrixinfer.prompt.base import Prompt, Tokenizer, Tokens
+from matrixinfer.prompt.base import Prompt, Tokenized, Tokenizer, Tokens
 from matrixinfer.prompt.bounds import LARGE_BYTES, SMALL_BYTES, Bounds
 from matrixinfer.prompt.cache import CacheStats
 from matrixinfer.prompt.dialect import Dialect, Dialects, dialect_of
 from matrixinfer.prompt.effort import Abandoned, Effort
 from matrixinfer.prompt.encoders import NeedsThread
+from matrixinfer.prompt.late import LateAnswers
 from matrixinfer.prompt.local import LocalTokenizer
 from matrixinfer.prompt.memory import Held, Memory
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH, is_short
@@ -34,12 +33,10 @@ from matrixinfer.prompt.remote import Engine, RemoteTokenizer
 from matrixinfer.prompt.requests import Reader, parse
 from matrixinfer.prompt.workers import Lanes
 
-_CHATS = 4
-"""Chats that were read lately take one part in this many of what a tokenizer's cache may take."""
+_CHATS_PART = 4
+"""Chats that were read lately may take one part in so many of what a tokenizer's cache may take, besides that."""
 _MAX_QUEUED = 256
 """Limit of prompts that wait for a thread or are being tokenized in one."""
-MAX_LATE = 64
-"""Limit of prompts whose token ids are still asked for while nobody waits for them."""
 _IN_VAIN = 0.1
 """If lately less than this share of the answers came in time, nobody waits for the next one."""
 _INLINE_ITEMS = 256
@@ -50,41 +47,6 @@ _INLINE_SECONDS = 0.05
 """Rendering that takes longer is given up on the event loop, and done in a thread."""
 _SLOW_SECONDS = 60.0
 """For so long after that, the model's prompts are tokenized in a thread."""
-
-log = structlog.get_logger(__name__)
-
-
-class Tokenized(Struct, frozen=True, kw_only=True, eq=False):
-    """A prompt's tokens, and where they come from: the request itself, this process or an engine."""
-
-    tokens: Tokens
-    source: Literal["request", "local", "remote"]
-
-
-class TokensLate(TokenizeError):
-    """An engine has not sent the token ids in time. It is still being asked: `then` passes them on when they come."""
-
-    def __init__(
-        self, message: str, asking: asyncio.Task[Tokenized], keep: Callable[[asyncio.Task[None]], None]
-    ) -> None:
-        super().__init__(message)
-        self._asking = asking
-        self._keep = keep
-
-    def then(self, use: Callable[[Tokenized], Awaitable[None]]) -> None:
-        """Call `use` with the token ids when they come, and not if they never do."""
-        self._keep(asyncio.create_task(self._pass_on(use)))
-
-    async def _pass_on(self, use: Callable[[Tokenized], Awaitable[None]]) -> None:
-        try:
-            tokenized = await self._asking
-        except TokenizeError:
-            return
-        try:
-            await use(tokenized)
-        except Exception:
-            # Supervision boundary: the request is served whatever becomes of its token ids.
-            log.exception("late_tokens_failed")
 
 
 class TokenizerManager:
@@ -114,13 +76,12 @@ class TokenizerManager:
         self._local: dict[str, Tokenizer] = {}
         self._memory = memory or Memory(LimitsConfig().memory_bytes)
         self._bounds = Bounds(max_bytes=settings.max_prompt_bytes, max_items=settings.max_prompt_items)
-        self.chats = ReadChats(settings.cache_bytes // _CHATS)
+        self.chats = ReadChats(settings.cache_bytes // _CHATS_PART)
         """Chats read lately, which others may continue."""
         self._lanes = Lanes(limit=_MAX_QUEUED, seconds=settings.timeout_seconds)
         self._dialects = Dialects()
         self._slow: dict[str, float] = {}
-        self._late: set[asyncio.Task[Tokenized]] = set()
-        self._following: set[asyncio.Task[None]] = set()
+        self._late = LateAnswers()
 
     async def __aenter__(self) -> Self:
         """Load the configured tokenizers. Raises `ConfigError` if one cannot be loaded."""
@@ -128,10 +89,7 @@ class TokenizerManager:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks: list[asyncio.Task[Any]] = [*self._late, *self._following]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._late.close()
         self._lanes.close()
         self._local = {}
 
@@ -166,12 +124,12 @@ class TokenizerManager:
             self._remote.forget()
 
     async def read(self, path: str, body: bytes, read: Reader | None = None) -> Prompt:
-        """`parse` the body, in a thread if it is large. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
+        """`parse` the body, in a thread if much of it is new. Raises `InvalidRequest`, and `Overloaded` if it would wait too long.
 
         A large prompt holds the memory that its content takes. `read` reads a body that brings no prompt instead.
         """
         if len(body) <= LARGE_BYTES:
-            return parse(path, body, lately=self.chats) if read is None else read(path, body)
+            return parse(path, body, chats=self.chats) if read is None else read(path, body)
         if read is not None:
             return await self._lanes.read(read, path, body)
         claim = self._memory.hold()
@@ -310,20 +268,9 @@ class TokenizerManager:
 
     async def _ask_briefly(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         """Ask an engine, but wait for the answer only briefly. Raises `TokensLate` if it is still to come."""
-        if len(self._late) >= MAX_LATE:
-            raise TokenizeError(f"engines have not sent the token ids of {MAX_LATE} earlier prompts yet")
-        seconds = self._patience(model)
-        asking = asyncio.create_task(self._tokenize(self._outlasting(prompt), model, engines))
-        try:
-            await asyncio.wait((asking,), timeout=seconds)
-        except asyncio.CancelledError:
-            asking.cancel()
-            raise
-        if asking.done():
-            return asking.result()
-        self._late.add(asking)
-        asking.add_done_callback(self._arrived)
-        raise TokensLate(f"the engine did not send them within {seconds * 1e3:g} ms", asking, self._follow)
+        self._late.check_room()
+        asks = self._tokenize(self._outlasting(prompt), model, engines)
+        return await self._late.wait(asks, self._patience(model))
 
     def _outlasting(self, prompt: Prompt) -> Prompt:
         """A prompt that may outlast its request: without a view into the body, and with the memory that it takes itself."""
@@ -339,15 +286,6 @@ class TokenizerManager:
         cost = None if self._remote is None else self._remote.costs.get(model)
         fastest = None if cost is None else cost.quantile(_IN_VAIN)
         return seconds if fastest is None or fastest <= seconds else 0.0
-
-    def _arrived(self, asking: asyncio.Task[Tokenized]) -> None:
-        self._late.discard(asking)
-        if not asking.cancelled():
-            asking.exception()  # mark it as retrieved: nobody may be waiting any more
-
-    def _follow(self, task: asyncio.Task[None]) -> None:
-        self._following.add(task)
-        task.add_done_callback(self._following.discard)
 
     async def _ask(self, prompt: Prompt, model: str, engines: Sequence[Engine]) -> Tokenized:
         if self._remote is None or not engines:

@@ -11,10 +11,11 @@ from msgspec import Raw, Struct
 
 from matrixinfer.blocks import TokenIds
 from matrixinfer.errors import UNREADABLE, InvalidRequest
-from matrixinfer.prompt import fields
+from matrixinfer.prompt import fields, stand_in
 from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields, TokenId
 from matrixinfer.prompt.bounds import LARGE_BYTES
-from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools, Span, is_stand_in, stood_in
+from matrixinfer.prompt.read_chats import LEAST_BYTES, ReadChat, ReadChats, SentTools
+from matrixinfer.prompt.stand_in import Span
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -54,38 +55,41 @@ _COMPLETION = msgspec.json.Decoder(_CompletionRequest)
 _IDS = msgspec.json.Decoder(list[TokenId])
 
 
-def chat(path: str, body: bytes, lately: ReadChats | None = None, values: int | None = None) -> Prompt:
+def chat(path: str, body: bytes, chats: ReadChats | None = None, values: int | None = None) -> Prompt:
     """Read a request to `/v1/chat/completions`. Raises `InvalidRequest`.
 
-    Of a chat that continues one in `lately`, only the rest is decoded; `values` is what `ReadChats.keep` takes. Tools reach
+    Of a chat that continues one of `chats`, only the rest is decoded; `values` is what `ReadChats.keep` takes. Tools reach
     the template even with `tool_choice: none`, as in vLLM unless it runs with `--exclude-tools-when-tool-choice-none`. With
     `echo`, vLLM computes log-probabilities of the whole prompt.
     """
     if len(body) < LEAST_BYTES:
         return _prompt(path, body, _read_twice(body), None)
-    earlier = None if lately is None else lately.find(body)
-    # Where the body is not valid, decoding it as a whole says what is wrong, and where.
-    with suppress(InvalidRequest):
+    earlier = None if chats is None else chats.find(body)
+    read = None
+    with suppress(InvalidRequest):  # decoding the body as a whole says what is wrong, and where
         read = _read_at_once(body) if earlier is None else _read_rest(body, earlier)
-        if read is not None:
-            return _prompt(path, body, read, _keep(body, read, lately, earlier, values))
-    read = _read_twice(body)
-    return _prompt(path, body, read, None if earlier is not None else _keep(body, read, lately, None, values))
+    if read is None and earlier is not None:
+        # It is not kept: it would be found in place of the chat that it begins with.
+        return _prompt(path, body, _read_twice(body), None)
+    read = read or _read_twice(body)
+    rendered = None
+    if chats is not None:
+        span, salt = read.span or Span.of(read.request.messages, body), read.request.cache_salt
+        rendered = chats.keep(body, span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)
+    return _prompt(path, body, read, rendered)
 
 
-def is_short(body: bytes, lately: ReadChats) -> bool:
-    """Whether a large chat continues one in `lately` that was looked at, and little else of it is to be decoded."""
-    earlier = lately.find(body)
+def is_short(body: bytes, chats: ReadChats) -> bool:
+    """Whether a large chat continues one of `chats` whose values were counted, and little else of it is to be decoded."""
+    earlier = chats.find(body)
     if earlier is None or earlier.values is None or len(body) - (earlier.stop - earlier.start) > LARGE_BYTES:
         return False
-    reduced = earlier.stood_in(body)
-    if reduced is None:
-        return False
+    around = stand_in.without_known(body, earlier.start, earlier.stop)
     try:
-        around = _AROUND.decode(reduced)
+        sent = None if around is None else _AROUND.decode(around)
     except UNREADABLE:
         return False
-    return around.cache_salt == earlier.cache_salt and earlier.more(around.messages) is not None
+    return sent is not None and sent.cache_salt == earlier.cache_salt and stand_in.further(sent.messages) is not None
 
 
 class _Read(NamedTuple):
@@ -101,13 +105,13 @@ class _Read(NamedTuple):
 
 
 def _read_at_once(body: bytes) -> _Read | None:
-    """Decode each byte of a body once, if it is seen easily where its messages are. Raises `InvalidRequest`."""
+    """Decode each byte of a body once; None if it is not easily seen where its messages are. Raises `InvalidRequest`."""
     span = Span.guessed(body)
-    reduced = None if span is None else stood_in(body, span)
-    if span is None or reduced is None:
+    around = None if span is None else stand_in.without_messages(body, span)
+    if span is None or around is None:
         return None
-    request = fields.decode(_CHAT, reduced)
-    if not is_stand_in(request.messages):
+    request = fields.decode(_CHAT, around)
+    if not stand_in.is_alone(request.messages):
         return None
     sent = body[span.start : span.stop]
     return _Read(request, fields.messages(sent), sent, span, _tools(request))
@@ -122,11 +126,11 @@ def _read_twice(body: bytes) -> _Read:
 
 def _read_rest(body: bytes, earlier: ReadChat) -> _Read | None:
     """A chat that continues an earlier one; None if it must be read as a whole. Raises `InvalidRequest`."""
-    reduced = earlier.stood_in(body)
-    if reduced is None:
+    around = stand_in.without_known(body, earlier.start, earlier.stop)
+    if around is None:
         return None
-    request = fields.decode(_CHAT, reduced)
-    more = earlier.more(request.messages)
+    request = fields.decode(_CHAT, around)
+    more = stand_in.further(request.messages)
     if more is None or request.cache_salt != earlier.cache_salt:
         return None
     messages = [*earlier.messages, *(fields.messages(more) if more else ())]
@@ -137,15 +141,6 @@ def _read_rest(body: bytes, earlier: ReadChat) -> _Read | None:
 
 def _tools(request: _ChatRequest) -> SentTools:
     return SentTools.of(bytes(request.tools), fields.decode(fields.OBJECTS, request.tools, "tools"))
-
-
-def _keep(
-    body: bytes, read: _Read, lately: ReadChats | None, earlier: ReadChat | None, values: int | None
-) -> Rendered | None:
-    if lately is None:
-        return None
-    span, salt = read.span or Span.of(read.request.messages, body), read.request.cache_salt
-    return lately.keep(body, span, read.messages, read.tools, cache_salt=salt, earlier=earlier, values=values)
 
 
 def _prompt(path: str, body: bytes, read: _Read, rendered: Rendered | None) -> Prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -38,30 +39,27 @@ def parse(
     body: bytes,
     bounds: Bounds = DEFAULT_BOUNDS,
     claim: Claim = lambda _: True,
-    lately: ReadChats | None = None,
+    chats: ReadChats | None = None,
 ) -> Prompt:
     """Read a request within `bounds`. Raises `InvalidRequest`, whose `param` names the invalid field.
 
     `claim` takes memory, in bytes, for what is decoded, and returns whether there is room. Beyond the bounds, and without
-    memory, the prompt stays unread; `Prompt.inexact` says why. What chats that were read `lately` begin with is not
-    decoded again; that changes nothing else.
+    memory, the prompt stays unread; `Prompt.inexact` says why. A chat that continues one of `chats` is decoded only from
+    where it goes on; that changes nothing else.
     """
     reader = READERS.get(path)
     if reader is None:
         raise InvalidRequest(f"{path} is not an API that takes a prompt")
     if reader is not openai.chat:
-        lately = None
+        chats = None
     if len(body) <= LARGE_BYTES:
-        return reader(path, body) if lately is None else openai.chat(path, body, lately)
-    earlier = None if lately is None else lately.find(body)
-    before, values = (0, 0) if earlier is None or earlier.values is None else (earlier.stop, earlier.values)
-    rest = memoryview(body)[before:]
+        return reader(path, body) if chats is None else openai.chat(path, body, chats)
+    known, values = (0, 0) if chats is None else chats.counted(body)
+    rest = memoryview(body)[known:]
     is_plain = len(body) <= bounds.max_bytes and not may_be_ids(rest)
     if is_plain and (len(body) <= MEDIA_BYTES or not may_hold_media(body)):
-        try:
-            values += values_of(rest)
+        values += values_of(rest)
+        with suppress(TooMuch):  # `read_large` says so
             if claim(bounds.cost(body, values)):
-                return reader(path, body) if lately is None else openai.chat(path, body, lately, values)
-        except TooMuch:
-            pass  # said by `read_large`
+                return reader(path, body) if chats is None else openai.chat(path, body, chats, values)
     return read_large(reader, path, body, bounds, claim)

@@ -14,8 +14,16 @@ for each rendering. A loop over the messages takes one step for each of them:
   (`Rendering.looked`).
 
 So if the messages of the earlier rendering, as the same objects, are the first ones of this, then every step but its last
-would write now what it wrote then, and these steps are skipped. A loop with anything else in it (a filter, a clock, chance,
+would write now what it wrote then, and these steps are skipped. A loop with anything else in it (a condition, a clock, chance,
 blocks) runs as a whole, and so does one whose variables differ.
+
+A loop that can be continued is compiled as if the template said this, where `begun`, `looked` and `rendering` have names
+that no template can write:
+
+    {% for m in messages | begun(rendering, 0, true, ns, x) %}  first loop; it reads `loop`; steps may read `ns` and `x`
+        {% if rendering %}{% continue %}{% endif %}             true for steps that are skipped
+        {{ messages[(loop.index0 - 1) | looked(rendering)] }}   checks the index
+    {% endfor %}
 """
 
 from __future__ import annotations
@@ -40,24 +48,29 @@ _UNKNOWN = (
 
 def instrument(tree: nodes.Template, environment: Environment) -> None:
     """Make the loops that can be continued ask the `Rendering` in `VARIABLE`. Changes `tree`."""
-    if next(tree.find_all(_UNKNOWN), None) is not None or any(map(_is_unsteady, tree.find_all(nodes.Expr))):
-        return
-    clocks = [each for each in tree.find_all(nodes.Name) if each.name == _CLOCK]
-    called = {id(each.node) for each in tree.find_all(nodes.Call)}
-    used = called | {id(each.node) for each in tree.find_all(nodes.Test)}
-    if not all(id(clock) in used for clock in clocks):
-        return
     macros = list(tree.find_all(nodes.Macro))
-    named = {macro.name for macro in macros}
-    if any(macro not in tree.body for macro in macros) or len(named) < len(macros):
+    if not _is_steady(tree) or not _are_unique(macros, tree):
         return
-    if any(each.name in named for each in tree.find_all(nodes.Name) if each.ctx != "load"):
-        return  # such a name may stand for something else than the macro
     for number, loop in enumerate(_loops(tree.body)):
         read = _read_by(loop, macros, environment)
         if read is not None and read.isdisjoint(_stored_after(loop, tree)):
             _instrument(loop, number, sorted(read))
     tree.set_environment(environment)
+
+
+def _is_steady(tree: nodes.Template) -> bool:
+    """Whether all that the template reads are its variables, and a clock that it calls, or tests, by the clock's own name."""
+    if next(tree.find_all(_UNKNOWN), None) is not None or any(map(_is_unsteady, tree.find_all(nodes.Expr))):
+        return False
+    used = {id(each.node) for each in tree.find_all(nodes.Call)} | {id(each.node) for each in tree.find_all(nodes.Test)}
+    return all(id(each) in used for each in tree.find_all(nodes.Name) if each.name == _CLOCK)
+
+
+def _are_unique(macros: Sequence[nodes.Macro], tree: nodes.Template) -> bool:
+    """Whether each macro is always there, and nothing else ever has its name."""
+    names = {each.name for each in macros}
+    stored = {each.name for each in tree.find_all(nodes.Name) if each.ctx != "load"}
+    return all(each in tree.body for each in macros) and len(names) == len(macros) and names.isdisjoint(stored)
 
 
 def _is_unsteady(node: nodes.Expr) -> bool:
@@ -82,6 +95,7 @@ def _read_by(loop: nodes.For, macros: Sequence[nodes.Macro], environment: Enviro
     """The variables from outside that a step of the loop may read, but for the items; None if it cannot be continued."""
     if loop.test is not None or loop.else_ or loop.recursive or not all(map(_is_steady_loop, _own(loop.body))):
         return None
+    # A template of these alone: what it does not set itself, it reads from outside.
     parts: list[nodes.Node] = [*macros, nodes.For(loop.target, nodes.List([]), loop.body, [], None, False)]
     alone = nodes.Template(parts)
     alone.set_environment(environment)
@@ -99,7 +113,7 @@ def _read_by(loop: nodes.For, macros: Sequence[nodes.Macro], environment: Enviro
 
 
 def _own(body: Iterable[nodes.Node]) -> Iterator[nodes.Node]:
-    """The nodes in which `loop` is the state of the loop with this body, each with its parent's other children."""
+    """The nodes of a loop's body in which `loop` is the state of that loop: not the bodies of loops within it."""
     for node in body:
         yield node
         inside = node.iter_child_nodes(exclude=("body",)) if isinstance(node, nodes.For) else node.iter_child_nodes()
@@ -122,7 +136,7 @@ def _indexed(loop: nodes.For, items: str | None) -> list[nodes.Getitem]:
     return [
         each
         for part in loop.body
-        for each in (*([part] if isinstance(part, nodes.Getitem) else []), *part.find_all(nodes.Getitem))
+        for each in part.find_all(nodes.Getitem)
         if isinstance(each.node, nodes.Name)
         and each.node.name == items
         and each.ctx == "load"
@@ -131,7 +145,7 @@ def _indexed(loop: nodes.For, items: str | None) -> list[nodes.Getitem]:
 
 
 def _stored_after(loop: nodes.For, tree: nodes.Template) -> set[str]:
-    """Names that are assigned behind the loop: to name them in front of it would change what they are there."""
+    """Names that are assigned after the loop. To name them in front of it would change what they are there."""
     stored: set[str] = set()
     passed = False
 
@@ -152,6 +166,7 @@ def _stored_after(loop: nodes.For, tree: nodes.Template) -> set[str]:
 
 
 def _instrument(loop: nodes.For, number: int, read: Sequence[str]) -> None:
+    """Make one loop ask the `Rendering`, as the module's docstring shows."""
     line = loop.lineno
     is_counted = any(map(_is_loop, _own(loop.body)))
     items = loop.iter.name if isinstance(loop.iter, nodes.Name) else None

@@ -11,32 +11,32 @@ from jinja2 import Undefined
 from jinja2.utils import Namespace, missing
 
 VARIABLE = "0rendering"
-"""The variable of templates that has the `Rendering`. No template can write its name."""
+"""The variable that holds the `Rendering`. No template can write its name."""
 BEGUN, LOOKED = " begun", " looked"
 """Names of filters that no template can write."""
 _SCALARS = frozenset({str, int, float, bool, NoneType})
 _MAX_VALUES = 1000
-"""How many values are compared, or looked at, before a rendering is done as a whole."""
+"""Where more would have to be compared, or looked at, the loop runs as a whole."""
 
 
 class Kept(NamedTuple):
-    """A loop up to its last step."""
+    """A loop up to its last step, which a later rendering takes again."""
 
     items: list[Any]
     """All that it went through."""
     before: Sequence[Any]
-    """What its steps could read when it began."""
+    """What its steps could read when it began; of namespaces, what they held."""
     after: Sequence[Any]
     """What the namespaces among these held before the last step; None for others."""
     texts: list[str]
-    """What it had written by then."""
+    """What it had written before the last step."""
 
 
 class Rendering:
     """One rendering of a template, perhaps the continuation of an earlier one, whose loops are `earlier`."""
 
     __slots__ = (
-        *("_at", "_earlier", "_known", "_last", "_loop", "_now", "_read", "_skipped", "_start"),
+        *("_begun", "_earlier", "_keep_at", "_known", "_number", "_read", "_skipped", "_start", "_step"),
         *("continued", "kept", "written"),
     )
 
@@ -48,74 +48,83 @@ class Rendering:
         """How many loops were continued."""
         self.written: list[str] = []
         """What was written so far."""
-        self._loop = 0
-        self._now: Kept | None = None
-        """The loop that is under way, as it began."""
+        # The rest is about the loop that is under way. Loops that ask a rendering do not nest.
+        self._number = 0
+        self._begun: Kept | None = None
+        """The loop as it began."""
         self._read: Sequence[Any] = ()
+        """What its steps can read."""
         self._start = 0
         """Where in `written` it began."""
-        self._at = self._last = -1
-        """The current step, and the one before which the loop is kept, or -1."""
-        self._skipped = self._known = 0
-        """How many steps are skipped, and how many texts they had written."""
+        self._step = -1
+        self._keep_at = -1
+        """The step before which the loop is kept: the last one, or -1 if it is not to be kept."""
+        self._skipped = 0
+        """How many steps are skipped."""
+        self._known = 0
+        """How many texts these had written."""
 
-    def begin(self, items: Any, loop: int, is_counted: bool, read: Sequence[Any]) -> Any:
+    def begin(self, items: Any, number: int, is_counted: bool, read: Sequence[Any]) -> Any:
         """A loop over `items` begins, in which the variables `read` can be read. Returns the items that it goes through.
 
         `is_counted`: it reads its own state, so it must step over items that are skipped.
         """
-        self._at = self._last = -1
+        self._step = self._keep_at = -1
         self._skipped = self._known = 0
         spaces = [each for each in read if _is_namespace(each)]
         if type(items) is not list or len(items) < 2 or len(set(map(id, spaces))) < len(spaces):
             return items
         before = [_Held(each) if _is_namespace(each) else each for each in read]
-        self._loop, self._read, self._start = loop, read, len(self.written)
-        self._now, self._last = Kept(items, before, (), []), len(items) - 1
-        earlier = self._earlier.get(loop)
+        self._number, self._read, self._start = number, read, len(self.written)
+        self._begun, self._keep_at = Kept(items, before, (), []), len(items) - 1
+        earlier = self._earlier.get(number)
         if earlier is None or not begins_with(items, earlier.items) or not _are_same(before, earlier.before):
             return items
+        self._continue(earlier)
+        if is_counted:
+            return items
+        self._step = self._skipped - 1
+        return items[self._skipped :]
+
+    def _continue(self, earlier: Kept) -> None:
+        """Put back what a loop had written, and what its namespaces held, before its last step."""
         self.continued += 1
         self.written += earlier.texts
         self._known = len(earlier.texts)
-        for value, held in zip(read, earlier.after, strict=True):
+        for value, held in zip(self._read, earlier.after, strict=True):
             if _is_namespace(value):
                 _attributes(value).update(held)
         self._skipped = len(earlier.items) - 1
-        if is_counted:
-            return items
-        self._at = self._skipped - 1
-        return items[self._skipped :]
 
     def __bool__(self) -> bool:
         """The next step of the loop begins. Returns whether it is skipped."""
-        self._at += 1
-        if self._at < self._skipped:
+        self._step += 1
+        if self._step < self._skipped:
             return True
-        if self._at == self._last:
+        if self._step == self._keep_at:
             self._keep()
         return False
 
     def _keep(self) -> None:
         after = [_Held(each) if _is_namespace(each) else None for each in self._read]
-        if self._now is not None and _is_plain(after):
+        if self._begun is not None and _is_plain(after):
             if self._known:
                 new = self._start + self._known
                 self.written[new:] = ["".join(self.written[new:])]
-            self.kept[self._loop] = self._now._replace(after=after, texts=self.written[self._start :])
+            self.kept[self._number] = self._begun._replace(after=after, texts=self.written[self._start :])
 
     def looked(self, index: Any) -> Any:
         """A step reads the item at `index`. If that may be another one in a longer conversation, nothing is kept."""
-        if type(index) is not int or not 0 <= index <= self._at + 1:
-            self._last = -1
+        if type(index) is not int or not 0 <= index <= self._step + 1:
+            self._keep_at = -1
         return index
 
 
 FILTERS = {
-    BEGUN: lambda items, rendering, loop, is_counted, *read: rendering.begin(items, loop, is_counted, read),
+    BEGUN: lambda items, rendering, number, is_counted, *read: rendering.begin(items, number, is_counted, read),
     LOOKED: lambda index, rendering: rendering.looked(index),
 }
-"""What `resumable` puts into templates."""
+"""The filters that `resumable` puts into templates."""
 
 
 def begins_with(items: Sequence[object], beginning: Sequence[object]) -> bool:
@@ -135,6 +144,7 @@ def _is_namespace(value: object) -> TypeGuard[Namespace]:
 
 
 def _attributes(namespace: Namespace) -> dict[str, Any]:
+    """The dict in which Jinja keeps what a namespace holds. It has no public name."""
     attributes: dict[str, Any] = object.__getattribute__(namespace, "_Namespace__attrs")
     return attributes
 
@@ -161,7 +171,7 @@ def _are_same(one: object, other: object) -> bool:
 
 
 def _values(value: Any) -> list[Any] | None:
-    """What is in a container, its keys in their order included; None if it is none."""
+    """What is in a container, its keys in their order included; None for other values."""
     kind = type(value)
     if kind is dict or kind is _Held:
         return [*value, *value.values()]
@@ -176,7 +186,7 @@ def _is_same_value(one: object, other: object) -> bool:
 
 
 def _origin(undefined: object) -> Sequence[object]:
-    """The name of what is undefined, and in what."""
+    """The name of what is undefined, and the object that does not have it."""
     return [object.__getattribute__(undefined, f"_undefined_{each}") for each in ("name", "obj")]
 
 

@@ -48,13 +48,13 @@ class SglangChat:
 def sglang_chat(chat: Chat, dialect: Dialect, grown: Grown | None = None, *, parts: bool) -> SglangChat:
     """What the template gets; content is a list of parts if `parts`. Raises `TokenizeError`.
 
-    `grown` knows the messages that were shaped before.
+    `grown` has the messages that were shaped before.
     """
     if dialect is Dialect.SGLANG_OLD:
         raise TokenizeError("how SGLang before 0.5.18 renders chats is not known here")
     if chat.sent is None:
         raise TokenizeError("how SGLang renders chats of this API is not known here")
-    messages = list((grown or Grown(chat)).messages(partial(_shaped_messages, parts=parts)))
+    messages = list((grown or Grown(chat, dialect)).messages(partial(_shaped_messages, parts=parts)))
     continued = ""
     last = messages[-1]
     if last["role"] == "assistant" and isinstance(last["content"], str):

@@ -17,9 +17,10 @@ from matrixinfer.access.gate import Ticket
 from matrixinfer.blocks import BlockChain, Medium, TokenBlockProcessor
 from matrixinfer.errors import IndexUnavailable, NoPodAvailable, TokenizeError
 from matrixinfer.pods.registry import Pod, PodRegistry
-from matrixinfer.prompt.base import Prompt, Tokens
+from matrixinfer.prompt.base import Prompt, Tokenized, Tokens
 from matrixinfer.prompt.bounds import LARGE_BYTES
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
+from matrixinfer.prompt.late import TokensLate
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.outline import Outline, media_kwargs
 from matrixinfer.prompt.requests import Reader
 from matrixinfer.prompt.responses import RESPONSES_PATH

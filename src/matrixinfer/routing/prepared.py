@@ -1,4 +1,4 @@
-"""A request with everything that had to be awaited for it, and what had to be done without."""
+"""What the preparer hands to the router, and what it collects on the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from matrixinfer.blocks import TokenIds
 from matrixinfer.pods.registry import Pod
 from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.manager import TokensLate
+from matrixinfer.prompt.late import TokensLate
 from matrixinfer.prompt.outline import Outline
 from matrixinfer.routing.destinations import ANYWHERE, Way
 from matrixinfer.routing.lookup import Matches

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-from matrixinfer.prompt.base import Prompt
-from matrixinfer.prompt.manager import Tokenized
+from matrixinfer.prompt.base import Prompt, Tokenized
 from matrixinfer.traffic.byte_chunks import CHUNK_BYTES, MOST_CHUNKS, Chunks, cut
 from matrixinfer.traffic.prompt_sizes import BYTES_PER_TOKEN, PromptSizes, Rates
 

@@ -1,4 +1,4 @@
-"""What a trace is replayed on."""
+"""A fleet that traces are replayed on: how it is described, its pods, and what is seen of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fleet:
     """Tokens that one pod's KV cache holds."""
     gateways: int = 1
     gossip: bool = False
-    """Gateways tell each other what they have in flight, as they do over a shared Redis."""
+    """Gateways report to each other what they have in flight, as they do over a shared Redis."""
     shared_index: bool = False
     """Gateways look up in one index, as in a shared Redis, instead of following the engines themselves."""
     rate_scale: float = 1.0

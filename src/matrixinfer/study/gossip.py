@@ -1,4 +1,4 @@
-"""What gateways tell each other in a replay, in the rhythm in which they do it over a shared Redis."""
+"""What gateways report to each other in a replay, as often as they do over a shared Redis."""
 
 from __future__ import annotations
 

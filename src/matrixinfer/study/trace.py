@@ -99,15 +99,15 @@ class LetterBlocks(TokenBlockProcessor):
         """The hash of each letter after those before it."""
         known, out = self._known, list[int]()
         for at, letter in enumerate(letters):
-            key = known.get((parent, letter))
-            if key is None:
+            found = known.get((parent, letter))
+            if found is None:
                 return out + self._new(letters[at:], parent)
-            out.append(key)
-            parent = key
+            out.append(found)
+            parent = found
         return out
 
     def _new(self, letters: Sequence[int], parent: int | None) -> list[int]:
-        """The hashes of letters of which the first is new after its parent, and so all are."""
+        """The hashes of letters after a parent that the first has not followed before, so that none is known."""
         data = array("I", letters)
         data.byteswap()
         hashes = super().hashes(data.tobytes(), parent)

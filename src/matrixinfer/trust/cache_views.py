@@ -44,7 +44,7 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def is_plain(believed: Trust, rule: Rule | None, tiers: Sequence[str]) -> bool:
-    """`CacheView.is_plain`."""
+    """The value of `CacheView.is_plain`."""
     return believed == "exact" and rule is None and not tiers
 
 

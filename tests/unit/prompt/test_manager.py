@@ -20,11 +20,12 @@ from matrixinfer.blocks import TokenIds
 from matrixinfer.config import ModelConfig, TokenizationConfig
 from matrixinfer.errors import ConfigError, InvalidRequest, TokenizeError
 from matrixinfer.prompt import manager as prompt_manager
-from matrixinfer.prompt.base import Chat, Prompt, Tokens
+from matrixinfer.prompt.base import Chat, Prompt, Tokenized, Tokens
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.encoders import NeedsThread, Reference
+from matrixinfer.prompt.late import TokensLate
 from matrixinfer.prompt.local import LocalTokenizer
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager, TokensLate
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.memory import Memory
 from matrixinfer.prompt.openai import CHAT_PATH, COMPLETIONS_PATH
 from matrixinfer.prompt.remote import Engine, RemoteTokenizer
@@ -404,9 +405,9 @@ async def test_threads_end_with_the_manager(model: Path) -> None:
 async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     threads: list[str] = []
 
-    def noting(path: str, body: bytes, *bounds: Any, **lately: Any) -> Prompt:
+    def noting(path: str, body: bytes, *bounds: Any, **chats: Any) -> Prompt:
         threads.append(threading.current_thread().name)
-        return parse(path, body, *bounds, **lately)
+        return parse(path, body, *bounds, **chats)
 
     monkeypatch.setattr(prompt_manager, "parse", noting)
     body = json.dumps({"model": "m", "prompt": "x" * size}).encode()

@@ -5,19 +5,25 @@ from __future__ import annotations
 import gc
 import json
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from matrixinfer.config import TokenizationConfig
+from matrixinfer.errors import InvalidRequest
 from matrixinfer.prompt.base import Prompt
+from matrixinfer.prompt.bounds import LARGE_BYTES
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.read_chats import ReadChats
 from matrixinfer.prompt.requests import parse
 
 from .support import folder, tokenizer
+from .test_read_chats import long_chat, said
 
 LONG = "A long text, so that the chat is worth to be remembered. " * 600
 DIALECTS = (Dialect.VLLM, Dialect.SGLANG)
@@ -32,9 +38,9 @@ def written(tmp_path: Path, template: str) -> LocalTokenizer:
     return LocalTokenizer.load(folder(tmp_path, tokenizer(), chat_template=template), None)
 
 
-def read(body: dict[str, Any], lately: ReadChats | None) -> Prompt:
+def read(body: dict[str, Any], chats: ReadChats | None) -> Prompt:
     encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-    return parse(CHAT_PATH, encoded, lately=lately)
+    return parse(CHAT_PATH, encoded, chats=chats)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -107,7 +113,7 @@ def test_a_remembered_chat_takes_no_more_memory_than_it_counts(
     gc.collect()
     tracemalloc.start()
     try:
-        chat = parse(CHAT_PATH, encoded, lately=lately).chat
+        chat = parse(CHAT_PATH, encoded, chats=lately).chat
         assert chat is not None
         local.render(chat)
         del chat
@@ -117,3 +123,40 @@ def test_a_remembered_chat_takes_no_more_memory_than_it_counts(
         tracemalloc.stop()
     assert len(lately) == 1
     assert taken + len(encoded) <= lately.memory
+
+
+async def in_threads(manager: TokenizerManager, *bodies: bytes) -> list[bytes]:
+    """Read bodies. Returns those that were read in a thread."""
+    used: list[bytes] = []
+    lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
+    read = lanes.read
+
+    async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
+        used.append(body)
+        return await read(work, path, body, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "read", noting)
+        for body in bodies:
+            with suppress(InvalidRequest):
+                await manager.read(CHAT_PATH, body)
+    return used
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"cache_salt": "b"}, {"cache_salt": 1}, {"messages": said("x")}, {"user": "x" * LARGE_BYTES}],
+    ids=["other salt", "bad salt", "other messages", "long rest"],
+)
+async def test_a_large_chat_that_shares_no_messages_is_read_in_a_thread(more: dict[str, Any]) -> None:
+    bodies = [long_chat(300), long_chat(300)[:-1] + b"," + json.dumps(more).encode()[1:]]
+    async with TokenizerManager((), TokenizationConfig(), None) as manager:
+        assert await in_threads(manager, *bodies) == bodies
+
+
+async def test_what_precedes_the_messages_of_a_large_chat_counts() -> None:
+    head = b'{"documents":[%b{}],' % (b"{}," * 100_000)
+    bodies = [head + long_chat(kib)[1:] for kib in (100, 101, 102)]
+    async with TokenizerManager((), TokenizationConfig(), None) as manager:
+        assert await in_threads(manager, *bodies) == bodies
+        assert len(manager.chats) == 2

@@ -6,15 +6,19 @@ import json
 import random
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from matrixinfer.errors import TokenizeError
-from matrixinfer.prompt.base import Chat, Rendered, SentFields
+from matrixinfer.prompt.base import Chat, Prompt, Rendered, SentFields
 from matrixinfer.prompt.chat_template import CHATML, ChatTemplate
 from matrixinfer.prompt.dialect import Dialect
 from matrixinfer.prompt.local import LocalTokenizer
+from matrixinfer.prompt.openai import CHAT_PATH
+from matrixinfer.prompt.requests import parse
 from matrixinfer.prompt.resuming import Rendering
 
 from .support import folder, tokenizer
@@ -46,6 +50,8 @@ def message(chance: random.Random, role: str) -> dict[str, Any]:
         made["content"] = chance.choice((None, "", "So:"))
     if role == "assistant" and chance.random() < 0.3:
         made["reasoning_content"] = chance.choice(("thought", ""))
+    if chance.random() < 0.02:
+        made["role"] = None
     return made
 
 
@@ -204,7 +210,7 @@ def test_a_clock_is_read_each_time() -> None:
     source = "{{ strftime_now('%M') }}" + LOOP + "{{ m.content }}{% endfor %}"
     template = ChatTemplate(source, now=lambda: next(moments), aliases_reasoning=False)
     messages = [{"role": "user", "content": str(i)} for i in range(4)]
-    first, second = Rendering(), Rendering()
+    first = Rendering()
     assert template.render_shaped(messages[:2], None, None, variables={}, rendering=first) == "0501"
     second = Rendering(first.kept)
     assert (template.render_shaped(messages, None, None, variables={}, rendering=second), second.continued) == (
@@ -255,7 +261,33 @@ def test_chats_have_the_same_text_with_what_was_rendered_before(
 
     for seed in range(40):
         rendered: Rendered = {}
-        for fields in conversation(seed):
-            sent = SentFields(template_kwargs=fields.get("chat_template_kwargs"))
-            whole = text(Chat(**fields, sent=sent))
-            assert text(Chat(**fields, sent=sent, rendered=rendered)) == whole, json.dumps(fields)
+        for turn in conversation(seed):
+            for options in ({}, {"add_generation_prompt": False, "continue_final_message": True}):
+                fields = {**turn, **options, "sent": SentFields(template_kwargs=turn.get("chat_template_kwargs"))}
+                assert text(Chat(**fields, rendered=rendered)) == text(Chat(**fields)), json.dumps(turn)
+
+
+PARTS: tuple[Any, ...] = (
+    {"type": "text", "text": "only SGLang takes this for text", "uuid": "1"},
+    {"type": "refusal", "refusal": "only vLLM takes this for text"},
+    {"type": "image_url", "image_url": {"url": "http://x"}},
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_one_engine_takes_for_text_another_may_not(tmp_path: Path, part: dict[str, Any]) -> None:
+    local = LocalTokenizer.load(folder(tmp_path, tokenizer()), "chatml", cache_bytes=1 << 20)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Look: "}, part]}]
+    prompt = parse(CHAT_PATH, json.dumps({"model": "m", "messages": messages}).encode())
+    assert prompt.chat is not None
+    again = replace(prompt, chat=replace(prompt.chat, rendered={}))
+
+    def tokens(prompt: Prompt, dialect: Dialect) -> object:
+        try:
+            tokens = local.tokenize(prompt, dialect)
+        except TokenizeError as error:
+            return str(error)
+        return tokens.complete, tokens.ids.tolist()
+
+    for dialect in (Dialect.VLLM, Dialect.SGLANG) * 3:
+        assert tokens(again, dialect) == tokens(prompt, dialect)

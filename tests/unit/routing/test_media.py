@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from matrixinfer.kvevents.wire import decode
-from matrixinfer.prompt.base import Prompt, Tokens
-from matrixinfer.prompt.manager import Tokenized
+from matrixinfer.prompt.base import Prompt, Tokenized, Tokens
 from matrixinfer.prompt.outline import Outline, contents_of
 from matrixinfer.prompt.remote import Engine
 from matrixinfer.routing.in_flight import InFlight

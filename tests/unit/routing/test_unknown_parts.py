@@ -17,8 +17,8 @@ from matrixinfer.index.memory import MemoryIndex
 from matrixinfer.kvevents.feed import PodFeed
 from matrixinfer.kvevents.ledger import Ledger
 from matrixinfer.pods.registry import PodRegistry, ServedNames
-from matrixinfer.prompt.base import Prompt, Tokens
-from matrixinfer.prompt.manager import Tokenized, TokenizerManager
+from matrixinfer.prompt.base import Prompt, Tokenized, Tokens
+from matrixinfer.prompt.manager import TokenizerManager
 from matrixinfer.prompt.remote import Engine
 from matrixinfer.routing.in_flight import InFlight
 from matrixinfer.scheduler.framework import Candidate
