@@ -54,7 +54,7 @@ class SentTools(NamedTuple):
     @classmethod
     def of(cls, sent: bytes, tools: list[dict[str, Any]] | None) -> SentTools:
         """The tools that were sent as these bytes."""
-        return cls(sent, tools, len(sent) * (1 + _TEXT_COST) + values_of(sent))
+        return cls(sent, tools, len(sent) * (1 + _TEXT_COST) + (values_of(sent) if tools else 0))
 
 
 class ReadChat(NamedTuple):
