@@ -52,8 +52,6 @@ class Scale:
     """Rounds of benchmarks that take seconds: complete feeds, and many engines at once."""
     engines: int = 64
     """Engines followed at the same time."""
-    policies: tuple[str, ...] = ("kv_aware",)
-    """Scheduler profiles to measure the gateway with."""
     proxy_rounds: int = 12
     requests: int = 300
     """Requests per round through each proxy; a third of that for large ones."""
@@ -81,7 +79,6 @@ QUICK = Scale(
     engine_blocks=3_000,
     feed_rounds=1,
     engines=4,
-    policies=("kv_aware",),
     proxy_rounds=1,
     requests=20,
     streams=2,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice, product
+from itertools import cycle, islice
 from statistics import median
 
 import aiohttp
@@ -46,15 +46,13 @@ def run(scale: Scale) -> Iterator[Figure]:
     with ExitStack() as stack:
         upstream = _server(stack.enter_context(server_process("upstream")))
         processes = {"bare": stack.enter_context(server_process("bare", upstream.url))}
-        for kind, policy in product(("deciding", "gateway"), scale.policies):
-            processes[f"{kind} {policy}"] = stack.enter_context(server_process(kind, upstream.url, policy))
+        for kind in ("deciding", "gateway"):
+            processes[kind] = stack.enter_context(server_process(kind, upstream.url, "kv_aware"))
         servers = {name: _server(process) for name, process in processes.items()}
         for load in _loads(scale):
             costs = uvloop.run(_rounds(load, servers, scale.proxy_rounds))
             yield Figure(case=f"{load.case}, bare", name="CPU", value=median(costs["bare"]) * 1e6, unit="µs")
-            for policy in scale.policies:
-                case = f"{load.case}, {policy}"
-                yield from _compared(case, costs["bare"], costs[f"deciding {policy}"], costs[f"gateway {policy}"])
+            yield from _compared(load.case, costs["bare"], costs["deciding"], costs["gateway"])
 
 
 def _compared(

@@ -86,14 +86,17 @@ class LetterBlocks(TokenBlockProcessor):
     def __init__(self) -> None:
         super().__init__(1)
         self._known: dict[tuple[int | None, int], int] = {}
-        self._turns: dict[int, list[int]] = {}
+        self._turns: dict[int, tuple[Sequence[int], list[int]]] = {}
 
     def of_turn(self, number: int, turn: Turn) -> list[int]:
         """The hashes of the blocks of the trace's turn `number`."""
-        hashes = self._turns.get(number)
-        if hashes is None:
-            hashes = self._turns[number] = self.of(turn.letters)
-        return hashes
+        known = self._turns.get(number)
+        if known is None:
+            letters, hashes = self._turns.get(-1 if turn.after is None else turn.after, ((), []))
+            begun = hashes[: _common(letters, turn.letters)]
+            rest = self.of(turn.letters[len(begun) :], begun[-1] if begun else None)
+            known = self._turns[number] = turn.letters, begun + rest
+        return known[1]
 
     def of(self, letters: Sequence[int], parent: int | None = None) -> list[int]:
         """The hash of each letter after those before it."""
@@ -124,6 +127,18 @@ class LetterBlocks(TokenBlockProcessor):
         letters = array("I", bytes(data))
         letters.byteswap()
         return self.of(letters, parent)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of their first letters are equal."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 class Alphabet:
