@@ -10,6 +10,7 @@ from urllib.parse import quote
 from matrixinfer.errors import Overloaded
 from matrixinfer.pods.engine_api import EngineApi, EngineDown, OutOfResources
 from matrixinfer.pods.pod import Pod
+from matrixinfer.tasks import cancel_all
 
 MOST_SEARCHES = 8
 """Searches at a time. Any client can cause one with an id of its own making."""
@@ -48,9 +49,7 @@ class ResponseSearch:
                         if name is not None:
                             return name
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
         return None
 
     async def _has(self, pod: Pod, response_id: str) -> str | None:

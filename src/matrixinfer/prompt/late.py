@@ -10,6 +10,7 @@ import structlog
 
 from matrixinfer.errors import TokenizeError
 from matrixinfer.prompt.base import Tokenized
+from matrixinfer.tasks import cancel_all
 
 MAX_LATE = 64
 """Limit of prompts whose token ids are still asked for while nobody waits for them."""
@@ -75,10 +76,7 @@ class LateAnswers:
 
     async def close(self) -> None:
         """Ask, and pass on, no more."""
-        tasks: list[asyncio.Task[Any]] = [*self._asking, *self._passing]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all([*self._asking, *self._passing])
 
     def _arrived(self, asking: asyncio.Task[Tokenized]) -> None:
         self._asking.discard(asking)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from matrixinfer.prompt.manager import TokenizerManager
 
 TEXTS = tuple(pydoc_data.topics.topics.values())
 
@@ -39,3 +45,19 @@ def folder(path: Path, made: Tokenizer, **config: object) -> Path:
     made.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
+
+
+@contextmanager
+def read_in_threads(manager: TokenizerManager) -> Iterator[list[bytes]]:
+    """Notes the bodies that `manager` reads in a thread within the context."""
+    used: list[bytes] = []
+    lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
+    read = lanes.read
+
+    async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
+        used.append(body)
+        return await read(work, path, body, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "read", noting)
+        yield used

@@ -22,7 +22,7 @@ from matrixinfer.prompt.openai import CHAT_PATH
 from matrixinfer.prompt.read_chats import ReadChats
 from matrixinfer.prompt.requests import parse
 
-from .support import folder, tokenizer
+from .support import folder, read_in_threads, tokenizer
 from .test_read_chats import long_chat, said
 
 LONG = "A long text, so that the chat is worth to be remembered. " * 600
@@ -127,16 +127,7 @@ def test_a_remembered_chat_takes_no_more_memory_than_it_counts(
 
 async def in_threads(manager: TokenizerManager, *bodies: bytes) -> list[bytes]:
     """Read bodies. Returns those that were read in a thread."""
-    used: list[bytes] = []
-    lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
-    read = lanes.read
-
-    async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
-        used.append(body)
-        return await read(work, path, body, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "read", noting)
+    with read_in_threads(manager) as used:
         for body in bodies:
             with suppress(InvalidRequest):
                 await manager.read(CHAT_PATH, body)

@@ -24,7 +24,7 @@ from matrixinfer.prompt.read_chats import LEAST_BYTES, PLAIN_BYTES, ReadChats
 from matrixinfer.prompt.requests import parse
 from matrixinfer.prompt.stand_in import Span
 
-from .support import folder, tokenizer
+from .support import folder, read_in_threads, tokenizer
 from .template_cases import TOOLS
 from .test_resuming import message
 
@@ -341,19 +341,11 @@ async def test_conversations_have_the_same_ids_as_with_a_new_gateway(tmp_path: P
                     assert np.array_equal(ids, fresh.tokenize(parse(CHAT_PATH, body)).ids)
 
 
-async def test_a_large_chat_that_goes_on_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_chat_that_goes_on_needs_no_thread() -> None:
     async with TokenizerManager((), TokenizationConfig(), None) as manager:
-        used: list[bytes] = []
-        lanes = manager._lanes  # noqa: SLF001 - to see what runs in its threads
-        read = lanes.read
-
-        async def noting(work: Any, path: str, body: bytes, *rest: Any) -> Any:
-            used.append(body)
-            return await read(work, path, body, *rest)
-
-        monkeypatch.setattr(lanes, "read", noting)
         bodies = [long_chat(300), long_chat(301), long_chat(302), long_chat(302, "x" * LARGE_BYTES)]
-        prompts = [await manager.read(CHAT_PATH, body) for body in bodies]
+        with read_in_threads(manager) as used:
+            prompts = [await manager.read(CHAT_PATH, body) for body in bodies]
         assert used == [bodies[0], bodies[3]]
         assert shared(prompts[1], prompts[2]) == 301
         assert all(prompt.claim is not None for prompt in prompts)
